@@ -1,0 +1,53 @@
+# Every target does its own set-up: a fresh clone needs nothing else.
+#   make setup PYTHON=/path/to/python    another interpreter
+#   make setup EXTRAS=test,eval,cuda12   with an accelerator (cuda12, cuda13 or tpu)
+PYTHON ?=
+EXTRAS ?=
+PY := .venv/bin/python
+CODE := $(wildcard beacon_jax configs tests launch benchmarks)
+MAX_LINES := 600
+# The environment may forbid bytecode; compiling jax and transformers anew in every
+# process costs seconds each time.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup quickstart test test-slow lint constraints clean
+
+help:
+	@echo "targets: setup quickstart test test-slow lint constraints clean"
+
+setup:
+	@PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" bash launch/setup.sh
+
+# Convert the tiny base model, train beacons on it, measure them: minutes on two cores.
+OUT := out/quickstart
+quickstart: setup
+	$(PY) -m beacon_jax.convert from-hf --src=assets/tiny-base --dst=$(OUT)/base --overwrite
+	$(PY) -m beacon_jax.train --config=configs/quickstart.py --workdir=$(OUT)/train
+	$(PY) -m beacon_jax.evaluate --model=$(OUT)/train/export --tasks=perplexity,passkey \
+	  --ratios=2,4,8 --methods=beacon,full,window --out=$(OUT) --floors=configs/quickstart.py
+
+test: setup
+	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile tests
+
+# Training runs and large shapes: not part of `make test`.
+test-slow: setup
+	JAX_PLATFORMS=cpu $(PY) -m pytest -m slow tests
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+	@find $(CODE) -name '*.py' -o -name '*.sh' | xargs wc -l | awk '$$2 != "total" && \
+	  $$1 > $(MAX_LINES) { print $$2 ": " $$1 " lines, more than $(MAX_LINES): split it"; \
+	  bad = 1 } END { exit bad }'
+
+# After a change of the dependencies: versions only, for every platform.
+constraints: setup
+	$(PY) -m uv pip compile pyproject.toml --universal --python-version 3.12 --quiet \
+	  --upgrade --extra test --extra eval --extra aot --no-header --no-annotate \
+	  --no-emit-index-url --output-file constraints.txt
+
+clean:
+	rm -rf .venv $(OUT) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Text sources, the tiny tokenizer and random-access batches (host side, numpy)."""

@@ -1,0 +1,243 @@
+"""Training batches with random access: a batch is a pure function of config and step.
+
+Nothing is consumed or remembered, so a run that resumes at step n sees exactly what an
+uninterrupted run would have seen, and the data position is the step number.
+
+Kinds of rows, mixed by weight within every batch:
+  text     contiguous text, eos between documents; every label weighs 1.
+  passkey  real text with a 5-digit key at a random depth, asked for at the end and, up
+           to `passkey_questions - 1` times, on the way (a question per row gives 5
+           useful labels in hundreds; more questions give more signal per row).
+  repeat   a random segment of uniform token ids, tiled. Everything after its first
+           period is predictable by induction only; this is what makes recall emerge
+           within a minute or two instead of not at all (EVALUATION.md section 6.2).
+  copy     real text whose end repeats an earlier passage of the row word for word, so
+           that exact recall over a distance is trained on words as well as on digits.
+
+Any row may be interleaved with dummies: an eos after every r-th token, as beacons will
+stand later, unlabelled and under plain causal attention. Nothing is compressed; a base
+model trained on some such rows merely tolerates tokens in between. Without them beacons
+disturb the window they stand in (the predecessor of every r-th token is no longer at
+distance 1): with a tiny base, early in training, the last window at x2 was 0.15 nats
+worse than window-only, with dummies 0.14 nats better (two CPU cores, 100 s).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from beacon_jax.data.passkey import (
+    QUESTION,
+    Passkey,
+    encode_with_key,
+    make_passkey,
+)
+
+KINDS = ("text", "passkey", "repeat", "copy")
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` batches of `batch_size` rows of `length` tokens; mix: (kind, weight)
+    pairs.
+
+    dummies: share of the rows that are interleaved with eos (inside `length`).
+    """
+
+    steps: int
+    length: int
+    batch_size: int
+    mix: tuple[tuple[str, float], ...] = (("text", 1.0),)
+    dummies: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} of a stage must be >= 1"
+                )
+        unknown = [kind for kind, _ in self.mix if kind not in KINDS]
+        if unknown:
+            raise ValueError(f"mix names {unknown}; kinds are {', '.join(KINDS)}")
+        if not 0.0 <= self.dummies <= 1.0:
+            raise ValueError(f"dummies={self.dummies} of a stage must lie in [0, 1]")
+        if not self.mix or min(w for _, w in self.mix) < 0 or not self.total > 0:
+            raise ValueError(f"mix={self.mix} needs weights >= 0 with a positive sum")
+
+    @property
+    def total(self) -> float:
+        return sum(weight for _, weight in self.mix)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What `Batches` draws. Weights multiply the cross entropy of single labels.
+
+    answer_weight: the digits of every answer; second_weight: the key's second mention
+    in the needle (predictable from the first); the first mention is random and weighs
+    0.
+    passkey_window: if > 0 the needle ends before the last window (see make_passkey).
+    dummy_every: the spacings of dummies, one drawn per interleaved row.
+    """
+
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    answer_weight: float = 10.0
+    second_weight: float = 3.0
+    passkey_questions: int = 1
+    passkey_window: int = 0
+    copy_weight: float = 1.0
+    dummy_every: tuple[int, ...] = (2, 4, 8)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages=() is empty; give at least one Stage")
+        if self.passkey_questions < 1:
+            raise ValueError(f"passkey_questions={self.passkey_questions} must be >= 1")
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of a step; steps past the end belong to the last stage."""
+        if step < 0:
+            raise ValueError(f"step={step} must be >= 0")
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches over one token stream (see tokenizer.encode_stream)."""
+
+    stream: np.ndarray
+    tokenizer: Any
+    config: BatchConfig
+
+    def __post_init__(self) -> None:
+        longest = max(stage.length for stage in self.config.stages)
+        if len(self.stream) < 2 * longest:
+            raise ValueError(
+                f"the text has {len(self.stream)} tokens, rows of {longest} need "
+                f"at least {2 * longest}; name a source with more text"
+            )
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """tokens, labels int32 [B, T], weights float32 [B, T], kind int32 [B] (KINDS).
+
+        labels[:, t] is tokens[:, t + 1]; the last one, and every label of weight 0, is
+        -100, so that counting labels counts what is trained on.
+        """
+        stage = self.config.stage_at(step)
+        rng = np.random.default_rng([self.config.seed, step])
+        share = np.asarray([weight for _, weight in stage.mix]) / stage.total
+        kinds = [KINDS.index(kind) for kind, _ in stage.mix]
+        kind = np.asarray(kinds, np.int32)[
+            rng.choice(len(kinds), stage.batch_size, p=share)
+        ]
+        rows = [self._row(rng, stage, KINDS[k]) for k in kind]
+        tokens, labels, weights = (np.stack(part) for part in zip(*rows, strict=True))
+        return {"tokens": tokens, "labels": labels, "weights": weights, "kind": kind}
+
+    def _row(self, rng: np.random.Generator, stage: Stage, kind: str):
+        """Tokens, labels, weights [T] of one row."""
+        every = 0
+        if rng.uniform() < stage.dummies:
+            every = int(rng.choice(self.config.dummy_every))
+        real = np.ones(stage.length, bool)
+        if every:
+            real[every :: every + 1] = False
+        row, weight = getattr(self, "_" + kind)(rng, int(real.sum()))
+        tokens = np.full(stage.length, self.tokenizer.eos_token_id, np.int32)
+        labels = np.full(stage.length, IGNORE, np.int32)
+        weights = np.zeros(stage.length, np.float32)
+        tokens[real] = row
+        # A kind weighs the tokens to be predicted; here the weight moves to the
+        # position that predicts. Labels skip over dummies to the next real token.
+        weights[real] = np.append(weight[1:], 0.0)
+        labels[real] = np.append(row[1:], IGNORE)
+        return tokens, np.where(weights > 0, labels, IGNORE).astype(np.int32), weights
+
+    def _slice(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        start = int(rng.integers(0, len(self.stream) - length + 1))
+        return self.stream[start : start + length]
+
+    def _text(self, rng: np.random.Generator, length: int):
+        return self._slice(rng, length), np.ones(length)
+
+    def _repeat(self, rng: np.random.Generator, length: int):
+        # Log-uniform periods: short ones are learnt first and carry the long ones
+        # along.
+        period = int(np.exp(rng.uniform(np.log(4), np.log(length // 2 + 1))))
+        specials = len(set(self.tokenizer.all_special_ids))
+        segment = rng.integers(specials, len(self.tokenizer), period)
+        weights = np.ones(length)
+        weights[:period] = 0.0
+        return np.tile(segment, -(-length // period))[:length], weights
+
+    def _copy(self, rng: np.random.Generator, length: int):
+        tokens = self._slice(rng, length).copy()
+        size = int(rng.integers(min(8, length // 4), length // 2))
+        source = int(rng.integers(0, length - 2 * size + 1))
+        tokens[length - size :] = tokens[source : source + size]
+        weights = np.ones(length)
+        weights[length - size] = 0.0  # nothing announces that the copy begins
+        weights[length - size + 1 :] = self.config.copy_weight
+        return tokens, weights
+
+    def _passkey(self, rng: np.random.Generator, length: int):
+        config = self.config
+        sample = make_passkey(
+            rng,
+            self._slice(rng, length),
+            length,
+            float(rng.uniform()),
+            self.tokenizer,
+            config.passkey_window,
+        )
+        tokens, weights = sample.tokens.copy(), np.ones(length)
+        weights[slice(*sample.mentions[0])] = 0.0
+        weights[slice(*sample.mentions[1])] = config.second_weight
+        weights[slice(*sample.answer)] = config.answer_weight
+        if config.passkey_questions > 1:
+            self._ask_again(rng, sample, tokens, weights)
+        return tokens, weights
+
+    def _ask_again(
+        self,
+        rng: np.random.Generator,
+        sample: Passkey,
+        tokens: np.ndarray,
+        weights: np.ndarray,
+    ) -> None:
+        """Overwrite text between needle and final question with earlier questions."""
+        question, (span,) = encode_with_key(QUESTION, sample.key, self.tokenizer)
+        extra = int(rng.integers(0, self.config.passkey_questions))
+        low, high = sample.needle[1], len(tokens) - len(question)
+        slots = (high - low) // len(question)
+        for slot in rng.permutation(slots)[:extra]:
+            at = low + int(slot) * len(question)
+            tokens[at : at + len(question)] = question
+            weights[at + span[0] : at + span[1]] = self.config.answer_weight
+
+
+def heldout_rows(stream: np.ndarray, length: int, count: int) -> np.ndarray:
+    """`count` rows [count, length] of contiguous text, evenly spread, never
+    overlapping.
+
+    Raises:
+      ValueError: the stream is too short for that many rows.
+    """
+    if count * length > len(stream):
+        raise ValueError(
+            f"count={count} rows of length={length} need {count * length} tokens, the "
+            f"text has {len(stream)}; use fewer rows or name a source with more text"
+        )
+    starts = np.linspace(0, len(stream) - length, count).astype(int)
+    return np.stack([stream[s : s + length] for s in starts]).astype(np.int32)

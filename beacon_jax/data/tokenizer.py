@@ -1,0 +1,95 @@
+"""The tokenizer of the tiny base model: byte-level BPE, digits one by one.
+
+Written as an ordinary Hugging Face folder (tokenizer.json, tokenizer_config.json), so
+that `transformers.AutoTokenizer` and everything else loads it like any other.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from beacon_jax.data.passkey import NEEDLE, QUESTION, draw_key
+
+# One token separates documents and is both bos and eos: beacons start from its
+# embedding row (SPEC section 1), so it has to be a row that base training really uses.
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"
+
+
+def train_tokenizer(
+    documents: Sequence[str],
+    folder: str | Path,
+    vocab_size: int = 512,
+    passkey_fraction: float = 0.03,
+    seed: int = 0,
+) -> Any:
+    """Train on the documents, save to `folder`, return the loaded fast tokenizer.
+
+    Digits are tokens of their own, so that a 5-digit key is 5 tokens wherever it
+    stands. Passkey sentences make up `passkey_fraction` of the training characters:
+    with none a needle takes 39 tokens and a question 26, with 0.03 they take 30 and 19
+    (vocab 512, standard library), so that either fits a window of 32; other text costs
+    the same.
+
+    Raises:
+      ValueError: vocab_size leaves no merges above the 256 bytes and 2 special tokens.
+    """
+    if vocab_size < 259:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at least 259 (256 bytes, 2 specials)"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    rng = np.random.default_rng(seed)
+    size = passkey_fraction * sum(map(len, documents))
+    sentence = NEEDLE + QUESTION
+    phrases = [
+        sentence.format(key=draw_key(rng)) for _ in range(int(size / len(sentence)))
+    ]
+    tokenizer.train_from_iterator([*documents, *phrases], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=EOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(str(folder))
+    # transformers 5 writes a class name of its own that version 4 cannot load; both
+    # know this one.
+    path = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("backend", None)
+    settings.pop("model_max_length", None)  # "unlimited" is written as 1e30
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return fast
+
+
+def encode_stream(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
+    """All documents as one int32 stream [n], each followed by eos."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError(
+            f"tokenizer={tokenizer.name_or_path!r} has no eos token to put between "
+            "documents; set eos_token in its tokenizer_config.json"
+        )
+    ids = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
+    return np.concatenate([np.asarray([*row, eos], np.int32) for row in ids])

@@ -1,0 +1,6 @@
+"""Reading, writing and checking HF checkpoints (DESIGN section 2)."""
+
+from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer, save_hf
+from beacon_jax.hf.hashing import tree_hash
+
+__all__ = ["Checkpoint", "load", "load_tokenizer", "save_hf", "tree_hash"]

@@ -1,0 +1,218 @@
+"""Loads a model from an HF or a converted folder, and saves one as an HF folder."""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beacon_jax.hf.conversion import (
+    HfSource,
+    check_dtype,
+    is_converted,
+    open_converted,
+    read_config,
+    read_manifest,
+    write_config,
+    write_hf_weights,
+    write_index,
+)
+from beacon_jax.hf.hashing import tree_hash
+from beacon_jax.hf.keys import beacon_part, flatten, table, unflatten
+from beacon_jax.hf.reader import TreeReader, open_hf
+from beacon_jax.hf.writer import copy_small_files, new_folder
+from beacon_jax.model.beacon import init_beacon
+from beacon_jax.model.config import BeaconConfig, ModelConfig
+
+SHARD_BYTES = 5_000_000_000  # per file of a saved checkpoint, as transformers does
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model in memory.
+
+    Attributes:
+      config: the model and its beacons.
+      variables: {"params": tree, "beacon": tree} of numpy arrays (see `param_shapes`).
+      path: the folder it was read from.
+      known_hashes: hashes that the manifest of a converted folder already has.
+    """
+
+    config: ModelConfig
+    variables: dict[str, Any]
+    path: Path
+    known_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def base_hash(self) -> str:
+        """`tree_hash` of the base parameters as loaded."""
+        return self.known_hashes.get("base") or tree_hash(self.variables["params"])
+
+    @functools.cached_property
+    def beacon_hash(self) -> str | None:
+        """`tree_hash` of the beacon parameters as loaded, None if there are none."""
+        if self.config.beacon is None:
+            return None
+        return self.known_hashes.get("beacon") or tree_hash(self.variables["beacon"])
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    beacon: BeaconConfig | None = None,
+    ignore_sliding_window: bool = False,
+) -> Checkpoint:
+    """Reads an HF folder or a converted folder into memory.
+
+    Args:
+      path: a folder with config.json and weights.
+      dtype: cast everything to "float32", "bfloat16" or "float16"; None: as stored.
+      beacon: replaces the beacon settings of config.json. Parts that the checkpoint
+        does not have start from the base, so a plain model gets fresh beacons.
+      ignore_sliding_window: attend to everything although config.json has a window.
+
+    Raises:
+      ValueError, FileNotFoundError: naming the tensors or the file that do not fit.
+    """
+    path, cast = Path(path), check_dtype(dtype)
+    converted = is_converted(path)
+    manifest = read_manifest(path) if converted else {}
+    ignore = ignore_sliding_window or manifest.get("ignore_sliding_window", False)
+    config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=ignore)
+    if beacon is not None:
+        config = dataclasses.replace(config, beacon=beacon)
+    if converted:
+        leaves, hashes = _read_converted(path, config, manifest, cast)
+    else:
+        source = HfSource(config, open_hf(path), cast)
+        leaves, hashes = {name: source.array(name) for name in source.tensors}, {}
+    variables = {"params": {}, "beacon": {}} | unflatten(leaves)
+    return Checkpoint(config, variables, path, hashes)
+
+
+def _read_converted(
+    path: Path, config: ModelConfig, manifest: dict[str, Any], cast: np.dtype | None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors by name, and those hashes of the manifest that hold for them."""
+    reader = open_converted(path)
+    expected = {e.name: e.shape for e in table(config)}
+    # Parts that are copies of the base are made again: the settings may have changed.
+    from_base = set(manifest["beacon_from_base"])
+    stored = {
+        n: t for n, t in reader.tensors.items() if beacon_part(n) not in from_base
+    }
+    absent = [n for n in expected if n not in stored]
+    problems = [f"missing: {n}" for n in absent if n.startswith("params/")]
+    problems += [
+        f"not in beacon_param={config.beacon and list(config.beacon.param)}: {n}"
+        for n in stored
+        if n not in expected
+    ]
+    problems += [
+        f"wrong shape: {n} is {list(stored[n].shape)}, config.json says {list(shape)}"
+        for n, shape in expected.items()
+        if n in stored and stored[n].shape != shape
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit its config:\n  " + "\n  ".join(problems))
+    leaves = {n: reader.read(n).astype(cast or t.dtype) for n, t in stored.items()}
+    if absent:
+        fresh = init_beacon(unflatten(leaves)["params"], config)
+        leaves |= {n: x for n, x in flatten(fresh, "beacon/") if n in absent}
+    hashes = {}
+    if all(cast in (None, t.dtype) for t in reader.tensors.values()):
+        hashes["base"] = manifest["base_hash"]
+        if not absent and manifest["beacon_hash"]:
+            hashes["beacon"] = manifest["beacon_hash"]
+    return {name: leaves[name] for name in expected}, hashes
+
+
+def save_hf(
+    dst: str | Path,
+    config: ModelConfig,
+    variables: Mapping[str, Any],
+    source: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model as an HF folder that the authors' release and `load` read.
+
+    Args:
+      dst: the new folder.
+      config: written as config.json, incl. the beacon_* fields.
+      variables: {"params": ..., "beacon": ...}, numpy or jax arrays in the dtype to be
+        saved; they are fetched one layer of one tensor at a time.
+      source: an HF or converted folder whose tokenizer files are copied and whose
+        other config.json keys are kept.
+    """
+    dst, source = Path(dst), Path(source) if source else None
+    reader = TreeReader(variables)
+    entries = table(config)
+    wrong = [
+        f"{e.name}: {found.shape if found else 'missing'}, expected {e.shape}"
+        for e in entries
+        if not (found := reader.tensors.get(e.name)) or found.shape != e.shape
+    ]
+    if wrong:
+        raise ValueError("variables do not fit config:\n  " + "\n  ".join(wrong))
+    sizes = {
+        key: reader.tensors[e.name].nbytes // len(e.keys)
+        for e in entries
+        for key in e.keys
+    }
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for key in sorted(sizes, key=_natural):
+        if sizes[key] > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(key)
+        room -= sizes[key]
+    names = [f"model-{i:05}-of-{len(shards):05}" for i in range(1, len(shards) + 1)]
+    names = [f"{name}.safetensors" for name in names]
+    plan = {
+        name: (keys, {"format": "pt"})
+        for name, keys in zip(
+            names if len(shards) > 1 else ["model.safetensors"], shards, strict=True
+        )
+    }
+    with new_folder(dst, overwrite=overwrite) as folder:
+        base = None
+        if source is not None:
+            copy_small_files(source, folder)
+            base = read_config(source)
+        hf = config.to_hf(base)
+        key = "dtype" if "dtype" in hf else "torch_dtype"
+        hf[key] = reader.tensors["params/embed/embedding"].dtype.name
+        if hf != base:  # else config.json stays byte for byte what it was
+            write_config(folder, hf)
+        write_hf_weights(folder, config, reader, plan)
+        if len(plan) > 1:
+            write_index(folder / "model.safetensors.index.json", plan)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The fast tokenizer of an HF or converted folder; nothing is downloaded or run."""
+    # Without it transformers prints, on import, that PyTorch is not there.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not any((Path(path) / name).exists() for name in names):
+        raise FileNotFoundError(
+            f"path={path} has no tokenizer files ({', '.join(names)}): copy them from "
+            "the base model."
+        )
+    return AutoTokenizer.from_pretrained(
+        str(path), local_files_only=True, use_fast=True, trust_remote_code=False
+    )
+
+
+def _natural(key: str) -> list[Any]:
+    """Sorts layer 2 before layer 10."""
+    return [(part.isdigit(), part.zfill(4)) for part in re.split(r"(\d+)", key)]

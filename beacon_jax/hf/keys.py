@@ -1,0 +1,179 @@
+"""HF tensor names and layouts, one table per family, and the checks against a file.
+
+A linear layer is [out, in] in HF files; here it is [in, out] with the head axis
+split and all layers stacked, so that einsums need no reshape and layers can be scanned.
+"""
+
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from beacon_jax.model.config import ModelConfig, param_shapes
+
+logger = logging.getLogger(__name__)
+
+# Our name -> HF name; {} is the layer. Leaves: kernel, scale, embedding = .weight.
+_LLAMA = {
+    "params/embed": "model.embed_tokens",
+    "params/layers/input_norm": "model.layers.{}.input_layernorm",
+    "params/layers/attention/q_proj": "model.layers.{}.self_attn.q_proj",
+    "params/layers/attention/k_proj": "model.layers.{}.self_attn.k_proj",
+    "params/layers/attention/v_proj": "model.layers.{}.self_attn.v_proj",
+    "params/layers/attention/o_proj": "model.layers.{}.self_attn.o_proj",
+    "params/layers/post_norm": "model.layers.{}.post_attention_layernorm",
+    "params/layers/mlp/gate_proj": "model.layers.{}.mlp.gate_proj",
+    "params/layers/mlp/up_proj": "model.layers.{}.mlp.up_proj",
+    "params/layers/mlp/down_proj": "model.layers.{}.mlp.down_proj",
+    "params/final_norm": "model.norm",
+    "params/lm_head": "lm_head",
+    "beacon/embed": "model.beacon_embed_tokens",
+    "beacon/layers/attention/q_proj": "model.layers.{}.self_attn.beacon_q_proj",
+    "beacon/layers/attention/k_proj": "model.layers.{}.self_attn.beacon_k_proj",
+    "beacon/layers/attention/v_proj": "model.layers.{}.self_attn.beacon_v_proj",
+    "beacon/layers/attention/o_proj": "model.layers.{}.self_attn.beacon_o_proj",
+}
+KEYS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
+
+# Buffers of old releases, computed from the config.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One of our tensors and the HF tensors it is made of.
+
+    Attributes:
+      name: our name, the path in the variables joined with "/".
+      shape: our shape, with L in front if stacked.
+      keys: HF names, one per layer if stacked, else one.
+      linear: whether the HF tensor is transposed.
+      hf_shape: shape of each HF tensor.
+      stacked: whether axis 0 is the layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    keys: tuple[str, ...]
+    linear: bool
+    hf_shape: tuple[int, ...]
+    stacked: bool
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("a/b/c", leaf) of nested dicts, in the order of the dicts."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def table(config: ModelConfig) -> list[Entry]:
+    """All tensors of the model, derived from `param_shapes`."""
+    entries = []
+    for name, shape in flatten(param_shapes(config)):
+        module, leaf = name.rsplit("/", 1)
+        key = KEYS[config.family][module] + (".bias" if leaf == "bias" else ".weight")
+        stacked = "/layers/" in name
+        layer = shape[1:] if stacked else shape
+        linear = leaf == "kernel"
+        if linear:  # [in, out], where o_proj's input and q/k/v's output are two axes
+            inputs = 2 if "o_proj" in module else 1
+            hf_shape = (math.prod(layer[inputs:]), math.prod(layer[:inputs]))
+        else:
+            hf_shape = layer if leaf != "bias" else (math.prod(layer),)
+        keys = tuple(key.format(i) for i in range(config.num_layers if stacked else 1))
+        entries.append(Entry(name, shape, keys, linear, hf_shape, stacked))
+    return entries
+
+
+def resolve(
+    config: ModelConfig, found: Mapping[str, tuple[int, ...]]
+) -> tuple[list[Entry], list[str]]:
+    """Checks a checkpoint's tensors and says where each of ours comes from.
+
+    Args:
+      config: the model.
+      found: HF name -> shape of every tensor in the checkpoint.
+
+    Returns:
+      The table, in which the parts of the beacon that any layer lacks point to the
+      base's keys (SPEC section 1), and those parts: of ["embed", "q", "k", "v", "o"].
+
+    Raises:
+      ValueError: lists all missing, unknown and wrongly shaped tensors.
+    """
+    entries = table(config)
+    shapes = {key: e.hf_shape for e in entries for key in e.keys}
+    if config.tie_embeddings:
+        shapes[LM_HEAD] = shapes[EMBEDDING]  # allowed, compared when it is read
+    unknown = {k for k in found if k not in shapes and not _IGNORED.search(k)}
+    foreign = {k for k in unknown if re.search(r"\bbeacon_", k)}
+    optional = {k for e in entries if e.name.startswith("beacon/") for k in e.keys}
+    optional |= {LM_HEAD} if config.tie_embeddings else set()
+    param = list(config.beacon.param) if config.beacon else None
+    problems = [f"missing: {k}" for k in shapes if k not in found and k not in optional]
+    problems += [f"unknown: {k}" for k in sorted(unknown - foreign)]
+    problems += [
+        f"not in beacon_param={param}: {k} (add its letter and the beacon_* fields to "
+        "config.json, or remove the tensor)"
+        for k in sorted(foreign)
+    ]
+    problems += [
+        f"wrong shape: {k} is {list(found[k])}, config.json says {list(shape)}"
+        for k, shape in shapes.items()
+        if k in found and tuple(found[k]) != tuple(shape)
+    ]
+    if problems:
+        raise ValueError(
+            f"{len(problems)} tensors do not fit config.json "
+            f"(family {config.family}):\n  " + "\n  ".join(problems)
+        )
+    parts: dict[str, list[str]] = {}
+    for e in entries:
+        if part := beacon_part(e.name):
+            parts.setdefault(part, []).extend(e.keys)
+    from_base = []
+    for part, keys in parts.items():
+        if absent := [k for k in keys if k not in found]:
+            from_base.append(part)
+            logger.warning(
+                "beacon %s starts from the base model: %d of its %d tensors are not in "
+                "the checkpoint (the first is %s).",
+                part,
+                len(absent),
+                len(keys),
+                absent[0],
+            )
+    base_keys = {e.name: e.keys for e in entries if e.name.startswith("params/")}
+    resolved = [
+        dataclasses.replace(e, keys=base_keys[e.name.replace("beacon/", "params/", 1)])
+        if beacon_part(e.name) in from_base
+        else e
+        for e in entries
+    ]
+    return resolved, from_base
+
+
+def beacon_part(name: str) -> str | None:
+    """Our name -> "embed", "q", "k", "v" or "o" if it is a beacon's, else None."""
+    if name.startswith("beacon/embed"):
+        return "embed"
+    match = re.match(r"beacon/layers/attention/(\w)_proj/", name)
+    return match[1] if match else None

@@ -1,0 +1,212 @@
+"""Reads tensors, or rows of them, from files without holding more than was asked for.
+
+Plain reads at offsets, not memory maps: mapped pages count as resident memory until
+they are dropped, so a 140 GB checkpoint would look like (and be limited as) 140 GB.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from beacon_jax.hf.keys import flatten
+
+BLOCK_BYTES = 16 << 20  # what is transposed, cast, hashed and written at a time
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: where it is and what it is."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: str = ""
+    offset: int = 0  # of its first byte in the file
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Reader(Protocol):
+    """Tensors by name. `read` gives rows start:stop of axis 0 as a numpy array."""
+
+    tensors: dict[str, Tensor]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        raise NotImplementedError
+
+
+def row_blocks(reader: Reader, name: str) -> Iterator[np.ndarray]:
+    """Yields the rows of a tensor in pieces of about BLOCK_BYTES."""
+    tensor = reader.tensors[name]
+    rows = max(1, BLOCK_BYTES * tensor.shape[0] // max(tensor.nbytes, 1))
+    for start in range(0, tensor.shape[0], rows):
+        yield reader.read(name, start, min(start + rows, tensor.shape[0]))
+
+
+class SafetensorsReader:
+    """The tensors of one or several safetensors files, all headers checked."""
+
+    def __init__(self, files: list[Path]):
+        self.tensors: dict[str, Tensor] = {}
+        self.metadata: dict[str, dict[str, str] | None] = {}
+        self._paths = {path.name: path for path in files}
+        for path in files:
+            header, start = _header(path)
+            self.metadata[path.name] = header.pop("__metadata__", None)
+            for name, info in header.items():
+                if name in self.tensors:
+                    raise ValueError(
+                        f"tensor {name} is in {self.tensors[name].file} and in "
+                        f"{path.name}: remove one of the files from {path.parent}."
+                    )
+                dtype = DTYPES.get(info["dtype"])
+                if dtype is None:
+                    raise ValueError(
+                        f"{path}: tensor {name} has dtype {info['dtype']}, only "
+                        f"{', '.join(DTYPES)} are supported: use an unquantized "
+                        "checkpoint."
+                    )
+                begin, end = info["data_offsets"]
+                tensor = Tensor(tuple(info["shape"]), dtype, path.name, start + begin)
+                if tensor.nbytes != end - begin:
+                    raise ValueError(
+                        f"{path} is corrupt: tensor {name} of shape {info['shape']} "
+                        f"needs {tensor.nbytes} bytes and is given {end - begin}. "
+                        "Download it again."
+                    )
+                self.tensors[name] = tensor
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        tensor = self.tensors[name]
+        rows = range(*slice(start, stop).indices(tensor.shape[0]))
+        row = math.prod(tensor.shape[1:])
+        with self._paths[tensor.file].open("rb") as file:
+            values = np.fromfile(
+                file,
+                tensor.dtype,
+                len(rows) * row,
+                offset=tensor.offset + start * row * tensor.dtype.itemsize,
+            )
+        return values.reshape(len(rows), *tensor.shape[1:])
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and the offset at which the data begins."""
+    actual = path.stat().st_size
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if actual < 8 + size:
+            raise ValueError(
+                f"{path} is truncated: its header alone needs {8 + size} bytes, the "
+                f"file has {actual}. Download it again."
+            )
+        try:
+            header = json.loads(file.read(size))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}.") from error
+    ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+    expected = 8 + size + max(ends, default=0)
+    if actual != expected:
+        raise ValueError(
+            f"{path} is {'truncated' if actual < expected else 'too long'}: its header "
+            f"announces {expected} bytes, the file has {actual}. Download it again."
+        )
+    return header, 8 + size
+
+
+class TorchReader:
+    """The tensors of pytorch_model*.bin files. A file is mapped only while it is read,
+    so that the pages of earlier tensors do not stay resident."""
+
+    def __init__(self, files: list[Path]):
+        if importlib.util.find_spec("torch") is None:
+            raise ImportError(
+                f"{files[0].parent} has only {files[0].name}, and reading it needs "
+                "torch: install it (pip install torch), or use a checkpoint in the "
+                "safetensors format."
+            )
+        self.tensors: dict[str, Tensor] = {}
+        self.metadata: dict[str, dict[str, str] | None] = {}
+        self._paths = {path.name: path for path in files}
+        for path in files:
+            self.metadata[path.name] = {"format": "pt"}
+            for name, value in self._load(path.name).items():
+                dtype = np.dtype(str(value.dtype).removeprefix("torch."))
+                self.tensors[name] = Tensor(tuple(value.shape), dtype, path.name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        import torch  # pyright: ignore[reportMissingImports]
+
+        tensor = self.tensors[name]
+        value = self._load(tensor.file)[name][start:stop].contiguous()
+        if value.dtype == torch.bfloat16:  # numpy itself has no such type
+            return value.view(torch.int16).numpy().view(tensor.dtype).copy()
+        return value.numpy().copy()
+
+    def _load(self, file: str) -> dict[str, Any]:
+        import torch  # pyright: ignore[reportMissingImports]
+
+        return torch.load(
+            self._paths[file], map_location="cpu", mmap=True, weights_only=True
+        )
+
+
+class TreeReader:
+    """Our tensors in memory (numpy or jax arrays), fetched slice by slice."""
+
+    def __init__(self, tree: Mapping[str, Any]):
+        self._leaves = dict(flatten(tree))
+        self.tensors = {
+            name: Tensor(tuple(x.shape), np.dtype(x.dtype))
+            for name, x in self._leaves.items()
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return np.asarray(self._leaves[name][start:stop])
+
+
+def open_hf(folder: Path) -> SafetensorsReader | TorchReader:
+    """Opens the weights of an HF folder: safetensors, else pytorch_model.bin."""
+    for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
+        make = SafetensorsReader if kind == "safetensors" else TorchReader
+        index, single = folder / f"{stem}.{kind}.index.json", folder / f"{stem}.{kind}"
+        if index.exists():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+            if absent := [path.name for path in files if not path.exists()]:
+                raise ValueError(
+                    f"{index} names files that are not there: {', '.join(absent)}. "
+                    "Download them again."
+                )
+            reader = make(files)
+            wrong = [
+                f"{key} (in {file})"
+                for key, file in weight_map.items()
+                if key not in reader.tensors or reader.tensors[key].file != file
+            ]
+            if wrong:
+                raise ValueError(
+                    f"{index} names tensors that the files do not have: "
+                    f"{', '.join(wrong)}."
+                )
+            return reader
+        if single.exists():
+            return make([single])
+    raise FileNotFoundError(
+        f"{folder} has no weights: expected model.safetensors, "
+        "model.safetensors.index.json or pytorch_model.bin."
+    )

@@ -1,0 +1,119 @@
+"""Writes safetensors files as streams and folders as a whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from beacon_jax.hf.reader import DTYPES, Tensor
+
+MANIFEST = "beacon_jax.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class Progress:
+    """Prints tensors, GB and MB/s at most every two seconds, and at the end."""
+
+    def __init__(self, label: str, tensors: int, nbytes: int):
+        self._label, self._tensors, self._nbytes = label, tensors, nbytes
+        self._done = self._bytes = 0
+        self._start = self._shown = time.perf_counter()
+
+    def add(self, nbytes: int) -> None:
+        """One more tensor of `nbytes` is done."""
+        self._done += 1
+        self._bytes += nbytes
+        now = time.perf_counter()
+        if now - self._shown > 2 or self._done == self._tensors:
+            self._shown = now
+            print(
+                f"{self._label}: {self._done}/{self._tensors} tensors, "
+                f"{self._bytes / 1e9:.2f}/{self._nbytes / 1e9:.2f} GB, "
+                f"{self._bytes / 1e6 / max(now - self._start, 1e-9):.0f} MB/s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    blocks: Callable[[str], Iterable[np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors one after the other, each as the blocks of its bytes.
+
+    The header is what the safetensors library writes (compact JSON, padded to 8), so
+    that a file read and written again is the same file.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end := end + tensor.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            start = file.tell()
+            for block in blocks(name):
+                file.write(np.ascontiguousarray(block).view(np.uint8).data)
+            assert file.tell() - start == tensor.nbytes, name
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_small_files(src: Path, dst: Path) -> None:
+    """Copies all but weights, indices and the manifest: tokenizer, templates, code."""
+    for path in sorted(src.rglob("*")):
+        relative = path.relative_to(src)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weights = path.name.endswith((*_WEIGHTS, ".index.json"))
+        if path.is_file() and not hidden and not weights and path.name != MANIFEST:
+            (dst / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, dst / relative)
+
+
+@contextlib.contextmanager
+def new_folder(dst: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Gives an empty folder that becomes `dst` when the block ends without an error.
+
+    A killed process leaves `.NAME.partial` beside `dst`, never half a checkpoint; the
+    next run replaces it. With `overwrite` the old folder stays until the new is whole.
+    """
+    used = dst.exists() and (not dst.is_dir() or any(dst.iterdir()))
+    if used and not overwrite:
+        raise FileExistsError(
+            f"--dst={dst} exists and is not empty: pass --overwrite to replace it, or "
+            "choose another folder."
+        )
+    if used and not (dst / "config.json").exists():
+        raise FileExistsError(
+            f"--dst={dst} is not a checkpoint (no config.json) and is not overwritten: "
+            "choose another folder."
+        )
+    dst.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = dst.absolute().with_name(f".{dst.absolute().name}.partial")
+    old = partial.with_suffix(".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if used:
+            dst.rename(old)
+        partial.rename(dst)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and dst.exists():
+            shutil.rmtree(old)

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Makes .venv and installs beacon_jax with its tools; does nothing when that is done.
+#   make setup [PYTHON=/path/to/python] [EXTRAS=test,eval,cuda12]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+stamp=.venv/.installed
+# The folder is part of the stamp: an editable install holds its path.
+state=$(echo "$PWD" | cat - pyproject.toml constraints.txt launch/setup.sh | cksum)
+extras=${EXTRAS:-test,eval}
+
+identity='import sys, pip; assert sys.version_info >= (3, 12)
+print(sys.base_prefix, sys.version_info)'
+have=$("$python" -c "$identity" 2>/dev/null) || have="none that runs"
+base=""
+if [[ -n ${PYTHON:-} || $have == "none that runs" ]]; then
+  base=$(bash launch/find_python.sh)
+  identity=${identity/, pip/} # a base Python may do without pip, .venv may not
+  [[ $("$base" -c "$identity") != "$have" ]] || base=""
+fi
+
+if [[ -n $base ]]; then
+  echo "setup: making .venv with $base"
+  "$base" -m venv --clear .venv
+elif [[ -z ${EXTRAS:-} && -f $stamp && $(<"$stamp") == "$state" ]]; then
+  exit 0
+fi
+
+echo "setup: installing beacon_jax[$extras] into .venv"
+SECONDS=0
+rm -f "$stamp"
+# uv installs everything in seconds; pip needs minutes but is always there.
+"$python" -m uv --version >/dev/null 2>&1 ||
+  "$python" -m pip install --quiet --constraint constraints.txt uv ||
+  echo "setup: uv cannot be installed here"
+install=(install --quiet --constraint constraints.txt --editable ".[$extras]")
+if ! "$python" -m uv pip "${install[@]}" --python "$python"; then
+  echo "setup: continuing with pip (some minutes)"
+  "$python" -m pip "${install[@]}"
+fi
+echo "$state" >"$stamp"
+echo "setup: done in $SECONDS s"

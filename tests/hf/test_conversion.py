@@ -1,0 +1,252 @@
+"""HF -> converted -> HF gives the same bytes back, for every kind of checkpoint."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from beacon_jax.hf import load, tree_hash
+from beacon_jax.hf.conversion import from_hf, to_hf
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def tensors_in(folder: Path) -> dict[str, np.ndarray]:
+    return {
+        key: value
+        for path in folder.glob("*.safetensors")
+        for key, value in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("beacons", [False, True])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+    ],
+)
+def test_the_round_trip_gives_every_file_back_byte_for_byte(
+    tmp_path,
+    make_checkpoint,
+    config_of,
+    beacon_fields,
+    family,
+    changes,
+    beacons,
+    shards,
+    dtype,
+):
+    hf = config_of(family, **changes, **(beacon_fields if beacons else {}))
+    src = make_checkpoint(hf, shards=shards, dtype=dtype)
+    from_hf(src, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(src)
+    assert (tmp_path / "ours" / "beacon.safetensors").exists() == beacons
+
+
+@pytest.mark.parametrize("case", sorted(p.name for p in GOLDENS.glob("*")))
+def test_golden_checkpoints_survive_the_round_trip(tmp_path, case):
+    from_hf(GOLDENS / case, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    for name in ("config.json", "model.safetensors"):
+        expected = (GOLDENS / case / name).read_bytes()
+        assert (tmp_path / "back" / name).read_bytes() == expected
+
+
+def test_kernels_are_transposed_split_into_heads_and_stacked(
+    tmp_path, make_checkpoint, config_of, tensors_of, beacon_fields
+):
+    hf = config_of("qwen2", **beacon_fields)
+    tensors = tensors_of(hf)
+    from_hf(make_checkpoint(hf), tmp_path / "ours")
+    variables = load(tmp_path / "ours").variables
+    attention = variables["params"]["layers"]["attention"]
+    layer = "model.layers.1.self_attn"
+    x = np.random.default_rng(1).normal(size=16).astype(np.float32)
+    q = np.einsum("d,dnh->nh", x, attention["q_proj"]["kernel"][1])
+    q = q + attention["q_proj"]["bias"][1]
+    expected = tensors[f"{layer}.q_proj.weight"] @ x + tensors[f"{layer}.q_proj.bias"]
+    np.testing.assert_allclose(q.reshape(-1), expected, rtol=1e-5, atol=1e-6)
+    o = np.einsum("nh,nhd->d", q, attention["o_proj"]["kernel"][1])
+    expected = tensors[f"{layer}.o_proj.weight"] @ expected
+    np.testing.assert_allclose(o, expected, rtol=1e-5, atol=1e-5)
+    beacon = variables["beacon"]["layers"]["attention"]["k_proj"]["kernel"][2]
+    expected = tensors["model.layers.2.self_attn.beacon_k_proj.weight"]
+    np.testing.assert_array_equal(beacon.reshape(16, -1).T, expected)
+    head = variables["params"]["lm_head"]["kernel"]
+    np.testing.assert_array_equal(head.T, tensors["lm_head.weight"])
+
+
+def test_tensors_larger_than_a_block_are_whole(
+    tmp_path, make_checkpoint, config_of, beacon_fields, monkeypatch
+):
+    monkeypatch.setattr("beacon_jax.hf.reader.BLOCK_BYTES", 100)
+    monkeypatch.setattr("beacon_jax.hf.conversion.BLOCK_BYTES", 100)
+    src = make_checkpoint(config_of("llama", **beacon_fields), dtype=np.float16)
+    from_hf(src, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(src)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_cast_rounds_once_and_the_written_config_says_so(
+    tmp_path, make_checkpoint, config_of, tensors_of, shards
+):
+    hf = config_of("llama")
+    src = make_checkpoint(hf, shards=shards)
+    from_hf(src, tmp_path / "ours", dtype="bfloat16")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    found = tensors_in(tmp_path / "back")
+    for key, value in tensors_of(hf).items():
+        np.testing.assert_array_equal(found[key], value.astype(ml_dtypes.bfloat16))
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config == hf | {"torch_dtype": "bfloat16"}
+    assert tree_hash(load(tmp_path / "back").variables["params"]) == tree_hash(
+        load(tmp_path / "ours").variables["params"]
+    )
+
+
+def test_harmless_and_repeated_tensors_are_accepted(
+    tmp_path, make_checkpoint, config_of, tensors_of
+):
+    hf = config_of("llama", tie_word_embeddings=True)
+    tensors = tensors_of(hf)
+    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    src = make_checkpoint(hf, tensors | head | inv_freq, shards=2)
+    from_hf(src, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    found = tensors_in(tmp_path / "back")
+    assert set(found) == set(tensors | head)
+    index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(found)
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in found.values())
+
+
+def test_a_base_checkpoint_with_a_beacon_config_comes_back_without_beacons(
+    tmp_path, make_checkpoint, config_of, tensors_of, beacon_fields
+):
+    hf = config_of("qwen2", **beacon_fields)
+    src = make_checkpoint(hf, tensors_of(config_of("qwen2")))
+    from_hf(src, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(src)
+
+
+def test_layers_of_different_dtypes_need_a_cast(
+    tmp_path, make_checkpoint, config_of, tensors_of
+):
+    hf = config_of("llama")
+    tensors = tensors_of(hf)
+    key = "model.layers.1.mlp.up_proj.weight"
+    tensors[key] = tensors[key].astype(np.float16)
+    src = make_checkpoint(hf, tensors)
+    with pytest.raises(ValueError, match=r"float16.*float32.*--dtype"):
+        from_hf(src, tmp_path / "ours")
+    from_hf(src, tmp_path / "ours", dtype="float32")
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path, make_checkpoint, config_of):
+    src = make_checkpoint(config_of("llama"))
+    before = set(tmp_path.iterdir())
+
+    def fail(*_):
+        raise RuntimeError("power cut")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("beacon_jax.hf.conversion.transposed_blocks", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            from_hf(src, tmp_path / "ours")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_what_a_killed_conversion_left_is_not_a_checkpoint_and_is_replaced(
+    tmp_path, make_checkpoint, config_of
+):
+    src = make_checkpoint(config_of("llama"))
+    (tmp_path / ".ours.partial").mkdir()
+    (tmp_path / ".ours.partial" / "params.safetensors").write_bytes(b"half")
+    from_hf(src, tmp_path / "ours")
+    assert not (tmp_path / ".ours.partial").exists()
+    assert not (tmp_path / "ours" / "half").exists()
+    load(tmp_path / "ours")
+
+
+def test_a_full_destination_is_kept_unless_told_otherwise(
+    tmp_path, make_checkpoint, config_of
+):
+    src = make_checkpoint(config_of("llama"))
+    dst = tmp_path / "ours"
+    from_hf(src, dst)
+    before = files_of(dst)
+    with pytest.raises(FileExistsError, match=r"--dst=.*ours.*--overwrite"):
+        from_hf(src, dst)
+    assert files_of(dst) == before
+    from_hf(src, dst, dtype="float16", overwrite=True)
+    assert load(dst).variables["params"]["final_norm"]["scale"].dtype == np.float16
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years")
+    with pytest.raises(FileExistsError, match="not a checkpoint"):
+        from_hf(src, home, overwrite=True)
+    assert (home / "thesis.txt").read_text() == "years"
+    with pytest.raises(ValueError, match="same folder"):
+        from_hf(src, src, overwrite=True)
+
+
+def test_pytorch_files_convert_where_torch_is_installed(
+    tmp_path, make_checkpoint, config_of, tensors_of
+):
+    torch = pytest.importorskip("torch")
+    hf = config_of("llama")
+    src = make_checkpoint(hf)
+    (src / "model.safetensors").unlink()
+    tensors = {k: torch.from_numpy(v).bfloat16() for k, v in tensors_of(hf).items()}
+    torch.save(tensors, src / "pytorch_model.bin")
+    from_hf(src, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(
+            found[key].astype(np.float32), value.float().numpy()
+        )
+
+
+def test_pytorch_files_without_torch_name_the_remedy(
+    tmp_path, make_checkpoint, config_of, monkeypatch
+):
+    src = make_checkpoint(config_of("llama"))
+    (src / "model.safetensors").rename(src / "pytorch_model.bin")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pytorch_model\.bin.*pip install torch"):
+        from_hf(src, tmp_path / "ours")
+
+
+def test_two_files_with_the_same_tensor_are_refused(
+    tmp_path, make_checkpoint, config_of, tensors_of
+):
+    hf = config_of("llama")
+    src = make_checkpoint(hf, shards=2)
+    second = src / "model-00002-of-00002.safetensors"
+    extra = {"model.norm.weight": np.ones(16, np.float32)}
+    for path in src.glob("model-*.safetensors"):
+        save_file(load_file(path) | extra, path)
+    with pytest.raises(ValueError, match=rf"model\.norm\.weight.*{second.name}"):
+        from_hf(src, tmp_path / "ours")
