@@ -1,0 +1,63 @@
+"""Activation Beacon in JAX: compresses the KV cache of long contexts.
+
+    model = beacon_jax.load("assets/tiny-beacon")
+    memory = model.compress(text, ratio=4)
+    print(model.generate("What is the pass key?", memory=memory))
+
+`compress`, `complete` and `generate` are also functions that take the model first. The
+command lines (train, convert, generate, evaluate) are run with `python -m`, they are
+not imported.
+
+Axes, the same letters everywhere:
+    B batch             T query length      S key length, slots of the buffer
+    M memory slots      N query heads       K key/value heads    G N / K
+    H head dim          D model dim         F MLP dim            V vocabulary
+    L layers            W window, raw tokens of one
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from beacon_jax.core.memory import CapacityError, Memory
+    from beacon_jax.inference.model import Generation, Model, load
+    from beacon_jax.model.config import BeaconConfig, ModelConfig
+
+    compress, complete, generate = Model.compress, Model.complete, Model.generate
+
+__version__ = "0.1.0"
+__all__ = [
+    "BeaconConfig",
+    "CapacityError",
+    "Generation",
+    "Memory",
+    "Model",
+    "ModelConfig",
+    "complete",
+    "compress",
+    "generate",
+    "load",
+]
+
+# Loaded when first used: jax and flax take seconds, a command line's --help none.
+_WHERE = {
+    "BeaconConfig": "model.config",
+    "ModelConfig": "model.config",
+    "CapacityError": "core.memory",
+    "Memory": "core.memory",
+    "Generation": "inference.model",
+    "Model": "inference.model",
+    "load": "inference.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("complete", "compress", "generate"):
+        return getattr(__getattr__("Model"), name)
+    if name not in _WHERE:
+        raise AttributeError(f"beacon_jax has no {name!r}: it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"beacon_jax.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

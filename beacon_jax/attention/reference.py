@@ -1,0 +1,27 @@
+"""The specification of `prefix_attention` in plain XLA, softmax in float32."""
+
+import jax
+import jax.numpy as jnp
+
+
+def reference(q, k, v, prefix, *, scale, layer=None, queries=None):
+    """See `api.prefix_attention`. Visits the whole capacity S, live or not."""
+    if layer is not None:
+        k, v = k[layer], v[layer]
+    b, t, n, h = q.shape
+    s, heads = k.shape[1:3]
+    q = q.reshape(b, t, heads, n // heads, h)
+    scores = scale * jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32
+    )
+    last = prefix[:, None] + jnp.arange(t)  # [B, T] last key each query sees
+    visible = jnp.arange(s) <= last[:, :, None]
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    # Nothing dead is read: 0 * NaN would be NaN.
+    live = jnp.arange(s) < (prefix + t)[:, None]
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, jnp.where(live[..., None, None], v, 0))
+    out = out.reshape(b, t, n, h)
+    if queries is not None:
+        out = jnp.where((jnp.arange(t) < queries[:, None])[..., None, None], out, 0)
+    return out.astype(q.dtype)

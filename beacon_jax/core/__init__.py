@@ -1,0 +1,1 @@
+"""Windows, memory and the loop over them: everything Activation Beacon adds."""

@@ -1,0 +1,587 @@
+"""The loop over windows: training loss, feeding, decoding one token.
+
+Every function is pure. One window step is shared by all of them: mixed window ->
+decoder over [memory | window] -> beacons' keys and values appended to the memory.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from beacon_jax.core.loss import IGNORE, token_losses
+from beacon_jax.core.memory import CapacityError, Memory
+from beacon_jax.core.windows import open_room, window_slots
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.decoder import Decoder, Entries, write_rows
+from beacon_jax.model.layout import Layout
+from beacon_jax.model.rotary import cos_sin, rotate
+
+# Branches of a window step are NOOP, then the static ratios in order.
+NOOP = 0
+
+
+class FeedOutput(NamedTuple):
+    """last_logits: after each row's last new token; the others per new token, undefined
+    beyond a row's length and None unless asked for."""
+
+    last_logits: Float[Array, "B V"]
+    logits: Float[Array, "B T V"] | None
+    token_loss: Float[Array, "B T"] | None
+
+
+def kept_entries(config: ModelConfig, ratio: int, window: int) -> tuple[int, ...]:
+    """Entries of a full window that its compression may keep: [sink | beacons]."""
+    if ratio == 0:
+        return tuple(range(window))
+    assert config.beacon is not None
+    layout = Layout.of_window(window, ratio, config.beacon.placement)
+    return (*range(config.beacon.sink), *layout.beacon_index.tolist())
+
+
+def _layout(config: ModelConfig, ratio: int, window: int) -> Layout:
+    placement = config.beacon.placement if config.beacon else "interleave"
+    return Layout.of_window(window, ratio, placement)
+
+
+def _window_branches(
+    config,
+    variables,
+    ratios,
+    window,
+    *,
+    stacked,
+    dtype,
+    remat=False,
+    keep_plain=True,
+):
+    """NOOP and one function per static ratio:
+    (tokens, k, v, slots) -> (hidden, kept, k, v).
+
+    keep_plain: the branch of ratio 0 returns its entries; the last window of a
+    training sequence, which is not compressed, needs none.
+    """
+
+    def keep_of(ratio):
+        return () if not ratio and not keep_plain else kept_entries(config, ratio, window)
+
+    most = max(len(keep_of(r)) for r in ratios)
+
+    def branch(ratio):
+        keep = keep_of(ratio)
+        model = Decoder(
+            config,
+            _layout(config, ratio, window),
+            keep,
+            stacked=stacked,
+            remat=remat,
+            dtype=dtype,
+        )
+
+        def run(tokens, k, v, slots):
+            hidden, kept, k, v = model.apply(variables, tokens, k, v, slots)
+            pad = [(0, 0), (0, 0), (0, most - len(keep)), (0, 0), (0, 0)]
+            return hidden, Entries(*(jnp.pad(x, pad) for x in kept)), k, v
+
+        return run
+
+    def noop(tokens, k, v, slots):
+        c = config
+        b = tokens.shape[0]
+        hidden = jnp.zeros((b, window, c.hidden_size), dtype)
+        empty = jnp.zeros((c.num_layers, b, most, c.num_kv_heads, c.head_dim), dtype)
+        buffers = (k, v) if stacked else (None, None)
+        return hidden, Entries(empty, empty), *buffers
+
+    return [noop, *(branch(r) for r in ratios)]
+
+
+def _append(config, k, v, slots, sinks, kept, ratio, closes, *, window, preserve):
+    """Appends the kept entries of the rows that close their window.
+
+    preserve: rows that do not close keep what stands behind their slots (the open
+    window); without it dead entries are written there, which training never reads.
+    """
+    sink = config.beacon.sink if config.beacon else 0
+    first = slots == 0
+    if sink:
+        later = jax.tree.map(
+            lambda x: jnp.roll(x, jnp.where(ratio > 0, -sink, 0), axis=2), kept
+        )
+        pick = first[None, :, None, None, None]
+        kept = jax.tree.map(lambda a, b: jnp.where(pick, a, b), kept, later)
+    n = kept.k.shape[2]
+    cos, sin = cos_sin(config, slots[:, None] + jnp.arange(n))
+    new_k, new_v = rotate(kept.k, cos, sin).astype(k.dtype), kept.v.astype(v.dtype)
+    if preserve:
+        index = (slots[:, None] + jnp.arange(n))[None, :, :, None, None]
+        keep = closes[None, :, None, None, None]
+        old = lambda x: jnp.take_along_axis(x, index, axis=2)
+        new_k = jnp.where(keep, new_k, old(k))
+        new_v = jnp.where(keep, new_v, old(v))
+    put = jax.vmap(write_rows, in_axes=(0, 0, None))
+    grown = jnp.where(
+        ratio > 0, window // jnp.maximum(ratio, 1) + jnp.where(first, sink, 0), window
+    )
+    return (
+        put(k, new_k, slots),
+        put(v, new_v, slots),
+        slots + jnp.where(closes, grown, 0),
+        jnp.where(closes & first, sink, sinks),
+    )
+
+
+def _lookup(ratio, ratios):
+    """Branch index of a traced ratio among the static ones."""
+    found = sum(jnp.where(ratio == r, i + 1, 0) for i, r in enumerate(ratios))
+    return jnp.asarray(found, jnp.int32)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "config",
+        "skip_first_window_loss",
+        "loss_average",
+        "remat",
+        "ratios",
+        "dtype",
+        "outputs",
+    ),
+)
+def train_loss(
+    config: ModelConfig,
+    beacon: dict[str, Any],
+    params: dict[str, Any],
+    batch: dict[str, Array],
+    plan: Int[Array, " N"],
+    *,
+    skip_first_window_loss: bool = False,
+    loss_average: str = "token",
+    remat: str = "none",
+    ratios: tuple[int, ...] | None = None,
+    dtype: Any = jnp.float32,
+    outputs: str = "loss",
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Loss of a training batch; differentiate in `beacon` (and `params` for "all").
+
+    Args:
+      batch: tokens [N, B, W]; labels [N, B, W], shifted, -100 ignored; valid [N, B],
+        real tokens per window, rows aligned at their last windows (`split_windows`
+        with align="right"); optional weights [N, B, W] of single labels.
+      plan: ratio of each window; the last one gets no beacons whatever it says.
+      skip_first_window_loss: the paper's eq. 11 instead of the release's recipe.
+      loss_average: "token", over all counted labels, or "row", a mean of row means.
+      remat: "none", "layer" or "window".
+      ratios: the static ratios to compile; the config's (0 included) if not given.
+      outputs: "loss", or "logits" to have aux["logits"] [N, B, W, V] as well.
+
+    Returns:
+      (loss, aux): window_loss and window_count [N], token_loss [N, B, W], row_loss and
+      row_count [B] (sums of weighted losses and of weights).
+    """
+    tokens, valid = batch["tokens"], batch["valid"]
+    n, b, w = tokens.shape
+    variables = {"params": params, "beacon": beacon}
+    if ratios is None:
+        ratios = config.beacon.ratios if config.beacon else ()
+    static = tuple(sorted({0, *ratios}))
+    keep_plain = 0 in ratios or not ratios
+    branches = _window_branches(
+        config,
+        variables,
+        static,
+        w,
+        stacked=False,
+        dtype=dtype,
+        remat=remat == "layer",
+        keep_plain=keep_plain and n > 1,
+    )
+    head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
+    logits = lambda h: head.apply(variables, h, method="logits")
+    weights = batch.get("weights", jnp.ones((n, b, w), jnp.float32))
+    live = jnp.arange(w) < valid[..., None]
+    labels = jnp.where(live, batch["labels"], IGNORE)
+    if skip_first_window_loss:
+        first = jnp.argmax(valid > 0, axis=0)  # [B] step of each row's first window
+        labels = jnp.where((jnp.arange(n)[:, None] == first)[..., None], IGNORE, labels)
+    weights = jnp.where(labels == IGNORE, 0.0, weights)
+    last = jnp.arange(n) == n - 1
+    plan = jnp.where(last, 0, plan)
+    index = jnp.where(jnp.any(valid > 0, axis=1), _lookup(plan, static), NOOP)
+    closes = (valid == w) & ~last[:, None]
+
+    def step(carry, x):
+        k, v, slots, sinks = carry
+        if len(static) == 1 and n == 1:
+            hidden, kept, *_ = branches[1](x["tokens"], k, v, slots)
+        else:
+            hidden, kept, *_ = lax.switch(
+                x["index"], branches, x["tokens"], k, v, slots
+            )
+        carry = _append(
+            config,
+            k,
+            v,
+            slots,
+            sinks,
+            kept,
+            x["ratio"],
+            x["closes"],
+            window=w,
+            preserve=False,
+        )
+        loss = token_losses(logits, hidden, x["labels"])
+        return carry, (loss, logits(hidden) if outputs == "logits" else None)
+
+    slots_needed = _train_slots(config, ratios, n, w)
+    shape = (config.num_layers, b, slots_needed, config.num_kv_heads, config.head_dim)
+    zeros = jnp.zeros((b,), jnp.int32)
+    carry = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zeros, zeros)
+    xs = dict(
+        tokens=tokens, labels=labels, index=index, ratio=plan, closes=closes
+    )
+    step = jax.checkpoint(step, prevent_cse=False) if remat == "window" else step
+    _, (token_loss, all_logits) = lax.scan(step, carry, xs)
+    weighted = token_loss * weights
+    row_loss, row_count = weighted.sum((0, 2)), weights.sum((0, 2))
+    if loss_average == "row":
+        loss = jnp.mean(row_loss / jnp.where(row_count > 0, row_count, 1.0))
+    elif loss_average == "token":
+        total = row_count.sum()
+        loss = row_loss.sum() / jnp.where(total > 0, total, 1.0)
+    else:
+        raise ValueError(f"loss_average={loss_average!r}: use 'token' or 'row'.")
+    aux = {
+        "window_loss": weighted.sum((1, 2)),
+        "window_count": weights.sum((1, 2)),
+        "token_loss": token_loss,
+        "row_loss": row_loss,
+        "row_count": row_count,
+    }
+    if outputs == "logits":
+        aux["logits"] = all_logits
+    return loss, aux
+
+
+def _train_slots(config, ratios, windows, window) -> int:
+    """Slots for the worst plan: all windows but one at the lowest ratio, one at 0 (SPEC
+    allows it once) and the open window. A plain model keeps everything."""
+    compressing = [r for r in ratios if r > 0]
+    if not compressing:
+        return windows * window
+    low = min(compressing)
+    slots = window_slots(config, low, first=True, window=window)
+    slots += max(windows - 2, 0) * (window // low)
+    return slots + (window if 0 in ratios else 0) + open_room(config, ratios, window)
+
+
+def check_capacity(
+    config: ModelConfig,
+    memory: Memory,
+    new_tokens: Int[np.ndarray, " B"],
+    ratios: Int[np.ndarray, " P"],
+) -> None:
+    """Raises CapacityError unless `new_tokens` more fit. Reads B small numbers back."""
+    w = memory.window
+    needed = 0
+    state = (memory.slots, memory.raw, memory.ratio, memory.windows, new_tokens)
+    columns = [np.broadcast_to(np.asarray(x), memory.slots.shape) for x in state]
+    for slots, raw, ratio, windows, new in zip(*columns, strict=True):
+        total, used = int(raw) + int(new), {int(ratio)} if raw else set()
+        slots = int(slots)
+        for i in range(total // w + 1):
+            at = min(int(windows) + i, len(ratios) - 1)
+            r = int(ratio) if i == 0 and raw else int(ratios[at])
+            used.add(r)
+            if (i + 1) * w <= total:
+                slots += window_slots(config, r, first=slots == 0, window=w)
+        needed = max(needed, slots + open_room(config, tuple(used), w))
+    if needed > memory.capacity:
+        raise CapacityError(memory.capacity, needed)
+
+
+def static_ratios(memory: Memory, ratios: Int[np.ndarray, " P"]) -> tuple[int, ...]:
+    """The ratios that feeding may meet: those planned and those of open windows."""
+    opened = np.asarray(memory.ratio)[np.asarray(memory.raw) > 0]
+    return tuple(sorted({int(r) for r in (*np.asarray(ratios), *opened)}))
+
+
+def _check_shared_plan(memory: Memory, lengths, ratios) -> None:
+    """A window step has one ratio for all its rows (`lax.switch` on a scalar)."""
+    w = memory.window
+    raw, opened, windows = (
+        np.asarray(x) for x in (memory.raw, memory.ratio, memory.windows)
+    )
+    total = raw + np.asarray(lengths)
+    for step in range(int(-(-total.max(initial=0) // w))):
+        rows = [i for i in range(len(total)) if total[i] > step * w]
+        used = {
+            int(opened[i])
+            if step == 0 and raw[i]
+            else int(ratios[min(windows[i] + step, len(ratios) - 1)])
+            for i in rows
+        }
+        if len(used) > 1:
+            raise ValueError(
+                f"ratios={np.asarray(ratios).tolist()} give the rows of this batch "
+                f"different ratios {sorted(used)} in one step: feed rows with equal "
+                f"plans together."
+            )
+
+
+def feed(
+    config: ModelConfig,
+    variables: dict[str, Any],
+    memory: Memory,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    ratios: Int[Array, " P"],
+    *,
+    outputs: str = "last",
+    labels: Int[Array, "B T"] | None = None,
+    dtype: Any = jnp.float32,
+) -> tuple[FeedOutput, Memory]:
+    """Feeds a piece of any length to every row (SPEC section 2, inference).
+
+    The whole text in one call, in pieces or token by token gives the same result. One
+    compile serves every length up to T; pad to a few values of T.
+
+    Args:
+      tokens: right-padded new ids.
+      lengths: new tokens per row, 0 allowed.
+      ratios: ratio of each window of the sequence by its absolute number; the last one
+        goes on. An open window keeps its own.
+      outputs: "last", "logits" (all new tokens) or "loss" (needs labels, shifted).
+
+    Raises:
+      CapacityError: the memory's buffer is too small; states what is needed.
+      ValueError: rows that need different ratios in one step.
+    """
+    if outputs == "loss" and labels is None:
+        raise ValueError("labels=None: outputs='loss' needs shifted labels [B, T].")
+    ratios = np.asarray(ratios, np.int32)
+    check_capacity(config, memory, np.asarray(lengths), ratios)
+    _check_shared_plan(memory, lengths, ratios)
+    return feed_jit(
+        config,
+        variables,
+        memory,
+        jnp.asarray(tokens),
+        jnp.asarray(lengths),
+        jnp.asarray(ratios),
+        jnp.asarray(labels) if labels is not None else None,
+        static=static_ratios(memory, ratios),
+        outputs=outputs,
+        dtype=dtype,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "static", "outputs", "dtype"))
+def feed_jit(
+    config, variables, memory, tokens, lengths, ratios, labels, *, static, outputs, dtype
+):
+    """`feed` without the host's checks; static: the ratios to compile."""
+    b, t = tokens.shape
+    w = memory.window
+    n = -(-(t + w - 1) // w)
+    raw = memory.raw
+    # The open window's tokens go in front: it is run again from its start.
+    at = jnp.arange(n * w) - raw[:, None]
+    pieces = jnp.concatenate([memory.tokens, tokens], axis=1)
+    source = jnp.where(at < 0, jnp.arange(n * w), jnp.minimum(at, t - 1) + w)
+    all_tokens = jnp.take_along_axis(pieces, source, axis=1)
+    total = raw + lengths
+    valid = jnp.clip(total[:, None] - jnp.arange(n) * w, 0, w)  # [B, N]
+    planned = ratios[
+        jnp.minimum(memory.windows[:, None] + jnp.arange(n), ratios.shape[0] - 1)
+    ]
+    goes_on = (jnp.arange(n) == 0) & (raw[:, None] > 0)
+    per_row = jnp.where(goes_on, memory.ratio[:, None], planned)  # [B, N]
+    index = jnp.max(jnp.where(valid > 0, _lookup(per_row, static), NOOP), axis=0)
+    shared = jnp.asarray((0, *static))[index]
+    final = jnp.where(total > 0, (total - 1) // w, -1)
+    all_labels = jnp.full((b, n * w), IGNORE)
+    if outputs == "loss":
+        shifted = jnp.take_along_axis(labels, jnp.clip(at, 0, t - 1), axis=1)
+        new = (at >= 0) & (jnp.arange(n * w) < total[:, None])
+        all_labels = jnp.where(new, shifted, IGNORE)
+    by_step = lambda x: x.reshape(b, n, w).swapaxes(0, 1)
+    branches = _window_branches(
+        config, variables, static, w, stacked=True, dtype=dtype
+    )
+    head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
+    logits = lambda h: head.apply(variables, h, method="logits")
+
+    def step(carry, x):
+        k, v, slots, sinks, last = carry
+        hidden, kept, k, v = lax.switch(x["index"], branches, x["tokens"], k, v, slots)
+        k, v, slots, sinks = _append(
+            config,
+            k,
+            v,
+            slots,
+            sinks,
+            kept,
+            x["ratio"],
+            x["valid"] == w,
+            window=w,
+            preserve=True,
+        )
+        end = jnp.maximum(x["valid"] - 1, 0)[:, None, None]
+        here = jnp.take_along_axis(hidden, end, axis=1)[:, 0]
+        last = jnp.where((x["step"] == final)[:, None], here, last)
+        out = None
+        if outputs == "logits":
+            out = logits(hidden)
+        elif outputs == "loss":
+            out = token_losses(logits, hidden, x["labels"])
+        return (k, v, slots, sinks, last), out
+
+    last = jnp.zeros((b, config.hidden_size), dtype)
+    carry = (memory.k, memory.v, memory.slots, memory.sinks, last)
+    xs = dict(
+        tokens=by_step(all_tokens),
+        labels=by_step(all_labels),
+        valid=valid.T,
+        index=index,
+        ratio=shared,
+        step=jnp.arange(n),
+    )
+    (k, v, slots, sinks, last), out = lax.scan(step, carry, xs)
+    if out is not None:
+        out = out.swapaxes(0, 1).reshape(b, n * w, *out.shape[3:])
+        new = jnp.minimum(jnp.arange(t) + raw[:, None], n * w - 1)
+        new = new.reshape(b, t, *(1,) * (out.ndim - 2))
+        out = jnp.take_along_axis(out, new, axis=1)
+    begun = jnp.minimum(total // w, n - 1)
+    opened = jnp.take_along_axis(all_tokens.reshape(b, n, w), begun[:, None, None], 1)
+    after = Memory(
+        k=k,
+        v=v,
+        slots=slots,
+        sinks=sinks,
+        raw=total % w,
+        ratio=jnp.take_along_axis(per_row, begun[:, None], axis=1)[:, 0],
+        windows=memory.windows + total // w,
+        tokens=opened[:, 0],
+    )
+    output = FeedOutput(
+        logits(last),
+        out if outputs == "logits" else None,
+        out if outputs == "loss" else None,
+    )
+    return output, after
+
+
+@functools.partial(jax.jit, static_argnames=("config", "static", "dtype"))
+def decode_step(
+    config: ModelConfig,
+    variables: dict[str, Any],
+    memory: Memory,
+    tokens: Int[Array, " B"],
+    ratios: Int[Array, " P"],
+    active: Array | None = None,
+    *,
+    static: tuple[int, ...],
+    dtype: Any = jnp.float32,
+) -> tuple[Float[Array, "B V"], Memory]:
+    """Feeds one token to every active row; inserts beacons and compresses as it goes.
+
+    The ratio is data here (`count % r`), never a switch, so rows may be anywhere in
+    their windows. Call `check_capacity` for all tokens to come beforehand.
+
+    Args:
+      tokens: next raw token of each row.
+      ratios: as in `feed`.
+      active: rows that take their token; the others stay as they are.
+      static: the ratios that may occur (`static_ratios`); they bound the beacons.
+
+    Returns:
+      (float32 logits of each row's token, memory).
+    """
+    w, b = memory.window, tokens.shape[0]
+    active = jnp.ones((b,), bool) if active is None else active
+    beacon = config.beacon
+    placement = beacon.placement if beacon else "interleave"
+    planned = ratios[jnp.minimum(memory.windows, ratios.shape[0] - 1)]
+    ratio = jnp.where(memory.raw == 0, planned, memory.ratio)
+    memory = memory.replace(ratio=jnp.where(active, ratio, memory.ratio))
+    prefix = memory.slots + memory.open_entries(placement)
+    raw = memory.raw + 1
+    positive = jnp.maximum(memory.ratio, 1)
+    compressing = [r for r in static if r > 0]
+
+    def run(beacons):
+        model = Decoder(config, Layout(1, 1, beacons), dtype=dtype)
+
+        def forward(k, v):
+            hidden, _, k, v = model.apply(variables, tokens[:, None], k, v, prefix)
+            return model.apply(variables, hidden[:, 0], method="logits"), k, v
+
+        return forward
+
+    if compressing:
+        append = placement == "append"
+        due = (raw == w) if append else (raw % positive == 0)
+        due = due & (memory.ratio > 0) & active
+        most = w // min(compressing) if append else 1
+        logits, k, v = lax.cond(
+            jnp.any(due), run(most), run(0), memory.k, memory.v
+        )
+    else:
+        logits, k, v = run(0)(memory.k, memory.v)
+
+    row = jnp.arange(b)
+    column = jnp.minimum(memory.raw, w - 1)
+    token = jnp.where(active, tokens, memory.tokens[row, column])
+    full = active & (raw == w)
+    sink = beacon.sink if beacon else 0
+    first = memory.slots == 0
+    grown = jnp.where(
+        memory.ratio > 0, w // positive + jnp.where(first, sink, 0), w
+    )
+    if compressing:
+        moved = functools.partial(
+            _compress_open, config, memory.slots, memory.ratio, full, compressing, w
+        )
+        k, v = lax.cond(jnp.any(full), moved, lambda k, v: (k, v), k, v)
+    return logits, memory.replace(
+        k=k,
+        v=v,
+        slots=memory.slots + jnp.where(full, grown, 0),
+        sinks=jnp.where(full & first, sink, memory.sinks),
+        raw=jnp.where(active, jnp.where(full, 0, raw), memory.raw),
+        windows=memory.windows + full,
+        tokens=memory.tokens.at[row, column].set(token),
+    )
+
+
+def _compress_open(config, slots, ratio, full, ratios, window, k, v):
+    """Moves the kept entries of full open windows to the front of them.
+
+    A kept key already carries the rotation of its place in the window, so it is turned
+    back by the distance it moves."""
+    sink = jnp.where(slots == 0, config.beacon.sink, 0)[:, None]  # [B, 1]
+    n = config.beacon.sink + max(window // r for r in ratios)
+    j = jnp.arange(n)
+    r = jnp.maximum(ratio, 1)[:, None]
+    beacons = window // r
+    nth = jnp.clip(j - sink, 0, beacons - 1)
+    if config.beacon.placement == "append":
+        place = window + nth
+    else:
+        place = (nth + 1) * (r + 1) - 1
+    place = jnp.where(j < sink, j, place)  # [B, n] entry of the window in new slot j
+    moves = (full & (ratio > 0))[:, None] & (j < sink + beacons)
+    place = jnp.where(moves, place, j)
+    index = (slots[:, None] + place)[None, :, :, None, None]
+    cos, sin = cos_sin(config, j - place, scaled=False)
+    new_k = rotate(jnp.take_along_axis(k, index, axis=2), cos, sin)
+    new_v = jnp.take_along_axis(v, index, axis=2)
+    put = jax.vmap(write_rows, in_axes=(0, 0, None))
+    return put(k, new_k, slots), put(v, new_v, slots)

@@ -1,0 +1,121 @@
+"""The compressed context as a value."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from beacon_jax.model.config import ModelConfig
+
+
+class CapacityError(ValueError):
+    """The buffer is too small; `needed` is the capacity that would do."""
+
+    def __init__(self, capacity: int, needed: int):
+        super().__init__(
+            f"capacity={capacity} slots are too few: this text needs {needed}. Start "
+            f"from init_memory(..., capacity={needed}) or use a higher ratio."
+        )
+        self.needed = needed
+
+
+@flax.struct.dataclass
+class Memory:
+    """Everything the model remembers of B sequences. A pytree; nothing is hidden.
+
+    One buffer holds, per row, [sink | beacons | open window], so that an entry's index
+    is its position. A full window is compressed: its beacons replace its entries.
+
+    Attributes:
+      k: keys, rotated at their index.
+      v: values.
+      slots: sink and beacon slots; they never change once written.
+      sinks: how many of them are sinks (SPEC section 2).
+      raw: raw tokens of the open window, 0 ... W - 1, behind the slots.
+      ratio: of the open window (meaningful while raw > 0).
+      windows: windows closed so far.
+      tokens: ids of the open window's raw tokens; beyond `raw` undefined. A later piece
+        re-runs the open window from its start, which keeps interleaving static.
+    """
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    slots: Int[Array, " B"]
+    sinks: Int[Array, " B"]
+    raw: Int[Array, " B"]
+    ratio: Int[Array, " B"]
+    windows: Int[Array, " B"]
+    tokens: Int[Array, "B W"]
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def window(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def lengths(self) -> Int[Array, " B"]:
+        """Tokens fed so far, per row."""
+        return self.windows * self.window + self.raw
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer, used or not."""
+        return self.k.nbytes + self.v.nbytes
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one slot of one row: keys and values of all layers."""
+        layers, rows, slots, *_ = self.k.shape
+        return self.nbytes // (rows * slots) if layers else 0
+
+    def open_entries(self, placement: str) -> Int[Array, " B"]:
+        """Entries of the open window: raw tokens and the beacons among them."""
+        if placement == "append":
+            return self.raw
+        safe = jnp.maximum(self.ratio, 1)
+        return self.raw + jnp.where(self.ratio > 0, self.raw // safe, 0)
+
+    def describe(self) -> str:
+        """One line per row: tokens, slots, bytes in use."""
+        rows = zip(*(x.tolist() for x in (self.lengths, self.slots, self.raw)), strict=True)
+        lines = [
+            f"row {i}: {tokens} tokens -> {slots} memory slots "
+            f"({slots * self.slot_nbytes / 2**20:.3f} MiB) + {raw} in the open window"
+            for i, (tokens, slots, raw) in enumerate(rows)
+        ]
+        total = f"buffer: {self.capacity} slots per row, {self.nbytes / 2**20:.3f} MiB"
+        return "\n".join([*lines, total])
+
+
+def default_window(config: ModelConfig) -> int:
+    """W of the config's beacons; a plain model is fed in windows of up to 512."""
+    return config.beacon.window if config.beacon else min(512, config.max_position)
+
+
+def init_memory(
+    config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32
+) -> Memory:
+    """An empty memory for `batch` rows of `capacity` slots (`windows.capacity`)."""
+    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+    window = default_window(config)
+    zeros = lambda: jnp.zeros((batch,), jnp.int32)
+    return Memory(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        slots=zeros(),
+        sinks=zeros(),
+        raw=zeros(),
+        ratio=zeros(),
+        windows=zeros(),
+        tokens=jnp.zeros((batch, window), jnp.int32),
+    )
+
+
+def unwrap(tree):
+    """Plain arrays of a tree that may be boxed or numpy."""
+    return jax.tree.map(jnp.asarray, tree)

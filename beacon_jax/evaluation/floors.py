@@ -1,0 +1,96 @@
+"""Floors: numbers that a run has to reach, kept as JSON beside the configs.
+
+{"base_hash_unchanged": true,
+ "floors": [{"name": ..., "task": ..., "metric": ..., "method": ..., "min": 0.85,
+             "length": 256 (optional: the run's first), "rows": 128 (optional)}]}
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+KEYS = frozenset(["name", "task", "metric", "method", "min", "length", "rows"])
+
+
+def read_floors(name: str) -> dict[str, Any]:
+    """Reads a JSON file, or configs/NAME_floors.json.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, or not of the form above.
+    """
+    path = Path(name)
+    if path.suffix != ".json":
+        path = Path("configs") / f"{name}_floors.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--floors={name}: {path} does not exist; name a JSON file, or X for "
+            "configs/X_floors.json."
+        )
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--floors={path} is not JSON: {error}") from None
+    floors = spec.get("floors") if isinstance(spec, dict) else None
+    if not isinstance(floors, list) or set(spec) - {"floors", "base_hash_unchanged"}:
+        raise ValueError(
+            f"--floors={path} must hold 'floors' (a list) and, if wanted, "
+            "'base_hash_unchanged'."
+        )
+    for floor in floors:
+        wrong = set(floor) - KEYS or KEYS - {"length", "rows"} - set(floor)
+        if wrong:
+            raise ValueError(
+                f"--floors={path}: wrong or missing {sorted(wrong)} in {floor}; keys "
+                f"are {sorted(KEYS)}, of which length and rows may be left out."
+            )
+    return spec
+
+
+def check_floors(
+    spec: dict[str, Any],
+    metrics: Sequence[dict[str, Any]],
+    first_length: int,
+    summary: str | None,
+) -> list[tuple[str, bool, str]]:
+    """(name, reached, what was found) of every floor; what was not run is missed.
+
+    summary: the training run's summary.json with base_hash_before / _after.
+    """
+    results = []
+    for floor in spec["floors"]:
+        length = floor.get("length", first_length)
+        want = {k: floor[k] for k in ("task", "metric", "method")} | {"length": length}
+        found = [
+            m
+            for m in metrics
+            if m.get("depth") is None and all(m[k] == v for k, v in want.items())
+        ]
+        label = f"{floor['name']} at {length}"
+        if not found or found[0]["value"] is None:
+            results.append((label, False, "not measured"))
+            continue
+        value, rows = found[0]["value"], found[0]["count"]
+        reached = value >= floor["min"] and rows >= floor.get("rows", 1)
+        text = f"{value:.4f}, floor {floor['min']:g}; {rows} rows"
+        if rows < floor.get("rows", 1):
+            text += f", at least {floor['rows']} wanted"
+        results.append((label, reached, text))
+    if spec.get("base_hash_unchanged"):
+        results.append(("base unchanged by training", *_same_base(summary)))
+    return results
+
+
+def _same_base(summary: str | None) -> tuple[bool, str]:
+    if summary is None:
+        return False, "unknown: name the training run's --summary=DIR/summary.json"
+    path = Path(summary)
+    if not path.is_file():
+        return False, f"unknown: --summary={summary} does not exist"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    before, after = run.get("base_hash_before"), run.get("base_hash_after")
+    if not before or not after:
+        return False, f"unknown: {summary} has no base_hash_before and base_hash_after"
+    if before == after:
+        return True, f"{before[:16]} before and after"
+    return False, f"{before[:16]} before, {after[:16]} after"

@@ -1,0 +1,279 @@
+"""The runner: every task with every method, resumable, deterministic.
+
+OUT/predictions/TASK.METHOD.jsonl  one line per example, in the order of the examples
+OUT/predictions/run.json           what these lines depend on
+OUT/metrics.json, OUT/report.md, OUT/*.png   made anew from the lines each time
+
+Predictions are appended batch by batch. A run that stopped finds its lines, drops a
+half-written last one, repeats the batch in which it stopped (batches keep their
+composition, since float sums may depend on it) and writes what is missing.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from beacon_jax.data.text import load_documents
+from beacon_jax.data.tokenizer import encode_stream
+from beacon_jax.evaluation import report
+from beacon_jax.evaluation.methods import Method, Model
+from beacon_jax.evaluation.tasks.base import Example, Metric, Settings, Task
+
+PROGRESS_SECONDS = 5.0
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
+
+
+def evaluate(
+    model: Model,
+    tasks: Sequence[Task],
+    methods: Sequence[Method],
+    settings: Settings,
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> tuple[list[Metric], str]:
+    """Runs what is missing in `out`, scores everything, writes metrics and report.
+
+    Returns:
+      the metrics, and the tasks' sections of the report.
+
+    Raises:
+      ValueError: `out` holds predictions of another model or other settings, lengths
+        that are not multiples of the window, or too little text.
+    """
+    check_lengths(settings.lengths, model.window)
+    run = describe_run(model, settings)
+    prepare_folder(out / "predictions", run, overwrite=overwrite)
+    documents = load_documents(settings.text, "heldout")
+    stream = encode_stream(documents, model.tokenizer)
+    examples = {
+        task.name: limit(task.examples(model, settings, stream), settings.limit)
+        for task in tasks
+    }
+    progress = Progress(
+        len(methods) * sum(e.length for found in examples.values() for e in found)
+    )
+    metrics: list[Metric] = []
+    sections = []
+    for task in tasks:
+        predictions = []
+        for method in methods:
+            file = out / "predictions" / f"{task.name}.{method.name}.jsonl"
+            predict(task, method, model, examples[task.name], file, settings, progress)
+            predictions += read_lines(file)
+        scored = task.score(predictions)
+        metrics += scored
+        sections.append(task.report(scored, out))
+    (out / "metrics.json").write_text(
+        json.dumps(run | {"metrics": metrics}, indent=1) + "\n", encoding="utf-8"
+    )
+    (out / "report.md").write_text(report.write(run, sections), encoding="utf-8")
+    return metrics, "\n".join(sections)
+
+
+def integers(flag: str, values: Sequence[str]) -> list[int]:
+    """The numbers of a comma-separated flag, all > 0; ValueError names a wrong one."""
+    wrong = [v for v in values if not v.isdecimal() or int(v) < 1]
+    if wrong:
+        raise ValueError(f"--{flag} has {wrong}: use whole numbers > 0, as in 2,4,8.")
+    return list(dict.fromkeys(int(v) for v in values))
+
+
+def check_lengths(lengths: Sequence[int], window: int) -> None:
+    """Raises ValueError unless there is a last window with whole windows before it."""
+    for length in lengths:
+        if length % window or length < 2 * window:
+            near = max(2, round(length / window)) * window
+            raise ValueError(
+                f"--lengths has {length}: a length must be a multiple of the window "
+                f"{window} and at least two windows, for example {near}."
+            )
+
+
+def limit(examples: Sequence[Example], count: int | None) -> list[Example]:
+    """The first `count` examples of each length."""
+    seen: dict[int, int] = {}
+    kept = []
+    for example in examples:
+        seen[example.length] = seen.get(example.length, 0) + 1
+        if count is None or seen[example.length] <= count:
+            kept.append(example)
+    return kept
+
+
+def batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
+    """Consecutive examples of one length, at most `size` of them."""
+    batch: list[Example] = []
+    for example in examples:
+        if batch and (len(batch) == size or batch[0].length != example.length):
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+def predict(
+    task: Task,
+    method: Method,
+    model: Model,
+    examples: Sequence[Example],
+    file: Path,
+    settings: Settings,
+    progress: "Progress",
+) -> None:
+    """Completes one predictions file."""
+    done = repair(file, [e.id for e in examples])
+    progress.skip(sum(e.length for e in examples[:done]))
+    at, size = 0, min(settings.batch_size, len(examples))
+    with file.open("a", encoding="utf-8") as lines:
+        for batch in batches(examples, size):
+            at += len(batch)
+            if at <= done:
+                continue
+            # Repeating an example keeps the shape, hence the compiled program.
+            padded = batch + batch[-1:] * (size - len(batch))
+            answers = task.run(model, method, padded)[: len(batch)]
+            text = [
+                json.dumps(
+                    {"id": e.id, "method": method.name, "ratio": method.ratio}
+                    | {"length": e.length, **e.info, **answer}
+                )
+                for e, answer in zip(batch, answers, strict=True)
+            ]
+            new = min(len(batch), at - done)
+            lines.writelines(line + "\n" for line in text[-new:])
+            lines.flush()
+            progress.add(sum(e.length for e in batch[-new:]), task.name, method.name)
+
+
+def repair(file: Path, ids: Sequence[str]) -> int:
+    """Cuts off a half-written last line; returns the number of whole lines.
+
+    Raises:
+      ValueError: the lines are not those of the first examples.
+    """
+    if not file.exists():
+        return 0
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with file.open("r+b") as opened:
+            opened.truncate(len(whole))
+    try:
+        found = [json.loads(line)["id"] for line in whole.splitlines()]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        found = None
+    if found is None or found != list(ids[: len(found)]):
+        raise ValueError(
+            f"{file} does not hold the first examples of this run: remove it, or use "
+            "--overwrite."
+        )
+    return len(found)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def prepare_folder(folder: Path, run: dict[str, Any], *, overwrite: bool) -> None:
+    """Makes sure that predictions in `folder` belong to this model and settings."""
+    keys = ("model", "settings")
+    identity = {k: v for key in keys for k, v in run[key].items() if k != "path"}
+    identity = json.loads(json.dumps(identity))  # tuples become lists
+    file = folder / "run.json"
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        differ = [k for k, v in identity.items() if before.get(k) != v]
+        if differ:
+            changes = ", ".join(
+                f"{k}={before.get(k)!r} there, {identity[k]!r} now" for k in differ
+            )
+            raise ValueError(
+                f"--out={folder.parent} holds predictions of another run ({changes}): "
+                "name another folder, or use --overwrite to discard them."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+
+
+def describe_run(model: Model, settings: Settings) -> dict[str, Any]:
+    """What has to be known to reproduce the numbers: model, settings, versions."""
+    found = model.checkpoint
+    device = jax.devices()[0]
+    return {
+        "model": {
+            "path": str(found.path),
+            "base_hash": found.base_hash,
+            "beacon_hash": found.beacon_hash,
+            "window": model.window,
+            "dtype": str(model.dtype),
+            "trained_positions": model.config.trained_positions,
+        },
+        "settings": dataclasses.asdict(settings),
+        "versions": {
+            "python": platform.python_version(),
+            "commit": _commit(),
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
+        "hardware": {
+            "platform": device.platform,
+            "device": device.device_kind,
+            "devices": jax.device_count(),
+            "cpu_cores": os.cpu_count(),
+            "machine": platform.machine(),
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs, None outside of one."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+class Progress:
+    """A line on stderr every few seconds; ETA by tokens, which cost alike."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.fresh = total, 0, 0
+        self.start = self.last = time.monotonic()
+
+    def skip(self, tokens: int) -> None:
+        """Tokens of predictions that were there already."""
+        self.done += tokens
+
+    def add(self, tokens: int, task: str, method: str) -> None:
+        self.done, self.fresh = self.done + tokens, self.fresh + tokens
+        now = time.monotonic()
+        if now - self.last < PROGRESS_SECONDS and self.done < self.total:
+            return
+        self.last = now
+        speed = self.fresh / max(now - self.start, 1e-9)
+        eta = (self.total - self.done) / max(speed, 1e-9)
+        print(
+            f"evaluate {self.done / self.total:4.0%}  {task} {method}  "
+            f"{speed:,.0f} tokens/s  ETA {eta // 60:.0f}m{eta % 60:02.0f}s",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,337 @@
+"""The one decoder for Llama-2/3, Mistral, Qwen2 and Qwen2.5, with or without beacons.
+
+Parameters live in two collections: "params" (the base, frozen) and "beacon" (trained).
+Every parameter has logical axis names; layers are scanned and their parameters stacked.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from beacon_jax.attention import prefix_attention
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.layout import Layout
+from beacon_jax.model.rotary import cos_sin, rotate
+
+INIT = nn.initializers.normal(0.02)
+
+
+class Entries(NamedTuple):
+    """Keys (not rotated) and values of the kept entries, [L, B, n, K, H]."""
+
+    k: Array
+    v: Array
+
+
+def write_rows(buffer, new, start, layer=None):
+    """Writes new [B, T, K, H] at start[row] of buffer [B, S, K, H] (or of one layer of
+    [L, B, S, K, H]). The caller guarantees start + T <= S: XLA would clamp silently."""
+    if layer is None:
+        put = lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (at, 0, 0))
+        return jax.vmap(put)(buffer, new, start)
+    put = lambda row, x, at: jax.lax.dynamic_update_slice(
+        row, x[None], (layer, at, 0, 0)
+    )
+    return jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)(buffer, new, start)
+
+
+def _zeros(init, shape):
+    """Beacon variables start as boxed zeros: only shapes and axes count here, the
+    start values come from `init_beacon`."""
+    return lambda: jax.tree.map(
+        jnp.zeros_like, init(jax.random.key(0), shape, jnp.float32)
+    )
+
+
+class Linear(nn.Module):
+    """[B, T, *inputs] -> [B, T, *outputs]; beacon rows use their own weights only."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str, ...]
+    use_bias: bool
+    own: bool  # beacons have weights of their own
+    layout: Layout
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        shape = self.inputs + self.outputs
+        kernel_init = nn.with_logical_partitioning(INIT, self.axes)
+        bias_axes = self.axes[len(self.inputs) :]
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, bias_axes)
+        base = {"kernel": self.param("kernel", kernel_init, shape)}
+        if self.use_bias:
+            base["bias"] = self.param("bias", bias_init, self.outputs)
+        if not self.own:
+            return self._apply(x, base)
+        kernel = self.variable("beacon", "kernel", _zeros(kernel_init, shape))
+        beacon = {"kernel": kernel.value}
+        if self.use_bias:
+            bias = self.variable("beacon", "bias", _zeros(bias_init, self.outputs))
+            beacon["bias"] = bias.value
+        if self.layout.beacons == 0:
+            return self._apply(x, base)
+        raw, beacons = self.layout.split(x)
+        return self.layout.join(self._apply(raw, base), self._apply(beacons, beacon))
+
+    def _apply(self, x, weights):
+        n = len(self.inputs)
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        y = jnp.tensordot(x, weights["kernel"].astype(self.dtype), contract)
+        return y + weights["bias"].astype(self.dtype) if "bias" in weights else y
+
+
+class RMSNorm(nn.Module):
+    """In float32, then cast."""
+
+    size: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (self.size,))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (scale.astype(jnp.float32) * y).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    layout: Layout
+    keep: tuple[int, ...]
+    dtype: Any
+    implementation: str | tuple[str, ...] | None = None
+
+    def setup(self):
+        c = self.config
+        d, h = (c.hidden_size,), c.head_dim
+        owned = c.beacon.param if c.beacon else ()
+        make = lambda letter, i, o, axes, bias: Linear(
+            i, o, axes, bias, letter in owned, self.layout, self.dtype
+        )
+        heads, kv_heads = (c.num_heads, h), (c.num_kv_heads, h)
+        kv_axes = ("embed", "kv_heads", "head_dim")
+        self.q_proj = make("q", d, heads, ("embed", "heads", "head_dim"), c.qkv_bias)
+        self.k_proj = make("k", d, kv_heads, kv_axes, c.qkv_bias)
+        self.v_proj = make("v", d, kv_heads, kv_axes, c.qkv_bias)
+        self.o_proj = make("o", heads, d, ("heads", "head_dim", "embed"), c.o_bias)
+
+    def __call__(self, x, k_buffer, v_buffer, cos, sin, prefix, layer):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        keep = jnp.asarray(self.keep, jnp.int32)
+        kept = Entries(k[:, keep], v[:, keep])
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k_buffer = write_rows(k_buffer, k.astype(k_buffer.dtype), prefix, layer)
+        v_buffer = write_rows(v_buffer, v.astype(v_buffer.dtype), prefix, layer)
+        out = prefix_attention(
+            q,
+            k_buffer,
+            v_buffer,
+            prefix,
+            layer=layer,
+            implementation=self.implementation,
+        )
+        return self.o_proj(out), kept, k_buffer, v_buffer
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    config: ModelConfig
+    layout: Layout
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        d, f = (c.hidden_size,), (c.intermediate_size,)
+        rest = (c.mlp_bias, False, self.layout, self.dtype)
+        gate = Linear(d, f, ("embed", "mlp"), *rest, name="gate_proj")(x)
+        up = Linear(d, f, ("embed", "mlp"), *rest, name="up_proj")(x)
+        return Linear(f, d, ("mlp", "embed"), *rest, name="down_proj")(
+            jax.nn.silu(gate) * up
+        )
+
+
+class Layer(nn.Module):
+    config: ModelConfig
+    layout: Layout
+    keep: tuple[int, ...]
+    dtype: Any
+    implementation: str | tuple[str, ...] | None = None
+
+    @nn.compact
+    def __call__(self, carry, per_layer, cos, sin, prefix):
+        """carry: (x, k, v): the stacked buffers, or None where each layer's slice comes
+        in per_layer. Training takes slices: differentiating a carried buffer would add
+        a whole-buffer cotangent per layer."""
+        c = self.config
+        x, k_all, v_all = carry
+        layer, k_slice, v_slice = per_layer
+        stacked = k_slice is None
+        norm = lambda name: RMSNorm(c.hidden_size, c.rms_norm_eps, name=name)
+        attention = Attention(
+            c,
+            self.layout,
+            self.keep,
+            self.dtype,
+            self.implementation,
+            name="attention",
+        )
+        out, kept, k, v = attention(
+            norm("input_norm")(x),
+            k_all if stacked else k_slice,
+            v_all if stacked else v_slice,
+            cos,
+            sin,
+            prefix,
+            layer if stacked else None,
+        )
+        x = x + out
+        x = x + MLP(c, self.layout, self.dtype, name="mlp")(norm("post_norm")(x))
+        return (x, k if stacked else None, v if stacked else None), kept
+
+
+class Embed(nn.Module):
+    """The embedding table [V, D] and, with beacons, their single row [1, D]."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        init = nn.with_logical_partitioning(INIT, ("vocab", "embed"))
+        self.table = self.param("embedding", init, (c.vocab_size, c.hidden_size))
+        if c.beacon:
+            shape = (1, c.hidden_size)
+            self.row = self.variable("beacon", "embedding", _zeros(init, shape)).value
+
+    def __call__(self, tokens):
+        return self.table[tokens]
+
+
+class _Head(nn.Module):
+    size: int
+    vocab: int
+
+    @nn.compact
+    def __call__(self):
+        init = nn.with_logical_partitioning(INIT, ("embed", "vocab"))
+        return self.param("kernel", init, (self.size, self.vocab))
+
+
+class Decoder(nn.Module):
+    """A window (or a decoded token) of every row through all layers.
+
+    Attributes:
+      layout: where beacons stand among the T entries.
+      keep: entries whose un-rotated keys and values are returned.
+      stacked: write the window into the carried buffers (inference) or into a slice
+        per layer that is dropped afterwards (training).
+      remat: recompute each layer's activations in the backward pass.
+    """
+
+    config: ModelConfig
+    layout: Layout
+    keep: tuple[int, ...] = ()
+    stacked: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+    implementation: str | tuple[str, ...] | None = None
+
+    def setup(self):
+        c = self.config
+        self.embed = Embed(c)
+        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        scanned = nn.scan(
+            layer,
+            variable_axes={"params": 0, "beacon": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        self.layers = scanned(
+            c, self.layout, self.keep, self.dtype, self.implementation
+        )
+        self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if not c.tie_embeddings:
+            self.lm_head = _Head(c.hidden_size, c.vocab_size)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B R"],
+        k: Float[Array, "L B S K H"],
+        v: Float[Array, "L B S K H"],
+        prefix: Int[Array, " B"],
+    ):
+        """Runs R raw tokens and the layout's beacons, T entries in all.
+
+        Args:
+          tokens: ids of the raw entries, R = groups * raw of the layout.
+          k, v: the buffers; row b's first prefix[b] entries are its memory.
+          prefix: entries in front of this window, which is also its first position.
+
+        Returns:
+          (hidden [B, R, D] of the raw rows after the final norm, Entries kept, k, v);
+          k, v are None unless stacked.
+        """
+        c = self.config
+        x = self.embed(tokens).astype(self.dtype)
+        if self.layout.beacons:
+            row = self.embed.row.astype(self.dtype)
+            n = self.layout.groups * self.layout.beacons
+            beacons = jnp.broadcast_to(row, (x.shape[0], n, c.hidden_size))
+            x = self.layout.join(x, beacons)
+        cos, sin = cos_sin(c, prefix[:, None] + jnp.arange(self.layout.length))
+        layers = jnp.arange(c.num_layers)
+        if self.stacked:
+            carry, slices = (x, k, v), (layers, None, None)
+        else:
+            carry, slices = (x, None, None), (layers, k, v)
+        (x, k, v), kept = self.layers(carry, slices, cos, sin, prefix)
+        raw, _ = self.layout.split(x)
+        return self.final_norm(raw), kept, k, v
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 logits of final hidden states."""
+        if self.config.tie_embeddings:
+            kernel = self.embed.table.T
+        else:
+            kernel = self.lm_head()
+        return jnp.matmul(
+            hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+
+    def everything(self, tokens, k, v, prefix):
+        """Touches every parameter; what `init` runs."""
+        hidden, *_ = self(tokens, k, v, prefix)
+        return self.logits(hidden)
+
+
+def init_variables(config: ModelConfig, key: Array) -> dict[str, Any]:
+    """Random base parameters, boxed with logical axis names, and beacons of zeros.
+
+    `jax.eval_shape` it for shapes and axes; `flax.linen.unbox` gives plain arrays.
+    Output projections are scaled by (2 L) ** -0.5, as usual for random starts.
+    """
+    model = Decoder(config, Layout(1, 1, 0))
+    shape = (config.num_layers, 1, 1, config.num_kv_heads, config.head_dim)
+    buffer, zero = jnp.zeros(shape), jnp.zeros((1,), jnp.int32)
+    variables = dict(
+        model.init(
+            key, jnp.zeros((1, 1), jnp.int32), buffer, buffer, zero, method="everything"
+        )
+    )
+    variables.setdefault("beacon", {})
+    scale = 1.0 / math.sqrt(2 * config.num_layers)
+    layers = variables["params"]["layers"]
+    for block, name in (("attention", "o_proj"), ("mlp", "down_proj")):
+        kernel = layers[block][name]["kernel"]
+        layers[block][name]["kernel"] = jax.tree.map(lambda x: x * scale, kernel)
+    return variables

@@ -1,0 +1,52 @@
+"""Where raw tokens and beacons stand in a window; static, as shapes follow from it."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`groups` times (`raw` raw tokens, then `beacons` beacons).
+
+    interleave at ratio r: W/r groups of r + 1; append: 1 group of W + W/r; no beacons:
+    1 group of W + 0; a decoded token: 1 group of 1 + 0, or 1 + 1 where a beacon is due.
+    """
+
+    groups: int
+    raw: int
+    beacons: int
+
+    @classmethod
+    def of_window(cls, window: int, ratio: int, placement: str) -> "Layout":
+        """Layout of a window of `window` raw tokens at a ratio (0: no beacons)."""
+        if ratio == 0:
+            return cls(1, window, 0)
+        if placement == "append":
+            return cls(1, window, window // ratio)
+        return cls(window // ratio, ratio, 1)
+
+    @property
+    def length(self) -> int:
+        return self.groups * (self.raw + self.beacons)
+
+    @property
+    def beacon_index(self) -> np.ndarray:
+        """Entries of the mixed window that are beacons."""
+        entries = np.arange(self.length).reshape(self.groups, -1)
+        return entries[:, self.raw :].reshape(-1)
+
+    def split(self, x):
+        """[B, T, ...] -> raw rows [B, G*r, ...], beacon rows [B, G*b, ...]."""
+        grouped = x.reshape(x.shape[0], self.groups, -1, *x.shape[2:])
+        parts = grouped[:, :, : self.raw], grouped[:, :, self.raw :]
+        return tuple(p.reshape(p.shape[0], -1, *p.shape[3:]) for p in parts)
+
+    def join(self, raw, beacon):
+        """The inverse of `split`."""
+        parts = [
+            x.reshape(x.shape[0], self.groups, -1, *x.shape[2:]) for x in (raw, beacon)
+        ]
+        mixed = jnp.concatenate(parts, axis=2)
+        return mixed.reshape(mixed.shape[0], -1, *mixed.shape[3:])

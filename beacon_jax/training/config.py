@@ -1,0 +1,104 @@
+"""Every setting of a training run, with its default; experiments change some of them.
+
+A config file imports `default_config`, so that a key exists in exactly one place and a
+typo, in a file or on the command line, is an error.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# A ConfigDict; Any, because a type checker knows nothing of its keys.
+Config = Any
+
+
+def default_config() -> Config:
+    """The released recipe's optimiser and loss (SPEC section 3), and no data."""
+    config: Config = ConfigDict()
+    config.init_from = ""  # HF or converted folder; "": `model`, at random
+    config.model = ConfigDict()  # fields of ModelConfig, for random initialisation
+    config.trainable = "beacon"  # or "all": every parameter
+    config.seed = 0  # data, ratios and random initialisation
+    config.dtype = "float32"  # or "bfloat16": computing; masters are always float32
+    config.allow_config_change = False  # resume although the config is another one
+    config.log_every = 50  # steps
+    config.save_every = 500  # steps
+    config.keep = 2  # checkpoints
+    config.window = 0  # tokens computed at once by a model without beacons; 0: the row
+    config.remat = "none"  # or "layer", "window": recompute in the backward pass
+
+    config.beacon = ConfigDict(
+        {
+            "use": True,  # False: a plain decoder
+            "window": 1024,
+            "ratios": (2, 4, 8, 16, 32),
+            "ratio_mix": "step-random",
+            "param": ("q", "k", "v"),
+            "embed_init": "eos",
+            "sink": 0,
+            "placement": "interleave",
+        }
+    )
+    config.loss = ConfigDict({"skip_first_window": False, "average": "token"})
+    config.text = ConfigDict({"uri": "stdlib", "heldout_fraction": 0.1})
+    config.tokenizer = ConfigDict(
+        {
+            "path": "",  # "": the one of init_from
+            "train": False,  # a small BPE on the text, for a model from scratch
+            "vocab_size": 512,
+            "passkey_fraction": 0.03,
+        }
+    )
+    # data.batches.BatchConfig; stages run in the order of their names.
+    config.data = ConfigDict(
+        {
+            "stages": ConfigDict(),
+            "answer_weight": 10.0,
+            "second_weight": 3.0,
+            "passkey_questions": 1,
+            "passkey_window": 0,
+            "copy_weight": 1.0,
+            "dummy_every": (2, 4, 8),
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "name": "adamw",  # or "muon": matrices by Muon, the rest by Adam
+            "lr": 5e-5,
+            "adam_lr": 5e-3,  # muon: of everything that is not a matrix of a layer
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "clip": 1.0,  # global norm; 0: off
+            "warmup": 0,  # steps
+            "decay_start": 0.0,  # share of the steps before the linear decay begins
+            "end": 0.0,  # the rate never falls below this share of lr
+            "max_nonfinite": 10,  # updates in a row skipped before the run stops
+        }
+    )
+    return config
+
+
+def stage(
+    steps: int,
+    length: int,
+    batch_size: int,
+    *,
+    text: float = 1.0,
+    passkey: float = 0.0,
+    repeat: float = 0.0,
+    copy: float = 0.0,
+    dummies: float = 0.0,
+) -> Config:
+    """One stage (`data.batches.Stage`), with the weights of its kinds of rows."""
+    mix = {"text": text, "passkey": passkey, "repeat": repeat, "copy": copy}
+    return ConfigDict(
+        {
+            "steps": steps,
+            "length": length,
+            "batch_size": batch_size,
+            "dummies": dummies,
+            "mix": mix,
+        }
+    )

@@ -1,0 +1,94 @@
+"""The optimiser: AdamW or Muon, one linear schedule, updates that must be finite."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from beacon_jax.training.config import Config
+
+NAMES = ("adamw", "muon")
+
+
+def learning_rate(config: Config, steps: int) -> optax.Schedule:
+    """Share of the peak rate: linear warm-up, constant, linear decay to `end`.
+
+    Args:
+      config: with warmup [steps], decay_start and end [shares].
+      steps: length of the run, where the decay reaches zero.
+    """
+    if not 0.0 <= config.decay_start < 1.0:
+        raise ValueError(
+            f"optimizer.decay_start={config.decay_start} must lie in [0, 1)"
+        )
+    span = steps * (1.0 - config.decay_start)
+
+    def share(step):
+        rise = (step + 1) / max(config.warmup, 1)
+        fall = jnp.maximum((steps - step) / span, config.end)
+        return jnp.minimum(jnp.minimum(rise, fall), 1.0)
+
+    return share
+
+
+def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """The gradient transformation of a run; updates that are not finite are skipped.
+
+    `max_nonfinite` of them in a row stop the run (`trainer`); optax itself would let
+    them through after a number of errors, which is why that number is out of reach.
+    """
+    if config.name not in NAMES:
+        raise ValueError(
+            f"optimizer.name={config.name!r} is unknown: use {' or '.join(NAMES)}"
+        )
+    share = learning_rate(config, steps)
+
+    def scaled(peak: float) -> optax.Schedule:
+        return lambda step: peak * share(step)
+
+    if config.name == "adamw":
+        rule = optax.adamw(
+            scaled(config.lr),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+    else:
+        rule = optax.contrib.muon(
+            scaled(config.lr),
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=scaled(config.adam_lr),
+            muon_weight_dimension_numbers=matrix_axes,
+        )
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.apply_if_finite(
+        optax.chain(clip, rule), max_consecutive_errors=2**31 - 2
+    )
+
+
+def matrix_axes(params: Any) -> Any:
+    """Which axes of a stacked parameter are a layer's matrix; None: not a matrix.
+
+    Axis 0 is the layer and is never mixed. Embeddings and lm_head are left to Adam, as
+    Muon's authors recommend.
+    """
+
+    def axes(path: tuple[Any, ...], x: Any) -> Any:
+        names = [key.key for key in path]
+        if "layers" not in names or names[-1] != "kernel":
+            return None
+        if names[-2] == "o_proj":  # [L, N, H, D]
+            return optax.contrib.MuonDimensionNumbers((1, 2), 3)
+        return optax.contrib.MuonDimensionNumbers(1, tuple(range(2, x.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def skipped(state: Any) -> tuple[int, int]:
+    """Updates skipped as not finite: in a row up to now, and in all."""
+    return int(state.notfinite_count), int(state.total_notfinite)

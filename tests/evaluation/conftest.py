@@ -1,0 +1,76 @@
+"""A tiny random model with a tokenizer, and a text folder, for all evaluation tests."""
+
+import numpy as np
+import pytest
+
+from beacon_jax.data.text import load_documents
+from beacon_jax.data.tokenizer import encode_stream, train_tokenizer
+from beacon_jax.evaluation.methods import load_model
+from beacon_jax.evaluation.tasks.base import Settings
+from beacon_jax.hf.checkpoint import save_hf
+from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
+
+VOCAB, WINDOW = 400, 32
+WORDS = "window beacon memory slot ratio prompt digit river stone lamp seven".split()
+
+
+def random_tree(shapes, rng):
+    if isinstance(shapes, dict):
+        return {name: random_tree(shape, rng) for name, shape in shapes.items()}
+    return rng.normal(0.0, 0.3, shapes).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """60 documents of random words, a tenth of them held out."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        text = " ".join(rng.choice(WORDS, 400))
+        (folder / f"{i}.txt").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, text_folder):
+    """An HF folder of a 2-layer model with random weights and beacons."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    train_tokenizer(load_documents(text_folder), tokenizer, VOCAB, 0.3)
+    config = ModelConfig(
+        family="llama",
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position=512,
+        bos_ids=(0,),
+        eos_ids=(0,),
+        beacon=BeaconConfig(window=WINDOW, ratios=(2, 4)),
+    )
+    variables = random_tree(param_shapes(config), np.random.default_rng(1))
+    save_hf(folder / "hf", config, variables)
+    for file in tokenizer.iterdir():
+        file.rename(folder / "hf" / file.name)
+    return str(folder / "hf")
+
+
+@pytest.fixture(scope="session")
+def settings(text_folder):
+    return Settings(
+        lengths=(96, 128), depths=3, samples=6, text=text_folder, batch_size=4
+    )
+
+
+@pytest.fixture(scope="session")
+def model(model_folder, settings):
+    return load_model(model_folder, max(settings.lengths), (2, 4))
+
+
+@pytest.fixture(scope="session")
+def stream(model, text_folder):
+    return encode_stream(load_documents(text_folder, "heldout"), model.tokenizer)
