@@ -21,7 +21,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: all.")
     flags.DEFINE_float("top_p", 1.0, "Draw from the top tokens that reach p; 1: all.")
     flags.DEFINE_integer("seed", 0, "Of sampling and of a random ratio mix.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Default: as stored.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Else as stored.")
 
 
 def read_context(name: str) -> str:
@@ -34,15 +34,13 @@ def read_context(name: str) -> str:
     return data.decode("utf-8", errors="replace")
 
 
-def parse_ratio(text: str | None) -> int | list[int] | str | None:
-    """8, [2, 4, 8], "full" or None."""
+def parse_ratio(text: str | None) -> list[int] | str | None:
     if text is None or text == "full":
         return text
     try:
-        numbers = [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--ratio={text}: use 8, or 2,4,8, or full.") from None
-    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def run(options: flags.FlagValues) -> None:
@@ -58,16 +56,14 @@ def run(options: flags.FlagValues) -> None:
         on_text=lambda text: print(text, end="", flush=True),
         **{name: getattr(options, name) for name in names},
     )
-    print(flush=True)
-    # To stderr, so that stdout is the text alone.
-    print(result.memory.describe(), file=sys.stderr)
-    speed("prefill", result.prompt_tokens, result.prefill_seconds)
-    speed("decode", len(result.tokens), result.decode_seconds)
-
-
-def speed(name: str, tokens: int, seconds: float) -> None:
-    rate = f"{tokens / seconds:.1f} tokens/s, compilation included"
-    print(f"{name}: {tokens} tokens in {seconds:.2f} s, {rate}", file=sys.stderr)
+    print(flush=True)  # and all else to stderr: stdout is the text alone
+    read, new = result.prompt_tokens, len(result.tokens)
+    print(
+        f"{result.memory.describe()}\nwith compilation: "
+        f"prefill {read} tokens, {read / result.prefill_seconds:.1f} tokens/s; "
+        f"decode {new} tokens, {new / result.decode_seconds:.1f} tokens/s",
+        file=sys.stderr,
+    )
 
 
 def main(argv: Sequence[str]) -> None:

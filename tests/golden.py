@@ -73,7 +73,9 @@ class Replay:
         calls = self.case["calls"]
         starts = [i for i, c in enumerate(calls) if c["op"] == "reset"] or [0]
         for start, end in zip(starts, [*starts[1:], len(calls)], strict=True):
-            self.sequence([c for c in calls[start:end] if c["op"] in ("forward", "greedy")])
+            self.sequence(
+                [c for c in calls[start:end] if c["op"] in ("forward", "greedy")]
+            )
         if "mem.sizes" in self.data and self.memory is not None:
             self.final_memory()
         return self.checks
@@ -192,9 +194,7 @@ class Replay:
             n = float(aux["row_count"].sum())
             if g is not None:
                 scaled = jax.tree.map(lambda x, n=n: n * np.asarray(x, np.float64), g)
-                grads = (
-                    scaled if grads is None else jax.tree.map(np.add, grads, scaled)
-                )
+                grads = scaled if grads is None else jax.tree.map(np.add, grads, scaled)
             sums[rows] = np.stack([aux["row_loss"], aux["row_count"]], axis=1)
             total, count = total + float(aux["row_loss"].sum()), count + n
             for i, row in enumerate(rows):

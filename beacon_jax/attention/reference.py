@@ -20,7 +20,9 @@ def reference(q, k, v, prefix, *, scale, layer=None, queries=None):
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     # Nothing dead is read: 0 * NaN would be NaN.
     live = jnp.arange(s) < (prefix + t)[:, None]
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, jnp.where(live[..., None, None], v, 0))
+    out = jnp.einsum(
+        "BKGTS,BSKH->BTKGH", weights, jnp.where(live[..., None, None], v, 0)
+    )
     out = out.reshape(b, t, n, h)
     if queries is not None:
         out = jnp.where((jnp.arange(t) < queries[:, None])[..., None, None], out, 0)

@@ -17,7 +17,7 @@ from beacon_jax.core.loss import IGNORE, token_losses
 from beacon_jax.core.memory import CapacityError, Memory
 from beacon_jax.core.windows import open_room, window_slots
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.decoder import Decoder, Entries, write_rows
+from beacon_jax.model.decoder import Decoder, Entries, apply, write_rows
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.rotary import cos_sin, rotate
 
@@ -60,14 +60,16 @@ def _window_branches(
     keep_plain=True,
 ):
     """NOOP and one function per static ratio:
-    (tokens, k, v, slots) -> (hidden, kept, k, v).
+    (tokens, k, v, slots, live) -> (hidden, kept, k, v).
 
     keep_plain: the branch of ratio 0 returns its entries; the last window of a
     training sequence, which is not compressed, needs none.
     """
 
     def keep_of(ratio):
-        return () if not ratio and not keep_plain else kept_entries(config, ratio, window)
+        return (
+            () if not ratio and not keep_plain else kept_entries(config, ratio, window)
+        )
 
     most = max(len(keep_of(r)) for r in ratios)
 
@@ -82,14 +84,14 @@ def _window_branches(
             dtype=dtype,
         )
 
-        def run(tokens, k, v, slots):
-            hidden, kept, k, v = model.apply(variables, tokens, k, v, slots)
+        def run(tokens, k, v, slots, live=None):
+            hidden, kept, k, v = apply(model, variables, tokens, k, v, slots, live)
             pad = [(0, 0), (0, 0), (0, most - len(keep)), (0, 0), (0, 0)]
             return hidden, Entries(*(jnp.pad(x, pad) for x in kept)), k, v
 
         return run
 
-    def noop(tokens, k, v, slots):
+    def noop(tokens, k, v, slots, live=None):
         c = config
         b = tokens.shape[0]
         hidden = jnp.zeros((b, window, c.hidden_size), dtype)
@@ -202,7 +204,7 @@ def train_loss(
         keep_plain=keep_plain and n > 1,
     )
     head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
-    logits = lambda h: head.apply(variables, h, method="logits")
+    logits = lambda h: apply(head, variables, h, method="logits")
     weights = batch.get("weights", jnp.ones((n, b, w), jnp.float32))
     live = jnp.arange(w) < valid[..., None]
     labels = jnp.where(live, batch["labels"], IGNORE)
@@ -242,9 +244,7 @@ def train_loss(
     shape = (config.num_layers, b, slots_needed, config.num_kv_heads, config.head_dim)
     zeros = jnp.zeros((b,), jnp.int32)
     carry = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zeros, zeros)
-    xs = dict(
-        tokens=tokens, labels=labels, index=index, ratio=plan, closes=closes
-    )
+    xs = dict(tokens=tokens, labels=labels, index=index, ratio=plan, closes=closes)
     step = jax.checkpoint(step, prevent_cse=False) if remat == "window" else step
     _, (token_loss, all_logits) = lax.scan(step, carry, xs)
     weighted = token_loss * weights
@@ -256,7 +256,7 @@ def train_loss(
         loss = row_loss.sum() / jnp.where(total > 0, total, 1.0)
     else:
         raise ValueError(f"loss_average={loss_average!r}: use 'token' or 'row'.")
-    aux = {
+    aux: dict[str, Any] = {
         "window_loss": weighted.sum((1, 2)),
         "window_count": weights.sum((1, 2)),
         "token_loss": token_loss,
@@ -364,18 +364,18 @@ def feed(
     """
     if outputs == "loss" and labels is None:
         raise ValueError("labels=None: outputs='loss' needs shifted labels [B, T].")
-    ratios = np.asarray(ratios, np.int32)
-    check_capacity(config, memory, np.asarray(lengths), ratios)
-    _check_shared_plan(memory, lengths, ratios)
+    plan = np.asarray(ratios, np.int32)
+    check_capacity(config, memory, np.asarray(lengths), plan)
+    _check_shared_plan(memory, lengths, plan)
     return feed_jit(
         config,
         variables,
         memory,
         jnp.asarray(tokens),
         jnp.asarray(lengths),
-        jnp.asarray(ratios),
+        jnp.asarray(plan),
         jnp.asarray(labels) if labels is not None else None,
-        static=static_ratios(memory, ratios),
+        static=static_ratios(memory, plan),
         outputs=outputs,
         dtype=dtype,
     )
@@ -383,7 +383,17 @@ def feed(
 
 @functools.partial(jax.jit, static_argnames=("config", "static", "outputs", "dtype"))
 def feed_jit(
-    config, variables, memory, tokens, lengths, ratios, labels, *, static, outputs, dtype
+    config,
+    variables,
+    memory,
+    tokens,
+    lengths,
+    ratios,
+    labels,
+    *,
+    static,
+    outputs,
+    dtype,
 ):
     """`feed` without the host's checks; static: the ratios to compile."""
     b, t = tokens.shape
@@ -411,15 +421,17 @@ def feed_jit(
         new = (at >= 0) & (jnp.arange(n * w) < total[:, None])
         all_labels = jnp.where(new, shifted, IGNORE)
     by_step = lambda x: x.reshape(b, n, w).swapaxes(0, 1)
-    branches = _window_branches(
-        config, variables, static, w, stacked=True, dtype=dtype
-    )
+    branches = _window_branches(config, variables, static, w, stacked=True, dtype=dtype)
     head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
-    logits = lambda h: head.apply(variables, h, method="logits")
+    logits = lambda h: apply(head, variables, h, method="logits")
 
     def step(carry, x):
         k, v, slots, sinks, last = carry
-        hidden, kept, k, v = lax.switch(x["index"], branches, x["tokens"], k, v, slots)
+        # A row that has ended keeps its open window while others go on.
+        live = x["valid"] > 0
+        hidden, kept, k, v = lax.switch(
+            x["index"], branches, x["tokens"], k, v, slots, live
+        )
         k, v, slots, sinks = _append(
             config,
             k,
@@ -520,8 +532,8 @@ def decode_step(
         model = Decoder(config, Layout(1, 1, beacons), dtype=dtype)
 
         def forward(k, v):
-            hidden, _, k, v = model.apply(variables, tokens[:, None], k, v, prefix)
-            return model.apply(variables, hidden[:, 0], method="logits"), k, v
+            hidden, _, k, v = apply(model, variables, tokens[:, None], k, v, prefix)
+            return apply(model, variables, hidden[:, 0], method="logits"), k, v
 
         return forward
 
@@ -530,9 +542,7 @@ def decode_step(
         due = (raw == w) if append else (raw % positive == 0)
         due = due & (memory.ratio > 0) & active
         most = w // min(compressing) if append else 1
-        logits, k, v = lax.cond(
-            jnp.any(due), run(most), run(0), memory.k, memory.v
-        )
+        logits, k, v = lax.cond(jnp.any(due), run(most), run(0), memory.k, memory.v)
     else:
         logits, k, v = run(0)(memory.k, memory.v)
 
@@ -542,9 +552,7 @@ def decode_step(
     full = active & (raw == w)
     sink = beacon.sink if beacon else 0
     first = memory.slots == 0
-    grown = jnp.where(
-        memory.ratio > 0, w // positive + jnp.where(first, sink, 0), w
-    )
+    grown = jnp.where(memory.ratio > 0, w // positive + jnp.where(first, sink, 0), w)
     if compressing:
         moved = functools.partial(
             _compress_open, config, memory.slots, memory.ratio, full, compressing, w

@@ -3,7 +3,6 @@
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -21,8 +20,7 @@ class CapacityError(ValueError):
         self.needed = needed
 
 
-@flax.struct.dataclass
-class Memory:
+class Memory(flax.struct.PyTreeNode):
     """Everything the model remembers of B sequences. A pytree; nothing is hidden.
 
     One buffer holds, per row, [sink | beacons | open window], so that an entry's index
@@ -82,7 +80,9 @@ class Memory:
 
     def describe(self) -> str:
         """One line per row: tokens, slots, bytes in use."""
-        rows = zip(*(x.tolist() for x in (self.lengths, self.slots, self.raw)), strict=True)
+        rows = zip(
+            *(x.tolist() for x in (self.lengths, self.slots, self.raw)), strict=True
+        )
         lines = [
             f"row {i}: {tokens} tokens -> {slots} memory slots "
             f"({slots * self.slot_nbytes / 2**20:.3f} MiB) + {raw} in the open window"
@@ -114,8 +114,3 @@ def init_memory(
         windows=zeros(),
         tokens=jnp.zeros((batch, window), jnp.int32),
     )
-
-
-def unwrap(tree):
-    """Plain arrays of a tree that may be boxed or numpy."""
-    return jax.tree.map(jnp.asarray, tree)

@@ -1,4 +1,4 @@
-"""Index arithmetic on the host: cutting into windows, drawing ratios, counting slots."""
+"""Index arithmetic on the host: cutting into windows, drawing ratios."""
 
 import re
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def draw_ratios(
       seed: of numpy's generator, a number or a sequence of numbers.
       length: tokens of the sequence (training) or of its first call (adapt-F); N * W if
         not given.
-      training: keeps 0 to one window per sequence, and only where start + 2 W <= length.
+      training: keeps 0 to one window per sequence, where start + 2 W <= length.
 
     Raises:
       ValueError: an unknown mix, no ratio, or a ratio that does not divide the window.

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from beacon_jax.evaluation.report import table
+
 KEYS = frozenset(["name", "task", "metric", "method", "min", "length", "rows"])
 
 
@@ -79,6 +81,13 @@ def check_floors(
     if spec.get("base_hash_unchanged"):
         results.append(("base unchanged by training", *_same_base(summary)))
     return results
+
+
+def verdict(results: Sequence[tuple[str, bool, str]]) -> tuple[str, str]:
+    """The report's section, and the names of the missed floors ("" if none)."""
+    rows = [[name, "reached" if ok else "MISSED", text] for name, ok, text in results]
+    section = f"## Floors\n\n{table(['floor', 'result', 'measured'], rows)}\n"
+    return section, "; ".join(name for name, ok, _ in results if not ok)
 
 
 def _same_base(summary: str | None) -> tuple[bool, str]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -154,7 +156,20 @@ def jax_logits(
     config: ModelConfig, variables: Mapping[str, Any], tokens: Int[np.ndarray, " T"]
 ) -> Float[np.ndarray, "T V"]:
     """Logits of the JAX decoder on the same tokens, full causal, without beacons."""
-    raise NotImplementedError("--verify=True needs beacon_jax.model.decoder.")
+    from beacon_jax.model.decoder import Decoder
+    from beacon_jax.model.layout import Layout
+
+    shape = (config.num_layers, 1, len(tokens), config.num_kv_heads, config.head_dim)
+    buffer = jnp.zeros(shape, jnp.float32)
+    model = Decoder(config, Layout(1, len(tokens), 0))
+
+    def run(variables):
+        ids, start = jnp.asarray(tokens)[None], jnp.zeros((1,), jnp.int32)
+        return model.apply(variables, ids, buffer, buffer, start, method="everything")
+
+    with jax.default_matmul_precision("highest"):
+        out = jax.jit(run)(jax.tree.map(jnp.asarray, dict(variables)))
+    return np.asarray(out)[0]
 
 
 def compare(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.attention import prefix_attention
 from beacon_jax.model.config import ModelConfig
@@ -27,16 +27,24 @@ class Entries(NamedTuple):
     v: Array
 
 
-def write_rows(buffer, new, start, layer=None):
+def write_rows(buffer, new, start, layer=None, live=None):
     """Writes new [B, T, K, H] at start[row] of buffer [B, S, K, H] (or of one layer of
-    [L, B, S, K, H]). The caller guarantees start + T <= S: XLA would clamp silently."""
-    if layer is None:
-        put = lambda row, x, at: jax.lax.dynamic_update_slice(row, x, (at, 0, 0))
-        return jax.vmap(put)(buffer, new, start)
-    put = lambda row, x, at: jax.lax.dynamic_update_slice(
-        row, x[None], (layer, at, 0, 0)
+    [L, B, S, K, H]); rows that are not live stay as they are. The caller guarantees
+    start + T <= S: XLA would clamp silently."""
+    stacked = layer is not None
+
+    def put(row, x, at, keep):
+        where: Any = (layer, at, 0, 0) if stacked else (at, 0, 0)
+        x = x[None] if stacked else x
+        if live is not None:
+            x = jnp.where(keep, x, jax.lax.dynamic_slice(row, where, x.shape))
+        return jax.lax.dynamic_update_slice(row, x, where)
+
+    axis = 1 if stacked else 0
+    mapped = None if live is None else 0
+    return jax.vmap(put, in_axes=(axis, 0, 0, mapped), out_axes=axis)(
+        buffer, new, start, live
     )
-    return jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)(buffer, new, start)
 
 
 def _zeros(init, shape):
@@ -64,13 +72,13 @@ class Linear(nn.Module):
         kernel_init = nn.with_logical_partitioning(INIT, self.axes)
         bias_axes = self.axes[len(self.inputs) :]
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, bias_axes)
-        base = {"kernel": self.param("kernel", kernel_init, shape)}
+        base: dict[str, Any] = {"kernel": self.param("kernel", kernel_init, shape)}
         if self.use_bias:
             base["bias"] = self.param("bias", bias_init, self.outputs)
         if not self.own:
             return self._apply(x, base)
         kernel = self.variable("beacon", "kernel", _zeros(kernel_init, shape))
-        beacon = {"kernel": kernel.value}
+        beacon: dict[str, Any] = {"kernel": kernel.value}
         if self.use_bias:
             bias = self.variable("beacon", "bias", _zeros(bias_init, self.outputs))
             beacon["bias"] = bias.value
@@ -95,7 +103,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", init, (self.size,))
+        scale: Any = self.param("scale", init, (self.size,))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (scale.astype(jnp.float32) * y).astype(x.dtype)
@@ -122,13 +130,13 @@ class Attention(nn.Module):
         self.v_proj = make("v", d, kv_heads, kv_axes, c.qkv_bias)
         self.o_proj = make("o", heads, d, ("heads", "head_dim", "embed"), c.o_bias)
 
-    def __call__(self, x, k_buffer, v_buffer, cos, sin, prefix, layer):
+    def __call__(self, x, k_buffer, v_buffer, cos, sin, prefix, layer, live):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         keep = jnp.asarray(self.keep, jnp.int32)
         kept = Entries(k[:, keep], v[:, keep])
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k_buffer = write_rows(k_buffer, k.astype(k_buffer.dtype), prefix, layer)
-        v_buffer = write_rows(v_buffer, v.astype(v_buffer.dtype), prefix, layer)
+        k_buffer = write_rows(k_buffer, k.astype(k_buffer.dtype), prefix, layer, live)
+        v_buffer = write_rows(v_buffer, v.astype(v_buffer.dtype), prefix, layer, live)
         out = prefix_attention(
             q,
             k_buffer,
@@ -167,7 +175,7 @@ class Layer(nn.Module):
     implementation: str | tuple[str, ...] | None = None
 
     @nn.compact
-    def __call__(self, carry, per_layer, cos, sin, prefix):
+    def __call__(self, carry, per_layer, cos, sin, prefix, live):
         """carry: (x, k, v): the stacked buffers, or None where each layer's slice comes
         in per_layer. Training takes slices: differentiating a carried buffer would add
         a whole-buffer cotangent per layer."""
@@ -192,6 +200,7 @@ class Layer(nn.Module):
             sin,
             prefix,
             layer if stacked else None,
+            live,
         )
         x = x + out
         x = x + MLP(c, self.layout, self.dtype, name="mlp")(norm("post_norm")(x))
@@ -206,7 +215,7 @@ class Embed(nn.Module):
     def setup(self):
         c = self.config
         init = nn.with_logical_partitioning(INIT, ("vocab", "embed"))
-        self.table = self.param("embedding", init, (c.vocab_size, c.hidden_size))
+        self.table: Any = self.param("embedding", init, (c.vocab_size, c.hidden_size))
         if c.beacon:
             shape = (1, c.hidden_size)
             self.row = self.variable("beacon", "embedding", _zeros(init, shape)).value
@@ -252,7 +261,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0, "beacon": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -269,6 +278,7 @@ class Decoder(nn.Module):
         k: Float[Array, "L B S K H"],
         v: Float[Array, "L B S K H"],
         prefix: Int[Array, " B"],
+        live: Bool[Array, " B"] | None = None,
     ):
         """Runs R raw tokens and the layout's beacons, T entries in all.
 
@@ -276,6 +286,7 @@ class Decoder(nn.Module):
           tokens: ids of the raw entries, R = groups * raw of the layout.
           k, v: the buffers; row b's first prefix[b] entries are its memory.
           prefix: entries in front of this window, which is also its first position.
+          live: rows whose buffers are written; all if not given.
 
         Returns:
           (hidden [B, R, D] of the raw rows after the final norm, Entries kept, k, v);
@@ -294,16 +305,14 @@ class Decoder(nn.Module):
             carry, slices = (x, k, v), (layers, None, None)
         else:
             carry, slices = (x, None, None), (layers, k, v)
-        (x, k, v), kept = self.layers(carry, slices, cos, sin, prefix)
+        (x, k_out, v_out), kept = self.layers(carry, slices, cos, sin, prefix, live)
         raw, _ = self.layout.split(x)
-        return self.final_norm(raw), kept, k, v
+        return self.final_norm(raw), kept, k_out, v_out
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of final hidden states."""
-        if self.config.tie_embeddings:
-            kernel = self.embed.table.T
-        else:
-            kernel = self.lm_head()
+        tied = self.config.tie_embeddings
+        kernel: Any = self.embed.table.T if tied else self.lm_head()
         return jnp.matmul(
             hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32
         )
@@ -312,6 +321,11 @@ class Decoder(nn.Module):
         """Touches every parameter; what `init` runs."""
         hidden, *_ = self(tokens, k, v, prefix)
         return self.logits(hidden)
+
+
+def apply(model: Decoder, variables: Any, *args: Any, method: str = "__call__") -> Any:
+    """`model.apply` without mutable collections, whose type says what comes back."""
+    return model.apply(variables, *args, method=method)
 
 
 def init_variables(config: ModelConfig, key: Array) -> dict[str, Any]:

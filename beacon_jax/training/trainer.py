@@ -178,7 +178,7 @@ def _make_update(
         }
         values = {
             "loss": value,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "window_loss": aux["window_loss"],
             "window_count": aux["window_count"],
         }

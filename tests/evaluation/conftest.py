@@ -11,7 +11,7 @@ from beacon_jax.hf.checkpoint import save_hf
 from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
 
 VOCAB, WINDOW = 400, 32
-WORDS = "window beacon memory slot ratio prompt digit river stone lamp seven".split()
+WORDS = ("window", "beacon", "memory", "slot", "ratio", "digit", "river", "stone")
 
 
 def random_tree(shapes, rng):

@@ -29,7 +29,7 @@ def test_full_is_the_plain_model_and_window_is_the_plain_model_on_the_last_windo
 ):
     task, w = Perplexity(), model.window
     found = task.examples(model, settings, stream)
-    for examples in (found[:2], found[-2:]):  # both lengths
+    for examples in (found[:4], found[-4:]):  # both lengths
         full = task.run(model, FULL, examples)
         window = task.run(model, WINDOW, examples)
         for example, f, o in zip(examples, full, window, strict=True):
@@ -41,15 +41,16 @@ def test_full_is_the_plain_model_and_window_is_the_plain_model_on_the_last_windo
 
 def test_kv_bytes_are_the_slots_that_the_past_takes(model, settings, stream):
     task = Perplexity()
-    example = task.examples(model, settings, stream)[-1:]
-    past = example[0].length - model.window
+    examples = task.examples(model, settings, stream)[-4:]
+    past = examples[0].length - model.window
     slot = 2 * 2 * 2 * 8 * 4  # k and v, layers, kv heads, head dim, float32
     for method, slots in zip(
         [*make_methods(["beacon"], [2, 4]), FULL, WINDOW],
         [past // 2, past // 4, past, 0],
         strict=True,
     ):
-        assert task.run(model, method, example)[0]["kv_bytes"] == slots * slot
+        memory = method.remember(model, [e.tokens[:past] for e in examples], [])
+        assert method.kv_bytes(memory) == [slots * slot] * 4
 
 
 def test_all_lengths_predict_the_same_held_out_tokens_without_overlap(
@@ -78,7 +79,7 @@ def test_a_passkey_is_answered_greedily_and_lies_outside_the_last_window(
         last = e.tokens[last_window_start(e.length, model.window) : -5]
         assert str(e.info["key"]) not in model.tokenizer.decode(last.tolist())
     example = found[0]
-    answer = task.run(model, FULL, [example])[0]
+    answer = task.run(model, FULL, found[:4])[0]
     tokens, reader = example.tokens[:-5], open_hf(model.checkpoint.path)
     for _ in range(5):
         logits = numpy_logits(model.config, reader, tokens)
@@ -89,12 +90,12 @@ def test_a_passkey_is_answered_greedily_and_lies_outside_the_last_window(
 
 def test_exactly_the_five_digits_are_correct(model, settings, stream, monkeypatch):
     task = Passkey()
-    examples = task.examples(model, settings, stream)[:3]
+    examples = task.examples(model, settings, stream)[:4]
     told = np.stack([e.tokens[-5:] for e in examples])
     told[1, 4] += 1
     monkeypatch.setattr(type(model), "decode", lambda *args: told)
     answers = task.run(model, WINDOW, examples)
-    assert [a["correct"] for a in answers] == [True, False, True]
+    assert [a["correct"] for a in answers] == [True, False, True, True]
 
 
 def test_a_seed_gives_the_same_examples_and_another_gives_others(

@@ -36,7 +36,7 @@ def test_there_and_back_on_the_command_line_with_progress(
     assert result.returncode == 1
     assert result.stderr.startswith("error: --dst=") and "--overwrite" in result.stderr
     result = run(*convert, "upside-down", f"--src={src}", f"--dst={ours}")
-    assert result.returncode == 1 and "use from-hf or to-hf" in result.stdout
+    assert result.returncode == 1 and "use from-hf or to-hf" in result.stderr
 
 
 def test_memory_stays_at_the_largest_tensor_plus_a_constant(tmp_path):

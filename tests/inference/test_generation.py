@@ -16,7 +16,9 @@ from beacon_jax.inference.decode import BLOCK, decode, decode_block
 from beacon_jax.inference.prefill import fitting_ratio, plan_ratios, positions, prefill
 from beacon_jax.inference.sampling import make_sampling
 
-CONTEXT = "In 1998 the harbour master counted 41 boats; the key is 52817. " * 2
+CONTEXT = "In 1998 the harbour master counted 41 boats; the key is 52817. He wept."
+# One buffer and, with at most 128 tokens, one plan length: the tests share compiles.
+ROOM = {"capacity": 160}
 GREEDY = make_sampling()
 
 
@@ -29,7 +31,7 @@ def used(memory, row=0):
 def test_greedy_equals_feeding_the_argmax_step_by_step(model):
     new, ratios = 21, plan_ratios(model.config, 2, length=80)
     tokens = model.encode(CONTEXT, "context", first=True)[:43]
-    memory = init_memory(model.config, 1, 128)
+    memory = init_memory(model.config, 1, 160)
     one = jnp.ones(1, jnp.int32)
     for token in tokens:
         out, memory = feed(
@@ -41,7 +43,7 @@ def test_greedy_equals_feeding_the_argmax_step_by_step(model):
         token = jnp.full((1, 1), expected[-1])
         out, memory = feed(model.config, model.variables, memory, token, one, ratios)
     assert 256 not in expected
-    result = model.complete(tokens, ratio=2, max_new_tokens=new)
+    result = model.complete(tokens, ratio=2, max_new_tokens=new, **ROOM)
     assert result.tokens.tolist() == expected
     assert int(result.memory.slots[0]) == int(memory.slots[0]) == (43 + new) // 8 * 4
     for ours, theirs in zip(used(result.memory), used(memory), strict=True):
@@ -50,8 +52,8 @@ def test_greedy_equals_feeding_the_argmax_step_by_step(model):
 
 @pytest.mark.parametrize("ratio", [0, 2, [4, 0, 2]])
 def test_a_context_compressed_first_gives_the_text_of_one_call(model, ratio):
-    options = {"ratio": ratio, "max_new_tokens": 12}
-    memory = model.compress(CONTEXT, ratio=ratio)
+    options = {"ratio": ratio, "max_new_tokens": 12, **ROOM}
+    memory = model.compress(CONTEXT, ratio=ratio, **ROOM)
     before = jax.tree.map(np.array, memory)
     first = model.complete("The key is ", memory=memory, **options)
     whole = model.complete("The key is ", context=CONTEXT, **options)
@@ -62,7 +64,7 @@ def test_a_context_compressed_first_gives_the_text_of_one_call(model, ratio):
 
 
 def test_a_memory_goes_on_with_its_own_ratio_unless_told_otherwise(model):
-    memory = model.compress(CONTEXT[:64], ratio=4)
+    memory = model.compress(CONTEXT[:64], ratio=4, **ROOM)
     assert int(memory.slots[0]) == 64 // 4
     assert int(model.compress("x" * 8, memory=memory).slots[0]) == 64 // 4 + 2
     assert int(model.compress("x" * 8, 2, memory=memory).slots[0]) == 64 // 4 + 4
@@ -70,13 +72,13 @@ def test_a_memory_goes_on_with_its_own_ratio_unless_told_otherwise(model):
 
 
 def test_continuing_the_returned_memory_equals_one_long_generation(model):
-    whole = model.complete(CONTEXT, ratio=4, max_new_tokens=BLOCK + 9)
+    whole = model.complete(CONTEXT, ratio=4, max_new_tokens=BLOCK + 9, **ROOM)
     # The second call starts from the logits of the prompt's last token, so the last
     # token of the first call is given as the prompt of the second.
-    first = model.complete(CONTEXT, ratio=4, max_new_tokens=10)
+    first = model.complete(CONTEXT, ratio=4, max_new_tokens=10, **ROOM)
     assert first.tokens.tolist() == whole.tokens[:10].tolist()
     assert int(first.memory.lengths[0]) == len(CONTEXT) + 10
-    second = model.complete(whole.tokens[10:11], memory=first.memory)
+    second = model.complete(whole.tokens[10:11], memory=first.memory, **ROOM)
     rest = whole.tokens[11:]
     assert second.tokens[: len(rest)].tolist() == rest.tolist()
 
@@ -89,7 +91,7 @@ def test_rows_of_different_length_give_what_each_gives_alone(model):
     settings = {"max_new_tokens": 9, "sampling": GREEDY, "eos_ids": ()}
 
     def run(rows, lengths):
-        memory = init_memory(config, len(rows), 128)
+        memory = init_memory(config, len(rows), 160)
         logits, memory = prefill(
             config, variables, memory, rows, ratios, np.array(lengths)
         )
@@ -127,22 +129,20 @@ def test_long_prompts_are_split_and_share_one_compile(model, monkeypatch):
 
 
 def test_an_end_token_stops_its_row_and_is_neither_returned_nor_fed(model):
-    config, variables = model.config, model.variables
-    free = model.complete(CONTEXT, ratio=2, max_new_tokens=BLOCK + 4)
+    free = model.complete(CONTEXT, ratio=2, max_new_tokens=BLOCK + 4, **ROOM)
     end = int(free.tokens[3])
     stop = free.tokens.tolist().index(end)
     changed = dataclasses.replace(
-        model, config=dataclasses.replace(config, eos_ids=(end,))
+        model, config=dataclasses.replace(model.config, eos_ids=(end,))
     )
-    result = changed.complete(CONTEXT, ratio=2, max_new_tokens=BLOCK + 4)
+    result = changed.complete(CONTEXT, ratio=2, max_new_tokens=BLOCK + 4, **ROOM)
     assert result.tokens.tolist() == free.tokens[:stop].tolist()
     assert int(result.memory.lengths[0]) == len(CONTEXT) + stop
-    del variables
 
 
 def test_one_compile_of_the_decoding_loop_serves_every_number_and_setting(model):
-    memory = model.compress(CONTEXT, ratio=2, capacity=200)
-    options = {"memory": memory, "ratio": 2, "capacity": 200}
+    memory = model.compress(CONTEXT, ratio=2, **ROOM)
+    options = {"memory": memory, "ratio": 2, **ROOM}
     model.complete("a", max_new_tokens=3, **options)
     before = decode_block._cache_size()
     model.complete("bc", max_new_tokens=2 * BLOCK, **options)
@@ -152,7 +152,7 @@ def test_one_compile_of_the_decoding_loop_serves_every_number_and_setting(model)
 
 def test_a_seed_repeats_sampled_text_and_top_k_1_is_greedy(model):
     def draw(**options):
-        result = model.complete(CONTEXT, ratio=2, max_new_tokens=20, **options)
+        result = model.complete(CONTEXT, ratio=2, max_new_tokens=20, **ROOM, **options)
         return result.tokens.tolist()
 
     drawn = draw(temperature=1.5, seed=3)
@@ -170,12 +170,13 @@ def test_streamed_pieces_join_to_the_text(model):
         max_new_tokens=3 * BLOCK,
         temperature=1.0,
         on_text=pieces.append,
+        **ROOM,
     )
     assert "".join(pieces) == result.text and len(pieces) > 1
 
 
 def test_the_public_functions_are_the_methods(model):
-    memory = beacon_jax.compress(model, CONTEXT, ratio=2)
+    memory = beacon_jax.compress(model, CONTEXT, ratio=2, **ROOM)
     assert isinstance(memory, beacon_jax.Memory)
     text = beacon_jax.generate(model, "x", memory=memory, max_new_tokens=4)
     assert text == model.generate("x", memory=memory, max_new_tokens=4)
@@ -201,8 +202,8 @@ def test_no_ratio_takes_the_mix_of_the_config_by_seed(model):
 
 
 def test_positions_follow_the_windows(model):
-    # Two windows of 8 compressed to 4 slots each, then 5 tokens with 2 beacons.
-    assert positions(model.config, np.array([2, 2, 2]), 21) == 4 + 4 + 5 + 2
+    # Two windows of 8 compressed to 4 slots each, then 7 tokens with 3 beacons.
+    assert positions(model.config, np.array([2, 2, 2]), 23) == 4 + 4 + 7 + 3
     assert positions(model.config, np.array([0]), 21) == 21
     # One window: 8 tokens and its 4 beacons are more than the 4 slots that stay.
     assert positions(model.config, np.array([2]), 8) == 12
@@ -244,7 +245,9 @@ def test_a_row_of_0_tokens_is_refused(model):
 
 @pytest.mark.parametrize("ratio", [3, [2, 3], -1])
 def test_a_ratio_that_does_not_divide_the_window_names_those_that_do(model, ratio):
-    with pytest.raises(ValueError, match="does not divide window=8: use one of 1, 2, 4"):
+    with pytest.raises(
+        ValueError, match="does not divide window=8: use one of 1, 2, 4"
+    ):
         model.compress(CONTEXT, ratio=ratio)
 
 

@@ -1,0 +1,32 @@
+"""The authors' implementation, replayed (SPEC section 7)."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.golden import Replay, main
+
+CASES = sorted((Path(__file__).parents[1] / "goldens").glob("*/case.json"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda p: p.parent.name)
+def test_a_golden_case_is_reproduced(case):
+    checks = Replay(case.parent).run()
+    assert checks
+    misses = [c for c in checks if not c.passed]
+    assert not misses
+
+
+def test_the_command_fails_on_a_case_that_does_not_match(tmp_path, capsys):
+    import shutil
+
+    import numpy as np
+
+    source = next(c.parent for c in CASES if c.parent.name.startswith("b1"))
+    for file in source.iterdir():
+        shutil.copy(file, tmp_path / file.name)
+    data = dict(np.load(tmp_path / "case.npz"))
+    data["logits"][0, 3, 5] += 1e-3
+    np.savez(tmp_path / "case.npz", **data)
+    assert main([str(tmp_path)]) == 1
+    assert "MISS" in capsys.readouterr().out
