@@ -23,9 +23,11 @@ setup:
 OUT := out/quickstart
 quickstart: setup
 	$(PY) -m beacon_jax.convert from-hf --src=assets/tiny-base --dst=$(OUT)/base --overwrite
-	$(PY) -m beacon_jax.train --config=configs/quickstart.py --workdir=$(OUT)/train
+	$(PY) -m beacon_jax.train --config=configs/quickstart.py --workdir=$(OUT)/train \
+	  --config.init_from=$(OUT)/base
 	$(PY) -m beacon_jax.evaluate --model=$(OUT)/train/export --tasks=perplexity,passkey \
-	  --ratios=2,4,8 --methods=beacon,full,window --out=$(OUT) --floors=configs/quickstart.py
+	  --ratios=2,4,8 --methods=beacon,full,window --out=$(OUT) --floors=quickstart \
+	  --summary=$(OUT)/train/summary.json
 
 test: setup
 	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile tests
