@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> Config:
     config.loss.skip_first_window = True
     # Halves the time of a step on a CPU (1.36 -> 0.71 core seconds at 8 x 256): without
     # it every branch of the ratio switch stores its residuals, taken or not.
-    config.remat = "window"
+    config.remat = "lean"
     config.data.passkey_questions = 4
     config.data.answer_weight = 20.0
     # Passkeys and a high rate teach recall, short rows make it cheap; text comes back

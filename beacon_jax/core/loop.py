@@ -15,14 +15,19 @@ from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.loss import IGNORE, token_losses
 from beacon_jax.core.memory import CapacityError, Memory
+from beacon_jax.core.step import (
+    NOOP,
+    lookup,
+    new_entries,
+    put_all_layers,
+    slots_added,
+    window_branches,
+)
 from beacon_jax.core.windows import open_room, window_slots
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.decoder import Decoder, Entries, apply, write_rows
+from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.rotary import cos_sin, rotate
-
-# Branches of a window step are NOOP, then the static ratios in order.
-NOOP = 0
 
 
 class FeedOutput(NamedTuple):
@@ -32,252 +37,6 @@ class FeedOutput(NamedTuple):
     last_logits: Float[Array, "B V"]
     logits: Float[Array, "B T V"] | None
     token_loss: Float[Array, "B T"] | None
-
-
-def kept_entries(config: ModelConfig, ratio: int, window: int) -> tuple[int, ...]:
-    """Entries of a full window that its compression may keep: [sink | beacons]."""
-    if ratio == 0:
-        return tuple(range(window))
-    assert config.beacon is not None
-    layout = Layout.of_window(window, ratio, config.beacon.placement)
-    return (*range(config.beacon.sink), *layout.beacon_index.tolist())
-
-
-def _layout(config: ModelConfig, ratio: int, window: int) -> Layout:
-    placement = config.beacon.placement if config.beacon else "interleave"
-    return Layout.of_window(window, ratio, placement)
-
-
-def _window_branches(
-    config,
-    variables,
-    ratios,
-    window,
-    *,
-    stacked,
-    dtype,
-    remat=False,
-    keep_plain=True,
-):
-    """NOOP and one function per static ratio:
-    (tokens, k, v, slots, live) -> (hidden, kept, k, v).
-
-    keep_plain: the branch of ratio 0 returns its entries; the last window of a
-    training sequence, which is not compressed, needs none.
-    """
-
-    def keep_of(ratio):
-        return (
-            () if not ratio and not keep_plain else kept_entries(config, ratio, window)
-        )
-
-    most = max(len(keep_of(r)) for r in ratios)
-
-    def branch(ratio):
-        keep = keep_of(ratio)
-        model = Decoder(
-            config,
-            _layout(config, ratio, window),
-            keep,
-            stacked=stacked,
-            remat=remat,
-            dtype=dtype,
-        )
-
-        def run(tokens, k, v, slots, live=None):
-            hidden, kept, k, v = apply(model, variables, tokens, k, v, slots, live)
-            pad = [(0, 0), (0, 0), (0, most - len(keep)), (0, 0), (0, 0)]
-            return hidden, Entries(*(jnp.pad(x, pad) for x in kept)), k, v
-
-        return run
-
-    def noop(tokens, k, v, slots, live=None):
-        c = config
-        b = tokens.shape[0]
-        hidden = jnp.zeros((b, window, c.hidden_size), dtype)
-        empty = jnp.zeros((c.num_layers, b, most, c.num_kv_heads, c.head_dim), dtype)
-        buffers = (k, v) if stacked else (None, None)
-        return hidden, Entries(empty, empty), *buffers
-
-    return [noop, *(branch(r) for r in ratios)]
-
-
-def _append(config, k, v, slots, sinks, kept, ratio, closes, *, window, preserve):
-    """Appends the kept entries of the rows that close their window.
-
-    preserve: rows that do not close keep what stands behind their slots (the open
-    window); without it dead entries are written there, which training never reads.
-    """
-    sink = config.beacon.sink if config.beacon else 0
-    first = slots == 0
-    if sink:
-        later = jax.tree.map(
-            lambda x: jnp.roll(x, jnp.where(ratio > 0, -sink, 0), axis=2), kept
-        )
-        pick = first[None, :, None, None, None]
-        kept = jax.tree.map(lambda a, b: jnp.where(pick, a, b), kept, later)
-    n = kept.k.shape[2]
-    cos, sin = cos_sin(config, slots[:, None] + jnp.arange(n))
-    new_k, new_v = rotate(kept.k, cos, sin).astype(k.dtype), kept.v.astype(v.dtype)
-    if preserve:
-        index = (slots[:, None] + jnp.arange(n))[None, :, :, None, None]
-        keep = closes[None, :, None, None, None]
-        old = lambda x: jnp.take_along_axis(x, index, axis=2)
-        new_k = jnp.where(keep, new_k, old(k))
-        new_v = jnp.where(keep, new_v, old(v))
-    put = jax.vmap(write_rows, in_axes=(0, 0, None))
-    grown = jnp.where(
-        ratio > 0, window // jnp.maximum(ratio, 1) + jnp.where(first, sink, 0), window
-    )
-    return (
-        put(k, new_k, slots),
-        put(v, new_v, slots),
-        slots + jnp.where(closes, grown, 0),
-        jnp.where(closes & first, sink, sinks),
-    )
-
-
-def _lookup(ratio, ratios):
-    """Branch index of a traced ratio among the static ones."""
-    found = sum(jnp.where(ratio == r, i + 1, 0) for i, r in enumerate(ratios))
-    return jnp.asarray(found, jnp.int32)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "config",
-        "skip_first_window_loss",
-        "loss_average",
-        "remat",
-        "ratios",
-        "dtype",
-        "outputs",
-    ),
-)
-def train_loss(
-    config: ModelConfig,
-    beacon: dict[str, Any],
-    params: dict[str, Any],
-    batch: dict[str, Array],
-    plan: Int[Array, " N"],
-    *,
-    skip_first_window_loss: bool = False,
-    loss_average: str = "token",
-    remat: str = "none",
-    ratios: tuple[int, ...] | None = None,
-    dtype: Any = jnp.float32,
-    outputs: str = "loss",
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Loss of a training batch; differentiate in `beacon` (and `params` for "all").
-
-    Args:
-      batch: tokens [N, B, W]; labels [N, B, W], shifted, -100 ignored; valid [N, B],
-        real tokens per window, rows aligned at their last windows (`split_windows`
-        with align="right"); optional weights [N, B, W] of single labels.
-      plan: ratio of each window; the last one gets no beacons whatever it says.
-      skip_first_window_loss: the paper's eq. 11 instead of the release's recipe.
-      loss_average: "token", over all counted labels, or "row", a mean of row means.
-      remat: "none", "layer" or "window".
-      ratios: the static ratios to compile; the config's (0 included) if not given.
-      outputs: "loss", or "logits" to have aux["logits"] [N, B, W, V] as well.
-
-    Returns:
-      (loss, aux): window_loss and window_count [N], token_loss [N, B, W], row_loss and
-      row_count [B] (sums of weighted losses and of weights).
-    """
-    tokens, valid = batch["tokens"], batch["valid"]
-    n, b, w = tokens.shape
-    variables = {"params": params, "beacon": beacon}
-    if ratios is None:
-        ratios = config.beacon.ratios if config.beacon else ()
-    static = tuple(sorted({0, *ratios}))
-    keep_plain = 0 in ratios or not ratios
-    branches = _window_branches(
-        config,
-        variables,
-        static,
-        w,
-        stacked=False,
-        dtype=dtype,
-        remat=remat == "layer",
-        keep_plain=keep_plain and n > 1,
-    )
-    head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
-    logits = lambda h: apply(head, variables, h, method="logits")
-    weights = batch.get("weights", jnp.ones((n, b, w), jnp.float32))
-    live = jnp.arange(w) < valid[..., None]
-    labels = jnp.where(live, batch["labels"], IGNORE)
-    if skip_first_window_loss:
-        first = jnp.argmax(valid > 0, axis=0)  # [B] step of each row's first window
-        labels = jnp.where((jnp.arange(n)[:, None] == first)[..., None], IGNORE, labels)
-    weights = jnp.where(labels == IGNORE, 0.0, weights)
-    last = jnp.arange(n) == n - 1
-    plan = jnp.where(last, 0, plan)
-    index = jnp.where(jnp.any(valid > 0, axis=1), _lookup(plan, static), NOOP)
-    closes = (valid == w) & ~last[:, None]
-
-    def step(carry, x):
-        k, v, slots, sinks = carry
-        if len(static) == 1 and n == 1:
-            hidden, kept, *_ = branches[1](x["tokens"], k, v, slots)
-        else:
-            hidden, kept, *_ = lax.switch(
-                x["index"], branches, x["tokens"], k, v, slots
-            )
-        carry = _append(
-            config,
-            k,
-            v,
-            slots,
-            sinks,
-            kept,
-            x["ratio"],
-            x["closes"],
-            window=w,
-            preserve=False,
-        )
-        loss = token_losses(logits, hidden, x["labels"])
-        return carry, (loss, logits(hidden) if outputs == "logits" else None)
-
-    slots_needed = _train_slots(config, ratios, n, w)
-    shape = (config.num_layers, b, slots_needed, config.num_kv_heads, config.head_dim)
-    zeros = jnp.zeros((b,), jnp.int32)
-    carry = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zeros, zeros)
-    xs = dict(tokens=tokens, labels=labels, index=index, ratio=plan, closes=closes)
-    step = jax.checkpoint(step, prevent_cse=False) if remat == "window" else step
-    _, (token_loss, all_logits) = lax.scan(step, carry, xs)
-    weighted = token_loss * weights
-    row_loss, row_count = weighted.sum((0, 2)), weights.sum((0, 2))
-    if loss_average == "row":
-        loss = jnp.mean(row_loss / jnp.where(row_count > 0, row_count, 1.0))
-    elif loss_average == "token":
-        total = row_count.sum()
-        loss = row_loss.sum() / jnp.where(total > 0, total, 1.0)
-    else:
-        raise ValueError(f"loss_average={loss_average!r}: use 'token' or 'row'.")
-    aux: dict[str, Any] = {
-        "window_loss": weighted.sum((1, 2)),
-        "window_count": weights.sum((1, 2)),
-        "token_loss": token_loss,
-        "row_loss": row_loss,
-        "row_count": row_count,
-    }
-    if outputs == "logits":
-        aux["logits"] = all_logits
-    return loss, aux
-
-
-def _train_slots(config, ratios, windows, window) -> int:
-    """Slots for the worst plan: all windows but one at the lowest ratio, one at 0 (SPEC
-    allows it once) and the open window. A plain model keeps everything."""
-    compressing = [r for r in ratios if r > 0]
-    if not compressing:
-        return windows * window
-    low = min(compressing)
-    slots = window_slots(config, low, first=True, window=window)
-    slots += max(windows - 2, 0) * (window // low)
-    return slots + (window if 0 in ratios else 0) + open_room(config, ratios, window)
 
 
 def check_capacity(
@@ -412,7 +171,7 @@ def feed_jit(
     ]
     goes_on = (jnp.arange(n) == 0) & (raw[:, None] > 0)
     per_row = jnp.where(goes_on, memory.ratio[:, None], planned)  # [B, N]
-    index = jnp.max(jnp.where(valid > 0, _lookup(per_row, static), NOOP), axis=0)
+    index = jnp.max(jnp.where(valid > 0, lookup(per_row, static), NOOP), axis=0)
     shared = jnp.asarray((0, *static))[index]
     final = jnp.where(total > 0, (total - 1) // w, -1)
     all_labels = jnp.full((b, n * w), IGNORE)
@@ -421,29 +180,26 @@ def feed_jit(
         new = (at >= 0) & (jnp.arange(n * w) < total[:, None])
         all_labels = jnp.where(new, shifted, IGNORE)
     by_step = lambda x: x.reshape(b, n, w).swapaxes(0, 1)
-    branches = _window_branches(config, variables, static, w, stacked=True, dtype=dtype)
+    branches = window_branches(config, static, w, stacked=True, dtype=dtype)
     head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
     logits = lambda h: apply(head, variables, h, method="logits")
+
+    sink = config.beacon.sink if config.beacon else 0
 
     def step(carry, x):
         k, v, slots, sinks, last = carry
         # A row that has ended keeps its open window while others go on.
         live = x["valid"] > 0
         hidden, kept, k, v = lax.switch(
-            x["index"], branches, x["tokens"], k, v, slots, live
+            x["index"], branches, variables, x["tokens"], k, v, slots, live
         )
-        k, v, slots, sinks = _append(
-            config,
-            k,
-            v,
-            slots,
-            sinks,
-            kept,
-            x["ratio"],
-            x["valid"] == w,
-            window=w,
-            preserve=True,
-        )
+        closes = x["valid"] == w
+        new = new_entries(config, kept, slots, x["ratio"], k.dtype)
+        k = put_all_layers(k, new.k, slots, closes)
+        v = put_all_layers(v, new.v, slots, closes)
+        sinks = jnp.where(closes & (slots == 0), sink, sinks)
+        added = slots_added(config, slots, x["ratio"], w)
+        slots = slots + jnp.where(closes, added, 0)
         end = jnp.maximum(x["valid"] - 1, 0)[:, None, None]
         here = jnp.take_along_axis(hidden, end, axis=1)[:, 0]
         last = jnp.where((x["step"] == final)[:, None], here, last)
@@ -552,7 +308,7 @@ def decode_step(
     full = active & (raw == w)
     sink = beacon.sink if beacon else 0
     first = memory.slots == 0
-    grown = jnp.where(memory.ratio > 0, w // positive + jnp.where(first, sink, 0), w)
+    grown = slots_added(config, memory.slots, memory.ratio, w)
     if compressing:
         moved = functools.partial(
             _compress_open, config, memory.slots, memory.ratio, full, compressing, w
@@ -591,5 +347,4 @@ def _compress_open(config, slots, ratio, full, ratios, window, k, v):
     cos, sin = cos_sin(config, j - place, scaled=False)
     new_k = rotate(jnp.take_along_axis(k, index, axis=2), cos, sin)
     new_v = jnp.take_along_axis(v, index, axis=2)
-    put = jax.vmap(write_rows, in_axes=(0, 0, None))
-    return put(k, new_k, slots), put(v, new_v, slots)
+    return put_all_layers(k, new_k, slots, None), put_all_layers(v, new_v, slots, None)

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from beacon_jax import hf
-from beacon_jax.core.loop import train_loss
+from beacon_jax.core.train_loss import train_loss
 from beacon_jax.core.windows import draw_ratios, split_windows
 from beacon_jax.data.batches import BatchConfig, Batches, Stage
 from beacon_jax.data.text import load_documents

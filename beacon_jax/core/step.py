@@ -1,0 +1,115 @@
+"""One window: the branches over static ratios, and what enters the memory."""
+
+import jax
+import jax.numpy as jnp
+
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.decoder import Decoder, Entries, apply, write_rows
+from beacon_jax.model.layout import Layout
+from beacon_jax.model.rotary import cos_sin, rotate
+
+# Branches of a window step are NOOP, then the static ratios in order.
+NOOP = 0
+
+
+def kept_entries(config: ModelConfig, ratio: int, window: int) -> tuple[int, ...]:
+    """Entries of a full window that its compression may keep: [sink | beacons]."""
+    if ratio == 0:
+        return tuple(range(window))
+    assert config.beacon is not None
+    layout = Layout.of_window(window, ratio, config.beacon.placement)
+    return (*range(config.beacon.sink), *layout.beacon_index.tolist())
+
+
+def layout_of(config: ModelConfig, ratio: int, window: int) -> Layout:
+    placement = config.beacon.placement if config.beacon else "interleave"
+    return Layout.of_window(window, ratio, placement)
+
+
+def window_branches(
+    config,
+    ratios,
+    window,
+    *,
+    stacked,
+    dtype,
+    remat=False,
+    keep_plain=True,
+):
+    """NOOP and one function per static ratio:
+    (variables, tokens, k, v, slots, live) -> (hidden, kept, k, v).
+
+    keep_plain: the branch of ratio 0 returns its entries; the last window of a
+    training sequence, which is not compressed, needs none.
+    """
+
+    def keep_of(ratio):
+        return (
+            () if not ratio and not keep_plain else kept_entries(config, ratio, window)
+        )
+
+    most = max(len(keep_of(r)) for r in ratios)
+
+    def branch(ratio):
+        keep = keep_of(ratio)
+        model = Decoder(
+            config,
+            layout_of(config, ratio, window),
+            keep,
+            stacked=stacked,
+            remat=remat,
+            dtype=dtype,
+        )
+
+        def run(variables, tokens, k, v, slots, live=None):
+            hidden, kept, k, v = apply(model, variables, tokens, k, v, slots, live)
+            pad = [(0, 0), (0, 0), (0, most - len(keep)), (0, 0), (0, 0)]
+            return hidden, Entries(*(jnp.pad(x, pad) for x in kept)), k, v
+
+        return run
+
+    def noop(variables, tokens, k, v, slots, live=None):
+        c = config
+        b = tokens.shape[0]
+        hidden = jnp.zeros((b, window, c.hidden_size), dtype)
+        empty = jnp.zeros((c.num_layers, b, most, c.num_kv_heads, c.head_dim), dtype)
+        buffers = (k, v) if stacked else (None, None)
+        return hidden, Entries(empty, empty), *buffers
+
+    return [noop, *(branch(r) for r in ratios)]
+
+
+def new_entries(config, kept, slots, ratio, dtype):
+    """Kept entries [sink | beacons] as they enter the memory behind `slots`.
+
+    Sinks stay in front of the first compressed window only; elsewhere they are moved
+    behind the beacons, where the caller counts them as dead. Keys get the rotation of
+    their slot. `ratio` may be traced.
+    """
+    sink = config.beacon.sink if config.beacon else 0
+    if sink:
+        away = jnp.where(ratio > 0, -sink, 0)
+        first = (slots == 0)[None, :, None, None, None]
+        kept = Entries(*(jnp.where(first, x, jnp.roll(x, away, axis=2)) for x in kept))
+    cos, sin = cos_sin(config, slots[:, None] + jnp.arange(kept.k.shape[2]))
+    return Entries(rotate(kept.k, cos, sin).astype(dtype), kept.v.astype(dtype))
+
+
+def slots_added(config, slots, ratio, window):
+    """Slots that a closing window adds to each row; ratio traced (SPEC section 2)."""
+    sink = config.beacon.sink if config.beacon else 0
+    beacons = window // jnp.maximum(ratio, 1) + jnp.where(slots == 0, sink, 0)
+    return jnp.where(ratio > 0, beacons, window)
+
+
+def lookup(ratio, ratios):
+    """Branch index of a traced ratio among the static ones."""
+    found = sum(jnp.where(ratio == r, i + 1, 0) for i, r in enumerate(ratios))
+    return jnp.asarray(found, jnp.int32)
+
+
+def put_all_layers(buffer, new, start, live=None):
+    """Writes new [L, B, T, K, H] at start[row] of buffer [L, B, S, K, H]; rows that are
+    not live stay as they are."""
+    put = lambda buffer, new: write_rows(buffer, new, start, None, live)
+    return jax.vmap(put)(buffer, new)

@@ -1,0 +1,179 @@
+"""The training loss of a batch of windows (SPEC section 3)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from beacon_jax.core.lean_vjp import lean_loop, plain_loop
+from beacon_jax.core.loss import IGNORE, token_losses
+from beacon_jax.core.step import (
+    NOOP,
+    lookup,
+    new_entries,
+    slots_added,
+    window_branches,
+)
+from beacon_jax.core.windows import open_room, window_slots
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.decoder import Decoder, Entries, apply
+from beacon_jax.model.layout import Layout
+
+REMAT = ("lean", "none", "layer", "window")
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "config",
+        "skip_first_window_loss",
+        "loss_average",
+        "remat",
+        "ratios",
+        "dtype",
+        "outputs",
+    ),
+)
+def train_loss(
+    config: ModelConfig,
+    beacon: dict[str, Any],
+    params: dict[str, Any],
+    batch: dict[str, Array],
+    plan: Int[Array, " N"],
+    *,
+    skip_first_window_loss: bool = False,
+    loss_average: str = "token",
+    remat: str = "lean",
+    ratios: tuple[int, ...] | None = None,
+    dtype: Any = jnp.float32,
+    outputs: str = "loss",
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Loss of a training batch; differentiate in `beacon` (and `params` for "all").
+
+    Args:
+      batch: tokens [N, B, W]; labels [N, B, W], shifted, -100 ignored; valid [N, B],
+        real tokens per window, rows aligned at their last windows (`split_windows`
+        with align="right"); optional weights [N, B, W] of single labels.
+      plan: ratio of each window; the last one gets no beacons whatever it says.
+      skip_first_window_loss: the paper's eq. 11 instead of the release's recipe.
+      loss_average: "token", over all counted labels, or "row", a mean of row means.
+      remat: what the backward pass recomputes: "lean" (see lean_vjp: one buffer
+        whatever the number of windows), or plain reverse mode with "none", "layer" or
+        "window" recomputed.
+      ratios: the static ratios to compile; the config's (0 included) if not given.
+      outputs: "loss", or "logits" to have aux["logits"] [N, B, W, V] as well.
+
+    Returns:
+      (loss, aux): window_loss and window_count [N], token_loss [N, B, W], row_loss and
+      row_count [B] (sums of weighted losses and of weights).
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} is unknown: use one of {', '.join(REMAT)}.")
+    tokens, valid = batch["tokens"], batch["valid"]
+    n, b, w = tokens.shape
+    variables = {"params": params, "beacon": beacon}
+    if ratios is None:
+        ratios = config.beacon.ratios if config.beacon else ()
+    static = tuple(sorted({0, *ratios}))
+    keep_plain = 0 in ratios or not ratios
+    windows = window_branches(
+        config,
+        static,
+        w,
+        stacked=False,
+        dtype=dtype,
+        remat=remat == "layer",
+        keep_plain=keep_plain and n > 1,
+    )
+    weights = batch.get("weights", jnp.ones((n, b, w), jnp.float32))
+    live = jnp.arange(w) < valid[..., None]
+    labels = jnp.where(live, batch["labels"], IGNORE)
+    if skip_first_window_loss:
+        first = jnp.argmax(valid > 0, axis=0)  # [B] step of each row's first window
+        labels = jnp.where((jnp.arange(n)[:, None] == first)[..., None], IGNORE, labels)
+    weights = jnp.where(labels == IGNORE, 0.0, weights)
+    last = jnp.arange(n) == n - 1
+    plan = jnp.where(last, 0, plan)
+    index = jnp.where(jnp.any(valid > 0, axis=1), lookup(plan, static), NOOP)
+    closes = (valid == w) & ~last[:, None]
+
+    # Slots before each step; they depend on plan and lengths only.
+    def count(slots, x):
+        added = slots_added(config, slots, x["ratio"], w)
+        added = jnp.where(x["closes"], added, 0)
+        return slots + added, (slots, added)
+
+    counted = {"ratio": plan, "closes": closes}
+    _, (slots, added) = lax.scan(count, jnp.zeros((b,), jnp.int32), counted)
+    xs = {
+        "tokens": tokens,
+        "labels": labels,
+        "index": index,
+        "ratio": plan,
+        "slots": slots,
+        "added": added,
+    }
+    head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
+
+    def with_loss(run: Any):
+        def branch(variables, k, v, x):
+            hidden, kept, *_ = run(variables, x["tokens"], k, v, x["slots"])
+            new = new_entries(config, kept, x["slots"], x["ratio"], k.dtype)
+            logits = lambda h: apply(head, variables, h, method="logits")
+            out = {"token_loss": token_losses(logits, hidden, x["labels"])}
+            if outputs == "logits":
+                out["logits"] = logits(hidden)
+            return out, new
+
+        return branch
+
+    branches = [with_loss(run) for run in windows]
+    if len(static) == 1 and n == 1:
+        branches = branches[1:]  # a plain model in one window: no switch at all
+    shape = (
+        config.num_layers,
+        b,
+        _train_slots(config, ratios, n, w),
+        config.num_kv_heads,
+        config.head_dim,
+    )
+    buffers = Entries(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    loop = lean_loop if remat == "lean" else plain_loop
+    if remat == "window":
+        loop = functools.partial(plain_loop, checkpoint=True)
+    out: Any = loop(tuple(branches), variables, buffers, xs)
+    token_loss = out["token_loss"]
+    weighted = token_loss * weights
+    row_loss, row_count = weighted.sum((0, 2)), weights.sum((0, 2))
+    if loss_average == "row":
+        loss = jnp.mean(row_loss / jnp.where(row_count > 0, row_count, 1.0))
+    elif loss_average == "token":
+        total = row_count.sum()
+        loss = row_loss.sum() / jnp.where(total > 0, total, 1.0)
+    else:
+        raise ValueError(f"loss_average={loss_average!r}: use 'token' or 'row'.")
+    aux: dict[str, Any] = {
+        "window_loss": weighted.sum((1, 2)),
+        "window_count": weights.sum((1, 2)),
+        "token_loss": token_loss,
+        "row_loss": row_loss,
+        "row_count": row_count,
+    }
+    if outputs == "logits":
+        aux["logits"] = out["logits"]
+    return loss, aux
+
+
+def _train_slots(config, ratios, windows, window) -> int:
+    """Slots for the worst plan: all windows but one at the lowest ratio, one at 0 (SPEC
+    allows it once) and the open window. A plain model keeps everything."""
+    compressing = [r for r in ratios if r > 0]
+    if not compressing:
+        return windows * window
+    low = min(compressing)
+    slots = window_slots(config, low, first=True, window=window)
+    slots += max(windows - 2, 0) * (window // low)
+    return slots + (window if 0 in ratios else 0) + open_room(config, ratios, window)
