@@ -23,9 +23,6 @@ def get_config(arg: str = "") -> Config:
     config.beacon.window = 32
     config.beacon.ratios = (2, 4, 8)
     config.loss.skip_first_window = True
-    # Halves the time of a step on a CPU (1.36 -> 0.71 core seconds at 8 x 256): without
-    # it every branch of the ratio switch stores its residuals, taken or not.
-    config.remat = "lean"
     config.data.passkey_questions = 4
     config.data.answer_weight = 20.0
     # Passkeys and a high rate teach recall, short rows make it cheap; text comes back

@@ -25,7 +25,8 @@ def default_config() -> Config:
     config.save_every = 500  # steps
     config.keep = 2  # checkpoints
     config.window = 0  # tokens computed at once by a model without beacons; 0: the row
-    config.remat = "none"  # or "lean", "layer", "window": see core.train_loss
+    config.mesh = ConfigDict({"data": -1})  # devices sharing a batch; -1: all that can
+    config.remat = "lean"  # or "none", "layer", "window": see core.train_loss
 
     config.beacon = ConfigDict(
         {

@@ -26,9 +26,9 @@ class Metrics:
         self._begin = self._last = time.perf_counter()
         self._pending: list[tuple[np.ndarray, int, dict[str, Any]]] = []
 
-    def add(self, plan: np.ndarray, tokens: int, values: dict[str, Any]) -> None:
-        """One step: its plan [N], its tokens, what the update returned."""
-        self._pending.append((plan, tokens, values))
+    def add(self, plans: np.ndarray, tokens: int, values: dict[str, Any]) -> None:
+        """One step: its plans [N, devices], its tokens, what the update returned."""
+        self._pending.append((plans, tokens, values))
 
     def report(self, step: int, extra: dict[str, float]) -> dict[str, float]:
         """Writes and prints the mean since the last report; returns it.
@@ -39,9 +39,12 @@ class Metrics:
         rows = jax.device_get([values for _, _, values in self._pending])
         sums: dict[int, float] = defaultdict(float)
         counts: dict[int, float] = defaultdict(float)
-        for (plan, _, _), row in zip(self._pending, rows, strict=True):
+        for (plans, _, _), row in zip(self._pending, rows, strict=True):
             for ratio, loss, count in zip(
-                plan[:-1], row["window_loss"][1:], row["window_count"][1:], strict=True
+                plans[:-1].flat,
+                row["window_loss"][1:].flat,
+                row["window_count"][1:].flat,
+                strict=True,
             ):
                 sums[int(ratio)] += float(loss)
                 counts[int(ratio)] += float(count)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from beacon_jax import hf
 from beacon_jax.core.train_loss import train_loss
@@ -32,6 +33,7 @@ from beacon_jax.training.checkpoint import Checkpoints
 from beacon_jax.training.config import Config
 from beacon_jax.training.metrics import Metrics
 from beacon_jax.training.optim import learning_rate, make_optimizer, skipped
+from beacon_jax.training.sharding import data_parallel, make_mesh, replicate
 
 DTYPES = ("float32", "bfloat16")
 
@@ -61,6 +63,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         encode_stream(documents, tokenizer), tokenizer, _batch_config(config)
     )
     steps = batches.config.steps
+    mesh = make_mesh(
+        config.mesh.data, [stage.batch_size for stage in batches.config.stages]
+    )
     model, variables = _model(config, tokenizer)
     trained, frozen = _split(config, variables)
     del variables
@@ -72,6 +77,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         "optimizer": optimizer.init(trained),
         "step": jnp.zeros((), jnp.int32),
     }
+    state, frozen = replicate((state, frozen), mesh)
     record = {"config": config.to_dict(), "base_hash": base_hash}
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
     restored = checkpoints.restore(state, record, config.allow_config_change)
@@ -80,17 +86,17 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     start = int(state["step"])
     text = json.dumps(record["config"], indent=2) + "\n"
     (workdir / "config.json").write_text(text, encoding="utf-8")
-    _announce(config, model, state["trained"], frozen, batches, start)
+    _announce(config, model, state["trained"], frozen, batches, start, mesh)
 
-    update = _make_update(config, model, optimizer)
+    update = _make_update(config, model, optimizer, mesh)
     share = learning_rate(config.optimizer, steps)
     metrics = Metrics(workdir, start, steps)
     last: dict[str, float] = {}
     with _Signals() as signals:
         for step in range(start, steps):
-            batch, plan, tokens = _inputs(config, model, batches, step)
-            state, values = update(state, frozen, batch, plan)
-            metrics.add(plan, tokens, values)
+            batch, plans, tokens = _inputs(config, model, batches, step, mesh.size)
+            state, values = update(state, frozen, batch, plans)
+            metrics.add(plans, tokens, values)
             done = step + 1
             stop = done == steps or signals.received is not None
             if metrics.pending >= config.log_every or stop:
@@ -141,9 +147,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _make_update(
-    config: Config, model: ModelConfig, optimizer: optax.GradientTransformation
+    config: Config,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
 ):
-    """The jitted step: (state, frozen, batch, plan) -> (state, values); state is
+    """The jitted step: (state, frozen, batch, plans) -> (state, values); state is
     donated."""
     dtype = jnp.dtype(config.dtype)
 
@@ -164,10 +173,12 @@ def _make_update(
             dtype=dtype.type,
         )
 
-    def update(state, frozen, batch, plan):
-        (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(
-            state["trained"], frozen, batch, plan
-        )
+    value_and_grad = data_parallel(
+        jax.value_and_grad(loss, has_aux=True), mesh, config.loss.average
+    )
+
+    def update(state, frozen, batch, plans):
+        (value, aux), gradients = value_and_grad(state["trained"], frozen, batch, plans)
         updates, optimizer_state = optimizer.update(
             gradients, state["optimizer"], state["trained"]
         )
@@ -176,21 +187,17 @@ def _make_update(
             "optimizer": optimizer_state,
             "step": state["step"] + 1,
         }
-        values = {
-            "loss": value,
-            "grad_norm": optax.tree.norm(gradients),
-            "window_loss": aux["window_loss"],
-            "window_count": aux["window_count"],
-        }
+        values = {"loss": value, "grad_norm": optax.tree.norm(gradients), **aux}
         return new, values
 
     return jax.jit(update, donate_argnums=0)
 
 
 def _inputs(
-    config: Config, model: ModelConfig, batches: Batches, step: int
+    config: Config, model: ModelConfig, batches: Batches, step: int, devices: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Windows of a step's batch [N, B, W], its plan [N] and its number of tokens."""
+    """Windows of a step's batch [N, B, W], a plan per device [N, devices], and the
+    number of tokens."""
     raw = batches.batch(step)
     length = raw["tokens"].shape[1]
     window = model.beacon.window if model.beacon else (config.window or length)
@@ -198,18 +205,21 @@ def _inputs(
     labels, _ = split_windows(raw["labels"], None, window, fill=-100)
     weights, _ = split_windows(raw["weights"], None, window)
     if model.beacon is None:
-        plan = np.zeros(len(tokens), np.int32)
+        plans = [np.zeros(len(tokens), np.int32)] * devices
     else:
-        plan = draw_ratios(
-            model,
-            len(tokens),
-            mix=model.beacon.ratio_mix,
-            seed=[config.seed, step],
-            length=length,
-            training=True,
-        )
+        plans = [
+            draw_ratios(
+                model,
+                len(tokens),
+                mix=model.beacon.ratio_mix,
+                seed=[config.seed, step, device],
+                length=length,
+                training=True,
+            )
+            for device in range(devices)
+        ]
     batch = {"tokens": tokens, "labels": labels, "valid": valid, "weights": weights}
-    return batch, plan, raw["tokens"].size
+    return batch, np.stack(plans, axis=1), raw["tokens"].size
 
 
 def _tokenizer(config: Config, documents: list[str], workdir: Path) -> tuple[Any, Path]:
@@ -383,14 +393,21 @@ def _check(config: Config) -> None:
 
 
 def _announce(
-    config: Config, model: ModelConfig, trained, frozen, batches: Batches, start: int
+    config: Config,
+    model: ModelConfig,
+    trained,
+    frozen,
+    batches: Batches,
+    start: int,
+    mesh: Mesh,
 ) -> None:
     stages = ", ".join(
         f"{s.steps} x {s.batch_size} x {s.length}" for s in batches.config.stages
     )
     print(
         f"training {_count(trained):,} parameters ({config.trainable}), "
-        f"{_count(frozen):,} frozen, {config.dtype} on {jax.devices()[0].platform}; "
+        f"{_count(frozen):,} frozen, {config.dtype} on {mesh.size} x "
+        f"{mesh.devices[0].device_kind}; "
         f"{len(batches.stream):,} tokens of {config.text.uri}; "
         + (f"windows of {model.beacon.window}; " if model.beacon else "")
         + f"steps x batch x length: {stages}"

@@ -56,10 +56,10 @@ def test_resume_after_sigterm_is_bit_identical(config, tmp_path, monkeypatch, ca
     train(config, tmp_path / "whole")
     draw = trainer._inputs
 
-    def kill_in_step_3(config, model, batches, step):
+    def kill_in_step_3(config, model, batches, step, devices):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return draw(config, model, batches, step)
+        return draw(config, model, batches, step, devices)
 
     monkeypatch.setattr(trainer, "_inputs", kill_in_step_3)
     with pytest.raises(SystemExit) as stopped:
@@ -78,15 +78,16 @@ def test_resume_after_sigterm_is_bit_identical(config, tmp_path, monkeypatch, ca
 def test_a_damaged_checkpoint_falls_back(config, tmp_path, capsys, damage):
     train(config, tmp_path)
     expected = weights(tmp_path)
-    files = [p for p in (tmp_path / "checkpoints/6/state").rglob("*") if p.is_file()]
-    largest = max(files, key=lambda p: p.stat().st_size)
-    if damage == "flip":
-        data = bytearray(largest.read_bytes())
+    data_files = [*(tmp_path / "checkpoints/6/state").rglob("d/*")]
+    assert data_files
+    for path in data_files:
+        data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 0xFF
-        largest.write_bytes(data)
-    elif damage == "truncate":
-        largest.write_bytes(largest.read_bytes()[:10])
-    else:
+        if damage == "flip":
+            path.write_bytes(data)
+        elif damage == "truncate":
+            path.write_bytes(data[:10])
+    if damage == "remove":
         shutil.rmtree(tmp_path / "checkpoints/6/record")
     summary = train(config, tmp_path)
     assert "checkpoint of step 6 is damaged" in capsys.readouterr().out
