@@ -20,8 +20,8 @@ from beacon_jax.training.config import Config, default_config, stage
 
 
 def get_config(arg: str = "") -> Config:
-    if arg not in ("", "smoke"):
-        raise ValueError(f"tiny_base:{arg} is unknown: use tiny_base or :smoke.")
+    if arg not in ("", "more", "smoke"):
+        raise ValueError(f"tiny_base:{arg} is unknown: use :more, :smoke or nothing.")
     config = default_config()
     config.trainable = "all"
     config.beacon.use = False
@@ -56,6 +56,16 @@ def get_config(arg: str = "") -> Config:
     optimizer.warmup = 100
     optimizer.decay_start = 0.5
     optimizer.end = 0.03
+    if arg == "more":
+        # Recall stands; what is missing is text. Copied passages teach that words, not
+        # only digits, come back.
+        config.init_from = "out/tiny-base/export"
+        config.tokenizer.train = False
+        mix = {"repeat": 0.05, "passkey": 0.15, "text": 0.65, "copy": 0.15}
+        config.data.stages = ConfigDict()
+        config.data.stages.stage1 = stage(2000, 256, 8, **mix)
+        config.data.stages.stage2 = stage(500, 512, 4, **mix)
+        optimizer.decay_start = 0.3
     config.log_every = 100
     if arg == "smoke":
         for name in stages:
