@@ -22,8 +22,8 @@ def get_config(arg: str = "") -> Config:
     config.init_from = "assets/tiny-base"
     config.beacon.window = 32
     config.beacon.ratios = (2, 4, 8)
-    # After 600 steps at 128 tokens 5 and 11 % of the passkeys came back at x2 and x4 with
-    # q, k and v alone, 45 and 31 % with o as well (128 rows, lr 6e-3, an earlier base).
+    # After 600 steps at 128 tokens 5 and 11 % of the passkeys came back at x2 and x4
+    # with q, k and v alone, 45 and 31 % with o as well (lr 6e-3, an earlier base).
     config.beacon.param = ("q", "k", "v", "o")
     config.loss.skip_first_window = True
     config.data.passkey_questions = 4

@@ -1,17 +1,23 @@
 """The tiny base model of assets/tiny-base, from nothing, on the standard library.
 
 python -m beacon_jax.train --config=configs/tiny_base.py --workdir=out/tiny-base
+python -m beacon_jax.train --config=configs/tiny_base.py:more --workdir=out/tiny-more
+cp -r out/tiny-more/export assets/tiny-base
 
-A Llama-shaped model of 0.58M non-embedding parameters and a BPE of 512 tokens, both
+A Llama-shaped model of 0.44M non-embedding parameters and a BPE of 512 tokens, both
 trained on the text of the running Python (or --config.text.uri=FOLDER). Repeated random
 segments come first: recall emerges from them in a minute or two, and without them not
-at all. Then lengths grow to 512, and some rows have eos tokens interleaved, where
-beacons will stand (data/batches.py says why).
+at all. Then lengths grow to 512; `:more` goes on with more text and copied passages.
 
-Hardware: two CPU cores. Not measured yet. A pilot with twice the steps (5900 in three
-runs, other stages) recalled 97 % of 5-digit passkeys at 512 tokens (64 rows), and its
-last 32 tokens given 256 were 0.58 nats/token better than on their own.
+Hardware: two CPU cores, 20 + 17 minutes. Measured on held-out files: 5-digit passkeys
+recalled at 128, 256 and 512 tokens: 100 % (64 rows each). Loss of the last 32 tokens,
+512 rows: 2.61 alone, 2.32 with one window of 32 before them, 2.27 with seven
+(difference to one: 0.048 +- 0.008 nats/token).
 configs/tiny_base.py:smoke takes a few tiny steps, to see that everything runs.
+
+Adam, not Muon: Muon reaches the same loss in half the time, but beacons learn more
+slowly on its base (21 and 5 % of passkeys at x2 and x4 after 600 steps, against 45 and
+31 %; one seed, and the two bases differ in width and data too).
 """
 
 from ml_collections import ConfigDict
