@@ -80,6 +80,9 @@ class BatchConfig:
     in the needle (predictable from the first); the first mention is random and weighs
     0.
     passkey_window: if > 0 the needle ends before the last window (see make_passkey).
+    passkey_tail: up to this many tokens of text, at most half of the row, follow the
+      final question. In training the last window has no beacons, at inference it has:
+      with 0, half of all answers are never given next to beacons.
     dummy_every: the spacings of dummies, one drawn per interleaved row.
     """
 
@@ -89,6 +92,7 @@ class BatchConfig:
     second_weight: float = 3.0
     passkey_questions: int = 1
     passkey_window: int = 0
+    passkey_tail: int = 0
     copy_weight: float = 1.0
     dummy_every: tuple[int, ...] = (2, 4, 8)
 
@@ -194,21 +198,23 @@ class Batches:
 
     def _passkey(self, rng: np.random.Generator, length: int):
         config = self.config
+        text = self._slice(rng, length)
+        tail = int(rng.integers(0, min(config.passkey_tail, length // 2) + 1))
         sample = make_passkey(
             rng,
-            self._slice(rng, length),
-            length,
+            text,
+            length - tail,
             float(rng.uniform()),
             self.tokenizer,
             config.passkey_window,
         )
-        tokens, weights = sample.tokens.copy(), np.ones(length)
+        asked, weights = sample.tokens.copy(), np.ones(length)
         weights[slice(*sample.mentions[0])] = 0.0
         weights[slice(*sample.mentions[1])] = config.second_weight
         weights[slice(*sample.answer)] = config.answer_weight
         if config.passkey_questions > 1:
-            self._ask_again(rng, sample, tokens, weights)
-        return tokens, weights
+            self._ask_again(rng, sample, asked, weights)
+        return np.concatenate([asked, text[length - tail :]]), weights
 
     def _ask_again(
         self,

@@ -40,6 +40,10 @@ def default_config() -> Config:
             "placement": "interleave",
         }
     )
+    # Share of the steps in which all windows have one ratio, as at inference. Drawn per
+    # window, the memory seldom gets as long as the lowest ratio makes it (seven windows
+    # at x2: one plan in 2,187), and recall at that ratio does not reach that far.
+    config.uniform_plans = 0.0
     config.loss = ConfigDict({"skip_first_window": False, "average": "token"})
     config.text = ConfigDict({"uri": "stdlib", "heldout_fraction": 0.1})
     config.tokenizer = ConfigDict(
@@ -58,6 +62,7 @@ def default_config() -> Config:
             "second_weight": 3.0,
             "passkey_questions": 1,
             "passkey_window": 0,
+            "passkey_tail": 0,
             "copy_weight": 1.0,
             "dummy_every": (2, 4, 8),
         }

@@ -208,18 +208,27 @@ def _inputs(
         plans = [np.zeros(len(tokens), np.int32)] * devices
     else:
         plans = [
-            draw_ratios(
-                model,
-                len(tokens),
-                mix=model.beacon.ratio_mix,
-                seed=[config.seed, step, device],
-                length=length,
-                training=True,
-            )
+            _plan(config, model, len(tokens), length, [config.seed, step, device])
             for device in range(devices)
         ]
     batch = {"tokens": tokens, "labels": labels, "valid": valid, "weights": weights}
     return batch, np.stack(plans, axis=1), raw["tokens"].size
+
+
+def _plan(
+    config: Config, model: ModelConfig, windows: int, length: int, seed: list[int]
+) -> np.ndarray:
+    """int32 [N]: the ratios of one device's rows at one step."""
+    assert model.beacon is not None
+    uniform = np.random.default_rng([*seed, 1]).uniform() < config.uniform_plans
+    return draw_ratios(
+        model,
+        windows,
+        mix="instance-random" if uniform else model.beacon.ratio_mix,
+        seed=seed,
+        length=length,
+        training=True,
+    )
 
 
 def _tokenizer(config: Config, documents: list[str], workdir: Path) -> tuple[Any, Path]:

@@ -94,6 +94,20 @@ def test_passkeys_without_room_or_text_are_errors(source):
         make_passkey(rng, stream, 128, 1.5, tokenizer)
 
 
+def test_a_tail_puts_answers_anywhere_in_the_last_half(source):
+    tokenizer, stream = source
+    config = BatchConfig((Stage(40, 96, 4, (("passkey", 1.0),)),), passkey_tail=40)
+    ends = []
+    for step in range(40):
+        batch = Batches(stream, tokenizer, config).batch(step)
+        for labels, weights in zip(batch["labels"], batch["weights"], strict=True):
+            at = np.flatnonzero(weights == config.answer_weight)
+            assert len(at) == 5 and (np.diff(at) == 1).all()
+            assert tokenizer.decode(labels[at]).isdigit()
+            ends.append(96 - (int(at[-1]) + 2))
+    assert min(ends) == 0 and max(ends) == 40 and len(set(ends)) > 30
+
+
 def test_a_batch_is_a_function_of_seed_and_step_alone(source, batches):
     late = batches.batch(6)
     fresh = Batches(source[1], source[0], batches.config)

@@ -15,6 +15,20 @@ from beacon_jax import train as command
 from beacon_jax.training import trainer
 from beacon_jax.training.trainer import train
 
+SMALL = {
+    "family": "llama",
+    "vocab_size": 13,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_layers": 1,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "max_position": 64,
+    "eos_ids": (2,),
+    "bos_ids": (1,),
+}
+
 
 def losses(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -72,6 +86,15 @@ def test_resume_after_sigterm_is_bit_identical(config, tmp_path, monkeypatch, ca
     assert "going on from step 3" in capsys.readouterr().out
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_uniform_plans_have_the_share_of_steps_that_was_asked_for(config):
+    model = trainer.ModelConfig(**SMALL, beacon=trainer.BeaconConfig(32, (2, 4, 8)))
+    for share in (0.0, 0.25, 1.0):
+        config.uniform_plans = share
+        plans = [trainer._plan(config, model, 9, 288, [0, i, 1]) for i in range(400)]
+        uniform = np.mean([len(set(p.tolist())) == 1 for p in plans])
+        assert abs(uniform - share) < 0.07  # three standard deviations
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
