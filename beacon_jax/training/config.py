@@ -77,8 +77,9 @@ def default_config() -> Config:
             "eps": 1e-8,
             "weight_decay": 0.0,
             "clip": 1.0,  # global norm; 0: off
+            "schedule": "linear",  # or "cosine": how the rate falls
             "warmup": 0,  # steps
-            "decay_start": 0.0,  # share of the steps before the linear decay begins
+            "decay_start": 0.0,  # share of the steps before the decay begins
             "end": 0.0,  # the rate never falls below this share of lr
             "max_nonfinite": 10,  # updates in a row skipped before the run stops
         }
