@@ -130,7 +130,7 @@ def decode_step(config: ModelConfig, entries: int, *, beacons: int = 0) -> Flops
 
 def training_step(
     config: ModelConfig,
-    plans: Int[np.ndarray, "N #B"],
+    plans: Int[np.ndarray, "N P"],
     valid: Int[np.ndarray, "N B"],
     *,
     trainable: str = "beacon",
@@ -138,13 +138,13 @@ def training_step(
     """Model FLOPs of a training step: forward and backward pass over a batch.
 
     Args:
-      plans: ratio of every window and row, or one column for all rows; the last
-        window of a row gets no beacons whatever it says (SPEC section 3).
+      plans: ratio of every window, a column for each of P equal groups of rows, in
+        order; the last window gets no beacons whatever it says (SPEC section 3).
       valid: real tokens of every window, rows aligned at their last window as in
         `core.train_loss`. Logits of every real token count, labelled or not.
       trainable: "beacon" or "all".
     """
-    plans = np.broadcast_to(plans, valid.shape).copy()
+    plans = np.repeat(plans, valid.shape[1] // plans.shape[1], axis=1)
     plans[-1] = 0
     scored = int(valid.sum())
     return _sequences(config, plans, valid, scored=scored).training(trainable)

@@ -199,10 +199,13 @@ def test_a_training_step_is_the_sum_of_its_rows():
     assert whole == spent.training()
 
 
-def test_one_plan_serves_all_rows():
-    plan, valid = np.asarray([[2], [8], [2]]), np.full((3, 4), W)
-    alone = flops.training_step(TINY, plan, valid[:, :1])
-    assert flops.training_step(TINY, plan, valid) == 4 * alone
+def test_a_plan_serves_its_group_of_rows():
+    valid = np.full((3, 4), W)
+    step = lambda *columns: flops.training_step(TINY, np.stack(columns, axis=1), valid)
+    low, high = np.asarray([2, 2, 2]), np.asarray([8, 8, 8])
+    assert step(low) == step(low, low) == step(low, low, low, low)
+    assert step(low, high) == step(low, low, high, high)
+    assert 2 * step(low, high) == step(low) + step(high)
 
 
 def test_wrong_arguments_are_named():
