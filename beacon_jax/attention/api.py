@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
-from beacon_jax.attention.blockwise import blockwise
-from beacon_jax.attention.reference import reference
+from beacon_jax.attention.blockwise import LSE, OUT, blockwise
+from beacon_jax.attention.reference import WEIGHTS, reference
 
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
     "blockwise": blockwise,
 }
+# Names of what a backward pass needs besides q, k and v, for checkpoint policies.
+RESIDUALS = (OUT, LSE, WEIGHTS)
 # Up to here all scores at once are cheaper than a loop over blocks.
 SMALL = 1024
 

@@ -38,7 +38,7 @@ class Metrics:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: Path | None,
         start: int,
         steps: int,
         *,
@@ -47,17 +47,21 @@ class Metrics:
     ):
         """
         Args:
-          workdir: of the run.
+          workdir: of the run; None to write and print nothing, as all processes of a
+            run but the first do.
           start: steps done before this process.
           steps: of the whole run.
           peak: FLOP/s of all devices together (`hardware.peak_flops`), for the MFU.
           devices: whose memory is reported; this process's by default.
         """
-        from tensorboardX import SummaryWriter  # 0.6 s, and only a run needs it
+        self._path = self._board = None
+        if workdir is not None:
+            from tensorboardX import SummaryWriter  # 0.6 s, and only a run needs it
 
-        self._path = workdir / "metrics.jsonl"
-        _drop_after(self._path, start)  # a resumed run says every step once
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._path = workdir / "metrics.jsonl"
+            _drop_after(self._path, start)  # a resumed run says every step once
+            folder = str(workdir / "tensorboard")
+            self._board = SummaryWriter(folder, purge_step=start + 1)
         self._first, self._steps = start, steps
         self._peak = peak
         self._devices = jax.local_devices() if devices is None else devices
@@ -120,12 +124,13 @@ class Metrics:
             "seconds": now - self._begin,
             **extra,
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-        for key, value in result.items():
-            if key != "step":
-                self._board.add_scalar(key, value, step)
-        print(self._line(result, len(self._pending) / elapsed), flush=True)
+        if self._path is not None and self._board is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            for key, value in result.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, step)
+            print(self._line(result, len(self._pending) / elapsed), flush=True)
         self._pending, self._last = [], now
         self._flops, self._counted = 0.0, 0
         self._times.clear()
@@ -195,7 +200,8 @@ class Metrics:
         return len(self._pending)
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -268,7 +268,7 @@ def test_a_batch_without_labels_has_loss_0_and_no_gradient():
     assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("remat", ["lean", "layer", "window"])
+@pytest.mark.parametrize("remat", ["lean", "lean-layer", "layer", "window"])
 def test_recomputing_changes_neither_loss_nor_gradients(remat):
     tokens, plan = text(14), [2, 4, 2, 4, 2]
     f = lambda b, r: loss_of(TINY, b, tokens, [T, T], plan, remat=r)[0]

@@ -1,0 +1,76 @@
+"""Two processes of four devices train as one process of eight."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from beacon_jax import hf
+
+
+def run(configs, workdir, *, devices):
+    """Runs one process per config, all of them in one workdir; their outputs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = []
+    for i, config in enumerate(configs):
+        file = workdir.parent / f"{workdir.name}{i}.json"
+        file.write_text(json.dumps(config.to_dict()))
+        environ = {
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        if len(configs) > 1:
+            environ |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(len(configs)),
+                "JAX_PROCESS_ID": str(i),
+            }
+        command = [sys.executable, "-m", "tests.training.one_process", file, workdir]
+        running.append(
+            subprocess.Popen(
+                command,
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=240)[0] for process in running]
+    return [process.returncode for process in running], outputs
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1)], ids=["fast", "lean"])
+def test_two_processes_train_as_one(config, tmp_path, mesh):
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
+    config.data.stages.stage1.update({"batch_size": 8, "steps": 4})
+    config.compilation_cache = "off"
+    weights = []
+    for name, count in (("one", 1), ("two", 2)):
+        codes, outputs = run([config] * count, tmp_path / name, devices=8 // count)
+        assert codes == [0] * count, outputs
+        assert all("step 4/4" not in output for output in outputs[1:])
+        weights.append(hf.load(tmp_path / name / "export").variables["beacon"])
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    for path in ("embed/embedding", "layers/attention/k_proj/kernel"):
+        leaves = weights
+        for key in path.split("/"):
+            leaves = [leaf[key] for leaf in leaves]
+        np.testing.assert_allclose(leaves[0], leaves[1], rtol=1e-4, atol=1e-6)
+
+
+def test_processes_that_differ_are_refused(config, tmp_path):
+    config.data.stages.stage1.update({"batch_size": 8, "steps": 2})
+    config.compilation_cache = "off"
+    other = config.copy_and_resolve_references()
+    other.seed = 7
+    codes, outputs = run([config, other], tmp_path / "two", devices=4)
+    assert all(codes)
+    for output in outputs:
+        assert "processes [1] have another config, step or ratio plan" in output
