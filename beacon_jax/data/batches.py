@@ -18,9 +18,9 @@ Any row may be interleaved with dummies: an eos after every r-th token, as beaco
 stand later, unlabelled and under plain causal attention. Nothing is compressed; a base
 model trained on some such rows is meant to tolerate tokens in between. The reason: with
 beacons in its window the predecessor of every r-th token is no longer at distance 1.
-(In the pilot fresh beacons began at a loss of 2.97 on a base without dummies and 2.52
-on one with them; that base was also trained 2,200 steps longer, so how much of the
-difference is due to the dummies is not known.)
+(Beacons trained alike for 2,200 steps, 64 held-out rows, x4: 0.032 nats/token below
+window-only on a base without dummies, 0.071 on one with them in 30 % of its last rows;
+passkeys at x2 and x4 .98 and .84 against .94 and .81.)
 """
 
 from dataclasses import dataclass
