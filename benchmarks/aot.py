@@ -102,9 +102,8 @@ def abstract_step(case: Case) -> tuple[Any, tuple[Any, ...], float]:
     `training.memory`, GiB per device."""
     model = get_preset(case.model)
     assert model.beacon is not None
-    model = dataclasses.replace(
-        model, beacon=dataclasses.replace(model.beacon, ratios=case.ratios)
-    )
+    beacon = dataclasses.replace(model.beacon, ratios=case.ratios)
+    model = dataclasses.replace(model, beacon=beacon)
     config = default_config()
     config.dtype = "bfloat16"
     config.memory_slots = case.slots
@@ -112,7 +111,7 @@ def abstract_step(case: Case) -> tuple[Any, tuple[Any, ...], float]:
         config.mesh[name] = size
     rows = case.mesh[0] * case.mesh[1]
     placement = make_placement(config.mesh, config.rules, [rows], devices(case.target))
-    windows = -(-case.length // model.beacon.window)
+    windows = -(-case.length // beacon.window)
     shapes = param_shapes(model)
     is_shape = lambda x: isinstance(x, tuple)
     arrays = lambda tree, dtype: jax.tree.map(
@@ -141,13 +140,13 @@ def abstract_step(case: Case) -> tuple[Any, tuple[Any, ...], float]:
         slots=case.slots or memory_slots(model, windows),
         dtype=jnp.bfloat16,
     )
-    inputs = _inputs(placement, windows, rows, model.beacon)
+    inputs = _inputs(placement, windows, rows, beacon.window)
     return update, (state, frozen, *inputs), need[case.remat] / GIB
 
 
-def _inputs(placement: Placement, windows: int, rows: int, beacon: Any):
+def _inputs(placement: Placement, windows: int, rows: int, window: int):
     split = placement.partition.sharding((None, "batch"))
-    shape = (windows, rows, beacon.window)
+    shape = (windows, rows, window)
     batch = {
         "tokens": _on(split, shape, jnp.int32),
         "labels": _on(split, shape, jnp.int32),
@@ -176,7 +175,7 @@ def measure(name: str, case: Case) -> dict[str, Any]:
         lowered = step.lower(*arguments)
         result["lower_s"] = round(time.perf_counter() - start, 1)
         start = time.perf_counter()
-        memory = lowered.compile().memory_analysis()
+        memory: Any = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -12,6 +12,7 @@ import json
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,13 +65,14 @@ def measure(remat: str, windows: int, repeats: int) -> dict[str, object]:
         start = time.perf_counter()
         jax.block_until_ready(step(*arguments))
         times.append(time.perf_counter() - start)
+    memory: Any = step.memory_analysis()
     return {
         "remat": remat,
         "windows": windows,
         "seconds": float(np.median(times)),
         "spread": float(np.max(times) - np.min(times)),
         "compile_seconds": compiled,
-        "temp_bytes": step.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
     }
 
 

@@ -211,7 +211,7 @@ def export_checkpoint(
     """
     workdir = Path(workdir)
     settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    config = ConfigDict(settings)
+    config: Config = ConfigDict(settings)
     config.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "accumulate": 1})
     tokenizer, tokenizer_folder = make_tokenizer(config, [], workdir)
     placement = make_placement(config.mesh, config.rules, [1])
