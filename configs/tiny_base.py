@@ -72,8 +72,8 @@ def get_config(arg: str = "") -> Config:
         # Recall stands; what is missing is text. Copied passages teach that words, not
         # only digits, come back.
         mix = {"repeat": 0.05, "passkey": 0.15, "text": 0.65, "copy": 0.15}
-        config.data.stages = ConfigDict()
-        stages = config.data.stages
+        for name in list(stages):
+            del stages[name]
         config.tokenizer.train = False
     if arg == "more":
         config.init_from = "out/tiny-base/export"
