@@ -214,7 +214,7 @@ def save_hf(
     with new_folder(dst, overwrite=overwrite) as folder:
         base = None
         if source is not None:
-            copy_small_files(source, folder)
+            copy_small_files(source, folder, card=False)
             base = read_config(source)
         hf = config.to_hf(base)
         key = "dtype" if "dtype" in hf else "torch_dtype"

@@ -82,13 +82,15 @@ def write_safetensors(
         os.fsync(file.fileno())
 
 
-def copy_small_files(src: Path, dst: Path) -> None:
-    """Copies all but weights, indices and the manifest: tokenizer, templates, code."""
+def copy_small_files(src: Path, dst: Path, *, card: bool = True) -> None:
+    """Copies all but weights, indices and the manifest: tokenizer, templates, code; and
+    the model's card README.md, unless dst is another model."""
     for path in sorted(src.rglob("*")):
         relative = path.relative_to(src)
         hidden = any(part.startswith(".") for part in relative.parts)
         weights = path.name.endswith((*_WEIGHTS, ".index.json"))
-        if path.is_file() and not hidden and not weights and path.name != MANIFEST:
+        left = path.name == MANIFEST or (path.name == "README.md" and not card)
+        if path.is_file() and not (hidden or weights or left):
             (dst / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, dst / relative)
 

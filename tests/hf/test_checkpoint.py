@@ -175,6 +175,18 @@ def test_a_large_model_is_saved_in_shards(tmp_path, both, monkeypatch):
     assert saved["torch_dtype"] == "bfloat16"
 
 
+def test_another_model_does_not_get_the_card_of_its_source(tmp_path, both):
+    card = both[0] / "README.md"
+    card.write_text("what this model is")
+    try:
+        model = load(both[0])
+        save_hf(tmp_path / "saved", model.config, model.variables, both[0])
+    finally:
+        card.unlink()
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
+    assert not (tmp_path / "saved" / "README.md").exists()
+
+
 def test_saving_an_unchanged_model_keeps_config_json_byte_for_byte(tmp_path, both):
     model = load(both[0])
     save_hf(tmp_path / "saved", model.config, model.variables, both[0])
