@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -63,6 +65,30 @@ def test_two_processes_train_as_one(config, tmp_path, mesh):
         for key in path.split("/"):
             leaves = [leaf[key] for leaf in leaves]
         np.testing.assert_allclose(leaves[0], leaves[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_killed_run_ends_as_if_it_never_was(config, tmp_path):
+    """benchmarks/kill_and_resume.py does this ten times, at random moments."""
+    config.data.stages.stage1.steps = 40
+    config.save_every = 3
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_dict()))
+    command = [sys.executable, "-m", "tests.training.one_process", file]
+    subprocess.run([*command, tmp_path / "whole"], check=True, timeout=240)
+    process = subprocess.Popen([*command, tmp_path / "killed"])
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 7):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "export").exists()
+    subprocess.run([*command, tmp_path / "killed"], check=True, timeout=240)
+    read = lambda name: (tmp_path / name / "export/model.safetensors").read_bytes()
+    assert read("killed") == read("whole")
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 41))
 
 
 def test_processes_that_differ_are_refused(config, tmp_path):
