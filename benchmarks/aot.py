@@ -126,7 +126,7 @@ def abstract_step(case: Case) -> tuple[Any, tuple[Any, ...], float]:
     where = jax.tree.map(lambda x: x.sharding, trained)
     state = {
         "trained": trained,
-        "optimizer": _placed(fresh, placement.optimizer(optimizer, fresh, where)),
+        "optimizer": _placed(fresh, placement.optimizer(fresh, where)),
         "step": _on(placement.everywhere, (), jnp.int32),
     }
     update = make_update(config, model, optimizer, placement, state, case.remat)

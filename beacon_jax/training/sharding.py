@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -101,15 +100,20 @@ class Placement:
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
-    def optimizer(self, optimizer: Any, state: Any, trained: Any) -> Any:
-        """Shardings of an optimiser's state, given those of what it updates."""
-        return optax.tree.map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            state,
-            trained,
-            transform_non_params=lambda _: self.everywhere,
-        )
+    def optimizer(self, state: Any, trained: Any) -> Any:
+        """Shardings of an optimiser's state: moments are split as what they belong to,
+        whose path theirs ends with; counters are everywhere."""
+        owners = {
+            tuple(path): sharding
+            for path, sharding in jax.tree_util.tree_leaves_with_path(trained)
+        }
+
+        def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
+            ends = (owners.get(tuple(path[i:])) for i in range(len(path)))
+            found = next((owner for owner in ends if owner is not None), None)
+            return found if found and x.ndim else self.everywhere
+
+        return jax.tree_util.tree_map_with_path(sharding, state)
 
 
 def make_placement(

@@ -235,7 +235,7 @@ def _state(placement: Placement, optimizer: Any, trained: Any) -> dict[str, Any]
     """A fresh state: what is trained, and an optimiser state split in the same way."""
     shardings = jax.tree.map(lambda x: x.sharding, trained)
     fresh = jax.eval_shape(optimizer.init, trained)
-    where = placement.optimizer(optimizer, fresh, shardings)
+    where = placement.optimizer(fresh, shardings)
     return {
         "trained": trained,
         "optimizer": jax.jit(optimizer.init, out_shardings=where)(trained),

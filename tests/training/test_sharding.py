@@ -80,7 +80,11 @@ def on_mesh(placement, trained_names, average, plans, parts=1, **options):
     frozen = {n: x for n, x in variables.items() if n not in trained}
     shardings = placement.trained(MODEL, trained)
     run = make_value_and_grad(
-        loss_of(average, **options), placement, shardings, average
+        loss_of(average, **options),
+        placement,
+        shardings,
+        average=average,
+        parts=parts,
     )
     (loss, aux), gradients = jax.jit(run)(
         jax.tree.map(put, trained, shardings),
@@ -176,7 +180,7 @@ def test_the_optimizers_state_is_split_and_nothing_frozen_has_one():
     state = jax.eval_shape(optimizer.init, trained)
     for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
         placement = place(*sizes)
-        where = placement.optimizer(optimizer, state, placement.trained(MODEL, trained))
+        where = placement.optimizer(state, placement.trained(MODEL, trained))
         sharded = jax.jit(optimizer.init, out_shardings=where)(trained)
         kernels = [x for x in jax.tree.leaves(sharded) if x.ndim > 1]
         assert len(kernels) == 2 * len(jax.tree.leaves(trained))
