@@ -141,6 +141,7 @@ def test_updates_that_are_not_finite_stop_the_run(config, tmp_path):
         ("dtype", "float8", "dtype='float8' is unknown"),
         ("init_from", "", "init_from=''"),
         ("log_every", 0, "log_every=0 must be at least 1"),
+        ("uniform_plans", 50.0, "uniform_plans=50.0 is a share of the steps"),
     ],
 )
 def test_a_wrong_setting_is_named(config, tmp_path, key, value, message):
