@@ -9,11 +9,10 @@ A Llama-shaped model of 0.44M non-embedding parameters and a BPE of 512 tokens, 
 trained on the text of the running Python (or --config.text.uri=FOLDER). Repeated random
 segments come first: recall emerges from them in a minute or two, and without them not
 at all. Then lengths grow to 512; `:more` goes on with more text and copied passages.
-`:loose` interleaves 30 % of the rows with eos tokens that mean nothing. A large model
-takes a token more or less in its stride; this one, without it, lost 0.1 nats/token of a
-text at x4 (0.18 at x2) merely because beacons stand in between.
+`:loose` interleaves 30 % of the rows with eos tokens that mean nothing: without it,
+beacons in the window that is predicted cost 0.1 nats/token at x4 (64 rows).
 
-Hardware: two CPU cores, 20 + 17 + 5 minutes. Measured on held-out files: 5-digit
+Hardware: two CPU cores, 19 + 17 + 10 minutes. Measured on held-out files: 5-digit
 passkeys recalled at 128, 256 and 512 tokens: 100 % (64 rows each). Loss of the last 32
 tokens, 512 rows: 2.60 alone, 2.30 with one window of 32 before them, 2.24 with seven
 (difference to one: 0.054 +- 0.008 nats/token).

@@ -425,6 +425,11 @@ def _check(config: Config) -> None:
         raise ValueError(
             "init_from='' has no tokenizer: set tokenizer.path or tokenizer.train."
         )
+    if not 0.0 <= config.uniform_plans <= 1.0:
+        raise ValueError(
+            f"uniform_plans={config.uniform_plans} is a share of the steps: use a "
+            "number from 0 to 1."
+        )
     for name in ("log_every", "save_every", "keep", "accumulate"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1.")

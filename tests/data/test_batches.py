@@ -106,6 +106,8 @@ def test_a_tail_puts_answers_anywhere_in_the_last_half(source):
             assert tokenizer.decode(labels[at]).isdigit()
             ends.append(96 - (int(at[-1]) + 2))
     assert min(ends) == 0 and max(ends) == 40 and len(set(ends)) > 30
+    with pytest.raises(ValueError, match="passkey_tail=-1 must be >= 0"):
+        dataclasses.replace(config, passkey_tail=-1)
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone(source, batches):

@@ -226,6 +226,7 @@ def test_updates_that_are_not_finite_stop_the_run(config, tmp_path):
         ("log_every", 0, "log_every=0 must be at least 1"),
         ("profile_steps", (3, 2), r"profile_steps=\(3, 2\) is no range of steps"),
         ("peak_tflops", -1.0, "peak_tflops=-1.0 must not be negative"),
+        ("uniform_plans", 50.0, "uniform_plans=50.0 is a share of the steps"),
     ],
 )
 def test_a_wrong_setting_is_named(config, tmp_path, key, value, message):
