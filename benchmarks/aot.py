@@ -239,6 +239,7 @@ def _table(results: list[dict[str, Any]]) -> str:
         "total GiB",
         "estimate",
         "budget",
+        "longest tokens",
         "compile s",
     ]
     rows = [

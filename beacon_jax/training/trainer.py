@@ -5,6 +5,7 @@ and of its own number (data and ratios are drawn from the seed and the step), so
 and number are all that a checkpoint needs for a bit-identical continuation.
 """
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -336,16 +337,26 @@ def _inputs(
     config: Config, model: ModelConfig, batches: Batches, step: int, count: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
     """Windows of a step's batch [N, B, W], its plans [N, P], and the number of
-    tokens."""
+    tokens. N is that of the longest stage, so that all stages share one program:
+    windows without tokens stand in front, and cost next to nothing."""
     raw = batches.batch(step)
     length = raw["tokens"].shape[1]
-    window = model.beacon.window if model.beacon else (config.window or length)
-    tokens, valid = split_windows(raw["tokens"], None, window)
-    labels, _ = split_windows(raw["labels"], None, window, fill=-100)
-    weights, _ = split_windows(raw["weights"], None, window)
+    window = _window(config, model, length)
+    n = max(
+        -(-s.length // _window(config, model, s.length)) for s in batches.config.stages
+    )
+    cut = functools.partial(split_windows, window=window, count=n, align="right")
+    tokens, valid = cut(raw["tokens"], None)
+    labels, _ = cut(raw["labels"], None, fill=-100)
+    weights, _ = cut(raw["weights"], None)
     plans = _plans(config, model, batches, step, count)
+    plans = np.pad(plans, ((n - len(plans), 0), (0, 0)))
     batch = {"tokens": tokens, "labels": labels, "valid": valid, "weights": weights}
     return batch, plans, raw["tokens"].size
+
+
+def _window(config: Config, model: ModelConfig, length: int) -> int:
+    return model.beacon.window if model.beacon else (config.window or length)
 
 
 def _plans(
@@ -357,8 +368,7 @@ def _plans(
     """
     length = batches.config.stage_at(step).length
     beacon = model.beacon
-    window = beacon.window if beacon else (config.window or length)
-    windows = -(-length // window)
+    windows = -(-length // _window(config, model, length))
     if beacon is None:
         return np.zeros((windows, count), np.int32)
     room = _slots(config, model, windows)

@@ -14,7 +14,7 @@ import pytest
 from beacon_jax import hf
 
 
-def run(configs, workdir, *, devices):
+def run(configs, workdir, *, devices, environment=()):
     """Runs one process per config, all of them in one workdir; their outputs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -25,6 +25,7 @@ def run(configs, workdir, *, devices):
         file.write_text(json.dumps(config.to_dict()))
         environ = {
             **os.environ,
+            **dict(environment),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
         if len(configs) > 1:
@@ -47,14 +48,24 @@ def run(configs, workdir, *, devices):
     return [process.returncode for process in running], outputs
 
 
+@pytest.mark.parametrize("plans", ["drawn", "adversarial"])
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1)], ids=["fast", "lean"])
-def test_two_processes_train_as_one(config, tmp_path, mesh):
+def test_two_processes_train_as_one(config, tmp_path, mesh, plans):
+    environment = {}
+    if plans == "adversarial":
+        environment = {"ADVERSARIAL_PLANS": "1"}
+        config.beacon.ratios = (0, 2, 4)
     config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
     config.data.stages.stage1.update({"batch_size": 8, "steps": 4})
     config.compilation_cache = "off"
     weights = []
     for name, count in (("one", 1), ("two", 2)):
-        codes, outputs = run([config] * count, tmp_path / name, devices=8 // count)
+        codes, outputs = run(
+            [config] * count,
+            tmp_path / name,
+            devices=8 // count,
+            environment=environment,
+        )
         assert codes == [0] * count, outputs
         assert all("step 4/4" not in output for output in outputs[1:])
         weights.append(hf.load(tmp_path / name / "export").variables["beacon"])

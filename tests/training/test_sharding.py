@@ -226,10 +226,13 @@ def test_meshes_that_do_not_fit_name_the_axis(sizes, rows, message):
 def test_rules_that_collide_or_do_not_divide_name_both_axes():
     variables, _ = inputs()
     params = {"params": variables["params"]}
-    with pytest.raises(ValueError, match=r"q_proj.*'embed' and 'heads' .*'fsdp'"):
+    with pytest.raises(ValueError, match=r"o_proj.*'heads' and 'embed' .*'fsdp'"):
         place(1, 2, rules={**RULES, "heads": "fsdp"}).frozen(MODEL, params)
-    with pytest.raises(ValueError, match=r"k_proj.*'kv_heads' has size 2.*tensor=8"):
+    with pytest.raises(ValueError, match=r"embedding.*'vocab' has size 14.*tensor=8"):
         place(1, 1, 8).frozen(MODEL, params)
+    whole = {**RULES, "vocab": ()}
+    with pytest.raises(ValueError, match=r"k_proj.*'kv_heads' has size 2.*tensor=8"):
+        place(1, 1, 8, rules=whole).frozen(MODEL, params)
     with pytest.raises(ValueError, match=r"rule 'mlp' names .*'pipe'"):
         place(rules={**RULES, "mlp": "pipe"})
 

@@ -71,7 +71,8 @@ def test_a_run_reports_its_speed_and_traces_the_steps_asked_for(config, tmp_path
     train(config, tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     for row in map(json.loads, lines):
-        assert row["mfu"] == pytest.approx(row["flops_per_second"] / 1e12)
+        # Two rows, so two devices, of one TFLOP/s each.
+        assert row["mfu"] == pytest.approx(row["flops_per_second"] / 2e12)
         shares = [value for key, value in row.items() if key.startswith("time_")]
         assert sum(shares) == pytest.approx(1, abs=1e-3)
     assert [*(tmp_path / "profile").rglob("*.xplane.pb")]
@@ -134,6 +135,28 @@ def test_a_run_goes_on_on_another_mesh(config, tmp_path, monkeypatch):
     whole = hf.load(tmp_path / "whole" / "export").variables["beacon"]
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_stages_of_any_length_and_all_plans_share_one_compiled_step(
+    config, tmp_path, monkeypatch
+):
+    config.data.stages.stage1 = {**config.data.stages.stage1, "length": 48, "steps": 3}
+    config.data.stages.stage2 = {**config.data.stages.stage1, "length": 20}
+    config.data.stages.stage3 = {**config.data.stages.stage1, "length": 33}
+    made, plans, make, draw = [], [], trainer.make_update, trainer._plans
+
+    def keep_plans(*args):
+        plans.append(draw(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(trainer, "_plans", keep_plans)
+    monkeypatch.setattr(
+        trainer, "make_update", lambda *a: made.append(make(*a)) or made[0]
+    )
+    train(config, tmp_path)
+    assert {len(plan) for plan in plans} == {6, 3, 5}
+    assert len({plan.tobytes() for plan in plans}) > 5
+    assert [update._cache_size() for update in made] == [1]
 
 
 def test_a_checkpoint_can_be_exported_before_the_run_ends(config, tmp_path):
