@@ -11,10 +11,10 @@ MAX_LINES := 600
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup quickstart test test-slow lint constraints clean
+.PHONY: help setup quickstart test test-slow aot lint constraints clean
 
 help:
-	@echo "targets: setup quickstart test test-slow lint constraints clean"
+	@echo "targets: setup quickstart test test-slow aot lint constraints clean"
 
 setup:
 	@PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" bash launch/setup.sh
@@ -37,6 +37,12 @@ test: setup
 test-slow: setup
 	JAX_PLATFORMS=cpu $(PY) -m pytest -m slow tests
 
+# Whole 7B training steps for 8 GPUs and TPUs that are not here, compiled by XLA: what
+# they need per device. An environment of its own: CUDA and TPU plugins beside the CPU.
+aot:
+	@VENV=.venv-aot EXTRAS=aot PYTHON="$(PYTHON)" bash launch/setup.sh
+	.venv-aot/bin/python -m benchmarks.aot --out=out/aot
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -52,5 +58,5 @@ constraints: setup
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:
-	rm -rf .venv $(OUT) .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aot $(OUT) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

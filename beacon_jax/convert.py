@@ -2,6 +2,9 @@
 
 python -m beacon_jax.convert from-hf --src=HF --dst=DIR [--dtype=bfloat16] [--verify]
 python -m beacon_jax.convert to-hf   --src=DIR --dst=HF
+
+DIR of to-hf is a converted folder, or the --workdir of a training run, whose newest
+checkpoint is exported while the run goes on.
 """
 
 import sys
@@ -34,7 +37,11 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"command={argv[1:]}: use from-hf or to-hf.")
     src, dst = Path(options.src), Path(options.dst)
     try:
-        if argv[1] == "to-hf":
+        if argv[1] == "to-hf" and (src / "checkpoints").is_dir():
+            from beacon_jax.training.trainer import export_checkpoint  # takes seconds
+
+            export_checkpoint(src, dst, overwrite=options.overwrite)
+        elif argv[1] == "to-hf":
             conversion.to_hf(src, dst, overwrite=options.overwrite)
         else:
             conversion.from_hf(

@@ -4,7 +4,8 @@ python -m beacon_jax.train --config=configs/X.py[:arg] --workdir=DIR
   [--config.key=value ...]
 
 The same command goes on from the last checkpoint in DIR. A key that the config does
-not have is an error that names the nearest one.
+not have is an error that names the nearest one. --config.profile_steps=10,13 writes a
+trace of those steps to DIR/profile.
 """
 
 import sys
@@ -20,6 +21,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     flags.DEFINE_string(
         "workdir", None, "Folder of the run.", required=True, flag_values=values
+    )
+    flags.DEFINE_bool(
+        "distributed", False, "One of several processes.", flag_values=values
     )
     flags.mark_flag_as_required("config", values)
 
@@ -38,8 +42,11 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every option has --.")
     logging.set_verbosity(logging.WARNING)
-    from beacon_jax.training.trainer import train  # after the flags: jax takes seconds
+    from beacon_jax.training import processes  # after the flags: jax takes seconds
+    from beacon_jax.training.trainer import train
 
+    if flags.FLAGS.distributed:
+        processes.start()
     try:
         train(flags.FLAGS.config, flags.FLAGS.workdir)
     except (ValueError, OSError, FloatingPointError) as error:

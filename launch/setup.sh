@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Makes .venv and installs beacon_jax with its tools; does nothing when that is done.
 #   make setup [PYTHON=/path/to/python] [EXTRAS=test,eval,cuda12]
+# VENV=.venv-aot makes another one beside it, for extras that would get in the way.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=.venv/bin/python
-stamp=.venv/.installed
+venv=${VENV:-.venv}
+python=$venv/bin/python
+stamp=$venv/.installed
 # The folder is part of the stamp: an editable install holds its path.
 state=$(echo "$PWD" | cat - pyproject.toml constraints.txt launch/setup.sh | cksum)
 extras=${EXTRAS:-test,eval}
@@ -20,13 +22,13 @@ if [[ -n ${PYTHON:-} || $have == "none that runs" ]]; then
 fi
 
 if [[ -n $base ]]; then
-  echo "setup: making .venv with $base"
-  "$base" -m venv --clear .venv
-elif [[ -z ${EXTRAS:-} && -f $stamp && $(<"$stamp") == "$state" ]]; then
+  echo "setup: making $venv with $base"
+  "$base" -m venv --clear "$venv"
+elif [[ ( -z ${EXTRAS:-} || -n ${VENV:-} ) && -f $stamp && $(<"$stamp") == "$state" ]]; then
   exit 0
 fi
 
-echo "setup: installing beacon_jax[$extras] into .venv"
+echo "setup: installing beacon_jax[$extras] into $venv"
 SECONDS=0
 rm -f "$stamp"
 # uv installs everything in seconds; pip needs minutes but is always there.

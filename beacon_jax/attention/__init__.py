@@ -1,5 +1,5 @@
 """Causal attention behind a memory prefix: the one attention op of the package."""
 
-from beacon_jax.attention.api import IMPLEMENTATIONS, prefix_attention
+from beacon_jax.attention.api import IMPLEMENTATIONS, RESIDUALS, prefix_attention
 
-__all__ = ["IMPLEMENTATIONS", "prefix_attention"]
+__all__ = ["IMPLEMENTATIONS", "RESIDUALS", "prefix_attention"]

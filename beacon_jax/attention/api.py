@@ -4,10 +4,17 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
-from beacon_jax.attention.reference import reference
+from beacon_jax.attention.blockwise import LSE, OUT, blockwise
+from beacon_jax.attention.reference import WEIGHTS, reference
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference}
-DEFAULT = ("reference",)
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": reference,
+    "blockwise": blockwise,
+}
+# Names of what a backward pass needs besides q, k and v, for checkpoint policies.
+RESIDUALS = (OUT, LSE, WEIGHTS)
+# Up to here all scores at once are cheaper than a loop over blocks.
+SMALL = 1024
 
 
 def prefix_attention(
@@ -45,7 +52,9 @@ def prefix_attention(
             f"q has {q.shape[2]} heads, k has {k.shape[-2]}: the first must be a "
             f"multiple of the second."
         )
-    names = DEFAULT if implementation is None else implementation
+    names = implementation
+    if names is None:
+        names = "reference" if k.shape[-3] <= SMALL else "blockwise"
     refusals = []
     for name in (names,) if isinstance(names, str) else names:
         if name not in IMPLEMENTATIONS:

@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+WEIGHTS = "attention_weights"
 
 
 def reference(q, k, v, prefix, *, scale, layer=None, queries=None):
@@ -17,7 +20,8 @@ def reference(q, k, v, prefix, *, scale, layer=None, queries=None):
     last = prefix[:, None] + jnp.arange(t)  # [B, T] last key each query sees
     visible = jnp.arange(s) <= last[:, :, None]
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = checkpoint_name(jax.nn.softmax(scores, axis=-1), WEIGHTS)
+    weights = weights.astype(v.dtype)
     # Nothing dead is read: 0 * NaN would be NaN.
     live = jnp.arange(s) < (prefix + t)[:, None]
     out = jnp.einsum(

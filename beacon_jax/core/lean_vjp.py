@@ -4,144 +4,298 @@ Reverse mode through a scan whose carry is the memory stores one buffer per wind
 through `lax.switch` it stores the residuals of every branch, taken or not. The lean
 loop stores the final buffer only: memory is append-only, so what window i saw is a
 prefix of it. Its backward pass runs the windows in reverse, each once more inside its
-own branch, and takes the cotangent of a window's entries from the accumulated cotangent
-of the buffer.
+own branch, layer by layer, and takes the cotangent of a window's entries from the
+accumulated cotangent of the buffer. A layer's cotangents are added to the accumulators
+where they arise: no second buffer, and no second set of gradients, ever exists.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from beacon_jax.core.step import put_all_layers
-from beacon_jax.model.decoder import Entries
+from beacon_jax.core.step import Window, new_entries, pad_entries, put_all_layers
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.decoder import Entries, constrain_entries, variable_axes
+from beacon_jax.model.partition import Partition, active, constrain, partitioned
 
-# (variables, k, v, x) -> (outputs, new entries [L, B, n, K, H])
-Branch = Callable[..., tuple[Any, Entries]]
-
-
-def _switch(index, branches: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
-    if len(branches) == 1:
-        return branches[0]
-    return lambda *operands: lax.switch(index, branches, *operands)
+LAYERS = "layers"
+REMAT = ("lean", "lean-layer", "none", "layer", "window")
 
 
-def _run(branches: tuple[Branch, ...], variables: Any, k: Any, v: Any, x: Any):
-    return _switch(x["index"], branches)(variables, k, v, x)
+class Static(NamedTuple):
+    """What the loop is compiled for."""
+
+    config: ModelConfig
+    windows: tuple[Window, ...]
+    remat: str
+    partition: Partition | None
 
 
-def _forward(branches, variables, buffers, xs, *, checkpoint=False):
-    def step(carry, x):
-        out, new = _run(branches, variables, carry.k, carry.v, x)
-        # A row that appends nothing writes dead entries behind its slots.
-        return Entries(
-            put_all_layers(carry.k, new.k, x["slots"]),
-            put_all_layers(carry.v, new.v, x["slots"]),
-        ), out
-
-    step = jax.checkpoint(step, prevent_cse=False) if checkpoint else step
-    return lax.scan(step, buffers, xs)
-
-
-def plain_loop(branches, variables, buffers: Entries, xs, *, checkpoint=False):
-    """Outputs of every window; differentiated by jax as it stands.
+def window_loop(
+    config: ModelConfig,
+    windows: tuple[Window, ...],
+    variables: Any,
+    buffers: Entries,
+    xs: dict[str, jax.Array],
+    *,
+    remat: str,
+) -> jax.Array:
+    """Hidden states [N, B, W, D] of all windows, which fill the buffers as they go.
 
     Args:
-      branches: see `Branch`; the first is the empty step, if there are several.
+      windows: one per static ratio, in the order of xs["index"] - 1.
       buffers: zeros [L, B, S, K, H].
-      xs: stacked over windows: "index" of the branch, "slots" [N, B] in front of each
-        window, "added" [N, B] slots that it appends, and what the branches read.
+      xs: stacked over windows: tokens [N, B, W]; index [N] of the branch, 0 for a step
+        without tokens; ratio [N]; slots [N, B] in front of each window and added [N, B]
+        that it appends.
+      remat: "lean" keeps the activations of one window at a time (2 forwards and a
+        backward), "lean-layer" only what enters its layers (3 forwards). "none",
+        "layer" and "window" are plain reverse mode, which keeps everything, or
+        recomputes that much.
     """
-    return _forward(branches, variables, buffers, xs, checkpoint=checkpoint)[1]
+    static = Static(config, windows, remat, active())
+    if remat.startswith("lean"):
+        return _lean(static, variables, buffers, xs)
+    step = functools.partial(_step, static, variables)
+    if remat == "window":
+        step = jax.checkpoint(step, prevent_cse=False)
+    return lax.scan(step, buffers, xs)[1]
+
+
+def _step(static, variables, buffers: Entries, x):
+    """One window forward: (buffers, hidden [B, W, D])."""
+    config, windows, remat, _ = static
+    b, w = x["tokens"].shape
+    most = max(window.kept for window in windows)
+    outer, layers = _split(variables)
+    dtype = buffers.k.dtype
+
+    def run(window):
+        def branch(k, v):
+            def layer(h, per_layer):
+                one, k, v = per_layer
+                return window.layer(one, h, k, v, x["slots"])
+
+            if remat == "layer":
+                layer = jax.checkpoint(layer, prevent_cse=False)
+            h = window.begin(outer, x["tokens"])
+            h, kept = lax.scan(layer, h, (layers, k, v))
+            return window.finish(outer, h), pad_entries(kept, most)
+
+        return branch
+
+    def nothing(k, v):
+        none = jnp.zeros((b, w, config.hidden_size), dtype)
+        return none, Entries(*(jnp.zeros_like(x[:, :, :most]) for x in (k, v)))
+
+    hidden, kept = _switch(x, [nothing, *map(run, windows)])(*buffers)
+    new = new_entries(config, kept, x["slots"], x["ratio"], dtype)
+    # A row that appends nothing writes dead entries behind its slots.
+    after = Entries(
+        put_all_layers(buffers.k, new.k, x["slots"]),
+        put_all_layers(buffers.v, new.v, x["slots"]),
+    )
+    return constrain_entries(after), hidden
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def lean_loop(branches, variables, buffers: Entries, xs):
-    """`plain_loop` with the lean backward pass; the same values and gradients."""
-    return _forward(branches, variables, buffers, xs)[1]
+def _lean(static, variables, buffers: Entries, xs):
+    step = functools.partial(_step, static, variables)
+    return lax.scan(step, buffers, xs)[1]
 
 
-def _lean_fwd(branches, variables, buffers, xs):
+def _lean_fwd(static, variables, buffers, xs):
     # Only what is differentiated gets a cotangent: a frozen base must cost nothing.
-    leaves, tree = jax.tree.flatten(
-        variables, is_leaf=lambda x: hasattr(x, "perturbed")
+    is_primal = lambda x: hasattr(x, "perturbed")
+    value = lambda tree: jax.tree.map(lambda p: p.value, tree, is_leaf=is_primal)
+    trained = jax.tree.map(
+        lambda p: () if p.perturbed else None, variables, is_leaf=is_primal
     )
-    trained = [() if p.perturbed else None for p in leaves]
-    values = [p.value for p in leaves]
-    plain = jax.tree.map(
-        lambda p: p.value, (buffers, xs), is_leaf=lambda x: hasattr(x, "perturbed")
-    )
-    final, out = _forward(branches, tree.unflatten(values), *plain)
-    return out, (tree.unflatten(values), trained, final, plain[1])
+    variables, xs = value(variables), value(xs)
+    step = functools.partial(_step, static, variables)
+    final, hidden = lax.scan(step, value(buffers), xs)
+    return hidden, (variables, trained, final, xs)
 
 
-def _lean_bwd(branches, residuals, cotangents):
+def _lean_bwd(static, residuals, d_hidden):
+    with partitioned(static.partition):  # traced later than the forward pass
+        return _backward(static, residuals, d_hidden)
+
+
+def _backward(static, residuals, d_hidden):
+    config, windows, remat, _ = static
     variables, trained, buffers, xs = residuals
-    leaves, tree = jax.tree.flatten(variables)
-    at = [i for i, mark in enumerate(trained) if mark is not None]
-    cotangents = jax.tree.map(
-        lambda c: jnp.zeros(c.shape, c.dtype) if _symbolic(c) else c,
-        cotangents,
-        is_leaf=_symbolic,
-    )
+    if isinstance(d_hidden, jax.custom_derivatives.SymbolicZero):
+        zero: Any = d_hidden
+        d_hidden = jnp.zeros(zero.shape, zero.dtype)
+    axes = _split(variable_axes(config))
+    outer, layers = map(_Trained, _split(variables), _split(trained), axes)
+    most = max(window.kept for window in windows)
 
-    def reverse(branch):
-        def run(own, k, v, x, out_ct, new_ct):
-            def f(own, k, v):
-                merged = list(leaves)
-                for i, leaf in zip(at, own, strict=True):
-                    merged[i] = leaf
-                return branch(tree.unflatten(merged), k, v, x)
+    def reverse(window):
+        def branch(sums, x, d_hidden):
+            return _reverse(
+                config, window, outer, layers, most, buffers, remat, sums, x, d_hidden
+            )
 
-            _, vjp = jax.vjp(f, own, k, v)
-            return vjp((out_ct, new_ct))
+        return branch
 
-        return run
+    nothing = lambda sums, x, d_hidden: sums
+    branches = [nothing, *map(reverse, windows)]
 
-    backward: tuple[Any, ...] = tuple(reverse(b) for b in branches)
-    new_shape = jax.eval_shape(
-        lambda x: _run(branches, variables, buffers.k, buffers.v, x)[1], _first(xs)
-    )
-
-    def step(carry, x_and_ct):
-        (d_k, d_v), grads = carry
-        x, out_ct = x_and_ct
-        n = new_shape.k.shape[2]
-        index = (x["slots"][:, None] + jnp.arange(n))[None, :, :, None, None]
-        alive = (jnp.arange(n) < x["added"][:, None])[None, :, :, None, None]
-        take = lambda d: jnp.where(alive, jnp.take_along_axis(d, index, axis=2), 0)
-        new_ct = Entries(
-            take(d_k).astype(new_shape.k.dtype), take(d_v).astype(new_shape.v.dtype)
-        )
-        own = [leaves[i] for i in at]
-        d_own, k_ct, v_ct = _switch(x["index"], backward)(
-            own, *buffers, x, out_ct, new_ct
-        )
-        add = lambda total, part: total + part.astype(total.dtype)
-        grads = [add(g, d) for g, d in zip(grads, d_own, strict=True)]
-        return (Entries(add(d_k, k_ct), add(d_v, v_ct)), grads), None
+    def step(sums, x_and_ct):
+        return _switch(x_and_ct[0], branches)(sums, *x_and_ct), None
 
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-    start = (Entries(*map(zeros, buffers)), [zeros(leaves[i]) for i in at])
-    (_, grads), _ = lax.scan(step, start, (xs, cotangents), reverse=True)
-    out: list[Any] = [None] * len(leaves)
-    for i, grad in zip(at, grads, strict=True):
-        out[i] = grad.astype(leaves[i].dtype)
-    full = [
-        jnp.zeros_like(x) if g is None else g for x, g in zip(leaves, out, strict=True)
-    ]
-    return tree.unflatten(full), None, None
+    d_buffers = constrain_entries(jax.tree.map(zeros, buffers))
+    start = (d_buffers, outer.zeros(), layers.zeros())
+    (_, d_outer, d_layers), _ = lax.scan(step, start, (xs, d_hidden), reverse=True)
+    gradients = _join(outer.full(d_outer), layers.full(d_layers), variables)
+    return gradients, None, None
 
 
-def _symbolic(x) -> bool:
-    return isinstance(x, jax.custom_derivatives.SymbolicZero)
+_lean.defvjp(_lean_fwd, _lean_bwd, symbolic_zeros=True)
 
 
-def _first(xs):
-    return jax.tree.map(lambda x: x[0], xs)
+def _reverse(
+    config, window, outer, layers, most, buffers, remat, sums, x, d_hidden
+):  # fmt: skip
+    """One window backward: adds to (d_buffers [L, B, S, K, H], d_outer, d_layers)."""
+    (d_k, d_v), d_outer, d_layers = sums
+    slots, tokens = x["slots"], x["tokens"]
+    alive = (jnp.arange(most) < x["added"][:, None])[..., None, None]
+
+    def layer(own, frozen, h, k, v):
+        """(h, what enters the memory) of one layer."""
+        h, kept = window.layer(layers.merge(own, frozen), h, k, v, slots)
+        kept = Entries(*(entry[None] for entry in pad_entries(kept, most)))
+        new = new_entries(config, kept, slots, x["ratio"], k.dtype)
+        return h, Entries(new.k[0], new.v[0])
+
+    def taken(total, like):
+        """Cotangent of the entries that this window appended."""
+        cut = lambda row, at: lax.dynamic_slice_in_dim(row, at, most)
+        return jnp.where(alive, jax.vmap(cut)(total, slots), 0).astype(like)
+
+    def up(h, per_layer):
+        (own, frozen), k, v = per_layer
+        if remat == "lean-layer":
+            return layer(own, frozen, h, k, v)[0], h
+        pull: Any
+        (after, _), pull = jax.vjp(lambda *a: layer(a[0], frozen, *a[1:]), own, h, k, v)
+        return after, saved.store(pull, (own, frozen, h, k, v))
+
+    def down(carry, per_layer):
+        d_h, d_k, d_v, d_own = carry
+        i, kept, (own, frozen), k, v = per_layer
+        if remat == "lean-layer":
+            f = lambda *a: layer(a[0], frozen, *a[1:])
+            _, pull = jax.vjp(f, own, kept, k, v)
+        else:
+            pull = saved.restore(kept, (own, frozen, k, v))
+        of_layer = lambda total: lax.dynamic_index_in_dim(total, i, keepdims=False)
+        d_new = Entries(taken(of_layer(d_k), k.dtype), taken(of_layer(d_v), v.dtype))
+        part, d_h, k_ct, v_ct = pull((d_h, d_new))
+        add = lambda total, new: total.at[i].add(new.astype(total.dtype))
+        return (d_h, add(d_k, k_ct), add(d_v, v_ct), list(map(add, d_own, part))), None
+
+    saved = _Residuals()
+    f = lambda own: window.begin(outer.merge(own), tokens)
+    h, pull_begin = jax.vjp(f, outer.own)
+    stacked = ((layers.own, layers.frozen), *buffers)
+    h, kept = lax.scan(up, h, stacked)
+    f = lambda own, h: window.finish(outer.merge(own), h)
+    _, pull_finish = jax.vjp(f, outer.own, h)
+    at_end, d_h = pull_finish(d_hidden)
+    numbers = jnp.arange(buffers.k.shape[0])
+    (d_h, d_k, d_v, d_layers), _ = lax.scan(
+        down, (d_h, d_k, d_v, d_layers), (numbers, kept, *stacked), reverse=True
+    )
+    (at_begin,) = pull_begin(d_h)
+    add = lambda total, a, b: total + (a + b).astype(total.dtype)
+    d_outer = list(map(add, d_outer, at_begin, at_end))
+    return constrain_entries(Entries(d_k, d_v)), d_outer, d_layers
 
 
-lean_loop.defvjp(_lean_fwd, _lean_bwd, symbolic_zeros=True)
+class _Residuals:
+    """What `jax.vjp` of a layer keeps, without the layer's own inputs: weights and
+    buffers, which are there anyway, are not stacked a second time."""
+
+    def store(self, pull, inputs):
+        leaves, self.tree = jax.tree.flatten(pull)
+        own, frozen, _, k, v = inputs
+        known = {id(x): i for i, x in enumerate(jax.tree.leaves((own, frozen, k, v)))}
+        self.known = [known.get(id(leaf)) for leaf in leaves]
+        return [x for x, i in zip(leaves, self.known, strict=True) if i is None]
+
+    def restore(self, kept, inputs):
+        inputs, kept = jax.tree.leaves(inputs), iter(kept)
+        leaves = [next(kept) if i is None else inputs[i] for i in self.known]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+class _Trained:
+    """The leaves of a tree in two lists, those that are trained and the others."""
+
+    def __init__(self, tree, trained, axes):
+        self.leaves, self.tree = jax.tree.flatten(tree)
+        self.axes = self.tree.flatten_up_to(axes)
+        marks = self.tree.flatten_up_to(trained)
+        self.marks = [mark is not None for mark in marks]
+        parts = lambda want: [
+            x for x, mark in zip(self.leaves, self.marks, strict=True) if mark == want
+        ]
+        self.own, self.frozen = parts(True), parts(False)
+
+    def merge(self, own, frozen=None):
+        own, frozen = iter(own), iter(self.frozen if frozen is None else frozen)
+        leaves = [next(own) if mark else next(frozen) for mark in self.marks]
+        return self.tree.unflatten(leaves)
+
+    def zeros(self):
+        """Where gradients are summed: float32, split as what is trained."""
+        marked = zip(self.leaves, self.marks, self.axes, strict=True)
+        return [
+            constrain(jnp.zeros(x.shape, jnp.float32), *axes)
+            for x, mark, axes in marked
+            if mark
+        ]
+
+    def full(self, sums):
+        """Gradients in the dtypes of the tree, zeros where nothing is trained."""
+        sums = iter(sums)
+        pairs = zip(self.leaves, self.marks, strict=True)
+        leaves = [
+            next(sums).astype(x.dtype) if mark else jnp.zeros_like(x)
+            for x, mark in pairs
+        ]
+        return self.tree.unflatten(leaves)
+
+
+def _split(variables):
+    """(all but the layers, the layers), each {collection: tree}."""
+    outer = {
+        name: {key: part for key, part in tree.items() if key != LAYERS}
+        for name, tree in variables.items()
+    }
+    layers = {name: t[LAYERS] for name, t in variables.items() if LAYERS in t}
+    return outer, layers
+
+
+def _join(outer, layers, like):
+    both = {
+        name: {**tree, **({LAYERS: layers[name]} if name in layers else {})}
+        for name, tree in outer.items()
+    }
+    return {name: both[name] for name in like}
+
+
+def _switch(x, branches: list[Callable[..., Any]]) -> Callable[..., Any]:
+    """The branch of a step; a plain model in one window needs no switch."""
+    if "index" not in x:
+        return branches[1]
+    return lambda *operands: lax.switch(x["index"], branches, *operands)

@@ -180,7 +180,7 @@ def feed_jit(
         new = (at >= 0) & (jnp.arange(n * w) < total[:, None])
         all_labels = jnp.where(new, shifted, IGNORE)
     by_step = lambda x: x.reshape(b, n, w).swapaxes(0, 1)
-    branches = window_branches(config, static, w, stacked=True, dtype=dtype)
+    branches = window_branches(config, static, w, dtype=dtype)
     head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
     logits = lambda h: apply(head, variables, h, method="logits")
 

@@ -1,10 +1,13 @@
 """One window: the branches over static ratios, and what enters the memory."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.decoder import Decoder, Entries, apply, write_rows
+from beacon_jax.model.decoder import Decoder, Entries, Layer, apply, write_rows
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.rotary import cos_sin, rotate
 
@@ -26,57 +29,77 @@ def layout_of(config: ModelConfig, ratio: int, window: int) -> Layout:
     return Layout.of_window(window, ratio, placement)
 
 
-def window_branches(
-    config,
-    ratios,
-    window,
-    *,
-    stacked,
-    dtype,
-    remat=False,
-    keep_plain=True,
-):
-    """NOOP and one function per static ratio:
-    (variables, tokens, k, v, slots, live) -> (hidden, kept, k, v).
+class Window(NamedTuple):
+    """A full window at one static ratio, in parts, so that a backward pass can go
+    through it layer by layer. `outer` is the variables without "layers", `layer` those
+    of one layer.
 
-    keep_plain: the branch of ratio 0 returns its entries; the last window of a
-    training sequence, which is not compressed, needs none.
+    kept: entries that may enter the memory.
+    begin: (outer, tokens [B, W]) -> x [B, T, D].
+    layer: (layer, x, k [B, S, K, H], v, prefix [B]) -> (x, Entries kept [B, n, K, H]).
+    finish: (outer, x) -> hidden [B, W, D] of the raw rows.
     """
 
-    def keep_of(ratio):
-        return (
-            () if not ratio and not keep_plain else kept_entries(config, ratio, window)
-        )
+    kept: int
+    begin: Callable[..., Any]
+    layer: Callable[..., Any]
+    finish: Callable[..., Any]
 
-    most = max(len(keep_of(r)) for r in ratios)
+
+def training_window(config, ratio, window, keep, *, dtype, remat=False) -> Window:
+    """The parts of a window; `keep` as in `kept_entries`.
+
+    remat: of the attention, keep what its backward pass needs, but not the buffer with
+      the window written into it.
+    """
+    layout = layout_of(config, ratio, window)
+    model = Decoder(config, layout, keep, dtype=dtype)
+    one = Layer(config, layout, keep, dtype, remat=remat)
+
+    def layer(variables, x, k, v, prefix):
+        cos, sin = cos_sin(config, prefix[:, None] + jnp.arange(layout.length))
+        inputs = ((x, None, None), (None, k, v), cos, sin, prefix, None)
+        (x, *_), kept = apply(one, variables, *inputs)
+        return x, kept
+
+    return Window(
+        kept=len(keep),
+        begin=lambda outer, tokens: apply(model, outer, tokens, method="begin"),
+        layer=layer,
+        finish=lambda outer, x: apply(model, outer, x, method="finish"),
+    )
+
+
+def window_branches(config, ratios, window, *, dtype):
+    """NOOP and one function per static ratio, for feeding:
+    (variables, tokens, k, v, slots, live) -> (hidden, kept, k, v)."""
+    most = max(len(kept_entries(config, r, window)) for r in ratios)
 
     def branch(ratio):
-        keep = keep_of(ratio)
-        model = Decoder(
-            config,
-            layout_of(config, ratio, window),
-            keep,
-            stacked=stacked,
-            remat=remat,
-            dtype=dtype,
-        )
+        keep = kept_entries(config, ratio, window)
+        model = Decoder(config, layout_of(config, ratio, window), keep, dtype=dtype)
 
-        def run(variables, tokens, k, v, slots, live=None):
+        def run(variables, tokens, k, v, slots, live):
             hidden, kept, k, v = apply(model, variables, tokens, k, v, slots, live)
-            pad = [(0, 0), (0, 0), (0, most - len(keep)), (0, 0), (0, 0)]
-            return hidden, Entries(*(jnp.pad(x, pad) for x in kept)), k, v
+            return hidden, pad_entries(kept, most), k, v
 
         return run
 
-    def noop(variables, tokens, k, v, slots, live=None):
+    def noop(variables, tokens, k, v, slots, live):
         c = config
         b = tokens.shape[0]
         hidden = jnp.zeros((b, window, c.hidden_size), dtype)
         empty = jnp.zeros((c.num_layers, b, most, c.num_kv_heads, c.head_dim), dtype)
-        buffers = (k, v) if stacked else (None, None)
-        return hidden, Entries(empty, empty), *buffers
+        return hidden, Entries(empty, empty), k, v
 
     return [noop, *(branch(r) for r in ratios)]
+
+
+def pad_entries(entries: Entries, size: int) -> Entries:
+    """[..., n, K, H] -> [..., size, K, H], zeros behind."""
+    axes = [(0, 0)] * (entries.k.ndim - 3)
+    pad = [*axes, (0, size - entries.k.shape[-3]), (0, 0), (0, 0)]
+    return Entries(*(jnp.pad(x, pad) for x in entries))
 
 
 def new_entries(config, kept, slots, ratio, dtype):

@@ -8,21 +8,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from beacon_jax.core.lean_vjp import lean_loop, plain_loop
+from beacon_jax.core.lean_vjp import REMAT, window_loop
 from beacon_jax.core.loss import IGNORE, token_losses
 from beacon_jax.core.step import (
     NOOP,
+    kept_entries,
     lookup,
-    new_entries,
     slots_added,
-    window_branches,
+    training_window,
 )
 from beacon_jax.core.windows import open_room, window_slots
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.decoder import Decoder, Entries, apply
+from beacon_jax.model.decoder import Decoder, Entries, apply, constrain_entries
 from beacon_jax.model.layout import Layout
-
-REMAT = ("lean", "none", "layer", "window")
+from beacon_jax.model.partition import Partition, partitioned
 
 
 @functools.partial(
@@ -34,7 +33,9 @@ REMAT = ("lean", "none", "layer", "window")
         "remat",
         "ratios",
         "dtype",
+        "memory_slots",
         "outputs",
+        "partition",
     ),
 )
 def train_loss(
@@ -49,7 +50,9 @@ def train_loss(
     remat: str = "lean",
     ratios: tuple[int, ...] | None = None,
     dtype: Any = jnp.float32,
+    memory_slots: int = 0,
     outputs: str = "loss",
+    partition: Partition | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Loss of a training batch; differentiate in `beacon` (and `params` for "all").
 
@@ -60,10 +63,10 @@ def train_loss(
       plan: ratio of each window; the last one gets no beacons whatever it says.
       skip_first_window_loss: the paper's eq. 11 instead of the release's recipe.
       loss_average: "token", over all counted labels, or "row", a mean of row means.
-      remat: what the backward pass recomputes: "lean" (see lean_vjp: one buffer
-        whatever the number of windows), or plain reverse mode with "none", "layer" or
-        "window" recomputed.
+      remat: what the backward pass recomputes, see `lean_vjp.window_loop`.
       ratios: the static ratios to compile; the config's (0 included) if not given.
+      partition: how arrays are split over a mesh; None leaves that to the caller.
+      memory_slots: room for what the plan appends; 0: for the lowest ratio throughout.
       outputs: "loss", or "logits" to have aux["logits"] [N, B, W, V] as well.
 
     Returns:
@@ -79,15 +82,13 @@ def train_loss(
         ratios = config.beacon.ratios if config.beacon else ()
     static = tuple(sorted({0, *ratios}))
     keep_plain = 0 in ratios or not ratios
-    windows = window_branches(
-        config,
-        static,
-        w,
-        stacked=False,
-        dtype=dtype,
-        remat=remat == "layer",
-        keep_plain=keep_plain and n > 1,
-    )
+    windows = []
+    for ratio in static:
+        # The last window, which has no beacons, is not compressed.
+        dropped = not ratio and not (keep_plain and n > 1)
+        keep = () if dropped else kept_entries(config, ratio, w)
+        save = remat == "lean"
+        windows.append(training_window(config, ratio, w, keep, dtype=dtype, remat=save))
     weights = batch.get("weights", jnp.ones((n, b, w), jnp.float32))
     live = jnp.arange(w) < valid[..., None]
     labels = jnp.where(live, batch["labels"], IGNORE)
@@ -110,42 +111,31 @@ def train_loss(
     _, (slots, added) = lax.scan(count, jnp.zeros((b,), jnp.int32), counted)
     xs = {
         "tokens": tokens,
-        "labels": labels,
         "index": index,
         "ratio": plan,
         "slots": slots,
         "added": added,
     }
-    head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
-
-    def with_loss(run: Any):
-        def branch(variables, k, v, x):
-            hidden, kept, *_ = run(variables, x["tokens"], k, v, x["slots"])
-            new = new_entries(config, kept, x["slots"], x["ratio"], k.dtype)
-            logits = lambda h: apply(head, variables, h, method="logits")
-            out = {"token_loss": token_losses(logits, hidden, x["labels"])}
-            if outputs == "logits":
-                out["logits"] = logits(hidden)
-            return out, new
-
-        return branch
-
-    branches = [with_loss(run) for run in windows]
     if len(static) == 1 and n == 1:
-        branches = branches[1:]  # a plain model in one window: no switch at all
+        del xs["index"]  # a plain model in one window: no switch at all
     shape = (
         config.num_layers,
         b,
-        _train_slots(config, ratios, n, w),
+        _train_slots(config, ratios, n, w, memory_slots),
         config.num_kv_heads,
         config.head_dim,
     )
     buffers = Entries(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    loop = lean_loop if remat == "lean" else plain_loop
-    if remat == "window":
-        loop = functools.partial(plain_loop, checkpoint=True)
-    out: Any = loop(tuple(branches), variables, buffers, xs)
-    token_loss = out["token_loss"]
+    with partitioned(partition):
+        buffers = constrain_entries(buffers)
+        hidden = window_loop(
+            config, tuple(windows), variables, buffers, xs, remat=remat
+        )
+    head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
+    logits = lambda h: apply(head, variables, h, method="logits")
+    # Behind the loop: the head is compiled once, not once per ratio, and is not run
+    # again when the windows are.
+    token_loss = lax.map(lambda x: token_losses(logits, *x), (hidden, labels))
     weighted = token_loss * weights
     row_loss, row_count = weighted.sum((0, 2)), weights.sum((0, 2))
     if loss_average == "row":
@@ -163,17 +153,18 @@ def train_loss(
         "row_count": row_count,
     }
     if outputs == "logits":
-        aux["logits"] = out["logits"]
+        aux["logits"] = lax.map(logits, hidden)
     return loss, aux
 
 
-def _train_slots(config, ratios, windows, window) -> int:
-    """Slots for the worst plan: all windows but one at the lowest ratio, one at 0 (SPEC
-    allows it once) and the open window. A plain model keeps everything."""
-    compressing = [r for r in ratios if r > 0]
-    if not compressing:
+def _train_slots(config, ratios, windows, window, slots) -> int:
+    """The buffer's size: `slots` of memory and the open window. A plain model keeps
+    everything."""
+    if not any(r > 0 for r in ratios):
         return windows * window
-    low = min(compressing)
-    slots = window_slots(config, low, first=True, window=window)
-    slots += max(windows - 2, 0) * (window // low)
-    return slots + (window if 0 in ratios else 0) + open_room(config, ratios, window)
+    if not slots:
+        low = min(r for r in ratios if r > 0)
+        slots = window_slots(config, low, first=True, window=window)
+        slots += max(windows - 2, 0) * (window // low)
+        slots += window if 0 in ratios else 0  # SPEC allows it once
+    return slots + open_room(config, ratios, window)

@@ -1,5 +1,6 @@
 """Index arithmetic on the host: cutting into windows, drawing ratios."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -35,6 +36,33 @@ def capacity(
         window_slots(config, r, first=i == 0, window=w) for i, r in enumerate(ratios)
     )
     return slots + open_room(config, ratios, w)
+
+
+def plan_slots(config: ModelConfig, plan: Int[np.ndarray, " N"]) -> int:
+    """Slots that a training plan appends; its last window is not compressed."""
+    w = default_window(config)
+    closed = enumerate(int(r) for r in plan[:-1])
+    return sum(window_slots(config, r, first=i == 0, window=w) for i, r in closed)
+
+
+def memory_slots(config: ModelConfig, windows: int, *, likely: bool = False) -> int:
+    """Slots for what a training plan of `windows` windows may append.
+
+    Args:
+      likely: enough for all but a few of the plans with a ratio drawn for every window
+        (mean + 3 standard deviations of the sum, 1 plan in 700 and fewer); the others
+        are to be drawn again. At 128 windows and ratios 2 to 32 half of the worst case.
+    """
+    assert config.beacon is not None
+    w, closed = default_window(config), max(windows - 1, 0)
+    ratios = [r for r in config.beacon.ratios if r > 0]
+    sizes = np.asarray([w // r for r in ratios] or [0])
+    most = closed * int(sizes.max())
+    if likely:
+        spread = 3 * sizes.std() * closed**0.5
+        most = min(most, math.ceil(sizes.mean() * closed + spread))
+    zero = w - int(sizes.min()) if 0 in config.beacon.ratios and closed else 0
+    return most + zero + (config.beacon.sink if closed else 0)
 
 
 def adaptive_ratio(

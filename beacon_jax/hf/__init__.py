@@ -2,5 +2,13 @@
 
 from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer, save_hf
 from beacon_jax.hf.hashing import tree_hash
+from beacon_jax.hf.writer import copy_tokenizer
 
-__all__ = ["Checkpoint", "load", "load_tokenizer", "save_hf", "tree_hash"]
+__all__ = [
+    "Checkpoint",
+    "copy_tokenizer",
+    "load",
+    "load_tokenizer",
+    "save_hf",
+    "tree_hash",
+]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from beacon_jax.hf.conversion import (
@@ -23,6 +24,7 @@ from beacon_jax.hf.conversion import (
 )
 from beacon_jax.hf.hashing import tree_hash
 from beacon_jax.hf.keys import beacon_part, flatten, table, unflatten
+from beacon_jax.hf.placement import Place, put_blocks, read_parts
 from beacon_jax.hf.reader import TreeReader, open_hf
 from beacon_jax.hf.writer import copy_small_files, new_folder
 from beacon_jax.model.beacon import init_beacon
@@ -66,6 +68,7 @@ def load(
     dtype: str | None = None,
     beacon: BeaconConfig | None = None,
     ignore_sliding_window: bool = False,
+    place: Place | None = None,
 ) -> Checkpoint:
     """Reads an HF folder or a converted folder into memory.
 
@@ -75,6 +78,8 @@ def load(
       beacon: replaces the beacon settings of config.json. Parts that the checkpoint
         does not have start from the base, so a plain model gets fresh beacons.
       ignore_sliding_window: attend to everything although config.json has a window.
+      place: says of every tensor on which devices it goes and in which dtype; the
+        variables are jax arrays then, and no host ever holds more than one of them.
 
     Raises:
       ValueError, FileNotFoundError: naming the tensors or the file that do not fit.
@@ -87,17 +92,28 @@ def load(
     if beacon is not None:
         config = dataclasses.replace(config, beacon=beacon)
     if converted:
-        leaves, hashes = _read_converted(path, config, manifest, cast)
+        leaves, hashes = _read_converted(path, config, manifest, cast, place)
     else:
         source = HfSource(config, open_hf(path), cast)
-        leaves, hashes = {name: source.array(name) for name in source.tensors}, {}
+        leaves, hashes = {}, {}
+        for name, tensor in source.tensors.items():
+            if place is None:
+                leaves[name] = source.array(name)
+            else:
+                sharding, kind = place(config, name, tensor.shape)
+                pieces = source.blocks(name)
+                leaves[name] = put_blocks(tensor.shape, kind, sharding, pieces)
     variables = {"params": {}, "beacon": {}} | unflatten(leaves)
     return Checkpoint(config, variables, path, hashes)
 
 
 def _read_converted(
-    path: Path, config: ModelConfig, manifest: dict[str, Any], cast: np.dtype | None
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    path: Path,
+    config: ModelConfig,
+    manifest: dict[str, Any],
+    cast: np.dtype | None,
+    place: Place | None,
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors by name, and those hashes of the manifest that hold for them."""
     reader = open_converted(path)
     expected = {e.name: e.shape for e in table(config)}
@@ -120,16 +136,30 @@ def _read_converted(
     ]
     if problems:
         raise ValueError(f"{path} does not fit its config:\n  " + "\n  ".join(problems))
-    leaves = {n: reader.read(n).astype(cast or t.dtype) for n, t in stored.items()}
+    leaves = {}
+    for name, tensor in stored.items():
+        if place is None:
+            leaves[name] = reader.read(name).astype(cast or tensor.dtype)
+        else:
+            sharding, kind = place(config, name, tensor.shape)
+            leaves[name] = read_parts(reader, name, kind, sharding)
     if absent:
         fresh = init_beacon(unflatten(leaves)["params"], config)
-        leaves |= {n: x for n, x in flatten(fresh, "beacon/") if n in absent}
+        for name, x in flatten(fresh, "beacon/"):
+            if name in absent:
+                leaves[name] = x if place is None else _placed(x, config, name, place)
     hashes = {}
     if all(cast in (None, t.dtype) for t in reader.tensors.values()):
         hashes["base"] = manifest["base_hash"]
         if not absent and manifest["beacon_hash"]:
             hashes["beacon"] = manifest["beacon_hash"]
     return {name: leaves[name] for name in expected}, hashes
+
+
+def _placed(x: Any, config: ModelConfig, name: str, place: Place) -> Any:
+    """An array on the devices, moved to where `place` wants it."""
+    sharding, kind = place(config, name, x.shape)
+    return jax.jit(lambda x: x.astype(kind), out_shardings=sharding)(x)
 
 
 def save_hf(

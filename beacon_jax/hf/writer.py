@@ -14,6 +14,14 @@ import numpy as np
 from beacon_jax.hf.reader import DTYPES, Tensor
 
 MANIFEST = "beacon_jax.json"
+_TOKENIZER = (
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "vocab.",
+    "merges.",
+    "chat_template",
+)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -85,6 +93,13 @@ def copy_small_files(src: Path, dst: Path, *, card: bool = True) -> None:
         if path.is_file() and not (hidden or weights or left):
             (dst / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, dst / relative)
+
+
+def copy_tokenizer(src: Path, dst: Path) -> None:
+    """Copies the tokenizer's files and nothing else: src may be a whole model."""
+    for path in sorted(src.iterdir()):
+        if path.is_file() and path.name.startswith(_TOKENIZER):
+            shutil.copyfile(path, dst / path.name)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Parameters live in two collections: "params" (the base, frozen) and "beacon" (tr
 Every parameter has logical axis names; layers are scanned and their parameters stacked.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from beacon_jax.attention import prefix_attention
+from beacon_jax.attention import RESIDUALS, prefix_attention
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.layout import Layout
+from beacon_jax.model.partition import constrain
 from beacon_jax.model.rotary import cos_sin, rotate
 
 INIT = nn.initializers.normal(0.02)
@@ -110,11 +112,15 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """remat: the backward pass writes the window into its buffer again, instead of
+    keeping a buffer per layer."""
+
     config: ModelConfig
     layout: Layout
     keep: tuple[int, ...]
     dtype: Any
     implementation: str | tuple[str, ...] | None = None
+    remat: bool = False
 
     def setup(self):
         c = self.config
@@ -135,16 +141,26 @@ class Attention(nn.Module):
         keep = jnp.asarray(self.keep, jnp.int32)
         kept = Entries(k[:, keep], v[:, keep])
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k_buffer = write_rows(k_buffer, k.astype(k_buffer.dtype), prefix, layer, live)
-        v_buffer = write_rows(v_buffer, v.astype(v_buffer.dtype), prefix, layer, live)
-        out = prefix_attention(
-            q,
-            k_buffer,
-            v_buffer,
-            prefix,
-            layer=layer,
-            implementation=self.implementation,
-        )
+
+        def attend(q, k, v, k_buffer, v_buffer):
+            put = lambda buffer, new: write_rows(
+                buffer, new.astype(buffer.dtype), prefix, layer, live
+            )
+            k_buffer, v_buffer = put(k_buffer, k), put(v_buffer, v)
+            out = prefix_attention(
+                q,
+                k_buffer,
+                v_buffer,
+                prefix,
+                layer=layer,
+                implementation=self.implementation,
+            )
+            return out, k_buffer, v_buffer
+
+        if self.remat:
+            keep_these = jax.checkpoint_policies.save_only_these_names(*RESIDUALS)
+            attend = jax.checkpoint(attend, prevent_cse=False, policy=keep_these)
+        out, k_buffer, v_buffer = attend(q, k, v, k_buffer, v_buffer)
         return self.o_proj(out), kept, k_buffer, v_buffer
 
 
@@ -173,12 +189,14 @@ class Layer(nn.Module):
     keep: tuple[int, ...]
     dtype: Any
     implementation: str | tuple[str, ...] | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, carry, per_layer, cos, sin, prefix, live):
-        """carry: (x, k, v): the stacked buffers, or None where each layer's slice comes
-        in per_layer. Training takes slices: differentiating a carried buffer would add
-        a whole-buffer cotangent per layer."""
+        """carry: (x, k, v): the stacked buffers, which are written in place, or None
+        where the layer's slice comes in per_layer, is written and dropped. Training
+        takes slices: differentiating a carried buffer would add a whole-buffer
+        cotangent per layer."""
         c = self.config
         x, k_all, v_all = carry
         layer, k_slice, v_slice = per_layer
@@ -190,6 +208,7 @@ class Layer(nn.Module):
             self.keep,
             self.dtype,
             self.implementation,
+            self.remat,
             name="attention",
         )
         out, kept, k, v = attention(
@@ -202,8 +221,9 @@ class Layer(nn.Module):
             layer if stacked else None,
             live,
         )
-        x = x + out
-        x = x + MLP(c, self.layout, self.dtype, name="mlp")(norm("post_norm")(x))
+        x = constrain(x + out, "batch", None, None)
+        out = MLP(c, self.layout, self.dtype, name="mlp")(norm("post_norm")(x))
+        x = constrain(x + out, "batch", None, None)
         return (x, k if stacked else None, v if stacked else None), kept
 
 
@@ -217,6 +237,7 @@ class Embed(nn.Module):
         init = nn.with_logical_partitioning(INIT, ("vocab", "embed"))
         self.table: Any = self.param("embedding", init, (c.vocab_size, c.hidden_size))
         if c.beacon:
+            init = nn.with_logical_partitioning(INIT, (None, "embed"))
             shape = (1, c.hidden_size)
             self.row = self.variable("beacon", "embedding", _zeros(init, shape)).value
 
@@ -240,25 +261,19 @@ class Decoder(nn.Module):
     Attributes:
       layout: where beacons stand among the T entries.
       keep: entries whose un-rotated keys and values are returned.
-      stacked: write the window into the carried buffers (inference) or into a slice
-        per layer that is dropped afterwards (training).
-      remat: recompute each layer's activations in the backward pass.
     """
 
     config: ModelConfig
     layout: Layout
     keep: tuple[int, ...] = ()
-    stacked: bool = True
-    remat: bool = False
     dtype: Any = jnp.float32
     implementation: str | tuple[str, ...] | None = None
 
     def setup(self):
         c = self.config
         self.embed = Embed(c)
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
         scanned = nn.scan(
-            layer,
+            Layer,
             variable_axes={"params": 0, "beacon": 0},
             split_rngs={"params": True},
             in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
@@ -289,25 +304,31 @@ class Decoder(nn.Module):
           live: rows whose buffers are written; all if not given.
 
         Returns:
-          (hidden [B, R, D] of the raw rows after the final norm, Entries kept, k, v);
-          k, v are None unless stacked.
+          (hidden [B, R, D] of the raw rows after the final norm, Entries kept, k, v).
         """
-        c = self.config
-        x = self.embed(tokens).astype(self.dtype)
-        if self.layout.beacons:
-            row = self.embed.row.astype(self.dtype)
-            n = self.layout.groups * self.layout.beacons
-            beacons = jnp.broadcast_to(row, (x.shape[0], n, c.hidden_size))
-            x = self.layout.join(x, beacons)
-        cos, sin = cos_sin(c, prefix[:, None] + jnp.arange(self.layout.length))
-        layers = jnp.arange(c.num_layers)
-        if self.stacked:
-            carry, slices = (x, k, v), (layers, None, None)
-        else:
-            carry, slices = (x, None, None), (layers, k, v)
-        (x, k_out, v_out), kept = self.layers(carry, slices, cos, sin, prefix, live)
-        raw, _ = self.layout.split(x)
-        return self.final_norm(raw), kept, k_out, v_out
+        x = self.begin(tokens)
+        cos, sin = self.angles(prefix)
+        layers = (jnp.arange(self.config.num_layers), None, None)
+        carry, kept = self.layers((x, k, v), layers, cos, sin, prefix, live)
+        return self.finish(carry[0]), kept, *carry[1:]
+
+    def begin(self, tokens: Int[Array, "B R"]) -> Float[Array, "B T D"]:
+        """What enters the first layer: embedded tokens and beacons."""
+        x = constrain(self.embed(tokens).astype(self.dtype), "batch", None, None)
+        if not self.layout.beacons:
+            return x
+        row = self.embed.row.astype(self.dtype)
+        n = self.layout.groups * self.layout.beacons
+        beacons = jnp.broadcast_to(row, (x.shape[0], n, self.config.hidden_size))
+        return constrain(self.layout.join(x, beacons), "batch", None, None)
+
+    def angles(self, prefix: Int[Array, " B"]):
+        """cos and sin [B, T, 1, H/2] of the entries' positions."""
+        return cos_sin(self.config, prefix[:, None] + jnp.arange(self.layout.length))
+
+    def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B R D"]:
+        """The raw rows after the final norm."""
+        return self.final_norm(self.layout.split(x)[0])
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of final hidden states."""
@@ -323,7 +344,9 @@ class Decoder(nn.Module):
         return self.logits(hidden)
 
 
-def apply(model: Decoder, variables: Any, *args: Any, method: str = "__call__") -> Any:
+def apply(
+    model: nn.Module, variables: Any, *args: Any, method: str = "__call__"
+) -> Any:
     """`model.apply` without mutable collections, whose type says what comes back."""
     return model.apply(variables, *args, method=method)
 
@@ -349,3 +372,17 @@ def init_variables(config: ModelConfig, key: Array) -> dict[str, Any]:
         kernel = layers[block][name]["kernel"]
         layers[block][name]["kernel"] = jax.tree.map(lambda x: x * scale, kernel)
     return variables
+
+
+@functools.lru_cache
+def variable_axes(config: ModelConfig) -> dict[str, Any]:
+    """The logical axes of every variable, a tuple in place of each array."""
+    boxed = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    is_boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)
+    return jax.tree.map(lambda x: tuple(x.names), boxed, is_leaf=is_boxed)
+
+
+def constrain_entries(entries: Entries) -> Entries:
+    """Buffers [L, B, S, K, H], split over rows and heads."""
+    axes = (None, "batch", None, "kv_heads", None)
+    return Entries(*(constrain(x, *axes) for x in entries))

@@ -13,7 +13,15 @@ from beacon_jax.hf.hashing import tree_hash
 
 # May differ between the run that wrote a checkpoint and the one that goes on from it:
 # they change what is reported and kept, not a single number of the training.
-FREE_KEYS = ("allow_config_change", "log_every", "save_every", "keep")
+FREE_KEYS = (
+    "allow_config_change",
+    "log_every",
+    "save_every",
+    "keep",
+    "profile_steps",
+    "peak_tflops",
+    "compilation_cache",
+)
 
 
 class Checkpoints:
@@ -24,7 +32,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False
+                max_to_keep=keep, enable_async_checkpointing=True
             ),
         )
 

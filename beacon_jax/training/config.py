@@ -8,6 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from beacon_jax.model.partition import RULES
+
 # A ConfigDict; Any, because a type checker knows nothing of its keys.
 Config = Any
 
@@ -24,9 +26,20 @@ def default_config() -> Config:
     config.log_every = 50  # steps
     config.save_every = 500  # steps
     config.keep = 2  # checkpoints
+    config.profile_steps = ()  # first and last step to trace, as 10,13; (): none
+    config.peak_tflops = 0.0  # of a device, for the MFU; 0: see training.hardware
+    config.compilation_cache = ""  # folder; "": ~/.cache/beacon_jax/xla; or "off"
     config.window = 0  # tokens computed at once by a model without beacons; 0: the row
-    config.mesh = ConfigDict({"data": -1})  # devices sharing a batch; -1: all that can
-    config.remat = "lean"  # or "none", "layer", "window": see core.train_loss
+    # Devices along each axis; -1: as many as there are and as the batches allow.
+    # fsdp = tensor = 1: the base on every device, a ratio plan for each (fast).
+    # Otherwise everything is split, one plan per step (lean). See training.sharding.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.rules = ConfigDict(RULES)  # {logical axis: mesh axes} of the lean setting
+    config.accumulate = 1  # parts of a batch that are computed one after the other
+    # "lean", "lean-layer", ...: see core.lean_vjp.window_loop. "auto": "lean" if the
+    # estimate of training.memory fits the device, else "lean-layer".
+    config.remat = "auto"
+    config.memory_slots = 0  # room for memory; 0: for the lowest ratio in every window
 
     config.beacon = ConfigDict(
         {
@@ -77,8 +90,9 @@ def default_config() -> Config:
             "eps": 1e-8,
             "weight_decay": 0.0,
             "clip": 1.0,  # global norm; 0: off
+            "schedule": "linear",  # or "cosine": how the rate falls
             "warmup": 0,  # steps
-            "decay_start": 0.0,  # share of the steps before the linear decay begins
+            "decay_start": 0.0,  # share of the steps before the decay begins
             "end": 0.0,  # the rate never falls below this share of lr
             "max_nonfinite": 10,  # updates in a row skipped before the run stops
         }

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW or Muon, one linear schedule, updates that must be finite."""
+"""The optimiser: AdamW or Muon, one schedule for both, updates that must be finite."""
 
 from typing import Any
 
@@ -9,25 +9,43 @@ import optax
 from beacon_jax.training.config import Config
 
 NAMES = ("adamw", "muon")
+SCHEDULES = ("linear", "cosine")
 
 
 def learning_rate(config: Config, steps: int) -> optax.Schedule:
-    """Share of the peak rate: linear warm-up, constant, linear decay to `end`.
+    """Share of the peak rate at a step counted from 0: linear warm-up, constant, decay.
+
+    The decay begins after the share decay_start of the steps. "linear" aims at 0 and
+    stops falling at `end`; while the rate still rises, the lower of both counts.
+    "cosine" comes to rest at `end`, and does not begin before the warm-up is over.
 
     Args:
-      config: with warmup [steps], decay_start and end [shares].
-      steps: length of the run, where the decay reaches zero.
+      config: with schedule, warmup [steps], decay_start and end [shares].
+      steps: length of the run, where the decay ends.
     """
+    if config.schedule not in SCHEDULES:
+        raise ValueError(
+            f"optimizer.schedule={config.schedule!r} is unknown: use "
+            f"{' or '.join(SCHEDULES)}"
+        )
     if not 0.0 <= config.decay_start < 1.0:
         raise ValueError(
             f"optimizer.decay_start={config.decay_start} must lie in [0, 1)"
         )
-    span = steps * (1.0 - config.decay_start)
+    if not 0.0 <= config.end <= 1.0:
+        raise ValueError(f"optimizer.end={config.end} must lie in [0, 1]")
+    if config.schedule == "cosine":
+        begin = max(steps * config.decay_start, config.warmup)
+        fall = optax.cosine_decay_schedule(1.0, max(steps - begin, 1), config.end)
+        decay = optax.join_schedules([optax.constant_schedule(1.0), fall], [begin])
+    else:
+        # optax.linear_schedule rounds differently: runs would not be those measured.
+        span = steps * (1.0 - config.decay_start)
+        decay = lambda step: jnp.maximum((steps - step) / span, config.end)
 
     def share(step):
         rise = (step + 1) / max(config.warmup, 1)
-        fall = jnp.maximum((steps - step) / span, config.end)
-        return jnp.minimum(jnp.minimum(rise, fall), 1.0)
+        return jnp.minimum(jnp.minimum(rise, decay(step)), 1.0)
 
     return share
 

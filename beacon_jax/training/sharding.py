@@ -1,74 +1,281 @@
-"""Data parallelism: every device trains on its rows with its own ratio plan."""
+"""Where the arrays of a training run live, and how its devices share a batch.
 
+Two settings (config.mesh), as documented in README:
+  fast  fsdp = tensor = 1: every device holds the whole base, the optimiser's state is
+        split over data, and every device draws its own ratio plan, as the release's
+        eight processes do. The step is a shard_map.
+  lean  anything else: parameters, gradients, optimiser and memory are split by
+        `model.partition` rules; all rows of a step share one ratio plan, because its
+        branch has to be the same on every device.
+"""
+
+import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.decoder import variable_axes
+from beacon_jax.model.partition import Partition
+from beacon_jax.training.config import Config
 
-def make_mesh(data: int, rows: Sequence[int]) -> Mesh:
-    """The mesh of a run.
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The mesh of a run and what is split over it.
+
+    Attributes:
+      partition: rules of the parameters, the memory and the activations.
+      state_rules: rules of what is trained and of the optimiser.
+      own_plans: every device of "data" has its own ratio plan.
+    """
+
+    partition: Partition
+    state_rules: Partition
+    own_plans: bool
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.partition.mesh
+
+    @property
+    def plans(self) -> int:
+        """Ratio plans per step."""
+        return self.mesh.shape["data"] if self.own_plans else 1
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def plan_sharding(self) -> NamedSharding:
+        """Of plans [N, P]: a column per device, or all of them on every one."""
+        columns = NamedSharding(self.mesh, PartitionSpec(None, "data"))
+        return columns if self.own_plans else self.everywhere
+
+    def plan(self, plans: np.ndarray) -> jax.Array:
+        return put(plans, self.plan_sharding)
+
+    def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Host arrays [N, B, ...], equal on every process, as global ones."""
+        spec = lambda x: self.partition.sharding((None, "batch"), x.shape, "the batch")
+        return {k: put(x, spec(x)) for k, x in arrays.items()}
+
+    def frozen(self, config: ModelConfig, tree: dict[str, Any]) -> dict[str, Any]:
+        """Shardings of parameters that are not trained."""
+        return self._variables(config, tree, trained=False)
+
+    def trained(self, config: ModelConfig, tree: dict[str, Any]) -> dict[str, Any]:
+        """Shardings of what is trained."""
+        return self._variables(config, tree, trained=True)
+
+    def variable(
+        self, config: ModelConfig, name: str, shape: tuple[int, ...], *, trained: bool
+    ) -> NamedSharding:
+        """The sharding of one variable, "params/..." or "beacon/..."."""
+        axes: Any = variable_axes(config)
+        for key in name.split("/"):
+            axes = axes[key]
+        rules = self.state_rules if trained else self.partition
+        try:
+            return rules.sharding(axes, shape, name)
+        except ValueError:
+            if trained and self.own_plans:  # too small to be worth splitting
+                return self.everywhere
+            raise
+
+    def _variables(self, config: ModelConfig, tree: Any, *, trained: bool) -> Any:
+        def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
+            name = "/".join(key.key for key in path)
+            return self.variable(config, name, x.shape, trained=trained)
+
+        return jax.tree_util.tree_map_with_path(sharding, tree)
+
+    def optimizer(self, state: Any, trained: Any) -> Any:
+        """Shardings of an optimiser's state: moments are split as what they belong to,
+        whose path theirs ends with; counters are everywhere."""
+        owners = {
+            tuple(path): sharding
+            for path, sharding in jax.tree_util.tree_leaves_with_path(trained)
+        }
+
+        def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
+            ends = (owners.get(tuple(path[i:])) for i in range(len(path)))
+            found = next((owner for owner in ends if owner is not None), None)
+            return found if found and x.ndim else self.everywhere
+
+        return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def make_placement(
+    mesh: Config, rules: Config, rows: Sequence[int], devices: Sequence[Any] = ()
+) -> Placement:
+    """Reads config.mesh and config.rules.
 
     Args:
-      data: devices that share a batch; -1: as many as divide every batch.
+      mesh: devices along data, fsdp and tensor; one of them may be -1: as many as there
+        are and as the batches allow.
+      rules: {logical axis: mesh axes}.
       rows: the batch sizes of the run.
+      devices: to use; all of this run if not given.
 
     Raises:
-      ValueError: more devices than there are, or batches that they cannot share.
+      ValueError: sizes that do not fit the devices or the batches; names the axis.
     """
-    devices, common = jax.devices(), math.gcd(*rows)
-    if data == -1:
-        data = max(n for n in range(1, len(devices) + 1) if common % n == 0)
-    if not 1 <= data <= len(devices):
+    devices = list(devices) or jax.devices()
+    sizes = _sizes({name: mesh[name] for name in AXES}, rows, len(devices))
+    made = Mesh(
+        np.asarray(devices[: math.prod(sizes)]).reshape(sizes),
+        AXES,
+        axis_types=(AxisType.Auto,) * 3,
+    )
+    own_plans = made.shape["fsdp"] == made.shape["tensor"] == 1
+    table = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in rules.items()}
+    partition = Partition(made, tuple(table.items()))
+    state = partition
+    if own_plans:
+        state = Partition(made, (("embed", ("data",)),))
+    return Placement(partition, state, own_plans)
+
+
+def _sizes(asked: dict[str, int], rows: Sequence[int], devices: int) -> tuple[int, ...]:
+    common = math.gcd(*rows)
+    open_axes = [name for name, size in asked.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ValueError(f"mesh={asked} has two axes of -1: give all sizes but one.")
+    for name, size in asked.items():
+        if size < 1 and size != -1:
+            raise ValueError(
+                f"mesh.{name}={size} must be a number of devices, or -1 for the rest."
+            )
+    shared = lambda sizes: sizes["data"] * sizes["fsdp"]
+    if open_axes:
+        (name,) = open_axes
+        for size in range(devices, 0, -1):
+            sizes = {**asked, name: size}
+            if math.prod(sizes.values()) <= devices and common % shared(sizes) == 0:
+                return tuple(sizes.values())
+        asked = {**asked, name: 1}
+    if math.prod(asked.values()) > devices:
         raise ValueError(
-            f"mesh.data={data}: there are {len(devices)} devices; use 1 to "
-            f"{len(devices)}, or -1 for as many as the batches allow."
+            f"mesh={asked} needs {math.prod(asked.values())} devices, there are "
+            f"{devices}: use smaller axes, or -1 for one of them."
         )
-    if common % data:
-        uneven = next(n for n in rows if n % data)
+    if common % shared(asked):
+        uneven = next(n for n in rows if n % shared(asked))
         raise ValueError(
-            f"mesh.data={data} devices cannot share a stage's batch_size={uneven} "
-            f"evenly: make it a multiple of {data}, or set mesh.data=-1."
+            f"mesh.data={asked['data']} x mesh.fsdp={asked['fsdp']} devices cannot "
+            f"share a stage's batch_size={uneven} evenly: make it a multiple of "
+            f"{shared(asked)}, or make mesh.data or mesh.fsdp smaller."
         )
-    return Mesh(devices[:data], ("data",), axis_types=(AxisType.Auto,))
+    return tuple(asked.values())
 
 
-def replicate(tree, mesh: Mesh):
-    """The tree on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """A host array as a global one: each device gets its part and nothing else."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def data_parallel(value_and_grad, mesh: Mesh, average: str):
-    """(trained, frozen, batch, plans) -> ((loss, aux), gradients) over all rows.
+def make_value_and_grad(
+    loss: Callable[..., Any],
+    placement: Placement,
+    trained: Any,
+    *,
+    average: str = "token",
+    parts: int = 1,
+) -> Callable[..., Any]:
+    """(trained, frozen, batch, plans [N, P]) -> ((loss, aux), gradients) of all rows.
 
-    value_and_grad: of one device's rows: (trained, frozen, batch, plan [N]) to
-      ((loss, aux), gradients), aux as `core.train_loss` returns it.
-    average: what the loss is a mean over, "token" or "row": a device counts by its
-      share of the labels of the whole batch, or of its rows.
+    Args:
+      loss: (trained, frozen, batch, plan [N], partition) -> (loss, aux), as
+        `core.train_loss` returns it.
+      trained: shardings of what is trained; the gradients get the same.
+      average: what the loss is a mean over, "token" or "row": rows count by their
+        share of the labels of the whole batch, or all the same.
+      parts: pieces of the batch that are computed one after the other, each with plans
+        of its own (gradient accumulation).
 
-    The rows are axis 1 of everything in `batch`; plans is [N, devices]. aux holds
-    window_loss and window_count [N, devices].
+    P is placement.plans * parts; aux holds window_loss and window_count [N, P].
     """
+    sums = functools.partial(
+        _sums, jax.value_and_grad(loss, has_aux=True), average, parts
+    )
+
+    def whole(trained, frozen, batch, plans):
+        value, count, aux, gradients = sums(
+            trained, frozen, batch, plans, placement.partition
+        )
+        count = jnp.where(count > 0, count, 1.0)
+        return (value / count, aux), jax.tree.map(lambda x: x / count, gradients)
+
+    if not placement.own_plans:
+        return whole
+    specs = jax.tree.map(lambda sharding: sharding.spec, trained)
 
     def local(trained, frozen, batch, plans):
-        (loss, aux), gradients = value_and_grad(trained, frozen, batch, plans[:, 0])
-        count = aux["row_count"].sum() if average == "token" else jnp.ones(())
-        total = jax.lax.psum(count, "data")
-        share = count / jnp.where(total > 0, total, 1.0)
-        # One collective for everything.
-        loss, gradients = jax.lax.psum(
-            jax.tree.map(lambda x: x * share, (loss, gradients)), "data"
-        )
-        columns = {k: aux[k][:, None] for k in ("window_loss", "window_count")}
-        return (loss, columns), gradients
+        value, count, aux, gradients = sums(trained, frozen, batch, plans, None)
+        total = lax.psum(count, "data")
+        total = jnp.where(total > 0, total, 1.0)
 
-    rows = PartitionSpec(None, "data")
+        def mean(part, spec):
+            """Over all devices; each gets the part that its optimiser needs."""
+            if "data" not in spec:
+                return lax.psum(part / total, "data")
+            return lax.psum_scatter(
+                part / total, "data", scatter_dimension=spec.index("data"), tiled=True
+            )
+
+        gradients = jax.tree.map(mean, gradients, specs)
+        return (lax.psum(value / total, "data"), aux), gradients
+
+    everywhere, rows = PartitionSpec(), PartitionSpec(None, "data")
     return jax.shard_map(
         local,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), rows, rows),
-        out_specs=((PartitionSpec(), rows), PartitionSpec()),
+        mesh=placement.mesh,
+        in_specs=(everywhere, everywhere, rows, rows),
+        out_specs=((everywhere, rows), specs),
         check_vma=False,
     )
+
+
+def _sums(value_and_grad, average, parts, trained, frozen, batch, plans, partition):
+    """(loss * count, count, aux, gradients * count) of rows that are at hand, float32.
+
+    count: their labels' weights, or 1 per part, as `average` says.
+    """
+
+    def one(batch, plan):
+        (value, aux), gradients = value_and_grad(
+            trained, frozen, batch, plan, partition
+        )
+        count = aux["row_count"].sum() if average == "token" else jnp.ones(())
+        weigh = lambda x: x.astype(jnp.float32) * count
+        columns = {name: aux[name] for name in ("window_loss", "window_count")}
+        return (value * count, count, jax.tree.map(weigh, gradients)), columns
+
+    if parts == 1:
+        (value, count, gradients), aux = one(batch, plans[:, 0])
+        return value, count, jax.tree.map(lambda x: x[:, None], aux), gradients
+
+    # Every parts-th row, so that rows stay on the device where they are.
+    deal = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, parts, *x.shape[2:]), 2, 0)
+
+    def step(totals, x):
+        new, aux = one(*x)
+        return jax.tree.map(jnp.add, totals, new), aux
+
+    pieces = jax.tree.map(deal, batch), plans.T
+    shapes, _ = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], pieces))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (value, count, gradients), aux = lax.scan(step, zeros, pieces)
+    return value, count, jax.tree.map(lambda x: x.T, aux), gradients

@@ -5,14 +5,9 @@ and of its own number (data and ratios are drawn from the seed and the step), so
 and number are all that a checkpoint needs for a bit-identical continuation.
 """
 
-import dataclasses
+import functools
 import json
-import math
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +16,50 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from beacon_jax import hf
 from beacon_jax.core.train_loss import train_loss
-from beacon_jax.core.windows import draw_ratios, split_windows
+from beacon_jax.core.windows import (
+    draw_ratios,
+    memory_slots,
+    plan_slots,
+    split_windows,
+)
 from beacon_jax.data.batches import BatchConfig, Batches, Stage
 from beacon_jax.data.text import load_documents
-from beacon_jax.data.tokenizer import encode_stream, train_tokenizer
-from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig, param_shapes
+from beacon_jax.data.tokenizer import encode_stream
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.flops import training_step
 from beacon_jax.training.checkpoint import Checkpoints
 from beacon_jax.training.config import Config
+from beacon_jax.training.hardware import peak_flops
+from beacon_jax.training.initial import (
+    export,
+    make_model,
+    make_tokenizer,
+)
+from beacon_jax.training.memory import choose_remat, step_bytes
 from beacon_jax.training.metrics import Metrics
 from beacon_jax.training.optim import learning_rate, make_optimizer, skipped
-from beacon_jax.training.sharding import data_parallel, make_mesh, replicate
+from beacon_jax.training.processes import (
+    Signals,
+    check_agreement,
+    fetch,
+    is_lead,
+    wait,
+)
+from beacon_jax.training.profile import (
+    Profiler,
+    enable_compilation_cache,
+    parse_steps,
+)
+from beacon_jax.training.sharding import (
+    Placement,
+    make_placement,
+    make_value_and_grad,
+    put,
+)
 
 DTYPES = ("float32", "bfloat16")
 
@@ -55,52 +81,67 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
       SystemExit: SIGTERM or SIGINT arrived; the state is saved.
     """
     _check(config)
+    enable_compilation_cache(config.compilation_cache)
     began, workdir = time.perf_counter(), Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     documents = load_documents(config.text.uri, "train", config.text.heldout_fraction)
-    tokenizer, tokenizer_folder = _tokenizer(config, documents, workdir)
+    tokenizer, tokenizer_folder = make_tokenizer(config, documents, workdir)
     batches = Batches(
         encode_stream(documents, tokenizer), tokenizer, _batch_config(config)
     )
     steps = batches.config.steps
-    mesh = make_mesh(
-        config.mesh.data, [stage.batch_size for stage in batches.config.stages]
+    rows = [stage.batch_size for stage in batches.config.stages]
+    placement = make_placement(
+        config.mesh, config.rules, [n // config.accumulate for n in rows]
     )
-    model, variables = _model(config, tokenizer)
-    trained, frozen = _split(config, variables)
-    del variables
+    count = placement.plans * config.accumulate  # ratio plans per step
+    model, trained, frozen = make_model(config, tokenizer, placement)
     base_hash = hf.tree_hash(frozen["params"]) if frozen else None
 
     optimizer = make_optimizer(config.optimizer, steps)
-    state = {
-        "trained": trained,
-        "optimizer": optimizer.init(trained),
-        "step": jnp.zeros((), jnp.int32),
-    }
-    state, frozen = replicate((state, frozen), mesh)
+    state = _state(placement, optimizer, trained)
+    del trained
     record = {"config": config.to_dict(), "base_hash": base_hash}
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
     restored = checkpoints.restore(state, record, config.allow_config_change)
     if restored is not None:
         state = restored
     start = int(state["step"])
-    text = json.dumps(record["config"], indent=2) + "\n"
-    (workdir / "config.json").write_text(text, encoding="utf-8")
-    _announce(config, model, state["trained"], frozen, batches, start, mesh)
+    ahead = range(start, min(start + 10, steps))
+    drawn = [_plans(config, model, batches, i, count).tolist() for i in ahead]
+    check_agreement("config, step or ratio plan", [record, start, drawn])
+    if is_lead():
+        _write_json(workdir / "config.json", record["config"])
+        _announce(
+            config, model, state["trained"], frozen, batches, start, placement.mesh
+        )
 
-    update = _make_update(config, model, optimizer, mesh)
+    remat = _remat(config, model, placement, state["trained"], frozen, batches)
+    update = make_update(config, model, optimizer, placement, state, remat)
     share = learning_rate(config.optimizer, steps)
-    metrics = Metrics(workdir, start, steps)
+    peak = peak_flops(placement.mesh.devices.flat, config.peak_tflops)
+    metrics = Metrics(workdir if is_lead() else None, start, steps, peak=peak)
+    profiler = Profiler(workdir / "profile", config.profile_steps)
     last: dict[str, float] = {}
-    with _Signals() as signals:
+    with Signals() as signals, profiler:
         for step in range(start, steps):
-            batch, plans, tokens = _inputs(config, model, batches, step, mesh.size)
-            state, values = update(state, frozen, batch, plans)
-            metrics.add(plans, tokens, values)
             done = step + 1
-            stop = done == steps or signals.received is not None
+            profiler.before(done, state)
+            with metrics.timing("data"):
+                batch, plans, tokens = _inputs(config, model, batches, step, count)
+                flops = training_step(
+                    model, plans, batch["valid"], trainable=config.trainable
+                )
+                inputs = placement.batch(batch), placement.plan(plans)
+            with metrics.timing("step"):
+                state, values = update(state, frozen, *inputs)
+            metrics.add(plans, tokens, values, flops=flops)
+            profiler.after(done, state)
+            received = signals.after(done)
+            stop = done == steps or received is not None
             if metrics.pending >= config.log_every or stop:
-                in_a_row, total = skipped(state["optimizer"])
+                with metrics.timing("step"):  # waits for the devices
+                    in_a_row, total = skipped(state["optimizer"])
                 rate = config.optimizer.lr * float(jnp.asarray(share(step)))
                 last = metrics.report(done, {"lr": rate, "skipped": total})
                 if in_a_row >= config.optimizer.max_nonfinite:
@@ -111,16 +152,19 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                         f"{config.optimizer.lr}, or use dtype='float32'."
                     )
             if done % config.save_every == 0 or stop:
-                checkpoints.save(done, state, record)
-            if signals.received is not None and done < steps:
+                with metrics.timing("step"):
+                    jax.block_until_ready(state)
+                with metrics.timing("checkpoint"):
+                    checkpoints.save(done, state, record)
+            if received is not None and done < steps:
                 metrics.close()
                 checkpoints.close()
                 print(
-                    f"{signals.received.name}: step {done} is saved; the same command "
-                    "goes on from there.",
+                    f"{received.name}: step {done} is saved; the same command goes on "
+                    "from there.",
                     flush=True,
                 )
-                raise SystemExit(128 + signals.received)
+                raise SystemExit(128 + received)
     metrics.close()
     checkpoints.close()
 
@@ -130,7 +174,18 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
             f"the frozen base changed while training: hash {base_hash} before, "
             f"{base_hash_after} after. This is a fault of the program."
         )
-    export(workdir / "export", config, model, state["trained"], tokenizer_folder)
+    variables = state["trained"] if config.init_from else {**frozen, **state["trained"]}
+    variables = fetch(variables)
+    if is_lead():
+        export(
+            workdir / "export",
+            config,
+            model,
+            variables,
+            tokenizer_folder,
+            overwrite=True,
+        )
+    wait("export")
     summary = {
         "steps": steps,
         "steps_of_this_process": steps - start,
@@ -140,45 +195,96 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         "trained_parameters": _count(state["trained"]),
         "last": last,
     }
-    text = json.dumps(summary, indent=2) + "\n"
-    (workdir / "summary.json").write_text(text, encoding="utf-8")
-    print(f"wrote {workdir / 'export'}", flush=True)
+    if is_lead():
+        _write_json(workdir / "summary.json", summary)
+        print(f"wrote {workdir / 'export'}", flush=True)
     return summary
 
 
-def _make_update(
+def export_checkpoint(
+    workdir: str | Path, dst: str | Path, *, overwrite: bool = False
+) -> int:
+    """Writes the newest checkpoint of a run as an HF folder, as `train` does at its
+    end, on one device; returns its step.
+
+    Raises:
+      FileNotFoundError: `workdir` has no config.json, or no whole checkpoint.
+    """
+    workdir = Path(workdir)
+    settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    config: Config = ConfigDict(settings)
+    config.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "accumulate": 1})
+    tokenizer, tokenizer_folder = make_tokenizer(config, [], workdir)
+    placement = make_placement(config.mesh, config.rules, [1])
+    model, trained, frozen = make_model(config, tokenizer, placement)
+    optimizer = make_optimizer(config.optimizer, _batch_config(config).steps)
+    state = _state(placement, optimizer, trained)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
+    restored = checkpoints.restore(state, {}, allow=True)
+    checkpoints.close()
+    if restored is None:
+        raise FileNotFoundError(f"--src={workdir} has no checkpoint yet: train first.")
+    variables = restored["trained"]
+    if not config.init_from:
+        variables = {**frozen, **variables}
+    trained = fetch(variables)
+    export(Path(dst), config, model, trained, tokenizer_folder, overwrite=overwrite)
+    return int(restored["step"])
+
+
+def _state(placement: Placement, optimizer: Any, trained: Any) -> dict[str, Any]:
+    """A fresh state: what is trained, and an optimiser state split in the same way."""
+    shardings = jax.tree.map(lambda x: x.sharding, trained)
+    fresh = jax.eval_shape(optimizer.init, trained)
+    where = placement.optimizer(fresh, shardings)
+    return {
+        "trained": trained,
+        "optimizer": jax.jit(optimizer.init, out_shardings=where)(trained),
+        "step": put(np.zeros((), np.int32), placement.everywhere),
+    }
+
+
+def make_update(
     config: Config,
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    placement: Placement,
+    state: dict[str, Any],
+    remat: str,
 ):
     """The jitted step: (state, frozen, batch, plans) -> (state, values); state is
-    donated."""
+    donated and stays where `state` (arrays, or their shapes and shardings) is."""
     dtype = jnp.dtype(config.dtype)
 
-    def loss(trained, frozen, batch, plan):
-        variables = {
-            **frozen,
-            **jax.tree.map(lambda x: x.astype(dtype), trained),
-        }
+    def loss(trained, frozen, batch, plan, partition):
+        slots = _slots(config, model, len(plan)) if model.beacon else 0
         return train_loss(
             model,
-            variables["beacon"],
-            variables["params"],
+            trained["beacon"],
+            {**frozen, **trained}["params"],
             batch,
             plan,
             skip_first_window_loss=config.loss.skip_first_window,
             loss_average=config.loss.average,
-            remat=config.remat,
+            remat=remat,
+            memory_slots=slots,
             dtype=dtype.type,
+            partition=partition,
         )
 
-    value_and_grad = data_parallel(
-        jax.value_and_grad(loss, has_aux=True), mesh, config.loss.average
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    value_and_grad = make_value_and_grad(
+        loss,
+        placement,
+        shardings["trained"],
+        average=config.loss.average,
+        parts=config.accumulate,
     )
 
     def update(state, frozen, batch, plans):
-        (value, aux), gradients = value_and_grad(state["trained"], frozen, batch, plans)
+        # Cast before it is gathered: half the bytes.
+        trained = jax.tree.map(lambda x: x.astype(dtype), state["trained"])
+        (value, aux), gradients = value_and_grad(trained, frozen, batch, plans)
         updates, optimizer_state = optimizer.update(
             gradients, state["optimizer"], state["trained"]
         )
@@ -190,66 +296,109 @@ def _make_update(
         values = {"loss": value, "grad_norm": optax.tree.norm(gradients), **aux}
         return new, values
 
-    return jax.jit(update, donate_argnums=0)
-
-
-def _inputs(
-    config: Config, model: ModelConfig, batches: Batches, step: int, devices: int
-) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Windows of a step's batch [N, B, W], a plan per device [N, devices], and the
-    number of tokens."""
-    raw = batches.batch(step)
-    length = raw["tokens"].shape[1]
-    window = model.beacon.window if model.beacon else (config.window or length)
-    tokens, valid = split_windows(raw["tokens"], None, window)
-    labels, _ = split_windows(raw["labels"], None, window, fill=-100)
-    weights, _ = split_windows(raw["weights"], None, window)
-    if model.beacon is None:
-        plans = [np.zeros(len(tokens), np.int32)] * devices
-    else:
-        plans = [
-            _plan(config, model, len(tokens), length, [config.seed, step, device])
-            for device in range(devices)
-        ]
-    batch = {"tokens": tokens, "labels": labels, "valid": valid, "weights": weights}
-    return batch, np.stack(plans, axis=1), raw["tokens"].size
-
-
-def _plan(
-    config: Config, model: ModelConfig, windows: int, length: int, seed: list[int]
-) -> np.ndarray:
-    """int32 [N]: the ratios of one device's rows at one step."""
-    assert model.beacon is not None
-    uniform = np.random.default_rng([*seed, 1]).uniform() < config.uniform_plans
-    return draw_ratios(
-        model,
-        windows,
-        mix="instance-random" if uniform else model.beacon.ratio_mix,
-        seed=seed,
-        length=length,
-        training=True,
+    return jax.jit(
+        update, donate_argnums=0, out_shardings=(shardings, placement.everywhere)
     )
 
 
-def _tokenizer(config: Config, documents: list[str], workdir: Path) -> tuple[Any, Path]:
-    """The tokenizer and its folder; trained on the text once per workdir if asked."""
-    settings = config.tokenizer
-    if not settings.train:
-        folder = Path(settings.path or config.init_from)
-        return hf.load_tokenizer(folder), folder
-    folder = workdir / "tokenizer"
-    if not (folder / "tokenizer_config.json").exists():
-        partial = workdir / "tokenizer.partial"  # a kill must not leave half of one
-        shutil.rmtree(partial, ignore_errors=True)
-        train_tokenizer(
-            documents,
-            partial,
-            vocab_size=settings.vocab_size,
-            passkey_fraction=settings.passkey_fraction,
-            seed=config.seed,
+def _remat(
+    config: Config,
+    model: ModelConfig,
+    placement: Placement,
+    trained: Any,
+    frozen: Any,
+    batches: Batches,
+) -> str:
+    """config.remat, or what the largest batch leaves room for."""
+    if config.remat != "auto":
+        return config.remat
+    if model.beacon is None:
+        return "lean"
+    needs = []
+    shares = placement.mesh.shape["data"] * placement.mesh.shape["fsdp"]
+    for stage in batches.config.stages:
+        windows = -(-stage.length // model.beacon.window)
+        needs.append(
+            step_bytes(
+                model,
+                placement,
+                trained,
+                frozen,
+                rows=stage.batch_size // (config.accumulate * shares),
+                windows=windows,
+                slots=_slots(config, model, windows),
+                dtype=jnp.dtype(config.dtype),
+            )
         )
-        partial.rename(folder)
-    return hf.load_tokenizer(folder), folder
+    return choose_remat(max(needs, key=lambda need: need["lean"]))
+
+
+def _inputs(
+    config: Config, model: ModelConfig, batches: Batches, step: int, count: int
+) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
+    """Windows of a step's batch [N, B, W], its plans [N, P], and the number of
+    tokens. N is that of the longest stage, so that all stages share one program:
+    windows without tokens stand in front, and cost next to nothing."""
+    raw = batches.batch(step)
+    length = raw["tokens"].shape[1]
+    window = _window(config, model, length)
+    n = max(
+        -(-s.length // _window(config, model, s.length)) for s in batches.config.stages
+    )
+    cut = functools.partial(split_windows, window=window, count=n, align="right")
+    tokens, valid = cut(raw["tokens"], None)
+    labels, _ = cut(raw["labels"], None, fill=-100)
+    weights, _ = cut(raw["weights"], None)
+    plans = _plans(config, model, batches, step, count)
+    plans = np.pad(plans, ((n - len(plans), 0), (0, 0)))
+    batch = {"tokens": tokens, "labels": labels, "valid": valid, "weights": weights}
+    return batch, plans, raw["tokens"].size
+
+
+def _window(config: Config, model: ModelConfig, length: int) -> int:
+    return model.beacon.window if model.beacon else (config.window or length)
+
+
+def _plans(
+    config: Config, model: ModelConfig, batches: Batches, step: int, count: int
+) -> np.ndarray:
+    """int32 [N, P]: the ratios of a step's windows, a column for rows that share them.
+
+    A plan that would not fit into the memory's slots is drawn again.
+    """
+    length = batches.config.stage_at(step).length
+    beacon = model.beacon
+    windows = -(-length // _window(config, model, length))
+    if beacon is None:
+        return np.zeros((windows, count), np.int32)
+    room = _slots(config, model, windows)
+
+    def draw(seed: list[int]) -> np.ndarray:
+        uniform = np.random.default_rng([*seed, 1]).uniform() < config.uniform_plans
+        for attempt in range(1000):
+            plan = draw_ratios(
+                model,
+                windows,
+                mix="instance-random" if uniform else beacon.ratio_mix,
+                seed=[*seed, 2, attempt] if attempt else seed,
+                length=length,
+                training=True,
+            )
+            if plan_slots(model, plan) <= room:
+                return plan
+        raise ValueError(
+            f"memory_slots={config.memory_slots}: no plan of {windows} windows with "
+            f"ratios {list(beacon.ratios)} fits; raise it, or set it to 0."
+        )
+
+    return np.stack([draw([config.seed, step, i]) for i in range(count)], axis=1)
+
+
+def _slots(config: Config, model: ModelConfig, windows: int) -> int:
+    """Memory slots of a row: config.memory_slots, or as many as plans may need."""
+    assert model.beacon is not None
+    drawn = model.beacon.ratio_mix == "step-random" and not config.uniform_plans
+    return config.memory_slots or memory_slots(model, windows, likely=drawn)
 
 
 def _batch_config(config: Config) -> BatchConfig:
@@ -260,116 +409,6 @@ def _batch_config(config: Config) -> BatchConfig:
         mix = tuple((k, w) for k, w in sorted(given.pop("mix").items()) if w)
         stages.append(Stage(**given, mix=mix))
     return BatchConfig(stages=tuple(stages), seed=config.seed, **data)
-
-
-def _model(
-    config: Config, tokenizer: Any
-) -> tuple[ModelConfig, dict[str, Mapping[str, Any]]]:
-    """The model and its parameters, on the host, from a checkpoint or at random."""
-    settings = config.beacon.to_dict()
-    beacon = BeaconConfig(**settings) if settings.pop("use") else None
-    if config.init_from:
-        checkpoint = hf.load(config.init_from, beacon=beacon)
-        model = checkpoint.config
-        if beacon is None:
-            model = dataclasses.replace(model, beacon=None)
-        return model, checkpoint.variables
-    fields = config.model.to_dict()
-    rope = RopeConfig(**fields.pop("rope", {}))
-    model = ModelConfig(
-        **fields,
-        vocab_size=len(tokenizer),
-        rope=rope,
-        bos_ids=(tokenizer.bos_token_id,) if tokenizer.bos_token_id is not None else (),
-        eos_ids=(tokenizer.eos_token_id,),
-        beacon=beacon,
-    )
-    return model, random_variables(model, config.seed)
-
-
-def random_variables(model: ModelConfig, seed: int) -> dict[str, Any]:
-    """Random float32 parameters [numpy]: normal with 1/sqrt(fan in), norms at one.
-
-    Projections that write into the residual stream are smaller by sqrt(2L), lm_head by
-    2 (a nearly uniform first prediction); embeddings have 0.02, as in GPT-2. Beacons
-    start from the base, as they do on a pretrained one.
-    """
-    from beacon_jax.model.beacon import init_beacon
-
-    rng = np.random.default_rng(seed)
-    residual = math.sqrt(2 * model.num_layers)
-
-    def draw(path: tuple[Any, ...], shape: tuple[int, ...]) -> np.ndarray:
-        *_, module, kind = [key.key for key in path]
-        if kind == "scale":
-            return np.ones(shape, np.float32)
-        if kind == "bias":
-            return np.zeros(shape, np.float32)
-        if module == "embed":
-            scale = 0.02
-        elif module == "lm_head":
-            scale = 0.5 / math.sqrt(model.hidden_size)
-        elif module == "o_proj":
-            scale = 1 / math.sqrt(model.num_heads * model.head_dim) / residual
-        elif module == "down_proj":
-            scale = 1 / math.sqrt(model.intermediate_size) / residual
-        else:
-            scale = 1 / math.sqrt(model.hidden_size)
-        return (rng.standard_normal(shape) * scale).astype(np.float32)
-
-    params = jax.tree_util.tree_map_with_path(
-        draw,
-        param_shapes(model)["params"],
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return {
-        "params": params,
-        "beacon": init_beacon(params, model) if model.beacon else {},
-    }
-
-
-def _split(
-    config: Config, variables: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Trained float32 masters and the frozen rest in the computing dtype."""
-    names = ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
-    dtype = jnp.dtype(config.dtype)
-    trained = {
-        name: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables[name])
-        for name in names
-    }
-    frozen = {
-        name: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
-        for name, tree in variables.items()
-        if name not in names
-    }
-    return trained, frozen
-
-
-def export(
-    folder: Path,
-    config: Config,
-    model: ModelConfig,
-    trained: dict[str, Any],
-    tokenizer_folder: Path,
-) -> None:
-    """Writes an HF folder: tokenizer, config.json, weights incl. beacon keys.
-
-    A frozen base is read again from `init_from`, so that it is exported in the bytes in
-    which it was stored, whatever dtype the run computed in.
-    """
-    variables, source = dict(trained), None
-    if config.init_from:
-        source = Path(config.init_from)
-        if "params" not in variables:
-            variables["params"] = hf.load(source).variables["params"]
-        dtype = variables["params"]["embed"]["embedding"].dtype
-        variables["beacon"] = jax.tree.map(
-            lambda x: x.astype(dtype), variables["beacon"]
-        )
-    hf.save_hf(folder, model, variables, source, overwrite=True)
-    if tokenizer_folder != source:
-        shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
 
 
 def _check(config: Config) -> None:
@@ -401,9 +440,17 @@ def _check(config: Config) -> None:
             f"uniform_plans={config.uniform_plans} is a share of the steps: use a "
             "number from 0 to 1."
         )
-    for name in ("log_every", "save_every", "keep"):
+    for name in ("log_every", "save_every", "keep", "accumulate"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1.")
+    for name, stage in config.data.stages.items():
+        if stage.batch_size % config.accumulate:
+            raise ValueError(
+                f"accumulate={config.accumulate} does not divide batch_size="
+                f"{stage.batch_size} of {name}: make it a multiple."
+            )
+    parse_steps(config.profile_steps)
+    peak_flops((), config.peak_tflops)
 
 
 def _announce(
@@ -421,7 +468,7 @@ def _announce(
     print(
         f"training {_count(trained):,} parameters ({config.trainable}), "
         f"{_count(frozen):,} frozen, {config.dtype} on {mesh.size} x "
-        f"{mesh.devices[0].device_kind}; "
+        f"{mesh.devices.flat[0].device_kind}; "
         f"{len(batches.stream):,} tokens of {config.text.uri}; "
         + (f"windows of {model.beacon.window}; " if model.beacon else "")
         + f"steps x batch x length: {stages}"
@@ -430,30 +477,9 @@ def _announce(
     )
 
 
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def _count(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT instead of dying; a second one of them kills."""
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-
-    def __enter__(self):
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()

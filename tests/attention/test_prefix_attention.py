@@ -1,11 +1,15 @@
 """`prefix_attention` against a float64 loop over its definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
+from beacon_jax.attention.blockwise import blockwise
+from beacon_jax.attention.reference import reference
 
 
 def spelled_out(q, k, v, prefix):
@@ -79,3 +83,36 @@ def test_wrong_arguments_name_themselves():
         prefix_attention(q, k, v, jnp.zeros(2, jnp.int32), implementation="flash")
     with pytest.raises(ValueError, match="3 heads"):
         prefix_attention(q[:, :, :3], k, v, jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize("block", [1, 4, 6, 13])
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_blocks_change_neither_values_nor_gradients(block, kv):
+    """Blocks that do not divide S overlap; dead ones and NaN in them are skipped."""
+    q, k, v = inputs(kv=kv)
+    prefix = jnp.asarray([1, 3])  # keys 8 to 12 are dead in both rows
+    dead = (jnp.arange(13) >= (prefix + 5)[:, None])[..., None, None]
+    weight = jax.random.normal(jax.random.key(9), q.shape)
+
+    def loss(attend, q, k, v):
+        out = attend(q, k, v, prefix, scale=0.3, queries=jnp.asarray([5, 4]))
+        return (out * weight).sum()
+
+    poison = lambda x: jnp.where(dead, jnp.nan, x)
+    ours = functools.partial(loss, functools.partial(blockwise, block=block))
+    value, gradients = jax.value_and_grad(ours, (0, 1, 2))(q, poison(k), poison(v))
+    theirs = functools.partial(loss, reference)
+    expected, right = jax.value_and_grad(theirs, (0, 1, 2))(q, k, v)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for a, b in zip(gradients, right, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_gradients_of_a_stacked_buffer_belong_to_its_layer():
+    q, k, v = inputs()
+    prefix = jnp.asarray([2, 6])
+    attend = functools.partial(blockwise, scale=0.3, block=4)
+    stack = lambda x: jnp.stack([jnp.ones_like(x), x])
+    whole = jax.grad(lambda k: attend(q, k, stack(v), prefix, layer=1).sum())(stack(k))
+    alone = jax.grad(lambda k: attend(q, k, v, prefix).sum())(k)
+    np.testing.assert_array_equal(whole, jnp.stack([jnp.zeros_like(alone), alone]))

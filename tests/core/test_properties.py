@@ -240,6 +240,29 @@ def test_a_short_row_trains_as_alone_while_others_go_on(sink):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), da, db)
 
 
+@pytest.mark.parametrize("remat", ["lean", "lean-layer"])
+def test_a_batch_of_mixed_lengths_has_the_gradients_of_its_rows_alone(remat):
+    config, lengths, plan = config_with(sink=3), [T, 19, 2 * W], [2, 4, 2, 4, 2]
+    tokens = np.concatenate([text(16), text(17)[:1]])
+
+    def gradient(rows, lengths, plan):
+        f = lambda b: loss_of(config, b, tokens[rows], lengths, plan, remat=remat)
+        return jax.value_and_grad(f, has_aux=True)(variables()["beacon"])
+
+    (loss, _), together = gradient(slice(3), lengths, plan)
+    count, parts = 0, []
+    for i, length in enumerate(lengths):
+        windows = -(-length // W)
+        own = gradient(slice(i, i + 1), [length], plan[len(plan) - windows :])
+        parts.append(((own[0][0], own[1]), float(own[0][1]["row_count"][0])))
+        count += parts[-1][1]
+    mean = lambda *xs: sum(x * n / count for x, (_, n) in zip(xs, parts, strict=True))
+    alone, gradients = jax.tree.map(mean, *(part for part, _ in parts))
+    np.testing.assert_allclose(loss, alone, rtol=1e-5)
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
+    jax.tree.map(close, together, gradients)
+
+
 def test_the_first_window_can_be_left_out_of_the_loss():
     beacon, tokens, plan = variables()["beacon"], text(12), [2, 4, 2, 4, 2]
     _, every = loss_of(TINY, beacon, tokens, [T, 19], plan)
@@ -268,7 +291,7 @@ def test_a_batch_without_labels_has_loss_0_and_no_gradient():
     assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("remat", ["lean", "layer", "window"])
+@pytest.mark.parametrize("remat", ["lean", "lean-layer", "layer", "window"])
 def test_recomputing_changes_neither_loss_nor_gradients(remat):
     tokens, plan = text(14), [2, 4, 2, 4, 2]
     f = lambda b, r: loss_of(TINY, b, tokens, [T, T], plan, remat=r)[0]

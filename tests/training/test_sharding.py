@@ -1,4 +1,4 @@
-"""Data parallelism: the loss and gradients of the rows, whoever computes them."""
+"""Meshes: the loss and gradients of the rows, whoever computes them."""
 
 import functools
 
@@ -7,22 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import init_variables
-from beacon_jax.training.sharding import data_parallel, make_mesh, replicate
+from beacon_jax.model.partition import RULES, Partition
+from beacon_jax.training.config import default_config
+from beacon_jax.training.optim import make_optimizer
+from beacon_jax.training.sharding import make_placement, make_value_and_grad, put
 
-N, B, W = 3, 4, 4
+N, B, W = 3, 8, 4
 MODEL = ModelConfig(
     family="llama",
-    vocab_size=13,
-    hidden_size=8,
+    vocab_size=14,
+    hidden_size=16,
     intermediate_size=12,
     num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
+    num_heads=4,
+    num_kv_heads=2,
     head_dim=4,
     max_position=64,
     eos_ids=(2,),
@@ -31,17 +35,32 @@ MODEL = ModelConfig(
 )
 
 
-def value_and_grad(average):
-    loss = lambda trained, frozen, batch, plan: train_loss(
-        MODEL, trained["beacon"], frozen["params"], batch, plan, loss_average=average
-    )
-    return jax.value_and_grad(loss, has_aux=True)
+def place(data=1, fsdp=1, tensor=1, rules=RULES, rows=(B,)):
+    sizes = ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
+    return make_placement(sizes, ConfigDict(rules), rows)
+
+
+def loss_of(average, remat="lean"):
+    def loss(trained, frozen, batch, plan, partition):
+        variables = {**frozen, **trained}
+        return train_loss(
+            MODEL,
+            variables["beacon"],
+            variables["params"],
+            batch,
+            plan,
+            loss_average=average,
+            remat=remat,
+            partition=partition,
+        )
+
+    return loss
 
 
 @functools.cache
 def inputs():
     variables = nn.unbox(init_variables(MODEL, jax.random.key(0)))
-    params = jax.tree.map(lambda x: 5 * x, variables["params"])
+    params = jax.tree.map(lambda x: np.asarray(5 * x), variables["params"])
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 13, (N, B, W)).astype(np.int32)
     labels = np.where(rng.uniform(size=tokens.shape) < 0.6, tokens, -100)
@@ -50,7 +69,30 @@ def inputs():
     labels[:, 2] = -100
     labels[2, 2, 0] = 5
     batch = {"tokens": tokens, "labels": labels.astype(np.int32), "valid": valid}
-    return {"beacon": init_beacon(params, MODEL)}, {"params": params}, batch
+    beacon = jax.tree.map(np.asarray, init_beacon(params, MODEL))
+    return {"beacon": beacon, "params": params}, batch
+
+
+def on_mesh(placement, trained_names, average, plans, parts=1, **options):
+    """(loss, aux, gradients) computed with everything where the placement wants it."""
+    variables, batch = inputs()
+    trained = {n: variables[n] for n in trained_names}
+    frozen = {n: x for n, x in variables.items() if n not in trained}
+    shardings = placement.trained(MODEL, trained)
+    run = make_value_and_grad(
+        loss_of(average, **options),
+        placement,
+        shardings,
+        average=average,
+        parts=parts,
+    )
+    (loss, aux), gradients = jax.jit(run)(
+        jax.tree.map(put, trained, shardings),
+        jax.tree.map(put, frozen, placement.frozen(MODEL, frozen)),
+        placement.batch(batch),
+        placement.plan(plans),
+    )
+    return loss, aux, gradients
 
 
 def rows_of(batch, part, parts):
@@ -58,19 +100,27 @@ def rows_of(batch, part, parts):
     return {k: v[:, part * size : (part + 1) * size] for k, v in batch.items()}
 
 
-@pytest.mark.parametrize("average", ["token", "row"])
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_every_device_its_own_plan(devices, average):
-    trained, frozen, batch = inputs()
-    plans = np.random.default_rng(devices).choice([2, 4], (N, devices)).astype(np.int32)
-    mesh = make_mesh(devices, [B])
-    parallel = jax.jit(data_parallel(value_and_grad(average), mesh, average))
-    (loss, aux), gradients = parallel(*replicate((trained, frozen), mesh), batch, plans)
+def assert_close(tree, expected):
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * float(jnp.abs(y).max()))
 
-    total, shares, wanted = 0.0, [], []
+
+@pytest.mark.parametrize("average", ["token", "row"])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_every_device_its_own_plan(devices, average):
+    variables, batch = inputs()
+    plans = np.random.default_rng(devices).choice([2, 4], (N, devices)).astype(np.int32)
+    loss, aux, gradients = on_mesh(place(devices), ["beacon"], average, plans)
+
+    alone = jax.value_and_grad(loss_of(average), has_aux=True)
+    shares, wanted = [], []
     for part in range(devices):
-        (own, own_aux), own_gradients = value_and_grad(average)(
-            trained, frozen, rows_of(batch, part, devices), plans[:, part]
+        (own, own_aux), own_gradients = alone(
+            {"beacon": variables["beacon"]},
+            {"params": variables["params"]},
+            rows_of(batch, part, devices),
+            plans[:, part],
+            None,
         )
         count = float(own_aux["row_count"].sum()) if average == "token" else 1.0
         shares.append(count)
@@ -81,29 +131,113 @@ def test_every_device_its_own_plan(devices, average):
     total = sum(shares)
     mean = lambda *parts: sum(s / total * x for s, x in zip(shares, parts, strict=True))
     np.testing.assert_allclose(loss, mean(*(w[0] for w in wanted)), rtol=1e-5)
-    expected = jax.tree.map(mean, *(w[1] for w in wanted))
-    for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * float(jnp.abs(y).max()))
+    assert_close(gradients, jax.tree.map(mean, *(w[1] for w in wanted)))
 
 
-def test_one_plan_gives_the_loss_of_one_device():
-    trained, frozen, batch = inputs()
+@functools.cache
+def one_device(trained):
+    variables, batch = inputs()
     plan = np.asarray([2, 4, 2], np.int32)
-    (whole, _), gradients = value_and_grad("token")(trained, frozen, batch, plan)
-    mesh = make_mesh(4, [B])
-    parallel = jax.jit(data_parallel(value_and_grad("token"), mesh, "token"))
-    plans = np.repeat(plan[:, None], 4, axis=1)
-    (loss, _), split = parallel(*replicate((trained, frozen), mesh), batch, plans)
-    np.testing.assert_allclose(loss, whole, rtol=1e-5)
-    for x, y in zip(jax.tree.leaves(split), jax.tree.leaves(gradients), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * float(jnp.abs(y).max()))
+    alone = jax.value_and_grad(loss_of("token", "none"), has_aux=True)
+    chosen = {n: variables[n] for n in trained}
+    rest = {n: x for n, x in variables.items() if n not in trained}
+    (loss, _), gradients = alone(chosen, rest, batch, plan, None)
+    return loss, gradients
+
+
+@pytest.mark.parametrize("trained", [("beacon",), ("params", "beacon")])
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_every_mesh_gives_the_loss_and_gradients_of_one_device(mesh, trained):
+    placement = place(*mesh)
+    plans = np.repeat(np.asarray([[2], [4], [2]], np.int32), placement.plans, axis=1)
+    loss, _, gradients = on_mesh(placement, trained, "token", plans)
+    wanted, expected = one_device(trained)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("average", ["token", "row"])
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 1), (1, 2, 2)], ids=str)
+def test_accumulated_parts_give_the_gradients_of_the_whole_batch(mesh, average):
+    placement = place(*mesh)
+    plan = np.asarray([[2], [4], [2]], np.int32)
+    repeat = lambda n: np.repeat(plan, n, axis=1)
+    whole = on_mesh(placement, ["beacon"], average, repeat(placement.plans))
+    parts = on_mesh(
+        placement, ["beacon"], average, repeat(4 * placement.plans), parts=4
+    )
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
+    assert_close(parts[2], whole[2])
+    assert parts[1]["window_loss"].shape == (N, 4 * placement.plans)
+    sums = [aux["window_loss"].sum(1) for aux in (parts[1], whole[1])]
+    np.testing.assert_allclose(*sums, rtol=1e-5)
+
+
+def test_the_optimizers_state_is_split_and_nothing_frozen_has_one():
+    variables, _ = inputs()
+    trained = {"beacon": variables["beacon"]}
+    optimizer = make_optimizer(default_config().optimizer, 10)
+    state = jax.eval_shape(optimizer.init, trained)
+    for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
+        placement = place(*sizes)
+        where = placement.optimizer(state, placement.trained(MODEL, trained))
+        sharded = jax.jit(optimizer.init, out_shardings=where)(trained)
+        kernels = [x for x in jax.tree.leaves(sharded) if x.ndim > 1]
+        assert len(kernels) == 2 * len(jax.tree.leaves(trained))
+        split = sizes[1] * sizes[2] if sizes[1] > 1 else 8
+        for x in kernels:
+            share = x.addressable_shards[0].data.size / x.size
+            assert share == 1 / (split if x.shape[0] > 1 else max(sizes[:2]))
+
+
+def test_parameters_are_split_over_fsdp_and_tensor():
+    variables, _ = inputs()
+    placement = place(1, 4, 2)
+    where = placement.frozen(MODEL, {"params": variables["params"]})
+    q = where["params"]["layers"]["attention"]["q_proj"]["kernel"]
+    assert tuple(q.spec) == (None, "fsdp", "tensor", None)
+    assert tuple(where["params"]["embed"]["embedding"].spec) == ("tensor", "fsdp")
 
 
 def test_the_mesh_takes_what_the_batches_allow():
-    assert make_mesh(-1, [8, 4]).size == 4
-    assert make_mesh(-1, [16]).size == 8
-    assert make_mesh(-1, [3, 8]).size == 1
-    with pytest.raises(ValueError, match=r"mesh.data=4 .*batch_size=6.*multiple of 4"):
-        make_mesh(4, [8, 6])
-    with pytest.raises(ValueError, match=r"mesh.data=99: there are 8 devices"):
-        make_mesh(99, [99])
+    shape = lambda *sizes, rows: tuple(place(*sizes, rows=rows).mesh.shape.values())
+    assert shape(-1, rows=[8, 4]) == (4, 1, 1)
+    assert shape(-1, rows=[16]) == (8, 1, 1)
+    assert shape(-1, rows=[3, 8]) == (1, 1, 1)
+    assert shape(1, -1, 2, rows=[16]) == (1, 4, 2)
+    assert shape(2, 2, -1, rows=[16]) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "message"),
+    [
+        ((4,), [8, 6], r"mesh.data=4 .*batch_size=6.*multiple of 4"),
+        ((2, 4), [4], r"mesh.fsdp=4 .*batch_size=4.*multiple of 8"),
+        ((99,), [99], r"needs 99 devices, there are 8"),
+        ((-1, -1), [8], r"two axes of -1"),
+        ((0,), [8], r"mesh.data=0 must be"),
+    ],
+)
+def test_meshes_that_do_not_fit_name_the_axis(sizes, rows, message):
+    with pytest.raises(ValueError, match=message):
+        place(*sizes, rows=rows)
+
+
+def test_rules_that_collide_or_do_not_divide_name_both_axes():
+    variables, _ = inputs()
+    params = {"params": variables["params"]}
+    with pytest.raises(ValueError, match=r"o_proj.*'heads' and 'embed' .*'fsdp'"):
+        place(1, 2, rules={**RULES, "heads": "fsdp"}).frozen(MODEL, params)
+    with pytest.raises(ValueError, match=r"embedding.*'vocab' has size 14.*tensor=8"):
+        place(1, 1, 8).frozen(MODEL, params)
+    whole = {**RULES, "vocab": ()}
+    with pytest.raises(ValueError, match=r"k_proj.*'kv_heads' has size 2.*tensor=8"):
+        place(1, 1, 8, rules=whole).frozen(MODEL, params)
+    with pytest.raises(ValueError, match=r"rule 'mlp' names .*'pipe'"):
+        place(rules={**RULES, "mlp": "pipe"})
+
+
+def test_a_partition_is_the_same_for_equal_meshes_and_rules():
+    """It is a static argument: equal ones must not compile again."""
+    a, b = place(2, 2, 2).partition, place(2, 2, 2).partition
+    assert a == b and hash(a) == hash(b) and isinstance(a, Partition)

@@ -4,14 +4,19 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
 
 from beacon_jax import hf
 from beacon_jax import train as command
+from beacon_jax.core.windows import memory_slots, plan_slots
+from beacon_jax.data.batches import BatchConfig, Batches, Stage
+from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.training import trainer
 from beacon_jax.training.trainer import train
 
@@ -59,6 +64,23 @@ def test_only_beacons_change(config, base, tmp_path):
     assert {"loss_x2", "loss_x4"} & row.keys()
 
 
+def test_a_run_reports_its_speed_and_traces_the_steps_asked_for(config, tmp_path):
+    config.profile_steps = (2, 3)
+    config.peak_tflops = 1.0
+    config.save_every = 4
+    train(config, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        # Two rows, so two devices, of one TFLOP/s each.
+        assert row["mfu"] == pytest.approx(row["flops_per_second"] / 2e12)
+        shares = [value for key, value in row.items() if key.startswith("time_")]
+        assert sum(shares) == pytest.approx(1, abs=1e-3)
+    assert [*(tmp_path / "profile").rglob("*.xplane.pb")]
+    # None of this is part of what a run computes: it goes on without.
+    config.profile_steps, config.peak_tflops = (), 0.0
+    assert train(config, tmp_path)["steps_of_this_process"] == 0
+
+
 def test_a_frozen_base_that_changes_is_an_error(config, tmp_path, monkeypatch):
     hashes = iter(["before", "after"])
     monkeypatch.setattr(trainer.hf, "tree_hash", lambda tree: next(hashes))
@@ -88,13 +110,97 @@ def test_resume_after_sigterm_is_bit_identical(config, tmp_path, monkeypatch, ca
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_a_run_goes_on_on_another_mesh(config, tmp_path, monkeypatch):
+    """Everything split, so that all meshes draw the same plans."""
+    config.data.stages.stage1.batch_size = 4
+    config.mesh.update({"data": 2, "fsdp": 2})
+    train(config, tmp_path / "whole")
+    draw = trainer._inputs
+
+    def kill_in_step_3(config, model, batches, step, count):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(config, model, batches, step, count)
+
+    monkeypatch.setattr(trainer, "_inputs", kill_in_step_3)
+    with pytest.raises(SystemExit):
+        train(config, tmp_path / "parts")
+    monkeypatch.undo()
+    config.mesh.update({"data": 1, "fsdp": 4})
+    with pytest.raises(ValueError, match=r"config.mesh.fsdp: 2 -> 4"):
+        train(config, tmp_path / "parts")
+    config.allow_config_change = True
+    train(config, tmp_path / "parts")
+    ours = hf.load(tmp_path / "parts" / "export").variables["beacon"]
+    whole = hf.load(tmp_path / "whole" / "export").variables["beacon"]
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_stages_of_any_length_and_all_plans_share_one_compiled_step(
+    config, tmp_path, monkeypatch
+):
+    config.data.stages.stage1 = {**config.data.stages.stage1, "length": 48, "steps": 3}
+    config.data.stages.stage2 = {**config.data.stages.stage1, "length": 20}
+    config.data.stages.stage3 = {**config.data.stages.stage1, "length": 33}
+    made, plans, make, draw = [], [], trainer.make_update, trainer._plans
+
+    def keep_plans(*args):
+        plans.append(draw(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(trainer, "_plans", keep_plans)
+    monkeypatch.setattr(
+        trainer, "make_update", lambda *a: made.append(make(*a)) or made[0]
+    )
+    train(config, tmp_path)
+    assert {len(plan) for plan in plans} == {6, 3, 5}
+    assert len({plan.tobytes() for plan in plans}) > 5
+    assert [update._cache_size() for update in made] == [1]
+
+
+def test_a_checkpoint_can_be_exported_before_the_run_ends(config, tmp_path):
+    train(config, tmp_path)
+    command = [sys.executable, "-m", "beacon_jax.convert", "to-hf", f"--src={tmp_path}"]
+    out = tmp_path / "newest"
+    subprocess.run([*command, f"--dst={out}"], check=True)
+    expected = weights(tmp_path)
+    assert (out / "model.safetensors").read_bytes() == expected
+    assert (out / "tokenizer.json").exists()
+    again = subprocess.run([*command, f"--dst={out}"], capture_output=True, text=True)
+    assert again.returncode == 1 and "pass --overwrite" in again.stderr
+
+
+def drawn(config, steps, **beacon):
+    """Plans [steps, N] of nine windows."""
+    beacon = BeaconConfig(32, (2, 4, 8), **beacon)
+    model = ModelConfig(**SMALL, beacon=beacon)
+    batches = Batches(np.zeros(999), None, BatchConfig((Stage(steps, 288, 1),)))
+    plans = [trainer._plans(config, model, batches, i, 1)[:, 0] for i in range(steps)]
+    return model, np.stack(plans)
+
+
 def test_uniform_plans_have_the_share_of_steps_that_was_asked_for(config):
-    model = trainer.ModelConfig(**SMALL, beacon=trainer.BeaconConfig(32, (2, 4, 8)))
     for share in (0.0, 0.25, 1.0):
         config.uniform_plans = share
-        plans = [trainer._plan(config, model, 9, 288, [0, i, 1]) for i in range(400)]
-        uniform = np.mean([len(set(p.tolist())) == 1 for p in plans])
+        _, plans = drawn(config, 400)
+        uniform = np.mean([len(set(p)) == 1 for p in plans.tolist()])
         assert abs(uniform - share) < 0.07  # three standard deviations
+
+
+def test_plans_that_do_not_fit_the_memory_are_drawn_again(config):
+    config.memory_slots = 70
+    model, plans = drawn(config, 300)
+    assert max(plan_slots(model, p) for p in plans) <= 70
+    config.memory_slots = 0
+    _, free = drawn(config, 300)
+    room = memory_slots(model, 9, likely=True)
+    assert 70 < max(plan_slots(model, p) for p in free) <= room < memory_slots(model, 9)
+    kept = [i for i in range(300) if plan_slots(model, free[i]) <= 70]
+    np.testing.assert_array_equal(plans[kept], free[kept])
+    config.memory_slots = 10
+    with pytest.raises(ValueError, match="memory_slots=10: no plan of 9 windows"):
+        drawn(config, 1)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -141,6 +247,8 @@ def test_updates_that_are_not_finite_stop_the_run(config, tmp_path):
         ("dtype", "float8", "dtype='float8' is unknown"),
         ("init_from", "", "init_from=''"),
         ("log_every", 0, "log_every=0 must be at least 1"),
+        ("profile_steps", (3, 2), r"profile_steps=\(3, 2\) is no range of steps"),
+        ("peak_tflops", -1.0, "peak_tflops=-1.0 must not be negative"),
         ("uniform_plans", 50.0, "uniform_plans=50.0 is a share of the steps"),
     ],
 )

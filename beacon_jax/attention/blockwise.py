@@ -1,0 +1,162 @@
+"""`prefix_attention` in XLA by blocks of keys: memory does not grow with S.
+
+The online softmax of FlashAttention (arXiv 2205.14135) in plain jax, forward and
+backward. Blocks behind the longest row's last key are neither read nor computed: the
+loop's trip count is data. For CPU, and wherever no kernel takes the arguments.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+
+BLOCK = 512
+# Names of the residuals, for checkpoint policies that keep them.
+OUT, LSE = "attention_out", "attention_lse"
+
+
+def blockwise(q, k, v, prefix, *, scale, layer=None, queries=None, block=BLOCK):
+    """See `api.prefix_attention`."""
+    b, t, n, h = q.shape
+    grouped = q.reshape(b, t, k.shape[-2], -1, h)
+    out: Any = _attend(scale, min(block, k.shape[-3]), grouped, k, v, prefix, layer)
+    out = out.reshape(b, t, n, h)
+    if queries is not None:
+        out = jnp.where((jnp.arange(t) < queries[:, None])[..., None, None], out, 0)
+    return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(scale, block, q, k, v, prefix, layer):
+    return _forward(scale, block, q, k, v, prefix, layer)[0]
+
+
+def _forward(scale, block, q, k, v, prefix, layer):
+    """out [B, T, K, G, H] and the log of the softmax's denominators [B, K, G, T]."""
+    b, t, heads, group, h = q.shape
+
+    def step(i, carry):
+        m, total, acc = carry
+        keys, values, scores = _block(scale, block, i, q, k, v, prefix, layer)
+        del keys
+        top = jnp.maximum(m, scores.max(-1))
+        p = jnp.exp(scores - top[..., None])
+        fade = jnp.exp(m - top)
+        part = jnp.einsum(
+            "BKGTS,BSKH->BKGTH",
+            p.astype(values.dtype),
+            values,
+            preferred_element_type=jnp.float32,
+        )
+        return top, total * fade + p.sum(-1), acc * fade[..., None] + part
+
+    shape = (b, heads, group, t)
+    start = (
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, h), jnp.float32),
+    )
+    blocks = _blocks(block, t, prefix)
+    # Key 0 is visible to every query, so that after block 0 no maximum is -inf.
+    m, total, acc = lax.fori_loop(0, blocks, step, start)
+    out = jnp.moveaxis(acc / total[..., None], 3, 1).astype(q.dtype)
+    return out, m + jnp.log(total)
+
+
+def _attend_fwd(scale, block, q, k, v, prefix, layer):
+    out, lse = _forward(scale, block, q, k, v, prefix, layer)
+    out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
+    return out, (q, k, v, prefix, layer, out, lse)
+
+
+def _attend_bwd(scale, block, residuals, d_out):
+    q, k, v, prefix, layer, out, lse = residuals
+    delta = jnp.einsum(
+        "BTKGH,BTKGH->BKGT", d_out, out, preferred_element_type=jnp.float32
+    )
+
+    def add(buffer, at, part):
+        """Overlapping ends of two blocks: the second block's part is 0 there."""
+        old = lax.dynamic_slice_in_dim(buffer, at, block, axis=1)
+        new = old + _pin(part.astype(buffer.dtype))
+        return lax.dynamic_update_slice_in_dim(buffer, new, at, axis=1)
+
+    def step(i, carry):
+        d_q, d_k, d_v = carry
+        keys, values, scores = _block(scale, block, i, q, k, v, prefix, layer)
+        p = jnp.exp(scores - lse[..., None])
+        d_p = jnp.einsum(
+            "BTKGH,BSKH->BKGTS", d_out, values, preferred_element_type=jnp.float32
+        )
+        d_s = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
+        d_q = d_q + jnp.einsum(
+            "BKGTS,BSKH->BTKGH", d_s, keys, preferred_element_type=jnp.float32
+        )
+        sums = functools.partial(
+            jnp.einsum, "BKGTS,BTKGH->BSKH", preferred_element_type=jnp.float32
+        )
+        at = _start(block, i, k)
+        d_k = add(d_k, at, sums(d_s, q))
+        return d_q, d_k, add(d_v, at, sums(p.astype(d_out.dtype), d_out))
+
+    rows = k.shape if layer is None else k.shape[1:]
+    start = (
+        jnp.zeros(q.shape, jnp.float32),
+        jnp.zeros(rows, k.dtype),
+        jnp.zeros(rows, v.dtype),
+    )
+    blocks = _blocks(block, q.shape[1], prefix)
+    d_q, d_k, d_v = lax.fori_loop(0, blocks, step, start)
+    if layer is not None:
+        d_k, d_v = (jnp.zeros(k.shape, d.dtype).at[layer].set(d) for d in (d_k, d_v))
+    return d_q.astype(q.dtype), d_k, d_v, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _blocks(block, t, prefix):
+    """Blocks that hold a key which some row sees."""
+    return (jnp.max(prefix) + t + block - 1) // block
+
+
+def _pin(block):
+    """The products want other layouts than [B, S', K, H]. Without this XLA gives them
+    to the whole buffer, of which it then holds several copies (11 GiB at 7B, 20K)."""
+    return with_layout_constraint(block, Layout((0, 1, 2, 3)))
+
+
+def _start(block, i, k):
+    """First slot read for block i: the last block ends with the buffer."""
+    return jnp.minimum(i * block, k.shape[-3] - block)
+
+
+def _block(scale, block, i, q, k, v, prefix, layer):
+    """Keys and values [B, S', K, H] of block i, 0 where dead, and scores
+    [B, K, G, T, S'], -inf where not visible or part of the block before."""
+    at = _start(block, i, k)
+
+    def rows(buffer):
+        if layer is None:
+            part = lax.dynamic_slice_in_dim(buffer, at, block, axis=1)
+        else:
+            sizes = (1, buffer.shape[1], block, *buffer.shape[3:])
+            part = lax.dynamic_slice(buffer, (layer, 0, at, 0, 0), sizes)[0]
+        return _pin(part)
+
+    t = q.shape[1]
+    slot = at + jnp.arange(block)
+    mine = slot >= i * block
+    # Nothing dead is read: 0 * NaN would be NaN.
+    live = (mine & (slot < (prefix + t)[:, None]))[..., None, None]
+    keys, values = jnp.where(live, rows(k), 0), jnp.where(live, rows(v), 0)
+    last = prefix[:, None] + jnp.arange(t)
+    visible = mine & (slot <= last[:, :, None])  # [B, T, S']
+    scores = scale * jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q, keys, preferred_element_type=jnp.float32
+    )
+    return keys, values, jnp.where(visible[:, None, None], scores, -jnp.inf)

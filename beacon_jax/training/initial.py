@@ -1,0 +1,157 @@
+"""What a run starts from, and what it leaves behind: tokenizer, model, export."""
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beacon_jax import hf
+from beacon_jax.data.tokenizer import train_tokenizer
+from beacon_jax.model.beacon import init_beacon
+from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig, param_shapes
+from beacon_jax.training.config import Config
+from beacon_jax.training.processes import is_lead, wait
+from beacon_jax.training.sharding import Placement, put
+
+
+def make_tokenizer(
+    config: Config, documents: list[str], workdir: Path
+) -> tuple[Any, Path]:
+    """The tokenizer and its folder; trained on the text once per workdir if asked."""
+    settings = config.tokenizer
+    if not settings.train:
+        folder = Path(settings.path or config.init_from)
+        return hf.load_tokenizer(folder), folder
+    folder = workdir / "tokenizer"
+    if is_lead() and not (folder / "tokenizer_config.json").exists():
+        partial = workdir / "tokenizer.partial"  # a kill must not leave half of one
+        shutil.rmtree(partial, ignore_errors=True)
+        train_tokenizer(
+            documents,
+            partial,
+            vocab_size=settings.vocab_size,
+            passkey_fraction=settings.passkey_fraction,
+            seed=config.seed,
+        )
+        partial.rename(folder)
+    wait("tokenizer")
+    return hf.load_tokenizer(folder), folder
+
+
+def make_model(
+    config: Config, tokenizer: Any, placement: Placement
+) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
+    """The model, float32 masters of what is trained, and the frozen rest in the
+    computing dtype, all where the placement wants them."""
+    settings = config.beacon.to_dict()
+    beacon = BeaconConfig(**settings) if settings.pop("use") else None
+    names = ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
+
+    def place(model: ModelConfig, name: str, shape: tuple[int, ...]):
+        own = name.split("/")[0] in names
+        dtype = np.dtype(np.float32) if own else jnp.dtype(config.dtype)
+        return placement.variable(model, name, shape, trained=own), dtype
+
+    if config.init_from:
+        checkpoint = hf.load(config.init_from, beacon=beacon, place=place)
+        model, variables = checkpoint.config, checkpoint.variables
+        if beacon is None:
+            model = dataclasses.replace(model, beacon=None)
+            variables["beacon"] = {}
+    else:
+        fields = config.model.to_dict()
+        rope = RopeConfig(**fields.pop("rope", {}))
+        bos = tokenizer.bos_token_id
+        model = ModelConfig(
+            **fields,
+            vocab_size=len(tokenizer),
+            rope=rope,
+            bos_ids=(bos,) if bos is not None else (),
+            eos_ids=(tokenizer.eos_token_id,),
+            beacon=beacon,
+        )
+
+        def put_leaf(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
+            name = "/".join(key.key for key in path)
+            sharding, dtype = place(model, name, x.shape)
+            return put(x.astype(dtype), sharding)
+
+        variables = jax.tree_util.tree_map_with_path(
+            put_leaf, random_variables(model, config.seed)
+        )
+    frozen = {name: tree for name, tree in variables.items() if name not in names}
+    return model, {name: variables[name] for name in names}, frozen
+
+
+def random_variables(model: ModelConfig, seed: int) -> dict[str, Any]:
+    """Random float32 parameters [numpy]: normal with 1/sqrt(fan in), norms at one.
+
+    Projections that write into the residual stream are smaller by sqrt(2L), lm_head by
+    2 (a nearly uniform first prediction); embeddings have 0.02, as in GPT-2. Beacons
+    start from the base, as they do on a pretrained one.
+    """
+    rng = np.random.default_rng(seed)
+    residual = math.sqrt(2 * model.num_layers)
+
+    def draw(path: tuple[Any, ...], shape: tuple[int, ...]) -> np.ndarray:
+        *_, module, kind = [key.key for key in path]
+        if kind == "scale":
+            return np.ones(shape, np.float32)
+        if kind == "bias":
+            return np.zeros(shape, np.float32)
+        if module == "embed":
+            scale = 0.02
+        elif module == "lm_head":
+            scale = 0.5 / math.sqrt(model.hidden_size)
+        elif module == "o_proj":
+            scale = 1 / math.sqrt(model.num_heads * model.head_dim) / residual
+        elif module == "down_proj":
+            scale = 1 / math.sqrt(model.intermediate_size) / residual
+        else:
+            scale = 1 / math.sqrt(model.hidden_size)
+        return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(
+        draw,
+        param_shapes(model)["params"],
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return {
+        "params": params,
+        "beacon": init_beacon(params, model) if model.beacon else {},
+    }
+
+
+def export(
+    folder: Path,
+    config: Config,
+    model: ModelConfig,
+    variables: dict[str, Any],
+    tokenizer_folder: Path,
+    *,
+    overwrite: bool,
+) -> None:
+    """Writes an HF folder: tokenizer, config.json, weights incl. beacon keys.
+
+    A frozen base is read again from `init_from`, so that it is exported in the bytes in
+    which it was stored, whatever dtype the run computed in; what was trained is stored
+    in that dtype too.
+    """
+    variables, source = dict(variables), None
+    if config.init_from:
+        source = Path(config.init_from)
+        stored = hf.load(source).variables["params"]
+        variables.setdefault("params", stored)
+        dtype = stored["embed"]["embedding"].dtype
+        del stored
+    else:
+        dtype = np.dtype(np.float32)
+    variables = jax.tree.map(lambda x: np.asarray(x, dtype), variables)
+    hf.save_hf(folder, model, variables, source, overwrite=overwrite)
+    if tokenizer_folder != source:
+        hf.copy_tokenizer(tokenizer_folder, folder)

@@ -1,0 +1,79 @@
+"""How many bytes a training step needs on a device, from its shapes alone.
+
+The parts that grow with the model or the text; measured against XLA's own
+`memory_analysis()` for 8 x A100-80GB in benchmarks (see README). It chooses between
+recomputing layers and keeping the activations of a window.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from beacon_jax.core.windows import open_room
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.training.hardware import memory_gib
+from beacon_jax.training.sharding import Placement
+
+# Workspace of compiled code: gathered weights of two layers, blocks of scores, logits.
+SLACK = 1.1
+
+
+def step_bytes(
+    model: ModelConfig,
+    placement: Placement,
+    trained: Any,
+    frozen: Any,
+    *,
+    rows: int,
+    windows: int,
+    slots: int,
+    dtype: Any,
+) -> dict[str, float]:
+    """Bytes per device with remat "lean" and "lean-layer".
+
+    Args:
+      trained, frozen: arrays or shapes with shardings.
+      rows: of one device (of one part, if gradients are accumulated).
+      windows, slots: N, and memory slots of a row without the open window.
+    """
+    assert model.beacon is not None
+    size, tensor = np.dtype(dtype).itemsize, placement.mesh.shape["tensor"]
+    own = sum(_bytes(x, 4) for x in jax.tree.leaves(trained))
+    state = 3 * own  # masters and two moments
+    base = sum(_bytes(x, x.dtype.itemsize) for x in jax.tree.leaves(frozen))
+    whole = sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
+    # Gradients are summed where the weights are computed with: whole if replicated.
+    gradients = 4 * whole + size * whole if placement.own_plans else 2 * own
+    ratios, w = model.beacon.ratios, model.beacon.window
+    entries = slots + open_room(model, ratios, w)
+    kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim / tensor
+    buffers = rows * entries * kv * (size + 4)  # and cotangents in float32
+    hidden = 3 * rows * windows * w * model.hidden_size * size
+    window = w + w // min(r for r in ratios if r)
+    inputs = rows * window * model.num_layers * model.hidden_size * size
+    layer = rows * window * _activations(model, size) / tensor
+    fixed = state + base + gradients + buffers + hidden + inputs
+    return {
+        "lean": SLACK * (fixed + model.num_layers * layer),
+        "lean-layer": SLACK * (fixed + layer),
+    }
+
+
+def choose_remat(need: dict[str, float], device: Any = None) -> str:
+    """ "lean" if it fits into the device's memory, or if that is not known."""
+    limit = memory_gib([device or jax.local_devices()[0]]).get("memory_limit_gib")
+    fits = limit is None or need["lean"] <= limit * 2**30
+    return "lean" if fits else "lean-layer"
+
+
+def _activations(model: ModelConfig, size: int) -> float:
+    """Bytes per token that the backward pass of one layer keeps."""
+    d, f = model.hidden_size, model.intermediate_size
+    heads = (model.num_heads + model.num_kv_heads) * model.head_dim
+    return size * (4 * d + 2 * heads + 4 * f) + 8 * d  # norms are in float32
+
+
+def _bytes(x: Any, size: int) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * size

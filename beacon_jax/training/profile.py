@@ -1,0 +1,164 @@
+"""Where the time of a run goes: traces of some steps, and programs compiled once.
+
+--config.profile_steps=10,13 writes a trace of steps 10 to 13 to WORKDIR/profile. Look
+at it with `xprof --logdir=WORKDIR/profile` (pip install xprof), or open its
+trace.json.gz in ui.perfetto.dev. The first steps compile: profile later ones.
+
+--config.compilation_cache keeps compiled programs on disk, so that a run that goes on,
+or a second one of the same shapes, does not wait for XLA again: "" for the default
+place, "off", or a folder.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+logger = logging.getLogger(__name__)
+
+MIN_COMPILE_SECONDS = 1.0  # what compiles faster is not worth a file
+
+
+class Profiler:
+    """Traces the steps from the first to the last of `steps`, once per process.
+
+    Steps are counted from 1, as in the progress line. Call `before` and `after` around
+    every step; leaving the context ends a trace that is still running.
+    """
+
+    def __init__(self, folder: Path, steps: Sequence[int] | str):
+        """
+        Args:
+          folder: receives the trace.
+          steps: see `parse_steps`.
+        """
+        self._folder = folder
+        self._steps = parse_steps(steps)
+        self._running = False
+        self._annotation: Any = None
+
+    def before(self, step: int, ready: Any) -> None:
+        """Starts the trace if `step` is in the range, once `ready` (the state) is
+        there, so that steps dispatched earlier are not part of it."""
+        if self._steps is None or not self._steps[0] <= step <= self._steps[1]:
+            return
+        if not self._running:
+            jax.block_until_ready(ready)
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+        self._annotation.__enter__()
+
+    def after(self, step: int, ready: Any) -> None:
+        """Ends the trace behind the last step, once `ready` is there."""
+        if not self._running or self._steps is None:
+            return
+        self._end_step()
+        if step >= self._steps[1]:
+            jax.block_until_ready(ready)
+            self._stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            self._end_step()
+            self._stop()
+
+    def _end_step(self) -> None:
+        if self._annotation is not None:
+            self._annotation.__exit__(None, None, None)
+            self._annotation = None
+
+    def _stop(self) -> None:
+        self._running, self._steps = False, None
+        jax.profiler.stop_trace()
+        print(f"wrote a trace to {self._folder}", flush=True)
+
+
+def parse_steps(steps: Sequence[int] | str) -> tuple[int, int] | None:
+    """First and last step to trace, counted from 1.
+
+    Args:
+      steps: (first, last), (only,), the same as text ("10,13"), or nothing for None.
+
+    Raises:
+      ValueError: anything else.
+    """
+    given: list[Any] = list(steps)
+    if isinstance(steps, str):
+        given = [part.strip() for part in steps.split(",")] if steps.strip() else []
+        given = [int(part) if part.isdecimal() else part for part in given]
+    if not given:
+        return None
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in given)
+    if not whole or len(given) > 2 or not 1 <= given[0] <= given[-1]:
+        raise ValueError(
+            f"profile_steps={steps!r} is no range of steps: give the first and the "
+            "last, as in --config.profile_steps=10,13, counted from 1."
+        )
+    return given[0], given[-1]
+
+
+def cache_folder() -> Path:
+    """The default place of compiled programs, the user's alone."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "beacon_jax" / "xla"
+
+
+def enable_compilation_cache(setting: str = "") -> str | None:
+    """Keeps compiled programs in a folder; call it before the first compilation.
+
+    Args:
+      setting: "" for `cache_folder()`, unless jax has a folder already, as from
+        JAX_COMPILATION_CACHE_DIR; "off"; or a folder, which may be a URL. Whoever can
+        write there can run code as you. Nothing is ever deleted; you may at any time.
+
+    Returns:
+      The folder, or None if there is no cache.
+
+    Raises:
+      ValueError: the folder that was asked for cannot be written.
+    """
+    if setting == "off":
+        _use(None)
+        return None
+    if not setting and jax.config.jax_compilation_cache_dir:
+        return jax.config.jax_compilation_cache_dir
+    try:
+        if "://" in setting:
+            folder = setting
+        elif setting:
+            folder = _make(Path(setting).expanduser())
+        else:
+            folder = _make(cache_folder())
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        if setting:
+            raise ValueError(
+                f"compilation_cache={setting!r} cannot be written ({error}): name "
+                "another folder, or 'off'."
+            ) from error
+        logger.warning("programs are compiled in every run: %s", error)
+        return None
+    _use(folder)
+    return folder
+
+
+def _make(folder: Path) -> str:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"no permission to write in {folder}")
+    return str(folder.absolute())
+
+
+def _use(folder: str | None) -> None:
+    if jax.config.jax_compilation_cache_dir == folder:
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    compilation_cache.reset_cache()  # one that is open already would stay in use

@@ -1,0 +1,23 @@
+"""Beacons for Llama-2-7B, stage 1 of the paper: long documents.
+
+python -m beacon_jax.train --config=configs/llama2_7b_pretrain.py \
+  --workdir=out/llama2_7b_pretrain --config.init_from=HF_DIR --config.text.uri=FOLDER
+
+Trains 1.61B beacon parameters (q, k, v) on the frozen Llama-2-7B-chat in HF_DIR:
+windows of 1024 tokens, ratios 2 to 32 drawn per window, lr 5e-5.
+
+Hardware: 8 GPUs of 80 GB, each holding the base. 1.0B tokens, 16,277 steps of 8 rows.
+Estimate, not measured: 5.0e19 FLOPs, 14.0 hours on A100 at 40 % of 312 TFLOP/s each.
+
+Data today: rows of 4096, then 10240, then 20480 tokens cut from the plain text in
+FOLDER (.txt, .md, .jsonl). RedPajama, with its documents' own lengths, is not read yet
+(beacon_jax/training/recipes.py).
+configs/llama2_7b_pretrain.py:smoke takes a few tiny steps from scratch on the CPU.
+"""
+
+from beacon_jax.training import recipes
+from beacon_jax.training.config import Config
+
+
+def get_config(arg: str = "") -> Config:
+    return recipes.pretrain("llama2-7b", arg)

@@ -1,0 +1,124 @@
+"""The launch scripts: they parse, stay short, and pass their arguments on unharmed."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SETUP = ("setup.sh", "find_python.sh")  # tested in test_setup.py
+SCRIPTS = sorted(f.name for f in LAUNCH.glob("*.sh") if f.name not in SETUP)
+BASH = shutil.which("bash") or "bash"
+COMMAND = "python -m beacon_jax.train --config="
+
+# What stands in front of the command: a program of its own, faked below.
+REMOTE = {
+    "slurm.sh": ("srun", {"SLURM_GPUS_ON_NODE": "4"}),
+    "tpu_vm.sh": ("gcloud", {"TPU": "name", "ZONE": "zone"}),
+    "gke_xpk.sh": ("xpk", {"CLUSTER": "c", "DEVICE": "v5p-16", "IMAGE": "image"}),
+}
+
+
+def source(name):
+    return (LAUNCH / name).read_text(encoding="utf-8")
+
+
+def run(name, *arguments, env=None):
+    return subprocess.run(
+        [BASH, str(LAUNCH / name), *arguments],
+        env=env or os.environ,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """Runs a script with a fake cluster program that prints its arguments by line."""
+
+    def call(name, *arguments):
+        program, variables = REMOTE[name]
+        fake = tmp_path / program
+        fake.write_text(
+            f'#!{BASH}\nprintf "%s\\n" "$@"\necho "ids=${{JAX_LOCAL_DEVICE_IDS:-}}"\n'
+        )
+        fake.chmod(0o755)
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        result = run(name, *arguments, env=os.environ | variables | {"PATH": path})
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    return call
+
+
+def test_there_is_a_script_for_every_kind_of_machine():
+    assert set(SCRIPTS) >= {"local_8gpu.sh", "gpu_check.sh", *REMOTE}
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, *SETUP])
+def test_a_script_parses(name):
+    result = subprocess.run(
+        [BASH, "-n", str(LAUNCH / name)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert os.access(LAUNCH / name, os.X_OK)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_short_and_strict_and_runs_the_one_command(name):
+    lines = source(name).splitlines()
+    assert len(lines) <= 25
+    assert lines[0] == "#!/usr/bin/env bash"
+    code = [line for line in lines if line and not line.startswith("#")]
+    assert code[0] == "set -euo pipefail"
+    joined = re.sub(r"\s*\\\n\s*", " ", source(name))
+    assert COMMAND in joined
+    assert '"${@:3}"' in joined
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not here")
+def test_shellcheck_finds_nothing():
+    files = [str(LAUNCH / name) for name in (*SCRIPTS, *SETUP)]
+    result = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", [n for n in SCRIPTS if n != "gpu_check.sh"])
+def test_a_missing_workdir_is_an_error_with_the_usage(name):
+    result = run(name, "configs/quickstart.py")
+    assert result.returncode != 0
+    assert "CONFIG WORKDIR [--config.key=value ...]" in result.stderr
+
+
+def test_slurm_shows_all_gpus_of_a_node_to_its_one_process(remote):
+    assert "#SBATCH" in source("slurm.sh")
+    assert "--ntasks-per-node=1 " in source("slurm.sh")
+    words = remote("slurm.sh", "configs/x.py", "a folder", "--config.text.uri=b c")
+    assert words[-1] == "ids=0,1,2,3"
+    assert words[-5:-1] == [
+        "--config=configs/x.py",
+        "--workdir=a folder",
+        "--distributed",
+        "--config.text.uri=b c",
+    ]
+
+
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "gke_xpk.sh"])
+def test_the_command_survives_the_shell_of_the_other_machine(name, remote):
+    words = remote(name, "configs/x.py", "a folder", "--config.text.uri=b 'c'")
+    (line,) = [w for w in words if w.startswith("--command=")]
+    sent = line.removeprefix("--command=").split("&& ")[-1]
+    other = subprocess.run(
+        [BASH, "-c", f'printf "%s\\n" {sent}'], capture_output=True, text=True
+    )
+    assert other.stdout.splitlines()[-6:] == [
+        "-m",
+        "beacon_jax.train",
+        "--config=configs/x.py",
+        "--workdir=a folder",
+        "--distributed",
+        "--config.text.uri=b 'c'",
+    ]

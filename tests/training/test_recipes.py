@@ -1,0 +1,138 @@
+"""The recipes in configs/: what they resolve to, their docstrings, their smoke runs.
+
+`python -m tests.training.test_recipes` writes the resolved configs anew.
+"""
+
+import ast
+import difflib
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from absl import flags
+
+from beacon_jax import hf
+from beacon_jax import train as command
+from beacon_jax.training.trainer import train
+
+ROOT = Path(__file__).parents[2]
+RESOLVED = Path(__file__).parent / "resolved"
+STAGED = ("llama2_7b", "qwen2_7b", "llama3_8b", "mistral_7b")
+RECIPES = (
+    *(f"{model}_{stage}" for model in STAGED for stage in ("pretrain", "finetune")),
+    "llama2_7b_full_ft",
+    "qwen2_7b_full_ft",
+    "qwen2_0_5b_colab",
+)
+REGENERATE = "python -m tests.training.test_recipes"
+
+
+def path_of(recipe):
+    return ROOT / "configs" / f"{recipe}.py"
+
+
+def config_of(recipe, arg=""):
+    return runpy.run_path(str(path_of(recipe)))["get_config"](arg)
+
+
+def resolved(recipe):
+    return json.dumps(config_of(recipe).to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_resolves_to_its_committed_settings(recipe):
+    file = RESOLVED / f"{recipe}.json"
+    committed = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    now = resolved(recipe).splitlines()
+    diff = difflib.unified_diff(
+        committed, now, f"committed {file.name}", f"configs/{recipe}.py", lineterm=""
+    )
+    text = "\n".join(diff)
+    assert not text, f"{text}\nIf the change is meant: {REGENERATE}"
+
+
+def test_every_committed_file_has_a_recipe():
+    assert sorted(f.stem for f in RESOLVED.glob("*")) == sorted(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_command_in_the_docstring_is_accepted(recipe, monkeypatch):
+    doc = ast.get_docstring(ast.parse(path_of(recipe).read_text(encoding="utf-8")))
+    assert doc is not None
+    found = re.search(r"^python -m (beacon_jax\.train .*)$", doc, re.MULTILINE)
+    assert found, f"no command in the docstring of configs/{recipe}.py"
+    words = shlex.split(found[1])
+    assert f"--config=configs/{recipe}.py" in words
+    argv = [word.replace("--config=", f"--config={ROOT}/") for word in words]
+    monkeypatch.setattr(sys, "argv", argv)
+    values = flags.FlagValues()
+    command.define_flags(values)
+    command.parse(argv, values)
+    config: Any = values["config"].value
+    assert values["workdir"].value == f"out/{recipe}"
+    # What cannot have a default is named in the command.
+    assert config.init_from
+    assert config.text.uri in ("FOLDER", "stdlib")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_docstring_names_hardware_and_marks_estimates(recipe):
+    doc = ast.get_docstring(ast.parse(path_of(recipe).read_text(encoding="utf-8")))
+    text = " ".join((doc or "").split())
+    for words in ("Hardware: ", " tokens, ", "Estimate, not measured: ", " FLOPs, "):
+        assert words in text
+    assert f"configs/{recipe}.py:smoke" in text
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_unknown_argument_is_an_error(recipe):
+    with pytest.raises(ValueError, match=f"{recipe}:long is unknown: use :smoke"):
+        config_of(recipe, "long")
+
+
+@pytest.mark.parametrize("model", STAGED)
+def test_the_stages_have_the_sizes_of_the_paper(model):
+    first, second = config_of(f"{model}_pretrain"), config_of(f"{model}_finetune")
+    stages = first.data.stages.values()
+    tokens = sum(s.steps * s.batch_size * s.length for s in stages)
+    assert abs(tokens / 1e9 - 1) < 1e-3
+    assert sum(s.steps * s.batch_size for s in second.data.stages.values()) == 28_000
+    for config, lengths in ((first, (2400, 20480)), (second, (7200, 20480))):
+        for s in config.data.stages.values():
+            assert lengths[0] <= s.length <= lengths[1]
+            assert s.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family", "beacons"),
+    [
+        ("llama2_7b_pretrain", "llama", True),
+        ("qwen2_7b_finetune", "qwen2", True),
+        ("llama2_7b_full_ft", "llama", False),
+    ],
+)
+def test_smoke_trains_and_exports(recipe, family, beacons, text, tmp_path):
+    config = config_of(recipe, "smoke")
+    config.text.uri = str(text)
+    config.beacon.ratios = (4,)  # each ratio is a branch that takes 4 s to compile
+    summary = train(config, tmp_path)
+    assert summary["steps_of_this_process"] == 6
+    assert (summary["base_hash_before"] is not None) == beacons
+    model = hf.load(tmp_path / "export").config
+    assert model.family == family
+    assert model.qkv_bias == (family == "qwen2")
+    assert (model.num_kv_heads < model.num_heads) == (family == "qwen2")
+    assert (model.beacon is not None) == beacons
+
+
+if __name__ == "__main__":
+    RESOLVED.mkdir(exist_ok=True)
+    for name in RECIPES:
+        file = RESOLVED / f"{name}.json"
+        file.write_text(resolved(name), encoding="utf-8")
+    print(f"wrote {len(RECIPES)} files to {RESOLVED.relative_to(ROOT)}")
