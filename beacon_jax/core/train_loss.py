@@ -135,7 +135,15 @@ def train_loss(
     logits = lambda h: apply(head, variables, h, method="logits")
     # Behind the loop: the head is compiled once, not once per ratio, and is not run
     # again when the windows are.
-    token_loss = lax.map(lambda x: token_losses(logits, *x), (hidden, labels))
+    token_loss = lax.map(
+        lambda x: lax.cond(
+            x[0] == NOOP,
+            lambda h, y: jnp.zeros(y.shape, jnp.float32),
+            lambda h, y: token_losses(logits, h, y),
+            *x[1:],
+        ),
+        (index, hidden, labels),
+    )
     weighted = token_loss * weights
     row_loss, row_count = weighted.sum((0, 2)), weights.sum((0, 2))
     if loss_average == "row":
