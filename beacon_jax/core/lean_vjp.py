@@ -215,7 +215,9 @@ def _reverse(
     (d_h, d_k, d_v, d_layers), _ = lax.scan(
         down, (d_h, d_k, d_v, d_layers), (numbers, kept, *stacked), reverse=True
     )
-    (at_begin,) = pull_begin(d_h)
+    # The barrier keeps the order of the sums: XLA would scatter a window's rows of the
+    # embedding straight into the total, where plain reverse mode adds them up first.
+    (at_begin,) = lax.optimization_barrier(pull_begin(d_h))
     add = lambda total, a, b: total + (a + b).astype(total.dtype)
     d_outer = list(map(add, d_outer, at_begin, at_end))
     return constrain_entries(Entries(d_k, d_v)), d_outer, d_layers

@@ -74,7 +74,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[4]}")
-def test_the_product_of_options_has_the_gradients_of_plain_reverse_mode(case):
+def test_the_product_of_options_has_the_bits_of_plain_reverse_mode(case):
     sink, placement, param, tied, trained, plan = case
     config = setting(sink, placement, param, tied)
     params, beacon = variables(config)
@@ -91,7 +91,7 @@ def test_the_product_of_options_has_the_gradients_of_plain_reverse_mode(case):
         )[0]
 
     own = {"beacon": beacon} | ({"params": params} if trained == "all" else {})
-    gradient = jax.value_and_grad(loss)
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     expected, plain = gradient(own, "window")
     for remat in ("lean", "lean-layer"):
         value, ours = gradient(own, remat)
@@ -104,5 +104,4 @@ def test_the_product_of_options_has_the_gradients_of_plain_reverse_mode(case):
         for (path, x), y in pairs:
             scale, name = float(np.abs(y).max()), jax.tree_util.keystr(path)
             assert scale > 0 or "q_proj" in name or "norm" in name, name
-            # XLA fuses the two programs differently: the last bits may differ.
-            np.testing.assert_allclose(x, y, rtol=0, atol=3e-7 * scale, err_msg=name)
+            np.testing.assert_array_equal(x, y, err_msg=name)
