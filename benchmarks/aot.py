@@ -60,6 +60,7 @@ class Case:
     slots: int = 0
     budget: float = 0.0
     remat: str = "lean-layer"
+    offload: bool = False
 
 
 CASES = {
@@ -71,6 +72,9 @@ CASES = {
     "qwen2-7b-20k-a100": Case("qwen2-7b", "a100_80gb", 20480, budget=80.0),
     "llama2-7b-128k-x8-a100": Case(
         "llama2-7b", "a100_80gb", 131072, ratios=(8,), budget=45.0
+    ),
+    "llama2-7b-128k-x8-a100-offload": Case(
+        "llama2-7b", "a100_80gb", 131072, ratios=(8,), offload=True
     ),
     "llama2-7b-128k-a100": Case(
         "llama2-7b", "a100_80gb", 131072, slots=32768, budget=80.0
@@ -106,7 +110,7 @@ def abstract_step(case: Case) -> tuple[Any, tuple[Any, ...], float]:
     model = dataclasses.replace(model, beacon=beacon)
     config = default_config()
     config.dtype = "bfloat16"
-    config.memory_slots = case.slots
+    config.memory_slots, config.offload = case.slots, case.offload
     for name, size in zip(("data", "fsdp", "tensor"), case.mesh, strict=True):
         config.mesh[name] = size
     rows = case.mesh[0] * case.mesh[1]
@@ -139,6 +143,7 @@ def abstract_step(case: Case) -> tuple[Any, tuple[Any, ...], float]:
         windows=windows,
         slots=case.slots or memory_slots(model, windows),
         dtype=jnp.bfloat16,
+        offload=case.offload,
     )
     inputs = _inputs(placement, windows, rows, beacon.window)
     return update, (state, frozen, *inputs), need[case.remat] / GIB

@@ -33,6 +33,7 @@ class Static(NamedTuple):
     windows: tuple[Window, ...]
     remat: str
     partition: Partition | None
+    offload: bool
 
 
 def window_loop(
@@ -43,6 +44,7 @@ def window_loop(
     xs: dict[str, jax.Array],
     *,
     remat: str,
+    offload: bool = False,
 ) -> jax.Array:
     """Hidden states [N, B, W, D] of all windows, which fill the buffers as they go.
 
@@ -56,8 +58,10 @@ def window_loop(
         backward), "lean-layer" only what enters its layers (3 forwards). "none",
         "layer" and "window" are plain reverse mode, which keeps everything, or
         recomputes that much.
+      offload: the filled buffers wait for the lean backward pass in host memory, from
+        where every window fetches them again, one layer at a time.
     """
-    static = Static(config, windows, remat, active())
+    static = Static(config, windows, remat, active(), offload)
     if remat.startswith("lean"):
         return _lean(static, variables, buffers, xs)
     step = functools.partial(_step, static, variables)
@@ -68,7 +72,7 @@ def window_loop(
 
 def _step(static, variables, buffers: Entries, x):
     """One window forward: (buffers, hidden [B, W, D])."""
-    config, windows, remat, _ = static
+    config, windows, remat, *_ = static
     b, w = x["tokens"].shape
     most = max(window.kept for window in windows)
     outer, layers = _split(variables)
@@ -118,6 +122,8 @@ def _lean_fwd(static, variables, buffers, xs):
     variables, xs = value(variables), value(xs)
     step = functools.partial(_step, static, variables)
     final, hidden = lax.scan(step, value(buffers), xs)
+    if static.offload:
+        final = jax.device_put(final, jax.memory.Space.Host)
     return hidden, (variables, trained, final, xs)
 
 
@@ -127,7 +133,7 @@ def _lean_bwd(static, residuals, d_hidden):
 
 
 def _backward(static, residuals, d_hidden):
-    config, windows, remat, _ = static
+    config, windows, remat, *_ = static
     variables, trained, buffers, xs = residuals
     if isinstance(d_hidden, jax.custom_derivatives.SymbolicZero):
         zero: Any = d_hidden
@@ -181,8 +187,12 @@ def _reverse(
         cut = lambda row, at: lax.dynamic_slice_in_dim(row, at, most)
         return jnp.where(alive, jax.vmap(cut)(total, slots), 0).astype(like)
 
+    # No copy where the buffers are on the device anyway.
+    fetch = lambda *kv: jax.device_put(kv, jax.memory.Space.Device)
+
     def up(h, per_layer):
         (own, frozen), k, v = per_layer
+        k, v = fetch(k, v)
         if remat == "lean-layer":
             return layer(own, frozen, h, k, v)[0], h
         pull: Any
@@ -192,6 +202,7 @@ def _reverse(
     def down(carry, per_layer):
         d_h, d_k, d_v, d_own = carry
         i, kept, (own, frozen), k, v = per_layer
+        k, v = fetch(k, v)
         if remat == "lean-layer":
             f = lambda *a: layer(a[0], frozen, *a[1:])
             _, pull = jax.vjp(f, own, kept, k, v)

@@ -46,15 +46,18 @@ class Window(NamedTuple):
     finish: Callable[..., Any]
 
 
-def training_window(config, ratio, window, keep, *, dtype, remat=False) -> Window:
+def training_window(
+    config, ratio, window, keep, *, dtype, remat=False, attention=None
+) -> Window:
     """The parts of a window; `keep` as in `kept_entries`.
 
     remat: of the attention, keep what its backward pass needs, but not the buffer with
       the window written into it.
+    attention: implementation of `attention.prefix_attention`; None: the best.
     """
     layout = layout_of(config, ratio, window)
     model = Decoder(config, layout, keep, dtype=dtype)
-    one = Layer(config, layout, keep, dtype, remat=remat)
+    one = Layer(config, layout, keep, dtype, attention, remat=remat)
 
     def layer(variables, x, k, v, prefix):
         cos, sin = cos_sin(config, prefix[:, None] + jnp.arange(layout.length))

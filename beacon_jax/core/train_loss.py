@@ -31,6 +31,8 @@ from beacon_jax.model.partition import Partition, partitioned
         "skip_first_window_loss",
         "loss_average",
         "remat",
+        "offload",
+        "attention",
         "ratios",
         "dtype",
         "memory_slots",
@@ -48,6 +50,8 @@ def train_loss(
     skip_first_window_loss: bool = False,
     loss_average: str = "token",
     remat: str = "lean",
+    offload: bool = False,
+    attention: str | None = None,
     ratios: tuple[int, ...] | None = None,
     dtype: Any = jnp.float32,
     memory_slots: int = 0,
@@ -63,7 +67,9 @@ def train_loss(
       plan: ratio of each window; the last one gets no beacons whatever it says.
       skip_first_window_loss: the paper's eq. 11 instead of the release's recipe.
       loss_average: "token", over all counted labels, or "row", a mean of row means.
-      remat: what the backward pass recomputes, see `lean_vjp.window_loop`.
+      remat, offload: what the backward pass recomputes, and where it finds the memory:
+        see `lean_vjp.window_loop`.
+      attention: its implementation (`attention.prefix_attention`); None: the best.
       ratios: the static ratios to compile; the config's (0 included) if not given.
       partition: how arrays are split over a mesh; None leaves that to the caller.
       memory_slots: room for what the plan appends; 0: for the lowest ratio throughout.
@@ -87,8 +93,17 @@ def train_loss(
         # The last window, which has no beacons, is not compressed.
         dropped = not ratio and not (keep_plain and n > 1)
         keep = () if dropped else kept_entries(config, ratio, w)
-        save = remat == "lean"
-        windows.append(training_window(config, ratio, w, keep, dtype=dtype, remat=save))
+        windows.append(
+            training_window(
+                config,
+                ratio,
+                w,
+                keep,
+                dtype=dtype,
+                remat=remat == "lean",
+                attention=attention,
+            )
+        )
     weights = batch.get("weights", jnp.ones((n, b, w), jnp.float32))
     live = jnp.arange(w) < valid[..., None]
     labels = jnp.where(live, batch["labels"], IGNORE)
@@ -129,21 +144,31 @@ def train_loss(
     with partitioned(partition):
         buffers = constrain_entries(buffers)
         hidden = window_loop(
-            config, tuple(windows), variables, buffers, xs, remat=remat
+            config,
+            tuple(windows),
+            variables,
+            buffers,
+            xs,
+            remat=remat,
+            offload=offload,
         )
     head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
     logits = lambda h: apply(head, variables, h, method="logits")
+
     # Behind the loop: the head is compiled once, not once per ratio, and is not run
     # again when the windows are.
-    token_loss = lax.map(
-        lambda x: lax.cond(
-            x[0] == NOOP,
-            lambda h, y: jnp.zeros(y.shape, jnp.float32),
-            lambda h, y: token_losses(logits, h, y),
-            *x[1:],
-        ),
-        (index, hidden, labels),
-    )
+    # Recomputed as a whole: what a branch keeps is stacked over the windows, the head's
+    # weights included (14 GiB at 7B and 128 windows).
+    @jax.checkpoint
+    def losses(x):
+        index, hidden, labels = x
+        return lax.cond(
+            index == NOOP,
+            lambda: jnp.zeros(labels.shape, jnp.float32),
+            lambda: token_losses(logits, hidden, labels),
+        )
+
+    token_loss = lax.map(losses, (index, hidden, labels))
     weighted = token_loss * weights
     row_loss, row_count = weighted.sum((0, 2)), weights.sum((0, 2))
     if loss_average == "row":

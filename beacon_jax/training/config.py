@@ -39,6 +39,8 @@ def default_config() -> Config:
     # "lean", "lean-layer", ...: see core.lean_vjp.window_loop. "auto": "lean" if the
     # estimate of training.memory fits the device, else "lean-layer".
     config.remat = "auto"
+    config.attention = ""  # of attention.IMPLEMENTATIONS; "": the platform's best
+    config.offload = False  # backward pass: the memory waits in host memory
     config.memory_slots = 0  # room for memory; 0: for the lowest ratio in every window
 
     config.beacon = ConfigDict(

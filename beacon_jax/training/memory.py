@@ -30,6 +30,7 @@ def step_bytes(
     windows: int,
     slots: int,
     dtype: Any,
+    offload: bool = False,
 ) -> dict[str, float]:
     """Bytes per device with remat "lean" and "lean-layer".
 
@@ -37,6 +38,7 @@ def step_bytes(
       trained, frozen: arrays or shapes with shardings.
       rows: of one device (of one part, if gradients are accumulated).
       windows, slots: N, and memory slots of a row without the open window.
+      offload: the memory waits in host memory for the backward pass.
     """
     assert model.beacon is not None
     size, tensor = np.dtype(dtype).itemsize, placement.mesh.shape["tensor"]
@@ -49,7 +51,8 @@ def step_bytes(
     ratios, w = model.beacon.ratios, model.beacon.window
     entries = slots + open_room(model, ratios, w)
     kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim / tensor
-    buffers = rows * entries * kv * (size + 4)  # and cotangents in float32
+    # Keys and values, and their cotangents in float32.
+    buffers = rows * entries * kv * (4 if offload else size + 4)
     hidden = 3 * rows * windows * w * model.hidden_size * size
     window = w + w // min(r for r in ratios if r)
     inputs = rows * window * model.num_layers * model.hidden_size * size

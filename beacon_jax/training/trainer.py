@@ -267,6 +267,8 @@ def make_update(
             skip_first_window_loss=config.loss.skip_first_window,
             loss_average=config.loss.average,
             remat=remat,
+            offload=config.offload,
+            attention=config.attention or None,
             memory_slots=slots,
             dtype=dtype.type,
             partition=partition,
@@ -328,6 +330,7 @@ def _remat(
                 windows=windows,
                 slots=_slots(config, model, windows),
                 dtype=jnp.dtype(config.dtype),
+                offload=config.offload,
             )
         )
     return choose_remat(max(needs, key=lambda need: need["lean"]))

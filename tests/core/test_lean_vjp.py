@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.beacon import init_beacon
@@ -62,46 +63,93 @@ def batch():
 
 
 # An orthogonal array: every pair of values of any two options occurs.
-#        sink  placement      beacon projections     tied   trained  plan
+#  sink  placement      beacon projections     tied   trained  plan          attention
 CASES = [
-    (0, "interleave", ("q", "k", "v"), False, "beacon", (2, 4, 2, 4)),
-    (0, "append", ("q", "k", "v", "o"), True, "all", (4, 0, 2, 2)),
-    (3, "interleave", ("q", "k", "v", "o"), True, "beacon", (0, 4, 4, 2)),
-    (3, "append", ("q", "k", "v"), False, "all", (2, 2, 0, 4)),
-    (0, "interleave", ("k",), True, "all", (2, 0, 4, 4)),
-    (3, "append", ("k",), False, "beacon", (4, 4, 2, 0)),
+    (0, "interleave", ("q", "k", "v"), False, "beacon", (2, 4, 2, 4), "blockwise"),
+    (0, "append", ("q", "k", "v", "o"), True, "all", (4, 0, 2, 2), "reference"),
+    (3, "interleave", ("q", "k", "v", "o"), True, "beacon", (0, 4, 4, 2), "blockwise"),
+    (3, "append", ("q", "k", "v"), False, "all", (2, 2, 0, 4), "blockwise"),
+    (0, "interleave", ("k",), True, "all", (2, 0, 4, 4), "blockwise"),
+    (3, "append", ("k",), False, "beacon", (4, 4, 2, 0), "reference"),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[4]}")
-def test_the_product_of_options_has_the_bits_of_plain_reverse_mode(case):
-    sink, placement, param, tied, trained, plan = case
+def loss_and_own(case):
+    """train_loss as a function of what the case trains, and that."""
+    sink, placement, param, tied, trained, plan, attention = case
     config = setting(sink, placement, param, tied)
     params, beacon = variables(config)
 
-    def loss(own, remat):
+    def loss(own, rows, remat, offload=False):
         return train_loss(
             config,
             own["beacon"],
             {"params": params, **own}["params"],
-            batch(),
+            rows,
             jnp.asarray(plan),
             ratios=(0, 2, 4),
             remat=remat,
-        )[0]
+            offload=offload,
+            attention=attention,
+        )
 
     own = {"beacon": beacon} | ({"params": params} if trained == "all" else {})
-    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    expected, plain = gradient(own, "window")
-    for remat in ("lean", "lean-layer"):
-        value, ours = gradient(own, remat)
-        assert value == expected
-        pairs = zip(
-            jax.tree_util.tree_leaves_with_path(ours),
-            jax.tree.leaves(plain),
-            strict=True,
+    return loss, own
+
+
+def named(tree):
+    return {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(tree)}
+
+
+@functools.cache
+def plain(case):
+    loss, own = loss_and_own(case)
+    return jax.jit(jax.value_and_grad(lambda own: loss(own, batch(), "window")[0]))(own)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[4]}")
+def test_the_product_of_options_has_the_bits_of_plain_reverse_mode(case):
+    loss, own = loss_and_own(case)
+    expected, gradients = plain(case)
+    for name, x in named(gradients).items():
+        assert np.any(x) or "q_proj" in name or "norm" in name, name
+    for remat, offload in (("lean", case[0] > 0), ("lean-layer", case[0] == 0)):
+        run = functools.partial(loss, remat=remat, offload=offload)
+        gradient = jax.jit(
+            jax.value_and_grad(lambda own, run=run: run(own, batch())[0])
         )
-        for (path, x), y in pairs:
-            scale, name = float(np.abs(y).max()), jax.tree_util.keystr(path)
-            assert scale > 0 or "q_proj" in name or "norm" in name, name
-            np.testing.assert_array_equal(x, y, err_msg=name)
+        value, ours = gradient(own)
+        assert value == expected
+        for name, x in named(gradients).items():
+            np.testing.assert_array_equal(named(ours)[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[4]}")
+def test_the_product_of_options_under_shard_map_has_the_gradients_of_one_device(case):
+    """A row per device. Sums over rows are split, so that the last bits may differ."""
+    loss, own = loss_and_own(case)
+    mesh = jax.make_mesh((B,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(None, "data")),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    def shared(own, rows):
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (value, aux), gradients = gradient(own, rows, "lean", case[0] == 0)
+        count = aux["row_count"].sum()
+        total = jax.lax.psum(count, "data")
+        mean = lambda x: jax.lax.psum(x * count, "data") / total
+        return jax.tree.map(mean, (value, gradients))
+
+    value, ours = jax.jit(shared)(own, batch())
+    expected, gradients = plain(case)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for name, x in named(gradients).items():
+        scale = float(np.abs(x).max())
+        np.testing.assert_allclose(
+            named(ours)[name], x, rtol=0, atol=2e-6 * scale, err_msg=name
+        )
