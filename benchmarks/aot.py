@@ -1,11 +1,13 @@
 """Compiles whole training steps for eight accelerators that are not here.
 
-python -m benchmarks.aot [--cases=NAME,...] [--out=FOLDER]     (`make aot`)
+python -m benchmarks.aot [--cases=NAME,...] [--search] [--out=FOLDER]     (`make aot`)
 
 XLA's own compilers for CUDA and TPU run without hardware: what comes out is the program
 that would run there, and `memory_analysis()` says what it needs on each device. Prints
 a table, writes aot.json, and ends with 1 if a case that has a budget exceeds it. A
-program too large for its chip is a result, not a failure.
+program too large for its chip is a result, not a failure. The longest text that fits is
+an estimate; --search compiles other lengths until it lies between one that fits and one
+that does not.
 
 Needs the `aot` extra: pip install "beacon_jax[aot]".
 """
@@ -200,6 +202,29 @@ def measure(name: str, case: Case) -> dict[str, Any]:
     return result
 
 
+def search(name: str, case: Case, first: int) -> dict[str, Any]:
+    """The longest text that fits, to within a tenth, by compiling lengths from `first`
+    on, and what each of them needs."""
+    beacon = get_preset(case.model).beacon
+    assert beacon is not None
+    fits, too_long, tried = 0, 0, {}
+    length = max(first // beacon.window, 2) * beacon.window
+    while length > fits and length != too_long:
+        result = measure(name, dataclasses.replace(case, length=length))
+        tried[length] = result.get("total_gib", "does not fit")
+        print(json.dumps({"case": name, "length": length, "gib": tried[length]}))
+        limit = USABLE[case.target.split(":")[0]] / GIB
+        if result.get("total_gib", np.inf) <= limit:
+            fits = length
+        else:
+            too_long = length
+        if too_long and too_long - fits <= max(0.1 * fits, beacon.window):
+            break
+        goal = (fits + too_long) / 2 if too_long else 1.4 * fits
+        length = int(goal / beacon.window + 0.5) * beacon.window
+    return {"fits": fits, "too_long": too_long, "tried": tried}
+
+
 def longest(case: Case, scale: float) -> int:
     """Tokens up to which the estimate, scaled to what was compiled, fits the chip."""
     beacon = get_preset(case.model).beacon
@@ -224,6 +249,9 @@ def main(argv):
     results, missed = [], []
     for name in names:
         result = measure(name, CASES[name])
+        if flags.FLAGS.search:
+            first = result.get("longest", CASES[name].length // 2)
+            result["searched"] = search(name, CASES[name], first)
         results.append(result)
         print(json.dumps(result), flush=True)
         budget = CASES[name].budget
@@ -242,6 +270,7 @@ def _table(results: list[dict[str, Any]]) -> str:
         "arguments",
         "temp",
         "total GiB",
+        "peak",
         "estimate",
         "budget",
         "longest tokens",
@@ -252,7 +281,7 @@ def _table(results: list[dict[str, Any]]) -> str:
             r["case"],
             *(str(r.get(f"{k}_gib", "-")) for k in ("arguments", "temp")),
             str(r.get("total_gib", "does not fit: " + r.get("overflow", "")[:60])),
-            str(r.get("estimate_gib", "-")),
+            *(str(r.get(f"{k}_gib", "-")) for k in ("peak", "estimate")),
             str(r["budget"] or "-"),
             f"{r['longest']:,}" if "longest" in r else "-",
             str(r.get("compile_s", "-")),
@@ -264,5 +293,6 @@ def _table(results: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     flags.DEFINE_list("cases", None, f"Of {', '.join(CASES)}; all by default.")
+    flags.DEFINE_bool("search", False, "Compile until the longest text is known.")
     flags.DEFINE_string("out", "out/aot", "Folder of aot.json.")
     app.run(main)
