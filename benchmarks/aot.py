@@ -84,7 +84,8 @@ CASES = {
     "llama2-7b-20k-v5p": Case("llama2-7b", "v5p:2x2x2", 20480),
     "qwen2-7b-20k-v5p": Case("qwen2-7b", "v5p:2x2x2", 20480),
     "llama2-7b-4k-v5e": Case("llama2-7b", "v5e:2x4", 4096),
-    "qwen2-7b-4k-v5e": Case("qwen2-7b", "v5e:2x4", 4096),
+    "llama2-7b-8k-x2-v5e": Case("llama2-7b", "v5e:2x4", 8192, ratios=(2,)),
+    "qwen2-7b-8k-x2-v5e": Case("qwen2-7b", "v5e:2x4", 8192, ratios=(2,)),
 }
 
 
@@ -213,8 +214,9 @@ def search(name: str, case: Case, first: int) -> dict[str, Any]:
         result = measure(name, dataclasses.replace(case, length=length))
         tried[length] = result.get("total_gib", "does not fit")
         print(json.dumps({"case": name, "length": length, "gib": tried[length]}))
-        limit = USABLE[case.target.split(":")[0]] / GIB
-        if result.get("total_gib", np.inf) <= limit:
+        # The TPU compiler fits a program into its chip, or refuses.
+        tpu, limit = ":" in case.target, USABLE[case.target.split(":")[0]] / GIB
+        if "overflow" not in result and (tpu or result["total_gib"] <= limit):
             fits = length
         else:
             too_long = length
