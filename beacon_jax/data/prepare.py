@@ -1,0 +1,640 @@
+"""Tokenises sources once: text and conversations become a prepared folder.
+
+python -m beacon_jax.data.prepare --config=configs/X.py --out=DIR [--workers=N]
+  [--overwrite] [--config.key=value ...]
+
+Reads what config.data names (sources, root, min_length, max_length, chat_template) with
+the tokenizer of the config, and writes shards, an index and a manifest to DIR
+(`data.prepared`). --out=WORKDIR/data is where training in WORKDIR looks for it; without
+it training prepares by itself. The same command goes on with a folder that is not
+finished; one that was made with other settings is refused unless --overwrite.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beacon_jax.data.examples import Rules
+from beacon_jax.data.prepared import (
+    DROPPED_LINES,
+    FORMAT,
+    INDEX,
+    Prepared,
+    read_manifest,
+    write_atomically,
+    write_json,
+)
+from beacon_jax.data.shards import (
+    BYTES,
+    EXAMPLES,
+    FIRST,
+    STOP,
+    TOKENS,
+    Job,
+    Stopped,
+    Worker,
+    load_tokenizer,
+    run_job,
+    start_worker,
+)
+from beacon_jax.data.sources import Part, open_parts
+
+SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they have it
+EARLY_ROWS = 1_000  # after so many a run that drops too many stops at once
+SUBSET_SEED = 42  # of `file[COUNT]`, as in the release (EVALUATION section 4.1)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a prepared folder is made of.
+
+    sources: URIs (`data.sources`); tokenizer: its folder; rules: which rows become
+    examples (`data.examples`); root: what `long-llm:` URIs are relative to.
+    """
+
+    sources: tuple[str, ...]
+    tokenizer: str
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    root: str = ""
+
+    @classmethod
+    def of(cls, data: Any, tokenizer: str | Path) -> "Settings":
+        """From config.data."""
+        rules = Rules(
+            min_length=data.min_length,
+            max_length=data.max_length,
+            chat_template=data.chat_template,
+        )
+        return cls(tuple(data.sources), str(tokenizer), rules, data.root)
+
+
+def prepare(
+    settings: Settings,
+    folder: str | Path,
+    *,
+    workers: int = 0,
+    max_drop_fraction: float = 0.05,
+    overwrite: bool = False,
+    show: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Tokenises everything into `folder`, or finishes what an interrupted run left.
+
+    Does nothing if the folder is finished and made with these settings. Parts of the
+    sources are tokenised by processes that write a shard each; the result does not
+    depend on their number. They are spawned, so a script that calls this needs `if
+    __name__ == "__main__":`.
+
+    Args:
+      workers: processes; 0: one per core; 1, or a single shard: this process.
+      max_drop_fraction: the share of bad rows (unreadable or malformed; not those that
+        are too short or too long) above which the run stops with a table of reasons.
+        It stops early if the share is exceeded among the first rows.
+      overwrite: whether a folder made with other settings is replaced.
+      show: receives progress lines; nothing is shown if not given.
+
+    Raises:
+      ValueError: no sources, other settings (all of them named), too many bad rows, or
+        nothing left.
+      FileNotFoundError: a source or the tokenizer does not exist.
+    """
+    if not settings.sources:
+        raise ValueError(
+            "data.sources=() is empty: name files, folders or datasets, as in "
+            "--config.data.sources=\"('books/*.jsonl',)\"."
+        )
+    if not 0.0 <= max_drop_fraction <= 1.0:
+        raise ValueError(
+            f"data.max_drop_fraction={max_drop_fraction} is a share of the rows: use a "
+            "number from 0 to 1."
+        )
+    if workers < 0:
+        raise ValueError(f"data.workers={workers} must be at least 0 (one per core).")
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    show = show or (lambda line: None)
+    with _lock(folder, show):
+        done = finished(settings, folder, overwrite=overwrite)
+        if done is not None:
+            return done
+        parts = open_parts(settings.sources, settings.root, seed=SUBSET_SEED)
+        identity = _identity(settings, parts)
+        _begin(folder, identity, overwrite)
+        jobs = _jobs(parts, folder)
+        tally = Tally(settings.sources, max_drop_fraction)
+        began = time.monotonic()
+        _run(settings, jobs, workers, tally, show)
+        tally.check(final=True)
+        _finish(folder, identity, jobs, tally)
+        seconds = max(time.monotonic() - began, 1e-9)
+        show(
+            f"prepared {tally.examples:,} examples, {tally.tokens:,} tokens in "
+            f"{folder} ({_clock(seconds)})"
+        )
+    return Prepared(folder)
+
+
+def finished(
+    settings: Settings, folder: Path, *, overwrite: bool = False
+) -> Prepared | None:
+    """The folder's data if it is finished and made with these settings, else None.
+
+    The sources themselves need not be there any more: their sizes are compared if they
+    are.
+
+    Raises:
+      ValueError: it was made with other settings, and `overwrite` is not given.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    made = manifest["settings"]
+    wanted = _identity(settings, None)
+    bare = {**made, "sources": [{"uri": s["uri"]} for s in made["sources"]]}
+    changed = differences(bare, wanted)
+    if not changed:
+        with contextlib.suppress(FileNotFoundError):
+            parts = open_parts(settings.sources, settings.root, seed=SUBSET_SEED)
+            changed = differences(made, _identity(settings, parts))
+    if not changed:
+        return Prepared(folder)
+    if not overwrite:
+        raise ValueError(_refusal(folder, changed))
+    return None
+
+
+def tokenizer_hash(folder: str | Path) -> str:
+    """sha256 of a tokenizer's files and their names.
+
+    Raises:
+      FileNotFoundError: the folder has none of them.
+    """
+    digest, found = hashlib.sha256(), False
+    for name in TOKENIZER_FILES:
+        path = Path(folder) / name
+        if path.exists():
+            found = True
+            data = path.read_bytes()
+            digest.update(f"{name}:{len(data)}:".encode() + data)
+    if not found:
+        raise FileNotFoundError(
+            f"tokenizer={folder} has no tokenizer files (tokenizer.json, ...): set "
+            "tokenizer.path, or init_from to a folder that has them."
+        )
+    return digest.hexdigest()
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Every setting in which two identities differ, as "name: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            inner = f"{name}.{key}" if name else key
+            found += differences(old.get(key), new.get(key), inner)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        found = []
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            found += differences(a, b, f"{name}[{i}]")
+        return found
+    short = lambda x: f"{x[:12]}..." if name == "tokenizer" and x else repr(x)
+    return [] if old == new else [f"{name}: {short(old)} -> {short(new)}"]
+
+
+class Tally:
+    """Counts of a run, shard after shard, and the share of bad rows among them."""
+
+    def __init__(self, sources: Sequence[str], limit: float):
+        self.limit = limit
+        self.sources = [
+            {"uri": uri, "rows": 0, "examples": 0, "tokens": 0, "labelled": 0}
+            for uri in sources
+        ]
+        self.drops: list[dict[str, Any]] = [{} for _ in sources]
+        self.bad_rows: list[dict[str, str]] = []
+        self._reports: dict[int, Path] = {}
+        self._next = 0
+
+    def add(self, job: Job) -> None:
+        """A finished shard; they are counted in order, so that where a run stops does
+        not depend on which worker was faster."""
+        self._reports[job.index] = job.report_path
+        while self._next in self._reports:
+            path = self._reports.pop(self._next)
+            self._merge(json.loads(path.read_text(encoding="utf-8")))
+            self._next += 1
+            self.check(final=False)
+
+    def _merge(self, report: dict[str, Any]) -> None:
+        for source, counts in report["sources"].items():
+            total = self.sources[int(source)]
+            for key in ("examples", "tokens", "labelled"):
+                total[key] += counts[key]
+            total["rows"] += counts["examples"]
+            for reason, drop in counts["drops"].items():
+                new = {"rows": 0, "bad": drop["bad"], "first": []}
+                merged = self.drops[int(source)].setdefault(reason, new)
+                merged["rows"] += drop["rows"]
+                total["rows"] += drop["rows"]
+                merged["first"] = (merged["first"] + drop["first"])[:FIRST]
+        room = DROPPED_LINES - len(self.bad_rows)
+        for where, reason in report["bad"][:room]:
+            self.bad_rows.append({"where": where, "reason": reason})
+
+    @property
+    def examples(self) -> int:
+        return sum(source["examples"] for source in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        return sum(source["tokens"] for source in self.sources)
+
+    @property
+    def rows(self) -> int:
+        return sum(source["rows"] for source in self.sources)
+
+    @property
+    def bad(self) -> int:
+        drops = (drop for reasons in self.drops for drop in reasons.values())
+        return sum(drop["rows"] for drop in drops if drop["bad"])
+
+    def check(self, *, final: bool) -> None:
+        """ValueError with the table if too many rows are bad, or none is left."""
+        enough = final or self.rows >= EARLY_ROWS
+        if enough and self.bad > self.limit * self.rows:
+            raise ValueError(
+                f"{self.bad:,} of {'' if final else 'the first '}{self.rows:,} rows "
+                f"are bad, more than data.max_drop_fraction={self.limit} allows:\n"
+                f"{drop_table(self.manifest())}\n"
+                "Correct them, or raise data.max_drop_fraction."
+            )
+        if final and not self.examples:
+            table = drop_table(self.manifest())
+            raise ValueError(
+                f"no example is left of {self.rows:,} rows in data.sources="
+                f"{[source['uri'] for source in self.sources]}"
+                + (f":\n{table}" if table else ": they are empty.")
+            )
+
+    def manifest(self) -> dict[str, Any]:
+        """The part of manifest.json that counts."""
+        sources = [
+            {**source, "drops": drops}
+            for source, drops in zip(self.sources, self.drops, strict=True)
+        ]
+        keys = ("rows", "examples", "tokens", "labelled")
+        total = {key: sum(source[key] for source in sources) for key in keys}
+        return {"total": {**total, "bad": self.bad}, "sources": sources}
+
+
+def drop_table(manifest: dict[str, Any]) -> str:
+    """Rows left out by source and reason, most first, with the first places."""
+    lines = []
+    for source in manifest["sources"]:
+        drops = source["drops"].items()
+        for reason, drop in sorted(drops, key=lambda x: (-x[1]["rows"], x[0])):
+            kind = "bad" if drop["bad"] else "rule"
+            first = ", ".join(drop["first"][:3])
+            lines.append(f"{drop['rows']:>10,}  {kind:<4}  {reason}  (first: {first})")
+    return "\n".join(lines)
+
+
+def _identity(settings: Settings, parts: Sequence[Part] | None) -> dict[str, Any]:
+    """Everything that decides about the bytes of the folder; sizes of the sources only
+    if their parts are given."""
+    sources: list[dict[str, Any]] = [{"uri": uri} for uri in settings.sources]
+    if parts is not None:
+        for source in sources:
+            source["bytes"] = 0
+        for part in parts:
+            sources[part.source]["bytes"] += part.size
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizer_hash(settings.tokenizer),
+        "rules": dataclasses.asdict(settings.rules),
+        "subset_seed": SUBSET_SEED,
+        "sources": sources,
+    }
+
+
+def _jobs(parts: Sequence[Part], folder: Path) -> list[Job]:
+    """Consecutive parts, put together until they have SHARD_BYTES."""
+    groups: list[list[Part]] = []
+    room = 0
+    for part in parts:
+        if room <= 0:
+            groups.append([])
+            room = SHARD_BYTES
+        groups[-1].append(part)
+        room -= part.size
+    count = len(groups)
+    return [Job(i, count, tuple(g), str(folder)) for i, g in enumerate(groups)]
+
+
+def _refusal(folder: Path, changed: list[str]) -> str:
+    return (
+        f"prepared={folder} was made with other settings:\n  "
+        + "\n  ".join(changed)
+        + "\nUse another folder (--out, data.prepared), or prepare it again with "
+        "--overwrite."
+    )
+
+
+def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Takes over what an interrupted run with the same settings left."""
+    unfinished = folder / "unfinished.json"
+    manifest = folder / "manifest.json"
+    if unfinished.exists() and not manifest.exists():
+        old = json.loads(unfinished.read_text(encoding="utf-8"))
+        changed = differences(old, identity)
+        if changed and not overwrite:
+            raise ValueError(_refusal(folder, changed))
+        keep = not changed
+    else:
+        keep = False
+    manifest.unlink(missing_ok=True)
+    for pattern in (".*.partial", *(() if keep else ("shard-*", "*.npy"))):
+        for file in folder.glob(pattern):
+            file.unlink()
+    write_json(unfinished, identity)
+
+
+def _run(
+    settings: Settings,
+    jobs: Sequence[Job],
+    workers: int,
+    tally: Tally,
+    show: Callable[[str], None],
+) -> None:
+    """Writes the shards that are not there yet."""
+    context = multiprocessing.get_context("spawn")
+    counters = context.Array("q", 4)
+    progress = _Progress(jobs, counters, show)
+    todo = [job for job in jobs if not job.finished()]
+    for job in jobs:
+        if job.finished():
+            tally.add(job)
+    count = min(workers or len(os.sched_getaffinity(0)), len(todo))
+    if count <= 1:
+        worker = Worker(load_tokenizer(settings.tokenizer), settings.rules, counters)
+        for job in todo:
+            with progress.every_second():
+                worker.write(job)
+            tally.add(job)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        count,
+        mp_context=context,
+        initializer=start_worker,
+        initargs=(settings.tokenizer, settings.rules, counters),
+    )
+    with pool, _tokenizer_threads_off():
+        try:
+            _consume(pool, todo, 2 * count, tally, progress)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise OSError(
+                "a worker process died, perhaps for want of memory: use fewer of them "
+                f"(--workers, data.workers; there were {count}). The same command goes "
+                "on where it stopped."
+            ) from None
+        finally:
+            counters[STOP] = 1  # else the pool waits for shards nobody wants
+
+
+def _consume(
+    pool: concurrent.futures.Executor,
+    todo: Sequence[Job],
+    ahead: int,
+    tally: Tally,
+    progress: "_Progress",
+) -> None:
+    waiting = iter(todo)
+    running: dict[Any, Job] = {}
+    while True:
+        for job in waiting:
+            running[pool.submit(run_job, job)] = job
+            if len(running) >= ahead:
+                break
+        if not running:
+            return
+        done, _ = concurrent.futures.wait(
+            running, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        for future in done:
+            job = running.pop(future)
+            with contextlib.suppress(Stopped):
+                future.result()
+                tally.add(job)
+        progress.show()
+
+
+def _finish(
+    folder: Path, identity: dict[str, Any], jobs: Sequence[Job], tally: Tally
+) -> None:
+    partial = folder / ".index.npy.partial"
+    with partial.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(INDEX), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(
+            file, {**header, "shape": (tally.examples,)}
+        )
+        sizes = []
+        for job in jobs:
+            index = np.load(job.index_path)
+            sizes.append(len(index))
+            file.write(index.tobytes())
+    partial.rename(folder / "index.npy")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in tally.bad_rows]
+    write_atomically(folder / "dropped.jsonl", "".join(lines).encode())
+    shards = [
+        {"name": job.path.name, "examples": n}
+        for job, n in zip(jobs, sizes, strict=True)
+    ]
+    manifest = {
+        "format": FORMAT,
+        "settings": identity,
+        **tally.manifest(),
+        "shards": shards,
+    }
+    write_json(folder / "manifest.json", manifest)
+    for job in jobs:
+        job.index_path.unlink()
+        job.report_path.unlink()
+    (folder / "unfinished.json").unlink()
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, show: Callable[[str], None]) -> Iterator[None]:
+    """One process at a time works on a folder; the kernel frees it if one is killed."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            show(f"another process prepares {folder}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _tokenizer_threads_off() -> Iterator[None]:
+    """Of the worker processes: they are the parallelism."""
+    old = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if old is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = old
+
+
+class _Progress:
+    """A line every `interval` seconds: examples, tokens and their rate, MB, ETA."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        counters: Any,
+        show: Callable[[str], None],
+        interval: float = 5.0,
+    ):
+        self._counters, self._show, self._interval = counters, show, interval
+        self._total = sum(job.size for job in jobs)
+        self._before = sum(job.size for job in jobs if job.finished())
+        self._began = self._last = time.monotonic()
+
+    def show(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= self._interval:
+            self._last = now
+            self._show(self.line(now - self._began))
+
+    def line(self, elapsed: float) -> str:
+        counters = self._counters
+        examples, tokens, size = counters[EXAMPLES], counters[TOKENS], counters[BYTES]
+        left = self._total - self._before - size
+        eta = _clock(left * elapsed / size) if size else "?"
+        return (
+            f"{examples:,} examples  {tokens:,} tokens  {tokens / elapsed:,.0f} tok/s  "
+            f"{(self._before + size) / 1e6:,.0f}/{self._total / 1e6:,.0f} MB  ETA {eta}"
+        )
+
+    @contextlib.contextmanager
+    def every_second(self) -> Iterator[None]:
+        """Shows progress while this process works on a shard itself."""
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(1.0):
+                self.show()
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def define_flags(values: Any, out: str) -> None:
+    """--config, --out, --workers and --overwrite, as `inspect` has them too."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment, see configs/.", values, lock_config=True
+    )
+    flags.DEFINE_string("out", "", out, flag_values=values)
+    flags.DEFINE_integer(
+        "workers", -1, "Processes; 0: one per core.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "overwrite", False, "Replace a folder of other settings.", flag_values=values
+    )
+    flags.mark_flag_as_required("config", values)
+
+
+def from_flags(values: Any, folder: Path) -> Prepared:
+    """Prepares what the flags say, with progress; names the folder of the tokenizer."""
+    config = values.config
+    settings = Settings.of(config.data, tokenizer_folder(config, folder.parent))
+    return prepare(
+        settings,
+        folder,
+        workers=config.data.workers if values.workers < 0 else values.workers,
+        max_drop_fraction=config.data.max_drop_fraction,
+        overwrite=values.overwrite,
+        show=lambda line: print(line, flush=True),
+    )
+
+
+def tokenizer_folder(config: Any, workdir: Path) -> Path:
+    """That of the config; one that training would train is trained in `workdir`."""
+    if not config.tokenizer.train:
+        return Path(config.tokenizer.path or config.init_from)
+    from beacon_jax.data.text import load_documents
+    from beacon_jax.training.initial import make_tokenizer  # imports jax: seconds
+
+    text = config.text
+    documents = load_documents(text.uri, "train", text.heldout_fraction)
+    return make_tokenizer(config, documents, workdir)[1]
+
+
+def main(argv: Sequence[str]) -> None:
+    from absl import app, flags
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option has --.")
+    values = flags.FLAGS
+    out = values.out or values.config.data.prepared
+    if not out:
+        sys.exit("error: --out='' names no folder: use WORKDIR/data, say.")
+    try:
+        data = from_flags(values, Path(out).expanduser())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for source in data.manifest["sources"]:
+        print(
+            f"{source['examples']:>10,} examples  {source['tokens']:>14,} tokens  of "
+            f"{source['rows']:,} rows in {source['uri']}"
+        )
+    print(drop_table(data.manifest) or "no row was left out", flush=True)
+
+
+if __name__ == "__main__":
+    from absl import app, flags
+
+    from beacon_jax.train import parse
+
+    define_flags(flags.FLAGS, "Folder to prepare.")
+    app.run(main, flags_parser=parse)
