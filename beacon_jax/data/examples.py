@@ -19,22 +19,17 @@ if TYPE_CHECKING:
 SHORTER = "shorter than min_length"
 LONGER = "longer than max_length"
 EMPTY = "empty"
-NO_ASSISTANT = chat.NO_ASSISTANT
-SAME_ROLE = chat.SAME_ROLE
-UNKNOWN_ROLE = chat.UNKNOWN_ROLE
-MULTI_TURN = chat.MULTI_TURN
-REFUSED = chat.REFUSED
 LABELS_LENGTH = "labels and tokens differ in length"
+OTHER_LABELS = "labels are other ids than the tokens"
+OTHER_VOCABULARY = "token ids outside the tokenizer's vocabulary"
 REASONS = (
     SHORTER,
     LONGER,
     EMPTY,
-    NO_ASSISTANT,
-    SAME_ROLE,
-    UNKNOWN_ROLE,
-    MULTI_TURN,
-    REFUSED,
     LABELS_LENGTH,
+    OTHER_LABELS,
+    OTHER_VOCABULARY,
+    *chat.REASONS,
 )
 
 IGNORED = -100  # the label of a token that is not a target (SPEC section 3)
@@ -79,8 +74,9 @@ class Example(NamedTuple):
 def make_example(record: "Record", tokenizer: Any, rules: Rules) -> Example | str:
     """The example of a record, or the reason (one of `REASONS`) why there is none.
 
-    Text: all tokens are targets. It is dropped below min_length; it gets an eos if it
-    has fewer than max_length tokens, and is cut to max_length, without eos, otherwise.
+    Text: all tokens are targets. It is dropped below min_length; it gets an eos, if it
+    does not end in one, when it has fewer than max_length tokens, and is cut to
+    max_length, without eos, otherwise.
     Conversations are never cut: outside [min_length, max_length] they are dropped; only
     the assistant's answers and their end markers are targets. Tokenised rows are taken
     as they are inside [min_length, max_length]; without labels all are targets.
@@ -96,7 +92,7 @@ def make_example(record: "Record", tokenizer: Any, rules: Rules) -> Example | st
         example = made if isinstance(made, str) else Example(*made)
     else:
         assert record.tokens is not None
-        example = _of_tokens(*record.tokens)
+        example = _of_tokens(*record.tokens, tokenizer)
     return example if isinstance(example, str) else _within(example, rules)
 
 
@@ -112,28 +108,36 @@ def shift(tokens: np.ndarray, labelled: np.ndarray) -> np.ndarray:
 
 
 def _of_text(text: str, tokenizer: Any, rules: Rules) -> Example | str:
-    # verbose=False: a text longer than the model's positions is no reason to warn.
-    tokens = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
     if not text.strip():
         return EMPTY
+    # verbose=False: a text longer than the model's positions is no reason to warn.
+    tokens = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
     if len(tokens) < rules.min_length:
         return SHORTER
-    if len(tokens) < rules.max_length:
-        tokens = np.append(tokens, np.int32(chat.eos_of(tokenizer)))
-    else:
+    if len(tokens) >= rules.max_length:
         tokens = tokens[: rules.max_length]
+    elif not len(tokens) or tokens[-1] != chat.eos_of(tokenizer):
+        # Some tokenizers, and some texts, bring their own eos: one is enough.
+        tokens = np.append(tokens, np.int32(chat.eos_of(tokenizer)))
     return Example(tokens, np.ones(len(tokens), bool))
 
 
-def _of_tokens(tokens: np.ndarray, labels: np.ndarray | None) -> Example | str:
-    tokens = np.asarray(tokens, np.int32)
+def _of_tokens(
+    tokens: np.ndarray, labels: np.ndarray | None, tokenizer: Any
+) -> Example | str:
     if not len(tokens):
         return EMPTY
+    if np.min(tokens) < 0 or np.max(tokens) >= len(tokenizer):
+        return OTHER_VOCABULARY
+    tokens = np.asarray(tokens, np.int32)
     if labels is None:
         return Example(tokens, np.ones(len(tokens), bool))
     if len(labels) != len(tokens):
         return LABELS_LENGTH
-    return Example(tokens, np.asarray(labels) != IGNORED)
+    labelled = np.asarray(labels) != IGNORED
+    if not np.array_equal(tokens[labelled], np.asarray(labels)[labelled]):
+        return OTHER_LABELS
+    return Example(tokens, labelled) if labelled.any() else chat.NO_LABELS
 
 
 def _within(example: Example, rules: Rules) -> Example | str:
