@@ -313,7 +313,7 @@ def _cut_parquet(part: Part, part_bytes: int) -> list[Part]:
             )
             for group in groups
         ]
-    return _pieces(part, sizes, part_bytes) or [unusable(part, "empty")]
+    return _pieces(part, sizes, part_bytes) or [part]
 
 
 def _read_parquet(part: Part) -> Iterator[tuple[int, Value]]:
@@ -335,7 +335,7 @@ def _read_parquet(part: Part) -> Iterator[tuple[int, Value]]:
 
 def _cut_arrow(part: Part, part_bytes: int) -> list[Part]:
     sizes = [(batch.num_rows, batch.nbytes) for batch in _arrow(part.path)]
-    return _pieces(part, sizes, part_bytes) or [unusable(part, "empty")]
+    return _pieces(part, sizes, part_bytes) or [part]
 
 
 def _arrow(path: str) -> Iterator[pyarrow.RecordBatch]:
@@ -420,16 +420,14 @@ def _cut_records(part: Part, part_bytes: int) -> list[Part]:
 
 def _cut_rows(part: Part, rows: int, part_bytes: int) -> list[Part]:
     """Equal ranges of rows."""
-    if not rows:
-        return [unusable(part, "empty")]
-    pieces = min(rows, max(1, -(-part.size // part_bytes)))
+    pieces = max(1, min(rows, -(-part.size // part_bytes)))
     edges = [rows * i // pieces for i in range(pieces + 1)]
     return [
         part._replace(
             start=a,
             stop=b,
             first=a + 1,
-            size=part.size * b // rows - part.size * a // rows,
+            size=part.size * b // max(1, rows) - part.size * a // max(1, rows),
         )
         for a, b in itertools.pairwise(edges)
     ]

@@ -273,7 +273,7 @@ def _glob(uri: Uri, pattern: Path) -> list[tuple[str, Path]]:
         if path.is_dir():
             for inner, file in _walk(path, SKIPPED_FOLDERS):
                 found.setdefault(file, f"{name}/{inner}" if name != "." else inner)
-        elif path not in found and not _is_metadata(path):
+        elif path not in found and not _holds_no_rows(path):
             found[path] = name
     if not found:
         raise FileNotFoundError(
@@ -311,6 +311,7 @@ def _rows_of_saved_dataset(files: Sequence[str]) -> list[str]:
     ]
 
 
-def _is_metadata(path: Path) -> bool:
-    """Whether a file describes a `datasets` folder and holds no rows."""
-    return path.name in HF_FILES and _is_saved_dataset(os.listdir(path.parent))
+def _holds_no_rows(path: Path) -> bool:
+    """Whether it is a file of a `datasets` folder that describes or caches its rows."""
+    files = os.listdir(path.parent)
+    return _is_saved_dataset(files) and path.name not in _rows_of_saved_dataset(files)
