@@ -5,14 +5,12 @@ on the fly give the same examples and drop the same rows for the same reasons.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from beacon_jax.data import chat
-
-if TYPE_CHECKING:
-    from beacon_jax.data.sources import Record
+from beacon_jax.data.sources import Record
 
 # Why a record becomes no example. Those that begin with "shorter than" or "longer than"
 # are length rules, expected and harmless; all others count as bad rows.
@@ -71,7 +69,7 @@ class Example(NamedTuple):
     labelled: np.ndarray
 
 
-def make_example(record: "Record", tokenizer: Any, rules: Rules) -> Example | str:
+def make_example(record: Record, tokenizer: Any, rules: Rules) -> Example | str:
     """The example of a record, or the reason (one of `REASONS`) why there is none.
 
     Text: all tokens are targets. It is dropped below min_length; it gets an eos, if it
