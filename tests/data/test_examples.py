@@ -19,7 +19,7 @@ def row(**kind) -> Record:
 
 
 def reason_of(record, tokenizer, rules) -> str:
-    reason = reason_of(record, tokenizer, rules)
+    reason = make_example(record, tokenizer, rules)
     assert isinstance(reason, str), reason
     return reason
 
