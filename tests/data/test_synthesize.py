@@ -14,6 +14,7 @@ import pytest
 
 from beacon_jax.data.answers import Answers, parse_pairs
 from beacon_jax.data.endpoint import Endpoint, Pace, retry_after
+from beacon_jax.data.examples import Rules, make_example
 from beacon_jax.data.segments import token_counter
 from beacon_jax.data.sources import Record, open_parts, read_part
 from beacon_jax.data.synthesize import (
@@ -24,6 +25,7 @@ from beacon_jax.data.synthesize import (
     describe,
     synthesize,
 )
+from tests.data import chat_tokenizers
 from tests.data.chat_server import ChatServer, pairs_about
 
 KEY = "sk-very-secret-0123456789"
@@ -128,6 +130,27 @@ def test_conversations_are_read_back_as_a_source(books, tmp_path):
     assert len(turns) == len(rows) == report.conversations
     assert [len(t) for t in turns] == [len(t) for t in read(settings.out)]
     assert turns[0][0][0] == "user" and turns[0][1][0] == "assistant"
+
+
+@pytest.mark.parametrize("template", ["qwen", "llama-3", "llama-2", "mistral"])
+def test_no_conversation_is_too_long_for_training(books, tmp_path, template):
+    """With the tokenizer of the training run, whatever its chat template adds."""
+    tokenizer = getattr(chat_tokenizers, template.replace("-", "_"))()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with ChatServer().running() as server:
+        folder = str(tmp_path / "tokenizer")
+        settings = make(server, books, tmp_path, tokenizer=folder, max_tokens=600)
+        report = run(settings)
+    assert report.conversations > 3
+    rules = Rules(max_length=settings.max_tokens, chat_template=template)
+    lengths = []
+    for part in open_parts([str(settings.out)]):
+        for row in read_part(part):
+            assert isinstance(row, Record)
+            example = make_example(row, tokenizer, rules)
+            assert not isinstance(example, str), example
+            lengths.append(len(example.tokens))
+    assert max(lengths) > settings.max_tokens / 2  # nor needlessly short
 
 
 def test_request_names_the_model_the_segment_and_the_number_of_pairs(books, tmp_path):
