@@ -429,7 +429,9 @@ def _dump(row: dict[str, Any], file: IO[str]) -> None:
 def define_flags() -> None:
     from absl import flags
 
-    flags.DEFINE_multi_string("sources", None, "URI of texts; may be repeated.", required=True)
+    flags.DEFINE_multi_string(
+        "sources", None, "URI of texts, repeatable.", required=True
+    )
     flags.DEFINE_string("out", None, "JSON lines file to write.", required=True)
     flags.DEFINE_string("endpoint", None, "Address up to /v1.", required=True)
     flags.DEFINE_string("model", None, "Its name at the endpoint.", required=True)
