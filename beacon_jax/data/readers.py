@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
+from jaxtyping import Int64
 
 from beacon_jax.data.fields import COLUMNS
 from beacon_jax.data.streams import (
@@ -126,7 +127,7 @@ def count(part: Part) -> int:
     return sum(1 for _, row in read(part) if not (isinstance(row, Bad) and row.whole))
 
 
-def chosen(part: Part) -> np.ndarray | None:
+def chosen(part: Part) -> Int64[np.ndarray, " n"] | None:
     """The rows of the part's subset that may be in it, as sorted numbers from 0 after
     its first row; None: there is no subset.
 
@@ -140,7 +141,7 @@ def chosen(part: Part) -> np.ndarray | None:
 
 
 @functools.lru_cache(maxsize=1)
-def _drawn(subset: Subset) -> np.ndarray:
+def _drawn(subset: Subset) -> Int64[np.ndarray, " n"]:
     order = np.random.default_rng(subset.seed).permutation(subset.rows)
     return np.sort(order[: subset.count])
 

@@ -12,9 +12,9 @@
 | tfds:name/config:split         | a prepared TFDS data set (ArrayRecord)              |
 | long-llm:redpajama/train.json  | a file of the release's layout, below `data.root`   |
 
-`URI[5000]` takes a seeded subset of 5000 rows. Which fields a row may have: `fields`.
-Nothing is left out silently: every row that cannot be used is a `Dropped` in the place
-where it was. Memory is constant: one row, batch or block at a time.
+`URI[5000]` takes a seeded subset of 5000 rows, bad ones counted. What fields a row may
+have is in `fields`. Nothing is left out silently: a row that cannot be used is a
+`Dropped` in the place where it was. Memory is constant: one row, batch or block.
 """
 
 import glob
@@ -157,8 +157,8 @@ def open_parts(
 
 
 def source_bytes(uris: Sequence[str], root: str = "") -> list[int]:
-    """Bytes of each source, the sum of its parts' sizes, without reading any of it
-    (about, for tfds:). Raises as `open_parts`."""
+    """Bytes of the files of each source, without reading them; about the sum of its
+    parts' sizes. Raises as `open_parts`."""
     return [
         sum(file.size for file in _files(parse_uri(text), root, index))
         for index, text in enumerate(uris)
@@ -192,7 +192,7 @@ def read_part(part: Part) -> Iterator[Record | Dropped]:
 
 
 def _subset(uri: Uri, parts: list[Part], seed: int) -> list[Part]:
-    """The same parts with the subset in them, without those that hold none of it."""
+    """The same parts, each with the subset and the number of rows before it."""
     assert uri.count is not None
     befores, rows = [], 0
     for part in parts:
@@ -313,5 +313,7 @@ def _rows_of_saved_dataset(files: Sequence[str]) -> list[str]:
 
 def _holds_no_rows(path: Path) -> bool:
     """Whether it is a file of a `datasets` folder that describes or caches its rows."""
+    if path.name not in HF_FILES and not path.name.startswith("cache-"):
+        return False
     files = os.listdir(path.parent)
     return _is_saved_dataset(files) and path.name not in _rows_of_saved_dataset(files)
