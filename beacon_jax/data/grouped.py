@@ -21,7 +21,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -53,6 +53,21 @@ class GroupConfig:
     epochs: int = 1
     steps: int = 0
     tokens: int = 0
+
+    @classmethod
+    def of(cls, config: Any) -> "GroupConfig":
+        """From a whole config (`training.config`)."""
+        data = config.data
+        return cls(
+            window=config.beacon.window if config.beacon.use else config.window,
+            batch_size=data.batch_size,
+            group=data.group,
+            seed=config.seed,
+            weights=tuple(data.weights),
+            epochs=data.epochs,
+            steps=data.steps,
+            tokens=int(data.tokens),
+        )
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -235,7 +250,7 @@ class GroupedBatches:
     def shapes(self) -> tuple[tuple[int, int], ...]:
         return ((self.config.batch_size, self.longest),)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         return self.data.fingerprint
 

@@ -12,7 +12,6 @@ examples are known from the index, without reading one of them.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +61,7 @@ def shard_name(index: int, count: int) -> str:
 
 
 class _Shard(NamedTuple):
-    """What array_record wants to know of a file (its `FileInstruction`)."""
+    """What array_record wants to know of a file: its protocol `FileInstruction`."""
 
     filename: str
     skip: int
@@ -85,22 +84,23 @@ class Prepared:
           ValueError: it has another format, or files that do not belong together.
         """
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        if self.manifest is None:
+        manifest = read_manifest(self.folder)
+        if manifest is None:
             raise FileNotFoundError(
                 f"prepared={self.folder} holds no manifest.json: prepare it with "
                 "`python -m beacon_jax.data.prepare`, which also goes on with a folder "
                 "that is not finished."
             )
-        if self.manifest.get("format") != FORMAT:
+        self.manifest: dict[str, Any] = manifest
+        if manifest.get("format") != FORMAT:
             raise ValueError(
-                f"prepared={self.folder} has format {self.manifest.get('format')}, "
+                f"prepared={self.folder} has format {manifest.get('format')}, "
                 f"this version reads {FORMAT}: prepare it again."
             )
         index = np.load(self._file("index.npy"))
         self._shards = [
             _Shard(str(self._file(shard["name"])), 0, n, n)
-            for shard in self.manifest["shards"]
+            for shard in manifest["shards"]
             if (n := shard["examples"])
         ]
         stored = sum(shard.take for shard in self._shards)
@@ -153,10 +153,11 @@ class Prepared:
         return np.flatnonzero(self.sources == source)
 
     @cached_property
-    def _records(self) -> Sequence[bytes]:
+    def _records(self) -> Any:
         from array_record.python import array_record_data_source
 
-        return array_record_data_source.ArrayRecordDataSource(self._shards)
+        shards: Any = self._shards
+        return array_record_data_source.ArrayRecordDataSource(shards)
 
     def _file(self, name: str) -> Path:
         path = self.folder / name

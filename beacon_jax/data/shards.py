@@ -158,7 +158,6 @@ _worker: Worker | None = None
 
 def load_tokenizer(folder: str | Path) -> Any:
     """As hf.load_tokenizer does, without importing jax."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
