@@ -135,25 +135,31 @@ def test_every_device_its_own_plan(devices, average):
     assert_close(gradients, jax.tree.map(mean, *(w[1] for w in wanted)))
 
 
-@pytest.mark.parametrize("average", ["token", "row"])
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (4, 1, 1), (1, 2, 1)], ids=str)
-def test_empty_rows_of_a_batch_weigh_nothing(mesh, average):
-    """A `pad` batch of five rows on devices that hold up to eight, two or four."""
+@functools.cache
+def five_rows(average):
     variables, batch = inputs()
+    (loss, _), gradients = jax.value_and_grad(loss_of(average), has_aux=True)(
+        {"beacon": variables["beacon"]},
+        {"params": variables["params"]},
+        {name: value[:, :5] for name, value in batch.items()},
+        np.asarray([2, 4, 2], np.int32),
+        None,
+    )
+    return loss, gradients
+
+
+@pytest.mark.parametrize("average", ["token", "row"])
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 2, 1)], ids=str)
+def test_empty_rows_of_a_batch_weigh_nothing(mesh, average):
+    """A `pad` batch of five rows: of four devices one has one of them, one has none."""
+    _, batch = inputs()
     placement = place(*mesh)
-    plan = np.asarray([2, 4, 2], np.int32)
-    plans = np.repeat(plan[:, None], placement.plans, axis=1)
+    plans = np.repeat([[2], [4], [2]], placement.plans, axis=1).astype(np.int32)
     valid = np.where(np.arange(B) < 5, batch["valid"], 0)
     labels = np.where(np.arange(B)[:, None] < 5, batch["labels"], -100)
     changed = {"valid": valid, "labels": labels}
     loss, _, gradients = on_mesh(placement, ["beacon"], average, plans, changed=changed)
-    (wanted, _), expected = jax.value_and_grad(loss_of(average), has_aux=True)(
-        {"beacon": variables["beacon"]},
-        {"params": variables["params"]},
-        {name: value[:, :5] for name, value in batch.items()},
-        plan,
-        None,
-    )
+    wanted, expected = five_rows(average)
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     assert_close(gradients, expected)
 
