@@ -208,8 +208,8 @@ class Batches:
         kind = np.asarray(kinds, np.int32)[
             rng.choice(len(kinds), stage.batch_size, p=share)
         ]
-        rows = [self._row(rng, stage, KINDS[k]) for k in kind]
-        tokens, labels, weights = (np.stack(part) for part in zip(*rows, strict=True))
+        drawn = [self._row(rng, stage, KINDS[k]) for k in kind]
+        tokens, labels, weights = (np.stack(part) for part in zip(*drawn, strict=True))
         return {"tokens": tokens, "labels": labels, "weights": weights, "kind": kind}
 
     def _row(self, rng: np.random.Generator, stage: Stage, kind: str):

@@ -6,7 +6,7 @@ An example of n tokens has ceil(n / W) windows. What is in a batch:
            is the release's StrideGroupedSampler (EVALUATION section 4.1), its order
            included: `random.seed(seed)` before it gives the batches of epoch 0.
   relaxed  the same, but a batch may hold rows of several numbers; only the last,
-           incomplete batch is left out.
+           incomplete batch is left out (the release keeps it).
   pad      the same, and the incomplete batch is filled with empty rows: every row is
            used.
 Rows are aligned at their last windows, which makes mixed batches right (SPEC section

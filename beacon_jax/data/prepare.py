@@ -129,11 +129,15 @@ def prepare(
     if workers < 0:
         raise ValueError(f"data.workers={workers} must be at least 0 (one per core).")
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     show = show or (lambda line: None)
+    done = finished(settings, folder, overwrite=overwrite)
+    if done is not None and not (folder / "unfinished.json").exists():
+        return done  # without writing: the folder may be read-only
+    folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder, show):
         done = finished(settings, folder, overwrite=overwrite)
         if done is not None:
+            _clean(folder)
             return done
         identity = _identity(settings, source_bytes(settings.sources, settings.root))
         _begin(folder, identity, overwrite)
@@ -270,7 +274,7 @@ def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
     else:
         keep = False
     manifest.unlink(missing_ok=True)
-    for pattern in (".*.partial", *(() if keep else ("shard-*", "*.npy"))):
+    for pattern in (".*.partial", *(() if keep else ("shard-*", "index.npy"))):
         for file in folder.glob(pattern):
             file.unlink()
     write_json(unfinished, identity)
@@ -373,10 +377,14 @@ def _finish(
         "shards": shards,
     }
     write_json(folder / "manifest.json", manifest)
-    for job in jobs:
-        job.index_path.unlink()
-        job.report_path.unlink()
-    (folder / "unfinished.json").unlink()
+    _clean(folder)
+
+
+def _clean(folder: Path) -> None:
+    """Removes what only a run that goes on needs."""
+    for pattern in ("shard-*.json", "shard-*.index.npy", "unfinished.json"):
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 @contextlib.contextmanager

@@ -365,6 +365,11 @@ def _check(config: Config) -> None:
     for name in ("log_every", "save_every", "keep", "accumulate"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1.")
+    if config.data.prepared and not config.data.sources:
+        raise ValueError(
+            f"data.prepared={config.data.prepared!r} without data.sources: name the "
+            "sources it was made of as well."
+        )
     stages = {name: s.batch_size for name, s in config.data.stages.items()}
     if config.data.sources:
         stages = {"data": config.data.batch_size}

@@ -38,7 +38,7 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     for i in range(6):
         rows = [
-            json.dumps({"text": sentence(50 * i + j, 5 + j % 40)}) for j in range(50)
+            json.dumps({"text": sentence(50 * i + j, 1 + j % 40)}) for j in range(50)
         ]
         if i == 2:
             rows[10], rows[20] = "{not json", json.dumps({"unknown": 1})
@@ -117,6 +117,7 @@ def test_a_finished_folder_is_not_touched_and_needs_no_sources(
     settings, tmp_path, monkeypatch
 ):
     prepare(settings, tmp_path, workers=1)
+    (tmp_path / ".lock").unlink()
     before = {f.name: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
     monkeypatch.setattr(module, "_run", lambda *_: pytest.fail("prepared again"))
     assert len(prepare(settings, tmp_path)) > 200
@@ -127,8 +128,16 @@ def test_a_finished_folder_is_not_touched_and_needs_no_sources(
     monkeypatch.setattr(module, "source_bytes", gone)
     assert len(prepare(settings, tmp_path)) > 200
     after = {f.name: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
-    after.pop(".lock"), before.pop(".lock")
     assert before == after
+
+
+def test_a_run_that_was_killed_while_it_cleaned_up_is_finished(settings, tmp_path):
+    prepare(settings, tmp_path, workers=1)
+    whole = content(tmp_path)
+    for name in ("unfinished.json", "shard-00001-of-00004.json"):
+        (tmp_path / name).write_text("{}")
+    prepare(settings, tmp_path, workers=1)
+    assert content(tmp_path) == whole
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(

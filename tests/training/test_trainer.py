@@ -243,10 +243,11 @@ def test_updates_that_are_not_finite_stop_the_run(config, tmp_path):
         ("profile_steps", (3, 2), r"profile_steps=\(3, 2\) is no range of steps"),
         ("peak_tflops", -1.0, "peak_tflops=-1.0 must not be negative"),
         ("uniform_plans", 50.0, "uniform_plans=50.0 is a share of the steps"),
+        ("data.prepared", "x", "data.prepared='x' without data.sources"),
     ],
 )
 def test_a_wrong_setting_is_named(config, tmp_path, key, value, message):
-    config[key] = value
+    config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path)
 
