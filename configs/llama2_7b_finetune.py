@@ -1,7 +1,7 @@
 """Beacons for Llama-2-7B, stage 2 of the paper: long instructions.
 
 python -m beacon_jax.train --config=configs/llama2_7b_finetune.py \
-  --workdir=out/llama2_7b_finetune --config.text.uri=FOLDER
+  --workdir=out/llama2_7b_finetune --config.data.root=DIR
 
 Goes on from out/llama2_7b_pretrain/export, the result of configs/llama2_7b_pretrain.py
 (or --config.init_from=DIR): 1.61B beacon parameters, windows of 1024 tokens, ratios 2,
@@ -11,11 +11,11 @@ Hardware: 8 GPUs of 80 GB, each holding the base. 28,000 rows, 0.39B tokens, 3,5
 of 8 rows. Estimate, not measured: 2.2e19 FLOPs, 6.3 hours on A100 at 40 % of 312
 TFLOP/s each.
 
-Data today: rows of 7200, then 13840, then 20480 tokens cut from the plain text in
-FOLDER (.txt, .md, .jsonl), half of them with passkey questions or copied passages.
-LongAlpaca, BookSum and the synthetic questions are not read yet
-(beacon_jax/training/recipes.py). The paper's result with its data, LongBench, mean of
-five groups (Table 1): 41.3. Not measured here, and not to be expected from such rows.
+Data: DIR holds the release's archive; 16K synthetic questions about books and papers,
+5K LongAlpaca, 2K BookSum and 5K RedPajama rows, those of 7,200 to 20,480 tokens;
+prepared once, into WORKDIR/data. The estimates assume 13,840 tokens a row and that none
+is dropped (beacon_jax/training/recipes.py). The paper's result, LongBench, mean of five
+groups (Table 1): 41.3. Not measured here.
 configs/llama2_7b_finetune.py:smoke takes a few tiny steps from scratch on the CPU.
 """
 

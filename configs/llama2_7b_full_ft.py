@@ -1,7 +1,7 @@
 """All weights of Llama-2-7B with full attention: the paper's Full-FT baseline.
 
 python -m beacon_jax.train --config=configs/llama2_7b_full_ft.py \
-  --workdir=out/llama2_7b_full_ft --config.init_from=HF_DIR --config.text.uri=FOLDER
+  --workdir=out/llama2_7b_full_ft --config.init_from=HF_DIR --config.data.root=DIR
 
 Trains Llama-2-7B-chat in HF_DIR without beacons on the rows and with the rate (1e-5) of
 stage 2; more about the baseline's settings is not known. Rows of 20480 tokens lie
@@ -11,11 +11,11 @@ Hardware: 8 GPUs of 80 GB, the weights in eight shards. 28,000 rows, 0.39B token
 steps of 8 rows. Estimate, not measured: 2.7e19 FLOPs, 7.5 hours on A100 at 40 % of 312
 TFLOP/s each.
 
-Data today: rows of 7200, then 13840, then 20480 tokens cut from the plain text in
-FOLDER (.txt, .md, .jsonl), half of them with passkey questions or copied passages.
-LongAlpaca, BookSum and the synthetic questions are not read yet
-(beacon_jax/training/recipes.py). The paper's result with its data, LongBench, mean of
-five groups (Table 1): 41.0. Not measured here, and not to be expected from such rows.
+Data: DIR holds the release's archive; 16K synthetic questions about books and papers,
+5K LongAlpaca, 2K BookSum and 5K RedPajama rows, those of 7,200 to 20,480 tokens;
+prepared once, into WORKDIR/data. The estimates assume 13,840 tokens a row and that none
+is dropped (beacon_jax/training/recipes.py). The paper's result, LongBench, mean of five
+groups (Table 1): 41.0. Not measured here.
 configs/llama2_7b_full_ft.py:smoke takes a few tiny steps from scratch on the CPU.
 """
 

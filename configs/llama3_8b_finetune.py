@@ -1,7 +1,7 @@
 """Beacons for Llama-3-8B, stage 2 with the paper's settings: long instructions.
 
 python -m beacon_jax.train --config=configs/llama3_8b_finetune.py \
-  --workdir=out/llama3_8b_finetune --config.text.uri=FOLDER
+  --workdir=out/llama3_8b_finetune --config.data.root=DIR
 
 Goes on from out/llama3_8b_pretrain/export, the result of configs/llama3_8b_pretrain.py
 (or --config.init_from=DIR): 0.81B beacon parameters, windows of 1024 tokens, a sink of
@@ -11,10 +11,10 @@ Hardware: 8 GPUs of 80 GB, each holding the base. 28,000 rows, 0.39B tokens, 3,5
 of 8 rows. Estimate, not measured: 2.5e19 FLOPs, 6.9 hours on A100 at 40 % of 312
 TFLOP/s each.
 
-Data today: rows of 7200, then 13840, then 20480 tokens cut from the plain text in
-FOLDER (.txt, .md, .jsonl), half of them with passkey questions or copied passages.
-LongAlpaca, BookSum and the synthetic questions are not read yet
-(beacon_jax/training/recipes.py).
+Data: DIR holds the release's archive; 16K synthetic questions about books and papers,
+5K LongAlpaca, 2K BookSum and 5K RedPajama rows, those of 7,200 to 20,480 tokens;
+prepared once, into WORKDIR/data. The estimates assume 13,840 tokens a row and that none
+is dropped (beacon_jax/training/recipes.py).
 configs/llama3_8b_finetune.py:smoke takes a few tiny steps from scratch on the CPU.
 """
 

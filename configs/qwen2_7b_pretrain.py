@@ -1,16 +1,18 @@
 """Beacons for Qwen2-7B, stage 1 of the paper: long documents.
 
 python -m beacon_jax.train --config=configs/qwen2_7b_pretrain.py \
-  --workdir=out/qwen2_7b_pretrain --config.init_from=HF_DIR --config.text.uri=FOLDER
+  --workdir=out/qwen2_7b_pretrain --config.init_from=HF_DIR --config.data.root=DIR
 
 Trains 0.46B beacon parameters (q, k, v) on the frozen Qwen2-7B-Instruct in HF_DIR:
 windows of 2048 tokens, ratios 2 to 32 drawn per window, lr 5e-5.
 
-Hardware: 8 GPUs of 80 GB, each holding the base. 1.0B tokens, 16,277 steps of 8 rows.
-Estimate, not measured: 5.2e19 FLOPs, 14.4 hours on A100 at 40 % of 312 TFLOP/s each.
+Hardware: 8 GPUs of 80 GB, each holding the base. 1.0B tokens, about 16,300 steps of 8
+rows. Estimate, not measured: 5.2e19 FLOPs, 14.4 hours on A100 at 40 % of 312 TFLOP/s
+each.
 
-Data today: rows of 4096, then 10240, then 20480 tokens cut from the plain text in
-FOLDER (.txt, .md, .jsonl). RedPajama, with its documents' own lengths, is not read yet
+Data: DIR/redpajama/train.json (the release's archive), documents of 2,400 to 20,480
+tokens, longer ones cut; prepared once, into WORKDIR/data. The estimates assume a third
+of the tokens each in documents of 4,096, 10,240 and 20,480
 (beacon_jax/training/recipes.py).
 configs/qwen2_7b_pretrain.py:smoke takes a few tiny steps from scratch on the CPU.
 """

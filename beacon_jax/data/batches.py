@@ -23,10 +23,12 @@ window-only on a base without dummies, 0.071 on one that trained 1,200 steps mor
 them in 30 % of the rows; passkeys at x2 and x4 .98 and .84 against .94 and .81.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Int
 
 from beacon_jax.data.passkey import (
     QUESTION,
@@ -37,6 +39,42 @@ from beacon_jax.data.passkey import (
 
 KINDS = ("text", "passkey", "repeat", "copy")
 IGNORE = -100
+
+
+class StepBatches(Protocol):
+    """What the trainer reads: rows cut from a text (`Batches`), or whole examples of a
+    prepared folder (`grouped.GroupedBatches`).
+
+    Attributes:
+      steps: of the run.
+      shapes: (B, T) of all batches there are.
+      fingerprint: of the data, "" if they follow from the config: a run resumes with
+        equal data or not at all.
+    """
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def width(self, step: int) -> int:
+        """T of a step."""
+        ...
+
+    def lengths(self, step: int) -> Int[np.ndarray, " B"]:
+        """Real tokens of every row, known without reading one; 0: no row."""
+        ...
+
+    def batch(
+        self, step: int, rows: Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """tokens and labels int32 [B, T], perhaps weights float32 [B, T], of at least
+        the rows asked for (all if None)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -135,11 +173,33 @@ class Batches:
                 f"at least {2 * longest}; name a source with more text"
             )
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        return tuple((s.batch_size, s.length) for s in self.config.stages)
+
+    @property
+    def fingerprint(self) -> str:
+        return ""
+
+    def width(self, step: int) -> int:
+        return self.config.stage_at(step).length
+
+    def lengths(self, step: int) -> Int[np.ndarray, " B"]:
+        stage = self.config.stage_at(step)
+        return np.full(stage.batch_size, stage.length, np.int32)
+
+    def batch(
+        self, step: int, rows: Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
         """tokens, labels int32 [B, T], weights float32 [B, T], kind int32 [B] (KINDS).
 
         labels[:, t] is tokens[:, t + 1]; the last one, and every label of weight 0, is
-        -100, so that counting labels counts what is trained on.
+        -100, so that counting labels counts what is trained on. All rows, whatever
+        `rows` says: one generator draws them one after the other.
         """
         stage = self.config.stage_at(step)
         rng = np.random.default_rng([self.config.seed, step])
@@ -148,8 +208,8 @@ class Batches:
         kind = np.asarray(kinds, np.int32)[
             rng.choice(len(kinds), stage.batch_size, p=share)
         ]
-        rows = [self._row(rng, stage, KINDS[k]) for k in kind]
-        tokens, labels, weights = (np.stack(part) for part in zip(*rows, strict=True))
+        drawn = [self._row(rng, stage, KINDS[k]) for k in kind]
+        tokens, labels, weights = (np.stack(part) for part in zip(*drawn, strict=True))
         return {"tokens": tokens, "labels": labels, "weights": weights, "kind": kind}
 
     def _row(self, rng: np.random.Generator, stage: Stage, kind: str):

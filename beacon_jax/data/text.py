@@ -1,8 +1,7 @@
-"""Text sources: a URI becomes a list of documents, split into train and held-out.
+"""Text as a list of documents, split into train and held-out.
 
-A URI is `"stdlib"` (the sources and docstrings of the Python standard library that runs
-this process, so that real text exists on every machine without a download) or the path
-of a folder or file with .txt, .md, .rst, .py or .jsonl (`{"text": ...}`) in it.
+A URI is one of `data.sources`, most often `"stdlib"` (real text that exists on every
+machine without a download), a folder or a file. Everything is read into memory.
 
 Whether a document is held out depends on a hash of its relative name and on nothing
 else: the same file lands on the same side on every machine, for the base model, for the
@@ -10,38 +9,19 @@ beacons and for the evaluation, however many other files there are.
 """
 
 import hashlib
-import json
+import itertools
 import logging
-import os
-import sysconfig
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from beacon_jax.data.readers import Bad, Part, read
+from beacon_jax.data.sources import Dropped, open_parts, read_part
+
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 SPLITS = ("train", "heldout", "all")
 
-# Not text in any useful sense (tables), not part of the library (site-packages), or
-# absent from some installations (tests, idlelib), which would make the split depend on
-# packaging.
-STDLIB_SKIP = frozenset(
-    [
-        "test",
-        "tests",
-        "idlelib",
-        "site-packages",
-        "dist-packages",
-        "encodings",
-        "pydoc_data",
-        "lib2to3",
-        "ensurepip",
-        "turtledemo",
-        "__pycache__",
-    ]
-)
 # A lone file is cut into documents of this many characters (at line ends), because a
 # split by file name would leave nothing on one side.
 FILE_BLOCK = 16_384
@@ -60,7 +40,7 @@ def load_documents(
 ) -> list[str]:
     """Texts of one split of a source, in a fixed order.
 
-    Files that are not valid UTF-8 (or bad jsonl rows) are skipped, counted and logged.
+    Rows and files that hold no text or are damaged are skipped, counted and logged.
 
     Raises:
       ValueError: unknown split, fraction outside (0, 1), or a split with no document.
@@ -72,7 +52,7 @@ def load_documents(
         raise ValueError(f"heldout_fraction={heldout_fraction} must lie in (0, 1)")
     corpus = read_corpus(uri)
     for reason, count in corpus.skipped:
-        log.warning("%s: skipped %d %s", uri, count, reason)
+        log.warning("%s: skipped %d: %s", uri, count, reason)
     chosen = [
         text
         for name, text in corpus.documents
@@ -94,44 +74,22 @@ def is_heldout(name: str, heldout_fraction: float) -> bool:
 
 
 def read_corpus(uri: str) -> Corpus:
-    """All documents of a source, before any split."""
-    if uri == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skip = STDLIB_SKIP
-    else:
-        root, skip = Path(uri).expanduser(), frozenset({"__pycache__"})
-    if not root.exists():
-        raise FileNotFoundError(
-            f"uri={uri!r} does not exist; name a folder or file with text, or 'stdlib'"
-        )
+    """All documents of a source, before any split.
+
+    Files of text are one document each, by their name (a lone one is cut into blocks);
+    others one per row with a text, by file and row, so that rows split independently.
+    """
+    parts = open_parts([uri])
+    files = [list(file) for _, file in itertools.groupby(parts, lambda part: part.name)]
+    alone = Path(uri).expanduser().is_file()
     skipped: Counter[str] = Counter()
     documents: list[tuple[str, str]] = []
-    files = [root] if root.is_file() else list(_walk(root, skip))
-    if uri == "stdlib":
-        files = [f for f in files if f.suffix == ".py"]
-    if not any(f.suffix in SUFFIXES for f in files):
-        raise FileNotFoundError(
-            f"uri={uri!r} holds no text among its {len(files)} files; expected files "
-            f"ending in {' '.join(SUFFIXES)}"
-        )
     for file in files:
-        if file.suffix not in SUFFIXES:
-            skipped[f"files with another ending than {' '.join(SUFFIXES)}"] += 1
-            continue
-        name = file.name if file == root else file.relative_to(root).as_posix()
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            skipped["files that are not valid UTF-8"] += 1
-            continue
-        if file.suffix == ".jsonl":
-            documents += _rows(name, text, skipped)
-        elif file == root:
-            documents += _blocks(name, text)
-        elif text.strip():
-            documents.append((name, text))
-        else:
-            skipped["empty files"] += 1
+        if file[0].kind != "text":
+            documents += _rows(file, skipped)
+        elif (text := _whole(file, skipped)) is not None:
+            name = file[0].name
+            documents += _blocks(name, text) if alone else [(name, text)]
     if not documents:
         raise ValueError(
             f"uri={uri!r}: every one of its {len(files)} files was skipped "
@@ -140,28 +98,34 @@ def read_corpus(uri: str) -> Corpus:
     return Corpus(tuple(sorted(documents)), tuple(sorted(skipped.items())))
 
 
-def _walk(root: Path, skip: frozenset[str]) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in skip)
-        for file in sorted(files):
-            yield Path(folder) / file
+def _whole(file: list[Part], skipped: Counter[str]) -> str | None:
+    """A file of text, unless any of it is unusable."""
+    pieces: list[str] = []
+    for _, piece in itertools.chain.from_iterable(map(read, file)):
+        if not isinstance(piece, str):
+            assert isinstance(piece, Bad)
+            skipped[f"{piece.reason} (file)"] += 1
+            return None
+        pieces.append(piece)
+    text = "".join(pieces)
+    if not text.strip():
+        skipped["empty (file)"] += 1
+        return None
+    return text
 
 
-def _rows(name: str, text: str, skipped: Counter[str]) -> list[tuple[str, str]]:
-    """Documents of a jsonl file, named by row so that rows split independently."""
-    rows = []
-    for number, line in enumerate(text.splitlines()):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        value = row.get("text") if isinstance(row, dict) else None
-        if isinstance(value, str) and value.strip():
-            rows.append((f"{name}:{number:09d}", value))
+def _rows(file: list[Part], skipped: Counter[str]) -> list[tuple[str, str]]:
+    """Documents of a file of rows; a name has the row's number from 0."""
+    rows: list[tuple[str, str]] = []
+    for row in itertools.chain.from_iterable(map(read_part, file)):
+        if isinstance(row, Dropped):
+            kind = "file" if file[0].kind == "unusable" else "row"
+            skipped[f"{row.reason} ({kind})"] += 1
+        elif row.text is None:
+            skipped["no text (row)"] += 1
         else:
-            skipped['jsonl rows without {"text": "..."}'] += 1
+            name, _, number = row.where.rpartition(":")
+            rows.append((f"{name}:{int(number) - 1:09d}", row.text))
     return rows
 
 

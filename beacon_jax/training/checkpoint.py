@@ -21,6 +21,10 @@ FREE_KEYS = (
     "profile_steps",
     "peak_tflops",
     "compilation_cache",
+    "root",
+    "prepared",
+    "workers",
+    "max_drop_fraction",
 )
 
 

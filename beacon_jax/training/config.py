@@ -69,9 +69,28 @@ def default_config() -> Config:
             "passkey_fraction": 0.03,
         }
     )
-    # data.batches.BatchConfig; stages run in the order of their names.
     config.data = ConfigDict(
         {
+            # URIs of `data.sources`: whole rows, tokenised once (`data.prepare`) and
+            # grouped by windows (`data.grouped`). (): rows cut from config.text.
+            "sources": (),
+            "weights": (),  # a number per source; (): every row once per epoch
+            "root": "",  # what long-llm: URIs are relative to
+            "prepared": "",  # folder; "": `data` in the workdir
+            "min_length": 0,  # tokens; shorter rows are left out
+            "max_length": 20480,  # longer text is cut, longer conversations left out
+            # "", qwen, llama-2, llama-3, mistral, hf or no: see `data.chat`
+            "chat_template": "",
+            "group": "strict",  # or "relaxed", "pad"
+            "batch_size": 8,
+            # The run ends at whichever comes first; 0: no such limit.
+            "epochs": 1,
+            "steps": 0,
+            "tokens": 0,
+            "max_drop_fraction": 0.05,  # of bad rows, above which preparing stops
+            "workers": 0,  # processes that tokenise; 0: one per core
+            # The rest is for rows cut from config.text (`data.batches.BatchConfig`);
+            # stages run in the order of their names.
             "stages": ConfigDict(),
             "answer_weight": 10.0,
             "second_weight": 3.0,

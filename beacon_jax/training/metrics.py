@@ -4,7 +4,7 @@ What a line of metrics.jsonl holds, each as a mean since the line before:
 
   loss, loss_x4 ...     nats per label; see `Metrics.report`
   grad_norm, lr, skipped
-  tokens_per_second     of the batches, padding included
+  tokens_per_second     of the batches, without padding
   flops_per_second      model FLOPs (`model.flops`): no padding, nothing twice
   mfu                   flops_per_second / what the devices reach at best
   time_data, time_step  shares of the time, which with time_other add up to 1; see

@@ -5,35 +5,48 @@ frozen; stage 1: 1B tokens, ratios 2 to 32, lr 5e-5; stage 2: 28,000 rows, ratio
 and 8, lr 1e-5. The loss is a mean of row means, which is what eight processes of one
 row compute. Windows and sinks are those of `model.presets`.
 
-Data today: rows of fixed length cut from the plain text under `config.text.uri`, eos
-between documents; stages run one after the other, where the paper mixes lengths. The
-sources of the paper are not read yet. Stage 1 (RedPajama, documents of 2,400 to 20,480
-tokens) becomes equal shares of tokens in rows of `PRETRAIN_LENGTHS`; stage 2
-(LongAlpaca, BookSum, synthetic questions and stage-1 samples of 7,200 to 20,480 tokens)
-becomes as many rows of `FINETUNE_LENGTHS`, with `FINETUNE_MIX` standing in for the
-questions. The paper's results are not to be expected from such rows.
+Data: the sources of the release under its names (EVALUATION section 4.1), relative to
+`config.data.root`, one epoch in batches of equal numbers of windows (`data.grouped`,
+strict). Stage 1: RedPajama documents of 2,400 to 20,480 tokens, longer ones cut, up to
+1B tokens. Stage 2: rows of 7,200 to 20,480 tokens from 16,000 synthetic questions,
+5,000 LongAlpaca, 2,000 BookSum and 5,000 stage-1 rows, counted before the length rules,
+longer conversations left out. The release's command also names needle/train.16K.json,
+which the paper does not: add it to `data.sources` to train as the release does.
 
-Estimates in the recipes (nothing has been run at these sizes) count every product that
-is computed, the repeated ones too. Forward, a window costs linear 2 P (W + b), P
-without embeddings and lm_head on raw tokens only, and attention 4 L N H (W + b)(m + (W
-+ b) / 2); b = W / ratio is averaged over the ratios (0 in the last window), m slots lie
-before it. Training costs 3 x linear + 4 x attention with a frozen base (two forwards;
-backward one linear and two attentions more), 4 x both with all weights. Hours assume 40
-% of the peak of 8 A100 or A800, 312 TFLOP/s each: an MFU, which counts nothing twice
-(`model.flops`), of 27 %, or 30 % with all weights.
+Estimates in the recipes (nothing has been run at these sizes, and none of the sources
+could be read here) assume lengths: stage 1 a third of the tokens each in documents of
+`PRETRAIN_LENGTHS`, stage 2 a third of the rows each of `FINETUNE_LENGTHS`. They count
+every product that is computed, the repeated ones too. Forward, a window costs linear 2
+P (W + b), P without embeddings and lm_head on raw tokens only, and attention 4 L N H (W
++ b)(m + (W + b) / 2); b = W / ratio is averaged over the ratios (0 in the last window),
+m slots lie before it. Training costs 3 x linear + 4 x attention with a frozen base (two
+forwards; backward one linear and two attentions more), 4 x both with all weights. Hours
+assume 40 % of the peak of 8 A100 or A800, 312 TFLOP/s each: an MFU, which counts
+nothing twice (`model.flops`), of 27 %, or 30 % with all weights.
 """
 
 from ml_collections import ConfigDict
 
 from beacon_jax.model.presets import get_preset
-from beacon_jax.training.config import Config, default_config, stage
+from beacon_jax.training.config import Config, default_config
 
 PRETRAIN_TOKENS = 1_000_000_000
-PRETRAIN_LENGTHS = (4096, 10240, 20480)
-FINETUNE_ROWS = 5000 + 2000 + 16000 + 5000
-FINETUNE_LENGTHS = (7200, 13840, 20480)
-FINETUNE_MIX = {"text": 0.5, "passkey": 0.4, "copy": 0.1}
+PRETRAIN_SOURCES = ("long-llm:redpajama/train.json",)
+FINETUNE_SOURCES = (
+    "long-llm:gpt/one_detail_book.train.16K.json",  # 13,000 rows
+    "long-llm:gpt/one_detail_paper.train.16K.json",  # 3,000 rows
+    "long-llm:longalpaca/train.json[5000]",
+    "long-llm:booksum/train.16K.json[2000]",
+    "long-llm:redpajama/train.json[5000]",
+)
+MAX_LENGTH = 20480
 BATCH = 8
+# Of the estimates alone.
+FINETUNE_ROWS = 13000 + 3000 + 5000 + 2000 + 5000
+PRETRAIN_LENGTHS = (4096, 10240, 20480)
+FINETUNE_LENGTHS = (7200, 13840, 20480)
+
+CHAT_TEMPLATES = {"llama2": "llama-2", "llama3": "llama-3", "mistral": "mistral"}
 
 # Fast: every device holds the base and draws its own ratios, as the release does.
 REPLICATED = {"data": 8, "fsdp": 1, "tensor": 1}
@@ -44,10 +57,9 @@ SHARDED = {"data": 1, "fsdp": 8, "tensor": 1}
 def pretrain(preset: str, arg: str = "") -> Config:
     """Stage 1: beacons on a frozen base. `preset`: a name of `model.presets`."""
     config = start(preset)
-    config.text.uri = "FOLDER"  # to be named on the command line
-    share = PRETRAIN_TOKENS / len(PRETRAIN_LENGTHS) / BATCH
-    for i, length in enumerate(PRETRAIN_LENGTHS, 1):
-        config.data.stages[f"stage{i}"] = stage(round(share / length), length, BATCH)
+    config.data.update(
+        {"sources": PRETRAIN_SOURCES, "min_length": 2400, "tokens": PRETRAIN_TOKENS}
+    )
     return finish(config, preset, f"{_file(preset)}_pretrain", arg, REPLICATED)
 
 
@@ -56,7 +68,7 @@ def finetune(preset: str, arg: str = "") -> Config:
     config = start(preset)
     config.init_from = f"out/{_file(preset)}_pretrain/export"
     config.beacon.ratios = (2, 4, 8)
-    _finetuning_rows(config)
+    _finetuning_rows(config, preset)
     return finish(config, preset, f"{_file(preset)}_finetune", arg, REPLICATED)
 
 
@@ -67,7 +79,7 @@ def full_ft(preset: str, arg: str = "") -> Config:
     config.beacon.use = False
     # The backward pass repeats this many tokens at a time, as it does with beacons.
     config.window = config.beacon.window
-    _finetuning_rows(config)
+    _finetuning_rows(config, preset)
     return finish(config, preset, f"{_file(preset)}_full_ft", arg, SHARDED)
 
 
@@ -77,6 +89,7 @@ def start(preset: str) -> Config:
     config.dtype = "bfloat16"
     config.loss.average = "row"
     config.log_every = 10
+    config.data.update({"max_length": MAX_LENGTH, "batch_size": BATCH})
     beacon = get_preset(preset).beacon
     assert beacon is not None
     config.beacon.update({"window": beacon.window, "sink": beacon.sink})
@@ -104,20 +117,21 @@ def finish(
     return config
 
 
-def _finetuning_rows(config: Config) -> None:
-    config.text.uri = "FOLDER"  # to be named on the command line
+def _finetuning_rows(config: Config, preset: str) -> None:
+    family = preset.split("-")[0]
     config.optimizer.lr = 1e-5
-    config.data.passkey_questions = 4
-    steps = FINETUNE_ROWS // BATCH
-    for i, length in enumerate(FINETUNE_LENGTHS):
-        count = (steps + i) // len(FINETUNE_LENGTHS)
-        config.data.stages[f"stage{i + 1}"] = stage(
-            count, length, BATCH, **FINETUNE_MIX
-        )
+    config.data.update(
+        {
+            "sources": FINETUNE_SOURCES,
+            "min_length": 7200,
+            "chat_template": CHAT_TEMPLATES.get(family, "qwen"),
+        }
+    )
 
 
 def _shrink(config: Config, preset: str) -> None:
-    """A random model of the preset's kind, windows of 32 tokens, two steps a stage."""
+    """A random model of the preset's kind, windows of 32 tokens, short rows: six steps
+    on those of assets/smoke, or two steps a stage."""
     real = get_preset(preset)
     heads = 4
     config.init_from = ""
@@ -138,12 +152,20 @@ def _shrink(config: Config, preset: str) -> None:
         }
     )
     config.tokenizer.update({"train": True, "vocab_size": 300})
-    config.text.uri = "stdlib"
     config.beacon.window = 32
     if config.window:
         config.window = 32
     for name in config.data.stages:
         config.data.stages[name].update({"steps": 2, "length": 112})
+    if config.data.sources:
+        sources = ["assets/smoke/text.jsonl"]
+        if config.data.chat_template:
+            sources.append("assets/smoke/chat.jsonl")
+            # The real one's marks are no tokens of a tokenizer trained on text.
+            config.data.chat_template = "no"
+        limits = {"min_length": 16, "max_length": 112, "steps": 6, "epochs": 0}
+        config.data.update({**limits, "sources": tuple(sources), "tokens": 0})
+        config.data.update({"group": "pad", "workers": 1})
     config.log_every = 2
 
 

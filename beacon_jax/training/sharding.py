@@ -66,9 +66,20 @@ class Placement:
         return put(plans, self.plan_sharding)
 
     def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Host arrays [N, B, ...], equal on every process, as global ones."""
-        spec = lambda x: self.partition.sharding((None, "batch"), x.shape, "the batch")
-        return {k: put(x, spec(x)) for k, x in arrays.items()}
+        """Host arrays [N, B, ...] as global ones; of every process only its `rows` have
+        to be filled in."""
+        return {k: put(x, self._batch_sharding(x.shape)) for k, x in arrays.items()}
+
+    def rows(self, count: int) -> list[int]:
+        """Those of a batch of `count` rows that devices of this process hold."""
+        shape = (1, count)
+        where = self._batch_sharding(shape).addressable_devices_indices_map(shape)
+        indices = [index for index in where.values() if index is not None]
+        held = {i for index in indices for i in range(count)[index[1]]}
+        return sorted(held)
+
+    def _batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        return self.partition.sharding((None, "batch"), shape, "the batch")
 
     def frozen(self, config: ModelConfig, tree: dict[str, Any]) -> dict[str, Any]:
         """Shardings of parameters that are not trained."""
@@ -251,17 +262,22 @@ def make_value_and_grad(
 def _sums(value_and_grad, average, parts, trained, frozen, batch, plans, partition):
     """(loss * count, count, aux, gradients * count) of rows that are at hand, float32.
 
-    count: their labels' weights, or 1 per part, as `average` says.
+    count: their labels' weights, or the share of rows that have a token (1 per part,
+    but for the empty rows of a `pad` batch), as `average` says.
     """
 
     def one(batch, plan):
         (value, aux), gradients = value_and_grad(
             trained, frozen, batch, plan, partition
         )
-        count = aux["row_count"].sum() if average == "token" else jnp.ones(())
-        weigh = lambda x: x.astype(jnp.float32) * count
+        if average == "token":
+            count = scale = aux["row_count"].sum()
+        else:  # the mean of row means counts empty rows, as 0: scaled with them
+            real = jnp.any(batch["valid"] > 0, axis=0)
+            count, scale = jnp.mean(real.astype(jnp.float32)), jnp.ones(())
+        weigh = lambda x: x.astype(jnp.float32) * scale
         columns = {name: aux[name] for name in ("window_loss", "window_count")}
-        return (value * count, count, jax.tree.map(weigh, gradients)), columns
+        return (value * scale, count, jax.tree.map(weigh, gradients)), columns
 
     if parts == 1:
         (value, count, gradients), aux = one(batch, plans[:, 0])

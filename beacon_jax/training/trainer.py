@@ -5,7 +5,7 @@ and of its own number (data and ratios are drawn from the seed and the step), so
 and number are all that a checkpoint needs for a bit-identical continuation.
 """
 
-import functools
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -20,17 +20,9 @@ from ml_collections import ConfigDict
 
 from beacon_jax import hf
 from beacon_jax.core.train_loss import train_loss
-from beacon_jax.core.windows import (
-    draw_ratios,
-    memory_slots,
-    plan_slots,
-    split_windows,
-)
-from beacon_jax.data.batches import BatchConfig, Batches, Stage
+from beacon_jax.data.batches import StepBatches
 from beacon_jax.data.text import load_documents
-from beacon_jax.data.tokenizer import encode_stream
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.flops import training_step
 from beacon_jax.training.checkpoint import Checkpoints
 from beacon_jax.training.config import Config
 from beacon_jax.training.hardware import peak_flops
@@ -38,6 +30,13 @@ from beacon_jax.training.initial import (
     export,
     make_model,
     make_tokenizer,
+)
+from beacon_jax.training.inputs import (
+    Inputs,
+    describe,
+    draw_plans,
+    make_batches,
+    slots,
 )
 from beacon_jax.training.memory import choose_remat, step_bytes
 from beacon_jax.training.metrics import Metrics
@@ -84,13 +83,13 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     enable_compilation_cache(config.compilation_cache)
     began, workdir = time.perf_counter(), Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    documents = load_documents(config.text.uri, "train", config.text.heldout_fraction)
+    text, documents = config.text, []
+    if config.tokenizer.train or not config.data.sources:
+        documents = load_documents(text.uri, "train", text.heldout_fraction)
     tokenizer, tokenizer_folder = make_tokenizer(config, documents, workdir)
-    batches = Batches(
-        encode_stream(documents, tokenizer), tokenizer, _batch_config(config)
-    )
-    steps = batches.config.steps
-    rows = [stage.batch_size for stage in batches.config.stages]
+    batches = make_batches(config, documents, tokenizer, tokenizer_folder, workdir)
+    del documents
+    steps, rows = batches.steps, [rows for rows, _ in batches.shapes]
     placement = make_placement(
         config.mesh, config.rules, [n // config.accumulate for n in rows]
     )
@@ -102,13 +101,15 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     state = _state(placement, optimizer, trained)
     del trained
     record = {"config": config.to_dict(), "base_hash": base_hash}
+    if batches.fingerprint:
+        record["data"] = batches.fingerprint
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
     restored = checkpoints.restore(state, record, config.allow_config_change)
     if restored is not None:
         state = restored
     start = int(state["step"])
     ahead = range(start, min(start + 10, steps))
-    drawn = [_plans(config, model, batches, i, count).tolist() for i in ahead]
+    drawn = [draw_plans(config, model, batches, i, count).tolist() for i in ahead]
     check_agreement("config, step or ratio plan", [record, start, drawn])
     if is_lead():
         _write_json(workdir / "config.json", record["config"])
@@ -123,19 +124,18 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     metrics = Metrics(workdir if is_lead() else None, start, steps, peak=peak)
     profiler = Profiler(workdir / "profile", config.profile_steps)
     last: dict[str, float] = {}
-    with Signals() as signals, profiler:
+    held = placement.rows(rows[0])
+    inputs = Inputs(config, model, batches, count, held).ahead(start, steps)
+    with Signals() as signals, profiler, contextlib.closing(inputs):
         for step in range(start, steps):
             done = step + 1
             profiler.before(done, state)
             with metrics.timing("data"):
-                batch, plans, tokens = _inputs(config, model, batches, step, count)
-                flops = training_step(
-                    model, plans, batch["valid"], trainable=config.trainable
-                )
-                inputs = placement.batch(batch), placement.plan(plans)
+                given = next(inputs)
+                placed = placement.batch(given.batch), placement.plan(given.plans)
             with metrics.timing("step"):
-                state, values = update(state, frozen, *inputs)
-            metrics.add(plans, tokens, values, flops=flops)
+                state, values = update(state, frozen, *placed)
+            metrics.add(given.plans, given.tokens, values, flops=given.flops)
             profiler.after(done, state)
             received = signals.after(done)
             stop = done == steps or received is not None
@@ -217,7 +217,7 @@ def export_checkpoint(
     tokenizer, tokenizer_folder = make_tokenizer(config, [], workdir)
     placement = make_placement(config.mesh, config.rules, [1])
     model, trained, frozen = make_model(config, tokenizer, placement)
-    optimizer = make_optimizer(config.optimizer, _batch_config(config).steps)
+    optimizer = make_optimizer(config.optimizer, 1)  # the structure of its state
     state = _state(placement, optimizer, trained)
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
     restored = checkpoints.restore(state, {}, allow=True)
@@ -257,7 +257,7 @@ def make_update(
     dtype = jnp.dtype(config.dtype)
 
     def loss(trained, frozen, batch, plan, partition):
-        slots = _slots(config, model, len(plan)) if model.beacon else 0
+        room = slots(config, model, len(plan)) if model.beacon else 0
         return train_loss(
             model,
             trained["beacon"],
@@ -269,7 +269,7 @@ def make_update(
             remat=remat,
             offload=config.offload,
             attention=config.attention or None,
-            memory_slots=slots,
+            memory_slots=room,
             dtype=dtype.type,
             partition=partition,
         )
@@ -309,7 +309,7 @@ def _remat(
     placement: Placement,
     trained: Any,
     frozen: Any,
-    batches: Batches,
+    batches: StepBatches,
 ) -> str:
     """config.remat, or what the largest batch leaves room for."""
     if config.remat != "auto":
@@ -318,100 +318,22 @@ def _remat(
         return "lean"
     needs = []
     shares = placement.mesh.shape["data"] * placement.mesh.shape["fsdp"]
-    for stage in batches.config.stages:
-        windows = -(-stage.length // model.beacon.window)
+    for rows, length in batches.shapes:
+        windows = -(-length // model.beacon.window)
         needs.append(
             step_bytes(
                 model,
                 placement,
                 trained,
                 frozen,
-                rows=stage.batch_size // (config.accumulate * shares),
+                rows=rows // (config.accumulate * shares),
                 windows=windows,
-                slots=_slots(config, model, windows),
+                slots=slots(config, model, windows),
                 dtype=jnp.dtype(config.dtype),
                 offload=config.offload,
             )
         )
     return choose_remat(max(needs, key=lambda need: need["lean"]))
-
-
-def _inputs(
-    config: Config, model: ModelConfig, batches: Batches, step: int, count: int
-) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Windows of a step's batch [N, B, W], its plans [N, P], and the number of
-    tokens. N is that of the longest stage, so that all stages share one program:
-    windows without tokens stand in front, and cost next to nothing."""
-    raw = batches.batch(step)
-    length = raw["tokens"].shape[1]
-    window = _window(config, model, length)
-    n = max(
-        -(-s.length // _window(config, model, s.length)) for s in batches.config.stages
-    )
-    cut = functools.partial(split_windows, window=window, count=n, align="right")
-    tokens, valid = cut(raw["tokens"], None)
-    labels, _ = cut(raw["labels"], None, fill=-100)
-    weights, _ = cut(raw["weights"], None)
-    plans = _plans(config, model, batches, step, count)
-    plans = np.pad(plans, ((n - len(plans), 0), (0, 0)))
-    batch = {"tokens": tokens, "labels": labels, "valid": valid, "weights": weights}
-    return batch, plans, raw["tokens"].size
-
-
-def _window(config: Config, model: ModelConfig, length: int) -> int:
-    return model.beacon.window if model.beacon else (config.window or length)
-
-
-def _plans(
-    config: Config, model: ModelConfig, batches: Batches, step: int, count: int
-) -> np.ndarray:
-    """int32 [N, P]: the ratios of a step's windows, a column for rows that share them.
-
-    A plan that would not fit into the memory's slots is drawn again.
-    """
-    length = batches.config.stage_at(step).length
-    beacon = model.beacon
-    windows = -(-length // _window(config, model, length))
-    if beacon is None:
-        return np.zeros((windows, count), np.int32)
-    room = _slots(config, model, windows)
-
-    def draw(seed: list[int]) -> np.ndarray:
-        uniform = np.random.default_rng([*seed, 1]).uniform() < config.uniform_plans
-        for attempt in range(1000):
-            plan = draw_ratios(
-                model,
-                windows,
-                mix="instance-random" if uniform else beacon.ratio_mix,
-                seed=[*seed, 2, attempt] if attempt else seed,
-                length=length,
-                training=True,
-            )
-            if plan_slots(model, plan) <= room:
-                return plan
-        raise ValueError(
-            f"memory_slots={config.memory_slots}: no plan of {windows} windows with "
-            f"ratios {list(beacon.ratios)} fits; raise it, or set it to 0."
-        )
-
-    return np.stack([draw([config.seed, step, i]) for i in range(count)], axis=1)
-
-
-def _slots(config: Config, model: ModelConfig, windows: int) -> int:
-    """Memory slots of a row: config.memory_slots, or as many as plans may need."""
-    assert model.beacon is not None
-    drawn = model.beacon.ratio_mix == "step-random" and not config.uniform_plans
-    return config.memory_slots or memory_slots(model, windows, likely=drawn)
-
-
-def _batch_config(config: Config) -> BatchConfig:
-    data = config.data.to_dict()
-    stages = []
-    for name in sorted(data.pop("stages")):
-        given = config.data.stages[name].to_dict()
-        mix = tuple((k, w) for k, w in sorted(given.pop("mix").items()) if w)
-        stages.append(Stage(**given, mix=mix))
-    return BatchConfig(stages=tuple(stages), seed=config.seed, **data)
 
 
 def _check(config: Config) -> None:
@@ -446,11 +368,19 @@ def _check(config: Config) -> None:
     for name in ("log_every", "save_every", "keep", "accumulate"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1.")
-    for name, stage in config.data.stages.items():
-        if stage.batch_size % config.accumulate:
+    if config.data.prepared and not config.data.sources:
+        raise ValueError(
+            f"data.prepared={config.data.prepared!r} without data.sources: name the "
+            "sources it was made of as well."
+        )
+    stages = {name: s.batch_size for name, s in config.data.stages.items()}
+    if config.data.sources:
+        stages = {"data": config.data.batch_size}
+    for name, rows in stages.items():
+        if rows % config.accumulate:
             raise ValueError(
-                f"accumulate={config.accumulate} does not divide batch_size="
-                f"{stage.batch_size} of {name}: make it a multiple."
+                f"accumulate={config.accumulate} does not divide batch_size={rows} of "
+                f"{name}: make it a multiple."
             )
     parse_steps(config.profile_steps)
     peak_flops((), config.peak_tflops)
@@ -461,20 +391,16 @@ def _announce(
     model: ModelConfig,
     trained,
     frozen,
-    batches: Batches,
+    batches: StepBatches,
     start: int,
     mesh: Mesh,
 ) -> None:
-    stages = ", ".join(
-        f"{s.steps} x {s.batch_size} x {s.length}" for s in batches.config.stages
-    )
     print(
         f"training {_count(trained):,} parameters ({config.trainable}), "
         f"{_count(frozen):,} frozen, {config.dtype} on {mesh.size} x "
         f"{mesh.devices.flat[0].device_kind}; "
-        f"{len(batches.stream):,} tokens of {config.text.uri}; "
         + (f"windows of {model.beacon.window}; " if model.beacon else "")
-        + f"steps x batch x length: {stages}"
+        + describe(config, batches)
         + (f"; going on from step {start}" if start else ""),
         flush=True,
     )

@@ -1,5 +1,6 @@
 """Text sources: deterministic disjoint splits, errors that say what to do."""
 
+import hashlib
 import json
 
 import pytest
@@ -40,7 +41,64 @@ def test_bad_files_and_rows_are_skipped_and_counted(folder):
     (folder / "rows.jsonl").write_text("\n".join(rows))
     corpus = read_corpus(str(folder))
     assert ("rows.jsonl:000000000", "row") in corpus.documents
-    assert sorted(count for _, count in corpus.skipped) == [1, 2]
+    assert corpus.skipped == (
+        ("invalid UTF-8 (file)", 1),
+        ("not JSON (row)", 1),
+        ("unknown fields (row)", 1),
+    )
+
+
+def test_names_and_texts_are_those_that_the_shipped_model_was_split_by(tmp_path):
+    # Computed with the reader that the shipped model's held-out split came from.
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "x.py").write_text("no\n")
+    for i in range(12):
+        (tmp_path / f"doc{i}.txt").write_text(f"document {i}\n")
+    (tmp_path / "a.md").write_text("# A\n")
+    (tmp_path / "sub" / "b.rst").write_text("B\n=\n")
+    (tmp_path / "sub" / "c.py").write_text("x = 1\n")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    rows = [json.dumps({"text": f"row {i}"}) for i in range(5)]
+    rows.insert(2, "")
+    rows.insert(3, "not json")
+    rows.insert(5, json.dumps({"other": 1}))
+    rows.insert(6, json.dumps({"text": " "}))
+    (tmp_path / "sub" / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    corpus = read_corpus(str(tmp_path))
+    assert _hash(corpus) == "b985d067aa27f144"
+    assert [name for name, _ in corpus.documents if is_heldout(name, 0.3)] == [
+        "doc1.txt",
+        "doc3.txt",
+        "doc6.txt",
+        "doc7.txt",
+        "doc9.txt",
+        "sub/b.rst",
+    ]
+    lines = [f"line {i}\n" for i in range(9000)]
+    (tmp_path / "book.txt").write_text("".join([*lines, "\u2028 odd\x0c break\r\nend"]))
+    corpus = read_corpus(str(tmp_path / "book.txt"))
+    assert _hash(corpus) == "a2460649b8d24863"
+    assert len(corpus.documents) == 6
+
+
+def _hash(corpus):
+    digest = hashlib.sha256()
+    for name, text in corpus.documents:
+        digest.update(f"{name}\0{text}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def test_a_large_file_in_a_folder_is_one_document(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(20_000)) + "\n" * 200_000
+    (tmp_path / "book.txt").write_text(text)
+    (tmp_path / "other.txt").write_text("other\n")
+    documents = read_corpus(str(tmp_path)).documents
+    assert documents == (("book.txt", text), ("other.txt", "other\n"))
+    (tmp_path / "other.txt").unlink()
+    assert read_corpus(str(tmp_path)).documents == (("book.txt", text),)
 
 
 def test_a_lone_file_is_cut_into_blocks_that_split(tmp_path):

@@ -30,7 +30,7 @@ def test_the_snippet_runs_as_printed_and_finds_the_pass_key():
 
 
 def test_every_command_and_folder_it_names_exists():
-    modules = set(re.findall(r"-m ((?:beacon_jax|tests)\.\w+)", README))
+    modules = set(re.findall(r"-m ((?:beacon_jax|tests)(?:\.\w+)+)", README))
     assert {"beacon_jax.train", "beacon_jax.generate"} <= modules
     for module in modules:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module

@@ -11,14 +11,14 @@ import sys
 import numpy as np
 from ml_collections import ConfigDict
 
-from beacon_jax.training import processes, trainer
+from beacon_jax.training import inputs, processes, trainer
 
 
 def main(config: str, workdir: str) -> None:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         processes.start()
     if "ADVERSARIAL_PLANS" in os.environ:
-        draw = trainer._plans
+        draw = inputs.draw_plans
 
         def adversarial(config, model, batches, step, count):
             drawn = draw(config, model, batches, step, count)
@@ -29,7 +29,7 @@ def main(config: str, workdir: str) -> None:
             again = (np.cumsum(plans == 0, axis=0) > 1) & (plans == 0)
             return np.where(again, ratios[1], plans).astype(drawn.dtype)
 
-        trainer._plans = adversarial
+        inputs.draw_plans = trainer.draw_plans = adversarial
     with open(config, encoding="utf-8") as file:
         settings = json.load(file)
     try:

@@ -18,6 +18,7 @@ from absl import flags
 
 from beacon_jax import hf
 from beacon_jax import train as command
+from beacon_jax.data.sources import parse_uri
 from beacon_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,7 @@ def test_the_command_in_the_docstring_is_accepted(recipe, monkeypatch):
     assert values["workdir"].value == f"out/{recipe}"
     # What cannot have a default is named in the command.
     assert config.init_from
-    assert config.text.uri in ("FOLDER", "stdlib")
+    assert config.data.root == ("DIR" if config.data.sources else "")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -95,17 +96,27 @@ def test_an_unknown_argument_is_an_error(recipe):
         config_of(recipe, "long")
 
 
+TEMPLATES = {"llama2": "llama-2", "qwen2": "qwen", "llama3": "llama-3"}
+
+
 @pytest.mark.parametrize("model", STAGED)
-def test_the_stages_have_the_sizes_of_the_paper(model):
-    first, second = config_of(f"{model}_pretrain"), config_of(f"{model}_finetune")
-    stages = first.data.stages.values()
-    tokens = sum(s.steps * s.batch_size * s.length for s in stages)
-    assert abs(tokens / 1e9 - 1) < 1e-3
-    assert sum(s.steps * s.batch_size for s in second.data.stages.values()) == 28_000
-    for config, lengths in ((first, (2400, 20480)), (second, (7200, 20480))):
-        for s in config.data.stages.values():
-            assert lengths[0] <= s.length <= lengths[1]
-            assert s.batch_size == 8
+def test_the_stages_have_the_data_of_the_paper(model):
+    first, second = (
+        config_of(f"{model}_pretrain").data,
+        config_of(f"{model}_finetune").data,
+    )
+    assert first.sources == ("long-llm:redpajama/train.json",)
+    assert (first.tokens, first.min_length, first.max_length) == (10**9, 2400, 20480)
+    assert not first.chat_template
+    counts = [parse_uri(uri).count for uri in second.sources]
+    assert counts == [None, None, 5000, 2000, 5000]  # 13,000 and 3,000 are whole files
+    assert {parse_uri(uri).scheme for uri in second.sources} == {"long-llm"}
+    assert (second.tokens, second.min_length, second.max_length) == (0, 7200, 20480)
+    name = model.split("_")[0]
+    assert second.chat_template == TEMPLATES.get(name, name)
+    for data in (first, second):
+        assert (data.batch_size, data.group, data.epochs) == (8, "strict", 1)
+        assert not data.stages and not data.weights
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,10 @@ def inputs():
     return {"beacon": beacon, "params": params}, batch
 
 
-def on_mesh(placement, trained_names, average, plans, parts=1, **options):
+def on_mesh(placement, trained_names, average, plans, parts=1, changed=None, **options):
     """(loss, aux, gradients) computed with everything where the placement wants it."""
     variables, batch = inputs()
+    batch = {**batch, **(changed or {})}
     trained = {n: variables[n] for n in trained_names}
     frozen = {n: x for n, x in variables.items() if n not in trained}
     shardings = placement.trained(MODEL, trained)
@@ -132,6 +133,35 @@ def test_every_device_its_own_plan(devices, average):
     mean = lambda *parts: sum(s / total * x for s, x in zip(shares, parts, strict=True))
     np.testing.assert_allclose(loss, mean(*(w[0] for w in wanted)), rtol=1e-5)
     assert_close(gradients, jax.tree.map(mean, *(w[1] for w in wanted)))
+
+
+@functools.cache
+def five_rows(average):
+    variables, batch = inputs()
+    (loss, _), gradients = jax.value_and_grad(loss_of(average), has_aux=True)(
+        {"beacon": variables["beacon"]},
+        {"params": variables["params"]},
+        {name: value[:, :5] for name, value in batch.items()},
+        np.asarray([2, 4, 2], np.int32),
+        None,
+    )
+    return loss, gradients
+
+
+@pytest.mark.parametrize("average", ["token", "row"])
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 2, 1)], ids=str)
+def test_empty_rows_of_a_batch_weigh_nothing(mesh, average):
+    """A `pad` batch of five rows: of four devices one has one of them, one has none."""
+    _, batch = inputs()
+    placement = place(*mesh)
+    plans = np.repeat([[2], [4], [2]], placement.plans, axis=1).astype(np.int32)
+    valid = np.where(np.arange(B) < 5, batch["valid"], 0)
+    labels = np.where(np.arange(B)[:, None] < 5, batch["labels"], -100)
+    changed = {"valid": valid, "labels": labels}
+    loss, _, gradients = on_mesh(placement, ["beacon"], average, plans, changed=changed)
+    wanted, expected = five_rows(average)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    assert_close(gradients, expected)
 
 
 @functools.cache

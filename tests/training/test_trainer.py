@@ -17,7 +17,7 @@ from beacon_jax import train as command
 from beacon_jax.core.windows import memory_slots, plan_slots
 from beacon_jax.data.batches import BatchConfig, Batches, Stage
 from beacon_jax.model.config import BeaconConfig, ModelConfig
-from beacon_jax.training import trainer
+from beacon_jax.training import inputs, trainer
 from beacon_jax.training.trainer import train
 
 SMALL = {
@@ -42,6 +42,12 @@ def losses(workdir):
 
 def weights(workdir):
     return (workdir / "export" / "model.safetensors").read_bytes()
+
+
+def kill_after_step_3(signals, step, after=trainer.Signals.after):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return after(signals, step)
 
 
 def test_loss_falls(base):
@@ -90,14 +96,7 @@ def test_a_frozen_base_that_changes_is_an_error(config, tmp_path, monkeypatch):
 
 def test_resume_after_sigterm_is_bit_identical(config, tmp_path, monkeypatch, capsys):
     train(config, tmp_path / "whole")
-    draw = trainer._inputs
-
-    def kill_in_step_3(config, model, batches, step, devices):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(config, model, batches, step, devices)
-
-    monkeypatch.setattr(trainer, "_inputs", kill_in_step_3)
+    monkeypatch.setattr(trainer.Signals, "after", kill_after_step_3)
     with pytest.raises(SystemExit) as stopped:
         train(config, tmp_path / "parts")
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -115,14 +114,7 @@ def test_a_run_goes_on_on_another_mesh(config, tmp_path, monkeypatch):
     config.data.stages.stage1.batch_size = 4
     config.mesh.update({"data": 2, "fsdp": 2})
     train(config, tmp_path / "whole")
-    draw = trainer._inputs
-
-    def kill_in_step_3(config, model, batches, step, count):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(config, model, batches, step, count)
-
-    monkeypatch.setattr(trainer, "_inputs", kill_in_step_3)
+    monkeypatch.setattr(trainer.Signals, "after", kill_after_step_3)
     with pytest.raises(SystemExit):
         train(config, tmp_path / "parts")
     monkeypatch.undo()
@@ -143,13 +135,13 @@ def test_stages_of_any_length_and_all_plans_share_one_compiled_step(
     config.data.stages.stage1 = {**config.data.stages.stage1, "length": 48, "steps": 3}
     config.data.stages.stage2 = {**config.data.stages.stage1, "length": 20}
     config.data.stages.stage3 = {**config.data.stages.stage1, "length": 33}
-    made, plans, make, draw = [], [], trainer.make_update, trainer._plans
+    made, plans, make, draw = [], [], trainer.make_update, inputs.draw_plans
 
     def keep_plans(*args):
         plans.append(draw(*args))
         return plans[-1]
 
-    monkeypatch.setattr(trainer, "_plans", keep_plans)
+    monkeypatch.setattr(inputs, "draw_plans", keep_plans)
     monkeypatch.setattr(
         trainer, "make_update", lambda *a: made.append(make(*a)) or made[0]
     )
@@ -176,7 +168,8 @@ def drawn(config, steps, **beacon):
     beacon = BeaconConfig(32, (2, 4, 8), **beacon)
     model = ModelConfig(**SMALL, beacon=beacon)
     batches = Batches(np.zeros(999), None, BatchConfig((Stage(steps, 288, 1),)))
-    plans = [trainer._plans(config, model, batches, i, 1)[:, 0] for i in range(steps)]
+    draw = inputs.draw_plans
+    plans = [draw(config, model, batches, i, 1)[:, 0] for i in range(steps)]
     return model, np.stack(plans)
 
 
@@ -250,10 +243,11 @@ def test_updates_that_are_not_finite_stop_the_run(config, tmp_path):
         ("profile_steps", (3, 2), r"profile_steps=\(3, 2\) is no range of steps"),
         ("peak_tflops", -1.0, "peak_tflops=-1.0 must not be negative"),
         ("uniform_plans", 50.0, "uniform_plans=50.0 is a share of the steps"),
+        ("data.prepared", "x", "data.prepared='x' without data.sources"),
     ],
 )
 def test_a_wrong_setting_is_named(config, tmp_path, key, value, message):
-    config[key] = value
+    config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path)
 

@@ -1,0 +1,304 @@
+"""Conversations as tokens, with the assistant's answers marked (SPEC section 6).
+
+The whole conversation is written as one string and tokenised once; which tokens are
+targets follows from where they lie in that string. The templates are those of the
+release (fastchat's, with its system prompts and separators):
+
+  qwen     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
+           <|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\n[A<|im_end|>]\\n
+  llama-3  <|start_header_id|>user<|end_header_id|>\\n\\nQ<|eot_id|>
+           <|start_header_id|>assistant<|end_header_id|>\\n\\n[A<|eot_id|>]
+  llama-2  [INST] Q [/INST][ A </s>]<s>
+  mistral  [INST] Q [/INST][ A</s>]
+  no       Q[ A eos]: one question and one answer without any marker
+  hf       the tokenizer's own template, which must mark answers by {% generation %}
+
+(line breaks above are not part of them, brackets around the targets neither). The
+tokenizer adds its own bos, as everywhere.
+
+A token that straddles the start of an answer: the release counts tokens of the text up
+to the answer, so a token that begins in front of the answer ("\\n\\n" of a header's
+"\\n" and an answer's "\\n") is no target, and in `no`, where it counts those of the
+answer, a token with the first character of the answer is one (" A"). So it is here.
+Where the release's counting drifts because pieces tokenise differently alone (a
+question that begins with a newline under qwen shifts its masks by one), the masks here
+stay right.
+"""
+
+import functools
+import itertools
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from transformers.utils.chat_template_utils import render_jinja_template
+
+log = logging.getLogger(__name__)
+
+NO_ASSISTANT = "no assistant turn"
+EMPTY_TURN = "empty turn"
+SAME_ROLE = "two turns of one role in a row"
+UNKNOWN_ROLE = "unknown role"
+MULTI_TURN = "more than one question for chat_template 'no'"
+REFUSED = "refused by the chat template"
+NO_LABELS = "no labelled token"
+REASONS = (
+    NO_ASSISTANT,
+    EMPTY_TURN,
+    SAME_ROLE,
+    UNKNOWN_ROLE,
+    MULTI_TURN,
+    REFUSED,
+    NO_LABELS,
+)
+
+
+class Format(NamedTuple):
+    """How a template writes a conversation, and which tokens it cannot do without.
+
+    answer: (in front, labelled in front, labelled behind, behind) of its text.
+    """
+
+    system: str
+    question: tuple[str, str]
+    answer: tuple[str, str, str, str]
+    needs: tuple[str, ...]
+
+
+FORMATS = {
+    "qwen": Format(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        ("<|im_start|>user\n", "<|im_end|>\n"),
+        ("<|im_start|>assistant\n", "", "<|im_end|>", "\n"),
+        ("<|im_start|>", "<|im_end|>"),
+    ),
+    "llama-3": Format(
+        "",
+        ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        ("<|start_header_id|>assistant<|end_header_id|>\n\n", "", "<|eot_id|>", ""),
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "llama-2": Format(
+        "", ("[INST] ", " "), ("[/INST]", " ", " </s>", "<s>"), ("<s>", "</s>")
+    ),
+    "mistral": Format("", ("[INST] ", " "), ("[/INST]", " ", "</s>", ""), ("</s>",)),
+}
+TEMPLATES = (*FORMATS, "hf", "no")
+TURN_ROLES = ("user", "assistant")
+Span = tuple[int, int]
+
+
+def encode(
+    turns: Sequence[tuple[str, str]], tokenizer: Any, template: str
+) -> tuple[np.ndarray, np.ndarray] | str:
+    """(tokens int32 [n], labelled bool [n]), or a reason to drop the conversation.
+
+    Args:
+      turns: (role, content) in order; those in front of the first of the user are left
+        out. Roles are user and assistant in turn; `hf` leaves that to its template.
+      tokenizer: a fast tokenizer of transformers.
+      template: one of TEMPLATES.
+
+    Returns:
+      The tokens, and which are targets: the assistant's text and its end marker; or one
+      of REASONS.
+
+    Raises:
+      ValueError: no template or an unknown one, or a tokenizer without its markers,
+        without offsets, or, for `hf`, without a template that marks answers.
+    """
+    _check(tokenizer, template)
+    turns = _from_first_question(turns)
+    reason = _fault(turns, template)
+    if reason:
+        return reason
+    if template == "hf":
+        return _by_own_template(turns, tokenizer)
+    if template == "no":
+        return _plain(turns, tokenizer)
+    text, spans = render(turns, template)
+    return _tokenise(text, spans, tokenizer, from_start=True)
+
+
+def render(turns: Sequence[tuple[str, str]], template: str) -> tuple[str, list[Span]]:
+    """The text of a conversation and the character ranges [start, stop) of targets."""
+    form = FORMATS[template]
+    text, spans = form.system, []
+    for role, content in turns:
+        if role == "user":
+            text += form.question[0] + content + form.question[1]
+            continue
+        head, before, after, tail = form.answer
+        start = len(text) + len(head)
+        text += head + before + content + after
+        spans.append((start, len(text)))
+        text += tail
+    return text, spans
+
+
+def eos_of(tokenizer: Any) -> int:
+    """The id of the eos token.
+
+    Raises:
+      ValueError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer={tokenizer.name_or_path!r} has no eos token; set eos_token in "
+            "its tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id
+
+
+def _check(tokenizer: Any, template: str) -> None:
+    if not template:
+        raise ValueError(
+            "data.chat_template='' but the data holds conversations; set it to one of "
+            f"{', '.join(TEMPLATES)}"
+        )
+    if template not in TEMPLATES:
+        raise ValueError(
+            f"data.chat_template={template!r} is unknown; use one of "
+            f"{', '.join(TEMPLATES)}"
+        )
+    name = tokenizer.name_or_path
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer={name!r} is a {type(tokenizer).__name__}, which cannot say "
+            "where in the text a token lies; conversations need a tokenizer.json"
+        )
+    if template == "no":
+        eos_of(tokenizer)
+    elif template == "hf":
+        _own_template(tokenizer)
+    else:
+        missing = [m for m in FORMATS[template].needs if not _has(tokenizer, m)]
+        if missing:
+            raise ValueError(
+                f"data.chat_template={template!r} needs {' '.join(missing)}, which "
+                f"tokenizer={name!r} does not have; use the template of its model, "
+                "'hf' or 'no'"
+            )
+
+
+def _has(tokenizer: Any, token: str) -> bool:
+    found = tokenizer.convert_tokens_to_ids(token)
+    return found is not None and (
+        found != tokenizer.unk_token_id or token == tokenizer.unk_token
+    )
+
+
+def _from_first_question(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    for i, (role, _) in enumerate(turns):
+        if role == "user":
+            return list(turns[i:])
+    return []
+
+
+def _fault(turns: list[tuple[str, str]], template: str) -> str:
+    """Why these turns cannot be written, or ""."""
+    roles = [role for role, _ in turns]
+    known = ("user", "assistant", "system") if template == "hf" else TURN_ROLES
+    if any(role not in known for role in roles):
+        return UNKNOWN_ROLE
+    if "assistant" not in roles:
+        return NO_ASSISTANT
+    if any(not content for _, content in turns):
+        return EMPTY_TURN
+    if template != "hf" and any(a == b for a, b in itertools.pairwise(roles)):
+        return SAME_ROLE
+    return MULTI_TURN if template == "no" and len(turns) > 2 else ""
+
+
+def _plain(
+    turns: list[tuple[str, str]], tokenizer: Any
+) -> tuple[np.ndarray, np.ndarray] | str:
+    (_, question), (_, answer) = turns
+    # As the release does: whatever the tokenizer cannot hold is lost here already.
+    question = tokenizer.decode(
+        tokenizer.encode(question, verbose=False), skip_special_tokens=True
+    )
+    answer = " " + answer + tokenizer.eos_token
+    start = len(question) + len(answer) - len(answer.lstrip())
+    text = question + answer
+    return _tokenise(text, [(start, len(text))], tokenizer)
+
+
+def _by_own_template(
+    turns: list[tuple[str, str]], tokenizer: Any
+) -> tuple[np.ndarray, np.ndarray] | str:
+    # What tokenizer.apply_chat_template(return_assistant_tokens_mask=True) does, except
+    # that it stops marking, silently, at an answer that begins with a space under a
+    # tokenizer that leaves spaces out of its offsets (Llama-3).
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        # Its annotation says str; it returns texts and their spans.
+        rendered: Any = render_jinja_template(
+            conversations=[messages],
+            chat_template=_own_template(tokenizer),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except jinja2.TemplateError as error:
+        _warn_once(f"{REFUSED}: {error}")
+        return REFUSED
+    (text,), (spans,) = rendered
+    return _tokenise(text, spans, tokenizer, add_special_tokens=False)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def _own_template(tokenizer: Any) -> str:
+    name = tokenizer.name_or_path
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"data.chat_template='hf' but tokenizer={name!r} has no chat template; use "
+            f"one of {', '.join(FORMATS)} or add a chat_template.jinja to it"
+        )
+    template = tokenizer.get_chat_template()
+    if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        raise ValueError(
+            f"data.chat_template='hf' but the chat template of tokenizer={name!r} does "
+            "not say which text is the assistant's; put {% generation %} and "
+            "{% endgeneration %} around an answer and its end marker in it, or use one "
+            f"of {', '.join(FORMATS)}"
+        )
+    return template
+
+
+def _tokenise(
+    text: str,
+    spans: list[Span],
+    tokenizer: Any,
+    *,
+    from_start: bool = False,
+    add_special_tokens: bool = True,
+) -> tuple[np.ndarray, np.ndarray] | str:
+    """Tokens of the text, targets where they overlap a span.
+
+    from_start: a token that begins in front of a span is no target.
+    """
+    encoded = tokenizer(
+        text,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    start, stop = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+    # Spaces are left out of some tokenizers' offsets; a token of spaces only is then
+    # empty and lies at their end. Give it the place behind the token before it.
+    before = np.maximum.accumulate(np.append(0, stop[:-1]))
+    start = np.where(start == stop, np.minimum(start, before), start)
+    labelled = np.zeros(len(start), bool)
+    for first, last in spans:
+        inside = start >= first if from_start else stop > first
+        labelled |= inside & (start < last)
+    if not labelled.any():
+        return NO_LABELS
+    return np.asarray(encoded["input_ids"], np.int32), labelled

@@ -1,0 +1,212 @@
+"""What a row of a source means: its fields become text, turns or tokens.
+
+| fields                           | record                                            |
+|----------------------------------|---------------------------------------------------|
+| input_ids [, labels]             | tokens                                            |
+| conversations: [{role, content}] | turns                                             |
+| conversations: [{from, value}]   | turns (ShareGPT: human is user, gpt is assistant) |
+| text                             | text                                              |
+| instruction, output [, input]    | two turns (LongAlpaca); input on a line of its own|
+| chapter, summary_text            | two turns (BookSum); the user's: BOOKSUM, chapter |
+
+Other fields are ignored. The first line of the table that has all its fields, none of
+them null, decides.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# The release ships BookSum as finished conversations only, so its wording is not known.
+BOOKSUM = "Summarize the following chapter.\n\n"
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+}
+
+
+class Record(NamedTuple):
+    """One usable row; exactly one of text, turns and tokens is not None.
+
+    where: "folder/file.jsonl:17", the 1-based line or row of a file, relative to the
+      source. turns: (role, content) in order; roles are "user", "assistant", "system".
+      tokens: int32 [n] of a row that is tokenised, and its labels int32 [n] (-100:
+      none; labels[t] belongs to token t, as in transformers: not shifted) or None.
+    """
+
+    where: str
+    text: str | None = None
+    turns: tuple[tuple[str, str], ...] | None = None
+    tokens: tuple[np.ndarray, np.ndarray | None] | None = None
+
+
+class Dropped(NamedTuple):
+    """A row, or a file, that was left out, and why in a few words."""
+
+    where: str
+    reason: str
+
+
+class _BadField(Exception):
+    """Its message is the reason of a Dropped."""
+
+
+def parse(where: str, data: bytes) -> Record | Dropped:
+    """The record of a row that is UTF-8 JSON; a reason if it is none."""
+    try:
+        # Not json.loads(bytes), which guesses UTF-16 and UTF-32.
+        row = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return Dropped(where, "invalid UTF-8")
+    except (ValueError, RecursionError):
+        return Dropped(where, "not JSON")
+    return record(where, row)
+
+
+def record(where: str, row: Any) -> Record | Dropped:
+    """The record of a row as a dict of fields (strings may be bytes, lists arrays)."""
+    if not isinstance(row, dict):
+        return Dropped(where, "not an object")
+    present = {key for key, value in row.items() if value is not None}
+    for fields, make in _FORMS:
+        if present.issuperset(fields):
+            try:
+                return make(where, row)
+            except _BadField as error:
+                return Dropped(where, str(error))
+    if any(set(fields) <= row.keys() for fields, _ in _FORMS):
+        return Dropped(where, "wrong type")
+    return Dropped(where, "unknown fields")
+
+
+def _tokens(where: str, row: dict) -> Record:
+    tokens = _integers(row["input_ids"])
+    if not len(tokens):
+        raise _BadField("empty")
+    if tokens.min() < 0:
+        raise _BadField("wrong type")
+    labels = row.get("labels")
+    if labels is not None:
+        labels = _integers(labels)
+        if len(labels) != len(tokens):
+            raise _BadField("labels of another length")
+    return Record(where, tokens=(tokens, labels))
+
+
+def _integers(value: Any) -> np.ndarray:
+    """int32 [n]."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # ragged
+        raise _BadField("wrong type") from None
+    if array.ndim == 1 and not array.size:
+        return np.zeros(0, np.int32)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise _BadField("wrong type")
+    limits = np.iinfo(np.int32)
+    if array.min() < limits.min or array.max() > limits.max:
+        raise _BadField("wrong type")
+    return array.astype(np.int32)
+
+
+def _conversation(where: str, row: dict) -> Record:
+    turns = row["conversations"]
+    if isinstance(turns, dict):
+        turns = _transposed(turns)
+    if not isinstance(turns, list | tuple | np.ndarray):
+        raise _BadField("wrong type")
+    return _turns(where, tuple(_turn(turn) for turn in turns))
+
+
+def _transposed(columns: dict) -> list[dict]:
+    """TFDS and older Arrow files hold a list of turns as a dict of lists."""
+    lists = [
+        value for value in columns.values() if isinstance(value, list | np.ndarray)
+    ]
+    if len(lists) != len(columns) or len({len(value) for value in lists}) > 1:
+        raise _BadField("wrong type")
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)
+    ]
+
+
+def _turn(turn: Any) -> tuple[str, str]:
+    if not isinstance(turn, dict):
+        raise _BadField("wrong type")
+    role, content = (
+        turn.get(ours) if turn.get(ours) is not None else turn.get(theirs)
+        for ours, theirs in (("role", "from"), ("content", "value"))
+    )
+    if role is None:
+        raise _BadField("missing role")
+    if content is None:
+        raise _BadField("missing content")
+    known = ROLES.get(_string(role))
+    if known is None:
+        raise _BadField("unknown role")
+    return known, _string(content)
+
+
+def _turns(where: str, turns: tuple[tuple[str, str], ...]) -> Record:
+    if all(not content or content.isspace() for _, content in turns):
+        raise _BadField("empty")
+    return Record(where, turns=turns)
+
+
+def _text(where: str, row: dict) -> Record:
+    return Record(where, text=_filled(row["text"]))
+
+
+def _instruction(where: str, row: dict) -> Record:
+    user = _filled(row["instruction"])
+    more = row.get("input")
+    if more is not None and (more := _string(more)):
+        user = f"{user}\n{more}"
+    return _turns(where, (("user", user), ("assistant", _filled(row["output"]))))
+
+
+def _booksum(where: str, row: dict) -> Record:
+    user = BOOKSUM + _filled(row["chapter"])
+    return _turns(where, (("user", user), ("assistant", _filled(row["summary_text"]))))
+
+
+def _string(value: Any) -> str:
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise _BadField("invalid UTF-8") from None
+    if not isinstance(value, str):
+        raise _BadField("wrong type")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:  # "\ud800" in JSON: tokenizers raise on it
+            raise _BadField("lone surrogate") from None
+    return value
+
+
+def _filled(value: Any) -> str:
+    value = _string(value)
+    if not value or value.isspace():
+        raise _BadField("empty")
+    return value
+
+
+_FORMS: tuple[tuple[tuple[str, ...], Callable[[str, dict], Record]], ...] = (
+    (("input_ids",), _tokens),
+    (("conversations",), _conversation),
+    (("text",), _text),
+    (("instruction", "output"), _instruction),
+    (("chapter", "summary_text"), _booksum),
+)
+# Columns that are read from files that hold columns.
+COLUMNS = frozenset(field for fields, _ in _FORMS for field in fields) | {
+    "labels",
+    "input",
+}

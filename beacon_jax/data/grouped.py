@@ -1,0 +1,288 @@
+"""Batches of whole examples, grouped by their number of windows.
+
+An example of n tokens has ceil(n / W) windows. What is in a batch:
+  strict   rows of one number of windows: shuffled, sorted by it (stable), cut; what is
+           left of a number when it changes is left out; the batches are shuffled. This
+           is the release's StrideGroupedSampler (EVALUATION section 4.1), its order
+           included: `random.seed(seed)` before it gives the batches of epoch 0.
+  relaxed  the same, but a batch may hold rows of several numbers; only the last,
+           incomplete batch is left out (the release keeps it).
+  pad      the same, and the incomplete batch is filled with empty rows: every row is
+           used.
+Rows are aligned at their last windows, which makes mixed batches right (SPEC section
+3).
+
+The whole order is drawn from (seed, epoch) and the lengths alone, so that it is the
+same on any number of processes and devices, and batch i needs no batch before it: the
+data position of a run is its step.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.data.examples import IGNORED, shift
+from beacon_jax.data.prepared import Prepared
+
+GROUPS = ("strict", "relaxed", "pad")
+EMPTY = -1  # a row without an example
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """What `GroupedBatches` draws.
+
+    Attributes:
+      window: tokens of a window; 0: rows are not grouped (one window each).
+      batch_size: rows of a step, of all devices together.
+      weights: a number per source, how its rows are to be represented; (): every row
+        once.
+      epochs, steps, tokens: where it ends, whichever comes first; 0: no such limit.
+    """
+
+    window: int
+    batch_size: int
+    group: str = "strict"
+    seed: int = 0
+    weights: tuple[float, ...] = ()
+    epochs: int = 1
+    steps: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, config: Any) -> "GroupConfig":
+        """From a whole config (`training.config`)."""
+        data = config.data
+        return cls(
+            window=config.beacon.window if config.beacon.use else config.window,
+            batch_size=data.batch_size,
+            group=data.group,
+            seed=config.seed,
+            weights=tuple(data.weights),
+            epochs=data.epochs,
+            steps=data.steps,
+            tokens=int(data.tokens),
+        )
+
+    def __post_init__(self) -> None:
+        if self.group not in GROUPS:
+            raise ValueError(
+                f"data.group={self.group!r} is unknown: use {', '.join(GROUPS)}."
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size={self.batch_size} must be at least 1.")
+        for name in ("epochs", "steps", "tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)} must not be negative; 0: no "
+                    "such limit."
+                )
+        if not (self.epochs or self.steps or self.tokens):
+            raise ValueError(
+                "data.epochs=0, data.steps=0 and data.tokens=0 never end: set one."
+            )
+
+
+def windows_of(lengths: Int[np.ndarray, " n"], window: int) -> Int[np.ndarray, " n"]:
+    """Windows of rows of these lengths; the release counts (length - W) / W + 1,
+    rounded up."""
+    if not window:
+        return np.ones_like(lengths)
+    return -(-lengths // window)
+
+
+def order(
+    windows: Int[np.ndarray, " n"], batch_size: int, group: str, seed: int
+) -> tuple[Int[np.ndarray, "S B"], dict[int, int]]:
+    """The batches of one epoch, and how many rows of each number of windows are left
+    out.
+
+    Args:
+      windows: of every row.
+      seed: of Python's generator, whose shuffle the release uses.
+
+    Returns:
+      Row numbers, EMPTY where a batch has no row.
+    """
+    draw = random.Random(seed)
+    shuffled = list(range(len(windows)))
+    draw.shuffle(shuffled)
+    rows = np.asarray(shuffled, np.int64)
+    rows = rows[np.argsort(windows[rows], kind="stable")]
+    if group == "strict":
+        edges = np.flatnonzero(np.diff(windows[rows])) + 1
+        runs = np.split(rows, edges)
+    else:
+        runs = [rows]
+    batches, left = [], Counter()
+    for run in runs:
+        if group == "pad":
+            filler = np.full(-len(run) % batch_size, EMPTY)
+            run = np.concatenate([run, filler])
+        whole = len(run) - len(run) % batch_size
+        batches.append(run[:whole].reshape(-1, batch_size))
+        left.update(windows[run[whole:]].tolist())
+    cut = np.concatenate(batches) if batches else np.zeros((0, batch_size), np.int64)
+    shuffled = list(range(len(cut)))
+    draw.shuffle(shuffled)
+    return cut[np.asarray(shuffled, np.int64)], dict(sorted(left.items()))
+
+
+def mixture(
+    sources: Int[np.ndarray, " n"], weights: Sequence[float], seed: Sequence[int]
+) -> Int[np.ndarray, " m"]:
+    """Row numbers, ascending, of the largest choice that has `weights` as the shares of
+    the sources and no row twice.
+
+    Raises:
+      ValueError: weights that do not fit the sources; a source without a row.
+    """
+    counts = np.bincount(sources, minlength=len(weights))
+    if len(counts) > len(weights):
+        raise ValueError(
+            f"data.weights={tuple(weights)} must be one number for each of the "
+            f"{len(counts)} data.sources."
+        )
+    share = np.asarray(weights, float)
+    if not (np.isfinite(share) & (share >= 0)).all() or not share.sum():
+        raise ValueError(
+            f"data.weights={tuple(weights)} must not be negative, and not all 0."
+        )
+    missing = [i for i in range(len(weights)) if weights[i] and not counts[i]]
+    if missing:
+        raise ValueError(
+            f"data.weights={tuple(weights)}: source {missing[0]} has no example; give "
+            "it weight 0."
+        )
+    used = np.flatnonzero(share)
+    most = min(counts[used] / share[used])
+    chosen = []
+    for i in used:
+        rows = np.flatnonzero(sources == i)
+        # 1e-9: 10 * 0.3 / 0.3 must not lose a row to rounding.
+        take = min(int(most * share[i] + 1e-9), len(rows))
+        draw = np.random.default_rng([*seed, int(i)])
+        chosen.append(draw.permutation(rows)[:take])
+    return np.sort(np.concatenate(chosen))
+
+
+class GroupedBatches:
+    """Batches over a prepared folder; `data.batches.StepBatches` says what is what.
+
+    Attributes:
+      left_out: {windows: rows} of epoch 0 that no batch holds.
+      epochs: how many are begun.
+    """
+
+    def __init__(self, data: Prepared, config: GroupConfig):
+        """
+        Raises:
+          ValueError: not one whole batch, weights that do not fit, or more steps than
+            the epochs have.
+        """
+        self.data, self.config = data, config
+        if config.weights and len(config.weights) != len(data.uris):
+            raise ValueError(
+                f"data.weights={config.weights} must be one number for each of the "
+                f"{len(data.uris)} data.sources."
+            )
+        self.rows, self.left_out, self.epochs = self._order()
+        self.steps = len(self.rows)
+        self.longest = int(self.data.lengths.max())
+
+    def _order(self) -> tuple[np.ndarray, dict[int, int], int]:
+        """Row numbers [steps, B] of all epochs."""
+        config, lengths = self.config, self.data.lengths
+        parts, left_out, epoch = [], {}, 0
+        steps, tokens = 0, 0
+        while not config.epochs or epoch < config.epochs:
+            rows, left = self._epoch(epoch)
+            if not len(rows):
+                raise ValueError(
+                    f"data.batch_size={config.batch_size}: none of the groups of "
+                    f"{len(lengths)} examples fills a batch; make it smaller, or use "
+                    f"data.group='pad' instead of {config.group!r}."
+                )
+            left_out = left_out or left
+            parts.append(rows)
+            epoch += 1
+            steps += len(rows)
+            tokens += int(_lengths(lengths, rows).sum())
+            if config.steps and steps >= config.steps:
+                break
+            if config.tokens and tokens >= config.tokens:
+                break
+        rows = np.concatenate(parts).astype(np.int32)
+        if config.steps > len(rows):
+            raise ValueError(
+                f"data.steps={config.steps}, but data.epochs={config.epochs} of "
+                f"{len(lengths)} examples have {len(rows)}: raise data.epochs (0: as "
+                "many as it takes)."
+            )
+        if config.steps:
+            rows = rows[: config.steps]
+        if config.tokens:
+            seen = np.cumsum(_lengths(lengths, rows).sum(1))
+            rows = rows[: int(np.searchsorted(seen, config.tokens)) + 1]
+        return rows, left_out, epoch
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, dict[int, int]]:
+        config = self.config
+        seed = config.seed + epoch * 2**32
+        chosen = None
+        if config.weights:
+            draw = [config.seed, epoch]
+            chosen = mixture(self.data.sources, config.weights, draw)
+        windows = windows_of(self.data.lengths, config.window)
+        if chosen is not None:
+            windows = windows[chosen]
+        rows, left = order(windows, config.batch_size, config.group, seed)
+        if chosen is not None:
+            rows = np.where(rows == EMPTY, EMPTY, chosen[rows])
+        return rows, left
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        return ((self.config.batch_size, self.longest),)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.data.fingerprint
+
+    def width(self, step: int) -> int:
+        return self.longest
+
+    def lengths(self, step: int) -> Int[np.ndarray, " B"]:
+        return _lengths(self.data.lengths, self.rows[step])
+
+    def batch(
+        self, step: int, rows: Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """tokens, labels int32 [B, T], right-padded with 0 and -100; lengths int32 [B].
+
+        labels[:, t] is tokens[:, t + 1], or -100 where that is not to be learnt.
+
+        Args:
+          rows: the rows to read, all by default; others are empty, but have their
+            lengths.
+        """
+        chosen = self.rows[step]
+        shape = (len(chosen), self.longest)
+        tokens, labels = np.zeros(shape, np.int32), np.full(shape, IGNORED, np.int32)
+        for row in range(len(chosen)) if rows is None else rows:
+            if chosen[row] == EMPTY:
+                continue
+            example = self.data.read(int(chosen[row]))
+            n = len(example.tokens)
+            tokens[row, :n] = example.tokens
+            labels[row, :n] = shift(example.tokens, example.labelled)
+        return {"tokens": tokens, "labels": labels, "lengths": self.lengths(step)}
+
+
+def _lengths(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.where(rows == EMPTY, 0, lengths[rows]).astype(np.int32)

@@ -1,0 +1,487 @@
+"""Tokenises sources once: text and conversations become a prepared folder.
+
+python -m beacon_jax.data.prepare --config=configs/X.py --out=DIR [--workers=N]
+  [--overwrite] [--config.key=value ...]
+
+Reads what config.data names (sources, root, min_length, max_length, chat_template) with
+the tokenizer of the config, and writes shards, an index and a manifest to DIR
+(`data.prepared`). --out=WORKDIR/data is where training in WORKDIR looks for it; without
+it training prepares by itself. The same command goes on with a folder that is not
+finished; one that was made with other settings is refused unless --overwrite.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beacon_jax.data.examples import Rules
+from beacon_jax.data.prepared import (
+    FORMAT,
+    INDEX,
+    Prepared,
+    read_manifest,
+    write_atomically,
+    write_json,
+)
+from beacon_jax.data.shards import (
+    STOP,
+    Job,
+    Stopped,
+    Worker,
+    load_tokenizer,
+    run_job,
+    start_worker,
+)
+from beacon_jax.data.sources import Part, open_parts, source_bytes
+from beacon_jax.data.tally import Progress, Tally, clock, drop_table
+
+SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they have it
+SUBSET_SEED = 42  # of `file[COUNT]`, as in the release (EVALUATION section 4.1)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a prepared folder is made of.
+
+    sources: URIs (`data.sources`); tokenizer: its folder; rules: which rows become
+    examples (`data.examples`); root: what `long-llm:` URIs are relative to.
+    """
+
+    sources: tuple[str, ...]
+    tokenizer: str
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    root: str = ""
+
+    @classmethod
+    def of(cls, data: Any, tokenizer: str | Path) -> "Settings":
+        """From config.data."""
+        rules = Rules(
+            min_length=data.min_length,
+            max_length=data.max_length,
+            chat_template=data.chat_template,
+        )
+        return cls(tuple(data.sources), str(tokenizer), rules, data.root)
+
+
+def prepare(
+    settings: Settings,
+    folder: str | Path,
+    *,
+    workers: int = 0,
+    max_drop_fraction: float = 0.05,
+    overwrite: bool = False,
+    show: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Tokenises everything into `folder`, or finishes what an interrupted run left.
+
+    Does nothing if the folder is finished and made with these settings. Parts of the
+    sources are tokenised by processes that write a shard each; the result does not
+    depend on their number. They are spawned, so a script that calls this needs `if
+    __name__ == "__main__":`.
+
+    Args:
+      workers: processes; 0: one per core; 1, or a single shard: this process.
+      max_drop_fraction: the share of bad rows (unreadable or malformed; not those that
+        are too short or too long) above which the run stops with a table of reasons.
+        It stops early if the share is exceeded among the first rows.
+      overwrite: whether a folder made with other settings is replaced.
+      show: receives progress lines; nothing is shown if not given.
+
+    Raises:
+      ValueError: no sources, other settings (all of them named), too many bad rows, or
+        nothing left.
+      FileNotFoundError: a source or the tokenizer does not exist.
+    """
+    if not settings.sources:
+        raise ValueError(
+            "data.sources=() is empty: name files, folders or datasets, as in "
+            "--config.data.sources=\"('books/*.jsonl',)\"."
+        )
+    if not 0.0 <= max_drop_fraction <= 1.0:
+        raise ValueError(
+            f"data.max_drop_fraction={max_drop_fraction} is a share of the rows: use a "
+            "number from 0 to 1."
+        )
+    if workers < 0:
+        raise ValueError(f"data.workers={workers} must be at least 0 (one per core).")
+    folder = Path(folder).expanduser()
+    show = show or (lambda line: None)
+    done = finished(settings, folder, overwrite=overwrite)
+    if done is not None and not (folder / "unfinished.json").exists():
+        return done  # without writing: the folder may be read-only
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder, show):
+        done = finished(settings, folder, overwrite=overwrite)
+        if done is not None:
+            _clean(folder)
+            return done
+        identity = _identity(settings, source_bytes(settings.sources, settings.root))
+        _begin(folder, identity, overwrite)
+        parts = open_parts(settings.sources, settings.root, seed=SUBSET_SEED)
+        jobs = _jobs(parts, folder)
+        tally = Tally(settings.sources, max_drop_fraction)
+        began = time.monotonic()
+        _run(settings, jobs, workers, tally, show)
+        tally.check(final=True)
+        _finish(folder, identity, jobs, tally)
+        seconds = max(time.monotonic() - began, 1e-9)
+        show(
+            f"prepared {tally.examples:,} examples, {tally.tokens:,} tokens in "
+            f"{folder} ({clock(seconds)})"
+        )
+    return Prepared(folder)
+
+
+def finished(
+    settings: Settings, folder: Path, *, overwrite: bool = False
+) -> Prepared | None:
+    """The folder's data if it is finished and made with these settings, else None.
+
+    The sources themselves need not be there any more: their sizes are compared if they
+    are.
+
+    Raises:
+      ValueError: it was made with other settings, and `overwrite` is not given.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    made = manifest["settings"]
+    wanted = _identity(settings, None)
+    bare = {**made, "sources": [{"uri": s["uri"]} for s in made["sources"]]}
+    changed = differences(bare, wanted)
+    if not changed:
+        with contextlib.suppress(FileNotFoundError):
+            sizes = source_bytes(settings.sources, settings.root)
+            changed = differences(made, _identity(settings, sizes))
+    if not changed:
+        return Prepared(folder)
+    if not overwrite:
+        raise ValueError(_refusal(folder, changed))
+    return None
+
+
+def tokenizer_hash(folder: str | Path) -> str:
+    """sha256 of a tokenizer's files and their names.
+
+    Raises:
+      FileNotFoundError: the folder has none of them.
+    """
+    digest, found = hashlib.sha256(), False
+    for name in TOKENIZER_FILES:
+        path = Path(folder) / name
+        if path.exists():
+            found = True
+            data = path.read_bytes()
+            digest.update(f"{name}:{len(data)}:".encode() + data)
+    if not found:
+        raise FileNotFoundError(
+            f"tokenizer={folder} has no tokenizer files (tokenizer.json, ...): set "
+            "tokenizer.path, or init_from to a folder that has them."
+        )
+    return digest.hexdigest()
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Every setting in which two identities differ, as "name: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            inner = f"{name}.{key}" if name else key
+            found += differences(old.get(key), new.get(key), inner)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        found = []
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            found += differences(a, b, f"{name}[{i}]")
+        return found
+    short = lambda x: f"{x[:12]}..." if name == "tokenizer" and x else repr(x)
+    return [] if old == new else [f"{name}: {short(old)} -> {short(new)}"]
+
+
+def _identity(settings: Settings, sizes: Sequence[int] | None) -> dict[str, Any]:
+    """Everything that decides about the bytes of the folder; with the bytes of each
+    source if they are given."""
+    sources: list[dict[str, Any]] = [{"uri": uri} for uri in settings.sources]
+    for source, size in zip(sources, sizes or (), strict=bool(sizes)):
+        source["bytes"] = size
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizer_hash(settings.tokenizer),
+        "rules": dataclasses.asdict(settings.rules),
+        "subset_seed": SUBSET_SEED,
+        "sources": sources,
+    }
+
+
+def _jobs(parts: Sequence[Part], folder: Path) -> list[Job]:
+    """Consecutive parts, put together until they have SHARD_BYTES."""
+    groups: list[list[Part]] = []
+    room = 0
+    for part in parts:
+        if room <= 0:
+            groups.append([])
+            room = SHARD_BYTES
+        groups[-1].append(part)
+        room -= max(part.size, 65_536)  # many small files are slow, too
+    count = len(groups)
+    return [Job(i, count, tuple(g), str(folder)) for i, g in enumerate(groups)]
+
+
+def _refusal(folder: Path, changed: list[str]) -> str:
+    return (
+        f"prepared={folder} was made with other settings:\n  "
+        + "\n  ".join(changed)
+        + "\nUse another folder (--out, data.prepared), or prepare it again with "
+        "--overwrite."
+    )
+
+
+def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Takes over what an interrupted run with the same settings left."""
+    unfinished = folder / "unfinished.json"
+    manifest = folder / "manifest.json"
+    if unfinished.exists() and not manifest.exists():
+        old = json.loads(unfinished.read_text(encoding="utf-8"))
+        changed = differences(old, identity)
+        if changed and not overwrite:
+            raise ValueError(_refusal(folder, changed))
+        keep = not changed
+    else:
+        keep = False
+    manifest.unlink(missing_ok=True)
+    for pattern in (".*.partial", *(() if keep else ("shard-*", "index.npy"))):
+        for file in folder.glob(pattern):
+            file.unlink()
+    write_json(unfinished, identity)
+
+
+def _run(
+    settings: Settings,
+    jobs: Sequence[Job],
+    workers: int,
+    tally: Tally,
+    show: Callable[[str], None],
+) -> None:
+    """Writes the shards that are not there yet."""
+    context = multiprocessing.get_context("spawn")
+    counters = context.Array("q", 4)
+    progress = Progress(jobs, counters, show)
+    todo = [job for job in jobs if not job.finished()]
+    for job in jobs:
+        if job.finished():
+            tally.add(job)
+    count = min(workers or len(os.sched_getaffinity(0)), len(todo))
+    if count <= 1:
+        worker = Worker(load_tokenizer(settings.tokenizer), settings.rules, counters)
+        for job in todo:
+            with progress.every_second():
+                worker.write(job)
+            tally.add(job)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        count,
+        mp_context=context,
+        initializer=start_worker,
+        initargs=(settings.tokenizer, settings.rules, counters),
+    )
+    with pool, _tokenizer_threads_off():
+        try:
+            _consume(pool, todo, 2 * count, tally, progress)
+        except BrokenProcessPool:
+            raise OSError(
+                "a worker process died, perhaps for want of memory: use fewer of them "
+                f"(--workers, data.workers; there were {count}). The same command goes "
+                "on where it stopped."
+            ) from None
+        finally:
+            counters[STOP] = 1  # else the pool waits for shards nobody wants
+
+
+def _consume(
+    pool: concurrent.futures.Executor,
+    todo: Sequence[Job],
+    ahead: int,
+    tally: Tally,
+    progress: Progress,
+) -> None:
+    waiting = iter(todo)
+    running: dict[Any, Job] = {}
+    while True:
+        for job in waiting:
+            running[pool.submit(run_job, job)] = job
+            if len(running) >= ahead:
+                break
+        if not running:
+            return
+        done, _ = concurrent.futures.wait(
+            running, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        for future in done:
+            job = running.pop(future)
+            with contextlib.suppress(Stopped):
+                future.result()
+                tally.add(job)
+        progress.show()
+
+
+def _finish(
+    folder: Path, identity: dict[str, Any], jobs: Sequence[Job], tally: Tally
+) -> None:
+    partial = folder / ".index.npy.partial"
+    with partial.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(INDEX), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(
+            file, {**header, "shape": (tally.examples,)}
+        )
+        sizes = []
+        for job in jobs:
+            index = np.load(job.index_path)
+            sizes.append(len(index))
+            file.write(index.tobytes())
+    partial.rename(folder / "index.npy")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in tally.bad_rows]
+    write_atomically(folder / "dropped.jsonl", "".join(lines).encode())
+    shards = [
+        {"name": job.path.name, "examples": n}
+        for job, n in zip(jobs, sizes, strict=True)
+    ]
+    manifest = {
+        "format": FORMAT,
+        "settings": identity,
+        **tally.manifest(),
+        "shards": shards,
+    }
+    write_json(folder / "manifest.json", manifest)
+    _clean(folder)
+
+
+def _clean(folder: Path) -> None:
+    """Removes what only a run that goes on needs."""
+    for pattern in ("shard-*.json", "shard-*.index.npy", "unfinished.json"):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, show: Callable[[str], None]) -> Iterator[None]:
+    """One process at a time works on a folder; the kernel frees it if one is killed."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            show(f"another process prepares {folder}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _tokenizer_threads_off() -> Iterator[None]:
+    """Of the worker processes: they are the parallelism."""
+    old = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if old is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = old
+
+
+def define_flags(values: Any, out: str) -> None:
+    """--config, --out, --workers and --overwrite, as `inspect` has them too."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment, see configs/.", values, lock_config=True
+    )
+    flags.DEFINE_string("out", "", out, flag_values=values)
+    flags.DEFINE_integer(
+        "workers", -1, "Processes; 0: one per core.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "overwrite", False, "Replace a folder of other settings.", flag_values=values
+    )
+    flags.mark_flag_as_required("config", values)
+
+
+def from_flags(values: Any, folder: Path) -> Prepared:
+    """Prepares what the flags say, with progress; names the folder of the tokenizer."""
+    config = values.config
+    settings = Settings.of(config.data, tokenizer_folder(config, folder.parent))
+    return prepare(
+        settings,
+        folder,
+        workers=config.data.workers if values.workers < 0 else values.workers,
+        max_drop_fraction=config.data.max_drop_fraction,
+        overwrite=values.overwrite,
+        show=lambda line: print(line, flush=True),
+    )
+
+
+def tokenizer_folder(config: Any, workdir: Path) -> Path:
+    """That of the config; one that training would train is trained in `workdir`."""
+    if not config.tokenizer.train:
+        return Path(config.tokenizer.path or config.init_from)
+    from beacon_jax.data.text import load_documents
+    from beacon_jax.training.initial import make_tokenizer  # imports jax: seconds
+
+    text = config.text
+    documents = load_documents(text.uri, "train", text.heldout_fraction)
+    return make_tokenizer(config, documents, workdir)[1]
+
+
+def main(argv: Sequence[str]) -> None:
+    from absl import app, flags
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option has --.")
+    values = flags.FLAGS
+    out = values.out or values.config.data.prepared
+    if not out:
+        sys.exit("error: --out='' names no folder: use WORKDIR/data, say.")
+    try:
+        data = from_flags(values, Path(out).expanduser())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for source in data.manifest["sources"]:
+        print(
+            f"{source['examples']:>10,} examples  {source['tokens']:>14,} tokens  of "
+            f"{source['rows']:,} rows in {source['uri']}"
+        )
+    print(drop_table(data.manifest) or "no row was left out", flush=True)
+
+
+if __name__ == "__main__":
+    from absl import app, flags
+
+    from beacon_jax.train import parse
+
+    define_flags(flags.FLAGS, "Folder to prepare.")
+    app.run(main, flags_parser=parse)

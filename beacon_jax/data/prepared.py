@@ -1,0 +1,189 @@
+"""A prepared folder: tokenised examples with random access, and what made them.
+
+  shard-00000-of-00012.array_record ...  the examples (`encode`), in order
+  index.npy      length, source and hash of every example (INDEX), in the same order
+  manifest.json  format, settings (tokenizer hash, rules, sources), counts, drops
+  dropped.jsonl  where and why rows were left out, the first `DROPPED_LINES` bad ones
+
+manifest.json is written last: a folder without it is not finished. Lengths of all
+examples are known from the index, without reading one of them.
+"""
+
+import hashlib
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.data.examples import Example
+
+FORMAT = 1
+INDEX = np.dtype([("length", "<i4"), ("source", "<i2"), ("hash", "<u8")])
+DROPPED_LINES = 10_000
+
+
+def encode(example: Example) -> bytes:
+    """n as int32, the tokens as int32 [n], a bit per token: whether it is labelled.
+
+    All of it little endian.
+    """
+    tokens = np.ascontiguousarray(example.tokens, "<i4")
+    head = np.asarray([len(tokens)], "<i4")
+    bits = np.packbits(np.asarray(example.labelled, bool), bitorder="little")
+    return head.tobytes() + tokens.tobytes() + bits.tobytes()
+
+
+def decode(data: bytes) -> Example:
+    """Inverse of `encode`.
+
+    Raises:
+      ValueError: the bytes are not one example.
+    """
+    n = int(np.frombuffer(data, "<i4", 1)[0]) if len(data) >= 4 else -1
+    if n < 0 or len(data) != 4 + 4 * n + (n + 7) // 8:
+        raise ValueError(f"{len(data)} bytes are not an example of {n} tokens")
+    tokens = np.frombuffer(data, "<i4", n, 4).astype(np.int32)
+    bits = np.frombuffer(data, np.uint8, offset=4 + 4 * n)
+    return Example(tokens, np.unpackbits(bits, count=n, bitorder="little").astype(bool))
+
+
+def example_hash(data: bytes) -> int:
+    """uint64 of an encoded example: equal examples have equal ones."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def shard_name(index: int, count: int) -> str:
+    return f"shard-{index:05}-of-{count:05}.array_record"
+
+
+class _Shard(NamedTuple):
+    """What array_record wants to know of a file: its protocol `FileInstruction`."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class Prepared:
+    """The examples of a finished folder.
+
+    Attributes:
+      folder, manifest: where, and manifest.json as it is.
+      lengths int32 [n], sources int16 [n], hashes uint64 [n]: of all examples.
+    """
+
+    def __init__(self, folder: str | Path):
+        """
+        Raises:
+          FileNotFoundError: the folder is not prepared, or misses a file.
+          ValueError: it has another format, or files that do not belong together.
+        """
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        if manifest is None:
+            raise FileNotFoundError(
+                f"prepared={self.folder} holds no manifest.json: prepare it with "
+                "`python -m beacon_jax.data.prepare`, which also goes on with a folder "
+                "that is not finished."
+            )
+        self.manifest: dict[str, Any] = manifest
+        if manifest.get("format") != FORMAT:
+            raise ValueError(
+                f"prepared={self.folder} has format {manifest.get('format')}, "
+                f"this version reads {FORMAT}: prepare it again."
+            )
+        index = np.load(self._file("index.npy"))
+        self._shards = [
+            _Shard(str(self._file(shard["name"])), 0, n, n)
+            for shard in manifest["shards"]
+            if (n := shard["examples"])
+        ]
+        stored = sum(shard.take for shard in self._shards)
+        if index.dtype != INDEX or len(index) != stored:
+            raise ValueError(
+                f"prepared={self.folder}: index.npy does not fit the shards of "
+                f"{stored} examples: prepare the folder again."
+            )
+        self.lengths = index["length"].copy()
+        self.sources = index["source"].copy()
+        self.hashes = index["hash"].copy()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def uris(self) -> list[str]:
+        return [source["uri"] for source in self.manifest["settings"]["sources"]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all examples and their order: equal ones give equal batches."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        digest.update(self.sources.tobytes())
+        digest.update(self.hashes.tobytes())
+        return digest.hexdigest()
+
+    def read(self, index: int) -> Example:
+        """One example; safe to call from several threads.
+
+        Raises:
+          ValueError: its bytes are not those that were written.
+        """
+        try:
+            example = decode(self._records[index])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"prepared={self.folder}: example {index} is damaged "
+                f"({str(error).splitlines()[0][:200]}): prepare the folder again."
+            ) from None
+        if len(example.tokens) != self.lengths[index]:
+            raise ValueError(
+                f"prepared={self.folder}: example {index} has {len(example.tokens)} "
+                f"tokens, index.npy says {self.lengths[index]}: prepare it again."
+            )
+        return example
+
+    def rows_of(self, source: int) -> Int[np.ndarray, " n"]:
+        """The examples of one source."""
+        return np.flatnonzero(self.sources == source)
+
+    @cached_property
+    def _records(self) -> Any:
+        from array_record.python import array_record_data_source
+
+        shards: Any = self._shards
+        return array_record_data_source.ArrayRecordDataSource(shards)
+
+    def _file(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            raise FileNotFoundError(
+                f"prepared={self.folder} has a manifest.json but no {name}: it was "
+                "copied in part; copy it again, or prepare it again."
+            )
+        return path
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """manifest.json, or None if the folder is not finished."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of it or nothing, whenever the process is killed."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())

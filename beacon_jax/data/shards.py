@@ -1,0 +1,230 @@
+"""One shard of a prepared folder: reads its parts, tokenises, writes, reports.
+
+Runs in worker processes. What a shard holds depends on its job alone, so that a folder
+is the same whatever number of processes made it, and however often it was interrupted.
+Nothing is collected but the index (14 bytes an example) and a bounded report.
+"""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from beacon_jax.data.examples import Example, Rules, make_example
+from beacon_jax.data.prepared import (
+    INDEX,
+    encode,
+    example_hash,
+    shard_name,
+    write_json,
+)
+from beacon_jax.data.sources import Dropped, Part, Record, read_part
+
+FIRST = 5  # places that a report names for every reason
+BAD_ROWS = 1_000  # bad rows of a shard that dropped.jsonl may hold
+# Left out because of their length: expected, and never a reason to stop.
+LENGTH_RULES = ("shorter than", "longer than")
+
+
+class Job(NamedTuple):
+    """A shard: number `index` of `count`, the parts it holds, the folder it goes to."""
+
+    index: int
+    count: int
+    parts: tuple[Part, ...]
+    folder: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / shard_name(self.index, self.count)
+
+    @property
+    def index_path(self) -> Path:
+        return self.path.with_suffix(".index.npy")
+
+    @property
+    def report_path(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    @property
+    def size(self) -> int:
+        """Bytes of the sources."""
+        return sum(part.size for part in self.parts)
+
+    def finished(self) -> bool:
+        """The report is written last."""
+        files = (self.report_path, self.index_path, self.path)
+        return all(file.exists() for file in files)
+
+
+class Stopped(Exception):
+    """The main process wants no more of this."""
+
+
+# Slots of the array that workers and main process share.
+EXAMPLES, TOKENS, BYTES, STOP = range(4)
+
+
+class Worker:
+    """What a process needs for any job: tokenizer, rules, and the shared counters."""
+
+    def __init__(self, tokenizer: Any, rules: Rules, counters: Any):
+        self.tokenizer, self.rules, self.counters = tokenizer, rules, counters
+
+    def write(self, job: Job) -> int:
+        """Writes the shard of a job, its index and its report; returns job.index.
+
+        Raises:
+          Stopped: the main process set the STOP slot.
+          OSError: the disk is full, say.
+        """
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        partial = job.path.with_name(f".{job.path.name}.{os.getpid()}.partial")
+        report, index = _Report(), _Index()
+        # One record a group: reading one row decompresses no other.
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        for part in job.parts:
+            for row in self._counted(part):
+                example = self._example(row)
+                if isinstance(example, Example):
+                    data = encode(example)
+                    writer.write(data)
+                    index.add(len(example.tokens), part.source, example_hash(data))
+                    report.add(part.source, example)
+                else:
+                    report.drop(part.source, row.where, *example)
+        writer.close()
+        partial.rename(job.path)
+        _save(job.index_path, index.array())
+        write_json(job.report_path, report.value)
+        return job.index
+
+    def _example(self, row: Record | Dropped) -> Example | tuple[str, bool]:
+        """An example, or why there is none and whether the row is bad."""
+        if isinstance(row, Dropped):
+            return row.reason, True
+        made = make_example(row, self.tokenizer, self.rules)
+        if isinstance(made, str):
+            return made, not made.startswith(LENGTH_RULES)
+        self._count(EXAMPLES, 1)
+        self._count(TOKENS, len(made.tokens))
+        return made
+
+    def _counted(self, part: Part) -> Iterator[Record | Dropped]:
+        """The rows of a part; counts its bytes, between rows by the length of what
+        they hold, at the end exactly."""
+        done = 0
+        for row in read_part(part):
+            if self.counters[STOP]:
+                raise Stopped
+            size = min(_size(row), part.size - done)
+            self._count(BYTES, size)
+            done += size
+            yield row
+        self._count(BYTES, part.size - done)
+
+    def _count(self, slot: int, number: int) -> None:
+        with self.counters.get_lock():
+            self.counters[slot] += number
+
+
+def start_worker(tokenizer_folder: str, rules: Rules, counters: Any) -> None:
+    """Sets up a worker process, which ends when its parent does."""
+    global _worker
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    _worker = Worker(load_tokenizer(tokenizer_folder), rules, counters)
+
+
+def run_job(job: Job) -> int:
+    """A job in a process that `start_worker` set up."""
+    assert _worker is not None
+    return _worker.write(job)
+
+
+_worker: Worker | None = None
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """As hf.load_tokenizer does, without importing jax."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, use_fast=True, trust_remote_code=False
+    )
+
+
+def _size(row: Record | Dropped) -> int:
+    """About the bytes of a row."""
+    if isinstance(row, Dropped):
+        return 0
+    if row.text is not None:
+        return len(row.text)
+    if row.turns is not None:
+        return sum(len(content) for _, content in row.turns)
+    return 4 * len(row.tokens[0]) if row.tokens is not None else 0
+
+
+class _Index:
+    """Grows in blocks: 14 bytes an example, where a list of tuples takes 200."""
+
+    def __init__(self):
+        self._blocks: list[np.ndarray] = []
+        self._rows: list[tuple[int, int, int]] = []
+
+    def add(self, *row: int) -> None:
+        self._rows.append(row)  # type: ignore[arg-type]
+        if len(self._rows) == 4096:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._blocks.append(np.asarray(self._rows, INDEX))
+        self._rows = []
+
+    def array(self) -> np.ndarray:
+        self._flush()
+        return np.concatenate(self._blocks)
+
+
+class _Report:
+    """Counts of a shard by source, as JSON."""
+
+    def __init__(self):
+        self.value: dict[str, Any] = {"sources": {}, "bad": []}
+
+    def _source(self, source: int) -> dict[str, Any]:
+        new = {"examples": 0, "tokens": 0, "labelled": 0, "drops": {}}
+        return self.value["sources"].setdefault(str(source), new)
+
+    def add(self, source: int, example: Example) -> None:
+        counts = self._source(source)
+        counts["examples"] += 1
+        counts["tokens"] += len(example.tokens)
+        counts["labelled"] += int(example.labelled.sum())
+
+    def drop(self, source: int, where: str, reason: str, bad: bool) -> None:
+        new = {"rows": 0, "bad": bad, "first": []}
+        drop = self._source(source)["drops"].setdefault(reason, new)
+        drop["rows"] += 1
+        if len(drop["first"]) < FIRST:
+            drop["first"].append(where)
+        if bad and len(self.value["bad"]) < BAD_ROWS:
+            self.value["bad"].append([where, reason])
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    partial.rename(path)

@@ -1,0 +1,319 @@
+"""Sources of training data: a URI becomes rows of text, turns or tokens.
+
+| URI                            | rows                                                |
+|--------------------------------|-----------------------------------------------------|
+| books.jsonl, *.json, x.json.gz | JSON lines or one JSON array, streamed either way   |
+| x.parquet, x.csv, x.arrow      | their rows                                          |
+| x.array_record                 | records that are JSON                               |
+| x.txt .md .rst .py             | the text; cut at line ends if over 64 KiB           |
+| a folder or a glob             | all of these in it, recursively, in sorted order    |
+| a folder of `datasets`         | what `save_to_disk` wrote (also a DatasetDict)      |
+| stdlib                         | the text of the standard library of this Python     |
+| tfds:name/config:split         | a prepared TFDS data set (ArrayRecord)              |
+| long-llm:redpajama/train.json  | a file of the release's layout, below `data.root`   |
+
+`URI[5000]` takes a seeded subset of 5000 rows, bad ones counted. What fields a row may
+have is in `fields`. Nothing is left out silently: a row that cannot be used is a
+`Dropped` in the place where it was. Memory is constant: one row, batch or block.
+"""
+
+import glob
+import logging
+import os
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from beacon_jax.data.fields import Dropped, Record, parse, record
+from beacon_jax.data.readers import (
+    ENDINGS,
+    PART_BYTES,
+    ROW_LIMIT,
+    Bad,
+    Part,
+    Subset,
+    chosen,
+    count,
+    cut,
+    ending,
+    read,
+    tfds_size,
+    unusable,
+)
+
+__all__ = [
+    "Dropped",
+    "Part",
+    "Record",
+    "Uri",
+    "open_parts",
+    "parse_uri",
+    "read_part",
+    "source_bytes",
+]
+
+log = logging.getLogger(__name__)
+
+SCHEMES = ("stdlib", "tfds", "long-llm")
+# Not text in any useful sense (tables), not part of the library (site-packages), or
+# absent from some installations (tests, idlelib), which would make the split depend on
+# packaging.
+STDLIB_SKIP = frozenset(
+    [
+        "test",
+        "tests",
+        "idlelib",
+        "site-packages",
+        "dist-packages",
+        "encodings",
+        "pydoc_data",
+        "lib2to3",
+        "ensurepip",
+        "turtledemo",
+        "__pycache__",
+    ]
+)
+SKIPPED_FOLDERS = frozenset({"__pycache__", ".git"})
+HF_FILES = frozenset({"dataset_info.json", "state.json", "dataset_dict.json"})
+
+
+class Uri(NamedTuple):
+    """A parsed URI. scheme: "" (a path) or one of SCHEMES. count: rows of the subset;
+    None: all."""
+
+    text: str
+    scheme: str
+    path: str
+    count: int | None
+
+
+def parse_uri(uri: str) -> Uri:
+    """The pieces of `[scheme:]path[COUNT]`.
+
+    A path that looks like a scheme or ends in a number in brackets can be written as
+    ./path or with a glob.
+
+    Raises:
+      ValueError: an unknown scheme, no path, or a COUNT of 0.
+    """
+    match = re.search(r"\[(\d+)\]$", uri)
+    rest = uri[: match.start()] if match else uri
+    rows = int(match.group(1)) if match else None
+    if rows == 0:
+        raise ValueError(f"uri={uri!r}: [0] takes no rows; name at least 1 or leave it")
+    if rest == "stdlib":
+        return Uri(uri, "stdlib", "", rows)
+    scheme, colon, path = rest.partition(":")
+    if not colon or not re.fullmatch(r"[a-z][a-z0-9+-]+", scheme):
+        scheme, path = "", rest
+    elif scheme not in SCHEMES:
+        raise ValueError(
+            f"uri={uri!r}: scheme {scheme!r} is unknown; use a path (./{rest} if it is "
+            "one), 'stdlib', 'tfds:name/config:split' or 'long-llm:file'"
+        )
+    if not path or scheme == "stdlib":
+        raise ValueError(
+            f"uri={uri!r} names no file; write [scheme:]path, as in 'books/*.jsonl', "
+            "or 'stdlib' alone"
+        )
+    return Uri(uri, scheme, path, rows)
+
+
+def open_parts(
+    uris: Sequence[str],
+    root: str = "",
+    seed: int = 42,
+    *,
+    row_limit: int = ROW_LIMIT,
+    part_bytes: int = PART_BYTES,
+) -> list[Part]:
+    """All parts of all sources; reading them in this order gives the rows in order.
+
+    A file of lines over `part_bytes` is read once to find the line that each part
+    begins with (GB/s), one with a COUNT to count its rows. Files of text, columns and
+    records are cut without reading; compressed files, CSV and JSON arrays are one part.
+
+    Args:
+      root: folder of `long-llm:`, and of `tfds:` data sets that lie in it.
+      seed: of the subsets; 42 gives those of the release.
+      row_limit: bytes; longer lines are dropped without being held in memory.
+
+    Raises:
+      ValueError: a malformed URI, `long-llm:` without a root, an unknown split.
+      FileNotFoundError: nothing there, or nothing with a supported ending.
+    """
+    parts: list[Part] = []
+    for index, text in enumerate(uris):
+        uri = parse_uri(text)
+        pieces = [
+            piece
+            for file in _files(uri, root, index)
+            for piece in cut(file._replace(limit=row_limit), part_bytes)
+        ]
+        parts += pieces if uri.count is None else _subset(uri, pieces, seed)
+    return parts
+
+
+def source_bytes(uris: Sequence[str], root: str = "") -> list[int]:
+    """Bytes of the files of each source, without reading them; about the sum of its
+    parts' sizes. Raises as `open_parts`."""
+    return [
+        sum(file.size for file in _files(parse_uri(text), root, index))
+        for index, text in enumerate(uris)
+    ]
+
+
+def read_part(part: Part) -> Iterator[Record | Dropped]:
+    """The rows of a part, in order.
+
+    Raises nothing for bad data. A file that is damaged or cut off gives what is before
+    the damage and then one Dropped that says so.
+    """
+    numbers = chosen(part)
+    at, row = 0, 0  # the next of `numbers`; rows so far
+    for number, value in read(part):
+        whole = isinstance(value, Bad) and value.whole
+        if numbers is not None and not whole:
+            if at == len(numbers):
+                return
+            row += 1
+            if numbers[at] != row - 1:
+                continue
+            at += 1
+        where = f"{part.name}:{number}"
+        if isinstance(value, Bad):
+            yield Dropped(part.name if part.kind == "unusable" else where, value.reason)
+        elif isinstance(value, bytes):
+            yield parse(where, value)
+        else:
+            yield record(where, {"text": value} if isinstance(value, str) else value)
+
+
+def _subset(uri: Uri, parts: list[Part], seed: int) -> list[Part]:
+    """The same parts, each with the subset and the number of rows before it."""
+    assert uri.count is not None
+    befores, rows = [], 0
+    for part in parts:
+        befores.append(rows)
+        rows += count(part)
+    if uri.count > rows:
+        log.warning("%s has only %d rows; all are taken", uri.text, rows)
+    subset = Subset(rows, min(uri.count, rows), seed)
+    return [
+        part._replace(before=before, subset=subset)
+        for part, before in zip(parts, befores, strict=True)
+    ]
+
+
+def _files(uri: Uri, root: str, source: int) -> list[Part]:
+    """One part per file, of kind "" until it is cut, in order."""
+    if uri.scheme == "tfds":
+        size, detail = tfds_size(uri.path, root)
+        return [Part(source, uri.path, size, "tfds", "", detail=detail)]
+    files = _named_files(uri, root)
+    parts = [_file(source, name, path) for name, path in files]
+    if not any(not part.kind for part in parts):
+        raise FileNotFoundError(
+            f"uri={uri.text!r} holds no text among its {len(parts)} files; expected "
+            f"files ending in {' '.join(ENDINGS)}"
+        )
+    return parts
+
+
+def _file(source: int, name: str, path: Path) -> Part:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return unusable(Part(source, name, 0, "", ""), "broken link")
+    part = Part(source, name, size, "", str(path))
+    if path.is_dir():
+        return unusable(part._replace(size=0), "linked folder, not followed")
+    if not ending(name):
+        return unusable(part._replace(size=0), "unknown ending")
+    return part
+
+
+def _named_files(uri: Uri, root: str) -> list[tuple[str, Path]]:
+    """(name relative to the source, path) of every file, in order."""
+    if uri.scheme == "stdlib":
+        files = _walk(Path(sysconfig.get_paths()["stdlib"]), STDLIB_SKIP)
+        return [(name, path) for name, path in files if path.suffix == ".py"]
+    path = Path(uri.path).expanduser()
+    if uri.scheme == "long-llm":
+        if not root:
+            raise ValueError(
+                f"uri={uri.text!r} is relative to data.root='', which is not set; set "
+                "data.root to the folder that long-llm.tar.gz was unpacked to"
+            )
+        path = Path(root).expanduser() / uri.path
+    if path.is_dir():
+        return list(_walk(path, SKIPPED_FOLDERS))
+    if path.exists():
+        return [(uri.path if uri.scheme else path.name, path)]
+    if glob.has_magic(str(path)):
+        return _glob(uri, path)
+    place = f" in data.root={root!r}" if uri.scheme else ""
+    raise FileNotFoundError(
+        f"uri={uri.text!r} does not exist{place}; name a file, folder or glob of "
+        "text, 'stdlib', 'tfds:name/config:split' or 'long-llm:file'"
+    )
+
+
+def _glob(uri: Uri, pattern: Path) -> list[tuple[str, Path]]:
+    """What a pattern matches, folders with all their files; names are relative to the
+    part of the pattern that has no wildcard."""
+    wild = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    base = Path(*pattern.parts[:wild])
+    found: dict[Path, str] = {}
+    for match in sorted(glob.glob(str(pattern), recursive=True)):
+        path = Path(match)
+        name = path.relative_to(base).as_posix()
+        if path.is_dir():
+            for inner, file in _walk(path, SKIPPED_FOLDERS):
+                found.setdefault(file, f"{name}/{inner}" if name != "." else inner)
+        elif path not in found and not _holds_no_rows(path):
+            found[path] = name
+    if not found:
+        raise FileNotFoundError(
+            f"uri={uri.text!r} matches no file; the pattern is relative to {Path.cwd()}"
+            if not pattern.is_absolute()
+            else f"uri={uri.text!r} matches no file; check the pattern"
+        )
+    return [(name, path) for path, name in found.items()]
+
+
+def _walk(root: Path, skip: frozenset[str]) -> Iterator[tuple[str, Path]]:
+    """Files below a folder; of a `datasets` folder only those with its rows."""
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        folders[:] = sorted(name for name in folders if name not in skip)
+        linked = [name for name in folders if (here / name).is_symlink()]
+        if _is_saved_dataset(files):
+            files = _rows_of_saved_dataset(files)
+        for name in sorted([*files, *linked]):  # os.walk does not enter the latter
+            path = here / name
+            if name != "dataset_dict.json":
+                yield path.relative_to(root).as_posix(), path
+
+
+def _is_saved_dataset(files: Sequence[str]) -> bool:
+    return bool(HF_FILES & set(files)) and any(f.endswith(".arrow") for f in files)
+
+
+def _rows_of_saved_dataset(files: Sequence[str]) -> list[str]:
+    """Not the caches (cache-*.arrow) that `map` and `filter` leave beside the rows."""
+    return [
+        name
+        for name in files
+        if name.endswith(".arrow") and not name.startswith("cache-")
+    ]
+
+
+def _holds_no_rows(path: Path) -> bool:
+    """Whether it is a file of a `datasets` folder that describes or caches its rows."""
+    if path.name not in HF_FILES and not path.name.startswith("cache-"):
+        return False
+    files = os.listdir(path.parent)
+    return _is_saved_dataset(files) and path.name not in _rows_of_saved_dataset(files)

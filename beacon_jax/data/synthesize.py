@@ -1,0 +1,511 @@
+"""Makes questions and answers about long texts with any OpenAI-compatible endpoint.
+
+python -m beacon_jax.data.synthesize --sources='books/*.jsonl' --out=FILE.jsonl \\
+    --endpoint=http://localhost:8000/v1 --model=NAME [--tokenizer=DIR] \\
+    [--api_key_env=OPENAI_API_KEY] [--segment_tokens=4096] [--pairs=4] \\
+    [--max_tokens=20480] [--concurrency=8] [--requests_per_minute=0] [--limit=0]
+
+As the paper's appendix A: each text is split into segments of at most segment_tokens,
+the model writes `pairs` questions and answers about each, and neighbouring segments
+become one conversation of at most max_tokens, the first turn of which is the text with
+the first question. One {"conversations": [...]} a line, as `data.sources` reads it.
+
+Every answer is kept in FILE.jsonl.answers as soon as it comes. Interrupted, or with an
+endpoint that fails, the command writes what it has; the same command goes on and asks
+only what has no answer. Without --tokenizer a token is guessed as 3 bytes.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from beacon_jax.data.answers import Answers, Pair, parse_pairs
+from beacon_jax.data.endpoint import Endpoint, Failed, Hopeless, Pace, Stopped
+from beacon_jax.data.segments import Count, split, token_counter
+from beacon_jax.data.sources import Record, open_parts, read_part
+
+INSTRUCTIONS = (
+    "You write questions and answers for readers of long documents. You are given one "
+    "passage of a document. Write {pairs} questions about details of this passage, "
+    "each with its answer. A question must make sense to someone who has read the "
+    "whole document and does not know which passage you saw: name people, places and "
+    "things, and never write 'the passage' or 'the text'. An answer must follow from "
+    "the passage alone and be complete sentences. Ask about different things. Use the "
+    "language of the passage. Reply with JSON only: a list of {pairs} objects, each "
+    'with the keys "question" and "answer".'
+)
+ASK_AGAIN = (
+    "That was not a JSON list of {pairs} objects with the keys "
+    '"question" and "answer", both texts. Reply with that list and nothing else.'
+)
+SHORTEST_SEGMENT = 32  # tokens; a chapter's last line is not worth four questions
+# Of a chat template around a turn, and of its system prompt: at most 6 and 11 for the
+# templates of data.chat.
+TURN_TOKENS = 8
+TALK_TOKENS = 16
+FAILURES = 8  # questions that fail one after the other before the endpoint is dead
+SHOW_EVERY = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked about which texts.
+
+    limit: documents at most; 0: all. concurrency: requests under way at a time.
+    """
+
+    sources: tuple[str, ...]
+    out: Path
+    endpoint: Endpoint
+    tokenizer: str = ""
+    root: str = ""
+    segment_tokens: int = 4096
+    pairs: int = 4
+    max_tokens: int = 20480
+    concurrency: int = 8
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources is empty: name files with long texts")
+        for name in ("pairs", "concurrency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.limit < 0:
+            raise ValueError(f"limit={self.limit} must be >= 0 (0: no limit)")
+        if self.max_tokens <= self.segment_tokens:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} must be above segment_tokens="
+                f"{self.segment_tokens}, so that a segment and its questions fit"
+            )
+
+
+class Segment(NamedTuple):
+    """A piece of a document: characters [start, stop), tokens, what its answer is
+    filed under ("": too short to be asked about)."""
+
+    start: int
+    stop: int
+    tokens: int
+    key: str
+
+
+@dataclass
+class Report:
+    """What a run did. stopped: why it did not finish, or ""."""
+
+    documents: int = 0
+    skipped: int = 0  # rows that are not text
+    segments: int = 0  # to be asked about
+    known: int = 0  # of them, answered by earlier runs
+    asked: int = 0  # answered by this run
+    useless: int = 0  # answered, twice, without a single pair
+    failed: int = 0  # without an answer: the next run asks them again
+    conversations: int = 0
+    pairs: int = 0
+    unfit: int = 0  # pairs left out because not even alone they fit into max_tokens
+    stopped: str = ""
+    failures: dict[str, int] = field(default_factory=dict)
+
+
+def synthesize(
+    settings: Settings,
+    *,
+    stop: threading.Event | None = None,
+    show: Callable[[str], None] | None = None,
+) -> Report:
+    """Asks what has no answer yet and writes all conversations to settings.out.
+
+    The output depends on the sources and the answers only: not on the order in which
+    they came, nor on how often the run was interrupted.
+
+    Args:
+      stop: set it to end early; requests under way are waited for.
+      show: receives progress lines.
+
+    Raises:
+      ValueError: impossible settings, or sources without text.
+      FileNotFoundError: a source does not exist.
+      FileExistsError: settings.out is a file of something else.
+      BlockingIOError: another run is writing the same file.
+    """
+    stop = stop or threading.Event()
+    show = show or (lambda line: None)
+    count = token_counter(settings.tokenizer)
+    report = Report()
+    kept = settings.out.with_name(f"{settings.out.name}.answers")
+    if settings.out.exists() and not kept.exists():
+        raise FileExistsError(
+            f"out={str(settings.out)!r} exists and {kept.name} does not: it is not of "
+            "this command; name another file"
+        )
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    with Answers(kept) as answers:
+        plan = _plan(settings, count, report)
+        keys = {s.key for segments in plan for s in segments if s.key}
+        report.segments, report.known = len(keys), len(keys & answers.known())
+        show(
+            f"{report.documents:,} documents, {report.segments:,} segments to ask "
+            f"about, {report.known:,} of them answered before"
+        )
+        try:
+            _ask_all(settings, plan, answers, report, stop, show)
+        finally:
+            rows = _conversations(settings, plan, answers, count, report)
+            _write(settings.out, rows)
+    return report
+
+
+def documents(settings: Settings, report: Report | None = None) -> Iterator[str]:
+    """The texts of the sources in their order, at most settings.limit."""
+    parts = open_parts(list(settings.sources), root=settings.root)
+    rows = itertools.chain.from_iterable(read_part(part) for part in parts)
+    taken = 0
+    for row in rows:
+        if settings.limit and taken >= settings.limit:
+            return
+        if isinstance(row, Record) and row.text is not None:
+            taken += 1
+            yield row.text
+        elif report is not None:
+            report.skipped += 1
+
+
+def _plan(settings: Settings, count: Count, report: Report) -> list[list[Segment]]:
+    """The segments of every document: places only, texts are read again."""
+    plan = []
+    for text in documents(settings, report):
+        pieces = split(text, settings.segment_tokens, count)
+        segments, start = [], 0
+        for piece, tokens in zip(pieces, count(pieces), strict=True):
+            key = _key(settings, piece) if tokens >= SHORTEST_SEGMENT else ""
+            segments.append(Segment(start, start + len(piece), tokens, key))
+            start += len(piece)
+        plan.append(segments)
+    report.documents = len(plan)
+    if not any(s.key for segments in plan for s in segments):
+        raise ValueError(
+            f"sources={list(settings.sources)}: no text of at least {SHORTEST_SEGMENT} "
+            f"tokens among {report.documents:,} texts and {report.skipped:,} other rows"
+        )
+    return plan
+
+
+def _key(settings: Settings, piece: str) -> str:
+    """What decides an answer: who is asked, and about what."""
+    asked = [settings.endpoint.model, settings.pairs, INSTRUCTIONS, piece]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+
+
+def _ask_all(
+    settings: Settings,
+    plan: list[list[Segment]],
+    answers: Answers,
+    report: Report,
+    stop: threading.Event,
+    show: Callable[[str], None],
+) -> None:
+    """Asks about every segment without an answer, `concurrency` at a time."""
+    questions = _open_questions(settings, plan, answers.known())
+    total, began = report.segments - report.known, time.monotonic()
+    shown, in_a_row = began, 0
+    running: set[concurrent.futures.Future[list[Pair]]] = set()
+    pool = concurrent.futures.ThreadPoolExecutor(settings.concurrency)
+    try:
+        with _stopping(stop):
+            while True:
+                free = 0 if stop.is_set() else settings.concurrency - len(running)
+                for key, piece in itertools.islice(questions, free):
+                    running.add(pool.submit(_ask, settings, key, piece, answers, stop))
+                if not running:
+                    break
+                done, running = concurrent.futures.wait(
+                    running, timeout=SHOW_EVERY, return_when="FIRST_COMPLETED"
+                )
+                for job in done:
+                    failed = _count(job, report)
+                    in_a_row = in_a_row + 1 if failed else 0
+                    if in_a_row >= FAILURES or failed == "hopeless":
+                        report.stopped = report.stopped or _last_failure(report)
+                        stop.set()
+                if time.monotonic() - shown > SHOW_EVERY:
+                    shown = time.monotonic()
+                    show(_progress(report, total, shown - began))
+    finally:  # nothing runs any more, unless a second Ctrl-C gives up what does
+        pool.shutdown(wait=False, cancel_futures=True)
+    if stop.is_set() and not report.stopped:
+        report.stopped = "interrupted"
+    show(_progress(report, total, time.monotonic() - began))
+
+
+def _open_questions(
+    settings: Settings, plan: list[list[Segment]], known: set[str]
+) -> Iterator[tuple[str, str]]:
+    """(key, text) of each segment without an answer; equal texts once."""
+    seen = set(known)
+    for text, segments in zip(documents(settings), plan, strict=True):
+        for segment in segments:
+            if segment.key and segment.key not in seen:
+                seen.add(segment.key)
+                yield segment.key, text[segment.start : segment.stop].strip()
+
+
+def _ask(
+    settings: Settings, key: str, piece: str, answers: Answers, stop: threading.Event
+) -> list[Pair]:
+    """Pairs about a segment, kept; asked a second time if they are not all there."""
+    wanted = settings.pairs
+    messages = [
+        {"role": "system", "content": INSTRUCTIONS.format(pairs=wanted)},
+        {"role": "user", "content": piece},
+    ]
+    first = settings.endpoint.ask(messages, stop)
+    pairs = parse_pairs(first)[:wanted]
+    if len(pairs) < wanted:
+        messages += [
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": ASK_AGAIN.format(pairs=wanted)},
+        ]
+        try:
+            second = parse_pairs(settings.endpoint.ask(messages, stop))[:wanted]
+        except Failed:
+            if not pairs:
+                raise
+            second = []
+        pairs = max(pairs, second, key=len)
+    answers.add(key, pairs)
+    return pairs
+
+
+def _count(job: "concurrent.futures.Future[list[Pair]]", report: Report) -> str:
+    """Enters a finished job; how it failed, or ""."""
+    try:
+        pairs = job.result()
+    except Stopped:
+        return ""
+    except (Failed, Hopeless) as error:
+        report.failed += 1
+        reason = str(error)
+        report.failures[reason] = report.failures.pop(reason, 0) + 1  # the last is last
+        return "hopeless" if isinstance(error, Hopeless) else "failed"
+    report.asked += 1
+    report.useless += not pairs
+    return ""
+
+
+def _last_failure(report: Report) -> str:
+    return f"the endpoint fails: {list(report.failures)[-1]}"
+
+
+def _progress(report: Report, total: int, seconds: float) -> str:
+    done = report.asked + report.failed
+    rate = done / seconds if seconds > 0 else 0.0
+    left = f"{(total - done) / rate / 60:,.0f} min left" if rate else "? left"
+    return (
+        f"asked {done:,}/{total:,} ({report.failed:,} failed, {report.useless:,} "
+        f"useless)  {60 * rate:,.1f} segments/min  {left}"
+    )
+
+
+@contextlib.contextmanager
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Makes the first Ctrl-C or SIGTERM set `stop`; a second one is as always."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _conversations(
+    settings: Settings,
+    plan: list[list[Segment]],
+    answers: Answers,
+    count: Count,
+    report: Report,
+) -> Iterator[list[dict[str, str]]]:
+    for text, segments in zip(documents(settings), plan, strict=True):
+        parts = [
+            (segment, pairs, _tokens(pairs, count))
+            for segment in segments
+            if (pairs := answers.get(segment.key))
+        ]
+        room = settings.max_tokens - TALK_TOKENS
+        for segment, pairs, tokens in parts:
+            # So many answers that not even this segment's alone fit: the last go.
+            while pairs and segment.tokens + sum(tokens) > room:
+                pairs.pop()
+                tokens.pop()
+                report.unfit += 1
+        for group in _groups([part for part in parts if part[1]], room):
+            context = text[group[0][0].start : group[-1][0].stop].strip()
+            pairs = [pair for _, pairs, _ in group for pair in pairs]
+            report.conversations += 1
+            report.pairs += len(pairs)
+            yield _turns(context, pairs)
+
+
+Part = tuple[Segment, list[Pair], list[int]]
+
+
+def _groups(parts: Iterable[Part], room: int) -> Iterator[list[Part]]:
+    """Runs of neighbours that fit into `room` tokens with their pairs."""
+    group: list[Part] = []
+    left = 0
+    for part in parts:
+        needs = part[0].tokens + sum(part[2])
+        if group and (needs > left or group[-1][0].stop != part[0].start):
+            yield group
+            group = []
+        if not group:
+            left = room
+        group.append(part)
+        left -= needs
+    if group:
+        yield group
+
+
+def _tokens(pairs: Sequence[Pair], count: Count) -> list[int]:
+    """Tokens of each pair as two turns of a conversation."""
+    counts = count([text for pair in pairs for text in pair])
+    return [
+        counts[i] + counts[i + 1] + 2 * TURN_TOKENS for i in range(0, len(counts), 2)
+    ]
+
+
+def _turns(context: str, pairs: Sequence[Pair]) -> list[dict[str, str]]:
+    turns = []
+    for i, (question, answer) in enumerate(pairs):
+        question = f"{context}\n\n{question}" if i == 0 else question
+        turns += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    return turns
+
+
+def _write(path: Path, conversations: Iterable[list[dict[str, str]]]) -> None:
+    """All of it or nothing: what was there before stays until this is complete."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for turns in conversations:
+            _dump({"conversations": turns}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _dump(row: dict[str, Any], file: IO[str]) -> None:
+    try:
+        line = json.dumps(row, ensure_ascii=False)
+        line.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, which a model can escape into JSON
+        line = json.dumps(row)
+    file.write(line + "\n")
+
+
+def define_flags() -> None:
+    from absl import flags
+
+    flags.DEFINE_multi_string(
+        "sources", None, "URI of texts, repeatable.", required=True
+    )
+    flags.DEFINE_string("out", None, "JSON lines file to write.", required=True)
+    flags.DEFINE_string("endpoint", None, "Address up to /v1.", required=True)
+    flags.DEFINE_string("model", None, "Its name at the endpoint.", required=True)
+    flags.DEFINE_string("api_key_env", "OPENAI_API_KEY", "Variable with the key.")
+    flags.DEFINE_string("tokenizer", "", "HF folder; else a token is 3 bytes.")
+    flags.DEFINE_string("root", "", "What long-llm: sources are relative to.")
+    flags.DEFINE_integer("segment_tokens", 4096, "Of a segment, at most.")
+    flags.DEFINE_integer("pairs", 4, "Questions about each segment.")
+    flags.DEFINE_integer("max_tokens", 20480, "Of a conversation, at most.")
+    flags.DEFINE_integer("concurrency", 8, "Requests under way at a time.")
+    flags.DEFINE_float("requests_per_minute", 0.0, "0: as fast as it answers.")
+    flags.DEFINE_integer("limit", 0, "Documents at most; 0: all.")
+
+
+def from_flags(values: Any) -> Settings:
+    """Settings of a command line; the key comes from the environment."""
+    endpoint = Endpoint(
+        values.endpoint,
+        values.model,
+        key=os.environ.get(values.api_key_env, "").strip(),
+        pace=Pace(values.requests_per_minute),
+    )
+    names = ("tokenizer", "root", "segment_tokens", "pairs", "max_tokens")
+    return Settings(
+        tuple(values.sources),
+        Path(values.out).expanduser(),
+        endpoint,
+        concurrency=values.concurrency,
+        limit=values.limit,
+        **{name: getattr(values, name) for name in names},
+    )
+
+
+def describe(report: Report) -> str:
+    """What a run did, in a few lines."""
+    unanswered = report.segments - report.known - report.asked
+    lines = [
+        f"{report.conversations:,} conversations with {report.pairs:,} pairs about "
+        f"{report.documents:,} documents; {unanswered:,} of {report.segments:,} "
+        f"segments without an answer, {report.useless:,} with a useless one now",
+    ]
+    if report.skipped or report.unfit:
+        lines.append(
+            f"left out: {report.skipped:,} rows that are not text, {report.unfit:,} "
+            "pairs that do not fit into --max_tokens"
+        )
+    lines += [f"{n:,} x {reason}" for reason, n in report.failures.items()]
+    if unanswered or report.stopped:
+        lines.append(
+            f"not finished{f' ({report.stopped})' if report.stopped else ''}: the same "
+            "command asks the rest"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    from absl import app, flags
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option has --.")
+    try:
+        settings = from_flags(flags.FLAGS)
+        if not settings.endpoint.key:
+            print(f"no key in {flags.FLAGS.api_key_env}: asking without one")
+        report = synthesize(settings, show=lambda line: print(line, flush=True))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(describe(report), flush=True)
+    if report.stopped or report.failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    from absl import app
+
+    define_flags()
+    app.run(main)

@@ -1,0 +1,233 @@
+"""What goes into a step: its batch cut into windows, and a ratio for each of them.
+
+Both are functions of the config and of the step's number alone, so they are made ahead
+of the step, in threads, while the devices work.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.core.windows import (
+    draw_ratios,
+    memory_slots,
+    plan_slots,
+    split_windows,
+)
+from beacon_jax.data.batches import BatchConfig, Batches, Stage, StepBatches
+from beacon_jax.data.grouped import GroupConfig, GroupedBatches
+from beacon_jax.data.prepare import Settings, finished, prepare
+from beacon_jax.data.prepared import Prepared
+from beacon_jax.data.tokenizer import encode_stream
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.flops import training_step
+from beacon_jax.training.config import Config
+from beacon_jax.training.processes import is_lead
+
+AHEAD = 8  # batches that wait for their step: at 8 rows of 20,480 tokens 1.3 MB each
+
+
+class StepInputs(NamedTuple):
+    """Inputs of one step, on the host.
+
+    Attributes:
+      batch: of `core.train_loss`, arrays [N, B, ...]. N is that of the longest batch of
+        the run, so that all steps share one program: windows without tokens stand in
+        front, and cost next to nothing.
+      plans: int32 [N, P], a column for rows that share one.
+      tokens: real ones, of all rows. flops: `model.flops.training_step`.
+    """
+
+    batch: dict[str, np.ndarray]
+    plans: Int[np.ndarray, "N P"]
+    tokens: int
+    flops: int
+
+
+def make_batches(
+    config: Config,
+    documents: Sequence[str],
+    tokenizer: Any,
+    tokenizer_folder: Path,
+    workdir: Path,
+) -> StepBatches:
+    """The data of a run; prepares config.data.sources if that was not done before.
+
+    Raises:
+      ValueError, FileNotFoundError: settings or sources that do not work.
+    """
+    data = config.data
+    if not data.sources:
+        return Batches(
+            encode_stream(documents, tokenizer), tokenizer, batch_config(config)
+        )
+    folder = Path(data.prepared or workdir / "data").expanduser()
+    made = _prepared(config, tokenizer_folder, folder)
+    return GroupedBatches(made, GroupConfig.of(config))
+
+
+def _prepared(config: Config, tokenizer_folder: Path, folder: Path) -> Prepared:
+    """Made by the first process, awaited by the others."""
+    data = config.data
+    settings = Settings.of(data, tokenizer_folder)
+    if is_lead():
+        return prepare(
+            settings,
+            folder,
+            workers=data.workers,
+            max_drop_fraction=data.max_drop_fraction,
+            show=functools.partial(print, flush=True),
+        )
+    # Not a collective, whose waiting time is limited: preparing may take hours. If the
+    # first process fails, jax ends this one.
+    while (done := finished(settings, folder)) is None:
+        time.sleep(0.5)
+    return done
+
+
+def describe(config: Config, batches: StepBatches) -> str:
+    """Data and size of a run, for its first line."""
+    if isinstance(batches, Batches):
+        stages = ", ".join(
+            f"{s.steps} x {s.batch_size} x {s.length}" for s in batches.config.stages
+        )
+        return (
+            f"{len(batches.stream):,} tokens of {config.text.uri}; "
+            f"steps x batch x length: {stages}"
+        )
+    assert isinstance(batches, GroupedBatches)
+    left, total = sum(batches.left_out.values()), batches.data.manifest["total"]
+    return (
+        f"{total['examples']:,} examples, {total['tokens']:,} tokens of "
+        f"{', '.join(batches.data.uris)}; {batches.steps:,} steps of "
+        f"{batches.config.batch_size} rows ({batches.config.group}) in "
+        f"{batches.epochs} epoch{'s' if batches.epochs > 1 else ''}"
+        + (f", each without {left} rows of incomplete groups" if left else "")
+    )
+
+
+class Inputs:
+    """`inputs[step]` are the inputs of a step; `ahead` gives them one after the other.
+
+    Args:
+      count: ratio plans per step.
+      rows: those of a batch that this process needs (`Placement.rows`).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: ModelConfig,
+        batches: StepBatches,
+        count: int,
+        rows: Sequence[int] | None = None,
+    ):
+        self._config, self._model, self._batches = config, model, batches
+        self._count, self._rows = count, rows
+        # The tokenizer, which passkey rows need, is not for several threads.
+        self._threads = 1 if isinstance(batches, Batches) else 4
+
+    def __getitem__(self, step: int) -> StepInputs:
+        config, model, batches = self._config, self._model, self._batches
+        raw, lengths = batches.batch(step, self._rows), batches.lengths(step)
+        size = window(config, model, batches.width(step))
+        n = max(-(-t // window(config, model, t)) for _, t in batches.shapes)
+        cut = functools.partial(
+            split_windows, lengths=lengths, window=size, count=n, align="right"
+        )
+        tokens, valid = cut(raw["tokens"])
+        labels, _ = cut(raw["labels"], fill=-100)
+        batch = {"tokens": tokens, "labels": labels, "valid": valid}
+        if "weights" in raw:
+            batch["weights"], _ = cut(raw["weights"])
+        plans = draw_plans(config, model, batches, step, self._count)
+        plans = np.pad(plans, ((n - len(plans), 0), (0, 0)))
+        flops = training_step(model, plans, valid, trainable=config.trainable)
+        return StepInputs(batch, plans, int(lengths.sum()), flops)
+
+    def ahead(self, start: int, stop: int) -> grain.DatasetIterator[StepInputs]:
+        """Those of steps start to stop - 1, made before they are asked for."""
+        steps = grain.MapDataset.range(start, stop).map(self.__getitem__)
+        options = grain.ReadOptions(self._threads, AHEAD)
+        return iter(steps.to_iter_dataset(options))
+
+
+def window(config: Config, model: ModelConfig, width: int) -> int:
+    """Tokens of a window, for rows of `width` tokens."""
+    return model.beacon.window if model.beacon else (config.window or width)
+
+
+def draw_plans(
+    config: Config, model: ModelConfig, batches: StepBatches, step: int, count: int
+) -> np.ndarray:
+    """int32 [N, P]: the ratios of a step's windows, a column for rows that share them;
+    N is that of the step's longest row, and all rows end together.
+
+    A plan that would not fit into the memory's slots is drawn again.
+    """
+    lengths = batches.lengths(step)
+    lengths = lengths[lengths > 0]
+    size = window(config, model, batches.width(step))
+    windows = int((-(-lengths // size)).max())
+    beacon = model.beacon
+    if beacon is None:
+        return np.zeros((windows, count), np.int32)
+    room = slots(config, model, windows)
+    # Where ratio 0 is allowed depends on how full the last window is: of the emptiest.
+    length = (windows - 1) * size + int(((lengths - 1) % size + 1).min())
+
+    def draw(seed: list[int]) -> np.ndarray:
+        uniform = np.random.default_rng([*seed, 1]).uniform() < config.uniform_plans
+        for attempt in range(1000):
+            plan = draw_ratios(
+                model,
+                windows,
+                mix="instance-random" if uniform else beacon.ratio_mix,
+                seed=[*seed, 2, attempt] if attempt else seed,
+                length=length,
+                training=True,
+            )
+            if plan_slots(model, plan) <= room:
+                return plan
+        raise ValueError(
+            f"memory_slots={config.memory_slots}: no plan of {windows} windows with "
+            f"ratios {list(beacon.ratios)} fits; raise it, or set it to 0."
+        )
+
+    return np.stack([draw([config.seed, step, i]) for i in range(count)], axis=1)
+
+
+def slots(config: Config, model: ModelConfig, windows: int) -> int:
+    """Memory slots of a row: config.memory_slots, or as many as plans may need."""
+    assert model.beacon is not None
+    drawn = model.beacon.ratio_mix == "step-random" and not config.uniform_plans
+    return config.memory_slots or memory_slots(model, windows, likely=drawn)
+
+
+STAGE_KEYS = (
+    "answer_weight",
+    "second_weight",
+    "passkey_questions",
+    "passkey_window",
+    "passkey_tail",
+    "copy_weight",
+    "dummy_every",
+)
+
+
+def batch_config(config: Config) -> BatchConfig:
+    """Of rows cut from config.text."""
+    data = config.data.to_dict()
+    stages = []
+    for name in sorted(data["stages"]):
+        given = config.data.stages[name].to_dict()
+        mix = tuple((k, w) for k, w in sorted(given.pop("mix").items()) if w)
+        stages.append(Stage(**given, mix=mix))
+    settings = {key: data[key] for key in STAGE_KEYS}
+    return BatchConfig(stages=tuple(stages), seed=config.seed, **settings)

@@ -1,0 +1,171 @@
+"""Length rules, eos, tokenised rows and the shift of labels."""
+
+import numpy as np
+import pytest
+
+from beacon_jax.data import chat, examples
+from beacon_jax.data.examples import Rules, make_example, shift
+from beacon_jax.data.sources import Record
+from tests.data import chat_tokenizers as tiny
+
+TEXT = "Wrap a single paragraph of text, returning a list of wrapped lines."
+TALK = (("user", "What is this?"), ("assistant", "A text wrapper."))
+TOKENIZERS = [tiny.qwen, tiny.llama_3, tiny.llama_2, tiny.mistral]
+any_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
+
+
+def row(**kind) -> Record:
+    return Record("a.jsonl:1", **kind)
+
+
+def reason_of(record, tokenizer, rules) -> str:
+    reason = make_example(record, tokenizer, rules)
+    assert isinstance(reason, str), reason
+    return reason
+
+
+def made(record, tokenizer, **rules):
+    example = make_example(record, tokenizer, Rules(**rules))
+    assert not isinstance(example, str), example
+    return example
+
+
+@any_tokenizer
+def test_text_that_fits_gets_one_eos_and_is_all_target(tokenizer):
+    tokenizer = tokenizer()
+    ids = tokenizer(TEXT)["input_ids"]
+    n = len(ids)
+    eos = tokenizer.eos_token_id
+    for low, high in ((0, 20480), (n, n + 1), (1, n + 1)):
+        example = made(row(text=TEXT), tokenizer, min_length=low, max_length=high)
+        assert list(example.tokens) == [*ids, eos]
+        assert example.labelled.all() and len(example.labelled) == n + 1
+        assert example.tokens.dtype == np.int32
+    # bos is the tokenizer's affair.
+    assert (ids[0] == tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
+
+
+@any_tokenizer
+def test_text_that_is_too_long_is_cut_and_gets_no_eos(tokenizer):
+    tokenizer = tokenizer()
+    ids = tokenizer(TEXT)["input_ids"]
+    for high in (5, len(ids) - 1, len(ids)):
+        example = made(row(text=TEXT), tokenizer, max_length=high)
+        assert list(example.tokens) == ids[:high]
+        assert example.labelled.all() and len(example.labelled) == high
+
+
+@any_tokenizer
+def test_text_that_is_too_short_is_dropped_counting_no_eos(tokenizer):
+    tokenizer = tokenizer()
+    n = len(tokenizer(TEXT)["input_ids"])
+    reason = reason_of(row(text=TEXT), tokenizer, Rules(min_length=n + 1))
+    assert reason == examples.SHORTER
+    assert reason.startswith("shorter than")
+
+
+def test_text_that_brings_its_own_eos_gets_no_second_one():
+    tokenizer = tiny.qwen()
+    example = made(row(text=TEXT + "<|im_end|>"), tokenizer)
+    assert list(example.tokens) == [*tokenizer(TEXT)["input_ids"], example.tokens[-1]]
+    assert example.tokens[-1] == tokenizer.eos_token_id
+
+
+def test_text_of_spaces_is_dropped_as_empty():
+    assert make_example(row(text=" \n"), tiny.llama_2(), Rules()) == examples.EMPTY
+
+
+def test_text_with_a_tokenizer_without_eos_is_an_error_that_names_it():
+    tokenizer = tiny.qwen.__wrapped__()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="tiny-qwen.*eos_token"):
+        make_example(row(text=TEXT), tokenizer, Rules())
+
+
+def test_conversations_are_never_cut_and_get_no_eos():
+    tokenizer = tiny.qwen()
+    tokens, labelled = chat.encode(TALK, tokenizer, "qwen")
+    n = len(tokens)
+    record, template = row(turns=TALK), "qwen"
+    exact = {"min_length": n, "max_length": n}
+    example = made(record, tokenizer, chat_template=template, **exact)
+    np.testing.assert_array_equal(example.tokens, tokens)
+    np.testing.assert_array_equal(example.labelled, labelled)
+    longer = reason_of(record, tokenizer, Rules(0, n - 1, template))
+    shorter = reason_of(record, tokenizer, Rules(n + 1, chat_template=template))
+    assert (longer, shorter) == (examples.LONGER, examples.SHORTER)
+    assert longer.startswith("longer than")
+
+
+def test_conversation_that_cannot_be_written_passes_its_reason_on():
+    rules = Rules(chat_template="qwen")
+    reason = reason_of(row(turns=TALK[:1]), tiny.qwen(), rules)
+    assert reason == chat.NO_ASSISTANT and reason in examples.REASONS
+
+
+def test_conversation_without_a_template_stops_instead_of_being_dropped():
+    with pytest.raises(ValueError, match=r"data\.chat_template"):
+        make_example(row(turns=TALK), tiny.qwen(), Rules())
+
+
+def test_tokenised_rows_are_taken_as_they_are_inside_the_lengths():
+    tokenizer = tiny.qwen()
+    ids = np.arange(10, 20)
+    labels = np.where(np.arange(10) < 4, -100, ids)
+    plain = made(row(tokens=(ids, None)), tokenizer, min_length=10, max_length=10)
+    assert list(plain.tokens) == list(ids) and plain.labelled.all()
+    assert plain.tokens.dtype == np.int32
+    given = made(row(tokens=(ids, labels)), tokenizer)
+    assert list(given.labelled) == [False] * 4 + [True] * 6
+    record = row(tokens=(ids, None))
+    assert make_example(record, tokenizer, Rules(max_length=9)) == examples.LONGER
+    assert make_example(record, tokenizer, Rules(min_length=11)) == examples.SHORTER
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels", "reason"),
+    [
+        ([], None, examples.EMPTY),
+        ([1, 2], [1], examples.LABELS_LENGTH),
+        ([1, 2], [1, 3], examples.OTHER_LABELS),
+        ([1, 2], [-100, -100], chat.NO_LABELS),
+        ([1, 703], None, examples.OTHER_VOCABULARY),
+        ([1, -100], None, examples.OTHER_VOCABULARY),
+        ([1, 2**32 + 5], None, examples.OTHER_VOCABULARY),
+    ],
+)
+def test_tokenised_row_that_cannot_be_right_has_a_reason(tokens, labels, reason):
+    labels = None if labels is None else np.asarray(labels)
+    record = row(tokens=(np.asarray(tokens, np.int64), labels))
+    assert make_example(record, tiny.qwen(), Rules()) == reason
+    assert reason in examples.REASONS
+
+
+def test_only_length_rules_begin_like_length_rules():
+    harmless = [r for r in examples.REASONS if r.startswith(("shorter than", "longer"))]
+    assert harmless == [examples.SHORTER, examples.LONGER]
+
+
+@pytest.mark.parametrize(
+    ("rules", "named"),
+    [
+        ({"min_length": -1}, "min_length=-1"),
+        ({"min_length": 9, "max_length": 8}, "min_length=9, max_length=8"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"chat_template": "vicuna"}, r"data\.chat_template='vicuna'.*qwen"),
+    ],
+)
+def test_impossible_rules_are_refused(rules, named):
+    with pytest.raises(ValueError, match=named):
+        Rules(**rules)
+
+
+def test_shift_makes_each_token_predict_the_next_target():
+    tokens = np.asarray([5, 6, 7, 8], np.int32)
+    labels = shift(tokens, np.asarray([True, True, False, True]))
+    assert labels.dtype == np.int32
+    assert list(labels) == [6, -100, 8, -100]
+    # The first token is nobody's target, the last predicts nothing.
+    assert list(shift(tokens, np.ones(4, bool))) == [6, 7, 8, -100]
+    assert list(shift(tokens[:1], np.ones(1, bool))) == [-100]
+    assert len(shift(tokens[:0], np.ones(0, bool))) == 0

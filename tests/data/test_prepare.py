@@ -1,0 +1,336 @@
+"""Preparing: the same bytes for any number of workers and after a kill; what is bad is
+counted; other settings are refused."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+from beacon_jax import train as command
+from beacon_jax.data import prepare as module
+from beacon_jax.data.examples import Rules, make_example
+from beacon_jax.data.prepare import Settings, prepare, tokenizer_hash
+from beacon_jax.data.prepared import Prepared
+from beacon_jax.data.shards import load_tokenizer
+from beacon_jax.data.sources import Record
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = str(ROOT / "assets/tiny-base")
+WORDS = ["the", "river", "carries", "stones", "from", "hills", "down", "to", "plain"]
+
+
+def sentence(number, words):
+    rng = np.random.default_rng(number)
+    return f"Row {number}: " + " ".join(rng.choice(WORDS, words))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Six files of 50 rows, one of which has two bad ones."""
+    folder = tmp_path_factory.mktemp("source")
+    for i in range(6):
+        rows = [
+            json.dumps({"text": sentence(50 * i + j, 1 + j % 40)}) for j in range(50)
+        ]
+        if i == 2:
+            rows[10], rows[20] = "{not json", json.dumps({"unknown": 1})
+        (folder / f"{i}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def settings(source):
+    return Settings((str(source),), TOKENIZER, Rules(20, 100))
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 10_000)
+
+
+def content(folder):
+    """Every file of a folder but the lock."""
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(folder.iterdir())
+        if file.name != ".lock"
+    }
+
+
+def test_examples_are_those_of_the_rules_in_the_order_of_the_rows(
+    settings, source, tmp_path
+):
+    data = prepare(settings, tmp_path, workers=1)
+    tokenizer = load_tokenizer(TOKENIZER)
+    expected = []
+    for file in sorted(source.iterdir()):
+        for line in file.read_text().splitlines():
+            if '"text"' in line:
+                record = Record("", json.loads(line)["text"])
+                made = make_example(record, tokenizer, settings.rules)
+                expected += [] if isinstance(made, str) else [made]
+    assert len(data) == len(expected) > 200
+    for i, example in enumerate(expected):
+        assert data.read(i).tokens.tolist() == example.tokens.tolist()
+        assert data.read(i).labelled.tolist() == example.labelled.tolist()
+        assert data.lengths[i] == len(example.tokens)
+    assert len(data.manifest["shards"]) > 3
+    assert set(data.sources) == {0} and len(set(data.hashes)) == len(data)
+
+
+def test_the_manifest_counts_everything_and_names_the_first_places(settings, tmp_path):
+    manifest = prepare(settings, tmp_path, workers=1).manifest
+    total, (source,) = manifest["total"], manifest["sources"]
+    assert total["rows"] == 300 and total["bad"] == 2
+    drops = source["drops"]
+    assert total["examples"] + sum(d["rows"] for d in drops.values()) == 300
+    assert [d["first"] for d in drops.values() if d["bad"]] == [
+        ["2.jsonl:11"],
+        ["2.jsonl:21"],
+    ]
+    short = drops["shorter than min_length"]
+    assert not short["bad"] and short["rows"] > 5 and len(short["first"]) == 5
+    rows = (tmp_path / "dropped.jsonl").read_text().splitlines()
+    assert [json.loads(row)["where"] for row in rows] == ["2.jsonl:11", "2.jsonl:21"]
+    assert manifest["settings"]["rules"]["max_length"] == 100
+    assert manifest["settings"]["tokenizer"] == tokenizer_hash(TOKENIZER)
+
+
+@pytest.mark.slow
+def test_the_bytes_do_not_depend_on_the_number_of_workers(settings, tmp_path):
+    prepare(settings, tmp_path / "one", workers=1)
+    shown = []
+    prepare(settings, tmp_path / "three", workers=3, show=shown.append)
+    assert content(tmp_path / "three") == content(tmp_path / "one")
+    assert "prepared" in shown[-1]
+
+
+def test_a_finished_folder_is_not_touched_and_needs_no_sources(
+    settings, tmp_path, monkeypatch
+):
+    prepare(settings, tmp_path, workers=1)
+    (tmp_path / ".lock").unlink()
+    before = {f.name: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
+    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail("prepared again"))
+    assert len(prepare(settings, tmp_path)) > 200
+
+    def gone(*_):
+        raise FileNotFoundError("moved away")
+
+    monkeypatch.setattr(module, "source_bytes", gone)
+    assert len(prepare(settings, tmp_path)) > 200
+    after = {f.name: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
+    assert before == after
+
+
+def test_a_run_that_was_killed_while_it_cleaned_up_is_finished(settings, tmp_path):
+    prepare(settings, tmp_path, workers=1)
+    whole = content(tmp_path)
+    for name in ("unfinished.json", "shard-00001-of-00004.json"):
+        (tmp_path / name).write_text("{}")
+    prepare(settings, tmp_path, workers=1)
+    assert content(tmp_path) == whole
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    settings, tmp_path, monkeypatch
+):
+    prepare(settings, tmp_path / "whole", workers=1)
+    write, written = module.Worker.write, []
+
+    def fail_in_the_third(worker, job):
+        if len(written) == 2:
+            (tmp_path / "parts" / f".{job.path.name}.1.partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(job.index)
+        return write(worker, job)
+
+    monkeypatch.setattr(module.Worker, "write", fail_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings, tmp_path / "parts", workers=1)
+    with pytest.raises(FileNotFoundError, match="holds no manifest.json"):
+        Prepared(tmp_path / "parts")
+    again = []
+    monkeypatch.setattr(
+        module.Worker, "write", lambda w, job: again.append(job.index) or write(w, job)
+    )
+    prepare(settings, tmp_path / "parts", workers=1)
+    assert written == [0, 1] and again[0] == 2
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+SCRIPT = """
+import sys
+from beacon_jax.data import prepare, shards
+from beacon_jax.data.examples import Rules
+if __name__ == "__main__":
+    prepare.SHARD_BYTES = 10_000
+    settings = prepare.Settings((sys.argv[1],), sys.argv[2], Rules(20, 100))
+    prepare.prepare(settings, sys.argv[3], workers=2)
+"""
+
+
+def test_a_killed_run_leaves_no_process_and_goes_on(settings, source, tmp_path):
+    """SIGKILL of the main process while two workers write."""
+    psutil = pytest.importorskip("psutil")
+    big = tmp_path / "big"
+    big.mkdir()
+    for i in range(12):
+        rows = [json.dumps({"text": sentence(j, 60)}) for j in range(60)]
+        (big / f"{i}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, script, big, TOKENIZER, tmp_path / "killed"]
+    process = subprocess.Popen(arguments, env=environment)
+    reports = lambda: [*(tmp_path / "killed").glob("shard-*.json")]
+    deadline = time.monotonic() + 120
+    while not reports():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    other = dataclasses.replace(settings, sources=(str(big),))
+    prepare(other, tmp_path / "killed", workers=1)
+    prepare(other, tmp_path / "whole", workers=1)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_other_settings_are_refused_and_all_named(settings, source, tmp_path):
+    data = prepare(settings, tmp_path, workers=1)
+    other = dataclasses.replace(settings, rules=Rules(20, 90, "qwen"))
+    with pytest.raises(ValueError, match="was made with other settings") as error:
+        prepare(other, tmp_path, workers=1)
+    text = str(error.value)
+    assert "rules.max_length: 100 -> 90" in text
+    assert "rules.chat_template: '' -> 'qwen'" in text
+    assert "tokenizer" not in text and "--overwrite" in text
+    more = dataclasses.replace(settings, sources=(*settings.sources, "stdlib[2]"))
+    with pytest.raises(ValueError, match="sources"):
+        prepare(more, tmp_path, workers=1)
+    assert len(Prepared(tmp_path)) == len(data)
+    again = prepare(other, tmp_path, workers=1, overwrite=True)
+    assert again.lengths.max() == 90 and "unfinished.json" not in content(tmp_path)
+
+
+def test_a_source_that_changed_is_refused(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text(sentence(1, 30))
+    settings = Settings((str(file),), TOKENIZER)
+    prepare(settings, tmp_path / "out", workers=1)
+    file.write_text(sentence(1, 40))
+    with pytest.raises(ValueError, match=r"sources\[0\]\.bytes: \d+ -> \d+"):
+        prepare(settings, tmp_path / "out", workers=1)
+
+
+def test_an_unfinished_folder_of_other_settings_is_refused(
+    settings, tmp_path, monkeypatch
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Worker, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings, tmp_path, workers=1)
+    other = dataclasses.replace(settings, rules=Rules(30, 100))
+    with pytest.raises(ValueError, match="rules.min_length: 20 -> 30"):
+        prepare(other, tmp_path, workers=1)
+    assert len(prepare(other, tmp_path, workers=1, overwrite=True)) > 200
+
+
+def test_a_run_that_drops_too_many_bad_rows_stops_with_the_table(settings, tmp_path):
+    with pytest.raises(ValueError) as error:
+        prepare(settings, tmp_path, workers=1, max_drop_fraction=0.005)
+    text = str(error.value)
+    assert "2 of 300 rows are bad, more than data.max_drop_fraction=0.005" in text
+    assert "2.jsonl:11" in text and "2.jsonl:21" in text
+    assert "shorter than min_length" in text
+    # What is tokenised stays: with a higher limit nothing is done again.
+    data = prepare(settings, tmp_path, workers=1, max_drop_fraction=0.007)
+    assert data.manifest["total"]["bad"] == 2
+
+
+def test_it_stops_early_if_the_first_rows_are_bad(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(8):
+        (source / f"{i}.jsonl").write_text("nothing\n" * 1500, encoding="utf-8")
+    written, write = [], module.Worker.write
+    monkeypatch.setattr(
+        module.Worker, "write", lambda w, job: written.append(job) or write(w, job)
+    )
+    settings = Settings((str(source),), TOKENIZER)
+    with pytest.raises(ValueError, match="1,500 of the first 1,500 rows are bad"):
+        prepare(settings, tmp_path / "out", workers=1)
+    assert len(written) == 1
+
+
+def test_nothing_left_is_an_error(settings, tmp_path):
+    other = dataclasses.replace(settings, rules=Rules(5000, 9000))
+    with pytest.raises(ValueError, match="no example is left of 300 rows"):
+        prepare(other, tmp_path, workers=1, max_drop_fraction=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"sources": ()}, {}, "data.sources=() is empty"),
+        ({}, {"max_drop_fraction": 5}, "data.max_drop_fraction=5 is a share"),
+        ({}, {"workers": -1}, "data.workers=-1 must be at least 0"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings, tmp_path, change, arguments, message):
+    with pytest.raises(ValueError) as error:
+        prepare(dataclasses.replace(settings, **change), tmp_path, **arguments)
+    assert message in str(error.value)
+
+
+def test_a_folder_without_tokenizer_is_an_error(settings, tmp_path):
+    other = dataclasses.replace(settings, tokenizer=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="has no tokenizer files"):
+        prepare(other, tmp_path / "out")
+
+
+def run_command(monkeypatch, *words):
+    argv = ["prepare", *words]
+    monkeypatch.setattr(sys, "argv", argv)
+    values = flags.FlagValues()
+    module.define_flags(values, "out")
+    command.parse(argv, values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    module.main(["prepare"])
+
+
+def test_the_command_prepares_what_a_config_names(
+    source, tmp_path, monkeypatch, capsys
+):
+    words = [
+        f"--config={ROOT}/configs/llama2_7b_pretrain.py",
+        f"--config.init_from={TOKENIZER}",
+        f"--config.data.sources=('{source}',)",
+        "--config.data.min_length=20",
+        "--config.data.max_length=100",
+        "--workers=1",
+        f"--out={tmp_path}/data",
+    ]
+    run_command(monkeypatch, *words)
+    out = capsys.readouterr().out
+    assert f"of 300 rows in {source}" in out
+    assert "bad   not JSON  (first: 2.jsonl:11)" in out
+    assert len(Prepared(tmp_path / "data")) > 200
+    with pytest.raises(SystemExit) as stopped:
+        run_command(monkeypatch, *words, "--config.data.max_length=50")
+    assert "rules.max_length: 100 -> 50" in str(stopped.value)

@@ -1,0 +1,102 @@
+"""Reading prepared folders: the encoding, and what is damaged."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beacon_jax.data.examples import Example
+from beacon_jax.data.prepare import Settings, prepare
+from beacon_jax.data.prepared import Prepared, decode, encode, example_hash
+
+TOKENIZER = "assets/tiny-base"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = tmp_path / "a.jsonl"
+    rows = [json.dumps({"text": f"row {i} " * (i + 1)}) for i in range(20)]
+    source.write_text("\n".join(rows), encoding="utf-8")
+    prepare(Settings((str(source),), TOKENIZER), tmp_path / "data", workers=1)
+    return tmp_path / "data"
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=0, max_size=50
+    )
+)
+def test_an_example_is_what_it_was_before_it_was_encoded(row):
+    tokens = np.asarray([token for token, _ in row], np.int32)
+    labelled = np.asarray([target for _, target in row], bool)
+    made = decode(encode(Example(tokens, labelled)))
+    assert made.tokens.dtype == np.int32 and made.labelled.dtype == bool
+    assert made.tokens.tolist() == tokens.tolist()
+    assert made.labelled.tolist() == labelled.tolist()
+
+
+def test_bytes_that_are_no_example_are_an_error():
+    data = encode(Example(np.arange(9, dtype=np.int32), np.ones(9, bool)))
+    for wrong in (b"", data[:-1], data + b"x", b"\xff" * 8):
+        with pytest.raises(ValueError, match="are not an example"):
+            decode(wrong)
+
+
+def test_hashes_are_equal_for_equal_examples_only():
+    make = lambda *labelled: encode(Example(np.arange(2), np.asarray(labelled)))
+    assert example_hash(make(True, False)) == example_hash(make(True, False))
+    assert example_hash(make(True, False)) != example_hash(make(True, True))
+
+
+def test_the_fingerprint_follows_the_examples(folder, tmp_path):
+    source = tmp_path / "a.jsonl"
+    before = Prepared(folder).fingerprint
+    text = source.read_text().replace("row 7", "raw 7", 1)  # as many bytes
+    source.write_text(text)
+    again = prepare(Settings((str(source),), TOKENIZER), tmp_path / "b", workers=1)
+    assert again.fingerprint != before == Prepared(folder).fingerprint
+
+
+def test_a_damaged_shard_names_the_example(folder):
+    (shard,) = folder.glob("shard-*")
+    data = bytearray(shard.read_bytes())
+    middle = data.find(b"\x00" * 64, 200)  # the file is padded; damage its records
+    for at in range(64, max(middle, 300)):
+        data[at] ^= 0xFF
+    shard.write_bytes(data)
+    prepared = Prepared(folder)
+    with pytest.raises(ValueError, match=r"example \d+ is damaged.*prepare the folder"):
+        for i in range(len(prepared)):
+            prepared.read(i)
+
+
+def test_files_that_are_missing_or_do_not_fit_are_errors(folder, tmp_path):
+    index = folder / "index.npy"
+    whole = index.read_bytes()
+    np.save(index, np.load(index)[:-1])
+    with pytest.raises(ValueError, match="index.npy does not fit the shards of 20"):
+        Prepared(folder)
+    index.write_bytes(whole)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 0}))
+    with pytest.raises(ValueError, match="has format 0, this version reads 1"):
+        Prepared(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    next(folder.glob("shard-*")).unlink()
+    with pytest.raises(FileNotFoundError, match="but no shard-00000-of-00001"):
+        Prepared(folder)
+    with pytest.raises(FileNotFoundError, match="holds no manifest.json"):
+        Prepared(tmp_path)
+
+
+def test_an_index_that_disagrees_with_a_record_is_an_error(folder):
+    index = np.load(folder / "index.npy")
+    index["length"][3] += 1
+    np.save(folder / "index.npy", index)
+    prepared = Prepared(folder)
+    assert len(prepared.read(2).tokens) == prepared.lengths[2]
+    with pytest.raises(ValueError, match=r"example 3 has \d+ tokens, index.npy says"):
+        prepared.read(3)
