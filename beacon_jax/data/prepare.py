@@ -128,6 +128,12 @@ def prepare(
         )
     if workers < 0:
         raise ValueError(f"data.workers={workers} must be at least 0 (one per core).")
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # A worker that imports the script would wait for the lock of its parent.
+        raise RuntimeError(
+            "prepare() or train() is called when the script is imported, as every "
+            'worker process does: put the call under `if __name__ == "__main__":`.'
+        )
     folder = Path(folder).expanduser()
     show = show or (lambda line: None)
     done = finished(settings, folder, overwrite=overwrite)
@@ -314,9 +320,9 @@ def _run(
             _consume(pool, todo, 2 * count, tally, progress)
         except BrokenProcessPool:
             raise OSError(
-                "a worker process died, perhaps for want of memory: use fewer of them "
-                f"(--workers, data.workers; there were {count}). The same command goes "
-                "on where it stopped."
+                "a worker process died (see above), perhaps for want of memory: use "
+                f"fewer of them (--workers, data.workers; there were {count}); the "
+                "same command goes on where it stopped."
             ) from None
         finally:
             counters[STOP] = 1  # else the pool waits for shards nobody wants

@@ -208,6 +208,21 @@ def test_a_killed_run_leaves_no_process_and_goes_on(settings, source, tmp_path):
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
+def test_a_script_without_a_main_guard_is_an_error_not_a_deadlock(source, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace('__name__ == "__main__"', "True"))
+    done = subprocess.run(
+        [sys.executable, script, source, TOKENIZER, tmp_path / "out"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert 'put the call under `if __name__ == "__main__":`' in done.stderr
+    assert "a worker process died (see above)" in done.stderr
+
+
 def test_other_settings_are_refused_and_all_named(settings, source, tmp_path):
     data = prepare(settings, tmp_path, workers=1)
     other = dataclasses.replace(settings, rules=Rules(20, 90, "qwen"))
