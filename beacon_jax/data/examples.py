@@ -39,11 +39,14 @@ class Rules:
 
     min_length, max_length: tokens of an example, both included. chat_template: how
     conversations are written, a name of `chat.TEMPLATES`, or "" if there are none.
+    cut_long: text above max_length is cut, as in the release, or left out, as in the
+    paper (appendix A).
     """
 
     min_length: int = 0
     max_length: int = 20480
     chat_template: str = ""
+    cut_long: bool = True
 
     def __post_init__(self) -> None:
         if self.min_length < 0 or self.max_length < max(1, self.min_length):
@@ -74,7 +77,7 @@ def make_example(record: Record, tokenizer: Any, rules: Rules) -> Example | str:
 
     Text: all tokens are targets. It is dropped below min_length; it gets an eos, if it
     does not end in one, when it has fewer than max_length tokens, and is cut to
-    max_length, without eos, otherwise.
+    max_length, without eos, otherwise (or dropped, if rules.cut_long is off).
     Conversations are never cut: outside [min_length, max_length] they are dropped; only
     the assistant's answers and their end markers are targets. Tokenised rows are taken
     as they are inside [min_length, max_length]; without labels all are targets.
@@ -112,6 +115,8 @@ def _of_text(text: str, tokenizer: Any, rules: Rules) -> Example | str:
     tokens = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
     if len(tokens) < rules.min_length:
         return SHORTER
+    if len(tokens) > rules.max_length and not rules.cut_long:
+        return LONGER
     if len(tokens) >= rules.max_length:
         tokens = tokens[: rules.max_length]
     elif not len(tokens) or tokens[-1] != chat.eos_of(tokenizer):

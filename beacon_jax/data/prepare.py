@@ -83,6 +83,7 @@ class Settings:
             min_length=data.min_length,
             max_length=data.max_length,
             chat_template=data.chat_template,
+            cut_long=data.cut_long,
         )
         return cls(tuple(data.sources), str(tokenizer), rules, data.root)
 

@@ -78,7 +78,8 @@ def default_config() -> Config:
             "root": "",  # what long-llm: URIs are relative to
             "prepared": "",  # folder; "": `data` in the workdir
             "min_length": 0,  # tokens; shorter rows are left out
-            "max_length": 20480,  # longer text is cut, longer conversations left out
+            "max_length": 20480,  # longer conversations are left out
+            "cut_long": True,  # longer text is cut; False: left out, as in the paper
             # "", qwen, llama-2, llama-3, mistral, hf or no: see `data.chat`
             "chat_template": "",
             "group": "strict",  # or "relaxed", "pad"

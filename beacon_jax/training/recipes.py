@@ -7,9 +7,10 @@ row compute. Windows and sinks are those of `model.presets`.
 
 Data: the sources of the release under its names (EVALUATION section 4.1), relative to
 `config.data.root`, one epoch in batches of equal numbers of windows (`data.grouped`,
-strict). Stage 1: RedPajama documents of 2,400 to 20,480 tokens, longer ones cut, up to
-1B tokens. Stage 2: rows of 7,200 to 20,480 tokens from 16,000 synthetic questions,
-5,000 LongAlpaca, 2,000 BookSum and 5,000 stage-1 rows, counted before the length rules,
+strict). Stage 1: RedPajama documents of 2,400 to 20,480 tokens, longer ones cut as in
+the release (`data.cut_long=False` leaves them out, as the paper says), up to 1B tokens.
+Stage 2: rows of 7,200 to 20,480 tokens from 16,000 synthetic questions, 5,000
+LongAlpaca, 2,000 BookSum and 5,000 stage-1 rows, counted before the length rules,
 longer conversations left out. The release's command also names needle/train.16K.json,
 which the paper does not: add it to `data.sources` to train as the release does.
 

@@ -55,6 +55,16 @@ def test_text_that_is_too_long_is_cut_and_gets_no_eos(tokenizer):
         assert example.labelled.all() and len(example.labelled) == high
 
 
+def test_text_that_is_too_long_can_be_left_out_as_in_the_paper():
+    tokenizer = tiny.qwen()
+    n = len(tokenizer(TEXT)["input_ids"])
+    reason = reason_of(
+        row(text=TEXT), tokenizer, Rules(max_length=n - 1, cut_long=False)
+    )
+    assert reason == examples.LONGER
+    assert len(made(row(text=TEXT), tokenizer, max_length=n, cut_long=False)[0]) == n
+
+
 @any_tokenizer
 def test_text_that_is_too_short_is_dropped_counting_no_eos(tokenizer):
     tokenizer = tokenizer()
