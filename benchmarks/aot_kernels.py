@@ -1,0 +1,224 @@
+"""Compiles the attention kernels for accelerators that are not here.
+
+python -m benchmarks.aot_kernels [--cases=NAME,...] [--out=FOLDER]
+
+At the shapes of real models, with what each kernel takes of its chip: registers, spills
+and shared memory per program on GPU (from ptxas), VMEM on TPU. A kernel that does not
+compile, for lack of shared memory say, ends the script with 1.
+
+Needs the `aot` extra: pip install "beacon_jax[aot]".
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from beacon_jax.attention import prefix_attention
+from beacon_jax.evaluation.report import table
+from beacon_jax.model.presets import get_preset
+
+TARGETS = Path(__file__).parent / "targets"
+GPUS = ("a100_80gb", "h200")
+TPUS = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4")
+MEMORY = 16384  # slots
+ARCHITECTURES = {"a100_80gb": "sm_80", "h200": "sm_90a"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One program to compile.
+
+    target: a file of `targets` without .txtpb, or a TPU topology.
+    queries: T, a window of T / 1.5 tokens with its beacons at ratio 2.
+    backward: forward and backward on one layer's buffer, as in training; otherwise
+      forward on a layer of the stacked buffer, as in inference.
+    """
+
+    model: str
+    target: str
+    queries: int
+    backward: bool
+    implementation: str
+
+    @property
+    def name(self) -> str:
+        way = "backward" if self.backward else "forward"
+        return f"{self.model}-{self.queries}-{way}-{self.target.split(':')[0]}"
+
+
+CASES = {
+    case.name: case
+    for target in (*GPUS, *TPUS)
+    for model in ("llama2-7b", "qwen2-7b")
+    for queries in (1536, 3072)
+    for backward in (False, True)
+    for case in [
+        Case(
+            model,
+            target,
+            queries,
+            backward,
+            "pallas_gpu" if target in GPUS else "pallas_tpu",
+        )
+    ]
+}
+
+
+def device_mesh(target: str) -> Mesh:
+    """Of one device of the target, which is not here."""
+    file = TARGETS / f"{target}.txtpb"
+    if file.exists():
+        where: Any = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            topology="1x1x8",
+            target_config=file.read_text(),
+        )
+    else:
+        where = topologies.get_topology_desc(platform="tpu", topology_name=target)
+    return Mesh(np.asarray(where.devices[:1]), ("all",))
+
+
+def program(case: Case, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """A function and its arguments as shapes on the mesh's device."""
+    config = get_preset(case.model)
+    t, s = case.queries, MEMORY + case.queries
+    here = NamedSharding(mesh, PartitionSpec())
+    on = functools.partial(jax.ShapeDtypeStruct, sharding=here)
+    rows = (1, s, config.num_kv_heads, config.head_dim)
+    stack = () if case.backward else (config.num_layers,)
+    q = on((1, t, config.num_heads, config.head_dim), jnp.bfloat16)
+    keys = on((*stack, *rows), jnp.bfloat16)
+    arguments = (q, keys, keys, on((1,), jnp.int32))
+    attend = functools.partial(prefix_attention, implementation=case.implementation)
+    if not case.backward:
+        layered = lambda q, k, v, prefix, layer: attend(q, k, v, prefix, layer=layer)
+        return layered, (*arguments, on((), jnp.int32))
+
+    def gradients(q, k, v, prefix, d_out):
+        return jax.vjp(lambda *x: attend(*x, prefix), q, k, v)[1](d_out)
+
+    return gradients, (*arguments, q)
+
+
+def compiled(function, arguments, mesh: Mesh, **options) -> Any:
+    """For the mesh's device. options: of the compiler."""
+    # Pallas wants to know the chip, and asks the mesh.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function).lower(*arguments)
+    return lowered.compile(compiler_options=options)
+
+
+def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict]:
+    """What each kernel of ours takes of a program: registers per thread, bytes spilled
+    per thread, bytes of shared memory and threads per block."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled(function, arguments, mesh, xla_dump_to=folder, xla_dump_emitter_re="ptx")
+        sequence = next(Path(folder).glob("*thunk_sequence.txt")).read_text()
+        kernels = {}
+        for file in Path(folder).glob("*.ptx"):
+            if match := re.search(r"\.entry (prefix_\w+)", file.read_text()):
+                kernels[match[1]] = registers(file, architecture)
+    pattern = r"(prefix_\w+) grid: \[([\d, ]+)\] threads: \[(\d+).*?shared_memory: (\d+)"
+    return [
+        {
+            "kernel": name,
+            "grid": [int(x) for x in grid.split(",")],
+            "threads": int(threads),
+            "shared_memory": int(shared),
+            **kernels[name],
+        }
+        for name, grid, threads, shared in re.findall(pattern, sequence)
+    ]
+
+
+def registers(ptx: Path, architecture: str) -> dict[str, int]:
+    """Of a kernel, from ptxas."""
+    import nvidia.cuda_nvcc  # pyright: ignore[reportMissingImports]
+
+    ptxas = Path(next(iter(nvidia.cuda_nvcc.__path__))) / "bin" / "ptxas"
+    command = [ptxas, "-v", f"--gpu-name={architecture}", ptx, "-o", os.devnull]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    used, spilled = r"Used (\d+) registers", r"(\d+) bytes spill stores"
+    find = lambda pattern: int(re.findall(pattern, told)[-1])
+    return {"registers": find(used), "spilled": find(spilled)}
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Compiles a case."""
+    mesh = device_mesh(case.target)
+    function, arguments = program(case, mesh)
+    start = time.perf_counter()
+    memory = compiled(function, arguments, mesh).memory_analysis()
+    result = {
+        "case": case.name,
+        **dataclasses.asdict(case),
+        "compile_s": round(time.perf_counter() - start, 1),
+        "temp_mib": round(memory.temp_size_in_bytes / 2**20, 1),
+    }
+    if case.target in GPUS:
+        architecture = ARCHITECTURES[case.target]
+        result["kernels"] = gpu_kernels(function, arguments, mesh, architecture)
+    return result
+
+
+def main(argv):
+    del argv
+    names = flags.FLAGS.cases or list(CASES)
+    out = Path(flags.FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results, failed = [], []
+    for name in names:
+        try:
+            results.append(measure(CASES[name]))
+        except Exception as error:  # every case is reported before the script fails
+            failed.append(name)
+            results.append({"case": name, "error": str(error).splitlines()[0][:300]})
+        print(json.dumps(results[-1]), flush=True)
+        record = {"jax": jax.__version__, "results": results}
+        (out / "aot_kernels.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(_table(results))
+    if failed:
+        sys.exit(f"error: did not compile: {', '.join(failed)}")
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    heads = ["case", "kernel", "registers", "spilled", "shared KiB", "threads", "temp MiB"]
+    rows = []
+    for r in results:
+        for k in r.get("kernels", [{}]):
+            rows.append(
+                [
+                    r["case"],
+                    k.get("kernel", r.get("error", "-")[:60]),
+                    *(str(k.get(key, "-")) for key in ("registers", "spilled")),
+                    f"{k['shared_memory'] / 1024:.0f}" if k else "-",
+                    str(k.get("threads", "-")),
+                    str(r.get("temp_mib", "-")),
+                ]
+            )
+    return table(heads, rows)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("cases", None, f"Of {', '.join(CASES)}; all by default.")
+    flags.DEFINE_string("out", "out/aot", "Folder of aot_kernels.json.")
+    app.run(main)
