@@ -131,13 +131,17 @@ def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict
     """What each kernel of ours takes of a program: registers per thread, bytes spilled
     per thread, bytes of shared memory and threads per block."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled(function, arguments, mesh, xla_dump_to=folder, xla_dump_emitter_re="ptx")
+        compiled(
+            function, arguments, mesh, xla_dump_to=folder, xla_dump_emitter_re="ptx"
+        )
         sequence = next(Path(folder).glob("*thunk_sequence.txt")).read_text()
         kernels = {}
         for file in Path(folder).glob("*.ptx"):
             if match := re.search(r"\.entry (prefix_\w+)", file.read_text()):
                 kernels[match[1]] = registers(file, architecture)
-    pattern = r"(prefix_\w+) grid: \[([\d, ]+)\] threads: \[(\d+).*?shared_memory: (\d+)"
+    pattern = (
+        r"(prefix_\w+) grid: \[([\d, ]+)\] threads: \[(\d+).*?shared_memory: (\d+)"
+    )
     return [
         {
             "kernel": name,
@@ -146,7 +150,9 @@ def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict
             "shared_memory": int(shared),
             **kernels[name],
         }
-        for name, grid, threads, shared in re.findall(pattern, sequence)
+        for name, grid, threads, shared in re.findall(
+            rf"(prefix_\w+) {numbers}", sequence
+        )
     ]
 
 
@@ -201,7 +207,15 @@ def main(argv):
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    heads = ["case", "kernel", "registers", "spilled", "shared KiB", "threads", "temp MiB"]
+    heads = [
+        "case",
+        "kernel",
+        "registers",
+        "spilled",
+        "shared KiB",
+        "threads",
+        "temp MiB",
+    ]
     rows = []
     for r in results:
         for k in r.get("kernels", [{}]):

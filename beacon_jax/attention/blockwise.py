@@ -81,9 +81,7 @@ def _attend_fwd(scale, block, q, k, v, prefix, layer):
 
 def _attend_bwd(scale, block, residuals, d_out):
     q, k, v, prefix, layer, out, lse = residuals
-    d_q, d_k, d_v = backward(
-        scale, block, q, k, v, prefix, layer, out, lse, d_out
-    )
+    d_q, d_k, d_v = backward(scale, block, q, k, v, prefix, layer, out, lse, d_out)
     if layer is not None:
         d_k, d_v = (jnp.zeros(k.shape, d.dtype).at[layer].set(d) for d in (d_k, d_v))
     return d_q, d_k, d_v, None, None

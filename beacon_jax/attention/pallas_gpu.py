@@ -162,7 +162,8 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _forward_elsewhere(plan, q, k, v, lengths, layer):
-    out, lse = blockwise.forward(plan.scale, blockwise.BLOCK, q, k, v, lengths[:, 0], layer[0])
+    block, prefix = blockwise.BLOCK, lengths[:, 0]
+    out, lse = blockwise.forward(plan.scale, block, q, k, v, prefix, layer[0])
     valid = jnp.arange(q.shape[1]) < lengths[:, 1:]
     out = jnp.where(valid[..., None, None], out, 0)
     return out, jnp.where(valid[:, None], lse, jnp.inf)
@@ -171,8 +172,9 @@ def _forward_elsewhere(plan, q, k, v, lengths, layer):
 def _backward_elsewhere(plan, q, k, v, lengths, layer, out, lse, d_out):
     valid = (jnp.arange(q.shape[1]) < lengths[:, 1:])[..., None, None]
     q, d_out = jnp.where(valid, q, 0), jnp.where(valid, d_out, 0)
+    block, prefix = blockwise.BLOCK, lengths[:, 0]
     return blockwise.backward(
-        plan.scale, blockwise.BLOCK, q, k, v, lengths[:, 0], layer[0], out, lse, d_out
+        plan.scale, block, q, k, v, prefix, layer[0], out, lse, d_out
     )
 
 
@@ -205,9 +207,7 @@ def backward(plan: Plan, q, k, v, lengths, layer, out, lse, d_out):
     """d_q [B, T, N, H]; d_k, d_v [B, S, K, H] of the layer, exactly 0 in dead slots."""
     b, t, n, h = q.shape
     s, heads = k.shape[2:4]
-    delta = jnp.einsum(
-        "BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32
-    )
+    delta = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
     inputs = (q, k, v, d_out, lse, delta, lengths, layer)
     block = plan.blocks.d_q
     count = pl.cdiv(t, block.queries)
@@ -266,21 +266,21 @@ def _query_specs(plan, block, q, k, count):
 
     The last block comes first: it has the most keys, and ends the grid evenly."""
     h = _padded(q.shape[-1])
-    layers, s, group = k.shape[0], k.shape[2], plan.group
+    layers, s, group, last = k.shape[0], k.shape[2], plan.group, count - 1
     return (
         pl.BlockSpec(
-            (None, block.queries, None, h), lambda i, n, b: (b, count - 1 - i, n, 0)
+            (None, block.queries, None, h), lambda i, n, b: (b, last - i, n, 0)
         ),
         pl.BlockSpec(
             (layers, None, s, None, h), lambda i, n, b: (0, b, 0, lax.div(n, group), 0)
         ),
-        pl.BlockSpec((None, None, block.queries), lambda i, n, b: (b, n, count - 1 - i)),
+        pl.BlockSpec((None, None, block.queries), lambda i, n, b: (b, n, last - i)),
         pl.BlockSpec((None, 2), lambda i, n, b: (b, 0)),
     )
 
 
 def _key_specs(plan, block, q, k):
-    """The same, and of d_k, for programs that own keys and all query heads of theirs."""
+    """The same, and of d_k, for programs that own keys and their query heads."""
     t, h = q.shape[1], _padded(q.shape[-1])
     layers, s = k.shape[0], k.shape[2]
     return (
@@ -330,7 +330,18 @@ def _visible(prefix, i, j, block):
 
 
 def _forward_kernel(
-    plan, block, t, h, count, q_ref, k_ref, v_ref, length_ref, layer_ref, out_ref, lse_ref
+    plan,
+    block,
+    t,
+    h,
+    count,
+    q_ref,
+    k_ref,
+    v_ref,
+    length_ref,
+    layer_ref,
+    out_ref,
+    lse_ref,
 ):
     i = count - 1 - pl.program_id(0)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
@@ -462,7 +473,9 @@ def _d_kv_kernel(
     def head(g, carry):
         masked = functools.partial(step, g=g, masked=True)
         carry = lax.fori_loop(first, full, masked, carry)
-        return lax.fori_loop(full, end, functools.partial(step, g=g, masked=False), carry)
+        return lax.fori_loop(
+            full, end, functools.partial(step, g=g, masked=False), carry
+        )
 
     zeros = jnp.zeros((block.keys, q_ref.shape[-1]), jnp.float32)
     d_k, d_v = lax.fori_loop(0, plan.group, head, (zeros, zeros))
