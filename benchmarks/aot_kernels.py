@@ -114,7 +114,7 @@ def program(case: Case, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
         return layered, (*arguments, on((), jnp.int32))
 
     def gradients(q, k, v, prefix, d_out):
-        return jax.vjp(lambda *x: attend(*x, prefix), q, k, v)[1](d_out)
+        return jax.vjp(lambda q, k, v: attend(q, k, v, prefix), q, k, v)[1](d_out)
 
     return gradients, (*arguments, q)
 
@@ -139,9 +139,8 @@ def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict
         for file in Path(folder).glob("*.ptx"):
             if match := re.search(r"\.entry (prefix_\w+)", file.read_text()):
                 kernels[match[1]] = registers(file, architecture)
-    pattern = (
-        r"(prefix_\w+) grid: \[([\d, ]+)\] threads: \[(\d+).*?shared_memory: (\d+)"
-    )
+    numbers = r"grid: \[([\d, ]+)\] threads: \[(\d+).*?shared_memory: (\d+)"
+    found = re.findall(rf"(prefix_\w+) {numbers}", sequence)
     return [
         {
             "kernel": name,
@@ -150,9 +149,7 @@ def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict
             "shared_memory": int(shared),
             **kernels[name],
         }
-        for name, grid, threads, shared in re.findall(
-            rf"(prefix_\w+) {numbers}", sequence
-        )
+        for name, grid, threads, shared in found
     ]
 
 

@@ -14,7 +14,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from beacon_jax.attention.blockwise import blockwise
+from beacon_jax.attention.decode_gpu import decode_gpu
+from beacon_jax.attention.decode_tpu import decode_tpu
 from beacon_jax.attention.gpu_blocks import Block, Blocks
+from beacon_jax.attention.library import cudnn
 from beacon_jax.attention.pallas_gpu import pallas_gpu
 from beacon_jax.attention.pallas_tpu import Blocks as TpuBlocks
 from beacon_jax.attention.pallas_tpu import pallas_tpu
@@ -24,9 +27,18 @@ SMALL = Blocks(Block(32, 16, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1))
 IMPLEMENTATIONS = {
     "reference": reference,
     "blockwise": functools.partial(blockwise, block=16),
+    # What cuDNN is given, computed by XLA: it needs a GPU.
+    "cudnn": functools.partial(cudnn, backend="xla"),
     "pallas_gpu": functools.partial(pallas_gpu, blocks=SMALL, interpret=True),
     "pallas_tpu": functools.partial(
         pallas_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True
+    ),
+}
+# For a few queries; their gradients are those of the kernels above.
+DECODERS = {
+    "decode_gpu": functools.partial(decode_gpu, splits=3, keys=16, interpret=True),
+    "decode_tpu": functools.partial(
+        decode_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True
     ),
 }
 each = pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -54,7 +66,14 @@ CASES = {
     "one-query": Case(1, 50, 4, 2, 16, (0, 49)),
     "ragged": Case(20, 61, 4, 2, 16, (41, 13, 20), (3, 20, 17)),
 }
-every_case = pytest.mark.parametrize("case", CASES)
+FEW = ("one-query", "wide", "ragged")
+
+
+def each_on(*cases):
+    """Every implementation on these cases, decoders where queries are few."""
+    pairs = [(name, case) for name in IMPLEMENTATIONS for case in cases]
+    pairs += [(name, case) for name in DECODERS for case in cases if case in FEW]
+    return pytest.mark.parametrize(("name", "case"), pairs)
 
 
 def arrays(case: Case, dtype: Any = jnp.float32):
@@ -75,9 +94,9 @@ def options(case: Case) -> dict[str, Any]:
 
 def both(name, q, k, v, prefix, d_out, **options):
     """The result and (d_q, d_k, d_v)."""
-    attend = lambda *x: IMPLEMENTATIONS[name](*x, prefix, **options)
+    attend = functools.partial((IMPLEMENTATIONS | DECODERS)[name], **options)
     with jax.default_matmul_precision("highest"):
-        out, pull = jax.vjp(attend, q, k, v)
+        out, pull = jax.vjp(lambda *x: attend(*x, prefix), q, k, v)
         return out, pull(d_out)
 
 
@@ -123,26 +142,26 @@ def errors(ours, theirs) -> list[float]:
     return [gap(a, np.asarray(b, np.float64)) for a, b in pairs]
 
 
-@each
 class TestPrefixAttention:
-    @every_case
+    @each_on(*CASES)
     def test_values_and_gradients_are_those_of_a_float64_loop(self, name, case):
         ours = errors(run(name, CASES[case]), spelled_out(CASES[case]))
         assert max(ours) <= 5e-6, ours
 
-    @pytest.mark.parametrize("case", ["gqa", "whole-blocks", "ragged"])
+    @each_on("gqa", "whole-blocks", "ragged")
     def test_bfloat16_errs_at_most_twice_as_much_as_naive_bfloat16(self, name, case):
         exact = spelled_out(CASES[case], "bfloat16")
         ours = errors(run(name, CASES[case], "bfloat16"), exact)
         for error, allowed in zip(ours, errors(naive(CASES[case]), exact), strict=True):
             assert error <= 2 * allowed, (ours, allowed)
 
-    @every_case
+    @each_on(*CASES)
     def test_gradients_of_dead_slots_are_exactly_0(self, name, case):
         *_, dead = arrays(CASES[case])
         for gradient in run(name, CASES[case])[1][1:]:
             assert not np.where(dead, gradient, 0).any()
 
+    @each
     def test_invalid_queries_give_0_and_are_not_used(self, name):
         """NaN stands in their rows and in what is asked about them."""
         case = CASES["ragged"]
@@ -154,11 +173,13 @@ class TestPrefixAttention:
         assert not np.where(valid, 0, ours[0]).any()
         assert max(errors(ours, spelled_out(case))) <= 5e-6
 
+    @each
     def test_two_runs_are_bit_equal(self, name):
         case = CASES["gqa"]
         again = run(name, case, times=2)
         jax.tree.map(np.testing.assert_array_equal, run(name, case), again)
 
+    @each
     def test_a_stacked_buffer_with_a_layer_is_that_layers_buffer(self, name):
         case = CASES["gqa"]
         q, k, v, d_out, dead = arrays(case)
@@ -171,6 +192,7 @@ class TestPrefixAttention:
         ours = out, (d_q, d_k[1], d_v[1])
         assert max(errors(ours, run(name, case))) <= 1e-6
 
+    @each
     def test_vmap_is_a_loop_over_calls(self, name):
         case = CASES["gqa"]
         q, k, v, d_out, _ = arrays(case)
@@ -183,6 +205,7 @@ class TestPrefixAttention:
             row = jax.tree.map(lambda x: x[i], ours)  # noqa: B023
             assert max(errors(row, expected)) <= 5e-6
 
+    @each
     def test_eight_devices_share_rows_and_heads(self, name):
         case = Case(20, 40, 8, 4, 16, (0, 20))
         q, k, v, d_out, _ = arrays(case)
