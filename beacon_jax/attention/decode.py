@@ -1,11 +1,11 @@
 """Decoding over a long memory: what its kernels share, and the XLA version.
 
-An int8 memory has one float32 scale per slot and kv head, [B, K, S] (stacked over layers
-if k and v are): an entry is k[b, s, n] * k_scale[b, n, s]. Slots come last so that a
+An int8 memory has one float32 scale per slot and kv head, [B, K, S] (stacked over
+layers if k and v are): an entry is k[b, s, n] * k_scale[b, n, s]. Slots come last: a
 block of one head's scales lies along the lanes of a TPU's registers and of a GPU's
-loads; [B, S, K] would be padded to 128 lanes there, four times the memory's own bytes
-with 8 heads of 128. Scales multiply scores and weights instead of keys and values: int8
-is exact in bfloat16, no dequantised block exists.
+loads; a TPU would pad [B, S, K] to 128 lanes, half of the memory's own bytes with 8
+heads of 128. Scales multiply scores and weights instead of keys and values: int8 is
+exact in bfloat16, no dequantised block exists.
 """
 
 import functools

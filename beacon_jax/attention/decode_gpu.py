@@ -2,9 +2,9 @@
 
 (https://pytorch.org/blog/flash-decoding, 2023.) A few queries give too few programs to
 fill a GPU: each row's live slots are split evenly over `splits` programs, whose results
-`decode.combine` puts together. A split is a share of the row's own length, so that short
-rows of a ragged batch cost what they are long and still use every program. Queries of a
-kv head's group share a program, as rows r = t * G + g.
+`decode.combine` puts together. A split is a share of the row's own length: short rows
+of a ragged batch cost what they are long and still use every program. Queries of a kv
+head's group share a program, as rows r = t * G + g.
 """
 
 import functools
@@ -29,8 +29,8 @@ from beacon_jax.attention.pallas_gpu import _load as load
 from beacon_jax.attention.pallas_gpu import _padded as padded
 
 MOST_QUERIES = 128
-# Programs a launch should have: four for each of the 108 to 132 processors of an A100 or
-# H100, so that ragged rows even out. More splits only lengthen the combining pass.
+# Programs a launch should have: four for each of the 108 to 132 processors of an A100
+# or H100, so that ragged rows even out. More splits only lengthen the combining pass.
 PROGRAMS = 512
 
 
@@ -189,7 +189,6 @@ def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None):
     scale_spec = pl.BlockSpec((layers, None, None, s), lambda z, i, n, b: (0, b, n, 0))
     parts, lse = pl.pallas_call(
         functools.partial(_kernel, plan, t * group, h, bool(scales)),
-        # A grid has three axes: rows and heads share one.
         grid=(plan.splits, count, heads, b),
         in_specs=[
             at(plan.rows, width),

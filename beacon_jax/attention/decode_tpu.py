@@ -2,11 +2,11 @@
 
 A core walks a row's blocks of memory one after the other, so that nothing is gained by
 splitting them: rows and blocks of heads are the parallel axes, and the grid ends with
-the longest row. What costs time besides the memory itself is picking one head's keys out
-of [S, K, H], a relayout per head. With few queries it is not needed: all heads' queries
-meet all heads' keys in one product, [heads * R, H] x [S' * heads, H], and scores between
-different heads are masked. The matrix unit takes as long to load keys as to push up to
-128 rows of queries through them: the unwanted products are free.
+the longest row. What costs time besides the memory itself is picking one head's keys
+out of [S, K, H], a relayout per head. With few queries it is not needed: all heads'
+queries meet all heads' keys in one product, [heads * R, H] x [S' * heads, H], and
+scores between different heads are masked. The matrix unit takes as long to load keys
+as to push up to 128 rows of queries through them: the unwanted products are free.
 """
 
 import functools
@@ -33,7 +33,7 @@ def make_plan(q, k, scale, blocks: prefill.Blocks, interpret=False):
     """A `pallas_tpu.Plan` whose rows R are a power of two: heads * R rows per block."""
     t, n, h = q.shape[1:]
     s, kv = k.shape[-3:-1]
-    heads = 8 if kv % 8 == 0 else kv
+    heads = prefill.heads_per_block(k)
     width = pl.cdiv(h, prefill.LANES) * q.dtype.itemsize // 2
     rows = max(pl.next_power_of_2(t * (n // kv)), pl.cdiv(prefill.SUBLANES, heads))
     keys = min(2 * blocks.keys // (heads * width), pl.cdiv(s, 128) * 128)
@@ -137,7 +137,7 @@ def forward(plan: prefill.Plan, q, k, v, scalars, layer):
         q_spec,
         jax.ShapeDtypeStruct(packed.shape, q.dtype),
         [(many, prefill.LANES), (many, prefill.LANES), (many, h)],
-    )(scalars, layer.reshape(1), packed, k, v)
+    )(scalars, layer.reshape(1), packed, prefill.flat(k), prefill.flat(v))
     return prefill.unpack(out.reshape(b, heads, plan.rows, h), t, n)
 
 

@@ -3,8 +3,8 @@
 FlashAttention-2 (arXiv 2307.08691) over [memory | open window] with lengths as scalar
 prefetch. A block of keys is [keys, heads, H] of the buffer as it lies in memory, layer
 and row chosen by the index map: neither a layer's slice nor a transposed buffer exists.
-The grid ends with the longest row's last block, and shorter rows clamp their block index
-there: dead blocks are neither fetched nor computed (`visited_blocks` counts).
+The grid ends with the longest row's last block, and shorter rows clamp their block
+index there: dead blocks are neither fetched nor computed (`visited_blocks` counts).
 
 Queries of a kv head's group lie next to each other: row r = t * G + g of [B, K, R, H].
 They share every block of keys, and r / G is the query's place in the window.
@@ -30,8 +30,6 @@ LANES = 128
 SUBLANES = 16
 LOG2E = math.log2(math.e)
 MIB = 2**20
-# Scores that one pass of a kernel's inner loop computes.
-UNROLLED = 2**19
 
 
 class Blocks(NamedTuple):
@@ -39,16 +37,19 @@ class Blocks(NamedTuple):
 
     queries, keys: rows of all heads of a block together; fewer heads, longer blocks.
     vmem: bytes a kernel may use of a core's vector memory.
+    scores: of all heads that one pass of an inner loop computes. It is unrolled: twice
+      as many compile for more than twice as long (four heads of 1024 x 1024: 100 s).
     """
 
     queries: int
     keys: int
     vmem: int
+    scores: int = 2**19
 
 
-# By device kind; what v4's 16 MiB hold is the default. A query row of a block meets
-# queries / heads keys per byte pair fetched: 512 rows make a v5e (197 TFLOP/s, 819 GB/s,
-# 240 FLOP/byte) bound by compute.
+# By device kind; what v4's 16 MiB hold is the default. Each byte of keys that is
+# fetched meets queries / heads rows, 2 FLOP with each: 256 rows reach the ratio of a
+# v5e's matrix unit and memory (197 TFLOP/s, 819 GB/s), 512 that of a v6e (918, 1640).
 DEFAULT = Blocks(2048, 2048, 16 * MIB)
 CHIPS = {
     "TPU v4": DEFAULT,
@@ -94,10 +95,16 @@ class Plan(NamedTuple):
         return lax.div(jnp.maximum(row, 0), self.queries)
 
 
+def heads_per_block(k):
+    """All, unless they fill whole tiles of k's layout [.., K, H] in memory."""
+    kv, tile = k.shape[-2], 32 if k.dtype.itemsize == 1 else 8
+    return kv if kv % tile else tile
+
+
 def make_plan(q, k, scale, blocks: Blocks, interpret=False) -> Plan:
     t, n, h = q.shape[1:]
     s, kv = k.shape[-3:-1]
-    heads = 8 if kv % 8 == 0 else kv
+    heads = heads_per_block(k)
     # Rows of H > 128 or of four bytes count double.
     width = heads * pl.cdiv(h, LANES) * max(q.dtype.itemsize, k.dtype.itemsize) / 2
 
@@ -109,7 +116,10 @@ def make_plan(q, k, scale, blocks: Blocks, interpret=False) -> Plan:
     queries = fit(blocks.queries, rows, SUBLANES)
     if queries > LANES:
         queries = queries // LANES * LANES
-    chunk = max(LANES, UNROLLED // (heads * max(queries, LANES)) // LANES * LANES)
+    # Picking a head's keys out of a block costs about as much as 128 rows of queries,
+    # out of an int8 block four times that.
+    least = LANES * 4 if k.dtype.itemsize == 1 else LANES
+    chunk = max(LANES, blocks.scores // (heads * max(queries, least)) // LANES * LANES)
     keys = fit(blocks.keys, s, LANES)
     chunk = min(chunk, keys)
     return Plan(
@@ -134,8 +144,8 @@ def visited_blocks(prefix, queries, plan: Plan):
     return sum(plan.visited(prefix, queries, i) for i in blocks)
 
 
-# The kernels. Grids are (row, block of heads, block of queries, block of keys), the last
-# two swapped for dk and dv. Scalars in front: prefix and queries [2, B], layer [1].
+# The kernels. Grids are (row, block of heads, block of queries, block of keys), the
+# last two swapped for dk and dv. Scalars in front: prefix and queries [2, B], layer.
 
 
 def dot(a, b, contract):
@@ -202,8 +212,8 @@ class _Mask(NamedTuple):
     i: Any
 
     def visible(self, axis):
-        """[queries, chunk] for axis 1, [chunk, queries] for axis 0: slot <= start + r / G
-        without a division."""
+        """[queries, chunk] for axis 1, [chunk, queries] for axis 0: slot <= start +
+        r / G without a division."""
         p = self.plan
         shape = (p.queries, p.chunk) if axis else (p.chunk, p.queries)
         slot = lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -218,7 +228,7 @@ class _Mask(NamedTuple):
 
 def _keys_values(k, v, at, h, mask, dtype):
     """Keys and values [chunk, H] of head h of a block [keys, heads, H]."""
-    pair = (ref[at, h, :].astype(dtype) for ref in (k, v))
+    pair = ((x[at] if len(x.shape) == 2 else x[at, h, :]).astype(dtype) for x in (k, v))
     return tuple(mask.live(x) if mask else x for x in pair)
 
 
@@ -328,9 +338,10 @@ def _d_kv_kernel(plan: Plan, scalars, layer, *refs):
 
     @pl.when(i == pl.num_programs(3) - 1)
     def _():
-        for h in range(plan.heads):
-            d_k[:, h, :] = k_acc[h].astype(d_k.dtype)
-            d_v[:, h, :] = v_acc[h].astype(d_v.dtype)
+        for result, sums in ((d_k, k_acc), (d_v, v_acc)):
+            for h in range(plan.heads):
+                at = slice(None) if len(result.shape) == 2 else (slice(None), h)
+                result[at] = sums[h].astype(result.dtype)
 
 
 # How the kernels are called.
@@ -372,7 +383,7 @@ def specs(plan: Plan, h, swapped=False):
 
     def k_at(*args):
         b, g, _, j, layer = where(args)
-        return layer, b, j, g, 0
+        return (layer, b, j, g, 0) if heads > 1 else (layer, b, j, 0)
 
     def row_at(*args):
         b, g, i, _, _ = where(args)
@@ -382,12 +393,19 @@ def specs(plan: Plan, h, swapped=False):
         b, g, _, j, layer = where(args)
         return layer, b, g, j
 
+    # One head needs no axis: see `flat`.
+    k_block = (none, none, plan.keys, *([heads] if heads > 1 else []), h)
     return (
         pl.BlockSpec((none, heads, plan.queries, h), q_at),
-        pl.BlockSpec((none, none, plan.keys, heads, h), k_at),
+        pl.BlockSpec(k_block, k_at),
         pl.BlockSpec((none, heads, plan.queries), row_at),
         pl.BlockSpec((none, none, heads, plan.keys), scale_at),
     )
+
+
+def flat(x):
+    """[.., S, 1, H] -> [.., S, H]: an axis of one head would be padded to a tile."""
+    return x.reshape(*x.shape[:-2], x.shape[-1]) if x.shape[-2] == 1 else x
 
 
 def live_blocks(plan: Plan, scalars):
@@ -439,14 +457,14 @@ def forward(plan: Plan, q, k, v, scalars, layer, k_scale=None, v_scale=None):
             jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
         ],
         [(*block, LANES), (*block, LANES), (*block, h)],
-    )(scalars, layer.reshape(1), q, k, v, *scales)
+    )(scalars, layer.reshape(1), q, flat(k), flat(v), *scales)
 
 
 def backward(plan: Plan, q, k, v, scalars, layer, d_out, lse, delta):
     """d_q packed; d_k, d_v [B, S, K, H]."""
     b, heads, rows, h = q.shape
     s, q_blocks = k.shape[-3], rows // plan.queries
-    inputs = (scalars, layer.reshape(1), q, k, v, d_out, lse, delta)
+    inputs = (scalars, layer.reshape(1), q, flat(k), flat(v), d_out, lse, delta)
     q_spec, k_spec, row_spec, _ = specs(plan, h)
     block = (plan.heads, plan.queries)
     d_q = call(
@@ -461,9 +479,13 @@ def backward(plan: Plan, q, k, v, scalars, layer, d_out, lse, delta):
     )(*inputs)
     # The grid covers the capacity: dead blocks get zeros, and that is all they cost.
     q_spec, k_spec, row_spec, _ = specs(plan, h, swapped=True)
+    # One head needs no axis here either.
+    one = plan.heads == 1
     d_spec = pl.BlockSpec(
-        (pl.squeezed, plan.keys, plan.heads, h), lambda b, g, j, i, *_: (b, j, g, 0)
+        (pl.squeezed, plan.keys, *([] if one else [plan.heads]), h),
+        lambda b, g, j, i, *_: (b, j, 0) if one else (b, j, g, 0),
     )
+    shape = (b, s, *([] if one else [heads]), h)
     block = (plan.heads, plan.keys)
     d_k, d_v = call(
         plan,
@@ -472,10 +494,10 @@ def backward(plan: Plan, q, k, v, scalars, layer, d_out, lse, delta):
         (b, heads // plan.heads, pl.cdiv(s, plan.keys), q_blocks),
         [q_spec, k_spec, k_spec, q_spec, row_spec, row_spec],
         [d_spec, d_spec],
-        [jax.ShapeDtypeStruct((b, s, heads, h), x.dtype) for x in (k, v)],
+        [jax.ShapeDtypeStruct(shape, x.dtype) for x in (k, v)],
         [(*block, h), (*block, h)],
     )(*inputs)
-    return d_q, d_k, d_v
+    return d_q, *(d.reshape(b, s, heads, h) for d in (d_k, d_v))
 
 
 def pallas_tpu(
@@ -494,9 +516,9 @@ def pallas_tpu(
 ):
     """See `api.prefix_attention`.
 
-    blocks: sizes other than the chip's. interpret: simulate the kernels, on any platform.
-    Otherwise a program that is lowered for another platform than TPU computes the same
-    in XLA.
+    blocks: sizes other than the chip's. interpret: simulate the kernels, on any
+    platform. Otherwise a program that is lowered for another platform than TPU computes
+    the same in XLA.
 
     Raises:
       NotImplementedError: dtypes other than float32 or bfloat16 for all, int8 for k and
@@ -512,6 +534,7 @@ def pallas_tpu(
             lambda x: x[None], (k, v, k_scale, v_scale)
         )
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    q = zero_invalid(q, queries)  # they meet keys and values in the backward pass
     if k_scale is None:
         out: Any = _attend(plan, q, k, v, scalars, layer)
     else:
