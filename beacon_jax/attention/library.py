@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from beacon_jax.attention.device import target
 
 HALVES = (jnp.bfloat16, jnp.float16)
+HOPPER = ("H100", "H200")
 # What of a device's kind makes which library the first choice, from how many queries.
 # bfloat16, H = 128, T = 2048, forward, TFLOP/s: H100 tokamax 492, Pallas-Triton 310,
 # masked XLA 34; A100 Pallas-Triton 139, cuDNN without a mask 137, masked XLA 17.
@@ -40,6 +41,55 @@ def cudnn(
     queries=None,
     backend: Literal["cudnn", "xla"] = "cudnn",
 ):
+    """See `api.prefix_attention`: `jax.nn.dot_product_attention` under a mask.
+
+    backend: its implementation; "xla" has no limits.
+
+    Raises:
+      NotImplementedError: the program is not for a GPU; q is not of two bytes; H is not
+        a multiple of 8 up to 128 (256 on Hopper); T or S is odd.
+    """
+    if backend == "cudnn":
+        _check_cudnn(q, k)
+    q, k, v = _clean(q, k, v, prefix, layer, queries)
+    last = prefix[:, None] + jnp.arange(q.shape[1])
+    mask = jnp.arange(k.shape[1]) <= last[..., None]
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask[:, None], scale=scale, implementation=backend
+    )
+    return _valid_only(out, queries)
+
+
+def _check_cudnn(q, k):
+    platform, kind = target()
+    most = 256 if any(chip in kind for chip in HOPPER) else 128
+    t, h, s = q.shape[1], q.shape[-1], k.shape[-3]
+    if platform != "gpu":
+        raise NotImplementedError(f"platform {platform}: cuDNN needs a GPU.")
+    _check_dtypes(q, k)
+    if h % 8 or h > most:
+        raise NotImplementedError(f"head_dim={h} of q: a multiple of 8 up to {most}.")
+    if t % 2 or s % 2:
+        raise NotImplementedError(f"T={t} of q, S={s} of k: both must be even.")
+
+
+def _check_dtypes(q, k):
+    if q.dtype not in HALVES or k.dtype != q.dtype:
+        dtypes = f"q of dtype {q.dtype}, k of dtype {k.dtype}"
+        raise NotImplementedError(f"{dtypes}: bfloat16 or float16 for both.")
+
+
+def tokamax(
+    q,
+    k,
+    v,
+    prefix,
+    *,
+    scale,
+    layer=None,
+    queries=None,
+    backend: str = "mosaic_gpu",
+):
     """See `api.prefix_attention`: tokamax's attention, row by row.
 
     backend: its implementation; "xla" has no limits.
@@ -53,11 +103,9 @@ def cudnn(
     except ImportError as error:
         raise NotImplementedError("tokamax is not installed.") from error
     if backend == "mosaic_gpu":
-        if not any(chip in target().kind for chip in PREFERRED):
+        if not any(chip in target().kind for chip in HOPPER):
             raise NotImplementedError(f"device {target().kind}: tokamax needs Hopper.")
-        if q.dtype not in HALVES or k.dtype != q.dtype:
-            dtypes = f"q of dtype {q.dtype}, k of dtype {k.dtype}"
-            raise NotImplementedError(f"{dtypes}: bfloat16 or float16 for both.")
+        _check_dtypes(q, k)
     q, k, v = _clean(q, k, v, prefix, layer, queries)
 
     def row(i):
