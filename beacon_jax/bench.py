@@ -1,7 +1,7 @@
 """Measures speed and memory; the same command measures only what is missing in --out.
 
 python -m beacon_jax.bench --preset=llama2-7b --lengths=4096,32768,131072 --ratios=4,8 \
-  [--parts=kernels,prefill,decode,train | --kernels] --out=DIR
+  [--parts=parity,kernels,prefill,decode,train | --kernels] --out=DIR
 python -m beacon_jax.bench --plan [--preset=...]     # what chips can reach at best
 python -m beacon_jax.bench --readme=DIR/bench.json   # its tables into README.md
 """

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
 from beacon_jax.benchmark.case import Case, Latest, Settings, timed
-from beacon_jax.benchmark.device import random_array
+from beacon_jax.benchmark.device import check_platform, random_array
 from beacon_jax.benchmark.records import Row
 from beacon_jax.benchmark.timing import compile_program, measure_queued
 
@@ -31,7 +31,6 @@ DEFAULT = "default"  # implementation=None
 LAYERS = 2
 # Decoding steps in one program; a single one is shorter than its launch.
 STEPS = 16
-PLATFORMS = {"_gpu": "gpu", "_tpu": "tpu", "_cpu": "cpu"}
 
 
 def cases(s: Settings) -> Iterator[Case]:
@@ -113,12 +112,7 @@ class _Attend:
     def __init__(
         self, s: Settings, way: str, name: str, batch: int, queries: int, memory: int
     ):
-        for ending, platform in PLATFORMS.items():
-            if name.endswith(ending) and platform != s.device.platform:
-                raise NotImplementedError(
-                    f"implementation={name!r} is for {platform}, this is "
-                    f"{s.device.platform}, where it would be another one."
-                )
+        check_platform(name, s.device)
         self._s, self._way, self._batch, self._queries = s, way, batch, queries
         layers = 0 if way == "backward" else LAYERS  # as training and inference do
         q, k, v = _inputs(s, batch, queries, memory + queries, layers)

@@ -81,28 +81,38 @@ def _rate(row: Row, amount: float) -> tuple[float, float, float]:
 
 
 def _kernels(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
+    """Time and rate side by side: time has to fall with the live slots."""
     groups = _groups(rows, "way", "queries", "memory", "batch", "preset", "dtype")
-    figure, panels = _panels(len(groups))
-    for panel, (key, group) in zip(panels, groups.items(), strict=False):
+    figure, panels = _panels(2 * len(groups), width=4)
+    pairs = zip(panels[::2], panels[1::2], strict=False)
+    for (left, right), (key, group) in zip(pairs, groups.items(), strict=False):
         way, queries, memory, batch, preset, dtype = key
         decode = way == "decode"
         name, scale = ("read_bytes", 1e9) if decode else ("useful_flops", 1e12)
 
-        def point(row: Row, name: str = name, scale: float = scale) -> Point:
+        def spent(row: Row) -> Point:
+            t = row["seconds"]
+            times = (1e6 * t[k] for k in ("median_s", "min_s", "max_s"))
+            return row["key"]["live"], *times
+
+        def reached(row: Row, name: str = name, scale: float = scale) -> Point:
             return row["key"]["live"], *_rate(row, row[name] / scale)
 
-        _lines(panel, group, "implementation", point)
+        _lines(left, group, "implementation", spent)
+        _lines(right, group, "implementation", reached)
         if dtype in top:
             field = "bandwidth_gbs" if decode else "tflops"
             text = "measured copy" if decode else "measured matmul"
-            _level(panel, top[dtype][field], text)
-        panel.set_yscale("log")
-        panel.set_title(
-            f"{preset} {way}, {batch} × {queries} on {memory:,} slots", fontsize=9
-        )
-        panel.set_xlabel("live slots")
-        panel.set_ylabel("GB/s" if decode else "useful TFLOP/s")
-        panel.legend(fontsize=7)
+            _level(right, top[dtype][field], text)
+        left.set_ylabel("time, µs")
+        right.set_ylabel("GB/s" if decode else "useful TFLOP/s")
+        for panel in (left, right):
+            panel.set_yscale("log")
+            panel.set_title(
+                f"{preset} {way}, {batch} × {queries} on {memory:,} slots", fontsize=9
+            )
+            panel.set_xlabel("live slots")
+        left.legend(fontsize=7)
     return figure
 
 

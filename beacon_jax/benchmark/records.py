@@ -9,6 +9,7 @@ measured, `status` is one of STATUSES, the rest depends on key["part"]. A row wi
 same key and versions is not measured again, unless it failed.
 """
 
+import functools
 import hashlib
 import json
 import platform
@@ -67,8 +68,9 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
+@functools.cache
 def source_hash() -> str:
-    """12 hex digits of the code that is measured."""
+    """12 hex digits of the code that is measured, as it was at the first call."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for folder in SOURCES:

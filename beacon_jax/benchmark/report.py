@@ -23,7 +23,16 @@ def line(row: Row) -> str:
         return f"{text}: {row['status']}: {row['reason']}"
     if key["part"] == "peaks":
         return f"{text}: {row['tflops']:.4g} TFLOP/s, {row['bandwidth_gbs']:.4g} GB/s"
+    if key["part"] == "parity":
+        return f"{text} {key['dtype']}: {_error(row)}"
     return f"{text}: {_seconds(row)}, {_rate(row)}"
+
+
+def _error(row: Row) -> str:
+    """The largest error and what is allowed for it."""
+    shares = {k: error / row["allowed"][k] for k, error in row["errors"].items()}
+    worst = max(shares, key=shares.__getitem__)
+    return f"{worst} {row['errors'][worst]:.2g} of {row['allowed'][worst]:.2g} allowed"
 
 
 def _seconds(row: Row) -> str:
@@ -75,7 +84,7 @@ def _bytes(value: float | None) -> str:
 def sections(rows: Sequence[Row]) -> list[str]:
     """Markdown tables of the parts that were measured."""
     known = peaks(rows)
-    made = [_peaks(known), _prefill(rows, known), _decode(rows, known)]
+    made = [_peaks(known), _parity(rows), _prefill(rows, known), _decode(rows, known)]
     made += [_train(rows, known), _kernels(rows, known)]
     return [text for text in made if text]
 
@@ -86,6 +95,17 @@ def _peaks(known: dict[str, Row]) -> str:
         f"{row['tflops']:.4g} TFLOP/s, copy {row['bandwidth_gbs']:.4g} GB/s."
         for dtype, row in known.items()
     )
+
+
+def _parity(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in _of(rows, "parity"):
+        key = row["key"]
+        start = [key[n] for n in ("preset", "way", "implementation", "dtype")]
+        good = row["status"] == "ok"
+        lines.append([*start, _error(row) if good else _status(row)])
+    head = ["model", "", "implementation", "numbers", "largest error"]
+    return _titled("Parity with the reference", head, lines)
 
 
 def _status(row: Row) -> str:

@@ -9,7 +9,15 @@ from typing import Any
 
 import jax
 
-from beacon_jax.benchmark import device, kernels, plots, report, serving, training
+from beacon_jax.benchmark import (
+    device,
+    kernels,
+    parity,
+    plots,
+    report,
+    serving,
+    training,
+)
 from beacon_jax.benchmark.case import Case, Settings
 from beacon_jax.benchmark.records import Records, Row, describe, versions
 from beacon_jax.evaluation.runner import integers
@@ -17,6 +25,7 @@ from beacon_jax.model.config import check_ratio
 from beacon_jax.model.presets import get_preset
 
 PARTS = {
+    "parity": parity.cases,
     "kernels": kernels.cases,
     "prefill": serving.prefill_cases,
     "decode": serving.decode_cases,

@@ -238,8 +238,8 @@ def _library(platform: str):
     nothing beside the 4 N H FLOPs per pair."""
     name = "cudnn" if platform == "gpu" else "xla"
 
-    def causal(q, k, v, prefix, *, scale, layer=None, queries=None):
-        del prefix, queries  # 0 and all
+    def causal(q, k, v, prefix, *, scale, layer=None, **_):
+        del prefix  # 0
         k, v = (k, v) if layer is None else (k[layer], v[layer])
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=True, scale=scale, implementation=name

@@ -20,7 +20,7 @@ NANO = ModelConfig(
     max_position=64,
     bos_ids=(1,),
     eos_ids=(2,),
-    beacon=BeaconConfig(window=8, ratios=(2, 4)),
+    beacon=BeaconConfig(window=8, ratios=(2,)),
 )
 assert NANO.beacon is not None
 SINK = dataclasses.replace(NANO, beacon=dataclasses.replace(NANO.beacon, sink=1))

@@ -12,7 +12,15 @@ from absl import flags
 from beacon_jax import bench
 from beacon_jax.attention import IMPLEMENTATIONS
 from beacon_jax.benchmark import device as devices
-from beacon_jax.benchmark import kernels, records, report, runner, serving, timing
+from beacon_jax.benchmark import (
+    kernels,
+    parity,
+    records,
+    report,
+    runner,
+    serving,
+    timing,
+)
 from beacon_jax.benchmark.case import Case, Latest
 from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.prefill import plan_ratios, prefill
@@ -21,6 +29,7 @@ from tests.benchmark.nano import NANO, options, settings
 TIMES = {"median_s", "min_s", "max_s", "repeats", "calls"}
 FIELDS = {
     "peaks": {"tflops", "bandwidth_gbs"},
+    "parity": {"errors", "allowed"},
     "kernels": {"useful_flops", "tflops", "read_bytes", "gbs"},
     "prefill": {"tokens_per_second", "model_flops", "formula_bytes", "kv_bytes"},
     "decode": {"tokens_per_second", "read_bytes", "gbs", "kv_bytes"},
@@ -31,7 +40,9 @@ FIELDS = {
 def test_every_part_has_rows_and_none_failed(measured):
     assert {row["key"]["part"] for row in measured.rows} == set(FIELDS)
     assert [row for row in measured.rows if row["status"] == "failed"] == []
-    models = [r for r in measured.rows if r["key"]["part"] not in ("kernels", "peaks")]
+    models = [
+        r for r in measured.rows if r["key"]["part"] in ("prefill", "decode", "train")
+    ]
     assert all(row["status"] == "ok" for row in models)
 
 
@@ -46,7 +57,7 @@ def test_bench_json_has_its_schema(measured):
         part = row["key"]["part"]
         if row["status"] == "ok":
             assert FIELDS[part] <= set(row)
-        if row["status"] == "ok" and part != "peaks":
+        if row["status"] == "ok" and part not in ("peaks", "parity"):
             assert {"seconds", "compile_s", "program_bytes"} <= set(row)
             assert set(row["seconds"]) == TIMES
             t = row["seconds"]
@@ -78,6 +89,32 @@ def test_a_kernel_of_another_platform_is_refused_with_the_reason(monkeypatch):
     assert row["status"] == "refused" and "is for tpu, this is cpu" in row["reason"]
 
 
+def test_parity_holds_and_covers_gradients(measured):
+    rows = [row for row in measured.rows if row["key"]["part"] == "parity"]
+    good = [row for row in rows if row["status"] == "ok"]
+    found = {(row["key"]["implementation"], row["key"]["dtype"]) for row in good}
+    assert {("blockwise", "float32"), ("blockwise", "bfloat16")} <= found
+    for row in good:
+        names = (
+            {"out", "d_q", "d_k", "d_v"} if row["key"]["way"] == "window" else {"out"}
+        )
+        assert set(row["errors"]) == names
+        assert all(row["errors"][n] <= row["allowed"][n] for n in names)
+
+
+def test_a_wrong_kernel_fails_its_parity(monkeypatch):
+    def off(q, k, v, prefix, **options):
+        return 1.001 * IMPLEMENTATIONS["reference"](q, k, v, prefix, **options)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "off", off)
+    (row, *_) = (
+        records.guarded(case.run)
+        for case in parity.cases(settings())
+        if case.key["implementation"] == "off" and case.key["dtype"] == "float32"
+    )
+    assert row["status"] == "failed" and "ArithmeticError: errors" in row["reason"]
+
+
 def test_useful_flops_count_what_each_query_sees(measured):
     for row in measured.rows:
         key = row["key"]
@@ -101,7 +138,7 @@ def test_the_same_command_measures_nothing_twice(measured, monkeypatch):
     monkeypatch.setattr(devices, "measure_peaks", fail)
     given = options(f"--out={measured.folder}")
     before = (measured.folder / "rows.jsonl").read_bytes()
-    assert runner.run_all(given, given.parts) == measured.rows
+    assert runner.run_all(given, list(runner.PARTS)) == measured.rows
     assert (measured.folder / "rows.jsonl").read_bytes() == before
 
 
@@ -113,6 +150,16 @@ def test_rows_of_other_versions_are_measured_again(tmp_path, device):
     other = records.Records(tmp_path, versions | {"jax": "0"})
     assert other.rows == [] and other.measure(key, run)[1]
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_source_hash_is_that_of_the_code_that_is_measured(monkeypatch):
+    whole = records.source_hash()
+    records.source_hash.cache_clear()
+    monkeypatch.setattr(records, "SOURCES", ("attention",))
+    part = records.source_hash()
+    records.source_hash.cache_clear()
+    monkeypatch.undo()
+    assert len(whole) == len(part) == 12 and whole != part
 
 
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path, device):
@@ -222,7 +269,7 @@ def test_only_the_latest_thing_is_kept():
 
 
 def test_figures_are_drawn_for_every_part(measured):
-    for part in runner.PARTS:
+    for part in ("kernels", "prefill", "decode", "train"):
         png = (measured.folder / f"{part}.png").read_bytes()
         assert png.startswith(b"\x89PNG") and len(png) > 5000
 
@@ -240,7 +287,7 @@ def test_the_readme_table_is_made_from_the_json(measured, tmp_path, monkeypatch)
         assert "old" not in text and "**Prefill**" in text and "nano" in text
         assert "bench.json" in text
     full = [line for line in text.splitlines() if "1.00×" in line]
-    assert len(full) == 2  # prefill, decoding: the fastest way of full attention
+    assert len(full) >= 2  # prefill, decoding: the fastest way of full attention
 
 
 def test_a_readme_without_markers_and_a_wrong_file_say_so(measured, tmp_path):

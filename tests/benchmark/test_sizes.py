@@ -16,8 +16,7 @@ from beacon_jax.inference.prefill import plan_ratios, prefill
 from tests.benchmark.nano import NANO, SINK
 
 
-@pytest.mark.parametrize("config", [NANO, SINK])
-@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("config, ratio", [(NANO, 0), (NANO, 2), (SINK, 2)])
 @pytest.mark.parametrize("length", [5, 16, 21])
 def test_slots_and_entries_are_those_of_a_real_memory(config, ratio, length):
     variables = random_variables(config, "float32")
