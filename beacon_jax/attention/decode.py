@@ -9,6 +9,7 @@ exact in bfloat16, no dequantised block exists.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +71,8 @@ def decode_xla(
     scale,
     layer=None,
     queries=None,
-    k_scale=None,
-    v_scale=None,
+    k_scale: Any = None,
+    v_scale: Any = None,
     block=BLOCK,
 ):
     """See `api.prefix_attention`: over int8 memory, wherever no kernel runs.

@@ -29,7 +29,7 @@ MOST_ROWS = 128
 UNROLLED = 2048
 
 
-def make_plan(q, k, scale, blocks: prefill.Blocks, interpret=False):
+def make_plan(q, k, scale, blocks: prefill.Blocks, interpret: Any = False):
     """A `pallas_tpu.Plan` whose rows R are a power of two: heads * R rows per block."""
     t, n, h = q.shape[1:]
     s, kv = k.shape[-3:-1]
@@ -106,8 +106,8 @@ def _decode(plan, q, k, v, scalars, layer):
 def _decode_fwd(plan, q, k, v, scalars, layer):
     prefix, queries = scalars
     options = {"scale": plan.scale, "layer": layer, "interpret": plan.interpret}
-    attend = lambda *x: prefill.pallas_tpu(*x, prefix, queries=queries, **options)
-    return jax.vjp(attend, q, k, v)
+    attend = functools.partial(prefill.pallas_tpu, queries=queries, **options)
+    return jax.vjp(lambda q, k, v: attend(q, k, v, prefix), q, k, v)
 
 
 def _decode_bwd(plan, pull, d_out):

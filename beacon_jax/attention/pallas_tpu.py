@@ -101,7 +101,7 @@ def heads_per_block(k):
     return kv if kv % tile else tile
 
 
-def make_plan(q, k, scale, blocks: Blocks, interpret=False) -> Plan:
+def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False) -> Plan:
     t, n, h = q.shape[1:]
     s, kv = k.shape[-3:-1]
     heads = heads_per_block(k)
@@ -232,11 +232,9 @@ def _keys_values(k, v, at, h, mask, dtype):
     return tuple(mask.live(x) if mask else x for x in pair)
 
 
-def _forward_kernel(plan: Plan, scaled: bool, scalars, layer, *refs):
+def _forward_kernel(plan: Plan, scalars, layer, *refs: Any):
     del layer
-    q, k, v, *refs = refs
-    k_scale, v_scale, *refs = refs if scaled else (None, None, *refs)
-    out, lse, top, total, acc = refs
+    q, k, v, *scales, out, lse, top, total, acc = refs
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     chunks = Chunks(plan, scalars[0, b], scalars[1, b], i, j)
 
@@ -247,12 +245,12 @@ def _forward_kernel(plan: Plan, scaled: bool, scalars, layer, *refs):
         acc[...] = jnp.zeros_like(acc)
 
     def visit(at, mask):
-        visible = mask.visible(1) if mask else None
+        visible: Any = mask.visible(1) if mask else None
         for h in range(plan.heads):
             keys, values = _keys_values(k, v, at, h, mask, q.dtype)
             s = dot_t(q[h], keys) * (plan.scale * LOG2E)
-            if scaled:
-                s *= k_scale[h : h + 1, at]
+            if scales:
+                s *= scales[0][h : h + 1, at]
             if mask:
                 s = jnp.where(visible, s, -jnp.inf)
             # Slot 0 is visible to every row: after block 0 no maximum is -inf.
@@ -260,9 +258,9 @@ def _forward_kernel(plan: Plan, scaled: bool, scalars, layer, *refs):
             new = jnp.maximum(old, s.max(-1, keepdims=True))
             p, fade = jnp.exp2(s - new), jnp.exp2(old - new)
             total[h] = total[h] * fade + p.sum(-1, keepdims=True)
-            if scaled:
-                scales = v_scale[h : h + 1, at]
-                p *= jnp.where(visible, scales, 0) if mask else scales
+            if scales:
+                row = scales[1][h : h + 1, at]
+                p *= jnp.where(visible, row, 0) if mask else row
             acc[h] = acc[h] * fade + dot(p.astype(values.dtype), values, ((1,), (0,)))
             top[h] = jnp.broadcast_to(new, top.shape[1:])
 
@@ -293,7 +291,7 @@ def _d_q_kernel(plan: Plan, scalars, layer, *refs):
             delta_rows[h] = _lane_to_rows(delta[h : h + 1])
 
     def visit(at, mask):
-        visible = mask.visible(1) if mask else None
+        visible: Any = mask.visible(1) if mask else None
         for h in range(plan.heads):
             keys, values = _keys_values(k, v, at, h, mask, q.dtype)
             s = dot_t(q[h], keys) * (plan.scale * LOG2E)
@@ -323,7 +321,7 @@ def _d_kv_kernel(plan: Plan, scalars, layer, *refs):
         v_acc[...] = jnp.zeros_like(v_acc)
 
     def visit(at, mask):
-        visible = mask.visible(0) if mask else None
+        visible: Any = mask.visible(0) if mask else None
         for h in range(plan.heads):
             keys, values = _keys_values(k, v, at, h, mask, q.dtype)
             s = dot_t(keys, q[h]) * (plan.scale * LOG2E)
@@ -447,7 +445,7 @@ def forward(plan: Plan, q, k, v, scalars, layer, k_scale=None, v_scale=None):
     block = (plan.heads, plan.queries)
     return call(
         plan,
-        functools.partial(_forward_kernel, plan, bool(scales)),
+        functools.partial(_forward_kernel, plan),
         "prefix_attention_forward",
         (b, heads // plan.heads, rows // plan.queries, live_blocks(plan, scalars)),
         [q_spec, k_spec, k_spec, *[scale_spec] * len(scales)],

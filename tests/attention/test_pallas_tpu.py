@@ -25,7 +25,7 @@ from beacon_jax.attention.pallas_tpu import (
 from beacon_jax.attention.reference import reference
 
 # For two heads: 128 queries, 256 keys per block, in two chunks.
-MANY = Blocks(256, 512, 2**24, scores=1)
+MANY = Blocks(512, 1024, 2**24, scores=1)
 
 
 def arrays(t, n, kv, h, s, rows):
@@ -62,16 +62,18 @@ def test_no_kernel_races_and_the_grid_ends_with_the_longest_row(kernel):
     """`backward` runs the forward kernel too. Memory for 1024 slots, of which 5 and 205
     are live: two blocks of 128 of eight."""
     points = []
-    simulate = pltpu.InterpretParams(
-        detect_races=True, grid_point_recorder=lambda _, at, __: points.append(at)
-    )
+
+    def record(token, point, core):
+        del core
+        points.append(point)
+        return token
+
+    simulate = pltpu.InterpretParams(detect_races=True, grid_point_recorder=record)
     blocks = Blocks(256, 256, 2**24)
     q, k, v, d_out = arrays(5, 4, 2, 16, 1024, 2)
     prefix = jnp.asarray([0, 200])
     attend = decode_tpu if kernel == "decode" else pallas_tpu
     scales = {}
-    if kernel == "decode":
-        blocks = blocks._replace(keys=128)
     if kernel == "int8":
         k, v = (jnp.round(x * 40).astype(jnp.int8) for x in (k, v))
         scales = dict.fromkeys(("k_scale", "v_scale"), jnp.full((2, 2, 1024), 1 / 40))
