@@ -157,7 +157,7 @@ def test_the_gpu_check_is_short_and_its_parts_end_within_9_minutes():
 def test_the_gpu_check_runs_every_part_on_the_gpu_and_skips_what_is_done(check):
     result, lines = check()
     assert result.returncode == 0, result.stderr
-    assert all(line.startswith("cuda -m ") for line in lines)
+    assert all(line.startswith("cuda,cpu -m ") for line in lines)
     assert "pytest" in lines[1] and "tests/attention" in lines[1]
     del lines[1]
     for line, option in zip(lines, ("parity", "--kernels", *PARTS[2:]), strict=True):

@@ -19,14 +19,21 @@ import jax
 import jax.numpy as jnp
 
 from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
+from beacon_jax.attention.api import INT8
 from beacon_jax.benchmark.case import Case, Latest, Settings, timed
 from beacon_jax.benchmark.device import check_platform, random_array
 from beacon_jax.benchmark.records import Row
-from beacon_jax.benchmark.timing import compile_program, measure_queued
+from beacon_jax.benchmark.timing import (
+    Compiled,
+    Timing,
+    compile_program,
+    measure_queued,
+)
 
 FILLS = (0.0, 0.25, 0.5, 1.0)
 LIBRARY = "library, exact shape"
 DEFAULT = "default"  # implementation=None
+INT8_MEMORY = ", int8 memory"  # behind the name of an implementation
 # Layers of the buffer, of which the last is read: enough to see a layer being copied.
 LAYERS = 2
 # Decoding steps in one program; a single one is shorter than its launch.
@@ -44,7 +51,8 @@ def cases(s: Settings) -> Iterator[Case]:
                 for name in (*IMPLEMENTATIONS, DEFAULT, LIBRARY):
                     yield from _cases(s, latest, way, name, 1, queries, memory)
         for batch in s.batches:
-            for name in (*IMPLEMENTATIONS, DEFAULT):
+            int8 = (name + INT8_MEMORY for name in (*INT8, DEFAULT))
+            for name in (*IMPLEMENTATIONS, DEFAULT, *int8):
                 yield from _cases(s, latest, "decode", name, batch, 1, memory)
 
 
@@ -94,10 +102,30 @@ def _inputs(s: Settings, batch: int, queries: int, keys: int, layers: int = 0):
     return q, k, v
 
 
-def _row(s: Settings, way: str, batch: int, pairs: int, keys: int, timing, program):
+def _quantised(s: Settings, k):
+    """An int8 memory as large as k, and its scales [L, B, K, S]."""
+    root = jax.random.key(3, impl="rbg")
+    random = jax.jit(lambda key: jax.random.randint(key, k.shape, -127, 128, jnp.int8))
+    *front, slots, heads, _ = k.shape
+    scale = jnp.full((*front, heads, slots), 1 / 127, jnp.float32)
+    values = [random(jax.random.fold_in(root, i)) for i in (0, 1)]
+    return *values, {"k_scale": scale, "v_scale": scale}
+
+
+def _row(
+    s: Settings,
+    way: str,
+    batch: int,
+    pairs: int,
+    keys: int,
+    timing: Timing,
+    program: Compiled,
+    int8: bool = False,
+) -> Row:
     """Rates of a call; `keys` that must be read per row, in bytes of K and V."""
     c, size = s.config, jnp.dtype(s.dtype).itemsize
-    read = 2 * batch * keys * c.num_kv_heads * c.head_dim * size
+    head = c.head_dim + 4 if int8 else c.head_dim * size  # a float32 scale
+    read = 2 * batch * keys * c.num_kv_heads * head
     return timed(timing, program) | {
         "useful_flops": useful_flops(s, way, batch, pairs),
         "tflops": useful_flops(s, way, batch, pairs) / timing.median_s / 1e12,
@@ -112,6 +140,8 @@ class _Attend:
     def __init__(
         self, s: Settings, way: str, name: str, batch: int, queries: int, memory: int
     ):
+        self._int8 = name.endswith(INT8_MEMORY)
+        name = name.removesuffix(INT8_MEMORY)
         check_platform(name, s.device)
         self._s, self._way, self._batch, self._queries = s, way, batch, queries
         layers = 0 if way == "backward" else LAYERS  # as training and inference do
@@ -132,9 +162,14 @@ class _Attend:
             back = lambda pull, d_out: pull(d_out)
             self._program = compile_program(back, self._pull(prefix), q)
             return
-        self._given = (q, k, v)
-        run = attend if way == "forward" else functools.partial(_steps, attend)
-        self._program = compile_program(run, q, k, v, prefix)
+        scales = {}
+        if self._int8:
+            k, v, scales = _quantised(s, k)
+        self._given = (q, k, v, scales)
+        call = lambda q, k, v, scales, prefix: attend(q, k, v, prefix, **scales)
+        if way == "decode":
+            call = functools.partial(_steps, call)
+        self._program = compile_program(call, *self._given, prefix)
 
     def measure(self, live: int) -> Row:
         prefix = jnp.full((self._batch,), live, jnp.int32)
@@ -150,12 +185,12 @@ class _Attend:
         t = self._queries
         pairs = t * live + t * (t + 1) // 2
         row = (self._s, self._way, self._batch, pairs, live + t)
-        return _row(*row, timing, self._program)
+        return _row(*row, timing, self._program, self._int8)
 
 
-def _steps(attend, q, k, v, prefix):
+def _steps(attend, q, *rest):
     """STEPS calls, each of which needs the one before."""
-    body = lambda _, x: q + jnp.asarray(1e-3, q.dtype) * attend(x, k, v, prefix)
+    body = lambda _, x: q + jnp.asarray(1e-3, q.dtype) * attend(x, *rest)
     return jax.lax.fori_loop(0, STEPS, body, q)
 
 

@@ -1,7 +1,7 @@
 """Compiled kernels against the specification, on the device and at a preset's shapes.
 
 The tests say more, but interpret the kernels. Here two rows, one with an empty memory
-and one with 3/4 of 4 windows, meet half a window of queries (and, forward only, one
+and one with 3/4 of 4 windows, meet half a window and 4 queries (and, forward only, one
 query, as in decoding); every dead slot holds NaN. What is right is the reference in
 float32 at the highest precision, on the same rounded inputs. Errors are shares of the
 largest value, and allowed are
@@ -31,7 +31,7 @@ NAMES = ("out", "d_q", "d_k", "d_v")
 def cases(s: Settings) -> Iterator[Case]:
     assert s.config.beacon is not None
     window = s.config.beacon.window
-    for way, queries in (("window", window // 2 + 3), ("decode", 1)):
+    for way, queries in (("window", window // 2 + 4), ("decode", 1)):
         for dtype in DTYPES:
             for name in IMPLEMENTATIONS:
                 key = {"part": "parity", "preset": s.preset, "dtype": dtype}

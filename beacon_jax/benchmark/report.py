@@ -224,9 +224,13 @@ def _kernels(rows: Sequence[Row], known: dict[str, Row]) -> str:
         names = ("preset", "dtype", "way", "batch", "queries", "memory")
         name = *(key[n] for n in names), key["implementation"]
         groups.setdefault(name, []).append(row)
-    lines = []
+    lines, refusals = [], {}
     for name, found in groups.items():
         preset, _, way, batch, queries, memory, implementation = name
+        if all(row["status"] == "refused" for row in found):
+            reason = f"{implementation}: {found[0]['reason']}"
+            refusals.setdefault(reason, {})[way] = None
+            continue
         cells = [_kernel_cell(row, known) for row in found]
         lines.append(
             [preset, way, f"{batch} × {queries} × {memory:,}", implementation, *cells]
@@ -234,7 +238,9 @@ def _kernels(rows: Sequence[Row], known: dict[str, Row]) -> str:
     head = ["model", "", "rows × queries × slots", "implementation"]
     width = max((len(x) for x in lines), default=0) - len(head)
     fills = ["empty", "1/4 full", "1/2 full", "full"][:width]
-    return _titled("Attention", [*head, *fills], lines)
+    text = _titled("Attention", [*head, *fills], lines)
+    refused = [f"- {', '.join(ways)}: {why}" for why, ways in refusals.items()]
+    return "\n".join([text, "\nRefused:\n", *refused] if refused else [text])
 
 
 def _kernel_cell(row: Row, known: dict[str, Row]) -> str:

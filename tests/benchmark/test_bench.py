@@ -78,6 +78,8 @@ def test_every_implementation_is_measured_at_every_fill_or_refuses(measured):
             assert set(statuses) <= {"ok", "refused"}
         assert {s for _, s in found[way, "reference"]} == {"ok"}
     assert ("forward", kernels.LIBRARY) in found
+    int8 = found["decode", "decode_xla" + kernels.INT8_MEMORY]
+    assert {status for _, status in int8} == {"ok"}
 
 
 def test_a_kernel_of_another_platform_is_refused_with_the_reason(monkeypatch):
@@ -113,6 +115,14 @@ def test_a_wrong_kernel_fails_its_parity(monkeypatch):
         if case.key["implementation"] == "off" and case.key["dtype"] == "float32"
     )
     assert row["status"] == "failed" and "ArithmeticError: errors" in row["reason"]
+
+
+def test_refused_implementations_are_listed_with_their_reason(measured):
+    (text,) = [x for x in report.sections(measured.rows) if "**Attention**" in x]
+    (line,) = [x for x in text.splitlines() if "decode_tpu: " in x]
+    assert line.startswith("- forward, backward, decode: ")
+    assert "is for tpu, this is cpu" in line
+    assert not any(x.startswith("|") and "decode_tpu " in x for x in text.splitlines())
 
 
 def test_useful_flops_count_what_each_query_sees(measured):

@@ -17,7 +17,7 @@ from tests.benchmark.nano import NANO, SINK
 
 
 @pytest.mark.parametrize("config, ratio", [(NANO, 0), (NANO, 2), (SINK, 2)])
-@pytest.mark.parametrize("length", [5, 16, 21])
+@pytest.mark.parametrize("length", [16, 21])
 def test_slots_and_entries_are_those_of_a_real_memory(config, ratio, length):
     variables = random_variables(config, "float32")
     memory = init_memory(config, 1, 64)
