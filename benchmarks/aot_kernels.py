@@ -50,6 +50,8 @@ class Case:
     queries: T, a window of T / 1.5 tokens with its beacons at ratio 2.
     backward: forward and backward on one layer's buffer, as in training; otherwise
       forward on a layer of the stacked buffer, as in inference.
+    rows: B; above one of two layers only: 32 would not fit.
+    int8: of a memory with scales per slot.
     """
 
     model: str
@@ -57,11 +59,14 @@ class Case:
     queries: int
     backward: bool
     implementation: str
+    rows: int = 1
+    int8: bool = False
 
     @property
     def name(self) -> str:
-        way = "backward" if self.backward else "forward"
-        return f"{self.model}-{self.queries}-{way}-{self.target.split(':')[0]}"
+        way = "backward" if self.backward else "decode" if self.rows > 1 else "forward"
+        kind = "-int8" if self.int8 else ""
+        return f"{self.model}-{self.queries}-{way}{kind}-{self.target.split(':')[0]}"
 
 
 CASES = {
@@ -79,6 +84,18 @@ CASES = {
             "pallas_gpu" if target in GPUS else "pallas_tpu",
         )
     ]
+}
+
+
+# A token, and a window's beacons at ratio 8, for eight rows.
+CASES |= {
+    case.name: case
+    for target in (*GPUS, *TPUS)
+    for model in ("llama2-7b", "qwen2-7b")
+    for queries, int8 in ((1, False), (128, False), (1, True))
+    for on_tpu in ["decode_tpu" if queries == 1 and not int8 else "pallas_tpu"]
+    for kernel in ["decode_gpu" if target in GPUS else on_tpu]
+    for case in [Case(model, target, queries, False, kernel, rows=8, int8=int8)]
 }
 
 
@@ -103,15 +120,21 @@ def program(case: Case, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     t, s = case.queries, MEMORY + case.queries
     here = NamedSharding(mesh, PartitionSpec())
     on = functools.partial(jax.ShapeDtypeStruct, sharding=here)
-    rows = (1, s, config.num_kv_heads, config.head_dim)
-    stack = () if case.backward else (config.num_layers,)
-    q = on((1, t, config.num_heads, config.head_dim), jnp.bfloat16)
-    keys = on((*stack, *rows), jnp.bfloat16)
-    arguments = (q, keys, keys, on((1,), jnp.int32))
+    b, heads = case.rows, config.num_kv_heads
+    stack = () if case.backward else (config.num_layers if b == 1 else 2,)
+    q = on((b, t, config.num_heads, config.head_dim), jnp.bfloat16)
+    dtype = jnp.int8 if case.int8 else jnp.bfloat16
+    keys = on((*stack, b, s, heads, config.head_dim), dtype)
+    arguments = (q, keys, keys, on((b,), jnp.int32))
     attend = functools.partial(prefix_attention, implementation=case.implementation)
     if not case.backward:
-        layered = lambda q, k, v, prefix, layer: attend(q, k, v, prefix, layer=layer)
-        return layered, (*arguments, on((), jnp.int32))
+        names = ("layer", "k_scale", "v_scale")
+        scale = on((*stack, b, heads, s), jnp.float32)
+        more = (on((), jnp.int32), *[scale] * (2 if case.int8 else 0))
+        layered = lambda q, k, v, prefix, *more: attend(
+            q, k, v, prefix, **dict(zip(names, more, strict=False))
+        )
+        return layered, (*arguments, *more)
 
     def gradients(q, k, v, prefix, d_out):
         return jax.vjp(lambda q, k, v: attend(q, k, v, prefix), q, k, v)[1](d_out)
@@ -153,6 +176,20 @@ def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict
     ]
 
 
+def tpu_kernels(program) -> list[dict]:
+    """Bytes of vector memory that each kernel of ours takes."""
+    used = (
+        r'used_scoped_memory_configs":\[{"memory_space":"1","offset":"0","size":"(\d+)'
+    )
+    return [
+        {"kernel": name, "vmem": int(size)}
+        for line in program.as_text().splitlines()
+        if "tpu_custom_call" in line
+        for name in re.findall(r"^\s*(?:ROOT )?%(prefix_\w+)", line)
+        for size in re.findall(used, line)
+    ]
+
+
 def registers(ptx: Path, architecture: str) -> dict[str, int]:
     """Of a kernel, from ptxas."""
     import nvidia.cuda_nvcc  # pyright: ignore[reportMissingImports]
@@ -170,7 +207,8 @@ def measure(case: Case) -> dict[str, Any]:
     mesh = device_mesh(case.target)
     function, arguments = program(case, mesh)
     start = time.perf_counter()
-    memory = compiled(function, arguments, mesh).memory_analysis()
+    executable = compiled(function, arguments, mesh)
+    memory: Any = executable.memory_analysis()
     result = {
         "case": case.name,
         **dataclasses.asdict(case),
@@ -180,6 +218,8 @@ def measure(case: Case) -> dict[str, Any]:
     if case.target in GPUS:
         architecture = ARCHITECTURES[case.target]
         result["kernels"] = gpu_kernels(function, arguments, mesh, architecture)
+    else:
+        result["kernels"] = tpu_kernels(executable)
     return result
 
 
@@ -210,8 +250,10 @@ def _table(results: list[dict[str, Any]]) -> str:
         "registers",
         "spilled",
         "shared KiB",
+        "VMEM MiB",
         "threads",
         "temp MiB",
+        "compile s",
     ]
     rows = []
     for r in results:
@@ -221,9 +263,11 @@ def _table(results: list[dict[str, Any]]) -> str:
                     r["case"],
                     k.get("kernel", r.get("error", "-")[:60]),
                     *(str(k.get(key, "-")) for key in ("registers", "spilled")),
-                    f"{k['shared_memory'] / 1024:.0f}" if k else "-",
+                    f"{k['shared_memory'] / 1024:.0f}" if "registers" in k else "-",
+                    f"{k['vmem'] / 2**20:.1f}" if "vmem" in k else "-",
                     str(k.get("threads", "-")),
                     str(r.get("temp_mib", "-")),
+                    str(r.get("compile_s", "-")),
                 ]
             )
     return table(heads, rows)

@@ -53,9 +53,9 @@ class Blocks(NamedTuple):
 DEFAULT = Blocks(2048, 2048, 16 * MIB)
 CHIPS = {
     "TPU v4": DEFAULT,
-    "TPU v5 lite": Blocks(4096, 4096, 64 * MIB),
-    "TPU v5": Blocks(4096, 4096, 48 * MIB),
-    "TPU v6 lite": Blocks(8192, 4096, 96 * MIB),
+    "TPU v5 lite": Blocks(4096, 4096, 32 * MIB),
+    "TPU v5": Blocks(4096, 4096, 32 * MIB),
+    "TPU v6 lite": Blocks(8192, 4096, 64 * MIB),
 }
 
 
