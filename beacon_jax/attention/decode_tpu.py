@@ -21,6 +21,14 @@ from jax.experimental.pallas import tpu as pltpu
 from beacon_jax.attention import blockwise
 from beacon_jax.attention import pallas_tpu as prefill
 from beacon_jax.attention.decode import zero_invalid
+from beacon_jax.attention.tpu_blocks import (
+    LANES,
+    SUBLANES,
+    Blocks,
+    Plan,
+    chip_blocks,
+    heads_per_block,
+)
 
 # Rows of queries of all heads of a block together that pass the matrix unit while it
 # loads the next keys.
@@ -29,16 +37,16 @@ MOST_ROWS = 128
 UNROLLED = 2048
 
 
-def make_plan(q, k, scale, blocks: prefill.Blocks, interpret: Any = False):
+def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False):
     """A `pallas_tpu.Plan` whose rows R are a power of two: heads * R rows per block."""
     t, n, h = q.shape[1:]
     s, kv = k.shape[-3:-1]
-    heads = prefill.heads_per_block(k)
-    width = pl.cdiv(h, prefill.LANES) * q.dtype.itemsize // 2
-    rows = max(pl.next_power_of_2(t * (n // kv)), pl.cdiv(prefill.SUBLANES, heads))
+    heads = heads_per_block(k)
+    width = pl.cdiv(h, LANES) * q.dtype.itemsize // 2
+    rows = max(pl.next_power_of_2(t * (n // kv)), pl.cdiv(SUBLANES, heads))
     keys = min(2 * blocks.keys // (heads * width), pl.cdiv(s, 128) * 128)
     chunk = min(keys, max(1, UNROLLED // (heads * width)))
-    return prefill.Plan(
+    return Plan(
         scale=scale,
         heads=heads,
         group=n // kv,
@@ -62,7 +70,7 @@ def decode_tpu(
     queries=None,
     k_scale=None,
     v_scale=None,
-    blocks: prefill.Blocks | None = None,
+    blocks: Blocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ):
     """See `api.prefix_attention` and `pallas_tpu`, whose gradient this has.
@@ -75,7 +83,7 @@ def decode_tpu(
     if k_scale is not None:
         raise NotImplementedError("k_scale: int8 memory is for `pallas_tpu`.")
     prefill.check_dtypes(q, k, v, k_scale, v_scale)
-    plan = make_plan(q, k, scale, blocks or prefill.chip_blocks(), interpret)
+    plan = make_plan(q, k, scale, blocks or chip_blocks(), interpret)
     if plan.heads & (plan.heads - 1):
         raise NotImplementedError(f"k has {plan.heads} heads: not a power of two.")
     if plan.heads * plan.rows > MOST_ROWS:
@@ -118,7 +126,7 @@ def _decode_bwd(plan, pull, d_out):
 _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
-def forward(plan: prefill.Plan, q, k, v, scalars, layer):
+def forward(plan: Plan, q, k, v, scalars, layer):
     """q [B, T, N, H], k and v [L, B, S, K, H] -> out like q."""
     b, t, n, h = q.shape
     heads = k.shape[-2]
@@ -136,7 +144,7 @@ def forward(plan: prefill.Plan, q, k, v, scalars, layer):
         [q_spec, k_spec, k_spec],
         q_spec,
         jax.ShapeDtypeStruct(packed.shape, q.dtype),
-        [(many, prefill.LANES), (many, prefill.LANES), (many, h)],
+        [(many, LANES), (many, LANES), (many, h)],
     )(scalars, layer.reshape(1), packed, prefill.flat(k), prefill.flat(v))
     return prefill.unpack(out.reshape(b, heads, plan.rows, h), t, n)
 
@@ -144,7 +152,7 @@ def forward(plan: prefill.Plan, q, k, v, scalars, layer):
 class _Mask(NamedTuple):
     """Of scores [heads * R, chunk * heads]; powers of two make indices bit fields."""
 
-    plan: prefill.Plan
+    plan: Plan
     start: Any  # slot of the first query, counted from the chunk's first
     queries: Any
 
@@ -168,7 +176,7 @@ class _Mask(NamedTuple):
         return jnp.where(slot < self.start + self.queries, x, jnp.zeros_like(x))
 
 
-def _kernel(plan: prefill.Plan, scalars, layer, q, k, v, out, top, total, acc):
+def _kernel(plan: Plan, scalars, layer, q, k, v, out, top, total, acc):
     del layer
     b, j = pl.program_id(0), pl.program_id(3)
     prefix, queries = scalars[0, b], scalars[1, b]

@@ -12,8 +12,9 @@ from beacon_jax.attention import prefix_attention
 from beacon_jax.attention.decode import combine, decode_xla
 from beacon_jax.attention.decode_gpu import decode_gpu, make_plan, visited_blocks
 from beacon_jax.attention.decode_tpu import decode_tpu
-from beacon_jax.attention.pallas_tpu import Blocks, pallas_tpu
+from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import reference
+from beacon_jax.attention.tpu_blocks import Blocks
 
 SMALL = Blocks(256, 128, 2**24)  # slots in blocks of 128: three of them here
 KERNELS = {

@@ -13,16 +13,16 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from beacon_jax.attention.decode_tpu import decode_tpu
-from beacon_jax.attention.pallas_tpu import (
+from beacon_jax.attention.pallas_tpu import pallas_tpu
+from beacon_jax.attention.reference import reference
+from beacon_jax.attention.tpu_blocks import (
     CHIPS,
     DEFAULT,
     Blocks,
     chip_blocks,
     make_plan,
-    pallas_tpu,
     visited_blocks,
 )
-from beacon_jax.attention.reference import reference
 
 # For two heads: 128 queries, 256 keys per block, in two chunks.
 MANY = Blocks(512, 1024, 2**24, scores=1)
