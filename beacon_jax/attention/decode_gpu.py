@@ -23,10 +23,14 @@ from beacon_jax.attention.decode import (
     decode_xla,
     zero_invalid,
 )
-from beacon_jax.attention.pallas_gpu import DTYPES, LOG2E, pallas_gpu
-from beacon_jax.attention.pallas_gpu import _dot as dot
-from beacon_jax.attention.pallas_gpu import _load as load
-from beacon_jax.attention.pallas_gpu import _padded as padded
+from beacon_jax.attention.pallas_gpu import (
+    DTYPES,
+    LOG2E,
+    dot,
+    load,
+    padded,
+    pallas_gpu,
+)
 
 MOST_QUERIES = 128
 # Programs a launch should have: four for each of the 108 to 132 processors of an A100
@@ -131,6 +135,13 @@ def decode_gpu(
             lambda x: x[None], (k, v, k_scale, v_scale)
         )
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
+    if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32 and k.shape[0] > 1:
+        # Pallas counts offsets in 32 bits up to 4 GiB, which Triton takes for signed:
+        # beyond 2 GiB they point in front of the buffer. (Offsets of two-byte numbers
+        # stay below 2**31 there, larger buffers are counted in 64 bits.)
+        one = functools.partial(lax.dynamic_slice_in_dim, slice_size=1)
+        k, v, k_scale, v_scale = (one(x, layer[0]) for x in (k, v, k_scale, v_scale))
+        layer = jnp.zeros_like(layer)
     out: Any = _decode(plan, q, k, v, lengths, layer, k_scale, v_scale)
     return zero_invalid(out, queries)
 

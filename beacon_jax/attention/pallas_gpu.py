@@ -256,7 +256,7 @@ def _call(kernel, plan, block, name, grid, in_specs, out_specs, out_shape) -> An
 _LAYER = pl.BlockSpec((1,), lambda i, n, b: (0,))
 
 
-def _padded(h):
+def padded(h):
     """Triton's arrays are powers of two, the operands of its products at least 16."""
     return max(16, pl.next_power_of_2(h))
 
@@ -265,7 +265,7 @@ def _query_specs(plan, block, q, k, count):
     """Specs of q, k, rows [B, N, T] and lengths for programs that own queries.
 
     The last block comes first: it has the most keys, and ends the grid evenly."""
-    h = _padded(q.shape[-1])
+    h = padded(q.shape[-1])
     layers, s, group, last = k.shape[0], k.shape[2], plan.group, count - 1
     return (
         pl.BlockSpec(
@@ -281,7 +281,7 @@ def _query_specs(plan, block, q, k, count):
 
 def _key_specs(plan, block, q, k):
     """The same, and of d_k, for programs that own keys and their query heads."""
-    t, h = q.shape[1], _padded(q.shape[-1])
+    t, h = q.shape[1], padded(q.shape[-1])
     layers, s = k.shape[0], k.shape[2]
     return (
         pl.BlockSpec((None, t, plan.group, h), lambda j, n, b: (b, 0, n, 0)),
@@ -292,14 +292,14 @@ def _key_specs(plan, block, q, k):
     )
 
 
-def _dot(a, b, trans_b=False):
+def dot(a, b, trans_b=False):
     """Float32 result; float32 operands keep all their bits."""
     exact = a.dtype == jnp.float32
     precision = lax.Precision.HIGHEST if exact else None
     return plt.dot(a, b, trans_b=trans_b, precision=precision)
 
 
-def _load(ref, h, rows=None):
+def load(ref, h, rows=None):
     """A block [rows, H] of ref, with 0 in padded columns and where not in `rows`, which
     are not read; rows=None: in all of them."""
     columns = jnp.arange(ref.shape[-1]) < h if ref.shape[-1] > h else None
@@ -347,7 +347,7 @@ def _forward_kernel(
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
     row = i * block.queries + jnp.arange(block.queries)
     # A query that is not valid may be anything, but its row of the result is its own.
-    q = _load(q_ref, h, None if t % block.queries == 0 else row < t)
+    q = load(q_ref, h, None if t % block.queries == 0 else row < t)
     factor = plan.scale * LOG2E
 
     def step(j, carry, *, masked):
@@ -355,14 +355,14 @@ def _forward_kernel(
         start = j * block.keys
         live = start + jnp.arange(block.keys) < prefix + valid if masked else None
         at = (layer, pl.ds(start, block.keys), slice(None))
-        scores = _dot(q, _load(k_ref.at[at], h, live), trans_b=True)
+        scores = dot(q, load(k_ref.at[at], h, live), trans_b=True)
         if masked:
             scores = jnp.where(_visible(prefix, i, j, block), scores, -jnp.inf)
         top = jnp.maximum(m, scores.max(-1) * factor)
         p = jnp.exp2(scores * factor - top[:, None])
         fade = jnp.exp2(m - top)
-        values = _load(v_ref.at[at], h, live)
-        part = _dot(p.astype(values.dtype), values)
+        values = load(v_ref.at[at], h, live)
+        part = dot(p.astype(values.dtype), values)
         return top, total * fade + p.sum(-1), acc * fade[:, None] + part
 
     start = (
@@ -401,7 +401,7 @@ def _d_q_kernel(
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
     row = i * block.queries + jnp.arange(block.queries)
     rows = row < valid if plan.ragged or t % block.queries else None
-    q, d_out = _load(q_ref, h, rows), _load(d_out_ref, h, rows)
+    q, d_out = load(q_ref, h, rows), load(d_out_ref, h, rows)
     # Where the denominator is inf, p is 0.
     lse = _load_row(lse_ref, rows, jnp.inf) * LOG2E
     delta = _load_row(delta_ref, rows, 0)
@@ -411,13 +411,13 @@ def _d_q_kernel(
         start = j * block.keys
         live = start + jnp.arange(block.keys) < prefix + valid if masked else None
         at = (layer, pl.ds(start, block.keys), slice(None))
-        keys = _load(k_ref.at[at], h, live)
-        p = jnp.exp2(_dot(q, keys, trans_b=True) * factor - lse[:, None])
+        keys = load(k_ref.at[at], h, live)
+        p = jnp.exp2(dot(q, keys, trans_b=True) * factor - lse[:, None])
         if masked:
             p = jnp.where(_visible(prefix, i, j, block), p, 0)
-        d_p = _dot(d_out, _load(v_ref.at[at], h, live), trans_b=True)
+        d_p = dot(d_out, load(v_ref.at[at], h, live), trans_b=True)
         d_s = p * (d_p - delta[:, None])
-        return d_q + _dot(d_s.astype(keys.dtype), keys)
+        return d_q + dot(d_s.astype(keys.dtype), keys)
 
     full, end = key_blocks(prefix, valid, i, block)
     d_q = jnp.zeros((block.queries, q_ref.shape[-1]), jnp.float32)
@@ -448,7 +448,7 @@ def _d_kv_kernel(
     slot = j * block.keys + jnp.arange(block.keys)
     at = (layer, pl.ds(j * block.keys, block.keys), slice(None))
     live = slot < prefix + valid
-    keys, values = _load(k_ref.at[at], h, live), _load(v_ref.at[at], h, live)
+    keys, values = load(k_ref.at[at], h, live), load(v_ref.at[at], h, live)
     factor = plan.scale * LOG2E
 
     # Scores are [keys, queries] here: both products into d_k and d_v take them as is.
@@ -457,16 +457,16 @@ def _d_kv_kernel(
         here = pl.ds(i * block.queries, block.queries)
         row = i * block.queries + jnp.arange(block.queries)
         rows = row < valid if plan.ragged or t % block.queries else None
-        q = _load(q_ref.at[here, g, :], h, rows)
+        q = load(q_ref.at[here, g, :], h, rows)
         lse = _load_row(lse_ref.at[g, here], rows, jnp.inf) * LOG2E
-        p = jnp.exp2(_dot(keys, q, trans_b=True) * factor - lse[None, :])
+        p = jnp.exp2(dot(keys, q, trans_b=True) * factor - lse[None, :])
         if masked:
             p = jnp.where(slot[:, None] <= prefix + row[None, :], p, 0)
-        d_out = _load(d_out_ref.at[here, g, :], h, rows)
-        d_v = d_v + _dot(p.astype(d_out.dtype), d_out)
+        d_out = load(d_out_ref.at[here, g, :], h, rows)
+        d_v = d_v + dot(p.astype(d_out.dtype), d_out)
         delta = _load_row(delta_ref.at[g, here], rows, 0)
-        d_s = p * (_dot(values, d_out, trans_b=True) - delta[None, :])
-        return d_k + _dot(d_s.astype(q.dtype), q), d_v
+        d_s = p * (dot(values, d_out, trans_b=True) - delta[None, :])
+        return d_k + dot(d_s.astype(q.dtype), q), d_v
 
     first, full, end = query_blocks(prefix, valid, j, block)
 

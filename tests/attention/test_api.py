@@ -1,15 +1,20 @@
 """The choice of an implementation, what each refuses, and what the kernels visit."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from beacon_jax.attention import prefix_attention
+from beacon_jax.attention import library, prefix_attention
 from beacon_jax.attention.api import best
+from beacon_jax.attention.decode_gpu import decode_gpu
 from beacon_jax.attention.gpu_blocks import SM_80, SM_90, SMALL, Block, chip_blocks
 from beacon_jax.attention.pallas_gpu import key_blocks, query_blocks
+from beacon_jax.attention.reference import reference
 
 
 def inputs(dtype="float32", t=4, heads=2):
@@ -90,6 +95,59 @@ def test_cudnn_says_which_shapes_it_takes():
         for dtype, t, message in (("float32", 4, "float32"), ("bfloat16", 4, "S=9")):
             with pytest.raises(NotImplementedError, match=message):
                 prefix_attention(*inputs(dtype, t), implementation="cudnn")
+
+
+def test_tokamax_is_asked_row_by_row_for_the_keys_up_to_each_query(monkeypatch):
+    """A stand-in that knows what `local_window_size` means to tokamax 0.0.17: keys
+    from `before` in front of a query's index to `after` behind it."""
+
+    def dot_product_attention(q, k, v, *, scale, local_window_size, implementation):
+        before, after = local_window_size
+        assert implementation == "mosaic_gpu" and np.shape(after) == ()
+        row, slot = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])
+        mask = (slot >= row - before) & (slot <= row + after)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+
+    stand_in = types.SimpleNamespace(dot_product_attention=dot_product_attention)
+    monkeypatch.setitem(sys.modules, "tokamax", stand_in)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 4, 4, 8), "bfloat16")
+    k, v = (jax.random.normal(key, (2, 9, 2, 8), "bfloat16") for key in keys[1:])
+    prefix, queries = jnp.asarray([0, 5]), jnp.asarray([4, 2])
+    expected = reference(q, k, v, prefix, scale=0.3, queries=queries)
+    dead = (jnp.arange(9) >= (prefix + 4)[:, None])[..., None, None]
+    k, v = (jnp.where(dead, jnp.nan, x) for x in (k, v))
+    with pytest.raises(NotImplementedError, match="device cpu"):
+        library.tokamax(q, k, v, prefix, scale=0.3)
+    with tracing_for("gpu", "NVIDIA H200"):
+        ours = library.tokamax(q, k, v, prefix, scale=0.3, queries=queries)
+    np.testing.assert_allclose(
+        np.asarray(ours, np.float32), np.asarray(expected, np.float32), atol=2e-2
+    )
+
+
+def test_tokamax_that_is_not_installed_is_a_refusal(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(NotImplementedError, match="not installed"):
+        library.tokamax(*inputs(), scale=1.0)
+
+
+@pytest.mark.parametrize(("layers", "stacked"), [(8, 8), (32, 1), (64, 64)])
+def test_an_int8_stack_whose_offsets_overflow_goes_to_the_kernel_by_layer(
+    layers, stacked
+):
+    """0.3, 1.1 and 2.2 times 2**31 numbers: up to 4 GiB offsets have 32 signed bits."""
+    s, shape = 17920, jax.ShapeDtypeStruct
+    k = shape((layers, 1, s, 32, 128), jnp.int8)
+    scales = shape((layers, 1, 32, s), jnp.float32)
+    q, prefix = shape((1, 1, 32, 128), jnp.bfloat16), shape((1,), jnp.int32)
+
+    def attend(q, k, v, prefix, k_scale, v_scale):
+        scales = {"k_scale": k_scale, "v_scale": v_scale, "layer": layers - 1}
+        return decode_gpu(q, k, v, prefix, scale=0.1, interpret=True, **scales)
+
+    program = str(jax.make_jaxpr(attend)(q, k, k, prefix, scales, scales))
+    assert f"{{i8[{stacked},{s},128]}}" in program  # what the kernel is given
 
 
 def test_block_sizes_follow_chip_and_head_dimension():
