@@ -10,7 +10,9 @@ import pytest
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SETUP = ("setup.sh", "find_python.sh")  # tested in test_setup.py
-SCRIPTS = sorted(f.name for f in LAUNCH.glob("*.sh") if f.name not in SETUP)
+CHECK = "gpu_check.sh"
+SCRIPTS = sorted(f.name for f in LAUNCH.glob("*.sh") if f.name not in (*SETUP, CHECK))
+PARTS = ("parity", "kernels", "prefill", "decode", "train")
 BASH = shutil.which("bash") or "bash"
 COMMAND = "python -m beacon_jax.train --config="
 
@@ -55,10 +57,10 @@ def remote(tmp_path):
 
 
 def test_there_is_a_script_for_every_kind_of_machine():
-    assert set(SCRIPTS) >= {"local_8gpu.sh", "gpu_check.sh", *REMOTE}
+    assert set(SCRIPTS) >= {"local_8gpu.sh", *REMOTE}
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *SETUP])
+@pytest.mark.parametrize("name", [*SCRIPTS, *SETUP, CHECK])
 def test_a_script_parses(name):
     result = subprocess.run(
         [BASH, "-n", str(LAUNCH / name)], capture_output=True, text=True
@@ -81,12 +83,12 @@ def test_a_script_is_short_and_strict_and_runs_the_one_command(name):
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not here")
 def test_shellcheck_finds_nothing():
-    files = [str(LAUNCH / name) for name in (*SCRIPTS, *SETUP)]
+    files = [str(LAUNCH / name) for name in (*SCRIPTS, *SETUP, CHECK)]
     result = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("name", [n for n in SCRIPTS if n != "gpu_check.sh"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_missing_workdir_is_an_error_with_the_usage(name):
     result = run(name, "configs/quickstart.py")
     assert result.returncode != 0
@@ -122,3 +124,59 @@ def test_the_command_survives_the_shell_of_the_other_machine(name, remote):
         "--distributed",
         "--config.text.uri=b 'c'",
     ]
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Runs gpu_check.sh with a fake Python that notes its arguments, and fails where
+    one of them is in `broken`; returns its result and the noted lines."""
+
+    def call(*parts, broken=""):
+        fake, log = tmp_path / "python", tmp_path / "log"
+        fake.write_text(
+            f'#!{BASH}\necho "$JAX_PLATFORMS $*" >>"{log}"\n'
+            f'[[ -z "{broken}" || "$*" != *"{broken}"* ]]\n'
+        )
+        fake.chmod(0o755)
+        log.write_text("")
+        env = {"PYTHON": str(fake), "OUT": str(tmp_path / "out")}
+        kept = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+        result = run(CHECK, *parts, env=kept | env)
+        return result, log.read_text().splitlines()
+
+    return call
+
+
+def test_the_gpu_check_is_short_and_its_parts_end_within_9_minutes():
+    text = source(CHECK)
+    assert len(text.splitlines()) <= 40 and "\nset -euo pipefail\n" in text
+    seconds = re.findall(r"(?:timeout -k 5|bench) (\d+) ", text)
+    assert len(seconds) == len(PARTS) + 1 and sum(map(int, seconds)) < 540
+
+
+def test_the_gpu_check_runs_every_part_on_the_gpu_and_skips_what_is_done(check):
+    result, lines = check()
+    assert result.returncode == 0, result.stderr
+    assert all(line.startswith("cuda,cpu -m ") for line in lines)
+    assert "pytest" in lines[1] and "tests/attention" in lines[1]
+    del lines[1]
+    for line, option in zip(lines, ("parity", "--kernels", *PARTS[2:]), strict=True):
+        assert "beacon_jax.bench --preset=llama2-7b" in line and option in line
+    result, lines = check()
+    assert result.returncode == 0 and lines == []
+    assert result.stdout.splitlines() == [f"{part}: done before" for part in PARTS]
+
+
+def test_a_failed_part_of_the_gpu_check_costs_only_itself_and_is_run_again(check):
+    result, lines = check("prefill", "train", broken="--parts=prefill")
+    assert result.returncode == 1 and len(lines) == 2
+    assert "not done: prefill: exit 1" in result.stderr
+    result, lines = check("prefill", "train")
+    assert result.returncode == 0
+    assert len(lines) == 1 and "--parts=prefill" in lines[0]
+
+
+def test_an_unknown_part_of_the_gpu_check_is_named(check):
+    result, lines = check("prefil")
+    assert result.returncode == 1 and lines == []
+    assert "prefil: exit 2" in result.stderr and "use parity" in result.stderr

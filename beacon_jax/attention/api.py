@@ -4,13 +4,30 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
+from beacon_jax.attention import library
 from beacon_jax.attention.blockwise import LSE, OUT, blockwise
+from beacon_jax.attention.decode import decode_xla
+from beacon_jax.attention.decode_gpu import decode_gpu
+from beacon_jax.attention.decode_tpu import decode_tpu
+from beacon_jax.attention.device import target
+from beacon_jax.attention.pallas_gpu import pallas_gpu
+from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import WEIGHTS, reference
 
+# In a program for another platform, a kernel's name stands for `blockwise`.
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
     "blockwise": blockwise,
+    "pallas_gpu": pallas_gpu,
+    "pallas_tpu": pallas_tpu,
+    "decode_gpu": decode_gpu,
+    "decode_tpu": decode_tpu,
+    "decode_xla": decode_xla,
+    "cudnn": library.cudnn,
+    "tokamax": library.tokamax,
 }
+# These take an int8 memory.
+INT8 = ("decode_gpu", "decode_tpu", "decode_xla", "pallas_tpu")
 # Names of what a backward pass needs besides q, k and v, for checkpoint policies.
 RESIDUALS = (OUT, LSE, WEIGHTS)
 # Up to here all scores at once are cheaper than a loop over blocks.
@@ -19,14 +36,16 @@ SMALL = 1024
 
 def prefix_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "*L B S K H"],
-    v: Float[Array, "*L B S K H"],
+    k: Float[Array, "*L B S K H"] | Int[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"] | Int[Array, "*L B S K H"],
     prefix: Int[Array, " B"],
     *,
     scale: float | None = None,
     implementation: str | tuple[str, ...] | None = None,
     layer: Int[Array, ""] | int | None = None,
     queries: Int[Array, " B"] | None = None,
+    k_scale: Float[Array, "*L B K S"] | None = None,
+    v_scale: Float[Array, "*L B K S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Query i of a row sees the keys j <= prefix[row] + i and nothing beyond.
 
@@ -39,12 +58,15 @@ def prefix_attention(
         prefix[row] ... prefix[row] + T - 1. With `layer`, stacked over L layers.
       prefix: entries in front of the first query, 0 <= prefix <= S - T.
       scale: of the scores; H ** -0.5 by default.
-      implementation: a name, several to try in order, or None for the platform's best.
+      implementation: a name, several to try in order, or None for the platform's best,
+        as `best` says.
       layer: index into the leading axis of stacked k, v.
       queries: number of valid queries per row; later rows of the result are 0.
+      k_scale, v_scale: of int8 k and v, per slot and kv head (`attention.decode`).
 
     Raises:
-      NotImplementedError: no named implementation takes these arguments.
+      NotImplementedError: no named implementation takes these arguments; says which
+        argument each refuses.
       ValueError: an unknown implementation.
     """
     if q.shape[2] % k.shape[-2]:
@@ -54,7 +76,9 @@ def prefix_attention(
         )
     names = implementation
     if names is None:
-        names = "reference" if k.shape[-3] <= SMALL else "blockwise"
+        names = best(q.shape[1], k.shape[-3], int8=k_scale is not None)
+    options = {"layer": layer, "queries": queries}
+    options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
     refusals = []
     for name in (names,) if isinstance(names, str) else names:
         if name not in IMPLEMENTATIONS:
@@ -63,15 +87,32 @@ def prefix_attention(
                 f"{' or '.join(sorted(IMPLEMENTATIONS))}."
             )
         try:
-            return IMPLEMENTATIONS[name](
-                q,
-                k,
-                v,
-                prefix,
-                scale=q.shape[-1] ** -0.5 if scale is None else scale,
-                layer=layer,
-                queries=queries,
-            )
+            if k_scale is None:
+                return IMPLEMENTATIONS[name](q, k, v, prefix, **options)
+            if name not in INT8:
+                raise NotImplementedError(f"k_scale: for {', '.join(INT8)}.")
+            scales = {"k_scale": k_scale, "v_scale": v_scale}
+            return IMPLEMENTATIONS[name](q, k, v, prefix, **options, **scales)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     raise NotImplementedError(f"implementation={names!r}: {'; '.join(refusals)}")
+
+
+def best(queries: int, slots: int, *, int8: bool = False) -> tuple[str, ...]:
+    """Names to try in order for T queries over S slots; the last one always works.
+
+    For the device that is traced for (`device.target`): the mesh that is set or mapped
+    over, else the default device. A kernel must know its chip while it is traced, for
+    its block sizes, and Pallas asks the same mesh while lowering: what decides later,
+    like `lax.platform_dependent`, cannot name a chip that is not here. Each kernel has
+    that inside, around forward and backward apart, so that a program which is lowered
+    for another platform than it was traced for still runs.
+    """
+    platform, kind = target()
+    names = {
+        "gpu": ("decode_gpu", *library.preferred(kind, queries), "pallas_gpu"),
+        "tpu": ("decode_tpu", "pallas_tpu"),
+    }.get(platform, ())
+    if int8:
+        return (*(name for name in names if name in INT8), "decode_xla")
+    return (*names, "reference" if slots <= SMALL else "blockwise")

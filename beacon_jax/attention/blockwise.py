@@ -21,23 +21,29 @@ OUT, LSE = "attention_out", "attention_lse"
 
 def blockwise(q, k, v, prefix, *, scale, layer=None, queries=None, block=BLOCK):
     """See `api.prefix_attention`."""
-    b, t, n, h = q.shape
-    grouped = q.reshape(b, t, k.shape[-2], -1, h)
-    out: Any = _attend(scale, min(block, k.shape[-3]), grouped, k, v, prefix, layer)
-    out = out.reshape(b, t, n, h)
+    out: Any = _attend(scale, block, q, k, v, prefix, layer)
     if queries is not None:
-        out = jnp.where((jnp.arange(t) < queries[:, None])[..., None, None], out, 0)
+        valid = jnp.arange(q.shape[1]) < queries[:, None]
+        out = jnp.where(valid[..., None, None], out, 0)
     return out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(scale, block, q, k, v, prefix, layer):
-    return _forward(scale, block, q, k, v, prefix, layer)[0]
+    return forward(scale, block, q, k, v, prefix, layer)[0]
 
 
-def _forward(scale, block, q, k, v, prefix, layer):
-    """out [B, T, K, G, H] and the log of the softmax's denominators [B, K, G, T]."""
-    b, t, heads, group, h = q.shape
+def _grouped(x, heads):
+    """[B, T, N, H] -> [B, T, K, G, H]"""
+    b, t, _, h = x.shape
+    return x.reshape(b, t, heads, -1, h)
+
+
+def forward(scale, block, q, k, v, prefix, layer):
+    """out [B, T, N, H] and the log of the softmax's denominators [B, N, T]."""
+    b, t, n, h = q.shape
+    heads, block = k.shape[-2], min(block, k.shape[-3])
+    q = _grouped(q, heads)
 
     def step(i, carry):
         m, total, acc = carry
@@ -54,7 +60,7 @@ def _forward(scale, block, q, k, v, prefix, layer):
         )
         return top, total * fade + p.sum(-1), acc * fade[..., None] + part
 
-    shape = (b, heads, group, t)
+    shape = (b, heads, n // heads, t)
     start = (
         jnp.full(shape, -jnp.inf, jnp.float32),
         jnp.zeros(shape, jnp.float32),
@@ -63,18 +69,33 @@ def _forward(scale, block, q, k, v, prefix, layer):
     blocks = _blocks(block, t, prefix)
     # Key 0 is visible to every query, so that after block 0 no maximum is -inf.
     m, total, acc = lax.fori_loop(0, blocks, step, start)
-    out = jnp.moveaxis(acc / total[..., None], 3, 1).astype(q.dtype)
-    return out, m + jnp.log(total)
+    out = jnp.moveaxis(acc / total[..., None], 3, 1).reshape(b, t, n, h)
+    return out.astype(q.dtype), (m + jnp.log(total)).reshape(b, n, t)
 
 
 def _attend_fwd(scale, block, q, k, v, prefix, layer):
-    out, lse = _forward(scale, block, q, k, v, prefix, layer)
+    out, lse = forward(scale, block, q, k, v, prefix, layer)
     out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
     return out, (q, k, v, prefix, layer, out, lse)
 
 
 def _attend_bwd(scale, block, residuals, d_out):
     q, k, v, prefix, layer, out, lse = residuals
+    d_q, d_k, d_v = backward(scale, block, q, k, v, prefix, layer, out, lse, d_out)
+    if layer is not None:
+        d_k, d_v = (jnp.zeros(k.shape, d.dtype).at[layer].set(d) for d in (d_k, d_v))
+    return d_q, d_k, d_v, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def backward(scale, block, q, k, v, prefix, layer, out, lse, d_out):
+    """d_q [B, T, N, H] and, of the layer, d_k and d_v [B, S, K, H]."""
+    b, t, n, h = q.shape
+    heads, block = k.shape[-2], min(block, k.shape[-3])
+    q, out, d_out = (_grouped(x, heads) for x in (q, out, d_out))
+    lse = lse.reshape(b, heads, n // heads, t)
     delta = jnp.einsum(
         "BTKGH,BTKGH->BKGT", d_out, out, preferred_element_type=jnp.float32
     )
@@ -109,14 +130,8 @@ def _attend_bwd(scale, block, residuals, d_out):
         jnp.zeros(rows, k.dtype),
         jnp.zeros(rows, v.dtype),
     )
-    blocks = _blocks(block, q.shape[1], prefix)
-    d_q, d_k, d_v = lax.fori_loop(0, blocks, step, start)
-    if layer is not None:
-        d_k, d_v = (jnp.zeros(k.shape, d.dtype).at[layer].set(d) for d in (d_k, d_v))
-    return d_q.astype(q.dtype), d_k, d_v, None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+    d_q, d_k, d_v = lax.fori_loop(0, _blocks(block, t, prefix), step, start)
+    return d_q.astype(q.dtype).reshape(b, t, n, h), d_k, d_v
 
 
 def _blocks(block, t, prefix):

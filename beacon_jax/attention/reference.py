@@ -14,6 +14,9 @@ def reference(q, k, v, prefix, *, scale, layer=None, queries=None):
     b, t, n, h = q.shape
     s, heads = k.shape[1:3]
     q = q.reshape(b, t, heads, n // heads, h)
+    # Nothing dead is read: 0 * NaN would be NaN.
+    live = (jnp.arange(s) < (prefix + t)[:, None])[..., None, None]
+    k, v = jnp.where(live, k, 0), jnp.where(live, v, 0)
     scores = scale * jnp.einsum(
         "BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32
     )
@@ -22,11 +25,7 @@ def reference(q, k, v, prefix, *, scale, layer=None, queries=None):
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = checkpoint_name(jax.nn.softmax(scores, axis=-1), WEIGHTS)
     weights = weights.astype(v.dtype)
-    # Nothing dead is read: 0 * NaN would be NaN.
-    live = jnp.arange(s) < (prefix + t)[:, None]
-    out = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", weights, jnp.where(live[..., None, None], v, 0)
-    )
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
     out = out.reshape(b, t, n, h)
     if queries is not None:
         out = jnp.where((jnp.arange(t) < queries[:, None])[..., None, None], out, 0)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from beacon_jax.attention import RESIDUALS, prefix_attention
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.layout import Layout
-from beacon_jax.model.partition import constrain
+from beacon_jax.model.partition import active, constrain
 from beacon_jax.model.rotary import cos_sin, rotate
 
 INIT = nn.initializers.normal(0.02)
@@ -47,6 +47,28 @@ def write_rows(buffer, new, start, layer=None, live=None):
     return jax.vmap(put, in_axes=(axis, 0, 0, mapped), out_axes=axis)(
         buffer, new, start, live
     )
+
+
+def attend_rows(q, k, v, prefix, layer, implementation):
+    """`prefix_attention`. In a partitioned program each device computes its own rows
+    and heads: the compiler cannot split a kernel, it would gather what goes in."""
+    attend = functools.partial(prefix_attention, implementation=implementation)
+    partition = active()
+    if partition is None:
+        return attend(q, k, v, prefix, layer=layer)
+    # Heads go with their kv head.
+    rows = ("batch", None, "kv_heads", None)
+    split = partition.spec(rows, q.shape)
+    buffer = split if layer is None else partition.spec((None, *rows), k.shape)
+    one = jax.sharding.PartitionSpec(split[0])
+    layers = None if layer is None else jax.sharding.PartitionSpec()
+    return jax.shard_map(
+        lambda q, k, v, prefix, layer: attend(q, k, v, prefix, layer=layer),
+        mesh=partition.mesh,
+        in_specs=(split, buffer, buffer, one, layers),
+        out_specs=split,
+        check_vma=False,
+    )(q, k, v, prefix, layer)
 
 
 def _zeros(init, shape):
@@ -147,14 +169,7 @@ class Attention(nn.Module):
                 buffer, new.astype(buffer.dtype), prefix, layer, live
             )
             k_buffer, v_buffer = put(k_buffer, k), put(v_buffer, v)
-            out = prefix_attention(
-                q,
-                k_buffer,
-                v_buffer,
-                prefix,
-                layer=layer,
-                implementation=self.implementation,
-            )
+            out = attend_rows(q, k_buffer, v_buffer, prefix, layer, self.implementation)
             return out, k_buffer, v_buffer
 
         if self.remat:

@@ -1,118 +1,246 @@
-"""`prefix_attention` against a float64 loop over its definition."""
+"""Every implementation of `prefix_attention` against one set of claims.
+
+Kernels run interpreted, at blocks far smaller than a chip's, so that a few keys are
+many blocks.
+"""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
 from beacon_jax.attention.blockwise import blockwise
+from beacon_jax.attention.decode_gpu import decode_gpu
+from beacon_jax.attention.decode_tpu import decode_tpu
+from beacon_jax.attention.gpu_blocks import Block, Blocks
+from beacon_jax.attention.library import cudnn
+from beacon_jax.attention.pallas_gpu import pallas_gpu
+from beacon_jax.attention.pallas_tpu import Blocks as TpuBlocks
+from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import reference
 
-
-def spelled_out(q, k, v, prefix):
-    """The definition, one query at a time, in float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    b, t, n, h = q.shape
-    group = n // k.shape[2]
-    out = np.zeros(q.shape)
-    for row in range(b):
-        for i in range(t):
-            for head in range(n):
-                seen = slice(0, int(prefix[row]) + i + 1)
-                s = k[row, seen, head // group] @ q[row, i, head] / np.sqrt(h)
-                p = np.exp(s - s.max())
-                out[row, i, head] = (p / p.sum()) @ v[row, seen, head // group]
-    return out
-
-
-def inputs(heads=4, kv=2, t=5, s=13):
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = ((2, t, heads, 8), (2, s, kv, 8), (2, s, kv, 8))
-    pairs = zip(keys, shapes, strict=True)
-    return [jax.random.normal(key, shape) for key, shape in pairs]
+SMALL = Blocks(Block(32, 16, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1))
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "blockwise": functools.partial(blockwise, block=16),
+    # What cuDNN is given, computed by XLA: it needs a GPU.
+    "cudnn": functools.partial(cudnn, backend="xla"),
+    "pallas_gpu": functools.partial(pallas_gpu, blocks=SMALL, interpret=True),
+    "pallas_tpu": functools.partial(
+        pallas_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True
+    ),
+}
+# For a few queries; their gradients are those of the kernels above.
+DECODERS = {
+    "decode_gpu": functools.partial(decode_gpu, splits=3, keys=16, interpret=True),
+    "decode_tpu": functools.partial(
+        decode_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True
+    ),
+}
+each = pytest.mark.parametrize("name", IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
-@pytest.mark.parametrize("kv", [1, 2, 4])
-@pytest.mark.parametrize("prefix", [(0, 8), (3, 0), (8, 8)])
-def test_it_is_causal_attention_behind_a_prefix(implementation, kv, prefix):
-    q, k, v = inputs(kv=kv)
-    ours = prefix_attention(q, k, v, jnp.asarray(prefix), implementation=implementation)
-    np.testing.assert_allclose(ours, spelled_out(q, k, v, prefix), atol=5e-6)
+class Case(NamedTuple):
+    """T, S, N, K, H as in the docstring of `prefix_attention`; prefix per row."""
+
+    t: int
+    s: int
+    n: int
+    k: int
+    h: int
+    prefix: tuple[int, ...]
+    queries: tuple[int, ...] | None = None
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
-def test_dead_slots_are_never_read(implementation):
-    q, k, v = inputs()
-    prefix = jnp.asarray([2, 6])
-    dead = (jnp.arange(13) >= (prefix + 5)[:, None])[..., None, None]
-
-    def f(k, v):
-        return prefix_attention(q, k, v, prefix, implementation=implementation)
-
-    poisoned = f(jnp.where(dead, jnp.nan, k), jnp.where(dead, jnp.nan, v))
-    np.testing.assert_array_equal(f(k, v), poisoned)
-
-
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
-def test_a_stacked_buffer_with_a_layer_is_that_layers_buffer(implementation):
-    q, k, v = inputs()
-    prefix, options = jnp.asarray([2, 6]), {"implementation": implementation}
-    stacked = prefix_attention(
-        q, jnp.stack([v, k]), jnp.stack([k, v]), prefix, layer=1, **options
-    )
-    np.testing.assert_array_equal(stacked, prefix_attention(q, k, v, prefix, **options))
+# Rows end anywhere between an empty memory and a full buffer, S - T.
+CASES = {
+    "mha": Case(20, 61, 2, 2, 64, (0, 41)),
+    "gqa": Case(20, 61, 4, 2, 80, (13, 41, 0)),
+    "mqa": Case(33, 77, 3, 1, 96, (44, 3)),
+    "whole-blocks": Case(32, 64, 4, 2, 128, (16, 32)),
+    "wide": Case(5, 19, 2, 1, 256, (7, 14)),
+    "one-query": Case(1, 50, 4, 2, 16, (0, 49)),
+    "ragged": Case(20, 61, 4, 2, 16, (41, 13, 20), (3, 20, 17)),
+}
+FEW = ("one-query", "wide", "ragged")
 
 
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
-def test_queries_beyond_the_valid_ones_give_0(implementation):
-    q, k, v = inputs()
-    queries = jnp.asarray([2, 5])
-    out = prefix_attention(
-        q, k, v, jnp.asarray([2, 6]), queries=queries, implementation=implementation
-    )
-    assert np.all(np.asarray(out[0, 2:]) == 0) and np.all(np.asarray(out[1]) != 0)
+def each_on(*cases):
+    """Every implementation on these cases, decoders where queries are few."""
+    pairs = [(name, case) for name in IMPLEMENTATIONS for case in cases]
+    pairs += [(name, case) for name in DECODERS for case in cases if case in FEW]
+    return pytest.mark.parametrize(("name", "case"), pairs)
 
 
-def test_wrong_arguments_name_themselves():
-    q, k, v = inputs()
-    with pytest.raises(ValueError, match="implementation='flash'"):
-        prefix_attention(q, k, v, jnp.zeros(2, jnp.int32), implementation="flash")
-    with pytest.raises(ValueError, match="3 heads"):
-        prefix_attention(q[:, :, :3], k, v, jnp.zeros(2, jnp.int32))
+def arrays(case: Case, dtype: Any = jnp.float32):
+    """q, k, v, the cotangent of the result, and [B, S, 1, 1] which slots are dead."""
+    rows = len(case.prefix)
+    shapes = [(rows, case.t, case.n, case.h)] + [(rows, case.s, case.k, case.h)] * 2
+    keys = jax.random.split(jax.random.key(0), 4)
+    pairs = zip(keys, [*shapes, shapes[0]], strict=True)
+    q, k, v, d_out = (jax.random.normal(key, shape, dtype) for key, shape in pairs)
+    end = np.asarray(case.prefix)[:, None] + case.t
+    return q, k, v, d_out, (np.arange(case.s) >= end)[..., None, None]
 
 
-@pytest.mark.parametrize("block", [1, 4, 6, 13])
-@pytest.mark.parametrize("kv", [1, 2, 4])
-def test_blocks_change_neither_values_nor_gradients(block, kv):
-    """Blocks that do not divide S overlap; dead ones and NaN in them are skipped."""
-    q, k, v = inputs(kv=kv)
-    prefix = jnp.asarray([1, 3])  # keys 8 to 12 are dead in both rows
-    dead = (jnp.arange(13) >= (prefix + 5)[:, None])[..., None, None]
-    weight = jax.random.normal(jax.random.key(9), q.shape)
-
-    def loss(attend, q, k, v):
-        out = attend(q, k, v, prefix, scale=0.3, queries=jnp.asarray([5, 4]))
-        return (out * weight).sum()
-
-    poison = lambda x: jnp.where(dead, jnp.nan, x)
-    ours = functools.partial(loss, functools.partial(blockwise, block=block))
-    value, gradients = jax.value_and_grad(ours, (0, 1, 2))(q, poison(k), poison(v))
-    theirs = functools.partial(loss, reference)
-    expected, right = jax.value_and_grad(theirs, (0, 1, 2))(q, k, v)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for a, b in zip(gradients, right, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+def options(case: Case) -> dict[str, Any]:
+    queries = None if case.queries is None else jnp.asarray(case.queries)
+    return {"scale": case.h**-0.5, "queries": queries}
 
 
-def test_gradients_of_a_stacked_buffer_belong_to_its_layer():
-    q, k, v = inputs()
-    prefix = jnp.asarray([2, 6])
-    attend = functools.partial(blockwise, scale=0.3, block=4)
-    stack = lambda x: jnp.stack([jnp.ones_like(x), x])
-    whole = jax.grad(lambda k: attend(q, k, stack(v), prefix, layer=1).sum())(stack(k))
-    alone = jax.grad(lambda k: attend(q, k, v, prefix).sum())(k)
-    np.testing.assert_array_equal(whole, jnp.stack([jnp.zeros_like(alone), alone]))
+def both(name, q, k, v, prefix, d_out, **options):
+    """The result and (d_q, d_k, d_v)."""
+    attend = functools.partial((IMPLEMENTATIONS | DECODERS)[name], **options)
+    with jax.default_matmul_precision("highest"):
+        out, pull = jax.vjp(lambda *x: attend(*x, prefix), q, k, v)
+        return out, pull(d_out)
+
+
+@functools.cache
+def compiled(name: str, case: Case):
+    return jax.jit(functools.partial(both, name, **options(case)))
+
+
+@functools.cache
+def run(name: str, case: Case, dtype: Any = "float32", times=1):
+    """`both`, with NaN in every dead slot."""
+    del times
+    q, k, v, d_out, dead = arrays(case, dtype)
+    k, v = (jnp.where(dead, jnp.nan, x) for x in (k, v))
+    return compiled(name, case)(q, k, v, jnp.asarray(case.prefix), d_out)
+
+
+@functools.cache
+def spelled_out(case: Case, dtype: Any = "float32"):
+    """The definition and its derivative, one query at a time, in float64."""
+    q, k, v, d_out, _ = (np.asarray(x, np.float64) for x in arrays(case, dtype))
+    group, scale = case.n // case.k, case.h**-0.5
+    out, d_q, d_k, d_v = (np.zeros(x.shape) for x in (q, q, k, v))
+    for row, prefix in enumerate(case.prefix):
+        for i in range(case.queries[row] if case.queries else case.t):
+            for head in range(case.n):
+                at, seen = (row, i, head), (row, slice(prefix + i + 1), head // group)
+                score = scale * k[seen] @ q[at]
+                p = np.exp(score - score.max())
+                p /= p.sum()
+                out[at] = p @ v[seen]
+                d_score = p * (v[seen] @ d_out[at] - d_out[at] @ out[at]) * scale
+                d_q[at] = d_score @ k[seen]
+                d_k[seen] += d_score[:, None] * q[at]
+                d_v[seen] += p[:, None] * d_out[at]
+    return out, (d_q, d_k, d_v)
+
+
+def errors(ours, theirs) -> list[float]:
+    """Of the result and its gradients, as shares of the largest value."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    gap = lambda a, b: np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()
+    return [gap(a, np.asarray(b, np.float64)) for a, b in pairs]
+
+
+class TestPrefixAttention:
+    @each_on(*CASES)
+    def test_values_and_gradients_are_those_of_a_float64_loop(self, name, case):
+        ours = errors(run(name, CASES[case]), spelled_out(CASES[case]))
+        assert max(ours) <= 5e-6, ours
+
+    @each_on("gqa", "whole-blocks", "ragged")
+    def test_bfloat16_errs_at_most_twice_as_much_as_naive_bfloat16(self, name, case):
+        exact = spelled_out(CASES[case], "bfloat16")
+        ours = errors(run(name, CASES[case], "bfloat16"), exact)
+        for error, allowed in zip(ours, errors(naive(CASES[case]), exact), strict=True):
+            assert error <= 2 * allowed, (ours, allowed)
+
+    @each_on(*CASES)
+    def test_gradients_of_dead_slots_are_exactly_0(self, name, case):
+        *_, dead = arrays(CASES[case])
+        for gradient in run(name, CASES[case])[1][1:]:
+            assert not np.where(dead, gradient, 0).any()
+
+    @each
+    def test_invalid_queries_give_0_and_are_not_used(self, name):
+        """NaN stands in their rows and in what is asked about them."""
+        case = CASES["ragged"]
+        q, k, v, d_out, _ = arrays(case)
+        valid = jnp.arange(case.t) < jnp.asarray(case.queries)[:, None]
+        valid = valid[..., None, None]
+        poisoned = jnp.where(valid, q, jnp.nan), k, v, jnp.asarray(case.prefix)
+        ours = compiled(name, case)(*poisoned, jnp.where(valid, d_out, 7.0))
+        assert not np.where(valid, 0, ours[0]).any()
+        assert max(errors(ours, spelled_out(case))) <= 5e-6
+
+    @each
+    def test_two_runs_are_bit_equal(self, name):
+        case = CASES["gqa"]
+        again = run(name, case, times=2)
+        jax.tree.map(np.testing.assert_array_equal, run(name, case), again)
+
+    @each
+    def test_a_stacked_buffer_with_a_layer_is_that_layers_buffer(self, name):
+        case = CASES["gqa"]
+        q, k, v, d_out, dead = arrays(case)
+        stack = lambda x: jnp.stack([jnp.full_like(x, jnp.nan), jnp.where(dead, 0, x)])
+        one = functools.partial(both, name, **options(case))
+        layered = jax.jit(lambda *x, layer: one(*x, layer=layer))
+        prefix = jnp.asarray(case.prefix)
+        out, (d_q, d_k, d_v) = layered(q, stack(k), stack(v), prefix, d_out, layer=1)
+        assert not d_k[0].any() and not d_v[0].any()
+        ours = out, (d_q, d_k[1], d_v[1])
+        assert max(errors(ours, run(name, case))) <= 1e-6
+
+    @each
+    def test_vmap_is_a_loop_over_calls(self, name):
+        case = CASES["gqa"]
+        q, k, v, d_out, _ = arrays(case)
+        prefixes = case.prefix, case.prefix[::-1]
+        one = functools.partial(both, name, **options(case))
+        mapped = jax.jit(jax.vmap(one, (0, None, None, 0, None)))
+        ours = mapped(jnp.stack([q, q]), k, v, jnp.asarray(prefixes), d_out)
+        for i, prefix in enumerate(prefixes):
+            expected = spelled_out(case._replace(prefix=prefix))
+            row = jax.tree.map(lambda x: x[i], ours)  # noqa: B023
+            assert max(errors(row, expected)) <= 5e-6
+
+    @each
+    def test_eight_devices_share_rows_and_heads(self, name):
+        case = Case(20, 40, 8, 4, 16, (0, 20))
+        q, k, v, d_out, _ = arrays(case)
+        kinds = (jax.sharding.AxisType.Auto,) * 2
+        mesh = jax.make_mesh((2, 4), ("rows", "heads"), axis_types=kinds)
+        split, row = P("rows", None, "heads"), P("rows")
+        shared = jax.shard_map(
+            functools.partial(both, name, **options(case)),
+            mesh=mesh,
+            in_specs=(split, split, split, row, split),
+            out_specs=(split, (split, split, split)),
+            check_vma=False,
+        )
+        ours = jax.jit(shared)(q, k, v, jnp.asarray(case.prefix), d_out)
+        assert max(errors(ours, spelled_out(case))) <= 5e-6
+
+
+@functools.cache
+def naive(case: Case):
+    """Textbook attention and its gradient where every number is bfloat16."""
+    q, k, v, d_out, _ = arrays(case, jnp.bfloat16)
+    visible = np.asarray(case.prefix)[:, None] + np.arange(case.t)
+    visible = np.arange(case.s) <= visible[..., None]
+    valid = np.arange(case.t) < np.asarray(case.queries or (case.t,))[..., None]
+
+    def attend(q, k, v):
+        k, v = (jnp.repeat(x, case.n // case.k, axis=2) for x in (k, v))
+        scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * jnp.bfloat16(case.h**-0.5)
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), -1)
+        out = jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+        return jnp.where(valid[..., None, None], out, 0)
+
+    @jax.jit
+    def derived(*x):
+        out, pull = jax.vjp(attend, *x)
+        return out, pull(d_out)
+
+    return derived(q, k, v)

@@ -1,0 +1,214 @@
+"""Decoding over a long memory as a Mosaic kernel for TPU.
+
+A core walks a row's blocks of memory one after the other, so that nothing is gained by
+splitting them: rows and blocks of heads are the parallel axes, and the grid ends with
+the longest row. What costs time besides the memory itself is picking one head's keys
+out of [S, K, H], a relayout per head. With few queries it is not needed: all heads'
+queries meet all heads' keys in one product, [heads * R, H] x [S' * heads, H], and
+scores between different heads are masked. The matrix unit takes as long to load keys
+as to push up to 128 rows of queries through them: the unwanted products are free.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from beacon_jax.attention import blockwise
+from beacon_jax.attention import pallas_tpu as prefill
+from beacon_jax.attention.decode import zero_invalid
+from beacon_jax.attention.tpu_blocks import (
+    LANES,
+    SUBLANES,
+    Blocks,
+    Plan,
+    chip_blocks,
+    heads_per_block,
+)
+
+# Rows of queries of all heads of a block together that pass the matrix unit while it
+# loads the next keys.
+MOST_ROWS = 128
+# Rows of keys of all heads that one pass of the inner loop multiplies.
+UNROLLED = 2048
+
+
+def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False):
+    """A `pallas_tpu.Plan` whose rows R are a power of two: heads * R rows per block."""
+    t, n, h = q.shape[1:]
+    s, kv = k.shape[-3:-1]
+    heads = heads_per_block(k)
+    width = pl.cdiv(h, LANES) * q.dtype.itemsize // 2
+    rows = max(pl.next_power_of_2(t * (n // kv)), pl.cdiv(SUBLANES, heads))
+    keys = min(2 * blocks.keys // (heads * width), pl.cdiv(s, 128) * 128)
+    chunk = min(keys, max(1, UNROLLED // (heads * width)))
+    return Plan(
+        scale=scale,
+        heads=heads,
+        group=n // kv,
+        rows=rows,
+        queries=rows,
+        keys=keys // chunk * chunk,
+        chunk=chunk,
+        vmem=blocks.vmem,
+        interpret=interpret,
+    )
+
+
+def decode_tpu(
+    q,
+    k,
+    v,
+    prefix,
+    *,
+    scale,
+    layer=None,
+    queries=None,
+    k_scale=None,
+    v_scale=None,
+    blocks: Blocks | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+):
+    """See `api.prefix_attention` and `pallas_tpu`, whose gradient this has.
+
+    Raises:
+      NotImplementedError: more than 128 rows of queries meet a block of heads; a number
+        of kv heads per block that is no power of two; k_scale (`pallas_tpu` takes it);
+        dtypes as in `pallas_tpu`.
+    """
+    if k_scale is not None:
+        raise NotImplementedError("k_scale: int8 memory is for `pallas_tpu`.")
+    prefill.check_dtypes(q, k, v, k_scale, v_scale)
+    plan = make_plan(q, k, scale, blocks or chip_blocks(), interpret)
+    if plan.heads & (plan.heads - 1):
+        raise NotImplementedError(f"k has {plan.heads} heads: not a power of two.")
+    if plan.heads * plan.rows > MOST_ROWS:
+        raise NotImplementedError(
+            f"q has {q.shape[1]} queries: {plan.heads * plan.rows} rows for a block of "
+            f"{plan.heads} heads, more than {MOST_ROWS}."
+        )
+    t = q.shape[1]
+    valid = jnp.full_like(prefix, t) if queries is None else jnp.minimum(queries, t)
+    scalars = jnp.stack([prefix, valid]).astype(jnp.int32)
+    if layer is None:
+        k, v = k[None], v[None]
+    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    out: Any = _decode(plan, q, k, v, scalars, layer)
+    return zero_invalid(out, queries)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(plan, q, k, v, scalars, layer):
+    def elsewhere(q, k, v, scalars, layer):
+        block = blockwise.BLOCK
+        return blockwise.forward(plan.scale, block, q, k, v, scalars[0], layer)[0]
+
+    kernel = functools.partial(forward, plan)
+    return prefill.on_tpu(plan.interpret, kernel, elsewhere, q, k, v, scalars, layer)
+
+
+def _decode_fwd(plan, q, k, v, scalars, layer):
+    prefix, queries = scalars
+    options = {"scale": plan.scale, "layer": layer, "interpret": plan.interpret}
+    attend = functools.partial(prefill.pallas_tpu, queries=queries, **options)
+    return jax.vjp(lambda q, k, v: attend(q, k, v, prefix), q, k, v)
+
+
+def _decode_bwd(plan, pull, d_out):
+    del plan
+    return (*pull(d_out), None, None)
+
+
+_decode.defvjp(_decode_fwd, _decode_bwd)
+
+
+def forward(plan: Plan, q, k, v, scalars, layer):
+    """q [B, T, N, H], k and v [L, B, S, K, H] -> out like q."""
+    b, t, n, h = q.shape
+    heads = k.shape[-2]
+    many = plan.heads * plan.rows
+    packed = prefill.pack(plan, heads, q).reshape(b, heads // plan.heads, many, h)
+    _, k_spec, _, _ = prefill.specs(plan, h)
+    q_spec = pl.BlockSpec(
+        (pl.squeezed, pl.squeezed, many, h), lambda b, g, i, j, *_: (b, g, 0, 0)
+    )
+    out = prefill.call(
+        plan,
+        functools.partial(_kernel, plan),
+        "prefix_attention_decode",
+        (b, heads // plan.heads, 1, prefill.live_blocks(plan, scalars)),
+        [q_spec, k_spec, k_spec],
+        q_spec,
+        jax.ShapeDtypeStruct(packed.shape, q.dtype),
+        [(many, LANES), (many, LANES), (many, h)],
+    )(scalars, layer.reshape(1), packed, prefill.flat(k), prefill.flat(v))
+    return prefill.unpack(out.reshape(b, heads, plan.rows, h), t, n)
+
+
+class _Mask(NamedTuple):
+    """Of scores [heads * R, chunk * heads]; powers of two make indices bit fields."""
+
+    plan: Plan
+    start: Any  # slot of the first query, counted from the chunk's first
+    queries: Any
+
+    def _bits(self, shape, axis, low):
+        index = lax.broadcasted_iota(jnp.int32, shape, axis)
+        return lax.shift_right_logical(index, low.bit_length() - 1), index & (low - 1)
+
+    def same_head(self, shape):
+        mine, _ = self._bits(shape, 0, self.plan.rows)
+        _, theirs = self._bits(shape, 1, self.plan.heads)
+        return mine == theirs
+
+    def visible(self, shape):
+        _, row = self._bits(shape, 0, self.plan.rows)
+        slot, _ = self._bits(shape, 1, self.plan.heads)
+        return (slot - self.start) * self.plan.group <= row
+
+    def live(self, x):
+        """x [chunk * heads, H] with 0 where no query sees: 0 * NaN would be NaN."""
+        slot, _ = self._bits(x.shape, 0, self.plan.heads)
+        return jnp.where(slot < self.start + self.queries, x, jnp.zeros_like(x))
+
+
+def _kernel(plan: Plan, scalars, layer, q, k, v, out, top, total, acc):
+    del layer
+    b, j = pl.program_id(0), pl.program_id(3)
+    prefix, queries = scalars[0, b], scalars[1, b]
+
+    @pl.when(j == 0)
+    def _():
+        top[...] = jnp.full_like(top, -jnp.inf)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+
+    def visit(at, edge):
+        mask = _Mask(plan, edge.start if edge else 0, queries)
+        keys, values = (x[at].reshape(-1, x.shape[-1]) for x in (k, v))
+        if edge:
+            keys, values = mask.live(keys), mask.live(values)
+        s = prefill.dot_t(q[...], keys) * (plan.scale * prefill.LOG2E)
+        seen = mask.same_head(s.shape)
+        if edge:
+            seen &= mask.visible(s.shape)
+        s = jnp.where(seen, s, -jnp.inf)
+        # Slot 0 is visible to every row: after block 0 no maximum is -inf.
+        old = top[...][:, :1]
+        new = jnp.maximum(old, s.max(-1, keepdims=True))
+        p, fade = jnp.exp2(s - new), jnp.exp2(old - new)
+        total[...] = total[...] * fade + p.sum(-1, keepdims=True)
+        part = prefill.dot(p.astype(values.dtype), values, ((1,), (0,)))
+        acc[...] = acc[...] * fade + part
+        top[...] = jnp.broadcast_to(new, top.shape)
+
+    prefill.Chunks(plan, prefix, queries, 0, j).for_each(visit)
+
+    @pl.when(j == pl.num_programs(3) - 1)
+    def _():
+        sums = jnp.where(total[...] == 0, 1, total[...])
+        out[...] = (acc[...] / sums[:, :1]).astype(out.dtype)

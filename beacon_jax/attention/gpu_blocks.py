@@ -1,0 +1,107 @@
+"""Block sizes of the GPU kernels, per chip and head dimension: the one table.
+
+Where they come from: of the sizes compiled ahead of time for each chip (bfloat16,
+T=1536, S=17920, 32 heads), the largest blocks whose registers do not spill, as ptxas
+counts them; larger blocks read each key less often. Not timed: no GPU was at hand.
+`CANDIDATES` are the others that fit, for whoever has one.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+
+class Block(NamedTuple):
+    """One kernel: rows of queries and of keys per step (powers of two, at least 16),
+    warps per program, and stages of the pipeline that fetches ahead."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Blocks(NamedTuple):
+    forward: Block
+    d_q: Block
+    d_kv: Block
+
+
+# By head dimension, padded to a power of two. Registers per thread of the three
+# kernels: 253, 186, 245 | 228, 255, 255 (8 of them spilled, outside of the loop over
+# full blocks) | 253, 250, 255. 163 KiB of shared memory per program: 136 at most.
+SM_80 = {
+    64: Blocks(Block(128, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 128, 8, 2)),
+    128: Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    256: Blocks(Block(64, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
+}
+# Registers: 217, 126, 190 | 244, 171, 245 | 238, 220, 254. 227 KiB of shared memory
+# per program: 192 at most.
+SM_90 = {
+    64: Blocks(Block(128, 64, 4, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    128: Blocks(Block(128, 128, 8, 2), Block(128, 64, 8, 3), Block(64, 128, 8, 2)),
+    256: Blocks(Block(128, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
+}
+# Any other chip: within the 99 KiB of shared memory per program of sm_86 and sm_89.
+SMALL = {
+    64: Blocks(Block(64, 64, 4, 3), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+    128: Blocks(Block(64, 64, 4, 2), Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
+    256: Blocks(Block(64, 32, 4, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2)),
+}
+# Four bytes per number, and products without tensor cores.
+FLOAT32 = {
+    64: Blocks(Block(32, 32, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
+    128: Blocks(Block(32, 32, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
+    256: Blocks(Block(16, 32, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1)),
+}
+# By what the device's kind contains; A800, H800 and H20 are export versions.
+CHIPS = {
+    "A100": SM_80,
+    "A800": SM_80,
+    "H100": SM_90,
+    "H200": SM_90,
+    "H800": SM_90,
+    "H20": SM_90,
+}
+# At H = 128, without spills on sm_90 (sm_80: at most 8 registers).
+CANDIDATES = {
+    "forward": (
+        Block(64, 64, 4, 2),
+        Block(64, 64, 4, 3),
+        Block(128, 32, 4, 3),
+        Block(128, 64, 8, 2),
+        Block(128, 64, 8, 3),
+        Block(128, 128, 8, 2),
+    ),
+    "d_q": (
+        Block(64, 32, 4, 2),
+        Block(64, 32, 4, 3),
+        Block(64, 64, 4, 2),
+        Block(128, 32, 8, 2),
+        Block(128, 64, 8, 2),
+        Block(128, 64, 8, 3),
+    ),
+    "d_kv": (
+        Block(32, 64, 4, 2),
+        Block(32, 64, 4, 3),
+        Block(64, 64, 4, 2),
+        Block(64, 64, 8, 2),
+        Block(32, 128, 8, 2),
+        Block(64, 128, 8, 2),
+    ),
+}
+
+
+def chip_blocks(kind: str, head_dim: int, dtype) -> Blocks:
+    """For a device of this kind ("NVIDIA A100-SXM4-80GB").
+
+    Raises:
+      NotImplementedError: head_dim > 256.
+    """
+    if head_dim > 256:
+        raise NotImplementedError(f"head_dim={head_dim} of q: at most 256.")
+    chips = [sizes for name, sizes in CHIPS.items() if name in kind]
+    table = (chips or [SMALL])[0]
+    if jnp.dtype(dtype).itemsize > 2:
+        table = FLOAT32
+    return table[next(size for size in sorted(table) if head_dim <= size)]

@@ -1,0 +1,140 @@
+"""`prefix_attention` by other people's kernels, where a table says they are faster.
+
+Neither knows this op: cuDNN visits the whole capacity under a mask, tokamax's Mosaic
+kernel for Hopper takes one prefix per call. Both multiply dead entries by 0, so that
+these are copied out as 0 first.
+"""
+
+import importlib
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from beacon_jax.attention.device import target
+
+HALVES = (jnp.bfloat16, jnp.float16)
+HOPPER = ("H100", "H200")
+# What of a device's kind makes which library the first choice, from how many queries.
+# bfloat16, H = 128, T = 2048, forward, TFLOP/s: H100 tokamax 492, Pallas-Triton 310,
+# masked XLA 34; A100 Pallas-Triton 139, cuDNN without a mask 137, masked XLA 17.
+PREFERRED = {"H100": ("tokamax", 1024), "H200": ("tokamax", 1024)}
+
+
+def preferred(kind: str, queries: int) -> tuple[str, ...]:
+    """Names of implementations to try before our kernel, on a device of this kind."""
+    return tuple(
+        name
+        for chip, (name, least) in PREFERRED.items()
+        if chip in kind and queries >= least
+    )
+
+
+def cudnn(
+    q,
+    k,
+    v,
+    prefix,
+    *,
+    scale,
+    layer=None,
+    queries=None,
+    backend: Literal["cudnn", "xla"] = "cudnn",
+):
+    """See `api.prefix_attention`: `jax.nn.dot_product_attention` under a mask.
+
+    backend: its implementation; "xla" has no limits.
+
+    Raises:
+      NotImplementedError: the program is not for a GPU; q is not of two bytes; H is not
+        a multiple of 8 up to 128 (256 on Hopper); T or S is odd.
+    """
+    if backend == "cudnn":
+        _check_cudnn(q, k)
+    q, k, v = _clean(q, k, v, prefix, layer, queries)
+    last = prefix[:, None] + jnp.arange(q.shape[1])
+    mask = jnp.arange(k.shape[1]) <= last[..., None]
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask[:, None], scale=scale, implementation=backend
+    )
+    return _valid_only(out, queries)
+
+
+def _check_cudnn(q, k):
+    platform, kind = target()
+    most = 256 if any(chip in kind for chip in HOPPER) else 128
+    t, h, s = q.shape[1], q.shape[-1], k.shape[-3]
+    if platform != "gpu":
+        raise NotImplementedError(f"platform {platform}: cuDNN needs a GPU.")
+    _check_dtypes(q, k)
+    if h % 8 or h > most:
+        raise NotImplementedError(f"head_dim={h} of q: a multiple of 8 up to {most}.")
+    if t % 2 or s % 2:
+        raise NotImplementedError(f"T={t} of q, S={s} of k: both must be even.")
+
+
+def _check_dtypes(q, k):
+    if q.dtype not in HALVES or k.dtype != q.dtype:
+        dtypes = f"q of dtype {q.dtype}, k of dtype {k.dtype}"
+        raise NotImplementedError(f"{dtypes}: bfloat16 or float16 for both.")
+
+
+def tokamax(
+    q,
+    k,
+    v,
+    prefix,
+    *,
+    scale,
+    layer=None,
+    queries=None,
+    backend: str = "mosaic_gpu",
+):
+    """See `api.prefix_attention`: tokamax's attention, row by row.
+
+    backend: its implementation; "xla" has no limits.
+
+    Raises:
+      NotImplementedError: tokamax is not installed; the program is not for a Hopper
+        GPU; q is not of two bytes; or what tokamax itself refuses.
+    """
+    try:
+        library = importlib.import_module("tokamax")
+    except ImportError as error:
+        raise NotImplementedError("tokamax is not installed.") from error
+    if backend == "mosaic_gpu":
+        if not any(chip in target().kind for chip in HOPPER):
+            raise NotImplementedError(f"device {target().kind}: tokamax needs Hopper.")
+        _check_dtypes(q, k)
+    q, k, v = _clean(q, k, v, prefix, layer, queries)
+
+    def row(i):
+        one = slice(i, i + 1)
+        # Keys from S before a query to `prefix` behind its index: all up to its last.
+        return library.dot_product_attention(
+            q[one],
+            k[one],
+            v[one],
+            scale=scale,
+            local_window_size=(k.shape[1], prefix[i]),
+            implementation=backend,
+        )
+
+    out = jnp.concatenate([row(i) for i in range(q.shape[0])])
+    return _valid_only(out, queries)
+
+
+def _clean(q, k, v, prefix, layer, queries):
+    """The layer's k and v, and 0 in what is dead or not valid: 0 * NaN would be NaN."""
+    if layer is not None:
+        k, v = k[layer], v[layer]
+    live = jnp.arange(k.shape[1]) < (prefix + q.shape[1])[:, None]
+    k, v = (jnp.where(live[..., None, None], x, 0) for x in (k, v))
+    return _valid_only(q, queries), k, v
+
+
+def _valid_only(x, queries):
+    if queries is None:
+        return x
+    valid = jnp.arange(x.shape[1]) < queries[:, None]
+    return jnp.where(valid[..., None, None], x, 0)

@@ -1,0 +1,127 @@
+"""Block sizes of the TPU kernels per chip, and which blocks a call visits."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from beacon_jax.attention.device import target
+
+LANES = 128
+# Rows of queries and of keys are padded to this: the sublanes of a bfloat16 tile.
+SUBLANES = 16
+MIB = 2**20
+
+
+class Blocks(NamedTuple):
+    """Block sizes for one chip at two bytes per number.
+
+    queries, keys: rows of all heads of a block together; fewer heads, longer blocks.
+    vmem: bytes a kernel may use of a core's vector memory: compiled for 7B shapes they
+      take 11 MiB on v4, 17 on v5e, 20 on v5p and 31 on v6e.
+    scores: of all heads that one pass of an inner loop computes. It is unrolled: twice
+      as many compile for more than twice as long (four heads of 1024 x 1024: 100 s).
+    """
+
+    queries: int
+    keys: int
+    vmem: int
+    scores: int = 2**19
+
+
+# By device kind; what v4's 16 MiB hold is the default. Each byte of keys that is
+# fetched meets queries / heads rows, 2 FLOP with each: 256 rows reach the ratio of a
+# v5e's matrix unit and memory (197 TFLOP/s, 819 GB/s), 512 that of a v6e (918, 1640).
+DEFAULT = Blocks(2048, 2048, 16 * MIB)
+CHIPS = {
+    "TPU v4": DEFAULT,
+    "TPU v5 lite": Blocks(4096, 4096, 32 * MIB),
+    "TPU v5": Blocks(4096, 4096, 32 * MIB),
+    "TPU v6 lite": Blocks(8192, 4096, 64 * MIB),
+}
+
+
+def chip_blocks() -> Blocks:
+    """Of the chip that is traced for."""
+    return CHIPS.get(target().kind, DEFAULT)
+
+
+class Plan(NamedTuple):
+    """Static numbers of one call; every tuple of sizes a kernel needs is in here.
+
+    heads: kv heads per block.  group: query heads per kv head.
+    rows, queries: rows R of queries per kv head, padded, and per block.
+    keys: slots per block.  chunk: slots computed at once: what the compiler unrolls.
+    """
+
+    scale: float
+    heads: int
+    group: int
+    rows: int
+    queries: int
+    keys: int
+    chunk: int
+    vmem: int
+    interpret: Any = False
+
+    def visited(self, prefix, queries, i):
+        """Blocks of keys that block i of queries visits in one row."""
+        end = jnp.minimum((i + 1) * self.queries, queries * self.group)
+        last = lax.div(jnp.maximum(end - 1, 0), self.group) + prefix
+        some = i * self.queries < queries * self.group
+        return jnp.where(some, lax.div(last, self.keys) + 1, 0)
+
+    def first(self, prefix, j):
+        """First block of queries that sees block j of keys."""
+        row = (j * self.keys - prefix) * self.group
+        return lax.div(jnp.maximum(row, 0), self.queries)
+
+
+def heads_per_block(k):
+    """All, unless they fill whole tiles of k's layout [.., K, H] in memory."""
+    kv, tile = k.shape[-2], 32 if k.dtype.itemsize == 1 else 8
+    return kv if kv % tile else tile
+
+
+def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False) -> Plan:
+    t, n, h = q.shape[1:]
+    s, kv = k.shape[-3:-1]
+    heads = heads_per_block(k)
+    # Rows of H > 128 or of four bytes count double.
+    width = heads * pl.cdiv(h, LANES) * max(q.dtype.itemsize, k.dtype.itemsize) / 2
+
+    def fit(budget, longest, align):
+        most = max(LANES, int(budget / width) // LANES * LANES)
+        return min(most, 1024, pl.cdiv(longest, align) * align)
+
+    rows = t * (n // kv)
+    queries = fit(blocks.queries, rows, SUBLANES)
+    if queries > LANES:
+        queries = queries // LANES * LANES
+    # Picking a head's keys out of a block costs about as much as 128 rows of queries,
+    # out of an int8 block four times that.
+    least = LANES * 4 if k.dtype.itemsize == 1 else LANES
+    chunk = max(LANES, blocks.scores // (heads * max(queries, least)) // LANES * LANES)
+    keys = fit(blocks.keys, s, LANES)
+    chunk = min(chunk, keys)
+    return Plan(
+        scale=scale,
+        heads=heads,
+        group=n // kv,
+        rows=pl.cdiv(rows, queries) * queries,
+        queries=queries,
+        keys=keys // chunk * chunk,
+        chunk=chunk,
+        vmem=blocks.vmem,
+        interpret=interpret,
+    )
+
+
+def visited_blocks(prefix, queries, plan: Plan):
+    """Blocks of keys that the forward pass computes per row and kv head, int [B].
+
+    What the kernels' schedule says, for tests and for analytic costs.
+    """
+    blocks = range(plan.rows // plan.queries)
+    return sum(plan.visited(prefix, queries, i) for i in blocks)

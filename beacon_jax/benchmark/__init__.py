@@ -1,0 +1,1 @@
+"""Speed and memory: attention, prefill, decoding and training steps (`bench.py`)."""

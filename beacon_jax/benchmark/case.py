@@ -1,0 +1,71 @@
+"""One thing to measure."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from beacon_jax.benchmark.records import Row
+from beacon_jax.benchmark.timing import Compiled, Timing
+from beacon_jax.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """key: what is measured (JSON values). run: measures it; see `records.guarded`."""
+
+    key: Row
+    run: Callable[[], Row]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run measures, and how often.
+
+    Attributes:
+      preset: name of the model.
+      lengths: tokens of the text.
+      ratios: of the beacons; full attention is always measured beside them.
+      batches: rows of the decoding.
+      queries: of the kernels, tokens and beacons; empty: two kinds of window.
+      memory: slots that the kernels' buffer has room for; empty: 16 windows.
+      repeats: samples per row.
+      dtype: of weights, activations and memory.
+      device: the one that is measured.
+    """
+
+    preset: str
+    config: ModelConfig
+    lengths: Sequence[int]
+    ratios: Sequence[int]
+    batches: Sequence[int]
+    queries: Sequence[int]
+    memory: Sequence[int]
+    repeats: int
+    dtype: str
+    device: Any
+
+    def key(self, part: str, **rest: Any) -> Row:
+        return {"part": part, "preset": self.preset, "dtype": self.dtype, **rest}
+
+
+class Latest:
+    """Keeps the last thing that was made, and drops it before it makes another: weights
+    and programs of two cases need not fit side by side."""
+
+    def __init__(self):
+        self._key, self._value = None, None
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        if self._value is None or key != self._key:
+            self._key = self._value = None
+            self._key, self._value = key, make()
+        return self._value
+
+
+def timed(timing: Timing, program: Compiled) -> Row:
+    """The fields that every row with a time has."""
+    return {
+        "seconds": dataclasses.asdict(timing),
+        "compile_s": program.seconds,
+        "program_bytes": program.nbytes,
+    }

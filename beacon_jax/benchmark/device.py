@@ -1,0 +1,110 @@
+"""The device that is measured: its memory, its real peaks, random arrays made on it."""
+
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from beacon_jax.benchmark.records import DoesNotFit, Row
+from beacon_jax.benchmark.sizes import GIB
+from beacon_jax.benchmark.timing import compile_program, measure_queued
+from beacon_jax.model.config import ModelConfig, param_shapes
+
+# Edge of the square product and bytes of the copied array, per platform: large enough
+# to reach the peak, and 0.1 s on a CPU.
+MATMUL = {"cpu": 512}
+COPY = {"cpu": 2**26}
+
+
+def memory_limit(device: Any) -> int | None:
+    """Bytes that programs can have: what the device says, or the host's for a CPU."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return limit
+
+
+def check_fits(device: Any, needed: float) -> None:
+    """Raises DoesNotFit if the formula's bytes are more than there are."""
+    limit = memory_limit(device)
+    if limit is not None and needed > limit:
+        raise DoesNotFit(
+            f"{needed / GIB:.1f} GiB by formula, {device.device_kind} has "
+            f"{limit / GIB:.1f}"
+        )
+
+
+def check_platform(implementation: str, device: Any) -> None:
+    """Raises NotImplementedError for a kernel of another platform: it would run
+    interpreted, or be another implementation in its place."""
+    for ending in ("gpu", "tpu", "cpu"):
+        if implementation.endswith(f"_{ending}") and ending != device.platform:
+            raise NotImplementedError(
+                f"implementation={implementation!r} is for {ending}, this is "
+                f"{device.platform}."
+            )
+
+
+def peak_bytes(device: Any) -> int | None:
+    """The most bytes that this process had at once so far; a device cannot be asked to
+    forget, so the rows of a run go from small to large."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def random_array(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Normal numbers made on the device; the leading axis one by one, so that the
+    float32 and uint32 numbers behind them never exist for all of a large array."""
+    return _random(key, tuple(shape), jnp.dtype(dtype).name)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random(key, shape, dtype):
+    if len(shape) < 3:
+        return jax.random.normal(key, shape, dtype)
+    keys = jax.random.split(key, shape[0])
+    return jax.lax.map(lambda k: jax.random.normal(k, shape[1:], dtype), keys)
+
+
+def random_variables(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """{"params", "beacon"} of the config, of the usual size (0.02), norms 1."""
+    # rbg: an accelerator's own generator, many times as fast as threefry.
+    root = jax.random.key(0, impl="rbg")
+    is_shape = lambda x: isinstance(x, tuple)
+    leaves, tree = jax.tree.flatten(param_shapes(config), is_leaf=is_shape)
+    paths = jax.tree.leaves_with_path(param_shapes(config), is_leaf=is_shape)
+    names = [path[-1].key for path, _ in paths]
+
+    def make(i: int, name: str, shape: tuple[int, ...]) -> Array:
+        if name == "scale":
+            return jnp.ones(shape, dtype)
+        return _small(random_array(jax.random.fold_in(root, i), shape, dtype))
+
+    pairs = zip(names, leaves, strict=True)
+    return jax.tree.unflatten(tree, [make(i, n, s) for i, (n, s) in enumerate(pairs)])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _small(x):
+    return x * jnp.asarray(0.02, x.dtype)
+
+
+def measure_peaks(device: Any, dtype: Any, repeats: int) -> Row:
+    """TFLOP/s of a large matrix product and GB/s of a copy, as they are here."""
+    n = MATMUL.get(device.platform, 8192)
+    key = jax.random.key(0, impl="rbg")
+    a = random_array(key, (n, n), dtype)
+    product = compile_program(lambda a, b: a @ b, a, a)
+    matmul = measure_queued(lambda: product.run(a, a), repeats=repeats)
+    size = jnp.dtype(dtype).itemsize
+    x = jnp.ones((COPY.get(device.platform, 2**31) // size,), dtype)
+    copy = compile_program(lambda x: x + 1, x)
+    moved = measure_queued(lambda: copy.run(x), repeats=repeats)
+    return {
+        "tflops": 2 * n**3 / matmul.median_s / 1e12,
+        "bandwidth_gbs": 2 * x.nbytes / moved.median_s / 1e9,
+        "matmul": n,
+        "copied_bytes": x.nbytes,
+    }

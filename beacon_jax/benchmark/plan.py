@@ -1,0 +1,218 @@
+"""What chips that are not here can reach at best: FLOPs, bytes, roofline time.
+
+  prefill   max(FLOPs / peak, bytes / bandwidth); bytes are the weights once per window
+            (full attention: per chunk of 8192 tokens), the memory that each window
+            sees, and the entries that it writes
+  decoding  bytes of one step / bandwidth, one row (`sizes.decode_bytes`)
+
+Peaks and bandwidths are those of `training.hardware` (NVIDIA's data sheets, Google
+Cloud's TPU documentation). A model that does not fit one chip is split over the fewest,
+a power of two, that hold weights, KV cache and a window's activations in 95 % of their
+memory, at no cost of communication. Nothing here is measured: real programs are slower.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from beacon_jax.benchmark.sizes import (
+    GIB,
+    activation_bytes,
+    decode_bytes,
+    entries_after,
+    kv_token_bytes,
+    slots_after,
+    weight_bytes,
+)
+from beacon_jax.evaluation.report import table
+from beacon_jax.evaluation.runner import integers
+from beacon_jax.model import flops
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.presets import get_preset
+from beacon_jax.training.hardware import Chip, find_chip
+
+CHIPS = (
+    "A100 80GB",
+    "H100",
+    "H200",
+    "TPU v4",
+    "TPU v5e",
+    "TPU v5p",
+    "TPU v6e",
+)
+PRESETS = ("llama2-7b", "qwen2-7b", "llama3-8b", "qwen2-72b")
+LENGTHS = (4096, 32768, 131072, 524288, 1048576)
+RATIOS = (2, 4, 8, 16, 32)
+CHUNK = 8192
+USABLE = 0.95
+LONGEST = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a prefill needs; ratio 0 is full attention. Bytes in bfloat16."""
+
+    preset: str
+    length: int
+    ratio: int
+    flops: int
+    weight_bytes: int
+    kv_bytes: int
+    moved_bytes: int
+    held_bytes: int
+    decode_bytes: float
+    decode_flops: int
+
+
+def load(preset: str, length: int, ratio: int) -> Load:
+    """The load of a text of `length` tokens, one row."""
+    config = get_preset(preset)
+    assert config.beacon is not None
+    token = kv_token_bytes(config)
+    weights = weight_bytes(config, beacon=ratio > 0)
+    step = config.beacon.window if ratio else min(CHUNK, length)
+    starts = range(0, length, step)
+    seen = sum(slots_after(config, start, ratio) for start in starts)
+    written = length + (length // ratio if ratio else 0)
+    kept = slots_after(config, length, ratio) * token
+    spent = flops.prefill(config, length, ratio)
+    if not ratio:
+        spent = flops.full_attention(config, length)
+    rows = step + (step // ratio if ratio else 0)
+    entries = entries_after(config, length, ratio)
+    return Load(
+        preset=preset,
+        length=length,
+        ratio=ratio,
+        flops=spent.total,
+        weight_bytes=weights,
+        kv_bytes=kept,
+        moved_bytes=len(starts) * weights + (seen + written) * token,
+        held_bytes=weights + kept + rows * token + activation_bytes(config, rows),
+        decode_bytes=decode_bytes(config, 1, entries, ratio),
+        decode_flops=flops.decode_step(config, entries).total,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Roof:
+    """Of a load on `chips` of a kind: seconds to the first token, and per token."""
+
+    chips: int
+    prefill_s: float
+    token_s: float
+
+
+def roof(work: Load, chip: Chip) -> Roof:
+    count = 1
+    while work.held_bytes > count * USABLE * chip.memory * 1e9:
+        count *= 2
+    peak, moved = count * chip.tflops * 1e12, count * chip.bandwidth * 1e9
+    return Roof(
+        chips=count,
+        prefill_s=max(work.flops / peak, work.moved_bytes / moved),
+        token_s=max(work.decode_flops / peak, work.decode_bytes / moved),
+    )
+
+
+def break_even(config: ModelConfig, ratios: Sequence[int]) -> dict[int, int | None]:
+    """By ratio, the shortest prompt that compression costs no more FLOPs for; None if
+    it is longer than 1M tokens."""
+    return {r: flops.break_even(config, r, LONGEST) for r in ratios}
+
+
+def make(
+    presets: Sequence[str] | None = None,
+    lengths: Sequence[str] | None = None,
+    ratios: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The whole plan as JSON values: chips, rows with a roof per chip, break-even.
+
+    Args:
+      presets, lengths, ratios: as on the command line; None for the usual ones.
+
+    Raises:
+      ValueError: a name or number that cannot be.
+    """
+    presets = presets or PRESETS
+    return _make(
+        presets,
+        integers("lengths", lengths) if lengths else LENGTHS,
+        integers("ratios", ratios) if ratios else RATIOS,
+    )
+
+
+def _make(
+    presets: Sequence[str], lengths: Sequence[int], ratios: Sequence[int]
+) -> dict[str, Any]:
+    chips = {name: chip for name in CHIPS if (chip := find_chip(name)) is not None}
+    rows = []
+    for preset in presets:
+        for length in lengths:
+            for ratio in (0, *ratios):
+                work = load(preset, length, ratio)
+                roofs = {n: dataclasses.asdict(roof(work, c)) for n, c in chips.items()}
+                rows.append(dataclasses.asdict(work) | {"roofs": roofs})
+    even = {p: break_even(get_preset(p), ratios) for p in presets}
+    return {
+        "chips": {name: dataclasses.asdict(chip) for name, chip in chips.items()},
+        "rows": rows,
+        "break_even": even,
+    }
+
+
+def text(plan: dict[str, Any]) -> str:
+    """The plan as Markdown tables."""
+    made = [_chips(plan)]
+    presets = list(dict.fromkeys(row["preset"] for row in plan["rows"]))
+    for preset in presets:
+        rows = [row for row in plan["rows"] if row["preset"] == preset]
+        made.append(_preset(preset, rows, list(plan["chips"])))
+    made.append(_break_even(plan["break_even"]))
+    return "\n\n".join(made)
+
+
+def _chips(plan: dict[str, Any]) -> str:
+    head = ["chip", "bf16 TFLOP/s", "GB/s", "GB"]
+    lines = [
+        [name, *(f"{chip[k]:g}" for k in ("tflops", "bandwidth", "memory"))]
+        for name, chip in plan["chips"].items()
+    ]
+    return (
+        "Published peaks (data sheets; see training/hardware.py). Below: fewest chips, "
+        "best time to the first token, best time per token.\n\n" + table(head, lines)
+    )
+
+
+def _preset(preset: str, rows: list[dict[str, Any]], chips: list[str]) -> str:
+    full = {row["length"]: row["flops"] for row in rows if row["ratio"] == 0}
+    lines = []
+    for row in rows:
+        roofs = [row["roofs"][name] for name in chips]
+        lines.append(
+            [
+                f"{row['length']:,}",
+                f"x{row['ratio']}" if row["ratio"] else "full",
+                f"{row['flops'] / 1e15:.3g}",
+                f"{full[row['length']] / row['flops']:.2f}",
+                f"{row['kv_bytes'] / GIB:.3g}",
+                f"{row['moved_bytes'] / GIB:,.0f}",
+                f"{row['held_bytes'] / GIB:.1f}",
+                *(_cell(**r) for r in roofs),
+            ]
+        )
+    head = ["tokens", "ratio", "PFLOP", "full / it", "KV GiB", "moved GiB", "held GiB"]
+    return f"{preset}\n\n{table([*head, *chips], lines)}"
+
+
+def _cell(chips: int, prefill_s: float, token_s: float) -> str:
+    many = f"{chips}×: " if chips > 1 else ""
+    return f"{many}{prefill_s:.3g} s, {token_s * 1e3:.3g} ms"
+
+
+def _break_even(even: dict[str, dict[int, int | None]]) -> str:
+    ratios = list(next(iter(even.values())))
+    say = lambda n: f"{n:,}" if n else f"> {LONGEST:,}"
+    lines = [[name, *(say(found[r]) for r in ratios)] for name, found in even.items()]
+    head = ["break-even, tokens", *(f"x{r}" for r in ratios)]
+    return table(head, lines)

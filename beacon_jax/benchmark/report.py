@@ -1,0 +1,289 @@
+"""Tables from the rows of a bench.json, and their place in README."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from beacon_jax.benchmark.records import Row
+from beacon_jax.evaluation.report import table
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+# Shown per key, in this order; what is not in a key is left out.
+NAMES = ("preset", "way", "implementation", "method", "length", "queries")
+SIZES = ("memory", "live", "batch")
+
+
+def line(row: Row) -> str:
+    """A row in one line, for the terminal."""
+    key = row["key"]
+    what = [str(key[name]) for name in NAMES if name in key]
+    what += [f"{name}={key[name]}" for name in SIZES if name in key]
+    text = " ".join([key["part"], *what])
+    if row["status"] != "ok":
+        return f"{text}: {row['status']}: {row['reason']}"
+    if key["part"] == "peaks":
+        return f"{text}: {row['tflops']:.4g} TFLOP/s, {row['bandwidth_gbs']:.4g} GB/s"
+    if key["part"] == "parity":
+        return f"{text} {key['dtype']}: {_error(row)}"
+    return f"{text}: {_seconds(row)}, {_rate(row)}"
+
+
+def _error(row: Row) -> str:
+    """The largest error and what is allowed for it."""
+    shares = {k: error / row["allowed"][k] for k, error in row["errors"].items()}
+    worst = max(shares, key=shares.__getitem__)
+    return f"{worst} {row['errors'][worst]:.2g} of {row['allowed'][worst]:.2g} allowed"
+
+
+def _seconds(row: Row) -> str:
+    """Median and spread in the unit that fits."""
+    t = row["seconds"]
+    scale, unit = next(
+        (s, u)
+        for s, u, least in ((1, "s", 1.0), (1e3, "ms", 1e-3), (1e6, "µs", 0.0))
+        if t["median_s"] >= least
+    )
+    low, middle, high = (scale * t[k] for k in ("min_s", "median_s", "max_s"))
+    return f"{middle:.3g} {unit} [{low:.3g}, {high:.3g}]"
+
+
+def _rate(row: Row) -> str:
+    part, way = row["key"]["part"], row["key"].get("way")
+    if part == "decode" or way == "decode":
+        rate = f"{row['gbs']:.3g} GB/s"
+        tokens = row.get("tokens_per_second")
+        return f"{tokens:,.4g} tokens/s, {rate}" if tokens else rate
+    return f"{row['tflops']:.3g} TFLOP/s"
+
+
+def _of(rows: Sequence[Row], part: str) -> list[Row]:
+    return [row for row in rows if row["key"]["part"] == part]
+
+
+def peaks(rows: Sequence[Row]) -> dict[str, Row]:
+    """The measured peaks by dtype."""
+    found = [row for row in _of(rows, "peaks") if row["status"] == "ok"]
+    return {row["key"]["dtype"]: row for row in found}
+
+
+def _share(row: Row, known: dict[str, Row], rate: str, peak: str) -> str:
+    top = known.get(row["key"]["dtype"])
+    return f"{row[rate] / top[peak]:.0%}" if top else "–"
+
+
+def _bytes(value: float | None) -> str:
+    """In the unit that fits; a dash for what the platform does not tell."""
+    if value is None:
+        return "–"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if value >= size / 10:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 2**10:.3g} KiB"
+
+
+def sections(rows: Sequence[Row]) -> list[str]:
+    """Markdown tables of the parts that were measured."""
+    known = peaks(rows)
+    made = [_peaks(known), _parity(rows), _prefill(rows, known), _decode(rows, known)]
+    made += [_train(rows, known), _kernels(rows, known)]
+    return [text for text in made if text]
+
+
+def _peaks(known: dict[str, Row]) -> str:
+    return "\n".join(
+        f"Measured in the same run, {dtype}: matrix product of {row['matmul']} squared "
+        f"{row['tflops']:.4g} TFLOP/s, copy {row['bandwidth_gbs']:.4g} GB/s."
+        for dtype, row in known.items()
+    )
+
+
+def _parity(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in _of(rows, "parity"):
+        key = row["key"]
+        start = [key[n] for n in ("preset", "way", "implementation", "dtype")]
+        good = row["status"] == "ok"
+        lines.append([*start, _error(row) if good else _status(row)])
+    head = ["model", "", "implementation", "numbers", "largest error"]
+    return _titled("Parity with the reference", head, lines)
+
+
+def _status(row: Row) -> str:
+    reason = f": {row['reason'][:80]}" if row["reason"] else ""
+    return row["status"] + reason.replace("|", "/")
+
+
+def fastest_full(rows: Sequence[Row]) -> dict[tuple[Any, ...], float]:
+    """Seconds of the faster way of full attention, by (part, preset, dtype, length,
+    batch)."""
+    best: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        full = row["key"].get("method", "").startswith("full")
+        if full and row["status"] == "ok":
+            where = _where(row)
+            best[where] = min(best.get(where, 1e99), row["seconds"]["median_s"])
+    return best
+
+
+def _where(row: Row) -> tuple[Any, ...]:
+    names = ("part", "preset", "dtype", "length", "batch")
+    return tuple(row["key"].get(name) for name in names)
+
+
+def _against_full(row: Row, full: dict[tuple[Any, ...], float]) -> str:
+    top = full.get(_where(row))
+    return f"{top / row['seconds']['median_s']:.2f}×" if top else "–"
+
+
+def _prefill(rows: Sequence[Row], known: dict[str, Row]) -> str:
+    full, lines = fastest_full(rows), []
+    found = sorted(_of(rows, "prefill"), key=lambda r: (r["key"]["preset"], *_by(r)))
+    for row in found:
+        key = row["key"]
+        start = [key["preset"], f"{key['length']:,}", key["method"]]
+        if row["status"] != "ok":
+            lines.append([*start, _status(row), *"–––––––"])
+            continue
+        lines.append(
+            [
+                *start,
+                _seconds(row),
+                _against_full(row, full),
+                _share(row, known, "tflops", "tflops"),
+                _bytes(row["kv_bytes"]),
+                _bytes(row["formula_bytes"]),
+                _bytes(row["program_bytes"]),
+                _bytes(row["peak_bytes"]),
+                f"{row['compile_s']:.0f}",
+            ]
+        )
+    head = ["model", "tokens", "method", "first token", "against full"]
+    head += ["of matmul peak", "KV", "by formula", "compiled", "peak"]
+    return _titled("Prefill", [*head, "compile s"], lines)
+
+
+def _by(row: Row) -> tuple[Any, ...]:
+    key = row["key"]
+    ratio = int(key["method"][1:]) if key["method"].startswith("x") else 0
+    return key["length"], key.get("batch", 1), ratio
+
+
+def _decode(rows: Sequence[Row], known: dict[str, Row]) -> str:
+    full, lines = fastest_full(rows), []
+    found = sorted(_of(rows, "decode"), key=lambda r: (r["key"]["preset"], *_by(r)))
+    for row in found:
+        key = row["key"]
+        start = [key["preset"], f"{key['length']:,}", str(key["batch"]), key["method"]]
+        if row["status"] != "ok":
+            lines.append([*start, _status(row), *"––––"])
+            continue
+        lines.append(
+            [
+                *start,
+                f"{row['tokens_per_second']:,.4g}",
+                _seconds(row),
+                _against_full(row, full),
+                _share(row, known, "gbs", "bandwidth_gbs"),
+                _bytes(row["kv_bytes"]),
+            ]
+        )
+    head = ["model", "tokens before", "rows", "method", "tokens/s", "a step"]
+    head += ["against full", "of bandwidth", "KV"]
+    return _titled("Decoding", head, lines)
+
+
+def _train(rows: Sequence[Row], known: dict[str, Row]) -> str:
+    lines = []
+    for row in _of(rows, "train"):
+        key = row["key"]
+        start = [key["preset"], f"{key['length']:,}"]
+        if row["status"] != "ok":
+            lines.append([*start, _status(row), *"–––––"])
+            continue
+        mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        lines.append(
+            [
+                *start,
+                _seconds(row),
+                f"{row['tokens_per_second']:,.0f}",
+                mfu,
+                _share(row, known, "tflops", "tflops"),
+                _bytes(row["program_bytes"]),
+                row["remat"],
+            ]
+        )
+    head = ["model", "tokens", "step", "tokens/s", "MFU", "of matmul peak"]
+    return _titled("Training step", [*head, "memory", "remat"], lines)
+
+
+def _kernels(rows: Sequence[Row], known: dict[str, Row]) -> str:
+    """One line per shape and implementation, one column per fill."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in _of(rows, "kernels"):
+        key = row["key"]
+        names = ("preset", "dtype", "way", "batch", "queries", "memory")
+        name = *(key[n] for n in names), key["implementation"]
+        groups.setdefault(name, []).append(row)
+    lines, refusals = [], {}
+    for name, found in groups.items():
+        preset, _, way, batch, queries, memory, implementation = name
+        if all(row["status"] == "refused" for row in found):
+            reason = f"{implementation}: {found[0]['reason']}"
+            refusals.setdefault(reason, {})[way] = None
+            continue
+        cells = [_kernel_cell(row, known) for row in found]
+        lines.append(
+            [preset, way, f"{batch} × {queries} × {memory:,}", implementation, *cells]
+        )
+    head = ["model", "", "rows × queries × slots", "implementation"]
+    width = max((len(x) for x in lines), default=0) - len(head)
+    fills = ["empty", "1/4 full", "1/2 full", "full"][:width]
+    text = _titled("Attention", [*head, *fills], lines)
+    refused = [f"- {', '.join(ways)}: {why}" for why, ways in refusals.items()]
+    return "\n".join([text, "\nRefused:\n", *refused] if refused else [text])
+
+
+def _kernel_cell(row: Row, known: dict[str, Row]) -> str:
+    if row["status"] != "ok":
+        return row["status"]
+    rate, peak, unit = "tflops", "tflops", "TFLOP/s"
+    if row["key"]["way"] == "decode":
+        rate, peak, unit = "gbs", "bandwidth_gbs", "GB/s"
+    share = _share(row, known, rate, peak)
+    return f"{_seconds(row).split(' [')[0]}, {row[rate]:.3g} {unit}, {share}"
+
+
+def _titled(title: str, head: list[str], lines: list[list[str]]) -> str:
+    return f"**{title}**\n\n{table(head, lines)}" if lines else ""
+
+
+def readme_text(content: dict[str, Any], source: str) -> str:
+    """What stands between the markers: where it comes from, then the tables.
+
+    Args:
+      content: of a bench.json.
+      source: path of it, as README names it.
+    """
+    run = content["run"]
+    commit = (run["commit"] or "unknown")[:12]
+    intro = (
+        f"{run['device']}, jax {run['jax']}, commit {commit}: medians [least, most], "
+        f"compilation apart ([raw figures]({source}))."
+    )
+    return "\n\n".join([intro, *sections(content["rows"])])
+
+
+def update_readme(readme: Path, text: str) -> None:
+    """Puts `text` between the markers; ValueError if they are not there."""
+    old = readme.read_text(encoding="utf-8")
+    if (
+        old.count(BEGIN) != 1
+        or old.count(END) != 1
+        or old.index(END) < old.index(BEGIN)
+    ):
+        raise ValueError(
+            f"{readme} must have the line {BEGIN} once and {END} once behind it: the "
+            "table goes in between."
+        )
+    before, after = old.split(BEGIN)[0], old.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")

@@ -1,0 +1,126 @@
+"""Runs the parts of a benchmark, one row after the other, and writes the results."""
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from beacon_jax.benchmark import (
+    device,
+    kernels,
+    parity,
+    plots,
+    report,
+    serving,
+    training,
+)
+from beacon_jax.benchmark.case import Case, Settings
+from beacon_jax.benchmark.records import Records, Row, describe, versions
+from beacon_jax.evaluation.runner import integers
+from beacon_jax.model.config import check_ratio
+from beacon_jax.model.presets import get_preset
+
+PARTS = {
+    "parity": parity.cases,
+    "kernels": kernels.cases,
+    "prefill": serving.prefill_cases,
+    "decode": serving.decode_cases,
+    "train": training.cases,
+}
+
+
+LENGTHS, RATIOS = ("4096", "32768", "131072"), ("4", "8")
+
+
+def make_settings(options: Any) -> list[Settings]:
+    """The settings of every preset of the command line's options, on the first device.
+
+    Raises:
+      ValueError: a number, preset or ratio that cannot be; names the option.
+    """
+    made = []
+    for preset in options.preset or ["tiny"]:
+        config = get_preset(preset)
+        window = config.beacon.window if config.beacon else 0
+        # The tiny model's positions end at 512.
+        lengths = LENGTHS if config.max_position > 512 else ("256", "512")
+        ratios = integers("ratios", options.ratios or RATIOS)
+        for ratio in ratios:
+            check_ratio(ratio, window)
+        made.append(
+            Settings(
+                preset=preset,
+                config=config,
+                lengths=integers("lengths", options.lengths or lengths),
+                ratios=ratios,
+                batches=integers("batches", options.batches),
+                queries=integers("queries", options.queries),
+                memory=integers("memory", options.memory),
+                repeats=integers("repeats", [str(options.repeats)])[0],
+                dtype=options.dtype,
+                device=jax.devices()[0],
+            )
+        )
+    return made
+
+
+def run_all(options: Any, parts: Sequence[str]) -> list[Row]:
+    """Measures every preset of the command line's options in one folder.
+
+    Returns:
+      All rows of that folder that belong to these versions.
+
+    Raises:
+      ValueError: an option that cannot be.
+    """
+    rows: list[Row] = []
+    for settings in make_settings(options):
+        chip = re.sub(r"[^a-z0-9]+", "-", settings.device.device_kind.lower())
+        default = f"benchmarks/{time.strftime('%Y-%m-%d')}-{chip}"
+        rows = run(settings, parts, Path(options.out or default))
+    return rows
+
+
+def run(settings: Settings, parts: Sequence[str], out: Path) -> list[Row]:
+    """Measures what is missing in `out`, writes bench.json and plots there.
+
+    Returns:
+      All rows of `out` that belong to these versions.
+
+    Raises:
+      ValueError: an unknown part.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"--parts has {unknown}: use {', '.join(PARTS)}.")
+    records = Records(out, versions(settings.device))
+    peaks = lambda: device.measure_peaks(
+        settings.device, settings.dtype, settings.repeats
+    )
+    key = {"part": "peaks", "dtype": settings.dtype}
+    _measure(records, [Case(key, peaks)])
+    for part in parts:
+        # A list of its own: weights and programs of a part end with it.
+        _measure(records, list(PARTS[part](settings)))
+        records.write(describe(settings.device))
+    path = records.write(describe(settings.device))
+    plots.draw(records.rows, out)
+    _say(f"wrote {path}")
+    return records.rows
+
+
+def _measure(records: Records, cases: Sequence[Case]) -> None:
+    for i, case in enumerate(cases):
+        start = time.perf_counter()
+        row, new = records.measure(case.key, case.run)
+        seconds = time.perf_counter() - start
+        how = f"in {seconds:.1f} s" if new else "was there"
+        _say(f"{i + 1}/{len(cases)} {report.line(row)} ({how})")
+
+
+def _say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)

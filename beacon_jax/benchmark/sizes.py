@@ -1,0 +1,69 @@
+"""Bytes by formula: what a run must hold and must move, from the configuration alone.
+
+Weights and KV cache are exact. Activations are those of one window (or piece) in one
+layer: residual stream, projections, both halves of the MLP; compilers add to that.
+"""
+
+from beacon_jax.core.windows import window_slots
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.presets import count_params
+
+GIB = 2**30
+
+
+def weight_bytes(config: ModelConfig, size: int = 2, *, beacon: bool = True) -> int:
+    """Bytes of all parameters in numbers of `size` bytes."""
+    base, own = count_params(config)
+    return size * (base + (own if beacon else 0))
+
+
+def kv_token_bytes(config: ModelConfig, size: int = 2) -> int:
+    """Bytes of one entry: keys and values of all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+
+
+def slots_after(config: ModelConfig, length: int, ratio: int) -> int:
+    """Memory slots of the full windows of a text of `length` tokens (SPEC section 2).
+
+    Args:
+      ratio: 0 for full attention, which keeps every token, whole window or not.
+    """
+    if ratio == 0:
+        return length
+    assert config.beacon is not None
+    window = config.beacon.window
+    closed = length // window
+    first = window_slots(config, ratio, first=True, window=window) if closed else 0
+    return first + max(closed - 1, 0) * (window // ratio)
+
+
+def entries_after(config: ModelConfig, length: int, ratio: int) -> int:
+    """Entries that the next token sees: slots and the open window with its beacons."""
+    slots = slots_after(config, length, ratio)
+    if ratio == 0:
+        return slots
+    assert config.beacon is not None
+    raw = length % config.beacon.window
+    return slots + raw + raw // ratio
+
+
+def activation_bytes(config: ModelConfig, rows: int, size: int = 2) -> int:
+    """Bytes of a layer's activations for `rows` entries."""
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    wide = 4 * config.hidden_size + 2 * config.intermediate_size + heads
+    return rows * wide * size
+
+
+def decode_bytes(
+    config: ModelConfig, batch: int, entries: int, ratio: int, size: int = 2
+) -> float:
+    """Bytes that one decoding step must read: weights, and each row's live entries.
+
+    The embedding table is read at `batch` rows, which is nothing, unless it is lm_head
+    too. At ratio r every r-th step reads the beacons' projections as well.
+    """
+    base, own = count_params(config)
+    if not config.tie_embeddings:
+        base -= config.vocab_size * config.hidden_size
+    weights = base + (own / ratio if ratio else 0)
+    return size * weights + batch * entries * kv_token_bytes(config, size)

@@ -1,0 +1,119 @@
+"""Compiles once, warms up, measures several times; nothing is left running."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+# One sample lasts at least so long: a call to a small kernel takes less than the clock
+# and the launch can tell.
+SAMPLE_SECONDS = 0.02
+MOST_CALLS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median and spread of `repeats` samples of `calls` calls."""
+
+    median_s: float
+    min_s: float
+    max_s: float
+    repeats: int
+    calls: int = 1
+
+    def scaled(self, share: float) -> "Timing":
+        """Of a part of the call: a call that does n things lasts n times as long."""
+        times = (self.median_s * share, self.min_s * share, self.max_s * share)
+        return Timing(*times, self.repeats, self.calls)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program, the seconds that lowering and compiling it took, and the bytes that it
+    needs in all (arguments, results that are not in their place, and workspace), None
+    where the platform does not tell."""
+
+    run: Any
+    seconds: float
+    nbytes: int | None
+
+
+def compile_program(
+    function: Callable[..., Any], *args: Any, donate: Sequence[int] = (), **static: Any
+) -> Compiled:
+    """Compiles `function` for these arguments (arrays or shapes).
+
+    Args:
+      donate: arguments whose memory the results may take.
+      static: keyword arguments that are bound first.
+    """
+    bound = (lambda *a: function(*a, **static)) if static else function
+    start = time.perf_counter()
+    program = jax.jit(bound, donate_argnums=tuple(donate)).lower(*args).compile()
+    seconds = time.perf_counter() - start
+    return Compiled(program, seconds, _program_bytes(program))
+
+
+def _program_bytes(program: Any) -> int | None:
+    found = program.memory_analysis()
+    if found is None:
+        return None
+    return (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+    )
+
+
+def measure(
+    call: Callable[..., Any],
+    *,
+    prepare: Callable[[], Any] | None = None,
+    repeats: int = 5,
+    warmup: int = 1,
+) -> Timing:
+    """Times `call(prepare())`, or `call()`; `prepare` is outside of the time.
+
+    Args:
+      call: returns arrays, which are waited for.
+    """
+
+    def once() -> float:
+        given = () if prepare is None else (jax.block_until_ready(prepare()),)
+        start = time.perf_counter()
+        jax.block_until_ready(call(*given))
+        return time.perf_counter() - start
+
+    for _ in range(warmup):
+        once()
+    return _summary([once() for _ in range(repeats)])
+
+
+def measure_queued(
+    call: Callable[[], Any], *, repeats: int = 5, least: float = SAMPLE_SECONDS
+) -> Timing:
+    """Times a short call: as many in a row as last `least` seconds, waited for once.
+
+    Devices run calls in order, so that the time per call is that of the device as long
+    as it lasts longer than a launch on the host (5 to 10 us).
+    """
+
+    def sample(calls: int) -> float:
+        start = time.perf_counter()
+        results = [call() for _ in range(calls)]
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / calls
+
+    sample(1)
+    calls = max(1, min(math.ceil(least / max(sample(1), 1e-9)), MOST_CALLS))
+    return _summary([sample(calls) for _ in range(repeats)], calls)
+
+
+def _summary(samples: list[float], calls: int = 1) -> Timing:
+    median = statistics.median(samples)
+    return Timing(median, min(samples), max(samples), len(samples), calls)

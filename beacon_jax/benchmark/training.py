@@ -1,0 +1,137 @@
+"""One training step on one device: beacons on a frozen base, the trainer's own step.
+
+Masters and optimiser state are float32, the base and all computing `dtype`; one row of
+`length` tokens, a ratio per window drawn from the config's (seed 0). The ratio plan is
+part of the row, since the FLOPs depend on it.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beacon_jax.benchmark.case import Case, Settings, timed
+from beacon_jax.benchmark.device import check_fits, peak_bytes, random_variables
+from beacon_jax.benchmark.records import Row
+from beacon_jax.benchmark.timing import compile_program, measure
+from beacon_jax.core.windows import (
+    draw_ratios,
+    memory_slots,
+    plan_slots,
+    split_windows,
+)
+from beacon_jax.model.flops import training_step
+from beacon_jax.training.config import default_config
+from beacon_jax.training.hardware import peak_flops
+from beacon_jax.training.memory import choose_remat, step_bytes
+from beacon_jax.training.optim import make_optimizer
+from beacon_jax.training.sharding import Placement, make_placement, put
+from beacon_jax.training.trainer import make_update
+
+
+def cases(s: Settings) -> Iterator[Case]:
+    for length in sorted(s.lengths):
+        key = s.key("train", length=length)
+        yield Case(key, functools.partial(_step, s, length))
+
+
+def _step(s: Settings, length: int) -> Row:
+    model = s.config
+    assert model.beacon is not None
+    config = default_config()
+    config.dtype = s.dtype
+    placement = make_placement(config.mesh, config.rules, [1], [s.device])
+    windows = -(-length // model.beacon.window)
+    slots = memory_slots(model, windows, likely=True)
+    trained, frozen = jax.eval_shape(lambda: _start(s))
+    need = step_bytes(
+        model,
+        placement,
+        _placed(placement.trained(model, trained), trained),
+        _placed(placement.frozen(model, frozen), frozen),
+        rows=1,
+        windows=windows,
+        slots=slots,
+        dtype=jnp.dtype(s.dtype),
+    )
+    remat = choose_remat(need, s.device)
+    check_fits(s.device, need[remat])
+    before = peak_bytes(s.device)
+    trained, frozen = _start(s)
+    trained = jax.device_put(trained, placement.trained(model, trained))
+    frozen = jax.device_put(frozen, placement.frozen(model, frozen))
+    state = _state(config, placement, trained)
+    del trained
+    optimizer = make_optimizer(config.optimizer, 1000)
+    update = make_update(config, model, optimizer, placement, state, remat)
+    batch, plan = _inputs(s, length, windows, slots)
+    spent = training_step(model, plan, batch["valid"])
+    given = placement.batch(batch), placement.plan(plan)
+    program = compile_program(update, state, frozen, *given, donate=[0])
+    held = [state]
+    del state
+
+    def call():
+        held[0], values = program.run(held[0], frozen, *given)
+        return values
+
+    timing = measure(call, repeats=s.repeats)
+    peak, after = peak_flops([s.device]), peak_bytes(s.device)
+    return timed(timing, program) | {
+        "tokens_per_second": length / timing.median_s,
+        "model_flops": spent,
+        "tflops": spent / timing.median_s / 1e12,
+        "mfu": spent / timing.median_s / peak if peak else None,
+        "remat": remat,
+        "plan": plan[:, 0].tolist(),
+        "formula_bytes": need[remat],
+        "peak_bytes": after if after != before else None,
+    }
+
+
+def _start(s: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Random (trained, frozen)."""
+    variables = random_variables(s.config, s.dtype)
+    beacon = jax.tree.map(lambda x: x.astype(jnp.float32), variables["beacon"])
+    return {"beacon": beacon}, {"params": variables["params"]}
+
+
+def _placed(shardings: Any, shapes: Any) -> Any:
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(place, shapes, shardings)
+
+
+def _state(config: Any, placement: Placement, trained: Any) -> dict[str, Any]:
+    """A fresh state of the trainer."""
+    optimizer = make_optimizer(config.optimizer, 1000)
+    fresh = jax.eval_shape(optimizer.init, trained)
+    where = placement.optimizer(fresh, jax.tree.map(lambda x: x.sharding, trained))
+    return {
+        "trained": trained,
+        "optimizer": jax.jit(optimizer.init, out_shardings=where)(trained),
+        "step": put(np.zeros((), np.int32), placement.everywhere),
+    }
+
+
+def _inputs(s: Settings, length: int, windows: int, slots: int):
+    """A batch of one row as windows, and its plan [N, 1], which fits into `slots`."""
+    model = s.config
+    assert model.beacon is not None
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (1, length + 1))
+    cut = functools.partial(
+        split_windows, window=model.beacon.window, count=windows, align="right"
+    )
+    ids, valid = cut(tokens[:, :-1].astype(np.int32), None)
+    labels, _ = cut(tokens[:, 1:].astype(np.int32), None, fill=-100)
+    weights = np.ones(ids.shape, np.float32)
+    batch = {"tokens": ids, "labels": labels, "valid": valid, "weights": weights}
+    draw = functools.partial(
+        draw_ratios, model, windows, mix="step-random", length=length, training=True
+    )
+    plans = (draw(seed=[0, attempt]) for attempt in itertools.count())
+    plan = next(p for p in plans if plan_slots(model, p) <= slots)
+    return batch, plan[:, None]
