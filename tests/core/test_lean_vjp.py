@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from beacon_jax.attention import IMPLEMENTATIONS, gpu_blocks
+from beacon_jax.attention.pallas_gpu import pallas_gpu
+from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig
@@ -65,13 +68,29 @@ def batch():
 # An orthogonal array: every pair of values of any two options occurs.
 #  sink  placement      beacon projections     tied   trained  plan          attention
 CASES = [
-    (0, "interleave", ("q", "k", "v"), False, "beacon", (2, 4, 2, 4), "blockwise"),
+    (0, "interleave", ("q", "k", "v"), False, "beacon", (2, 4, 2, 4), "pallas_gpu"),
     (0, "append", ("q", "k", "v", "o"), True, "all", (4, 0, 2, 2), "reference"),
     (3, "interleave", ("q", "k", "v", "o"), True, "beacon", (0, 4, 4, 2), "blockwise"),
-    (3, "append", ("q", "k", "v"), False, "all", (2, 2, 0, 4), "blockwise"),
+    (3, "append", ("q", "k", "v"), False, "all", (2, 2, 0, 4), "pallas_tpu"),
     (0, "interleave", ("k",), True, "all", (2, 0, 4, 4), "blockwise"),
-    (3, "append", ("k",), False, "beacon", (4, 4, 2, 0), "reference"),
+    (3, "append", ("k",), False, "beacon", (4, 4, 2, 0), "pallas_gpu"),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreted():
+    """The kernels themselves; by name, on a CPU, they stand for blockwise attention."""
+    small = gpu_blocks.Block(16, 16, 4, 1)
+    kernels = {
+        "pallas_gpu": functools.partial(
+            pallas_gpu, blocks=gpu_blocks.Blocks(small, small, small), interpret=True
+        ),
+        "pallas_tpu": functools.partial(pallas_tpu, interpret=True),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kernel in kernels.items():
+            patch.setitem(IMPLEMENTATIONS, name, kernel)
+        yield
 
 
 def loss_and_own(case):
