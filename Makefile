@@ -37,11 +37,15 @@ test: setup
 test-slow: setup
 	JAX_PLATFORMS=cpu $(PY) -m pytest -m slow tests
 
-# Whole 7B training steps for 8 GPUs and TPUs that are not here, compiled by XLA: what
-# they need per device. An environment of its own: CUDA and TPU plugins beside the CPU.
+# Attention kernels and whole 7B training steps for GPUs and TPUs that are not here,
+# compiled by XLA: what they need per device. An environment of its own: CUDA and TPU
+# plugins beside the CPU. AOT_KERNELS, AOT_STEPS: some of the cases; all by default.
+AOT_KERNELS ?=
+AOT_STEPS ?=
 aot:
 	@VENV=.venv-aot EXTRAS=aot PYTHON="$(PYTHON)" bash launch/setup.sh
-	.venv-aot/bin/python -m benchmarks.aot --out=out/aot
+	.venv-aot/bin/python -m benchmarks.aot_kernels --cases=$(AOT_KERNELS) --out=out/aot
+	.venv-aot/bin/python -m benchmarks.aot --cases=$(AOT_STEPS) --out=out/aot
 
 lint: setup
 	$(PY) -m ruff check .
