@@ -88,7 +88,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for panel, label in zip(panels, ("s per step", "MiB of temporaries"), strict=True):
         panel.set(xlabel="windows of 128 tokens", ylabel=label, xscale="log")
         panel.set_yscale("log")
-        panel.legend()
+        panel.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 
