@@ -83,6 +83,8 @@ CASES = {
     ),
     "llama2-7b-20k-v5p": Case("llama2-7b", "v5p:2x2x2", 20480),
     "qwen2-7b-20k-v5p": Case("qwen2-7b", "v5p:2x2x2", 20480),
+    "llama2-7b-20k-x2-v5p": Case("llama2-7b", "v5p:2x2x2", 20480, ratios=(2,)),
+    "qwen2-7b-20k-x2-v5p": Case("qwen2-7b", "v5p:2x2x2", 20480, ratios=(2,)),
     "llama2-7b-4k-v5e": Case("llama2-7b", "v5e:2x4", 4096),
     "llama2-7b-8k-x2-v5e": Case("llama2-7b", "v5e:2x4", 8192, ratios=(2,)),
     "qwen2-7b-8k-x2-v5e": Case("qwen2-7b", "v5e:2x4", 8192, ratios=(2,)),
