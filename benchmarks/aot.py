@@ -205,20 +205,26 @@ def measure(name: str, case: Case) -> dict[str, Any]:
     return result
 
 
-def search(name: str, case: Case, first: int) -> dict[str, Any]:
-    """The longest text that fits, to within a tenth, by compiling lengths from `first`
-    on, and what each of them needs."""
+def fits_chip(case: Case, result: dict[str, Any]) -> bool:
+    """The TPU compiler fits a program into its chip, or refuses; that for GPUs does
+    not know the chip's memory."""
+    if "overflow" in result:
+        return False
+    return ":" in case.target or result["total_gib"] * GIB <= USABLE[case.target]
+
+
+def search(name: str, case: Case, fits: int) -> dict[str, Any]:
+    """The longest text that fits, to within a tenth, by compiling other lengths than
+    the case's, and what each of them needs. `fits`: a length that does, or 0."""
     beacon = get_preset(case.model).beacon
     assert beacon is not None
-    fits, too_long, tried = 0, 0, {}
-    length = max(first // beacon.window, 2) * beacon.window
+    too_long, tried = 0 if fits else case.length, {}
+    length = int(1.4 * fits or case.length / 2) // beacon.window * beacon.window
     while length > fits and length != too_long:
         result = measure(name, dataclasses.replace(case, length=length))
         tried[length] = result.get("total_gib", "does not fit")
         print(json.dumps({"case": name, "length": length, "gib": tried[length]}))
-        # The TPU compiler fits a program into its chip, or refuses.
-        tpu, limit = ":" in case.target, USABLE[case.target.split(":")[0]] / GIB
-        if "overflow" not in result and (tpu or result["total_gib"] <= limit):
+        if fits_chip(case, result):
             fits = length
         else:
             too_long = length
@@ -254,8 +260,8 @@ def main(argv):
     for name in names:
         result = measure(name, CASES[name])
         if flags.FLAGS.search:
-            first = result.get("longest", CASES[name].length // 2)
-            result["searched"] = search(name, CASES[name], first)
+            fits = CASES[name].length * fits_chip(CASES[name], result)
+            result["searched"] = search(name, CASES[name], fits)
         results.append(result)
         print(json.dumps(result), flush=True)
         budget = CASES[name].budget
