@@ -36,7 +36,7 @@ from beacon_jax.benchmark.sizes import (
 )
 from beacon_jax.benchmark.timing import Compiled, compile_program, measure
 from beacon_jax.core.loop import feed_jit
-from beacon_jax.core.memory import Memory, init_memory
+from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.core.windows import capacity
 from beacon_jax.inference.decode import BLOCK, decode_block
 from beacon_jax.inference.prefill import PIECE_WINDOWS
@@ -305,7 +305,7 @@ def _decode(s: Settings, latest: Latest, length: int, method: str, batch: int) -
     }
 
 
-def _filled(s: Settings, length: int, ratio: int, batch: int, room: int) -> Memory:
+def _filled(s: Settings, length: int, ratio: int, batch: int, room: int) -> MemoryState:
     """A memory as `length` tokens would leave it, with random content."""
     c, dtype = s.config, jnp.dtype(s.dtype)
     assert c.beacon is not None

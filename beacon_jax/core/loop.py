@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.loss import IGNORE, token_losses
-from beacon_jax.core.memory import CapacityError, Memory
+from beacon_jax.core.memory import CapacityError, MemoryState
 from beacon_jax.core.step import (
     NOOP,
     lookup,
@@ -41,7 +41,7 @@ class FeedOutput(NamedTuple):
 
 def check_capacity(
     config: ModelConfig,
-    memory: Memory,
+    memory: MemoryState,
     new_tokens: Int[np.ndarray, " B"],
     ratios: Int[np.ndarray, " P"],
 ) -> None:
@@ -64,13 +64,15 @@ def check_capacity(
         raise CapacityError(memory.capacity, needed)
 
 
-def static_ratios(memory: Memory, ratios: Int[np.ndarray, " P"]) -> tuple[int, ...]:
+def static_ratios(
+    memory: MemoryState, ratios: Int[np.ndarray, " P"]
+) -> tuple[int, ...]:
     """The ratios that feeding may meet: those planned and those of open windows."""
     opened = np.asarray(memory.ratio)[np.asarray(memory.raw) > 0]
     return tuple(sorted({int(r) for r in (*np.asarray(ratios), *opened)}))
 
 
-def _check_shared_plan(memory: Memory, lengths, ratios) -> None:
+def _check_shared_plan(memory: MemoryState, lengths, ratios) -> None:
     """A window step has one ratio for all its rows (`lax.switch` on a scalar)."""
     w = memory.window
     raw, opened, windows = (
@@ -96,7 +98,7 @@ def _check_shared_plan(memory: Memory, lengths, ratios) -> None:
 def feed(
     config: ModelConfig,
     variables: dict[str, Any],
-    memory: Memory,
+    memory: MemoryState,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     ratios: Int[Array, " P"],
@@ -104,7 +106,7 @@ def feed(
     outputs: str = "last",
     labels: Int[Array, "B T"] | None = None,
     dtype: Any = jnp.float32,
-) -> tuple[FeedOutput, Memory]:
+) -> tuple[FeedOutput, MemoryState]:
     """Feeds a piece of any length to every row (SPEC section 2, inference).
 
     The whole text in one call, in pieces or token by token gives the same result. One
@@ -228,7 +230,7 @@ def feed_jit(
         out = jnp.take_along_axis(out, new, axis=1)
     begun = jnp.minimum(total // w, n - 1)
     opened = jnp.take_along_axis(all_tokens.reshape(b, n, w), begun[:, None, None], 1)
-    after = Memory(
+    after = MemoryState(
         k=k,
         v=v,
         slots=slots,
@@ -250,14 +252,14 @@ def feed_jit(
 def decode_step(
     config: ModelConfig,
     variables: dict[str, Any],
-    memory: Memory,
+    memory: MemoryState,
     tokens: Int[Array, " B"],
     ratios: Int[Array, " P"],
     active: Array | None = None,
     *,
     static: tuple[int, ...],
     dtype: Any = jnp.float32,
-) -> tuple[Float[Array, "B V"], Memory]:
+) -> tuple[Float[Array, "B V"], MemoryState]:
     """Feeds one token to every active row; inserts beacons and compresses as it goes.
 
     The ratio is data here (`count % r`), never a switch, so rows may be anywhere in

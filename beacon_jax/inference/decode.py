@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from beacon_jax.core.loop import check_capacity, decode_step, static_ratios
-from beacon_jax.core.memory import Memory
+from beacon_jax.core.memory import MemoryState
 from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, sample
 from beacon_jax.model.config import ModelConfig
@@ -31,14 +31,14 @@ class Decoded(NamedTuple):
     tokens: Int[np.ndarray, "B n"]
     lengths: Int[np.ndarray, " B"]
     logits: Float[Array, "B V"]
-    memory: Memory
+    memory: MemoryState
 
 
 @functools.partial(jax.jit, static_argnames=("config", "eos_ids", "static"))
 def decode_block(
     config: ModelConfig,
     variables: dict[str, Any],
-    memory: Memory,
+    memory: MemoryState,
     logits: Float[Array, "B V"],
     ratios: Int[Array, " P"],
     active: Bool[Array, " B"],
@@ -48,7 +48,7 @@ def decode_block(
     *,
     eos_ids: tuple[int, ...],
     static: tuple[int, ...],
-) -> tuple[Int[Array, "B n"], Float[Array, "B V"], Bool[Array, " B"], Memory]:
+) -> tuple[Int[Array, "B n"], Float[Array, "B V"], Bool[Array, " B"], MemoryState]:
     """Up to `limit` <= BLOCK tokens per row: (tokens, logits, active, memory)."""
     ends = jnp.asarray(eos_ids, jnp.int32)
 
@@ -83,7 +83,7 @@ def decode_block(
 def decode(
     config: ModelConfig,
     variables: dict[str, Any],
-    memory: Memory,
+    memory: MemoryState,
     logits: Float[Array, "B V"],
     ratios: Int[np.ndarray, " P"],
     *,

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax.core.loop import check_capacity
-from beacon_jax.core.memory import CapacityError, Memory, default_window, init_memory
+from beacon_jax.core.memory import (
+    CapacityError,
+    MemoryState,
+    default_window,
+    init_memory,
+)
 from beacon_jax.hf import checkpoint
 from beacon_jax.inference.decode import decode
 from beacon_jax.inference.prefill import (
@@ -20,7 +25,6 @@ from beacon_jax.inference.prefill import (
     compute_dtype,
     plan_ratios,
     prefill,
-    resize,
     warn_beyond_training,
 )
 from beacon_jax.inference.sampling import make_sampling
@@ -43,7 +47,7 @@ class Generation:
 
     text: str
     tokens: np.ndarray
-    memory: Memory
+    memory: MemoryState
     prompt_tokens: int
     prefill_seconds: float
     decode_seconds: float
@@ -68,10 +72,10 @@ class Model:
         context: Text,
         ratio: Ratio = None,
         *,
-        memory: Memory | None = None,
+        memory: MemoryState | None = None,
         capacity: int | None = None,
         seed: int = 0,
-    ) -> Memory:
+    ) -> MemoryState:
         """Reads a context of any length into a memory (batch of 1).
 
         Args:
@@ -97,7 +101,7 @@ class Model:
         prompt: Text,
         *,
         context: Text | None = None,
-        memory: Memory | None = None,
+        memory: MemoryState | None = None,
         ratio: Ratio = None,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -190,7 +194,7 @@ class Model:
         return ids.astype(np.int32)
 
     def _plan(
-        self, ratio: Ratio, memory: Memory | None, tokens: int, new: int, seed: int
+        self, ratio: Ratio, memory: MemoryState | None, tokens: int, new: int, seed: int
     ) -> np.ndarray:
         """The ratio of every window, counted from the first of the sequence."""
         before = int(memory.lengths[0]) if memory is not None else 0
@@ -203,21 +207,25 @@ class Model:
         return ratios
 
     def _room(
-        self, memory: Memory | None, ratios: np.ndarray, new: int, capacity: int | None
-    ) -> Memory:
+        self,
+        memory: MemoryState | None,
+        ratios: np.ndarray,
+        new: int,
+        capacity: int | None,
+    ) -> MemoryState:
         """A buffer that `new` tokens fit into: `capacity`, or large enough."""
         if memory is None:
             dtype = compute_dtype(self.variables)
             memory = init_memory(self.config, 1, capacity or 1, dtype)
         elif capacity:
-            memory = resize(memory, capacity)
+            memory = memory.resized(capacity)
         try:
             check_capacity(self.config, memory, np.array([new]), ratios)
         except CapacityError as error:
             if capacity:
                 raise
             size = buffer_size(error.needed, default_window(self.config))
-            memory = resize(memory, size)
+            memory = memory.resized(size)
         return memory
 
 

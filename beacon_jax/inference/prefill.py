@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.loop import check_capacity, feed
-from beacon_jax.core.memory import Memory, default_window
+from beacon_jax.core.memory import MemoryState, default_window
 from beacon_jax.core.windows import draw_ratios
 from beacon_jax.model.config import ModelConfig
 
@@ -96,7 +96,7 @@ def warn_beyond_training(
     config: ModelConfig,
     ratios: Int[np.ndarray, " P"],
     length: int,
-    memory: Memory | None = None,
+    memory: MemoryState | None = None,
 ) -> None:
     """Warns, once per model and process, if positions pass those trained.
 
@@ -138,16 +138,6 @@ def buffer_size(needed: int, window: int) -> int:
     return max(-(-needed // step) * step, window)
 
 
-def resize(memory: Memory, capacity: int) -> Memory:
-    """The memory with room for `capacity` slots (never fewer than it has)."""
-    if capacity <= memory.capacity:
-        return memory
-    pad = ((0, 0), (0, 0), (0, capacity - memory.capacity), (0, 0), (0, 0))
-    return dataclasses.replace(
-        memory, k=jnp.pad(memory.k, pad), v=jnp.pad(memory.v, pad)
-    )
-
-
 def compute_dtype(variables: dict[str, Any]) -> Any:
     """Activations and memory take the dtype that the weights are stored in."""
     return variables["params"]["embed"]["embedding"].dtype
@@ -156,11 +146,11 @@ def compute_dtype(variables: dict[str, Any]) -> Any:
 def prefill(
     config: ModelConfig,
     variables: dict[str, Any],
-    memory: Memory,
+    memory: MemoryState,
     tokens: Int[np.ndarray, "B T"],
     ratios: Int[np.ndarray, " P"],
     lengths: Int[np.ndarray, " B"] | None = None,
-) -> tuple[Float[Array, "B V"], Memory]:
+) -> tuple[Float[Array, "B V"], MemoryState]:
     """Feeds the tokens behind what the memory holds.
 
     Args:
