@@ -12,28 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from beacon_jax.core.loop import needed_slots
 from beacon_jax.core.memory import (
-    CapacityError,
-    MemoryState,
-    init_memory,
     slot_nbytes,
 )
-from beacon_jax.core.move import keep_entries
 from beacon_jax.hf import checkpoint
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference.decode import Decoded, decode
-from beacon_jax.inference.ledger import Ledger, kept_window
-from beacon_jax.inference.memory import Memory, join_rows, state_shardings, take_rows
+from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.plan import (
     Plan,
     Ratio,
-    group_rows,
     make_plan,
     stack_ratios,
     warn_beyond_training,
 )
-from beacon_jax.inference.prefill import buffer_size, compute_dtype, prefill
+from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, make_sampling, seen_tokens
 from beacon_jax.inference.spans import Spans, token_spans
 from beacon_jax.inference.text import Streamer, finisher
@@ -80,8 +73,8 @@ class Generation:
 class Model:
     """A model ready to use: `load` makes one.
 
-    A text is a str or token ids. Where one is taken, a list of them makes a batch, whose
-    rows may have any lengths: each gets what it would get alone.
+    A text is a str or token ids. Where one is taken, a list of them makes a batch, with
+    rows of any lengths: each gets what it would get alone.
 
     Attributes:
       config: the model and its beacons.
@@ -147,7 +140,7 @@ class Model:
             lossless=lossless,
             seed=seed,
         )
-        return self._feed(rows, plans, memory, capacity)[1]
+        return feed_rows(self, rows, plans, memory, capacity)[1]
 
     @overload
     def complete(self, prompt: Text, **options: Any) -> Generation: ...
@@ -216,18 +209,20 @@ class Model:
             lossless=lossless,
             seed=int(np.atleast_1d(seed)[0]),
         )
-        logits, after = self._feed(rows, plans, memory, capacity, new)
+        logits, after = feed_rows(self, rows, plans, memory, capacity, new)
         jax.block_until_ready(logits)
         middle = time.perf_counter()
         result = self._decode(after, logits, plans, sampling, streams, new, seed)
-        after = _held(after, plans, result)
+        after = decoded_memory(after, plans, result)
         texts = [stream.finish() for stream in streams]
         end = time.perf_counter()
         made = [
             Generation(
                 text=texts[i],
                 tokens=result.tokens[i, : result.lengths[i]],
-                finish="length" if _full(result, streams[i], new, i) else "stop",
+                finish="stop"
+                if streams[i].keep is not None or result.lengths[i] < new[i]
+                else "length",
                 note=plans[i].note,
                 prompt_tokens=len(rows[i]),
                 prefill_seconds=middle - start,
@@ -311,7 +306,7 @@ class Model:
     def _plans(
         self, rows: list[np.ndarray], memory: Memory | None, new: int, **options: Any
     ) -> list[Plan]:
-        ledgers, spans = _ledgers(memory, len(rows)), options.pop("spans")
+        ledgers, spans = ledgers_of(memory, len(rows)), options.pop("spans")
         slot = slot_nbytes(self.config, compute_dtype(self.variables))
         plans = []
         for row, ledger, marked in zip(rows, ledgers, spans, strict=True):
@@ -327,130 +322,6 @@ class Model:
             warn_beyond_training(self.config, plan, len(row) + new, ledger)
             plans.append(plan)
         return plans
-
-    def _feed(
-        self,
-        rows: list[np.ndarray],
-        plans: list[Plan],
-        memory: Memory | None,
-        capacity: int | None,
-        new: np.ndarray | int = 0,
-    ) -> tuple[jax.Array, Memory]:
-        """Feeds each row what is pending of it and its tokens; room for `new` more.
-
-        Rows whose plans agree in every step are fed by one call.
-        """
-        self._check_memory(memory, len(rows))
-        ledgers = _ledgers(memory, len(rows))
-        fed = [
-            np.concatenate([x.pending, r]) for x, r in zip(ledgers, rows, strict=True)
-        ]
-        ratios = stack_ratios(plans)
-        state = memory.state if memory else self._fresh(len(rows), 1)
-        total = np.asarray([len(r) for r in fed]) + new
-        size = self._room(state, ratios, total, capacity, plans)
-        groups = self._groups(rows, plans, ledgers)
-        outs, states = [], []
-        for group in groups:
-            whole = len(group) == len(rows)
-            if memory is None:
-                part = self._fresh(len(group), size)
-            else:
-                part = state if whole else take_rows(state, np.asarray(group))
-                part = part.resized(size)
-            with partitioned(self.partition):
-                out, part = self._feed_group(
-                    part,
-                    [fed[i] for i in group],
-                    ratios[group],
-                    plans[group[0]].keep,
-                    donate=part is not state,
-                )
-            outs.append(out)
-            states.append(part)
-        order = np.argsort(np.concatenate(groups))
-        logits, state = outs[0], states[0]
-        if len(groups) > 1:
-            logits, state = jnp.concatenate(outs), join_rows(states)
-            if (order != np.arange(len(order))).any():
-                logits, state = logits[order], take_rows(state, order)
-        after = tuple(
-            ledger.feed(self.config, plan.ratios, row, keep=plan.keep)
-            for ledger, plan, row in zip(ledgers, plans, fed, strict=True)
-        )
-        return logits, Memory(self.config, state, after, self.identity)
-
-    def _groups(
-        self, rows: list[np.ndarray], plans: list[Plan], ledgers: Sequence[Ledger]
-    ) -> list[list[int]]:
-        """Rows that are fed together; one that keeps raw entries is fed alone."""
-        alone = [i for i, plan in enumerate(plans) if plan.keep]
-        rest = [i for i, plan in enumerate(plans) if not plan.keep]
-        if not rest:
-            return [[i] for i in alone]
-        groups = group_rows(
-            self.config,
-            [plans[i] for i in rest],
-            [len(rows[i]) for i in rest],
-            [ledgers[i] for i in rest],
-        )
-        return [[rest[i] for i in group] for group in groups] + [[i] for i in alone]
-
-    def _feed_group(
-        self,
-        state: MemoryState,
-        rows: list[np.ndarray],
-        ratios: np.ndarray,
-        keep: dict[int, np.ndarray],
-        *,
-        donate: bool,
-    ) -> tuple[jax.Array, MemoryState]:
-        """One call, and one more per window of which raw entries are kept beside the
-        beacons: it is left open when full, and closed with what is to stay."""
-        config, window = self.config, state.window
-        lengths = np.asarray([len(r) for r in rows])
-        tokens = np.zeros((len(rows), lengths.max()), np.int32)
-        for line, row in zip(tokens, rows, strict=True):
-            line[: len(row)] = row
-        done, begun = 0, -int(state.raw[0]) if keep else 0
-        first = int(state.windows[0]) if keep else 0
-        for number in sorted(keep):
-            stop = begun + (number - first + 1) * window
-            if stop > lengths.max():
-                break  # the window stays open
-            logits, state = prefill(
-                config,
-                self.variables,
-                state,
-                tokens[:, done:stop],
-                ratios,
-                close=False,
-                donate=donate,
-            )
-            place, *_ = kept_window(
-                config,
-                int(state.ratio[0]),
-                keep[number],
-                first=not int(state.slots[0]),
-            )
-            state = keep_entries(
-                config,
-                state,
-                jnp.asarray(place)[None],
-                jnp.full((1,), len(place), jnp.int32),
-            )
-            done, donate = stop, True
-            if done == lengths.max():
-                return logits, state
-        return prefill(
-            config,
-            self.variables,
-            state,
-            tokens[:, done:],
-            ratios,
-            lengths - done,
-            donate=donate,
-        )
 
     def _decode(
         self,
@@ -490,46 +361,6 @@ class Model:
             )
         return seen_tokens(known, self.config.vocab_size)
 
-    def _fresh(self, rows: int, capacity: int) -> MemoryState:
-        make = functools.partial(
-            init_memory, self.config, rows, capacity, compute_dtype(self.variables)
-        )
-        if self.partition is None:
-            return make()
-        where = state_shardings(self.partition, jax.eval_shape(make))
-        return jax.jit(make, out_shardings=where)()
-
-    def _room(
-        self,
-        state: MemoryState,
-        ratios: np.ndarray,
-        new: np.ndarray,
-        capacity: int | None,
-        plans: list[Plan],
-    ) -> int:
-        """Slots of a buffer that `new` tokens per row fit into."""
-        extra = max(sum(map(len, plan.keep.values())) for plan in plans)
-        needed = needed_slots(self.config, state, new, ratios) + extra
-        if capacity:
-            size = max(capacity, state.capacity)
-            if size < needed:
-                raise CapacityError(size, needed)
-            return size
-        if needed <= state.capacity:
-            return state.capacity
-        return buffer_size(needed, state.window)
-
-    def _check_memory(self, memory: Memory | None, rows: int) -> None:
-        if memory is None:
-            return
-        if len(memory) != rows:
-            raise ValueError(
-                f"memory has {len(memory)} rows for {rows} texts: give one of one row "
-                "(memory[i]) or one row per text."
-            )
-        if memory.identity is not self.identity:
-            check_same_model(memory, self)
-
 
 def as_batch(texts: Any) -> tuple[list[Any], bool]:
     """Texts as a list, and whether it was a single one.
@@ -546,10 +377,6 @@ def as_batch(texts: Any) -> tuple[list[Any], bool]:
     return [texts], True
 
 
-def _ledgers(memory: Memory | None, rows: int) -> Sequence[Ledger]:
-    return memory.rows if memory is not None else [Ledger.empty()] * rows
-
-
 def _rows_for(memory: Memory | None, count: int) -> Memory | None:
     """A memory of one row is asked all of `count` prompts."""
     if memory is None or len(memory) == count or len(memory) != 1:
@@ -563,18 +390,6 @@ def _shown(
     if on_text is None or row is None:
         return on_text
     return functools.partial(on_text, row)
-
-
-def _held(memory: Memory, plans: list[Plan], result: Decoded) -> Memory:
-    """The memory after decoding: up to the end of each row's text."""
-    rows = []
-    for row, plan, fed, surplus in zip(
-        memory.rows, plans, result.fed, result.surplus, strict=True
-    ):
-        after = row.feed(memory.config, plan.ratios, fed[fed >= 0])
-        rows.append(after.cut(after.length - int(surplus)) if surplus else after)
-    memory = dataclasses.replace(memory, state=result.memory, rows=tuple(rows))
-    return memory.with_rows(memory.rows) if result.surplus.any() else memory
 
 
 def load(
