@@ -19,14 +19,8 @@ from beacon_jax.core.memory import (
 )
 from beacon_jax.hf import checkpoint
 from beacon_jax.inference.decode import decode
-from beacon_jax.inference.prefill import (
-    Ratio,
-    buffer_size,
-    compute_dtype,
-    plan_ratios,
-    prefill,
-    warn_beyond_training,
-)
+from beacon_jax.inference.plan import Ratio, plan_ratios, warn_beyond_training
+from beacon_jax.inference.prefill import buffer_size, compute_dtype, prefill
 from beacon_jax.inference.sampling import make_sampling
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 
@@ -203,7 +197,7 @@ class Model:
         ratios = plan_ratios(
             self.config, ratio, length=before + tokens, new_tokens=new, seed=seed
         )
-        warn_beyond_training(self.config, ratios, before + tokens + new, memory)
+        warn_beyond_training(self.config, ratios, before + tokens + new)
         return ratios
 
     def _room(
