@@ -9,13 +9,14 @@ beacons go, because a beacon of a part of a window is nothing the model was trai
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.core import move
 from beacon_jax.core.memory import MemoryState, default_window
+from beacon_jax.inference import leaves
+from beacon_jax.inference.compatible import config_differences, identity_differences
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.prefill import buffer_size
@@ -43,7 +44,7 @@ def concatenate(memories: Sequence[Memory]) -> Memory:
     first, rest = parts[0], parts[1:]
     if not rest:
         return first
-    needed = int(sum(part.slots for part in parts).max())
+    needed = int(np.sum([part.slots for part in parts], axis=0).max())
     size = buffer_size(needed, default_window(first.config))
     state = first.state.resized(size)
     for part in rest:
@@ -132,57 +133,13 @@ def _check(memories: list[Memory]) -> None:
 def _differences(a: Memory, b: Memory) -> list[str]:
     """What keeps two memories from being mounted, in words."""
     found = [
-        f"{name} {x} and {y}"
-        for name, x, y in (
-            ("rows", len(a), len(b)),
-            ("dtype", leaf_dtypes(a.state), leaf_dtypes(b.state)),
-        )
-        if x != y
+        ("rows", len(a), len(b)),
+        ("dtype", leaves.dtype_name(a.state), leaves.dtype_name(b.state)),
     ]
-    found += [f"{n} {x} and {y}" for n, x, y in config_differences(a.config, b.config)]
-    if a.identity != b.identity:
-        found += [
-            f"{part} weights {x or 'unknown'} and {y or 'unknown'}"
-            for part, x, y in (
-                ("base", a.identity.base, b.identity.base),
-                ("beacon", a.identity.beacon, b.identity.beacon),
-            )
-            if x != y
-        ]
-    return found
-
-
-def leaf_dtypes(state: MemoryState) -> str:
-    """Dtypes of the buffers, "float32" or several with their names."""
-    leaves = jax.tree_util.tree_leaves_with_path((state.k, state.v))
-    kinds = {path: leaf.dtype.name for path, leaf in leaves}
-    if len(set(kinds.values())) == 1:
-        return next(iter(kinds.values()))
-    return ", ".join(f"{jax.tree_util.keystr(p)} {kind}" for p, kind in kinds.items())
-
-
-def config_differences(
-    a: ModelConfig, b: ModelConfig
-) -> list[tuple[str, object, object]]:
-    """(field, value of a, value of b) of what a memory depends on. Which ratios are
-    drawn from, and how, is not part of that."""
-
-    def fields(config: ModelConfig) -> dict[str, object]:
-        flat: dict[str, object] = {}
-        for name, value in dataclasses.asdict(config).items():
-            if isinstance(value, dict):
-                flat |= {f"{name}.{k}": x for k, x in value.items()}
-            else:
-                flat[name] = value
-        if config.beacon is not None:
-            flat["beacon"] = "present"
-        for name in ("ratios", "ratio_mix", "parallel_window", "embed_init"):
-            flat.pop(f"beacon.{name}", None)
-        return flat
-
-    x, y = fields(a), fields(b)
+    found = [(name, x, y) for name, x, y in found if x != y]
+    found += config_differences(a.config, b.config)
+    found += identity_differences(a.identity, b.identity)
     return [
-        (f"config.{name}", x.get(name), y.get(name))
-        for name in {**x, **y}
-        if x.get(name) != y.get(name)
+        f"{name} {'unknown' if y is None else y}, not {'unknown' if x is None else x}"
+        for name, x, y in found
     ]
