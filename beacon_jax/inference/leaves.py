@@ -39,7 +39,7 @@ class Part:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[int | None], np.ndarray]
+    read: Callable[[Any], np.ndarray]
     layered: bool = False
 
     def blocks(self) -> Iterator[np.ndarray]:
