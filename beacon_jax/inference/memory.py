@@ -12,18 +12,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
+from beacon_jax.hf.identify import Identity
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import Partition
-
-
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """Which weights wrote a memory: hashes of the base and of the beacons (None: a
-    model that was made in memory, which nothing can be checked against)."""
-
-    base: str | None = None
-    beacon: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +32,7 @@ class Memory:
     config: ModelConfig = dataclasses.field(repr=False)
     state: MemoryState = dataclasses.field(repr=False)
     rows: tuple[Ledger, ...] = dataclasses.field(repr=False)
-    identity: Identity = Identity()
+    identity: Identity = dataclasses.field(default_factory=Identity)
 
     def __len__(self) -> int:
         """B, the number of contexts."""
