@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -48,6 +49,10 @@ class MemoryState(flax.struct.PyTreeNode):
     tokens: Int[Array, "B W"]
 
     @property
+    def rows(self) -> int:
+        return self.slots.shape[0]
+
+    @property
     def capacity(self) -> int:
         return self.k.shape[2]
 
@@ -73,6 +78,10 @@ class MemoryState(flax.struct.PyTreeNode):
         safe = jnp.maximum(self.ratio, 1)
         return self.raw + jnp.where(self.ratio > 0, self.raw // safe, 0)
 
+    def copy(self) -> "MemoryState":
+        """In buffers of its own, for a function that takes them over."""
+        return jax.tree.map(jnp.copy, self)
+
     def resized(self, capacity: int) -> "MemoryState":
         """With room for `capacity` slots; never fewer than it has."""
         if capacity <= self.capacity:
@@ -84,6 +93,12 @@ class MemoryState(flax.struct.PyTreeNode):
 def default_window(config: ModelConfig) -> int:
     """W of the config's beacons; a plain model is fed in windows of up to 512."""
     return config.beacon.window if config.beacon else min(512, config.max_position)
+
+
+def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
+    """Bytes of one slot of one row: keys and values of all layers."""
+    per_layer = config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    return 2 * config.num_layers * per_layer
 
 
 def init_memory(

@@ -5,6 +5,7 @@ from the ratios and the number of tokens fed, so the host keeps the account.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Int
@@ -12,6 +13,7 @@ from jaxtyping import Int
 from beacon_jax.core.memory import default_window
 from beacon_jax.core.windows import window_slots
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,11 +80,14 @@ class Ledger:
         config: ModelConfig,
         plan: Int[np.ndarray, " P"],
         tokens: Int[np.ndarray, " n"],
+        *,
+        keep: Mapping[int, Int[np.ndarray, " k"]] | None = None,
     ) -> "Ledger":
         """After feeding `tokens`; the first of them must be what is pending.
 
         Args:
           plan: ratio of each window of the row by its number, the last one going on.
+          keep: raw tokens of a window, by its number, that stay beside its beacons.
         """
         w, pending = default_window(config), self.pending
         assert np.array_equal(tokens[: len(pending)], pending)
@@ -100,7 +105,12 @@ class Ledger:
             first_open = False
             if fed - start < w:
                 break
-            new, each = closed_window(config, ratio, start, first=slots == 0)
+            if keep and number in keep:
+                at = keep[number]
+                _, new, each = kept_window(config, ratio, at, first=slots == 0)
+                new = new + np.int32(start)
+            else:
+                new, each = closed_window(config, ratio, start, first=slots == 0)
             slots, start, number = slots + len(new), start + w, number + 1
             spans.append(new)
             ratios.append(each)
@@ -108,9 +118,25 @@ class Ledger:
         joined = (np.concatenate(x) for x in (spans, ratios, marks))
         return Ledger(*joined, fed=fed, tokens=kept, ratio=ratio)
 
+    def closed(
+        self, spans: Int[np.ndarray, "n 2"], ratios: Int[np.ndarray, " n"]
+    ) -> "Ledger":
+        """The open window closed, with these slots instead of those of its ratio.
+
+        Args:
+          spans: source tokens of each slot, counted from the row's first.
+        """
+        slots = self.slots + len(spans)
+        return dataclasses.replace(
+            self,
+            spans=np.concatenate([self.spans, spans.astype(np.int32)]),
+            ratios=np.concatenate([self.ratios, ratios.astype(np.int32)]),
+            marks=np.concatenate([self.marks, np.array([[self.fed, slots]], np.int32)]),
+        )
+
     def cut(self, tokens: int) -> "Ledger":
-        """The first `tokens` tokens: the windows that end there or before stay, the
-        tokens behind them become pending.
+        """The first `tokens` tokens: windows that end there or before stay, as does the
+        front of the open window; tokens of a window that was closed become pending.
 
         Raises:
           ValueError: more tokens than there are, or tokens that were not kept.
@@ -120,16 +146,16 @@ class Ledger:
                 f"tokens={tokens} must be between 0 and the {self.length} that the "
                 "memory holds."
             )
-        whole = int(np.flatnonzero(self.marks[:, 0] <= min(tokens, self.fed))[-1])
+        kept = None if self.tokens is None else self.tokens[:tokens]
+        if tokens >= self.marks[-1, 0]:
+            return dataclasses.replace(self, fed=min(tokens, self.fed), tokens=kept)
+        whole = int(np.flatnonzero(self.marks[:, 0] <= tokens)[-1])
         start, slots = (int(x) for x in self.marks[whole])
-        kept = self.tokens
-        if kept is not None:
-            kept = kept[:tokens]
-        elif tokens > start:
+        if kept is None and tokens > start:
             raise ValueError(
-                f"tokens={tokens} lies inside a window and its tokens were not kept: "
-                f"truncate to {start}, where a window ends, or keep the tokens "
-                "(keep_tokens=True, save(..., tokens=True))."
+                f"tokens={tokens} lies inside a window that is compressed, and the "
+                f"tokens were not kept: truncate to {start}, where a window ends, or "
+                "keep the tokens (save(..., tokens=True))."
             )
         return Ledger(
             spans=self.spans[:slots],
@@ -179,3 +205,34 @@ def closed_window(
         ratios = np.concatenate([np.where(raw, 0, ratio).astype(np.int32), ratios])
     assert len(spans) == window_slots(config, ratio, first=first, window=w)
     return spans + np.int32(start), ratios
+
+
+def kept_window(
+    config: ModelConfig, ratio: int, offsets: Int[np.ndarray, " k"], *, first: bool
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
+    """What a full window leaves if some of its raw tokens stay beside the beacons.
+
+    Args:
+      offsets: of those tokens in the window.
+
+    Returns:
+      For each slot: its entry of the mixed window, its source tokens counted from the
+      window's first, and its ratio. Entries keep their order, behind the sinks.
+    """
+    w, sink = (
+        default_window(config),
+        config.beacon.sink if config.beacon and first else 0,
+    )
+    spans, ratios = closed_window(config, ratio, 0, first=first)
+    if not ratio:
+        return np.arange(w), spans, ratios
+    placement = config.beacon.placement if config.beacon else "interleave"
+    beacons = Layout.of_window(w, ratio, placement).beacon_index
+    raw = np.unique(offsets)
+    entry = raw + raw // ratio if placement == "interleave" else raw
+    place = np.concatenate([beacons, entry])
+    spans = np.concatenate([spans, np.stack([raw, raw + 1], axis=1)])
+    ratios = np.concatenate([ratios, np.zeros(len(raw), ratios.dtype)])
+    order = np.concatenate([np.arange(sink), sink + np.argsort(place, kind="stable")])
+    place = np.concatenate([np.arange(sink), place])
+    return place[order], spans[order].astype(np.int32), ratios[order].astype(np.int32)

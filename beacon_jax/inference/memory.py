@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.partition import Partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,20 +111,24 @@ class Memory:
     def truncate(self, tokens: int) -> "Memory":
         """The memory of each row's first `tokens` tokens.
 
-        Windows that end there stay as they are; the rest of the tokens, less than one
-        window, is fed again with whatever comes next.
+        Windows that end there or before stay as they are, and so does the front of the
+        open window; tokens inside a window that was compressed, less than one window,
+        are fed again with whatever comes next.
 
         Raises:
-          ValueError: more tokens than a row has, or tokens inside a window that were
-            not kept.
+          ValueError: more tokens than a row has, or tokens inside a compressed window
+            that were not kept.
         """
-        rows = tuple(row.cut(tokens) for row in self.rows)
+        return self.with_rows(tuple(row.cut(tokens) for row in self.rows))
+
+    def with_rows(self, rows: tuple[Ledger, ...]) -> "Memory":
+        """The memory where each row's account says, which is at or before its end."""
         number = lambda values: jnp.asarray(list(values), jnp.int32)
         sinks = jnp.where(number(r.slots for r in rows) > 0, self.state.sinks, 0)
         state = self.state.replace(
             slots=number(r.slots for r in rows),
             sinks=sinks,
-            raw=jnp.zeros_like(self.state.raw),
+            raw=number(r.raw for r in rows),
             windows=number(r.windows for r in rows),
         )
         return dataclasses.replace(self, state=state, rows=rows)
@@ -171,3 +177,16 @@ def join_rows(states: Sequence[MemoryState]) -> MemoryState:
     states = [state.resized(size) for state in states]
     join = lambda *leaves: jnp.concatenate(leaves, axis=batch_axis(leaves[0]))
     return jax.tree.map(join, *states)
+
+
+def state_shardings(partition: Partition, state: Any) -> Any:
+    """Where each leaf of a state (or its shape) lives: rows with the batch, keys and
+    values with their kv heads."""
+
+    def sharding(leaf: Any) -> NamedSharding:
+        axes: tuple[str | None, ...] = ("batch", *(None,) * (leaf.ndim - 1))
+        if leaf.ndim == 5:
+            axes = (None, "batch", None, "kv_heads", None)
+        return partition.sharding(axes, leaf.shape, "the memory")
+
+    return jax.tree.map(sharding, state)

@@ -1,16 +1,13 @@
-"""Plans the ratios and the buffer, and feeds a prompt of any length into the memory.
-
-A prompt is fed in pieces of a power-of-two number of windows, at most `PIECE_WINDOWS`:
-one compile per size, and all longer prompts share the largest.
-"""
+"""Plans the ratios and the buffer, and feeds a prompt of any length into the memory."""
 
 import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -19,8 +16,6 @@ from beacon_jax.core.loop import check_capacity, feed
 from beacon_jax.core.memory import MemoryState, default_window
 from beacon_jax.core.windows import draw_ratios
 from beacon_jax.model.config import ModelConfig
-
-PIECE_WINDOWS = 16  # 16K tokens for Llama-2; a shorter prompt takes a smaller piece
 
 Ratio = int | Sequence[int] | str | None
 
@@ -148,22 +143,36 @@ def prefill(
     variables: dict[str, Any],
     memory: MemoryState,
     tokens: Int[np.ndarray, "B T"],
-    ratios: Int[np.ndarray, " P"],
+    ratios: Int[np.ndarray, "*B P"],
     lengths: Int[np.ndarray, " B"] | None = None,
+    *,
+    close: bool = True,
+    donate: bool = False,
+    piece: int | None = None,
+    on_piece: Callable[[int], None] | None = None,
 ) -> tuple[Float[Array, "B V"], MemoryState]:
-    """Feeds the tokens behind what the memory holds.
+    """Feeds the tokens behind what the memory holds: one scan over all windows.
+
+    The scan's length is the next power of two of the windows, those past a row's end
+    cost nothing, and so one compiled program serves a doubling of lengths.
 
     Args:
       tokens: right padded; T is free.
-      ratios: of the windows of the whole sequence, counted from its first token.
+      ratios: of the windows of the whole sequence, counted from its first token; one
+        plan for all rows or one per row (equal in every step of this call).
       lengths: real tokens per row, at least 1; None: T for all.
+      close: False leaves a last window that is exactly full open, uncompressed.
+      donate: the memory passed in is not needed again: its buffer is written in place.
+      piece: tokens per scan, a multiple of the window: several scans of one program,
+        so that a long prompt can show its progress and be saved on the way.
+      on_piece: called with the number of tokens fed so far after each scan.
 
     Returns:
       The logits after each row's last token, and the new memory; the one passed in is
-      not changed.
+      not changed unless it is donated.
 
     Raises:
-      ValueError: a row of 0 tokens.
+      ValueError: a row of 0 tokens, or a piece that is no multiple of the window.
       CapacityError: the memory is too small; it states the capacity needed.
     """
     tokens = np.asarray(tokens, np.int32)
@@ -173,28 +182,37 @@ def prefill(
         raise ValueError(
             f"tokens has rows of lengths {lengths.tolist()}: each needs at least 1."
         )
+    window = default_window(config)
+    if piece is not None and (piece < 1 or piece % window):
+        raise ValueError(f"piece={piece} must be a multiple of the window, {window}.")
     # `feed` checks each piece; a text that does not fit is to fail before the first.
     check_capacity(config, memory, lengths, ratios)
-    window = default_window(config)
-    size = window * min(_power_of_two(-(-total // window)), PIECE_WINDOWS)
+    whole = window * _power_of_two(-(-total // window))
+    size = whole if piece is None else min(piece, whole)
+    memory = memory if donate else memory.copy()
     logits = None
     for start in range(0, total, size):
-        piece = np.zeros((rows, size), np.int32)
-        part = tokens[:, start : start + size]
-        piece[:, : part.shape[1]] = part
+        part = np.zeros((rows, size), np.int32)
+        here = tokens[:, start : start + size]
+        part[:, : here.shape[1]] = here
         count = np.clip(lengths - start, 0, size).astype(np.int32)
         out, memory = feed(
             config,
             variables,
             memory,
-            jnp.asarray(piece),
+            jnp.asarray(part),
             jnp.asarray(count),
             jnp.asarray(ratios),
             dtype=compute_dtype(variables),
+            close=close or start + size < total,
+            donate=True,
         )
         last = out.last_logits
         # A row that ended in an earlier piece keeps the logits it had there.
         logits = last if logits is None else jnp.where(count[:, None] > 0, last, logits)
+        if on_piece:
+            jax.block_until_ready(logits)
+            on_piece(min(start + size, total))
     assert logits is not None
     return logits, memory
 
