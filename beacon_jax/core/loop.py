@@ -40,7 +40,9 @@ class FeedOutput(NamedTuple):
     token_loss: Float[Array, "B T"] | None
 
 
-def row_plans(ratios: Int[np.ndarray, "*B P"], rows: int) -> Int[np.ndarray, "B P"]:
+def row_plans(
+    ratios: Int[np.ndarray, "*B P"] | Int[Array, "*B P"], rows: int
+) -> Int[np.ndarray, "B P"]:
     """A plan for each row, from one for all of them or one for each."""
     plan = np.asarray(ratios, np.int32)
     return np.broadcast_to(plan, (rows, plan.shape[-1]))

@@ -105,7 +105,7 @@ def load(
                 leaves[name] = source.array(name)
             else:
                 sharding, kind = place(config, name, tensor.shape)
-                pieces = source.blocks(name)
+                pieces, kind = source.blocks(name), kind or cast or tensor.dtype
                 leaves[name] = put_blocks(tensor.shape, kind, sharding, pieces)
     variables = {"params": {}, "beacon": {}} | unflatten(leaves)
     return Checkpoint(
@@ -165,6 +165,7 @@ def _read_converted(
             leaves[name] = reader.read(name).astype(cast or tensor.dtype)
         else:
             sharding, kind = place(config, name, tensor.shape)
+            kind = kind or cast or tensor.dtype
             leaves[name] = read_parts(reader, name, kind, sharding)
     if absent:
         fresh = init_beacon(unflatten(leaves)["params"], config)
@@ -182,7 +183,7 @@ def _read_converted(
 def _placed(x: Any, config: ModelConfig, name: str, place: Place) -> Any:
     """An array on the devices, moved to where `place` wants it."""
     sharding, kind = place(config, name, x.shape)
-    return jax.jit(lambda x: x.astype(kind), out_shardings=sharding)(x)
+    return jax.jit(lambda x: x.astype(kind or x.dtype), out_shardings=sharding)(x)
 
 
 def save_hf(

@@ -36,3 +36,16 @@ def _flat(config: ModelConfig) -> dict[str, Any]:
         fields |= {f"{name}.{k}": x for k, x in nested.items()} if nested else {}
         fields |= {} if nested else {name: value}
     return {k: x for k, x in fields.items() if k not in (*_FREE, *_FREE_START)}
+
+
+def check_same_model(memory: Any, model: Any) -> None:
+    """Raises ValueError unless the model wrote the memory, as far as can be known."""
+    found = config_differences(memory.config, model.config)
+    found += identity_differences(memory.identity, model.identity)
+    if found:
+        lines = [f"{name}: {x} in the memory, {y} in the model" for name, x, y in found]
+        raise ValueError(
+            "memory was written by another model:\n  " + "\n  ".join(lines) + "\n"
+            "Compress the text again with this one, or load the pack with "
+            "Memory.load(path, model, allow_other_model=True)."
+        )

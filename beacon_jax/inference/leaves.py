@@ -166,3 +166,13 @@ def _sharding(
     split = lambda axis: math.prod(sizes[m] for m in rules.get(axis or "", ()))
     fits = [a if n % split(a) == 0 else None for a, n in zip(kind, shape, strict=True)]
     return partition.sharding(tuple(fits), shape)
+
+
+def shardings(partition: Partition, state: Any) -> Any:
+    """Where each leaf of a state (or its shape) lives: rows with the batch, keys and
+    values with their kv heads. What the devices do not divide is whole on each."""
+    found = [
+        _sharding(partition, axes(name, len(leaf.shape)), leaf.shape)
+        for name, leaf in names(state).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), found)

@@ -159,7 +159,7 @@ def load(
     identity = Identity(known["base"], known["beacon"])
     if model is not None:
         _check_model(pack.path, config, identity, model, allow_other_model)
-        config = model.config
+        config, identity = model.config, model.identity
     pack.verify()
     rows = pack.manifest["rows"]
     state = leaves.build(
