@@ -70,7 +70,8 @@ def prefix_attention(
       k_scale, v_scale: of int8 k and v, per slot and kv head (`attention.decode`).
       k_mean: what int8 keys lack, un-rotated: slot p holds k minus k_mean rotated by p
         (`attention.mean`; magnitudes like yarn's belong to k_mean).
-      frequencies: of that rotation, angle per position of each pair (i, i + H/2).
+      frequencies: of that rotation, angle per position of each pair (i, i + H/2); not
+        used without k_mean.
 
     Raises:
       NotImplementedError: no named implementation takes these arguments; says which

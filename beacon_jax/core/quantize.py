@@ -7,9 +7,14 @@ biases) would otherwise set the scale for all channels. Memory holds rotated key
 rotations are linear: R_p k - R_p mean = R_p (k - mean). What is stored (the residual)
 moves to another slot by a rotation of the distance, like a key, and attention adds the
 mean to scores (`attention.mean`), never to keys.
+
+Channels that are large without a bias lose a factor instead, the same for both of a
+rotated pair, so that it commutes with rotations: q . k = (q * spread) . (k / spread).
+Powers of two are exact in bfloat16. Three channels of 100 times the usual deviation,
+with queries that make up for it: total variation of the attention 0.21 with the mean
+alone, 0.005 with both (largest of 64 queries over 400 keys, H = 64).
 """
 
-import functools
 from typing import Any
 
 import flax.struct
@@ -23,6 +28,7 @@ from beacon_jax.model.decoder import write_rows
 from beacon_jax.model.rotary import rotate
 
 LARGEST = 127
+MOST_DOUBLINGS = 10  # of a spread, which float16 queries survive
 
 
 class Quantized(flax.struct.PyTreeNode):
@@ -33,25 +39,28 @@ class Quantized(flax.struct.PyTreeNode):
       scale: of a slot and kv head; 0 where nothing was written.
       mean: un-rotated, times rotary magnitudes like yarn's; None: nothing was taken out
         (values, or models whose keys need none).
+      spread: of channels, powers of two, equal in both of a pair; None: 1.
     """
 
     values: Int8[Array, "L B S K H"]
     scale: Float[Array, "L B K S"]
     mean: Float[Array, "L B K H"] | None = None
+    spread: Float[Array, "L B K H"] | None = None
 
     @property
     def nbytes(self) -> int:
-        mean = 0 if self.mean is None else self.mean.nbytes
-        return self.values.nbytes + self.scale.nbytes + mean
+        return sum(x.nbytes for x in jax.tree.leaves(self))
 
 
 def empty(
-    shape: tuple[int, int, int, int, int], mean: Float[Array, "L B K H"] | None = None
+    shape: tuple[int, int, int, int, int],
+    mean: Float[Array, "L B K H"] | None = None,
+    spread: Float[Array, "L B K H"] | None = None,
 ) -> Quantized:
     """A buffer [L, B, S, K, H] without entries."""
     layers, rows, slots, heads, _ = shape
     scale = jnp.zeros((layers, rows, heads, slots), jnp.float32)
-    return Quantized(jnp.zeros(shape, jnp.int8), scale, mean)
+    return Quantized(jnp.zeros(shape, jnp.int8), scale, mean, spread)
 
 
 def channel_mean(
@@ -62,6 +71,38 @@ def channel_mean(
     some = valid[..., None, None]
     total = jnp.where(some, keys, 0).astype(jnp.float32).sum(-3)
     return total / jnp.maximum(valid.sum(-1), 1)[:, None, None]
+
+
+def pair_spread(
+    keys: Float[Array, "*L B T K H"], valid: Bool[Array, "B T"]
+) -> Float[Array, "*L B K H"]:
+    """Deviations of a row's valid un-rotated keys from their mean, the larger of each
+    pair, in units of the head's median, rounded to powers of two; 1 where there are
+    none."""
+    mean = channel_mean(keys, valid)[..., None, :, :]
+    deviation = jnp.sqrt(channel_mean(jnp.square(keys - mean), valid))
+    pair = jnp.maximum(*jnp.split(deviation, 2, -1))
+    middle = jnp.median(pair, -1, keepdims=True)
+    some = (pair > 0) & (middle > 0)
+    ratio = jnp.where(some, pair / jnp.where(some, middle, 1), 1)
+    spread = jnp.exp2(
+        jnp.clip(jnp.round(jnp.log2(ratio)), -MOST_DOUBLINGS, MOST_DOUBLINGS)
+    )
+    return jnp.concatenate([spread, spread], -1)
+
+
+def for_attention(q: Float[Array, "B T N H"], k: Quantized, v: Quantized, layer):
+    """(q, keyword arguments) for `attention.prefix_attention` over these buffers."""
+    options = {"k_scale": k.scale, "v_scale": v.scale, "layer": layer}
+    mean = k.mean
+    if k.spread is not None:
+        spread = _of_layer(k.spread, layer)
+        heads = jnp.repeat(spread, q.shape[2] // spread.shape[1], axis=1)
+        q = q * heads[:, None].astype(q.dtype)
+        mean = None if mean is None else mean / k.spread
+    if mean is not None:
+        options["k_mean"] = mean
+    return q, options
 
 
 def quantize(
@@ -103,11 +144,11 @@ def dequantize(
     Raises:
       ValueError: a buffer with a mean, and no frequencies.
     """
-    if layer is not None:
-        one = functools.partial(jax.lax.dynamic_index_in_dim, index=layer)
-        buffer = jax.tree.map(lambda x: one(x, keepdims=False), buffer)
+    buffer = _of_layer(buffer, layer)
     scale = jnp.swapaxes(buffer.scale, -1, -2)[..., None]
     x = buffer.values * scale
+    if buffer.spread is not None:
+        x = x * buffer.spread[..., None, :, :]
     if buffer.mean is not None:
         slots = jnp.arange(x.shape[-3])[None]
         mean = rotated_mean(buffer.mean, slots, _needed(frequencies))
@@ -133,9 +174,7 @@ def write(
     """
     if buffer.mean is None:
         return write_residual(buffer, new, start, layer, live)
-    mean = buffer.mean
-    if layer is not None:
-        mean = jax.lax.dynamic_index_in_dim(mean, layer, keepdims=False)
+    mean = _of_layer(buffer.mean, layer)
     slots = start[:, None] + jnp.arange(new.shape[-3])
     new = new - rotated_mean(mean, slots, _needed(frequencies))
     return write_residual(buffer, new, start, layer, live)
@@ -149,15 +188,18 @@ def write_residual(
     live: Bool[Array, " B"] | None = None,
 ) -> Quantized:
     """`write` of entries whose mean is out already (`residual`)."""
+    spread = _of_layer(buffer.spread, layer)
+    if spread is not None:
+        new = new / spread[..., None, :, :]
     values, scale = quantize(new)
-    rows = lambda put, to, x: put(to, x, start, layer, live)
-    if layer is None:
-        rows = lambda put, to, x: jax.vmap(lambda to, x: put(to, x, start, None, live))(
-            to, x
-        )
+
+    def put(write, to, x):
+        one = lambda to, x: write(to, x, start, layer, live)
+        return (one if layer is not None else jax.vmap(one))(to, x)
+
     return buffer.replace(
-        values=rows(write_rows, buffer.values, values),
-        scale=rows(_write_scales, buffer.scale, scale),
+        values=put(write_rows, buffer.values, values),
+        scale=put(_write_scales, buffer.scale, scale),
     )
 
 
@@ -185,7 +227,15 @@ def residual(buffer: Quantized, slots: Int[Array, "B T"]) -> Float[Array, "L B T
     at = slots[None, :, :, None, None]
     scale = jnp.take_along_axis(buffer.scale, slots[None, :, None], -1)
     values = jnp.take_along_axis(buffer.values, at, 2)
-    return values * jnp.swapaxes(scale, -1, -2)[..., None]
+    x = values * jnp.swapaxes(scale, -1, -2)[..., None]
+    return x if buffer.spread is None else x * buffer.spread[..., None, :, :]
+
+
+def _of_layer(tree, layer):
+    if layer is None:
+        return tree
+    one = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    return jax.tree.map(one, tree)
 
 
 def _needed(frequencies):

@@ -18,6 +18,8 @@ from beacon_jax.core.quantize import (
     channel_mean,
     dequantize,
     empty,
+    for_attention,
+    pair_spread,
     quantize,
     residual,
     rotated_mean,
@@ -59,32 +61,34 @@ def turned(x, config, start=0):
     return rotate(x, *cos_sin(config, positions))
 
 
-def stored(k, config, *, mean: bool, start=0, capacity=S):
+def stored(k, config, *, mean: bool, spread=False, start=0, capacity=S):
     """A buffer of one layer with these keys, rotated, and its entries as floats."""
     frequencies = inverse_frequencies(config)
-    mu = None
-    if mean:
-        # Of the first quarter, as of a text's first window: later keys have others.
-        valid = jnp.broadcast_to(jnp.arange(k.shape[1]) < k.shape[1] // 4, k.shape[:2])
-        mu = channel_mean(k, valid)[None] * config.rope.attention_scale
+    # Of the first quarter, as of a text's first window: later keys have others.
+    valid = jnp.broadcast_to(jnp.arange(k.shape[1]) < k.shape[1] // 4, k.shape[:2])
+    mu = channel_mean(k, valid)[None] * config.rope.attention_scale if mean else None
+    factors = pair_spread(k, valid)[None] if spread else None
     at = jnp.full(B, start)
     put = jax.jit(functools.partial(write, layer=0, frequencies=frequencies))
-    buffer = put(empty((1, B, capacity, K, H), mu), turned(k, config, start), at)
+    buffer = put(
+        empty((1, B, capacity, K, H), mu, factors), turned(k, config, start), at
+    )
     return buffer, dequantize(buffer, 0, frequencies=frequencies)[:, start:]
 
 
-def weights(k, config, t=16):
-    """float64 attention [B, K, T, S] of queries that stand behind the keys."""
-    q = jax.random.normal(jax.random.key(2), (B, t, K, H))
+def weights(k, config, t=16, share=1.0):
+    """float64 attention [B, K, T, S] of queries (times `share`) behind the keys."""
+    q = share * jax.random.normal(jax.random.key(2), (B, t, K, H))
     q = np.asarray(turned(q, config, k.shape[1]), np.float64)
     scores = np.einsum("BTKH,BSKH->BKTS", q, np.asarray(k, np.float64)) * H**-0.5
     p = np.exp(scores - scores.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)
 
 
-def variation(ours, exact, config):
+def variation(ours, exact, config, share=1.0):
     """Largest total variation of a query's attention."""
-    gap = np.abs(weights(ours, config) - weights(exact, config))
+    run = functools.partial(weights, config=config, share=share)
+    gap = np.abs(run(ours) - run(exact))
     return gap.sum(-1).max() / 2
 
 
@@ -174,6 +178,25 @@ class TestOutliers:
         _, ours = stored(keys(kind), QWEN2, mean=False)
         assert variation(ours, exact, QWEN2) > 0.01
 
+    def test_large_channels_without_a_bias_need_a_spread(self):
+        """With queries that are as much smaller there: other scores mean nothing."""
+        large = jnp.ones(H).at[jnp.asarray([3, 17, 50])].set(100.0)
+        pair = jnp.tile(jnp.maximum(*jnp.split(large, 2)), 2)
+        k = jax.random.normal(jax.random.key(1), (B, S, K, H)) * large + 5
+        exact = turned(k, QWEN2)
+        gap = lambda **how: variation(
+            stored(k, QWEN2, **how)[1], exact, QWEN2, 1 / pair
+        )
+        assert gap(mean=True, spread=True) <= 0.01 < gap(mean=True)
+
+    def test_a_spread_is_a_power_of_two_per_pair_and_1_without_a_reason(self):
+        k = keys("bias") * jnp.ones(H).at[3].set(100.0)
+        valid = jnp.asarray([[True] * S, [False] * S])
+        spread = pair_spread(k, valid)
+        assert set(np.unique(spread[0]).tolist()) == {1.0, 128.0}
+        assert (spread[0, :, [3, 3 + H // 2]] == 128).all() and (spread[1] == 1).all()
+        assert (pair_spread(jnp.ones((B, S, K, H)), valid) == 1).all()
+
     def test_at_the_end_of_a_long_memory_too(self):
         """Where angles in float32 are off by 0.004."""
         start = 130_000
@@ -185,11 +208,12 @@ class TestOutliers:
         assert (jnp.abs(ours - exact) <= step / 2 + 1e-4).all()
         assert variation(ours, exact, QWEN2) <= 0.01
 
+    @pytest.mark.parametrize("spread", [False, True])
     @pytest.mark.parametrize("config", CONFIGS)
-    def test_entries_that_move_take_no_mean_along(self, config):
+    def test_entries_that_move_take_no_mean_along(self, config, spread):
         """Every other entry to the front half, as when a window is compressed."""
         config = CONFIGS[config]
-        buffer, _ = stored(keys("outliers"), config, mean=True)
+        buffer, _ = stored(keys("outliers"), config, mean=True, spread=spread)
         place, here = 2 * jnp.arange(S // 2) + 1, jnp.arange(S // 2)
         moved = residual(buffer, jnp.broadcast_to(place, (B, S // 2)))
         distance = jnp.broadcast_to(here - place, (B, S // 2))
@@ -199,24 +223,19 @@ class TestOutliers:
         exact = turned(keys("outliers")[:, place], config)
         assert variation(ours[:, : S // 2], exact, config) <= 0.01
 
-    def test_attention_over_the_buffer_is_attention_over_its_floats(self):
+    @pytest.mark.parametrize("mean", [False, True])
+    @pytest.mark.parametrize("spread", [False, True])
+    def test_attention_over_the_buffer_is_attention_over_its_floats(self, mean, spread):
         config, t = YARN, 3
-        k, dequantised = stored(keys("outliers"), config, mean=True)
+        k = keys("outliers").at[..., 5].multiply(9)
+        k, dequantised = stored(k, config, mean=mean, spread=spread)
         values = jax.random.normal(jax.random.key(6), (B, S, K, H))
         v = write(empty((1, B, S, K, H)), values, jnp.zeros(B, jnp.int32), 0)
         q = jax.random.normal(jax.random.key(7), (B, t, 2 * K, H))
         q, prefix = turned(q, config, S), jnp.asarray([S - t, 30])
-        ours = prefix_attention(
-            q,
-            k.values,
-            v.values,
-            prefix,
-            layer=0,
-            k_scale=k.scale,
-            v_scale=v.scale,
-            k_mean=k.mean,
-            frequencies=inverse_frequencies(config),
-        )
+        own, options = for_attention(q, k, v, 0)
+        options["frequencies"] = inverse_frequencies(config)
+        ours = prefix_attention(own, k.values, v.values, prefix, **options)
         with jax.default_matmul_precision("highest"):
             theirs = reference(q, dequantised, dequantize(v, 0), prefix, scale=H**-0.5)
         # float32 sums of numbers near 1000 on both sides.
