@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.loss import IGNORE, token_losses
 from beacon_jax.core.memory import CapacityError, MemoryState
+from beacon_jax.core.move import keep_places
 from beacon_jax.core.step import (
     NOOP,
     lookup,
@@ -28,7 +29,6 @@ from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.partition import active, partitioned
-from beacon_jax.model.rotary import cos_sin, rotate
 
 
 class FeedOutput(NamedTuple):
@@ -40,7 +40,9 @@ class FeedOutput(NamedTuple):
     token_loss: Float[Array, "B T"] | None
 
 
-def row_plans(ratios: Int[np.ndarray, "*B P"], rows: int) -> Int[np.ndarray, "B P"]:
+def row_plans(
+    ratios: Int[np.ndarray, "*B P"] | Int[Array, "*B P"], rows: int
+) -> Int[np.ndarray, "B P"]:
     """A plan for each row, from one for all of them or one for each."""
     plan = np.asarray(ratios, np.int32)
     return np.broadcast_to(plan, (rows, plan.shape[-1]))
@@ -398,25 +400,15 @@ def decode_step(
 
 
 def _compress_open(config, slots, ratio, full, ratios, window, k, v):
-    """Moves the kept entries of full open windows to the front of them.
-
-    A kept key already carries the rotation of its place in the window, so it is turned
-    back by the distance it moves."""
+    """Moves the kept entries of full open windows to the front of them."""
     sink = jnp.where(slots == 0, config.beacon.sink, 0)[:, None]  # [B, 1]
-    n = config.beacon.sink + max(window // r for r in ratios)
-    j = jnp.arange(n)
+    j = jnp.arange(config.beacon.sink + max(window // r for r in ratios))
     r = jnp.maximum(ratio, 1)[:, None]
-    beacons = window // r
-    nth = jnp.clip(j - sink, 0, beacons - 1)
+    nth = jnp.clip(j - sink, 0, window // r - 1)
     if config.beacon.placement == "append":
         place = window + nth
     else:
         place = (nth + 1) * (r + 1) - 1
     place = jnp.where(j < sink, j, place)  # [B, n] entry of the window in new slot j
-    moves = (full & (ratio > 0))[:, None] & (j < sink + beacons)
-    place = jnp.where(moves, place, j)
-    index = (slots[:, None] + place)[None, :, :, None, None]
-    cos, sin = cos_sin(config, j - place, scaled=False)
-    new_k = rotate(jnp.take_along_axis(k, index, axis=2), cos, sin)
-    new_v = jnp.take_along_axis(v, index, axis=2)
-    return put_all_layers(k, new_k, slots, None), put_all_layers(v, new_v, slots, None)
+    count = jnp.where(full & (ratio > 0), (sink + window // r)[:, 0], 0)
+    return keep_places(config, k, v, slots, place, count)

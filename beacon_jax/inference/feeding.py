@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,10 +12,11 @@ import numpy as np
 from beacon_jax.core.loop import needed_slots
 from beacon_jax.core.memory import CapacityError, MemoryState, init_memory
 from beacon_jax.core.move import keep_entries
+from beacon_jax.inference import leaves
 from beacon_jax.inference.compatible import check_same_model
 from beacon_jax.inference.decode import Decoded
 from beacon_jax.inference.ledger import Ledger, kept_window
-from beacon_jax.inference.memory import Memory, join_rows, state_shardings, take_rows
+from beacon_jax.inference.memory import Memory, join_rows, take_rows
 from beacon_jax.inference.plan import Plan, group_rows, stack_ratios
 from beacon_jax.inference.prefill import buffer_size, compute_dtype, prefill
 from beacon_jax.model.config import ModelConfig
@@ -107,7 +108,7 @@ def _feed_group(
     state: MemoryState,
     rows: list[np.ndarray],
     ratios: np.ndarray,
-    keep: dict[int, np.ndarray],
+    keep: Mapping[int, np.ndarray],
     *,
     donate: bool,
 ) -> tuple[jax.Array, MemoryState]:
@@ -115,7 +116,7 @@ def _feed_group(
     beacons: it is left open when full, and closed with what is to stay."""
     config, window = model.config, state.window
     lengths = np.asarray([len(r) for r in rows])
-    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    tokens = np.zeros((len(rows), int(lengths.max())), np.int32)
     for line, row in zip(tokens, rows, strict=True):
         line[: len(row)] = row
     done, begun = 0, -int(state.raw[0]) if keep else 0
@@ -165,7 +166,7 @@ def _fresh(model: "Model", rows: int, capacity: int) -> MemoryState:
     )
     if model.partition is None:
         return make()
-    where = state_shardings(model.partition, jax.eval_shape(make))
+    where = leaves.shardings(model.partition, jax.eval_shape(make))
     return jax.jit(make, out_shardings=where)()
 
 

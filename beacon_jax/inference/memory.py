@@ -8,22 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
+from beacon_jax.hf.identify import Identity
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.partition import Partition
-
-
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """Which weights wrote a memory: hashes of the base and of the beacons (None: a
-    model that was made in memory, which nothing can be checked against)."""
-
-    base: str | None = None
-    beacon: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +30,7 @@ class Memory:
     config: ModelConfig = dataclasses.field(repr=False)
     state: MemoryState = dataclasses.field(repr=False)
     rows: tuple[Ledger, ...] = dataclasses.field(repr=False)
-    identity: Identity = Identity()
+    identity: Identity = dataclasses.field(default_factory=Identity)
 
     def __len__(self) -> int:
         """B, the number of contexts."""
@@ -162,7 +152,7 @@ class Memory:
 
 def batch_axis(leaf: Any) -> int:
     """Of a leaf of `MemoryState`: buffers are stacked over layers first."""
-    return 1 if leaf.ndim == 5 else 0
+    return 1 if leaf.ndim >= 4 else 0
 
 
 def take_rows(state: MemoryState, index: Int[np.ndarray, " b"]) -> MemoryState:
@@ -177,16 +167,3 @@ def join_rows(states: Sequence[MemoryState]) -> MemoryState:
     states = [state.resized(size) for state in states]
     join = lambda *leaves: jnp.concatenate(leaves, axis=batch_axis(leaves[0]))
     return jax.tree.map(join, *states)
-
-
-def state_shardings(partition: Partition, state: Any) -> Any:
-    """Where each leaf of a state (or its shape) lives: rows with the batch, keys and
-    values with their kv heads."""
-
-    def sharding(leaf: Any) -> NamedSharding:
-        axes: tuple[str | None, ...] = ("batch", *(None,) * (leaf.ndim - 1))
-        if leaf.ndim == 5:
-            axes = (None, "batch", None, "kv_heads", None)
-        return partition.sharding(axes, leaf.shape, "the memory")
-
-    return jax.tree.map(sharding, state)

@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from beacon_jax.core.memory import (
 from beacon_jax.hf import checkpoint
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference.decode import Decoded, decode
+from beacon_jax.inference.feeding import decoded_memory, feed_rows, ledgers_of
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.plan import (
     Plan,
@@ -98,7 +99,7 @@ class Model:
         memory: Memory | None = None,
         max_slots: int | None = None,
         max_bytes: int | str | None = None,
-        spans: Spans = None,
+        spans: Spans | None = None,
         lossless: str = "windows",
         capacity: int | None = None,
         seed: int = 0,
@@ -142,11 +143,6 @@ class Model:
         )
         return feed_rows(self, rows, plans, memory, capacity)[1]
 
-    @overload
-    def complete(self, prompt: Text, **options: Any) -> Generation: ...
-    @overload
-    def complete(self, prompt: Sequence[str], **options: Any) -> list[Generation]: ...
-
     def complete(
         self,
         prompt: Any,
@@ -156,7 +152,7 @@ class Model:
         ratio: Ratio = None,
         max_slots: int | None = None,
         max_bytes: int | str | None = None,
-        spans: Spans = None,
+        spans: Spans | None = None,
         lossless: str = "windows",
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float | Sequence[float] = 0.0,
@@ -271,7 +267,11 @@ class Model:
     # --- the rows of a batch -----------------------------------------------------
 
     def _prompt_rows(
-        self, prompts: list[Text], context: Any, memory: Memory | None, spans: Spans
+        self,
+        prompts: list[Text],
+        context: Any,
+        memory: Memory | None,
+        spans: Spans | None,
     ) -> tuple[list[np.ndarray], list[Any]]:
         """[context | prompt] of each row, and the token ranges of its spans."""
         contexts: list[Any] = [None] * len(prompts)
@@ -296,7 +296,7 @@ class Model:
             marked.append(self._spans(spans, before, first))
         return rows, marked
 
-    def _spans(self, spans: Spans, text: Any, first: bool) -> Any:
+    def _spans(self, spans: Spans | None, text: Any, first: bool) -> Any:
         """Token ranges of what `spans` marks in a text."""
         if spans is None:
             return ()

@@ -1,10 +1,7 @@
-"""Plans the ratios and the buffer, and feeds a prompt of any length into the memory."""
+"""Sizes the buffer, and feeds a prompt of any length into the memory."""
 
-import dataclasses
-import functools
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,116 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.loop import check_capacity, feed
 from beacon_jax.core.memory import MemoryState, default_window
-from beacon_jax.core.windows import draw_ratios
 from beacon_jax.model.config import ModelConfig
-
-Ratio = int | Sequence[int] | str | None
-
-
-def plan_ratios(
-    config: ModelConfig,
-    ratio: Ratio,
-    *,
-    length: int,
-    new_tokens: int = 0,
-    seed: int = 0,
-) -> Int[np.ndarray, " P"]:
-    """The ratio of every window of a sequence of length + new_tokens tokens.
-
-    Args:
-      ratio: a number for all windows; a list with one per window, whose last goes on;
-        0 or "full" for full attention; None for the mix of the config (SPEC section 3).
-      length: tokens of the first call, which adapt-F chooses by.
-      seed: of the random mixes.
-
-    Returns:
-      [P], P the next power of two of the number of windows, so that few programs serve
-      all lengths.
-
-    Raises:
-      ValueError: a ratio that does not divide the window (naming those that do), or
-        any but 0 for a model without beacons.
-    """
-    count = _power_of_two(-(-(length + new_tokens) // default_window(config)))
-    if ratio is None:
-        return draw_ratios(config, count, seed=seed, length=length)
-    if isinstance(ratio, str):
-        if ratio != "full":
-            raise ValueError(f"ratio={ratio!r} must be a number, a list or 'full'.")
-        ratio = 0
-    return draw_ratios(
-        config, count, mix="list", ratios=np.atleast_1d(ratio).astype(int).tolist()
-    )
-
-
-def positions(
-    config: ModelConfig, ratios: Int[np.ndarray, " P"], length: int, used: int = 0
-) -> int:
-    """The most positions that a row of `length` tokens takes at once (SPEC section 2).
-
-    Args:
-      ratios: of the windows of those tokens, the first being the one after `used`.
-      used: slots that the memory has before them.
-    """
-    window = default_window(config)
-    most = used
-    for w in range(-(-length // window)):
-        r = int(ratios[min(w, len(ratios) - 1)])
-        raw = min(window, length - w * window)
-        most = max(most, used + raw + (raw // r if r else 0))
-        used += window // r if r else window
-    return most
-
-
-def fitting_ratio(config: ModelConfig, length: int) -> int | None:
-    """The smallest uniform ratio whose positions stay within those trained."""
-    window = default_window(config)
-    for r in range(1, window + 1 if config.beacon else 0):
-        plan = np.array([r])
-        if window % r == 0 and (
-            positions(config, plan, length) <= config.trained_positions
-        ):
-            return r
-    return None
-
-
-def warn_beyond_training(
-    config: ModelConfig,
-    ratios: Int[np.ndarray, " P"],
-    length: int,
-    memory: MemoryState | None = None,
-) -> None:
-    """Warns, once per model and process, if positions pass those trained.
-
-    Args:
-      ratios: of all windows of the sequence.
-      length: all its tokens, those in the memory too.
-    """
-    done, used = 0, 0
-    if memory is not None:
-        done, used = int(memory.windows.max()), int(memory.slots.max())
-    rest = length - done * default_window(config)
-    most = positions(config, ratios[min(done, len(ratios) - 1) :], rest, used)
-    if most > config.trained_positions:
-        fits = fitting_ratio(config, length)
-        plain = dataclasses.replace(config, beacon=None)
-        _warn_once(plain, f"{length} tokens take {most} positions", fits)
-
-
-@functools.cache
-def _warned(config: ModelConfig) -> list[str]:
-    return []
-
-
-def _warn_once(config: ModelConfig, what: str, fits: int | None) -> None:
-    if not _warned(config):
-        warnings.warn(
-            f"{what}, the model was trained for {config.trained_positions}: it "
-            "extrapolates, expect worse text. "
-            + (f"ratio={fits} would fit." if fits else "No ratio would fit."),
-            stacklevel=5,
-        )
-        _warned(config).append(what)
 
 
 def buffer_size(needed: int, window: int) -> int:

@@ -111,7 +111,7 @@ def make_partition(mesh: str | Mesh, devices: Sequence[Any] = ()) -> Partition:
 
 
 def _mesh(text: str, devices: list[Any]) -> Mesh:
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         name, _, size = part.strip().partition(":")
         if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):

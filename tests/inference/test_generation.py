@@ -13,7 +13,8 @@ from beacon_jax.core.loop import feed, feed_jit
 from beacon_jax.core.memory import CapacityError, init_memory
 from beacon_jax.inference import prefill as prefill_module
 from beacon_jax.inference.decode import BLOCK, decode, decode_block
-from beacon_jax.inference.prefill import fitting_ratio, plan_ratios, positions, prefill
+from beacon_jax.inference.plan import plan_ratios
+from beacon_jax.inference.prefill import prefill
 from beacon_jax.inference.sampling import make_sampling
 
 CONTEXT = "In 1998 the harbour master counted 41 boats; the key is 52817. He wept."
@@ -195,23 +196,8 @@ def test_a_plain_model_attends_to_everything(plain):
     )
 
 
-def test_no_ratio_takes_the_mix_of_the_config_by_seed(model):
-    plans = [plan_ratios(model.config, None, length=256, seed=s) for s in (0, 0, 1)]
-    assert plans[0].tolist() == plans[1].tolist() != plans[2].tolist()
-    assert set(plans[0].tolist()) == {2, 4}
-
-
-def test_positions_follow_the_windows(model):
-    # Two windows of 8 compressed to 4 slots each, then 7 tokens with 3 beacons.
-    assert positions(model.config, np.array([2, 2, 2]), 23) == 4 + 4 + 7 + 3
-    assert positions(model.config, np.array([0]), 21) == 21
-    # One window: 8 tokens and its 4 beacons are more than the 4 slots that stay.
-    assert positions(model.config, np.array([2]), 8) == 12
-
-
 def test_beyond_the_trained_positions_it_warns_once_with_the_ratio_that_fits(model):
     config = dataclasses.replace(model.config, max_position=40)
-    assert fitting_ratio(config, 100) == 4
     small = dataclasses.replace(model, config=config)
     with pytest.warns(UserWarning, match=r"trained for 40.*ratio=4 would fit"):
         small.compress("x" * 100, ratio=2)
