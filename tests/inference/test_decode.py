@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from beacon_jax.core import loop as loop_module
 from beacon_jax.core.loop import feed
 from beacon_jax.core.memory import CapacityError, MemoryState, init_memory
 from beacon_jax.inference import decode as decode_module
@@ -21,7 +22,7 @@ from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import init_variables
 
 # All tests feed rows of up to 60 tokens as [B, 64] into 160 slots, with a plan of 16
-# windows that ends in every ratio, and B = 1 or 4: few programs to compile.
+# windows that ends in every ratio, and B is 1 or 4, once 8: few programs to compile.
 W, T, V, ROOM = 8, 64, 61, 160
 PLAN = np.array([2, 4, 2, 0, 4, 4, 2, 2, 4, 2, 4, 2, 2, 4, 0, 2])
 CONFIG = ModelConfig(
@@ -134,23 +135,29 @@ def test_64_random_batches_give_each_row_what_it_gives_alone():
                 same_row(whole.memory, i, alone.memory, 0)
 
 
-def test_a_batch_takes_no_more_device_calls_than_its_longest_row(monkeypatch):
+def test_8_rows_take_the_device_calls_of_one(monkeypatch):
     calls = []
 
-    def counted(*args, **kwargs):
-        calls.append(args[3].logits.shape[0])
-        return decode_block(*args, **kwargs)
+    def counted(name, function, rows):
+        def call(*args, **kwargs):
+            calls.append((name, rows(args)))
+            return function(*args, **kwargs)
 
-    monkeypatch.setattr(decode_module, "decode_block", counted)
-    rows = prompts(60, 13, 1, 40)
-    run(rows, max_new_tokens=[5, 40, 17, 1])
-    assert calls == [4, 4, 4]
-    calls.clear()
-    run(rows[1:2], max_new_tokens=40)
-    assert calls == [1, 1, 1]
+        return call
+
+    fed = counted("feed", loop_module.feed_jit, lambda args: len(args[3]))
+    block = counted("block", decode_block, lambda args: len(args[3].logits))
+    monkeypatch.setattr(loop_module, "feed_jit", fed)
+    monkeypatch.setattr(decode_module, "decode_block", block)
+    rows = prompts(60, 13, 1, 40, 8, 16, 33, 59)
+    new = [5, 40, 17, 1, 2, 2, 3, 16]
+    for count, first in ((8, 0), (1, 1)):
+        calls.clear()
+        run(rows[first : first + count], max_new_tokens=new[first : first + count])
+        assert calls == [("feed", count), *[("block", count)] * 3]
 
 
-def test_one_compile_serves_every_number_setting_and_end(monkeypatch):
+def test_one_compile_serves_every_number_setting_and_end():
     rows = prompts(60, 13, 1, 40)
     run(rows)
     before = decode_block._cache_size()
