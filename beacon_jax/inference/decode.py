@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from beacon_jax.core.loop import check_capacity, decode_step, static_ratios
+from beacon_jax.core.loop import (
+    check_capacity,
+    decode_step,
+    row_plans,
+    static_ratios,
+)
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, row_keys, row_seeds, sample
@@ -61,7 +66,7 @@ def decode_block(
     variables: dict[str, Any],
     memory: MemoryState,
     loop: Loop,
-    ratios: Int[Array, "*B P"],
+    ratios: Int[Array, "B P"],
     sampling: Sampling,
     seeds: UInt32[Array, " B"],
     start: Int[Array, ""],
@@ -159,10 +164,11 @@ def decode(
     limits = _limits(max_new_tokens, rows)
     sampling = _settings(sampling, seen, rows)
     ends = config.eos_ids if eos_ids is None else tuple(eos_ids)
-    check_capacity(config, memory, limits, ratios)
-    static = static_ratios(memory, ratios)
+    plans = row_plans(ratios, rows)
+    check_capacity(config, memory, limits, plans)
+    static = static_ratios(memory, plans)
     if not donate:
-        memory = jax.tree.map(jnp.copy, memory)
+        memory = memory.copy()
     loop = Loop(
         logits, jnp.ones(rows, bool), None if seen is None else jnp.asarray(seen)
     )
@@ -175,7 +181,7 @@ def decode(
             variables,
             memory,
             loop,
-            jnp.asarray(ratios),
+            jnp.asarray(plans),
             sampling,
             words,
             jnp.int32(start),

@@ -82,7 +82,7 @@ class Streamer:
             self.text, self._tail = self.text[:found], ""
             self._show(found)
             return self.keep
-        if not self._tail:
+        if not self._tail and known:
             self._marks.append((len(self), len(self.text)))
         # A stop string that ends later begins at most this far back.
         most = max((len(s) for s in self._stop), default=1)

@@ -25,6 +25,25 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = make_tokenizer()
+PIECES = ["▁", "▁Hello", "▁the", "ab", "▁▁", "x", "é", "<0xE2>", "<0x82>", "<0xAC>"]
+
+
+def make_sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama-2's: the space that a text begins with is stripped."""
+    vocab = {piece: i for i, piece in enumerate(PIECES)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+SENTENCEPIECE = make_sentencepiece()
 
 
 def ids(*parts: str) -> list[int]:
@@ -91,6 +110,21 @@ def test_any_tokens_in_any_blocks_give_the_text_of_decoding_them_at_once(tokens,
         streamer.add(tokens[start : start + cut])
         start += cut
     assert streamer.finish() == TOKENIZER.decode(tokens)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    parts=st.lists(st.sampled_from([*PIECES[:7], "€"]), max_size=30),
+    block=st.integers(1, 9),
+)
+def test_only_the_first_space_of_a_text_is_stripped(parts, block):
+    spelled = [PIECES[7:] if part == "€" else [part] for part in parts]
+    tokens = [PIECES.index(piece) for pieces in spelled for piece in pieces]
+    streamer = Streamer(SENTENCEPIECE)
+    for start in range(0, len(tokens), block):
+        streamer.add(tokens[start : start + block])
+    expected = "".join(parts).replace("▁", " ")
+    assert streamer.finish() == expected.removeprefix(" ")
 
 
 @pytest.mark.parametrize("block", [1, 2, 5, 16])
