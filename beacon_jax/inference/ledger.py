@@ -29,7 +29,7 @@ class Ledger:
       fed: tokens that the device has seen.
       tokens: ids of everything fed and of what is still to be fed behind it (after
         `cut` inside a window); None: not kept.
-      ratio: of the open window, meaningful if it has tokens.
+      ratio: of the open window, or of the one begun last.
     """
 
     spans: Int[np.ndarray, "M 2"]
@@ -163,6 +163,7 @@ class Ledger:
             marks=self.marks[: whole + 1],
             fed=start,
             tokens=kept,
+            ratio=self.ratio,
         )
 
     def forget_tokens(self) -> "Ledger":

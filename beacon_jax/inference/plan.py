@@ -82,7 +82,8 @@ def make_plan(
       spans: ranges [start, stop) of the `length` tokens that nothing may be lost of,
         see `spans.token_spans`.
       lossless: "windows": a window that a span touches is not compressed. "slots": it
-        is, and the span's raw entries stay beside the beacons.
+        is, and the span's raw entries stay beside the beacons; only a window that the
+        text does not fill is kept whole.
       seed: of the random mixes.
 
     Raises:
@@ -158,7 +159,7 @@ def _own_ratio(before: Ledger) -> int | None:
 
     A window may have been lossless, so the last one that was compressed counts.
     """
-    if before.raw and before.ratio:
+    if before.length and before.ratio:
         return before.ratio
     compressed = before.ratios[before.ratios > 0]
     if len(compressed):

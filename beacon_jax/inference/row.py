@@ -53,17 +53,18 @@ class Row:
         window, offset = np.divmod(marked + self.text - self.length, self.window)
         touched = np.unique(window)
         if lossless == "slots":
+            # A window that the text does not fill closes later, when nobody knows the
+            # spans any more: it is not compressed.
+            closing = touched[touched < self.text // self.window]
             self.offsets = {
-                int(i): offset[window == i].astype(np.int32) for i in touched
+                int(i): offset[window == i].astype(np.int32) for i in closing
             }
-            return self
+            touched = touched[len(closing) :]
         if self.fixed and 0 in touched:
-            end = self.before.length
             raise ValueError(
                 f"spans touch tokens {self.start} to {self.start + self.window} of the "
                 f"row, a window that was begun at ratio {self.fixed}: start from "
-                f"memory.truncate({end}), which lets it begin again, or use "
-                "lossless='slots'."
+                f"memory.truncate({self.start}) and give its tokens again."
             )
         self.lossless[touched] = True
         return self

@@ -113,8 +113,8 @@ def cases(draw, spans=True):
         options["spans"] = [(a, min(a + n, length)) for a, n in found]
         options["lossless"] = draw(st.sampled_from(["windows", "slots"]))
         began = before is not None and before.raw and before.ratio
-        if began and options["lossless"] == "windows":
-            into = W - before.raw
+        into = W - before.raw if before is not None else 0
+        if began and (options["lossless"] == "windows" or length < into):
             options["spans"] = [x for x in options["spans"] if x[0] >= into]
     return config, options
 
@@ -234,6 +234,7 @@ def test_span_tokens_are_uncompressed_or_kept(case, ratio):
             number += before.windows
             assert plan.ratios[number] == 0 or offset in plan.keep[number]
             assert options["lossless"] == "slots" or not plan.keep
+            assert number in plan.keep or plan.ratios[number] == 0
     for offsets in plan.keep.values():
         assert (np.diff(offsets) > 0).all()
     assert bool(options["spans"]) == ("lossless: " in plan.note)
@@ -412,10 +413,10 @@ def test_spans_count_from_the_new_text_and_cannot_change_a_window_begun():
     before = fed([4], 13)  # 5 tokens of window 1
     plan = make_plan(CONFIG, length=20, before=before, spans=[(3, 5)])
     assert plan.ratios[:5].tolist() == [4, 4, 0, 4, 4]
-    error = r"tokens 8 to 16 .*begun at ratio 4.*memory\.truncate\(13\)"
+    error = r"tokens 8 to 16 .*begun at ratio 4.*memory\.truncate\(8\)"
     with pytest.raises(ValueError, match=error):
         make_plan(CONFIG, length=20, before=before, spans=[(2, 4)])
-    again = make_plan(CONFIG, length=20, before=before.cut(13), spans=[(2, 4)])
+    again = make_plan(CONFIG, length=25, before=before.cut(8), spans=[(7, 9)])
     assert again.ratios[1:5].tolist() == [0, 0, 4, 4]
     kept = make_plan(CONFIG, length=20, before=before, spans=[(2, 4)], lossless="slots")
     assert {w: at.tolist() for w, at in kept.keep.items()} == {1: [7], 2: [0]}
@@ -428,12 +429,10 @@ def test_a_memory_goes_on_with_the_last_ratio_that_compressed():
     assert own(fed([4, 0], 16)) == own(fed([4, 0], 12)) == 4  # 0: it was lossless
     assert own(fed([0], 16)) == own(fed([0], 3)) == 0
     assert own(fed([4], 20).cut(13)) == 4
-    # Nothing was compressed yet: as for a new memory.
+    assert own(fed([4], 20).cut(5)) == 4  # 5 pending tokens that were at x4
     drawn = plan_ratios(CONFIG, None, length=13, seed=5)
-    cut = fed([4], 5).cut(5)
-    assert make_plan(CONFIG, before=cut, length=8, seed=5).ratios.tolist() == (
-        drawn.tolist()
-    )
+    new = make_plan(CONFIG, before=Ledger.empty(), length=13, seed=5)
+    assert new.ratios.tolist() == drawn.tolist()
 
 
 def test_a_callable_gets_the_windows_of_the_row_with_their_tokens():
