@@ -4,9 +4,9 @@
     memory = model.compress(text, ratio=4)
     print(model.generate("What is the pass key?", memory=memory))
 
-`compress`, `complete` and `generate` are also functions that take the model first; `Chat`
-holds a conversation. The command lines (train, convert, compress, generate, evaluate)
-are run with `python -m`, they are not imported.
+`compress`, `complete` and `generate` are also functions that take the model first;
+`Chat` holds a conversation. The command lines (train, convert, compress, generate,
+evaluate) are run with `python -m`, they are not imported.
 
 Axes, the same letters everywhere:
     B batch             T query length      S key length, slots of the buffer

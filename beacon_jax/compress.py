@@ -4,12 +4,11 @@ python -m beacon_jax.compress --model=DIR --context=FILE|- --ratio=8 --out=FILE.
     [--max_bytes=512MiB] [--spans='[0-9]{4,}' --lossless=windows] [--memory=FILE.beacon]
 
 Several --context are read in order as one text. --memory continues a pack. The file is
-read by `generate --load_memory` and `Memory.load`; --no_tokens leaves the token ids out,
-which `truncate` and --repetition_penalty need.
+read by `generate --load_memory` and `Memory.load`; --no_tokens leaves the token ids
+out, which `truncate` and --repetition_penalty need.
 """
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags
@@ -47,8 +46,7 @@ def run(o: flags.FlagValues) -> None:
     print(f"wrote {o.out}, {Path(o.out).stat().st_size / commands.MIB:.3f} MiB")
 
 
-def main(argv: Sequence[str]) -> None:
-    commands.main(run, argv)
+main = functools.partial(commands.main, run)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the texts alone, or with --json one object per prompt.
 """
 
 import functools
-from collections.abc import Sequence
 
 from absl import app, flags
 
@@ -67,8 +66,7 @@ def run(o: flags.FlagValues) -> None:
         answers.answer(model, read, prompts, sampling, as_json=o.json)
 
 
-def main(argv: Sequence[str]) -> None:
-    commands.main(run, argv)
+main = functools.partial(commands.main, run)
 
 
 if __name__ == "__main__":

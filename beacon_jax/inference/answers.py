@@ -32,7 +32,8 @@ def read_prompts(o: flags.FlagValues) -> list[str]:
                 )
         if stdin:
             raise ValueError(
-                "--context=- reads stdin, which --chat reads messages from: name a file."
+                "--context=- reads stdin, which --chat takes messages from: name a "
+                "file."
             )
         return []
     for name in ("system", "chat_template"):
@@ -82,11 +83,10 @@ def answer(
 
     A single text is shown while it comes, several in order when all are done.
     """
-    show = lambda text: print(text, end="", flush=True)
     made = model.complete(
         prompts if len(prompts) > 1 else prompts[0],
         memory=read.memory,
-        on_text=show if len(prompts) == 1 and not as_json else None,
+        on_text=_show if len(prompts) == 1 and not as_json else None,
         on_progress=commands.Progress(),
         **read.ratio,
         **options,
@@ -99,6 +99,10 @@ def answer(
         else:
             print(each.text if len(prompts) > 1 else "", flush=True)
     _account(read, several)
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _object(
@@ -156,9 +160,9 @@ def talk(
                 if not _obey(chat, line):
                     return
             else:
-                chat.say(line, on_text=lambda text: print(text, end="", flush=True))
+                made = chat.say(line, on_text=_show)
                 print(flush=True)
-                commands.say(commands.summary(model, chat.memory))
+                commands.say(commands.summary(model, made.memory))
         except KeyboardInterrupt:
             print(flush=True)
             commands.say("stopped: that turn is not part of the conversation")

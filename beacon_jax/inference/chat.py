@@ -1,4 +1,4 @@
-"""A conversation whose past is a compressed memory: every turn feeds only what is new."""
+"""A conversation whose past is a compressed memory: a turn feeds only what is new."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -155,8 +155,8 @@ class Chat:
         return self._model.encode(ids, "the conversation", first=False)
 
     def _cut(self, tokens: int) -> "tuple[Memory | None, int]":
-        """The memory of the first `tokens` of the conversation, or of fewer if it has to
-        go back further: how many is returned too."""
+        """The memory of the first `tokens` of the conversation, or of fewer if it has
+        to go back further, and their number."""
         memory = self.memory
         if memory is None or self._base + tokens == 0:
             return None, 0

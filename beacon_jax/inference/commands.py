@@ -38,12 +38,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     switch("overwrite", False, "Replace the file that is written.")
 
 
-def main(run: Callable[[flags.FlagValues], None], argv: Sequence[str]) -> None:
+def main(
+    run: Callable[[flags.FlagValues], None],
+    argv: Sequence[str],
+    values: flags.FlagValues = flags.FLAGS,
+) -> None:
     """Runs a command; what the user can mend ends as one line and exit code 1."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected {argv[1:]}: quote texts with spaces.")
     try:
-        run(flags.FLAGS)
+        run(values)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 

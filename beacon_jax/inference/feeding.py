@@ -64,7 +64,7 @@ def feed_rows(
             part = _fresh(model, len(group), size)
         else:
             part = state if whole else take_rows(state, np.asarray(group))
-            part = part.resized(size)
+            part = _own(part.resized(size), state)
         with partitioned(model.partition):
             out, part = _feed_group(
                 model,
@@ -89,6 +89,15 @@ def feed_rows(
         for ledger, plan, row in zip(ledgers, plans, fed, strict=True)
     )
     return logits, Memory(model.config, state, after, model.identity)
+
+
+def _own(part: MemoryState, state: MemoryState) -> MemoryState:
+    """`part`, which is donated if it is not `state`, without arrays of `state`: those
+    would be gone (a larger buffer shares the lengths with the smaller one)."""
+    if part is state:
+        return part
+    copied = lambda new, old: jnp.copy(new) if new is old else new
+    return jax.tree.map(copied, part, state)
 
 
 def _groups(
