@@ -185,11 +185,11 @@ def test_a_second_start_token_is_left_out_behind_a_context(model):
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.bos_token = "<end>"
     changed = dataclasses.replace(model, tokenizer=tokenizer)
-    template = "{{ bos_token }}" + TEMPLATE
+    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
     messages = [{"role": "user", "content": "x"}]
-    alone = Chat(changed, chat_template=template).encode(messages)
+    alone = Chat(changed).encode(messages)
     memory = model.compress(CONTEXT, ratio=4, capacity=320)
-    behind = Chat(changed, memory, chat_template=template).encode(messages)
+    behind = Chat(changed, memory).encode(messages)
     assert alone.tolist() == [256, *behind]
 
 

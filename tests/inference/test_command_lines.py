@@ -314,6 +314,20 @@ def test_a_conversation_on_stdin(run, folder, model):
     assert "error: /save talk.beacon: the file exists" in ran.err
 
 
+def test_an_interrupt_stops_the_answer_and_not_the_conversation(run, monkeypatch):
+    def say(self, text, on_text=None):
+        if text == "stop me":
+            raise KeyboardInterrupt
+        raise ValueError(f"heard {text}")
+
+    monkeypatch.setattr("beacon_jax.inference.chat.Chat.say", say)
+    Path("chat.jinja").write_text(TEMPLATE)
+    options = ("--chat", "--chat_template=chat.jinja")
+    ran = run(generate, *options, stdin="stop me\ngo on")
+    assert ran.code == 0
+    assert ran.err.index("stopped: that turn") < ran.err.index("error: heard go on")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
