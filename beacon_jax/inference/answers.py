@@ -60,9 +60,11 @@ def read_template(o: flags.FlagValues) -> str | None:
     """The text of --chat_template."""
     if o.chat_template is None:
         return None
-    if not Path(o.chat_template).is_file():
-        raise ValueError(f"--chat_template={o.chat_template}: no such file.")
-    return Path(o.chat_template).read_text(encoding="utf-8")
+    if o.chat_template == "-":
+        raise ValueError(
+            "--chat_template=- reads stdin, which --chat does: name a file."
+        )
+    return commands.read_text("chat_template", o.chat_template)
 
 
 def sampling(o: flags.FlagValues) -> dict[str, Any]:

@@ -6,6 +6,7 @@ stdout is for text and JSON; everything here that is shown goes to stderr.
 import functools
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,7 +48,9 @@ def main(
     if len(argv) > 1:
         raise app.UsageError(f"unexpected {argv[1:]}: quote texts with spaces.")
     try:
-        run(values)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda text, *_: say(f"warning: {text}")
+            run(values)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
@@ -61,7 +64,7 @@ def say(line: str) -> None:
 
 def read_text(flag: str, name: str) -> str:
     """The text of a file or, for "-", of stdin; ValueError if there is none."""
-    if name != "-" and not Path(name).is_file():
+    if name != "-" and (not Path(name).exists() or Path(name).is_dir()):
         raise ValueError(f"--{flag}={name}: no such file (use - for stdin).")
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     if not data.strip():

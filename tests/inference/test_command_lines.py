@@ -343,6 +343,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_conversation(run, monkeypatch
         (["--chat", "--context=-"], "--context=- reads stdin, which --chat"),
         (["--chat"], "the tokenizer of .* has no chat template.*--chat_template=FILE"),
         (["--chat", "--chat_template=no"], "--chat_template=no: no such file"),
+        (["--chat", "--chat_template=-"], "--chat_template=- reads stdin"),
         (["--prompt=x", "--system=y"], "--system=y is of --chat"),
         (["--prompt=x", "--ratio=many"], "--ratio=many: use 8"),
         (["--prompt=x", "--ratio=3"], "ratio=.*3.* does not divide window=8: use one"),
