@@ -4,9 +4,9 @@
     memory = model.compress(text, ratio=4)
     print(model.generate("What is the pass key?", memory=memory))
 
-`compress`, `complete` and `generate` are also functions that take the model first. The
-command lines (train, convert, generate, evaluate) are run with `python -m`, they are
-not imported.
+`compress`, `complete` and `generate` are also functions that take the model first;
+`Chat` holds a conversation. The command lines (train, convert, compress, generate,
+evaluate) are run with `python -m`, they are not imported.
 
 Axes, the same letters everywhere:
     B batch             T query length      S key length, slots of the buffer
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from beacon_jax.core.memory import CapacityError
+    from beacon_jax.inference.chat import Chat
     from beacon_jax.inference.memory import Memory
     from beacon_jax.inference.model import Generation, Model, load
     from beacon_jax.model.config import BeaconConfig, ModelConfig
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BeaconConfig",
     "CapacityError",
+    "Chat",
     "Generation",
     "Memory",
     "Model",
@@ -45,6 +47,7 @@ _WHERE = {
     "BeaconConfig": "model.config",
     "ModelConfig": "model.config",
     "CapacityError": "core.memory",
+    "Chat": "inference.chat",
     "Memory": "inference.memory",
     "Generation": "inference.model",
     "Model": "inference.model",

@@ -1,78 +1,72 @@
 """Generates text after a context of any length, compressed by a ratio.
 
 python -m beacon_jax.generate --model=DIR --context=FILE|- --prompt="..." --ratio=8 \
-    [--max_new_tokens=64] [--temperature=0.7 --top_k=40 --top_p=0.9 --seed=0]
+    [--save_memory=FILE.beacon | --load_memory=FILE.beacon] [--json] \
+    [--max_new_tokens=64] [--temperature=0.7 --top_p=0.9 --stop="\\n" --seed=0]
+python -m beacon_jax.generate --model=DIR --context=FILE --chat
+
+The context is read once; every --prompt is asked against it, all in one batch.
+--save_memory writes the memory of the context, without prompts and answers. stdout has
+the texts alone, or with --json one object per prompt.
 """
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+import functools
 
 from absl import app, flags
 
-
-def define_flags() -> None:
-    flags.DEFINE_string("model", None, "HF or converted folder.", required=True)
-    flags.DEFINE_string("context", None, "Text file to read first; - is stdin.")
-    flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
-    flags.DEFINE_string("ratio", None, "8, 2,4,8 (per window) or full; else model's.")
-    flags.DEFINE_integer("max_new_tokens", 64, "New tokens, at most.")
-    flags.DEFINE_float("temperature", 0.0, "0: greedy.")
-    flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0: all.")
-    flags.DEFINE_float("top_p", 1.0, "Draw from the top tokens that reach p; 1: all.")
-    flags.DEFINE_integer("seed", 0, "Of sampling and of a random ratio mix.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Else as stored.")
+from beacon_jax.inference import answers, commands
 
 
-def read_context(name: str) -> str:
-    """The text of a file or, for "-", of stdin; ValueError if there is none."""
-    if name != "-" and not Path(name).is_file():
-        raise ValueError(f"--context={name}: no such file (use - for stdin).")
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    if not data.strip():
-        raise ValueError(f"--context={name} is empty: name a file with text.")
-    return data.decode("utf-8", errors="replace")
-
-
-def parse_ratio(text: str | None) -> list[int] | str | None:
-    if text is None or text == "full":
-        return text
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--ratio={text}: use 8, or 2,4,8, or full.") from None
-
-
-def run(options: flags.FlagValues) -> None:
-    from beacon_jax.inference.model import load  # after the flags: jax takes seconds
-
-    context = read_context(options.context) if options.context else None
-    model = load(options.model, dtype=options.dtype)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    result = model.complete(
-        options.prompt,
-        context=context,
-        ratio=parse_ratio(options.ratio),
-        on_text=lambda text: print(text, end="", flush=True),
-        **{name: getattr(options, name) for name in names},
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    commands.define_flags(values)
+    text, many, number, real, switch = (
+        functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=values)
+        for kind in ("string", "multi_string", "integer", "float", "bool")
     )
-    print(flush=True)  # and all else to stderr: stdout is the text alone
-    read, new = result.prompt_tokens, len(result.tokens)
-    print(
-        f"{result.memory.describe()}\nwith compilation: "
-        f"prefill {read} tokens, {read / result.prefill_seconds:.1f} tokens/s; "
-        f"decode {new} tokens, {new / result.decode_seconds:.1f} tokens/s",
-        file=sys.stderr,
-    )
+    many("prompt", None, "Text to continue; repeated: several, in one batch.")
+    text("prompt_file", None, "Its text is the prompt; - is stdin.")
+    text("load_memory", None, "Beacon pack that comes before --context.")
+    text("save_memory", None, "Beacon pack to write: the memory of the context.")
+    switch("json", False, "One JSON object per prompt, with figures.")
+    switch("chat", False, "Talk to the model, in the tokenizer's chat template.")
+    text("system", None, "--chat: the system message.")
+    text("chat_template", None, "--chat: jinja file in place of the tokenizer's.")
+    number("max_new_tokens", None, "At most; 64 if not given, 512 with --chat.")
+    real("temperature", 0.0, "0: greedy.")
+    number("top_k", 0, "Draw from the k most likely tokens; 0: all.")
+    real("top_p", 1.0, "Draw from the top tokens that reach p; 1: all.")
+    real("min_p", 0.0, "Draw from tokens at least p times as likely as the top one.")
+    real("repetition_penalty", 1.0, "Of tokens that occurred; 1: none.")
+    many("stop", None, "Text that ends an answer; may be repeated.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected {argv[1:]}: quote the text of --prompt.")
-    try:
-        run(flags.FLAGS)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def run(o: flags.FlagValues) -> None:
+    prompts = answers.read_prompts(o)
+    commands.check_new("save_memory", o.save_memory, overwrite=o.overwrite)
+    if o.save_memory and not (o.context or o.load_memory):
+        raise ValueError(
+            f"--save_memory={o.save_memory} writes the memory of a context: give "
+            "--context or --load_memory."
+        )
+    commands.parse_ratio(o.ratio)
+    text, template = commands.read_context(o), answers.read_template(o)
+    model = commands.load_model(o)
+    memory = commands.load_memory("load_memory", o.load_memory, model)
+    new = o.max_new_tokens
+    new = (512 if o.chat else 64) if new is None else new
+    sizes = [len(model.encode(p, "prompt", first=False)) for p in prompts]
+    read = commands.read(model, o, text, memory, max(sizes, default=0) + new)
+    if o.save_memory and read.memory is not None:
+        read.memory.save(o.save_memory)
+        commands.say(f"wrote {o.save_memory}")
+    sampling = answers.sampling(o) | {"max_new_tokens": new}
+    if o.chat:
+        answers.talk(model, read, o.system, template, sampling)
+    else:
+        answers.answer(model, read, prompts, sampling, as_json=o.json)
+
+
+main = functools.partial(commands.main, run)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from beacon_jax.inference.model import Model
 
 
+OnProgress = Callable[[int, int], None]  # (tokens fed so far, of how many)
+PIECE_WINDOWS = 16  # fed at a time where progress is to be shown
+
+
 def ledgers_of(memory: Memory | None, rows: int) -> Sequence[Ledger]:
     """The rows' accounts so far."""
     return memory.rows if memory is not None else [Ledger.empty()] * rows
@@ -38,18 +42,20 @@ def feed_rows(
     memory: Memory | None,
     capacity: int | None,
     new: np.ndarray | int = 0,
+    on_progress: OnProgress | None = None,
 ) -> tuple[jax.Array, Memory]:
     """Feeds each row what is pending of it and its tokens; room for `new` more.
 
-    Rows whose plans agree in every step are fed by one call.
+    Rows whose plans agree in every step are fed by one call; with `on_progress`, by one
+    per `PIECE_WINDOWS` windows.
     """
     _check_memory(model, memory, len(rows))
     ledgers = ledgers_of(memory, len(rows))
     fed = [np.concatenate([x.pending, r]) for x, r in zip(ledgers, rows, strict=True)]
     ratios = stack_ratios(plans)
     state = memory.state if memory else _fresh(model, len(rows), 1)
-    total = np.asarray([len(r) for r in fed]) + new
-    size = _room(model.config, state, ratios, total, capacity, plans)
+    lengths, done = np.asarray([len(r) for r in fed]), 0
+    size = _room(model.config, state, ratios, lengths + new, capacity, plans)
     groups = _groups(model.config, rows, plans, ledgers)
     outs, states = [], []
     for group in groups:
@@ -58,7 +64,7 @@ def feed_rows(
             part = _fresh(model, len(group), size)
         else:
             part = state if whole else take_rows(state, np.asarray(group))
-            part = part.resized(size)
+            part = _own(part.resized(size), state)
         with partitioned(model.partition):
             out, part = _feed_group(
                 model,
@@ -67,7 +73,9 @@ def feed_rows(
                 ratios[group],
                 plans[group[0]].keep,
                 donate=part is not state,
+                on_fed=_counted(on_progress, lengths, group, done),
             )
+        done += int(lengths[group].sum())
         outs.append(out)
         states.append(part)
     order = np.argsort(np.concatenate(groups))
@@ -81,6 +89,15 @@ def feed_rows(
         for ledger, plan, row in zip(ledgers, plans, fed, strict=True)
     )
     return logits, Memory(model.config, state, after, model.identity)
+
+
+def _own(part: MemoryState, state: MemoryState) -> MemoryState:
+    """`part`, which is donated if it is not `state`, without arrays of `state`: those
+    would be gone (a larger buffer shares the lengths with the smaller one)."""
+    if part is state:
+        return part
+    copied = lambda new, old: jnp.copy(new) if new is old else new
+    return jax.tree.map(copied, part, state)
 
 
 def _groups(
@@ -103,6 +120,16 @@ def _groups(
     return [[rest[i] for i in group] for group in groups] + [[i] for i in alone]
 
 
+def _counted(
+    on_progress: OnProgress | None, lengths: np.ndarray, group: list[int], before: int
+) -> Callable[[int], None] | None:
+    """Of a group: from the tokens fed per row to those of the whole batch."""
+    if on_progress is None:
+        return None
+    total, mine = int(lengths.sum()), lengths[group]
+    return lambda fed: on_progress(before + int(np.minimum(mine, fed).sum()), total)
+
+
 def _feed_group(
     model: "Model",
     state: MemoryState,
@@ -111,6 +138,7 @@ def _feed_group(
     keep: Mapping[int, np.ndarray],
     *,
     donate: bool,
+    on_fed: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, MemoryState]:
     """One call, and one more per window of which raw entries are kept beside the
     beacons: it is left open when full, and closed with what is to stay."""
@@ -119,20 +147,21 @@ def _feed_group(
     tokens = np.zeros((len(rows), int(lengths.max())), np.int32)
     for line, row in zip(tokens, rows, strict=True):
         line[: len(row)] = row
+    piece = PIECE_WINDOWS * window if on_fed else None
+    fill = functools.partial(prefill, config, model.variables, piece=piece)
     done, begun = 0, -int(state.raw[0]) if keep else 0
     first = int(state.windows[0]) if keep else 0
     for number in sorted(keep):
         stop = begun + (number - first + 1) * window
         if stop > lengths.max():
             break  # the window stays open
-        logits, state = prefill(
-            config,
-            model.variables,
+        logits, state = fill(
             state,
             tokens[:, done:stop],
             ratios,
             close=False,
             donate=donate,
+            on_piece=on_fed and _behind(on_fed, done),
         )
         place, *_ = kept_window(
             config,
@@ -149,15 +178,18 @@ def _feed_group(
         done, donate = stop, True
         if done == lengths.max():
             return logits, state
-    return prefill(
-        config,
-        model.variables,
+    return fill(
         state,
         tokens[:, done:],
         ratios,
         lengths - done,
         donate=donate,
+        on_piece=on_fed and _behind(on_fed, done),
     )
+
+
+def _behind(on_fed: Callable[[int], None], done: int) -> Callable[[int], None]:
+    return lambda count: on_fed(done + count)
 
 
 def _fresh(model: "Model", rows: int, capacity: int) -> MemoryState:

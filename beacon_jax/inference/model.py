@@ -18,7 +18,12 @@ from beacon_jax.core.memory import (
 from beacon_jax.hf import checkpoint
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference.decode import Decoded, decode
-from beacon_jax.inference.feeding import decoded_memory, feed_rows, ledgers_of
+from beacon_jax.inference.feeding import (
+    OnProgress,
+    decoded_memory,
+    feed_rows,
+    ledgers_of,
+)
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.plan import (
     Plan,
@@ -102,7 +107,10 @@ class Model:
         spans: Spans | None = None,
         lossless: str = "windows",
         capacity: int | None = None,
+        reserve: int = 0,
         seed: int = 0,
+        on_note: Callable[[str], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Memory:
         """Reads contexts of any length into a memory.
 
@@ -121,7 +129,13 @@ class Model:
             "slots" only the span's own entries beside the beacons, which no model was
             trained for.
           capacity: slots of the buffer; None: as many as needed.
+          reserve: tokens that are to follow (questions, answers), which "auto", budgets
+            and the buffer leave room for.
           seed: of a random ratio mix.
+          on_note: called, before anything is fed, with each line on what was decided:
+            by "auto", for a budget, and what `spans` cost.
+          on_progress: called with (tokens fed, of how many) after each piece of 16
+            windows, rows of a batch together; None: a row is fed as one piece.
 
         Raises:
           ValueError: an empty context, a ratio that the model cannot use, or a budget
@@ -133,7 +147,7 @@ class Model:
         plans = self._plans(
             rows,
             memory,
-            0,
+            reserve,
             ratio=ratio,
             max_slots=max_slots,
             max_bytes=max_bytes,
@@ -141,7 +155,10 @@ class Model:
             lossless=lossless,
             seed=seed,
         )
-        return feed_rows(self, rows, plans, memory, capacity)[1]
+        if on_note:
+            for note in dict.fromkeys(plan.note for plan in plans if plan.note):
+                on_note(note)
+        return feed_rows(self, rows, plans, memory, capacity, reserve, on_progress)[1]
 
     def complete(
         self,
@@ -164,6 +181,7 @@ class Model:
         seed: int | Sequence[int] = 0,
         capacity: int | None = None,
         on_text: Callable[..., None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Any:
         """Continues [memory | context | prompt]; see `compress` and `Sampling`.
 
@@ -178,6 +196,7 @@ class Model:
             random ratio mix.
           on_text: called with each piece of the text as it is ready; for a list of
             prompts with (row, piece).
+          on_progress: as in `compress`, while the context and the prompts are read.
 
         Raises:
           ValueError: a prompt of 0 tokens, or an argument out of range (named).
@@ -205,7 +224,7 @@ class Model:
             lossless=lossless,
             seed=int(np.atleast_1d(seed)[0]),
         )
-        logits, after = feed_rows(self, rows, plans, memory, capacity, new)
+        logits, after = feed_rows(self, rows, plans, memory, capacity, new, on_progress)
         jax.block_until_ready(logits)
         middle = time.perf_counter()
         result = self._decode(after, logits, plans, sampling, streams, new, seed)

@@ -287,3 +287,11 @@ def test_a_folder_without_model_or_tokenizer_says_so(model, tmp_path):
     with pytest.raises(ValueError, match="tokenizer=None"):
         bare.generate([1, 2])
     assert len(bare.complete([1, 2], max_new_tokens=3).tokens) <= 3
+
+
+def test_a_memory_that_needs_a_larger_buffer_is_still_there_afterwards(model):
+    memory = model.compress(CONTEXT, ratio=2, capacity=48)
+    larger = model.compress("x" * 100, memory=memory)
+    assert larger.capacity > memory.capacity == 48
+    again = model.compress("x" * 100, memory=memory)
+    assert again.slots.tolist() == larger.slots.tolist()

@@ -1,0 +1,180 @@
+"""A conversation whose past is a compressed memory: a turn feeds only what is new."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+
+from beacon_jax.inference.plan import Ratio
+
+if TYPE_CHECKING:
+    from beacon_jax.inference.memory import Memory
+    from beacon_jax.inference.model import Generation, Model
+
+
+class Chat:
+    """A conversation in the chat template of the model's tokenizer.
+
+    Each turn writes the whole conversation by the template and compares its tokens with
+    those that the memory holds already. What is new is fed. If the template writes
+    something earlier differently now (some leave out old thoughts; text that is
+    tokenised anew may be cut elsewhere), the memory is truncated to what both begin
+    with and fed from there: the memory is always that of the conversation as written.
+
+    A context, compressed or loaded, comes first, in front of the template's first token
+    (whose bos is left out then: the context has one). It is never truncated.
+
+    Attributes:
+      messages: [{"role": ..., "content": ...}], those of the system and of both sides.
+      memory: context and conversation, up to the last answer; None: nothing yet.
+    """
+
+    def __init__(
+        self,
+        model: "Model",
+        memory: "Memory | None" = None,
+        system: str | None = None,
+        *,
+        ratio: Ratio = None,
+        chat_template: str | None = None,
+        max_new_tokens: int = 512,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        **options: Any,
+    ):
+        """
+        Args:
+          memory: of one row: what the conversation is about.
+          system: the system message.
+          ratio: of the windows of the conversation; None: as the memory goes on.
+          chat_template: jinja text in place of the tokenizer's own.
+          max_new_tokens: of an answer.
+          stop: strings that end an answer, besides the tokenizer's end token.
+          seed: turn i draws with seed + i.
+          options: further ones of `Model.complete`: temperature, top_p, max_slots, ...
+
+        Raises:
+          ValueError: no tokenizer, no chat template, or a memory of several rows.
+        """
+        tokenizer = model.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "tokenizer=None: a conversation is text. Put the tokenizer files into "
+                "the model's folder."
+            )
+        if not (chat_template or tokenizer.chat_template):
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template, base "
+                "models have none: give the jinja text by chat_template=... "
+                "(--chat_template=FILE), or add a chat_template.jinja to its folder."
+            )
+        if memory is not None and len(memory) != 1:
+            raise ValueError(
+                f"memory has {len(memory)} rows: a conversation has one (memory[i])."
+            )
+        ends = [stop] if isinstance(stop, str) else list(stop)
+        # Chat models end a turn by a token that config.json may not name.
+        if tokenizer.eos_token_id not in (None, *model.config.eos_ids):
+            ends.append(tokenizer.eos_token)
+        self.memory = memory
+        self.messages: list[dict[str, str]] = []
+        if system:
+            self.messages.append({"role": "system", "content": system})
+        self._model, self._template = model, chat_template
+        self._options = {
+            "ratio": ratio,
+            "max_new_tokens": max_new_tokens,
+            "stop": ends,
+            **options,
+        }
+        self._seed = seed
+        self._base = int(memory.lengths[0]) if memory is not None else 0
+        # Without token ids the end of the context cannot be cut back to: keep it.
+        forgot = memory is not None and memory.rows[0].tokens is None
+        self._context = memory if forgot else None
+        self._held = np.zeros(0, np.int32)  # tokens of the memory behind the context
+        self._starts: list[int] = []  # of each turn, in `_held`
+
+    def say(
+        self, text: str, on_text: Callable[[str], None] | None = None
+    ) -> "Generation":
+        """The answer to a message; both become part of the conversation.
+
+        An error or an interrupt leaves the conversation as it was.
+
+        Raises:
+          ValueError: the template refuses the conversation, or as `Model.complete`.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        tokens = self.encode(messages)
+        same = min(_common(tokens, self._held), len(tokens) - 1)
+        memory, same = self._cut(same)
+        made = self._model.complete(
+            tokens[same:],
+            memory=memory,
+            seed=self._seed + len(self._starts),
+            on_text=on_text,
+            **self._options,
+        )
+        self._starts.append(same)
+        self.messages = [*messages, {"role": "assistant", "content": made.text}]
+        self.memory = made.memory
+        self._held = np.concatenate([tokens, made.tokens]).astype(np.int32)
+        return made
+
+    def undo(self) -> None:
+        """Takes the last turn back, message and answer.
+
+        Raises:
+          ValueError: there is none.
+        """
+        if not self._starts:
+            raise ValueError("nothing to undo: no turn has been made yet.")
+        start = self._starts.pop()
+        self.memory, start = self._cut(start)
+        self._held = self._held[:start]
+        self.messages = self.messages[:-2]
+
+    def encode(self, messages: list[dict[str, str]]) -> np.ndarray:
+        """The tokens [n] of a conversation up to where the next answer begins."""
+        tokenizer = self._model.tokenizer
+        try:
+            text = tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses this: {error}") from None
+        # The template writes the special tokens itself.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if self._base and ids and ids[0] == tokenizer.bos_token_id:
+            ids = ids[1:]
+        return self._model.encode(ids, "the conversation", first=False)
+
+    def _cut(self, tokens: int) -> "tuple[Memory | None, int]":
+        """The memory of the first `tokens` of the conversation, or of fewer if it has
+        to go back further, and their number."""
+        memory = self.memory
+        if memory is None or self._base + tokens == 0:
+            return None, 0
+        end, row = self._base + tokens, memory.rows[0]
+        if end == row.length:
+            return memory, tokens
+        if row.tokens is None:
+            # Back to where a window ends; the conversation has the tokens behind it.
+            ends = [int(e) for e in row.marks[:, 0] if e <= end]
+            if end < row.marks[-1, 0] and ends[-1] != end:
+                if ends[-1] < self._base:
+                    return self._context, 0
+                end = ends[-1]
+        return memory.truncate(end), end - self._base
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens that both begin with."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size

@@ -1,0 +1,255 @@
+"""What `compress` and `generate` share: flags, texts, progress and figures.
+
+stdout is for text and JSON; everything here that is shown goes to stderr.
+"""
+
+import functools
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import app, flags
+
+if TYPE_CHECKING:  # jax takes seconds to import: after the flags
+    from beacon_jax.inference.memory import Memory
+    from beacon_jax.inference.model import Model
+
+MIB = 2**20
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The flags of both commands: the model, texts and how they are compressed."""
+    text, many, number, choice, switch = (
+        functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=values)
+        for kind in ("string", "multi_string", "integer", "enum", "bool")
+    )
+    text("model", None, "HF or converted folder.", required=True)
+    many("context", None, "Text file, - is stdin; repeated: read as one text.")
+    text("ratio", None, "8; 2,4,8 (per window); full; auto; auto-8. Else model's mix.")
+    number("max_slots", None, "Budget in place of --ratio: entries held, at most.")
+    text("max_bytes", None, "The same in bytes of keys and values: 512MiB.")
+    text("spans", None, "Regular expression: what must not be compressed.")
+    choice("lossless", "windows", ["windows", "slots"], "What of --spans is kept raw.")
+    choice("dtype", None, ["float32", "bfloat16", "float16"], "Else as stored.")
+    text("mesh", None, "Devices to split over: tensor:8.")
+    number("seed", 0, "Of sampling and of a random ratio mix.", lower_bound=0)
+    switch("overwrite", False, "Replace the file that is written.")
+
+
+def main(
+    run: Callable[[flags.FlagValues], None],
+    argv: Sequence[str],
+    values: flags.FlagValues = flags.FLAGS,
+) -> None:
+    """Runs a command; what the user can mend ends as one line and exit code 1."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected {argv[1:]}: quote texts with spaces.")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda text, *_: say(f"warning: {text}")
+            run(values)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# --- what the flags say ----------------------------------------------------------
+
+
+def read_text(flag: str, name: str) -> str:
+    """The text of a file or, for "-", of stdin; ValueError if there is none."""
+    if name != "-" and (not Path(name).exists() or Path(name).is_dir()):
+        raise ValueError(f"--{flag}={name}: no such file (use - for stdin).")
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    if not data.strip():
+        raise ValueError(f"--{flag}={name} is empty: name a file with text.")
+    return data.decode("utf-8", errors="replace")
+
+
+def read_context(o: flags.FlagValues) -> str | None:
+    """The texts of all --context in order, as one; None: there are none."""
+    names = o.context or []
+    if names.count("-") > 1:
+        raise ValueError("--context=- is given twice: stdin can be read once.")
+    if not names and o.spans is not None:
+        raise ValueError(f"--spans={o.spans} marks parts of --context: give one.")
+    return "".join(read_text("context", name) for name in names) if names else None
+
+
+def parse_ratio(text: str | None) -> list[int] | str | None:
+    if text is None or text == "full" or text.startswith("auto"):
+        return text
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--ratio={text}: use 8, or 2,4,8 (per window), full, auto or auto-8."
+        ) from None
+
+
+def check_new(flag: str, name: str | None, *, overwrite: bool) -> None:
+    """A file to be written must not exist, before an hour is spent on what goes in."""
+    if name and Path(name).is_dir():
+        raise ValueError(f"--{flag}={name} is a folder: name a file.")
+    if name and Path(name).exists() and not overwrite:
+        raise ValueError(
+            f"--{flag}={name} exists: name another file, or add --overwrite."
+        )
+
+
+def load_model(o: flags.FlagValues) -> "Model":
+    from beacon_jax.inference.model import load
+
+    return load(o.model, dtype=o.dtype, mesh=o.mesh)
+
+
+def load_memory(flag: str, path: str | None, model: "Model") -> "Memory | None":
+    """One context from a beacon pack; None if the flag was not given."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"--{flag}={path}: no such file.")
+    from beacon_jax.inference.memory import Memory
+
+    memory = Memory.load(path, model, mesh=model.partition)
+    if len(memory) != 1:
+        raise ValueError(
+            f"--{flag}={path} holds {len(memory)} contexts: save one of them by itself "
+            "(Memory.load(path)[i].save(...))."
+        )
+    return memory
+
+
+# --- the context -----------------------------------------------------------------
+
+
+class Context(NamedTuple):
+    """What was read before any prompt.
+
+    Attributes:
+      memory: None if there is neither a context nor a loaded memory.
+      notes: what was decided about ratios.
+      tokens, seconds: of the text that was compressed here.
+      ratio: options of `Model.complete` for what follows.
+    """
+
+    memory: "Memory | None"
+    notes: list[str]
+    tokens: int
+    seconds: float
+    ratio: dict[str, Any]
+
+
+def read(
+    model: "Model",
+    o: flags.FlagValues,
+    text: str | None,
+    memory: "Memory | None",
+    reserve: int = 0,
+) -> Context:
+    """Compresses the context behind the memory, as the flags say.
+
+    A budget or "auto" is spent on the context, with `reserve` tokens to follow; they go
+    on at the ratio that the memory ends with. Given ratios go on by themselves.
+    """
+    ratio: dict[str, Any] = {
+        "ratio": parse_ratio(o.ratio),
+        "max_slots": o.max_slots,
+        "max_bytes": o.max_bytes,
+    }
+    if text is None:
+        return Context(memory, [], 0, 0.0, ratio)
+    import jax
+
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        say(text)
+
+    before = int(memory.lengths[0]) if memory else 0
+    start = time.perf_counter()
+    memory = model.compress(
+        text,
+        memory=memory,
+        spans=o.spans,
+        lossless=o.lossless,
+        reserve=reserve,
+        seed=o.seed,
+        on_note=note,
+        on_progress=Progress(),
+        **ratio,
+    )
+    jax.block_until_ready(memory.state)
+    seconds = time.perf_counter() - start
+    given = ratio["ratio"]
+    stated = given if given == "full" or isinstance(given, list) else None
+    tokens = int(memory.lengths[0]) - before
+    return Context(memory, notes, tokens, seconds, {"ratio": stated})
+
+
+class Progress:
+    """Shows the tokens per second and the time left, for texts of several pieces."""
+
+    def __init__(self, every: float = 2.0):
+        """every: seconds between two lines."""
+        self._every = every
+        self._start = self._shown = time.monotonic()
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self, fed: int, total: int) -> None:
+        now = time.monotonic()
+        if self._first is None or fed < self._first[0]:
+            # The first piece contains the compilation: rates are counted behind it.
+            self._first = (fed, now)
+            return
+        if fed < total and now - self._shown < self._every:
+            return
+        self._shown = now
+        rate = (fed - self._first[0]) / max(now - self._first[1], 1e-9)
+        left = (total - fed) / rate
+        say(
+            f"read {fed:,} of {total:,} tokens, {rate:,.1f} tokens/s, "
+            + (f"{left:,.0f} s left" if fed < total else f"{now - self._start:,.1f} s")
+        )
+
+
+# --- figures ---------------------------------------------------------------------
+
+
+def figures(model: "Model", memory: "Memory", row: int = 0) -> dict[str, Any]:
+    """Of one row: tokens, slots, bytes, and what full attention would have taken.
+
+    `ratio` is the tokens per entry held, those of the open window included (its beacons
+    are not).
+    """
+    from beacon_jax.core.memory import slot_nbytes
+    from beacon_jax.inference.prefill import compute_dtype
+
+    ledger = memory.rows[row]
+    # Full attention keeps the dtype of the activations, whatever the memory is kept in.
+    whole = slot_nbytes(model.config, compute_dtype(model.variables))
+    return {
+        "tokens": ledger.length,
+        "slots": ledger.slots,
+        "open_window": ledger.raw,
+        "bytes": ledger.slots * memory.slot_nbytes,
+        "full_attention_bytes": ledger.length * whole,
+        "ratio": round(ledger.fed / max(ledger.slots + ledger.raw, 1), 2),
+    }
+
+
+def summary(model: "Model", memory: "Memory") -> str:
+    """The figures of row 0 on one line."""
+    f = figures(model, memory)
+    return (
+        f"memory: {f['slots']:,} slots, {f['bytes'] / MIB:.3f} MiB (full attention: "
+        f"{f['full_attention_bytes'] / MIB:.3f} MiB), {f['tokens']:,} tokens, "
+        f"x{f['ratio']:.2f}"
+    )

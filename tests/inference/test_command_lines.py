@@ -1,0 +1,405 @@
+"""`compress` and `generate` from the outside; in this process, as jax loads slowly."""
+
+import io
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from absl import flags
+
+from beacon_jax.inference import commands
+from beacon_jax.inference.feeding import PIECE_WINDOWS
+from beacon_jax.inference.memory import Memory
+
+ROOT = Path(__file__).parents[2]
+# Not imported: `beacon_jax.generate` would become the module, and is a function.
+compress, generate = (
+    SimpleNamespace(**runpy.run_module(f"beacon_jax.{name}"))
+    for name in ("compress", "generate")
+)
+TEXT = "Boats left the harbour at dawn. " * 6
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch, capsys):
+    """Runs a command on the tiny model, in an empty folder with context.txt."""
+    monkeypatch.chdir(tmp_path)
+    Path("context.txt").write_text(TEXT)
+
+    def call(module: SimpleNamespace, *arguments: object, stdin: str = "") -> Ran:
+        values = flags.FlagValues()
+        module.define_flags(values)
+        values(["command", f"--model={folder}", *map(str, arguments)])
+        text = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", text)
+        code: object = 0
+        try:
+            module.main(["command"], values)
+        except SystemExit as error:
+            code = error.code
+        out, err = capsys.readouterr()
+        if isinstance(code, str):  # what Python does with it at the end of a process
+            code, err = 1, f"{err}{code}\n"
+        return Ran(int(str(code)), out, err)
+
+    return call
+
+
+def fails(ran: Ran, message: str) -> None:
+    assert (ran.code, ran.out) == (1, "")
+    assert f"error: {message}" in ran.err
+
+
+def test_a_file_or_stdin_becomes_memory_and_text(run, model):
+    options = ("--prompt=At dawn", "--ratio=4", "--max_new_tokens=9")
+    first = run(generate, *options, "--context=context.txt")
+    assert first.code == 0, first.err
+    expected = model.generate("At dawn", context=TEXT, ratio=4, max_new_tokens=9)
+    assert first.out == expected + "\n"
+    tokens = len(TEXT) + len("At dawn") + 9
+    slots = tokens // 8 * 2
+    assert f"row 0: {tokens} tokens -> {slots} memory slots" in first.err
+    assert re.search(r"buffer: \d+ slots per row, [\d.]+ MiB", first.err)
+    assert re.search(r"prefill 199 tokens, [\d.]+ tokens/s", first.err)
+    assert re.search(r"decode 9 tokens, [\d.]+ tokens/s", first.err)
+    again = run(generate, *options, "--context=-", stdin=TEXT)
+    assert again.out == first.out, again.err
+    half = len(TEXT) // 2
+    Path("half.txt").write_text(TEXT[:half])
+    parts = ("--context=half.txt", "--context=-")
+    again = run(generate, *options, *parts, stdin=TEXT[half:])
+    assert again.out == first.out, again.err
+
+
+def test_as_a_process_only_the_text_is_on_stdout(folder, model):
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "beacon_jax.generate", f"--model={folder}"),
+            *("--prompt_file=-", "--ratio=2", "--max_new_tokens=4"),
+        ],
+        cwd=ROOT,
+        input="At dawn\n",
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    expected = model.generate("At dawn", ratio=2, max_new_tokens=4)
+    assert result.stdout == expected + "\n"
+    assert "row 0: 11 tokens" in result.stderr
+
+
+def test_several_prompts_are_asked_against_one_context_as_one_batch(run, model):
+    prompts = ("At dawn", "The harbour was ")
+    ran = run(
+        generate,
+        *("--context=context.txt", "--ratio=4", "--json", "--max_new_tokens=5"),
+        *(f"--prompt={prompt}" for prompt in prompts),
+        *("--temperature=0.9", "--top_k=20", "--top_p=0.9", "--min_p=0.01"),
+        *("--repetition_penalty=1.1", "--seed=3"),
+    )
+    assert ran.code == 0, ran.err
+    memory = model.compress(TEXT, ratio=4)
+    expected = model.complete(
+        list(prompts),
+        memory=memory,
+        ratio=4,
+        max_new_tokens=5,
+        temperature=0.9,
+        top_k=20,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        seed=3,
+    )
+    lines = [json.loads(line) for line in ran.out.splitlines()]
+    for line, prompt, made in zip(lines, prompts, expected, strict=True):
+        assert line["prompt"] == prompt and line["text"] == made.text
+        assert line["tokens"] == made.tokens.tolist()
+        assert line["finish"] == made.finish and line["note"] == ""
+        assert line["prompt_tokens"] == len(prompt)
+        assert set(line["seconds"]) == {"context", "prompt", "decode"}
+        tokens = len(TEXT) + len(prompt) + len(made.tokens)
+        slots, raw = tokens // 8 * 2, tokens % 8
+        assert line["memory"] == {
+            "tokens": tokens,
+            "slots": slots,
+            "open_window": raw,
+            "bytes": slots * memory.slot_nbytes,
+            "full_attention_bytes": tokens * memory.slot_nbytes,
+            "ratio": round(tokens / (slots + raw), 2),
+        }
+    plain = run(
+        generate,
+        *("--context=context.txt", "--ratio=4", "--max_new_tokens=5"),
+        *(f"--prompt={prompt}" for prompt in prompts),
+    )
+    made = model.generate(list(prompts), memory=memory, ratio=4, max_new_tokens=5)
+    assert plain.out == "".join(f"{text}\n" for text in made)
+
+
+def test_a_stop_string_ends_the_text(run, model):
+    free = model.generate("At dawn", ratio=2, max_new_tokens=12)
+    stop = free[4]
+    ran = run(
+        generate,
+        *("--prompt=At dawn", "--ratio=2", "--max_new_tokens=12", "--json"),
+        *(f"--stop={stop}", "--stop=never said"),
+    )
+    (line,) = map(json.loads, ran.out.splitlines())
+    assert line["text"] == free[: free.index(stop)] and line["finish"] == "stop"
+
+
+def test_a_compressed_file_is_continued_and_answers_as_the_whole_text(run, model):
+    ran = run(
+        compress, "--context=context.txt", "--ratio=4", "--out=first.beacon", "--seed=1"
+    )
+    assert ran.code == 0, ran.err
+    assert "row 0: 192 tokens -> 48 memory slots" in ran.out
+    slot = model.compress("x", ratio=4).slot_nbytes
+    assert f"full attention: {192 * slot / 2**20:.3f} MiB" in ran.out
+    assert "x4.00" in ran.out and "wrote first.beacon" in ran.out
+    assert "tokens/s" in ran.err
+    Path("more.txt").write_text("Then they came back.")
+    parts = ("--memory=first.beacon", "--context=more.txt", "--out=both.beacon")
+    assert run(compress, *parts).code == 0
+    both = Memory.load("both.beacon", model)
+    assert both.rows[0].tokens is not None
+    assert both.lengths.tolist() == [192 + 20] and both.slots.tolist() == [26 * 2]
+    options = ("--prompt=At dawn", "--max_new_tokens=9")
+    ran = run(generate, *options, "--load_memory=both.beacon")
+    whole = TEXT + "Then they came back."
+    expected = model.generate("At dawn", context=whole, ratio=4, max_new_tokens=9)
+    assert ran.out == expected + "\n", ran.err
+    # The context is saved as it was before the prompt.
+    parts = ("--load_memory=first.beacon", "--context=more.txt")
+    ran = run(generate, *options, *parts, "--save_memory=again.beacon")
+    assert ran.out == expected + "\n", ran.err
+    again = Memory.load("again.beacon", model)
+    for name in ("spans", "ratios", "marks", "tokens"):
+        ours, theirs = (getattr(m.rows[0], name) for m in (again, both))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_file_without_tokens_says_so_when_they_are_needed(run):
+    options = ("--context=context.txt", "--ratio=4")
+    assert run(compress, *options, "--out=a.beacon", "--no_tokens").code == 0
+    fails(
+        run(
+            generate,
+            *("--load_memory=a.beacon", "--prompt=x", "--repetition_penalty=1.2"),
+        ),
+        "repetition_penalty needs the tokens",
+    )
+
+
+def test_a_budget_and_lossless_spans_are_kept_and_accounted_for(run, model):
+    prompt, new = "At dawn", 9
+    ran = run(
+        generate,
+        *("--context=context.txt", "--max_slots=70", "--json", f"--prompt={prompt}"),
+        f"--max_new_tokens={new}",
+    )
+    (line,) = map(json.loads, ran.out.splitlines())
+    assert line["note"].startswith("budget of 70 slots: x4")
+    assert line["note"].split("; ")[0] in ran.err
+    assert line["memory"]["tokens"] == len(TEXT) + len(prompt) + new
+    assert line["memory"]["slots"] + line["memory"]["open_window"] <= 70
+    Path("id.txt").write_text(TEXT + "The id is 52817. " + TEXT)
+    options = ("--context=id.txt", "--ratio=4", r"--spans=\d+")
+    ran = run(compress, *options, "--out=a.beacon")
+    assert "lossless: 1 of 51 windows uncompressed, 6 slots more" in ran.err
+    ran = run(compress, *options, "--out=b.beacon", "--lossless=slots")
+    assert "lossless: 5 tokens in 1 of 51 windows kept, 5 slots more" in ran.err
+    kept = Memory.load("b.beacon", model).rows[0]
+    raw = kept.spans[kept.ratios == 0, 0]
+    assert raw.tolist() == list(range(len(TEXT) + 10, len(TEXT) + 15))
+
+
+def test_auto_takes_the_cheaper_path_and_says_why(run):
+    ran = run(compress, "--context=context.txt", "--ratio=auto-4", "--out=a.beacon")
+    assert ran.code == 0 and re.search(r"auto-4: (x4|uncompressed), .*FLOP", ran.err)
+
+
+def test_a_long_text_shows_its_progress_and_gives_the_same_memory(run, model):
+    long = TEXT * 3  # 72 windows: 5 pieces
+    Path("long.txt").write_text(long)
+    seen = []
+    pieces = model.compress(long, ratio=4, on_progress=lambda *x: seen.append(x))
+    piece = PIECE_WINDOWS * 8
+    edges = [min(end, len(long)) for end in range(piece, len(long) + piece, piece)]
+    assert seen == [(end, len(long)) for end in edges] and len(seen) == 5
+    whole = model.compress(long, ratio=4)
+    count = int(whole.slots[0])
+    for ours, theirs in (
+        (pieces.state.k, whole.state.k),
+        (pieces.state.v, whole.state.v),
+    ):
+        np.testing.assert_allclose(ours[:, :, :count], theirs[:, :, :count], atol=1e-5)
+    ran = run(compress, "--context=long.txt", "--ratio=4", "--out=long.beacon")
+    assert re.search(r"read 576 of 576 tokens, [\d,.]+ tokens/s, [\d.]+ s\n", ran.err)
+
+
+def test_progress_counts_all_rows_of_a_batch_and_every_kept_window(model):
+    seen = []
+    rows = [TEXT, TEXT[:50], TEXT[:9] + "41" + TEXT]
+    model.compress(
+        rows,
+        ratio=4,
+        spans=r"\d+",
+        lossless="slots",
+        on_progress=lambda *x: seen.append(x),
+    )
+    fed, totals = zip(*seen, strict=True)
+    assert set(totals) == {sum(map(len, rows))}
+    assert list(fed) == sorted(fed) and fed[-1] == totals[0] and len(fed) > 2
+
+
+def test_progress_is_shown_behind_the_first_piece_with_the_time_left(
+    capsys, monkeypatch
+):
+    clock = iter([0.0, 10.0, 12.0, 14.0, 20.0])
+    monkeypatch.setattr(commands.time, "monotonic", lambda: next(clock))
+    progress = commands.Progress(every=3.0)
+    for fed in (100, 200, 300, 600):
+        progress(fed, 600)
+    assert capsys.readouterr().err.splitlines() == [
+        "read 200 of 600 tokens, 50.0 tokens/s, 8 s left",
+        "read 600 of 600 tokens, 50.0 tokens/s, 20.0 s",
+    ]
+
+
+def test_a_conversation_on_stdin(run, folder, model):
+    Path("chat.jinja").write_text(TEMPLATE)
+    said = "Who left?\n\n/memory\n/undo\n/undo\n/nothing\n/save\nWho left?\n"
+    ran = run(
+        generate,
+        *("--chat", "--context=context.txt", "--ratio=4", "--max_new_tokens=5"),
+        *("--chat_template=chat.jinja", "--system=Short."),
+        stdin=said + "/save talk.beacon\n/save talk.beacon\n/exit\nnever read\n",
+    )
+    assert ran.code == 0, ran.err
+    prompt = "<system>Short.<end><user>Who left?<end><assistant>"
+    expected = model.complete(
+        model.encode(TEXT + prompt, "all", first=True), ratio=4, max_new_tokens=5
+    )
+    assert ran.out == f"{expected.text}\n" * 2
+    loaded = Memory.load("talk.beacon", model)
+    (tokens,) = loaded.lengths.tolist()
+    slots = int(loaded.slots[0])
+    line = rf"memory: {slots} slots, [\d.]+ MiB \(full .*\), {tokens} tokens, x[\d.]+\n"
+    assert len(re.findall(line, ran.err)) == 2
+    assert f"row 0: {tokens} tokens -> {slots} memory slots" in ran.err
+    assert "1 messages are left" in ran.err
+    assert "error: nothing to undo" in ran.err
+    exists = "/undo, /save FILE, /memory and /exit"
+    assert f"error: unknown command /nothing: there are {exists}." in ran.err
+    assert "error: /save needs the name of a file" in ran.err
+    assert "error: /save talk.beacon: the file exists" in ran.err
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_conversation(run, monkeypatch):
+    def say(self, text, on_text=None):
+        if text == "stop me":
+            raise KeyboardInterrupt
+        raise ValueError(f"heard {text}")
+
+    monkeypatch.setattr("beacon_jax.inference.chat.Chat.say", say)
+    Path("chat.jinja").write_text(TEMPLATE)
+    options = ("--chat", "--chat_template=chat.jinja")
+    ran = run(generate, *options, stdin="stop me\ngo on")
+    assert ran.code == 0
+    assert ran.err.index("stopped: that turn") < ran.err.index("error: heard go on")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt=x", "--context=gone.txt"], "--context=gone.txt: no such file"),
+        (["--prompt=x", "--context=-"], "--context=- is empty"),
+        (["--prompt=x", "--context=-", "--context=-"], "--context=- is given twice"),
+        (["--context=-", "--prompt_file=-"], "--context=- and --prompt_file=- both"),
+        (["--prompt=x", "--prompt_file=y"], "--prompt_file=y together with --prompt"),
+        (["--prompt_file=gone.txt"], "--prompt_file=gone.txt: no such file"),
+        ([], "--prompt is missing: give it, --prompt_file or --chat"),
+        (["--chat", "--prompt=x"], "--prompt=['x'] together with --chat"),
+        (["--chat", "--json"], "--json=True together with --chat"),
+        (["--chat", "--context=-"], "--context=- reads stdin, which --chat"),
+        (["--chat"], "the tokenizer of .* has no chat template.*--chat_template=FILE"),
+        (["--chat", "--chat_template=no"], "--chat_template=no: no such file"),
+        (["--chat", "--chat_template=-"], "--chat_template=- reads stdin"),
+        (["--prompt=x", "--system=y"], "--system=y is of --chat"),
+        (["--prompt=x", "--ratio=many"], "--ratio=many: use 8"),
+        (["--prompt=x", "--ratio=3"], "ratio=.*3.* does not divide window=8: use one"),
+        (["--prompt=x", "--ratio=automatic"], "ratio='automatic' must be"),
+        (["--prompt=x", "--max_bytes=2 cups"], "max_bytes='2 cups' must be"),
+        (["--prompt=x", "--ratio=2", "--max_slots=9"], "ratio=.* together with max"),
+        (["--prompt=x", "--spans=a"], "--spans=a marks parts of --context"),
+        (["--prompt=x", "--context=context.txt", "--spans=("], "spans='('"),
+        (["--prompt="], "prompt has shape [0], 0 tokens"),
+        (["--prompt=x", "--max_new_tokens=0"], "max_new_tokens=0 must be"),
+        (["--prompt=x", "--top_p=2"], "top_p=2.0 must be"),
+        (["--prompt=x", "--stop="], "stop has an empty string"),
+        (["--prompt=x", "--model=nowhere"], "path=nowhere is not a model folder"),
+        (["--prompt=x", "--mesh=tensor:99"], "mesh='tensor:99' needs 99 devices"),
+        (["--prompt=x", "--load_memory=no"], "--load_memory=no: no such file"),
+        (["--prompt=x", "--load_memory=context.txt"], "context.txt .*"),
+        (["--prompt=x", "--save_memory=a"], "--save_memory=a writes the memory of a"),
+        (
+            ["--prompt=x", "--context=context.txt", "--save_memory=context.txt"],
+            "--save_memory=context.txt exists: name another file, or add --overwrite",
+        ),
+    ],
+)
+def test_bad_input_ends_with_one_line_that_names_it(run, arguments, message):
+    ran = run(generate, *arguments)
+    assert (ran.code, ran.out) == (1, "")
+    assert re.search(
+        f"error: {message}" if ".*" in message else re.escape(f"error: {message}"),
+        ran.err,
+    ), ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_compress_refuses_what_it_cannot_write_before_it_loads_the_model(run):
+    Path("a.beacon").write_text("kept")
+    fails(run(compress, "--out=b.beacon"), "--context is missing")
+    options = ("--context=context.txt", "--ratio=4")
+    fails(run(compress, *options, "--out=a.beacon"), "--out=a.beacon exists")
+    fails(run(compress, *options, "--out=."), "--out=. is a folder")
+    fails(run(compress, *options, "--out=a.beacon", "--model=no"), "--out=a.beacon")
+    assert Path("a.beacon").read_text() == "kept"
+    assert run(compress, *options, "--out=a.beacon", "--overwrite").code == 0
+
+
+def test_a_file_of_several_contexts_is_refused(run, model):
+    model.compress(["one", "two"], ratio=4).save("two.beacon")
+    options = ("--prompt=x", "--load_memory=two.beacon")
+    fails(run(generate, *options), "--load_memory=two.beacon holds 2 contexts")
+
+
+def test_importing_the_package_loads_neither_jax_nor_transformers():
+    code = (
+        "import sys, beacon_jax, beacon_jax.compress, beacon_jax.generate;"
+        "print({'jax', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "set()", result.stderr
