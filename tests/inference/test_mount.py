@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 
 from beacon_jax.core.loop import decode_step
 from beacon_jax.hf import Identity
@@ -317,6 +318,18 @@ def test_ledger_and_device_agree_after_any_mix_of_feeding_cutting_and_mounting(d
 def test_memories_that_do_not_fit_are_refused_saying_what_differs(other, message):
     with pytest.raises(ValueError, match=message):
         concatenate([random_memory((16,)), other])
+
+
+def test_memories_that_are_spread_over_devices_mount_where_they_are(tmp_path):
+    pair = [random_memory((21, 16), seed=1), random_memory((5, 11), seed=2)]
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
+    spread = []
+    for i, memory in enumerate(pair):
+        memory.save(tmp_path / f"{i}.beacon")
+        spread.append(Memory.load(tmp_path / f"{i}.beacon", mesh=mesh))
+    mounted = concatenate(spread)
+    assert mounted.state.k.sharding.is_equivalent_to(spread[0].state.k.sharding, 5)
+    assert_same_live(mounted, concatenate(pair))
 
 
 def test_no_memory_at_all_is_refused():
