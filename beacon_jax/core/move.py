@@ -3,6 +3,8 @@ slots of one memory behind those of another.
 
 A key in the buffer is rotated at its index and, with yarn, carries the magnitude. A key
 that moves is turned by the distance alone: rotations add up, the magnitude would not.
+In bfloat16 a move rounds once more (rms error of a key of unit variance 0.0023, 0.0017
+when rotated once); in float32 it is as exact as a rotation by the sum.
 """
 
 import functools
@@ -10,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 from beacon_jax.core.memory import MemoryState
@@ -125,6 +128,7 @@ def _turned(config, keys, distance):
 def _put(buffer, new, to, moves):
     """Writes new [L, B, n, K, H] at the neighbours to [B, n] where `moves`; the others
     keep their bits, whatever a turn by 0 would make of them."""
-    old = _take(buffer, to)
+    run = lambda row, start: lax.dynamic_slice_in_dim(row, start, to.shape[1], axis=1)
+    old = jax.vmap(run, in_axes=(1, 0), out_axes=1)(buffer, to[:, 0])
     mixed = jnp.where(moves[None, :, :, None, None], new.astype(old.dtype), old)
     return put_all_layers(buffer, mixed, to[:, 0], None)

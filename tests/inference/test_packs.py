@@ -424,7 +424,8 @@ MEASURE = """
 import re, sys
 from beacon_jax.inference import packs
 def status(key):
-    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+    text = open("/proc/self/status").read()
+    return 1024 * int(re.search(key + r":\\s+(\\d+)", text)[1])
 packs.load(sys.argv[1])
 before = status("VmRSS")
 memory = packs.load(sys.argv[2])
