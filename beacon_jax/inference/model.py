@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from beacon_jax.core.memory import (
-    slot_nbytes,
-)
+from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf import checkpoint
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference.decode import Decoded, decode
-from beacon_jax.inference.feeding import decoded_memory, feed_rows, ledgers_of
+from beacon_jax.inference.feeding import (
+    choose_dtype,
+    decoded_memory,
+    feed_rows,
+    ledgers_of,
+)
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.plan import (
     Plan,
@@ -27,7 +30,6 @@ from beacon_jax.inference.plan import (
     stack_ratios,
     warn_beyond_training,
 )
-from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, make_sampling, seen_tokens
 from beacon_jax.inference.spans import Spans, token_spans
 from beacon_jax.inference.text import Streamer, finisher
@@ -102,6 +104,7 @@ class Model:
         spans: Spans | None = None,
         lossless: str = "windows",
         capacity: int | None = None,
+        memory_dtype: str | None = None,
         seed: int = 0,
     ) -> Memory:
         """Reads contexts of any length into a memory.
@@ -121,18 +124,22 @@ class Model:
             "slots" only the span's own entries beside the beacons, which no model was
             trained for.
           capacity: slots of the buffer; None: as many as needed.
+          memory_dtype: of keys and values: "int8" halves the bytes of bfloat16; None:
+            what the model computes in. A memory that is continued stays what it is.
           seed: of a random ratio mix.
 
         Raises:
-          ValueError: an empty context, a ratio that the model cannot use, or a budget
-            that nothing fits into.
+          ValueError: an empty context, a ratio that the model cannot use, a budget
+            that nothing fits into, or another dtype than `memory` has.
           CapacityError: `capacity` is too small; it states what is needed.
         """
         contexts, _ = as_batch(context)
+        dtype = choose_dtype(self, memory, memory_dtype)
         rows = [self.encode(c, "context", first=memory is None) for c in contexts]
         plans = self._plans(
             rows,
             memory,
+            dtype,
             0,
             ratio=ratio,
             max_slots=max_slots,
@@ -141,7 +148,7 @@ class Model:
             lossless=lossless,
             seed=seed,
         )
-        return feed_rows(self, rows, plans, memory, capacity)[1]
+        return feed_rows(self, rows, plans, memory, capacity, dtype=dtype)[1]
 
     def complete(
         self,
@@ -163,6 +170,7 @@ class Model:
         stop: str | Sequence[str] = (),
         seed: int | Sequence[int] = 0,
         capacity: int | None = None,
+        memory_dtype: str | None = None,
         on_text: Callable[..., None] | None = None,
     ) -> Any:
         """Continues [memory | context | prompt]; see `compress` and `Sampling`.
@@ -192,11 +200,13 @@ class Model:
         show = [_shown(on_text, None if single else i) for i in range(count)]
         streams = [Streamer(self.tokenizer, s, stop) for s in show]
         start = time.perf_counter()
+        dtype = choose_dtype(self, memory, memory_dtype)
         memory = _rows_for(memory, count)
         rows, marked = self._prompt_rows(prompts, context, memory, spans)
         plans = self._plans(
             rows,
             memory,
+            dtype,
             int(new.max()),
             ratio=ratio,
             max_slots=max_slots,
@@ -205,7 +215,7 @@ class Model:
             lossless=lossless,
             seed=int(np.atleast_1d(seed)[0]),
         )
-        logits, after = feed_rows(self, rows, plans, memory, capacity, new)
+        logits, after = feed_rows(self, rows, plans, memory, capacity, new, dtype)
         jax.block_until_ready(logits)
         middle = time.perf_counter()
         result = self._decode(after, logits, plans, sampling, streams, new, seed)
@@ -304,10 +314,15 @@ class Model:
         return token_spans(spans, text, self.tokenizer, first=first)
 
     def _plans(
-        self, rows: list[np.ndarray], memory: Memory | None, new: int, **options: Any
+        self,
+        rows: list[np.ndarray],
+        memory: Memory | None,
+        dtype: str,
+        new: int,
+        **options: Any,
     ) -> list[Plan]:
         ledgers, spans = ledgers_of(memory, len(rows)), options.pop("spans")
-        slot = slot_nbytes(self.config, compute_dtype(self.variables))
+        slot = slot_nbytes(self.config, dtype)
         plans = []
         for row, ledger, marked in zip(rows, ledgers, spans, strict=True):
             plan = make_plan(
