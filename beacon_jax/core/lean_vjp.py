@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from beacon_jax.core.step import Window, new_entries, pad_entries, put_all_layers
+from beacon_jax.core.step import Window, new_entries, pad_entries
+from beacon_jax.model.buffers import put_all_layers
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Entries, constrain_entries, variable_axes
 from beacon_jax.model.partition import Partition, active, constrain, partitioned

@@ -20,15 +20,16 @@ from beacon_jax.core.step import (
     NOOP,
     lookup,
     new_entries,
-    put_all_layers,
     slots_added,
     window_branches,
 )
 from beacon_jax.core.windows import open_room, window_slots
+from beacon_jax.model.buffers import put_all_layers
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.partition import active, partitioned
+from beacon_jax.model.rotary import inverse_frequencies
 
 
 class FeedOutput(NamedTuple):
@@ -257,18 +258,18 @@ def _feed(
     logits = lambda h: apply(head, variables, h, method="logits")
 
     sink = config.beacon.sink if config.beacon else 0
+    turns = inverse_frequencies(config)
 
     def step(carry, x):
         k, v, slots, sinks, last = carry
-        # A row that has ended keeps its open window while others go on.
-        live = x["valid"] > 0
+        # A row that has ended (valid: 0) keeps its open window while others go on.
         hidden, kept, k, v = lax.switch(
-            x["index"], branches, variables, x["tokens"], k, v, slots, live
+            x["index"], branches, variables, x["tokens"], k, v, slots, x["valid"]
         )
         closes = x["step"] < begun
         new = new_entries(config, kept, slots, x["ratio"], k.dtype)
-        k = put_all_layers(k, new.k, slots, closes)
-        v = put_all_layers(v, new.v, slots, closes)
+        k = put_all_layers(k, new.k, slots, closes, turns)
+        v = put_all_layers(v, new.v, slots, closes, turns)
         sinks = jnp.where(closes & (slots == 0), sink, sinks)
         added = slots_added(config, slots, x["ratio"], w)
         slots = slots + jnp.where(closes, added, 0)

@@ -5,8 +5,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
+from beacon_jax.model import buffers
+from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.config import ModelConfig
 
 
@@ -28,7 +30,7 @@ class MemoryState(flax.struct.PyTreeNode):
     is its position. A full window is compressed: its beacons replace its entries.
 
     Attributes:
-      k: keys, rotated at their index.
+      k: keys, rotated at their index; in int8 without their mean (`model.quantize`).
       v: values.
       slots: sink and beacon slots; they never change once written.
       sinks: how many of them are sinks (SPEC section 2).
@@ -39,8 +41,8 @@ class MemoryState(flax.struct.PyTreeNode):
         re-runs the open window from its start, which keeps interleaving static.
     """
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: Buffer
+    v: Buffer
     slots: Int[Array, " B"]
     sinks: Int[Array, " B"]
     raw: Int[Array, " B"]
@@ -68,8 +70,7 @@ class MemoryState(flax.struct.PyTreeNode):
     @property
     def slot_nbytes(self) -> int:
         """Bytes of one slot of one row: keys and values of all layers."""
-        layers, rows, slots, *_ = self.k.shape
-        return self.nbytes // (rows * slots) if layers else 0
+        return buffers.slot_nbytes(self.k) + buffers.slot_nbytes(self.v)
 
     def open_entries(self, placement: str) -> Int[Array, " B"]:
         """Entries of the open window: raw tokens and the beacons among them."""
@@ -86,8 +87,8 @@ class MemoryState(flax.struct.PyTreeNode):
         """With room for `capacity` slots; never fewer than it has."""
         if capacity <= self.capacity:
             return self
-        pad = ((0, 0), (0, 0), (0, capacity - self.capacity), (0, 0), (0, 0))
-        return self.replace(k=jnp.pad(self.k, pad), v=jnp.pad(self.v, pad))
+        k, v = (buffers.resized(x, capacity) for x in (self.k, self.v))
+        return self.replace(k=k, v=v)
 
 
 def default_window(config: ModelConfig) -> int:
@@ -96,21 +97,28 @@ def default_window(config: ModelConfig) -> int:
 
 
 def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
-    """Bytes of one slot of one row: keys and values of all layers."""
-    per_layer = config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
-    return 2 * config.num_layers * per_layer
+    """Bytes of one slot of one row: keys and values of all layers, and their scales
+    in int8."""
+    entry = config.head_dim * jnp.dtype(dtype).itemsize
+    if jnp.dtype(dtype) == jnp.int8:
+        entry += 4
+    return 2 * config.num_layers * config.num_kv_heads * entry
 
 
 def init_memory(
     config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32
 ) -> MemoryState:
-    """An empty memory for `batch` rows of `capacity` slots (`windows.capacity`)."""
+    """An empty memory for `batch` rows of `capacity` slots (`windows.capacity`).
+
+    dtype: of keys and values; int8 has scales besides.
+    """
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
     window = default_window(config)
     zeros = lambda: jnp.zeros((batch,), jnp.int32)
+    k, v = buffers.empty(shape, dtype)
     return MemoryState(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=k,
+        v=v,
         slots=zeros(),
         sinks=zeros(),
         raw=zeros(),

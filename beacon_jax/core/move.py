@@ -8,27 +8,26 @@ when rotated once); in float32 it is as exact as a rotation by the sum.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Int
 
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.core.step import put_all_layers
+from beacon_jax.model import buffers
+from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.rotary import cos_sin, rotate
+from beacon_jax.model.rotary import cos_sin, inverse_frequencies
 
 
 def keep_places(
     config: ModelConfig,
-    k: Any,
-    v: Any,
+    k: Buffer,
+    v: Buffer,
     slots: Int[Array, " B"],
     place: Int[Array, "B n"],
     count: Int[Array, " B"],
-) -> tuple[Any, Any]:
+) -> tuple[Buffer, Buffer]:
     """Entries slots + place[b, j] of the buffers go to slots + j, for j < count.
 
     Args:
@@ -41,9 +40,10 @@ def keep_places(
     chosen = jnp.take_along_axis(place, jnp.maximum(nth, 0), axis=1)
     moves = (nth >= 0) & (nth < count[:, None])
     source = jnp.where(moves, slots[:, None] + chosen, to)
+    new_k = _turned(config, buffers.take(k, source), to - source)
     return (
-        _put(k, _turned(config, _take(k, source), to - source), to, moves),
-        _put(v, _take(v, source), to, moves),
+        _put(k, new_k, to, moves),
+        _put(v, buffers.take(v, source), to, moves),
     )
 
 
@@ -93,10 +93,12 @@ def append(config: ModelConfig, state: MemoryState, other: MemoryState) -> Memor
     moves = (nth >= 0) & (nth < other.slots[:, None])
     source = jnp.maximum(nth, 0)
     turn = jnp.broadcast_to(state.slots[:, None], source.shape)
-    new_k = _turned(config, _take(other.k, source), turn)
+    k = buffers.adopted(state.k, other.k, state.slots == 0)
+    shift = buffers.mean_change(other.k, k, to, inverse_frequencies(config))
+    new_k = _turned(config, buffers.take(other.k, source), turn, shift)
     return state.replace(
-        k=_put(state.k, new_k, to, moves),
-        v=_put(state.v, _take(other.v, source), to, moves),
+        k=_put(k, new_k, to, moves),
+        v=_put(state.v, buffers.take(other.v, source), to, moves),
         slots=state.slots + other.slots,
         sinks=jnp.where(state.slots == 0, other.sinks, state.sinks),
         ratio=other.ratio,
@@ -114,21 +116,13 @@ def _targets(slots, size, capacity):
     return to, to - slots[:, None]
 
 
-def _take(buffer, source):
-    """[L, B, S, K, H] at source [B, n]."""
-    return jnp.take_along_axis(buffer, source[None, :, :, None, None], axis=2)
-
-
-def _turned(config, keys, distance):
+def _turned(config, keys, distance, shift=None):
     """Keys [L, B, n, K, H] that move by distance [B, n]."""
-    cos, sin = cos_sin(config, distance, scaled=False)
-    return rotate(keys, cos, sin)
+    return buffers.turned(keys, *cos_sin(config, distance, scaled=False), shift)
 
 
 def _put(buffer, new, to, moves):
     """Writes new [L, B, n, K, H] at the neighbours to [B, n] where `moves`; the others
     keep their bits, whatever a turn by 0 would make of them."""
-    run = lambda row, start: lax.dynamic_slice_in_dim(row, start, to.shape[1], axis=1)
-    old = jax.vmap(run, in_axes=(1, 0), out_axes=1)(buffer, to[:, 0])
-    mixed = jnp.where(moves[None, :, :, None, None], new.astype(old.dtype), old)
-    return put_all_layers(buffer, mixed, to[:, 0], None)
+    mixed = buffers.choose(moves, new, buffers.take(buffer, to))
+    return buffers.copy_in(buffer, mixed, to[:, 0])

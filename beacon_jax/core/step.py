@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.decoder import Decoder, Entries, Layer, apply, write_rows
+from beacon_jax.model.decoder import Decoder, Entries, Layer, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.rotary import cos_sin, rotate
 
@@ -75,20 +74,20 @@ def training_window(
 
 def window_branches(config, ratios, window, *, dtype):
     """NOOP and one function per static ratio, for feeding:
-    (variables, tokens, k, v, slots, live) -> (hidden, kept, k, v)."""
+    (variables, tokens, k, v, slots, valid) -> (hidden, kept, k, v)."""
     most = max(len(kept_entries(config, r, window)) for r in ratios)
 
     def branch(ratio):
         keep = kept_entries(config, ratio, window)
         model = Decoder(config, layout_of(config, ratio, window), keep, dtype=dtype)
 
-        def run(variables, tokens, k, v, slots, live):
-            hidden, kept, k, v = apply(model, variables, tokens, k, v, slots, live)
+        def run(variables, tokens, k, v, slots, valid):
+            hidden, kept, k, v = apply(model, variables, tokens, k, v, slots, valid)
             return hidden, pad_entries(kept, most), k, v
 
         return run
 
-    def noop(variables, tokens, k, v, slots, live):
+    def noop(variables, tokens, k, v, slots, valid):
         c = config
         b = tokens.shape[0]
         hidden = jnp.zeros((b, window, c.hidden_size), dtype)
@@ -132,10 +131,3 @@ def lookup(ratio, ratios):
     """Branch index of a traced ratio among the static ones."""
     found = sum(jnp.where(ratio == r, i + 1, 0) for i, r in enumerate(ratios))
     return jnp.asarray(found, jnp.int32)
-
-
-def put_all_layers(buffer, new, start, live=None):
-    """Writes new [L, B, T, K, H] at start[row] of buffer [L, B, S, K, H]; rows that are
-    not live stay as they are."""
-    put = lambda buffer, new: write_rows(buffer, new, start, None, live)
-    return jax.vmap(put)(buffer, new)

@@ -43,17 +43,18 @@ def feed_rows(
     capacity: int | None,
     new: np.ndarray | int = 0,
     on_progress: OnProgress | None = None,
+    dtype: str | None = None,
 ) -> tuple[jax.Array, Memory]:
     """Feeds each row what is pending of it and its tokens; room for `new` more.
 
     Rows whose plans agree in every step are fed by one call; with `on_progress`, by one
-    per `PIECE_WINDOWS` windows.
+    per `PIECE_WINDOWS` windows. `dtype`: of a new memory.
     """
     _check_memory(model, memory, len(rows))
     ledgers = ledgers_of(memory, len(rows))
     fed = [np.concatenate([x.pending, r]) for x, r in zip(ledgers, rows, strict=True)]
     ratios = stack_ratios(plans)
-    state = memory.state if memory else _fresh(model, len(rows), 1)
+    state = memory.state if memory else _fresh(model, len(rows), 1, dtype)
     lengths, done = np.asarray([len(r) for r in fed]), 0
     size = _room(model.config, state, ratios, lengths + new, capacity, plans)
     groups = _groups(model.config, rows, plans, ledgers)
@@ -61,7 +62,7 @@ def feed_rows(
     for group in groups:
         whole = len(group) == len(rows)
         if memory is None:
-            part = _fresh(model, len(group), size)
+            part = _fresh(model, len(group), size, dtype)
         else:
             part = state if whole else take_rows(state, np.asarray(group))
             part = _own(part.resized(size), state)
@@ -192,10 +193,34 @@ def _behind(on_fed: Callable[[int], None], done: int) -> Callable[[int], None]:
     return lambda count: on_fed(done + count)
 
 
-def _fresh(model: "Model", rows: int, capacity: int) -> MemoryState:
-    make = functools.partial(
-        init_memory, model.config, rows, capacity, compute_dtype(model.variables)
-    )
+def choose_dtype(model: "Model", memory: Memory | None, asked: str | None) -> str:
+    """What keys and values are stored in, as `Model.compress` documents it.
+
+    Raises:
+      ValueError: a dtype that no memory has, or that the given one does not have.
+    """
+    own = np.dtype(compute_dtype(model.variables)).name
+    if asked not in (None, own, "int8"):
+        raise ValueError(
+            f"memory_dtype={asked!r} is not possible: use 'int8', or None for {own}, "
+            "which the model computes in."
+        )
+    if memory is None:
+        return asked or own
+    has = memory.dtype
+    if asked not in (None, has):
+        raise ValueError(
+            f"memory_dtype={asked!r}, but the memory is {has} and stays so: leave "
+            "memory_dtype out, or compress its text again."
+        )
+    return has
+
+
+def _fresh(
+    model: "Model", rows: int, capacity: int, dtype: str | None = None
+) -> MemoryState:
+    dtype = choose_dtype(model, None, dtype)
+    make = functools.partial(init_memory, model.config, rows, capacity, dtype)
     if model.partition is None:
         return make()
     where = leaves.shardings(model.partition, jax.eval_shape(make))

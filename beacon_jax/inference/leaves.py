@@ -16,18 +16,12 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from beacon_jax.core.memory import MemoryState, default_window, init_memory
 from beacon_jax.inference.prefill import buffer_size
+from beacon_jax.model.buffers import ARRAY, PARTS
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import RULES, Partition
 
 # Axes by the last part of a leaf's name; other leaves have their rows in front.
-_BUFFER = (None, "batch", "slots", "kv_heads", None)
-AXES: dict[str, tuple[str | None, ...]] = {
-    "k": _BUFFER,
-    "v": _BUFFER,
-    "values": _BUFFER,
-    "scale": (None, "batch", "kv_heads", "slots"),
-    "mean": (None, "batch", "kv_heads", None),
-}
+AXES = {"k": ARRAY, "v": ARRAY, **PARTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +56,6 @@ def names(state: MemoryState) -> dict[str, Any]:
 def axes(name: str, ndim: int) -> tuple[str | None, ...]:
     """Logical axes of a leaf."""
     return AXES.get(name.rsplit(".", 1)[-1], ("batch", *(None,) * (ndim - 1)))
-
-
-def dtype_name(state: MemoryState) -> str:
-    """What `init_memory` makes such buffers of: "int8" if that is among their dtypes,
-    else the one they have."""
-    found = {x.dtype.name for x in jax.tree.leaves((state.k, state.v))}
-    return "int8" if "int8" in found else "+".join(sorted(found))
 
 
 def live_entries(config: ModelConfig, state: MemoryState) -> list[int]:

@@ -72,12 +72,20 @@ class Memory:
         return self.state.nbytes
 
     @property
+    def dtype(self) -> str:
+        """Of keys and values, as `init_memory` takes it: "int8" or a float."""
+        found = {x.dtype.name for x in jax.tree.leaves((self.state.k, self.state.v))}
+        return "int8" if "int8" in found else "+".join(sorted(found))
+
+    @property
     def slot_nbytes(self) -> int:
-        """Bytes of one slot of one row: keys and values of all layers."""
+        """Bytes of one slot of one row: keys and values of all layers, in int8 with
+        their scales."""
         return self.state.slot_nbytes
 
     def describe(self) -> str:
-        """One line per row (tokens, slots, bytes in use) and one for the buffer."""
+        """One line per row (tokens, slots, bytes in use) and one for the buffer: what
+        JAX has allocated for it, used or not."""
         lines = []
         for i, row in enumerate(self.rows):
             used = row.slots * self.slot_nbytes / 2**20
@@ -88,7 +96,10 @@ class Memory:
             if len(row.pending):
                 line += f", {len(row.pending)} still to be fed"
             lines.append(line)
-        total = f"buffer: {self.capacity} slots per row, {self.nbytes / 2**20:.3f} MiB"
+        total = (
+            f"buffer: {self.capacity} slots per row of {self.slot_nbytes} bytes "
+            f"({self.dtype}), {self.nbytes / 2**20:.3f} MiB"
+        )
         return "\n".join([*lines, total])
 
     def fork(self) -> "Memory":

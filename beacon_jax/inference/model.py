@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from beacon_jax.core.memory import (
-    slot_nbytes,
-)
+from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf import checkpoint
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference.decode import Decoded, decode
 from beacon_jax.inference.feeding import (
     OnProgress,
+    choose_dtype,
     decoded_memory,
     feed_rows,
     ledgers_of,
@@ -32,7 +31,6 @@ from beacon_jax.inference.plan import (
     stack_ratios,
     warn_beyond_training,
 )
-from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, make_sampling, seen_tokens
 from beacon_jax.inference.spans import Spans, token_spans
 from beacon_jax.inference.text import Streamer, finisher
@@ -108,6 +106,7 @@ class Model:
         lossless: str = "windows",
         capacity: int | None = None,
         reserve: int = 0,
+        memory_dtype: str | None = None,
         seed: int = 0,
         on_note: Callable[[str], None] | None = None,
         on_progress: OnProgress | None = None,
@@ -131,6 +130,8 @@ class Model:
           capacity: slots of the buffer; None: as many as needed.
           reserve: tokens that are to follow (questions, answers), which "auto", budgets
             and the buffer leave room for.
+          memory_dtype: of keys and values: "int8" halves the bytes of bfloat16; None:
+            what the model computes in. A memory that is continued stays what it is.
           seed: of a random ratio mix.
           on_note: called, before anything is fed, with each line on what was decided:
             by "auto", for a budget, and what `spans` cost.
@@ -138,15 +139,17 @@ class Model:
             windows, rows of a batch together; None: a row is fed as one piece.
 
         Raises:
-          ValueError: an empty context, a ratio that the model cannot use, or a budget
-            that nothing fits into.
+          ValueError: an empty context, a ratio that the model cannot use, a budget
+            that nothing fits into, or another dtype than `memory` has.
           CapacityError: `capacity` is too small; it states what is needed.
         """
         contexts, _ = as_batch(context)
+        dtype = choose_dtype(self, memory, memory_dtype)
         rows = [self.encode(c, "context", first=memory is None) for c in contexts]
         plans = self._plans(
             rows,
             memory,
+            dtype,
             reserve,
             ratio=ratio,
             max_slots=max_slots,
@@ -158,7 +161,10 @@ class Model:
         if on_note:
             for note in dict.fromkeys(plan.note for plan in plans if plan.note):
                 on_note(note)
-        return feed_rows(self, rows, plans, memory, capacity, reserve, on_progress)[1]
+        after = feed_rows(
+            self, rows, plans, memory, capacity, reserve, on_progress, dtype
+        )
+        return after[1]
 
     def complete(
         self,
@@ -180,6 +186,7 @@ class Model:
         stop: str | Sequence[str] = (),
         seed: int | Sequence[int] = 0,
         capacity: int | None = None,
+        memory_dtype: str | None = None,
         on_text: Callable[..., None] | None = None,
         on_progress: OnProgress | None = None,
     ) -> Any:
@@ -211,11 +218,13 @@ class Model:
         show = [_shown(on_text, None if single else i) for i in range(count)]
         streams = [Streamer(self.tokenizer, s, stop) for s in show]
         start = time.perf_counter()
+        dtype = choose_dtype(self, memory, memory_dtype)
         memory = _rows_for(memory, count)
         rows, marked = self._prompt_rows(prompts, context, memory, spans)
         plans = self._plans(
             rows,
             memory,
+            dtype,
             int(new.max()),
             ratio=ratio,
             max_slots=max_slots,
@@ -224,7 +233,9 @@ class Model:
             lossless=lossless,
             seed=int(np.atleast_1d(seed)[0]),
         )
-        logits, after = feed_rows(self, rows, plans, memory, capacity, new, on_progress)
+        logits, after = feed_rows(
+            self, rows, plans, memory, capacity, new, on_progress, dtype
+        )
         jax.block_until_ready(logits)
         middle = time.perf_counter()
         result = self._decode(after, logits, plans, sampling, streams, new, seed)
@@ -323,10 +334,15 @@ class Model:
         return token_spans(spans, text, self.tokenizer, first=first)
 
     def _plans(
-        self, rows: list[np.ndarray], memory: Memory | None, new: int, **options: Any
+        self,
+        rows: list[np.ndarray],
+        memory: Memory | None,
+        dtype: str,
+        new: int,
+        **options: Any,
     ) -> list[Plan]:
         ledgers, spans = ledgers_of(memory, len(rows)), options.pop("spans")
-        slot = slot_nbytes(self.config, compute_dtype(self.variables))
+        slot = slot_nbytes(self.config, dtype)
         plans = []
         for row, ledger, marked in zip(rows, ledgers, spans, strict=True):
             plan = make_plan(

@@ -15,7 +15,6 @@ from jaxtyping import Int
 
 from beacon_jax.core import move
 from beacon_jax.core.memory import MemoryState, default_window
-from beacon_jax.inference import leaves
 from beacon_jax.inference.compatible import config_differences, identity_differences
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
@@ -134,7 +133,7 @@ def _differences(a: Memory, b: Memory) -> list[str]:
     """What keeps two memories from being mounted, in words."""
     found = [
         ("rows", len(a), len(b)),
-        ("dtype", leaves.dtype_name(a.state), leaves.dtype_name(b.state)),
+        ("dtype", a.dtype, b.dtype),
     ]
     found = [(name, x, y) for name, x, y in found if x != y]
     found += config_differences(a.config, b.config)

@@ -99,7 +99,7 @@ def save(memory: Memory, path: str | Path, *, tokens: bool = True) -> None:
             "beacon": memory.identity.beacon,
             "config": dataclasses.asdict(memory.config),
         },
-        "dtype": leaves.dtype_name(memory.state),
+        "dtype": memory.dtype,
         "rows": [
             {
                 "tokens": row.length,

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.attention import RESIDUALS, prefix_attention
+from beacon_jax.model import buffers
+from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.partition import active, constrain
-from beacon_jax.model.rotary import cos_sin, rotate
+from beacon_jax.model.rotary import cos_sin, inverse_frequencies, rotate
 
 INIT = nn.initializers.normal(0.02)
 
@@ -29,53 +31,38 @@ class Entries(NamedTuple):
     v: Array
 
 
-def write_rows(buffer, new, start, layer=None, live=None):
-    """Writes new [B, T, K, H] at start[row] of buffer [B, S, K, H] (or of one layer of
-    [L, B, S, K, H]); rows that are not live stay as they are. The caller guarantees
-    start + T <= S: XLA would drop the rest silently.
+class Fed(NamedTuple):
+    """Of a window, which may have less than W tokens of a row, or none.
 
-    One scatter with the rows as its batch: `vmap` of dynamic_update_slice makes one
-    whose windows span the layers too, for which a TPU copies both buffers in every
-    layer of a decoded token (273 MiB of temporaries at 8 rows of Qwen2-7B, now 0.6).
+    live: rows whose buffers are written.
+    entries: that stand for real tokens [B, T].
     """
-    if live is not None:
-        start = jnp.where(live, start, buffer.shape[-3])  # beyond the end: dropped
-    front = () if layer is None else (0,)
-    at = [start] if layer is None else [jnp.full_like(start, layer), start]
-    numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(1, 2, 3),
-        inserted_window_dims=front,
-        operand_batching_dims=(len(front),),
-        scatter_indices_batching_dims=(0,),
-        scatter_dims_to_operand_dims=(*front, len(front) + 1),
-    )
-    return jax.lax.scatter(
-        buffer,
-        jnp.stack(at, axis=-1),
-        new,
-        numbers,
-        unique_indices=True,
-        mode="promise_in_bounds" if live is None else "drop",
-    )
+
+    live: Bool[Array, " B"]
+    entries: Bool[Array, "B T"]
 
 
-def attend_rows(q, k, v, prefix, layer, implementation):
+def attend_rows(q, k, v, prefix, layer, implementation, frequencies):
     """`prefix_attention`. In a partitioned program each device computes its own rows
     and heads: the compiler cannot split a kernel, it would gather what goes in."""
-    attend = functools.partial(prefix_attention, implementation=implementation)
+
+    def attend(q, k, v, prefix, layer):
+        k, v, options = buffers.for_attention(k, v, frequencies)
+        options |= {"layer": layer, "implementation": implementation}
+        return prefix_attention(q, k, v, prefix, **options)
+
     partition = active()
     if partition is None:
-        return attend(q, k, v, prefix, layer=layer)
+        return attend(q, k, v, prefix, layer)
     # Heads go with their kv head.
-    rows = ("batch", None, "kv_heads", None)
-    split = partition.spec(rows, q.shape)
-    buffer = split if layer is None else partition.spec((None, *rows), k.shape)
+    split = partition.spec(("batch", None, "kv_heads", None), q.shape)
+    k_split, v_split = (buffers.specs(x, partition) for x in (k, v))
     one = jax.sharding.PartitionSpec(split[0])
     layers = None if layer is None else jax.sharding.PartitionSpec()
     return jax.shard_map(
-        lambda q, k, v, prefix, layer: attend(q, k, v, prefix, layer=layer),
+        attend,
         mesh=partition.mesh,
-        in_specs=(split, buffer, buffer, one, layers),
+        in_specs=(split, k_split, v_split, one, layers),
         out_specs=split,
         check_vma=False,
     )(q, k, v, prefix, layer)
@@ -168,18 +155,32 @@ class Attention(nn.Module):
         self.v_proj = make("v", d, kv_heads, kv_axes, c.qkv_bias)
         self.o_proj = make("o", heads, d, ("heads", "head_dim", "embed"), c.o_bias)
 
-    def __call__(self, x, k_buffer, v_buffer, cos, sin, prefix, layer, live):
+    def __call__(self, x, k_buffer, v_buffer, cos, sin, prefix, layer, fed):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         keep = jnp.asarray(self.keep, jnp.int32)
         kept = Entries(k[:, keep], v[:, keep])
+        live = None if fed is None else fed.live
+        # A decoded token reads the buffer, a window what `buffers.read` makes of it.
+        window = self.layout.groups * self.layout.raw > 1
+        if window and fed is not None:
+            k_buffer = buffers.centred(
+                k_buffer,
+                k * self.config.rope.attention_scale,
+                layer,
+                fed.live & (prefix == 0),
+                fed.entries,
+            )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
         def attend(q, k, v, k_buffer, v_buffer):
-            put = lambda buffer, new: write_rows(
-                buffer, new.astype(buffer.dtype), prefix, layer, live
-            )
-            k_buffer, v_buffer = put(k_buffer, k), put(v_buffer, v)
-            out = attend_rows(q, k_buffer, v_buffer, prefix, layer, self.implementation)
+            turns = inverse_frequencies(self.config)
+            k_buffer = buffers.put(k_buffer, k, prefix, layer, live, turns)
+            v_buffer = buffers.put(v_buffer, v, prefix, layer, live, turns)
+            k_read, v_read, at = k_buffer, v_buffer, layer
+            if window:
+                k_read, _ = buffers.read(k_buffer, k, prefix, layer, turns)
+                v_read, at = buffers.read(v_buffer, v, prefix, layer, turns)
+            out = attend_rows(q, k_read, v_read, prefix, at, self.implementation, turns)
             return out, k_buffer, v_buffer
 
         if self.remat:
@@ -217,7 +218,7 @@ class Layer(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, carry, per_layer, cos, sin, prefix, live):
+    def __call__(self, carry, per_layer, cos, sin, prefix, fed):
         """carry: (x, k, v): the stacked buffers, which are written in place, or None
         where the layer's slice comes in per_layer, is written and dropped. Training
         takes slices: differentiating a carried buffer would add a whole-buffer
@@ -244,7 +245,7 @@ class Layer(nn.Module):
             sin,
             prefix,
             layer if stacked else None,
-            live,
+            fed,
         )
         x = constrain(x + out, "batch", None, None)
         out = MLP(c, self.layout, self.dtype, name="mlp")(norm("post_norm")(x))
@@ -315,10 +316,10 @@ class Decoder(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "B R"],
-        k: Float[Array, "L B S K H"],
-        v: Float[Array, "L B S K H"],
+        k: Buffer,
+        v: Buffer,
         prefix: Int[Array, " B"],
-        live: Bool[Array, " B"] | None = None,
+        valid: Int[Array, " B"] | None = None,
     ):
         """Runs R raw tokens and the layout's beacons, T entries in all.
 
@@ -326,7 +327,8 @@ class Decoder(nn.Module):
           tokens: ids of the raw entries, R = groups * raw of the layout.
           k, v: the buffers; row b's first prefix[b] entries are its memory.
           prefix: entries in front of this window, which is also its first position.
-          live: rows whose buffers are written; all if not given.
+          valid: raw tokens of each row that are real; a row without any is not written.
+            None: all.
 
         Returns:
           (hidden [B, R, D] of the raw rows after the final norm, Entries kept, k, v).
@@ -334,7 +336,10 @@ class Decoder(nn.Module):
         x = self.begin(tokens)
         cos, sin = self.angles(prefix)
         layers = (jnp.arange(self.config.num_layers), None, None)
-        carry, kept = self.layers((x, k, v), layers, cos, sin, prefix, live)
+        fed = None
+        if valid is not None:
+            fed = Fed(valid > 0, valid[:, None] >= self.layout.tokens_before)
+        carry, kept = self.layers((x, k, v), layers, cos, sin, prefix, fed)
         return self.finish(carry[0]), kept, *carry[1:]
 
     def begin(self, tokens: Int[Array, "B R"]) -> Float[Array, "B T D"]:

@@ -37,6 +37,13 @@ class Layout:
         entries = np.arange(self.length).reshape(self.groups, -1)
         return entries[:, self.raw :].reshape(-1)
 
+    @property
+    def tokens_before(self) -> np.ndarray:
+        """Raw tokens up to each entry, its own included: a beacon's are those that it
+        may have read."""
+        raw = np.arange(self.raw + self.beacons) < self.raw
+        return np.cumsum(np.tile(raw, self.groups))
+
     def split(self, x):
         """[B, T, ...] -> raw rows [B, G*r, ...], beacon rows [B, G*b, ...]."""
         grouped = x.reshape(x.shape[0], self.groups, -1, *x.shape[2:])

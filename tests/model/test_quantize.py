@@ -14,20 +14,20 @@ from hypothesis import HealthCheck, given, settings
 from beacon_jax.attention import prefix_attention
 from beacon_jax.attention.mean import cos_sin_table, kernel_tables, product, turns
 from beacon_jax.attention.reference import reference
-from beacon_jax.core.quantize import (
+from beacon_jax.model.buffers import for_attention
+from beacon_jax.model.config import RopeConfig
+from beacon_jax.model.presets import get_preset
+from beacon_jax.model.quantize import (
     channel_mean,
     dequantize,
     empty,
-    for_attention,
-    pair_spread,
     quantize,
     residual,
     rotated_mean,
+    take,
     write,
     write_residual,
 )
-from beacon_jax.model.config import RopeConfig
-from beacon_jax.model.presets import get_preset
 from beacon_jax.model.rotary import cos_sin, inverse_frequencies, rotate
 
 PROPERTY = settings(
@@ -61,18 +61,15 @@ def turned(x, config, start=0):
     return rotate(x, *cos_sin(config, positions))
 
 
-def stored(k, config, *, mean: bool, spread=False, start=0, capacity=S):
+def stored(k, config, *, mean: bool, start=0, capacity=S):
     """A buffer of one layer with these keys, rotated, and its entries as floats."""
     frequencies = inverse_frequencies(config)
     # Of the first quarter, as of a text's first window: later keys have others.
     valid = jnp.broadcast_to(jnp.arange(k.shape[1]) < k.shape[1] // 4, k.shape[:2])
     mu = channel_mean(k, valid)[None] * config.rope.attention_scale if mean else None
-    factors = pair_spread(k, valid)[None] if spread else None
     at = jnp.full(B, start)
     put = jax.jit(functools.partial(write, layer=0, frequencies=frequencies))
-    buffer = put(
-        empty((1, B, capacity, K, H), mu, factors), turned(k, config, start), at
-    )
+    buffer = put(empty((1, B, capacity, K, H), mu), turned(k, config, start), at)
     return buffer, dequantize(buffer, 0, frequencies=frequencies)[:, start:]
 
 
@@ -178,25 +175,6 @@ class TestOutliers:
         _, ours = stored(keys(kind), QWEN2, mean=False)
         assert variation(ours, exact, QWEN2) > 0.01
 
-    def test_large_channels_without_a_bias_need_a_spread(self):
-        """With queries that are as much smaller there: other scores mean nothing."""
-        large = jnp.ones(H).at[jnp.asarray([3, 17, 50])].set(100.0)
-        pair = jnp.tile(jnp.maximum(*jnp.split(large, 2)), 2)
-        k = jax.random.normal(jax.random.key(1), (B, S, K, H)) * large + 5
-        exact = turned(k, QWEN2)
-        gap = lambda **how: variation(
-            stored(k, QWEN2, **how)[1], exact, QWEN2, 1 / pair
-        )
-        assert gap(mean=True, spread=True) <= 0.01 < gap(mean=True)
-
-    def test_a_spread_is_a_power_of_two_per_pair_and_1_without_a_reason(self):
-        k = keys("bias") * jnp.ones(H).at[3].set(100.0)
-        valid = jnp.asarray([[True] * S, [False] * S])
-        spread = pair_spread(k, valid)
-        assert set(np.unique(spread[0]).tolist()) == {1.0, 128.0}
-        assert (spread[0, :, [3, 3 + H // 2]] == 128).all() and (spread[1] == 1).all()
-        assert (pair_spread(jnp.ones((B, S, K, H)), valid) == 1).all()
-
     def test_at_the_end_of_a_long_memory_too(self):
         """Where angles in float32 are off by 0.004."""
         start = 130_000
@@ -208,14 +186,13 @@ class TestOutliers:
         assert (jnp.abs(ours - exact) <= step / 2 + 1e-4).all()
         assert variation(ours, exact, QWEN2) <= 0.01
 
-    @pytest.mark.parametrize("spread", [False, True])
     @pytest.mark.parametrize("config", CONFIGS)
-    def test_entries_that_move_take_no_mean_along(self, config, spread):
+    def test_entries_that_move_take_no_mean_along(self, config):
         """Every other entry to the front half, as when a window is compressed."""
         config = CONFIGS[config]
-        buffer, _ = stored(keys("outliers"), config, mean=True, spread=spread)
+        buffer, _ = stored(keys("outliers"), config, mean=True)
         place, here = 2 * jnp.arange(S // 2) + 1, jnp.arange(S // 2)
-        moved = residual(buffer, jnp.broadcast_to(place, (B, S // 2)))
+        moved = residual(take(buffer, jnp.broadcast_to(place, (B, S // 2))))
         distance = jnp.broadcast_to(here - place, (B, S // 2))
         moved = rotate(moved, *cos_sin(config, distance, scaled=False))
         after = write_residual(buffer, moved, jnp.zeros(B, jnp.int32))
@@ -224,18 +201,16 @@ class TestOutliers:
         assert variation(ours[:, : S // 2], exact, config) <= 0.01
 
     @pytest.mark.parametrize("mean", [False, True])
-    @pytest.mark.parametrize("spread", [False, True])
-    def test_attention_over_the_buffer_is_attention_over_its_floats(self, mean, spread):
+    def test_attention_over_the_buffer_is_attention_over_its_floats(self, mean):
         config, t = YARN, 3
         k = keys("outliers").at[..., 5].multiply(9)
-        k, dequantised = stored(k, config, mean=mean, spread=spread)
+        k, dequantised = stored(k, config, mean=mean)
         values = jax.random.normal(jax.random.key(6), (B, S, K, H))
         v = write(empty((1, B, S, K, H)), values, jnp.zeros(B, jnp.int32), 0)
         q = jax.random.normal(jax.random.key(7), (B, t, 2 * K, H))
         q, prefix = turned(q, config, S), jnp.asarray([S - t, 30])
-        own, options = for_attention(q, k, v, 0)
-        options["frequencies"] = inverse_frequencies(config)
-        ours = prefix_attention(own, k.values, v.values, prefix, **options)
+        k_values, v_values, options = for_attention(k, v, inverse_frequencies(config))
+        ours = prefix_attention(q, k_values, v_values, prefix, layer=0, **options)
         with jax.default_matmul_precision("highest"):
             theirs = reference(q, dequantised, dequantize(v, 0), prefix, scale=H**-0.5)
         # float32 sums of numbers near 1000 on both sides.

@@ -2,19 +2,18 @@
 
 An entry of a slot and kv head is values * scale, symmetric, scale = max |x| / 127: half
 of the largest |x| / 127 is what an element can be off by. Keys lose a mean first, fixed
-for the life of the memory: outliers in a fixed channel of un-rotated keys (Qwen2's key
+once a row has slots: outliers in a fixed channel of un-rotated keys (Qwen2's key
 biases) would otherwise set the scale for all channels. Memory holds rotated keys, and
 rotations are linear: R_p k - R_p mean = R_p (k - mean). What is stored (the residual)
 moves to another slot by a rotation of the distance, like a key, and attention adds the
 mean to scores (`attention.mean`), never to keys.
 
-Channels that are large without a bias lose a factor instead, the same for both of a
-rotated pair, so that it commutes with rotations: q . k = (q * spread) . (k / spread).
-Powers of two are exact in bfloat16. Three channels of 100 times the usual deviation,
-with queries that make up for it: total variation of the attention 0.21 with the mean
-alone, 0.005 with both (largest of 64 queries over 400 keys, H = 64).
+What it does not help is a channel that is wide without a bias: three of 100 times the
+usual deviation cost a total variation of the attention of 0.21 (largest of 64 queries
+over 400 keys, H = 64). A factor per channel would (0.005), but no model here needs one.
 """
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -24,11 +23,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from beacon_jax.attention.mean import cos_sin_table, turns
-from beacon_jax.model.decoder import write_rows
 from beacon_jax.model.rotary import rotate
+from beacon_jax.model.scatter import write_rows
 
 LARGEST = 127
-MOST_DOUBLINGS = 10  # of a spread, which float16 queries survive
 
 
 class Quantized(flax.struct.PyTreeNode):
@@ -39,13 +37,20 @@ class Quantized(flax.struct.PyTreeNode):
       scale: of a slot and kv head; 0 where nothing was written.
       mean: un-rotated, times rotary magnitudes like yarn's; None: nothing was taken out
         (values, or models whose keys need none).
-      spread: of channels, powers of two, equal in both of a pair; None: 1.
     """
 
     values: Int8[Array, "L B S K H"]
     scale: Float[Array, "L B K S"]
     mean: Float[Array, "L B K H"] | None = None
-    spread: Float[Array, "L B K H"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of entries as they are written and read back."""
+        return jnp.dtype(jnp.float32)
 
     @property
     def nbytes(self) -> int:
@@ -55,12 +60,11 @@ class Quantized(flax.struct.PyTreeNode):
 def empty(
     shape: tuple[int, int, int, int, int],
     mean: Float[Array, "L B K H"] | None = None,
-    spread: Float[Array, "L B K H"] | None = None,
 ) -> Quantized:
     """A buffer [L, B, S, K, H] without entries."""
     layers, rows, slots, heads, _ = shape
     scale = jnp.zeros((layers, rows, heads, slots), jnp.float32)
-    return Quantized(jnp.zeros(shape, jnp.int8), scale, mean, spread)
+    return Quantized(jnp.zeros(shape, jnp.int8), scale, mean)
 
 
 def channel_mean(
@@ -71,38 +75,6 @@ def channel_mean(
     some = valid[..., None, None]
     total = jnp.where(some, keys, 0).astype(jnp.float32).sum(-3)
     return total / jnp.maximum(valid.sum(-1), 1)[:, None, None]
-
-
-def pair_spread(
-    keys: Float[Array, "*L B T K H"], valid: Bool[Array, "B T"]
-) -> Float[Array, "*L B K H"]:
-    """Deviations of a row's valid un-rotated keys from their mean, the larger of each
-    pair, in units of the head's median, rounded to powers of two; 1 where there are
-    none."""
-    mean = channel_mean(keys, valid)[..., None, :, :]
-    deviation = jnp.sqrt(channel_mean(jnp.square(keys - mean), valid))
-    pair = jnp.maximum(*jnp.split(deviation, 2, -1))
-    middle = jnp.median(pair, -1, keepdims=True)
-    some = (pair > 0) & (middle > 0)
-    ratio = jnp.where(some, pair / jnp.where(some, middle, 1), 1)
-    spread = jnp.exp2(
-        jnp.clip(jnp.round(jnp.log2(ratio)), -MOST_DOUBLINGS, MOST_DOUBLINGS)
-    )
-    return jnp.concatenate([spread, spread], -1)
-
-
-def for_attention(q: Float[Array, "B T N H"], k: Quantized, v: Quantized, layer):
-    """(q, keyword arguments) for `attention.prefix_attention` over these buffers."""
-    options = {"k_scale": k.scale, "v_scale": v.scale, "layer": layer}
-    mean = k.mean
-    if k.spread is not None:
-        spread = _of_layer(k.spread, layer)
-        heads = jnp.repeat(spread, q.shape[2] // spread.shape[1], axis=1)
-        q = q * heads[:, None].astype(q.dtype)
-        mean = None if mean is None else mean / k.spread
-    if mean is not None:
-        options["k_mean"] = mean
-    return q, options
 
 
 def quantize(
@@ -145,14 +117,12 @@ def dequantize(
       ValueError: a buffer with a mean, and no frequencies.
     """
     buffer = _of_layer(buffer, layer)
-    scale = jnp.swapaxes(buffer.scale, -1, -2)[..., None]
-    x = buffer.values * scale
-    if buffer.spread is not None:
-        x = x * buffer.spread[..., None, :, :]
+    x = residual(buffer)
     if buffer.mean is not None:
         slots = jnp.arange(x.shape[-3])[None]
         mean = rotated_mean(buffer.mean, slots, _needed(frequencies))
-        x = jnp.where(scale > 0, x + mean, 0)
+        written = jnp.swapaxes(buffer.scale > 0, -1, -2)[..., None]
+        x = jnp.where(written, x + mean, 0)
     return x.astype(dtype)
 
 
@@ -188,47 +158,28 @@ def write_residual(
     live: Bool[Array, " B"] | None = None,
 ) -> Quantized:
     """`write` of entries whose mean is out already (`residual`)."""
-    spread = _of_layer(buffer.spread, layer)
-    if spread is not None:
-        new = new / spread[..., None, :, :]
     values, scale = quantize(new)
-
-    def put(write, to, x):
-        one = lambda to, x: write(to, x, start, layer, live)
-        return (one if layer is not None else jax.vmap(one))(to, x)
-
+    put = functools.partial(write_rows, start=start, layer=layer, live=live)
+    put_scale = functools.partial(put, slots=1)
+    if layer is None:
+        put, put_scale = jax.vmap(put), jax.vmap(put_scale)
     return buffer.replace(
-        values=put(write_rows, buffer.values, values),
-        scale=put(_write_scales, buffer.scale, scale),
+        values=put(buffer.values, values), scale=put_scale(buffer.scale, scale)
     )
 
 
-def _write_scales(buffer, new, start, layer, live):
-    """`decoder.write_rows` where slots come last: new [B, K, T]."""
-    stacked = layer is not None
-
-    def put(row, x, at, keep):
-        where: Any = (layer, 0, at) if stacked else (0, at)
-        x = x[None] if stacked else x
-        if live is not None:
-            x = jnp.where(keep, x, jax.lax.dynamic_slice(row, where, x.shape))
-        return jax.lax.dynamic_update_slice(row, x, where)
-
-    axis = 1 if stacked else 0
-    mapped = None if live is None else 0
-    return jax.vmap(put, in_axes=(axis, 0, 0, mapped), out_axes=axis)(
-        buffer, new, start, live
+def take(buffer: Quantized, slots: Int[Array, "B n"]) -> Quantized:
+    """These slots of every row, as a buffer of n slots."""
+    return buffer.replace(
+        values=jnp.take_along_axis(buffer.values, slots[None, :, :, None, None], 2),
+        scale=jnp.take_along_axis(buffer.scale, slots[None, :, None], 3),
     )
 
 
-def residual(buffer: Quantized, slots: Int[Array, "B T"]) -> Float[Array, "L B T K H"]:
-    """Entries of these slots without their mean, float32: to be rotated by the distance
-    they move and given to `write_residual`."""
-    at = slots[None, :, :, None, None]
-    scale = jnp.take_along_axis(buffer.scale, slots[None, :, None], -1)
-    values = jnp.take_along_axis(buffer.values, at, 2)
-    x = values * jnp.swapaxes(scale, -1, -2)[..., None]
-    return x if buffer.spread is None else x * buffer.spread[..., None, :, :]
+def residual(buffer: Quantized) -> Float[Array, "L B S K H"]:
+    """Entries without their mean, float32: to be rotated by the distance they move and
+    given to `write_residual` or `quantize`."""
+    return buffer.values * jnp.swapaxes(buffer.scale, -1, -2)[..., None]
 
 
 def _of_layer(tree, layer):

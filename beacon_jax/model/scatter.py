@@ -1,0 +1,40 @@
+"""Writes into the rows of a buffer, each at a place of its own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def write_rows(buffer, new, start, layer=None, live=None, slots=0) -> Any:
+    """Writes new [B, T, K, H] at start[row] of buffer [B, S, K, H] (or of one layer of
+    [L, B, S, K, H]); rows that are not live stay as they are. The caller guarantees
+    start + T <= S: XLA would drop the rest silently.
+
+    One scatter with the rows as its batch: `vmap` of dynamic_update_slice makes one
+    whose windows span the layers too, for which a TPU copies both buffers in every
+    layer of a decoded token (273 MiB of temporaries at 8 rows of Qwen2-7B, now 0.6).
+
+    Args:
+      slots: axis of S among those of a row: 1 for scales [B, K, S].
+    """
+    front = () if layer is None else (0,)
+    axis = len(front) + 1 + slots
+    if live is not None:
+        start = jnp.where(live, start, buffer.shape[axis])  # beyond the end: dropped
+    at = [start] if layer is None else [jnp.full_like(start, layer), start]
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(1, new.ndim)),
+        inserted_window_dims=front,
+        operand_batching_dims=(len(front),),
+        scatter_indices_batching_dims=(0,),
+        scatter_dims_to_operand_dims=(*front, axis),
+    )
+    return jax.lax.scatter(
+        buffer,
+        jnp.stack(at, axis=-1),
+        new,
+        numbers,
+        unique_indices=True,
+        mode="promise_in_bounds" if live is None else "drop",
+    )
