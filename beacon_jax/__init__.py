@@ -19,7 +19,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from beacon_jax.core.memory import CapacityError, Memory
+    from beacon_jax.core.memory import CapacityError
+    from beacon_jax.inference.memory import Memory
     from beacon_jax.inference.model import Generation, Model, load
     from beacon_jax.model.config import BeaconConfig, ModelConfig
 
@@ -44,7 +45,7 @@ _WHERE = {
     "BeaconConfig": "model.config",
     "ModelConfig": "model.config",
     "CapacityError": "core.memory",
-    "Memory": "core.memory",
+    "Memory": "inference.memory",
     "Generation": "inference.model",
     "Model": "inference.model",
     "load": "inference.model",

@@ -35,6 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from beacon_jax.attention import prefix_attention
 from beacon_jax.evaluation.report import table
 from beacon_jax.model.presets import get_preset
+from beacon_jax.model.rotary import inverse_frequencies
 
 TARGETS = Path(__file__).parent / "targets"
 GPUS = ("a100_80gb", "h200")
@@ -53,6 +54,7 @@ class Case:
       forward on a layer of the stacked buffer, as in inference.
     rows: B; above one of two layers only: 32 would not fit.
     int8: of a memory with scales per slot.
+    mean: whose keys lack their mean.
     """
 
     model: str
@@ -62,11 +64,12 @@ class Case:
     implementation: str
     rows: int = 1
     int8: bool = False
+    mean: bool = False
 
     @property
     def name(self) -> str:
         way = "backward" if self.backward else "decode" if self.rows > 1 else "forward"
-        kind = "-int8" if self.int8 else ""
+        kind = "-int8" * self.int8 + "-mean" * self.mean
         return f"{self.model}-{self.queries}-{way}{kind}-{self.target.split(':')[0]}"
 
 
@@ -93,10 +96,17 @@ CASES |= {
     case.name: case
     for target in (*GPUS, *TPUS)
     for model in ("llama2-7b", "qwen2-7b")
-    for queries, int8 in ((1, False), (128, False), (1, True))
+    for queries, int8, mean in (
+        (1, False, False),
+        (128, False, False),
+        (1, True, False),
+        (1, True, True),
+    )
     for on_tpu in ["decode_tpu" if queries == 1 and not int8 else "pallas_tpu"]
     for kernel in ["decode_gpu" if target in GPUS else on_tpu]
-    for case in [Case(model, target, queries, False, kernel, rows=8, int8=int8)]
+    for case in [
+        Case(model, target, queries, False, kernel, rows=8, int8=int8, mean=mean)
+    ]
 }
 
 
@@ -129,9 +139,12 @@ def program(case: Case, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     arguments = (q, keys, keys, on((b,), jnp.int32))
     attend = functools.partial(prefix_attention, implementation=case.implementation)
     if not case.backward:
-        names = ("layer", "k_scale", "v_scale")
+        names = ("layer", "k_scale", "v_scale", "k_mean")
         scale = on((*stack, b, heads, s), jnp.float32)
         more = (on((), jnp.int32), *[scale] * (2 if case.int8 else 0))
+        if case.mean:
+            more += (on((*stack, b, heads, config.head_dim), jnp.float32),)
+            attend = functools.partial(attend, frequencies=inverse_frequencies(config))
         layered = lambda q, k, v, prefix, *more: attend(
             q, k, v, prefix, **dict(zip(names, more, strict=False))
         )

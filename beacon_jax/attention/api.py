@@ -1,7 +1,9 @@
 """The attention op and the choice of its implementation."""
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from beacon_jax.attention import library
@@ -11,6 +13,7 @@ from beacon_jax.attention.decode import decode_xla
 from beacon_jax.attention.decode_gpu import decode_gpu
 from beacon_jax.attention.decode_tpu import decode_tpu
 from beacon_jax.attention.device import target
+from beacon_jax.attention.mean import mean_term
 from beacon_jax.attention.pallas_gpu import pallas_gpu
 from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import WEIGHTS, reference
@@ -48,6 +51,8 @@ def prefix_attention(
     queries: Int[Array, " B"] | None = None,
     k_scale: Float[Array, "*L B K S"] | None = None,
     v_scale: Float[Array, "*L B K S"] | None = None,
+    k_mean: Float[Array, "*L B K H"] | None = None,
+    frequencies: Float[np.ndarray, " H/2"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Query i of a row sees the keys j <= prefix[row] + i and nothing beyond.
 
@@ -65,22 +70,35 @@ def prefix_attention(
       layer: index into the leading axis of stacked k, v.
       queries: number of valid queries per row; later rows of the result are 0.
       k_scale, v_scale: of int8 k and v, per slot and kv head (`attention.decode`).
+      k_mean: what int8 keys lack, un-rotated: slot p holds k minus k_mean rotated by p
+        (`attention.mean`; magnitudes like yarn's belong to k_mean).
+      frequencies: of that rotation, angle per position of each pair (i, i + H/2); not
+        used without k_mean.
 
     Raises:
       NotImplementedError: no named implementation takes these arguments; says which
         argument each refuses.
-      ValueError: an unknown implementation.
+      ValueError: an unknown implementation; k_mean without frequencies or k_scale.
     """
     if q.shape[2] % k.shape[-2]:
         raise ValueError(
             f"q has {q.shape[2]} heads, k has {k.shape[-2]}: the first must be a "
             f"multiple of the second."
         )
+    if k_mean is not None and (k_scale is None or frequencies is None):
+        missing = "k_scale" if k_scale is None else "frequencies"
+        raise ValueError(
+            f"k_mean with {missing}=None: it belongs to int8 keys with k_scale, and "
+            f"needs the frequencies of their rotation."
+        )
     names = implementation
     if names is None:
         names = best(q.shape[1], k.shape[-3], int8=k_scale is not None)
     options = {"layer": layer, "queries": queries}
     options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
+    int8: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+    if k_mean is not None:
+        int8["mean"] = mean_term(q, k_mean, frequencies, layer)
     refusals = []
     for name in (names,) if isinstance(names, str) else names:
         if name not in IMPLEMENTATIONS:
@@ -93,8 +111,7 @@ def prefix_attention(
                 return IMPLEMENTATIONS[name](q, k, v, prefix, **options)
             if name not in INT8:
                 raise NotImplementedError(f"k_scale: for {', '.join(INT8)}.")
-            scales = {"k_scale": k_scale, "v_scale": v_scale}
-            return IMPLEMENTATIONS[name](q, k, v, prefix, **options, **scales)
+            return IMPLEMENTATIONS[name](q, k, v, prefix, **options, **int8)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     raise NotImplementedError(f"implementation={names!r}: {'; '.join(refusals)}")

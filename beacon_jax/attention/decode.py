@@ -5,7 +5,8 @@ layers if k and v are): an entry is k[b, s, n] * k_scale[b, n, s]. Slots come la
 block of one head's scales lies along the lanes of a TPU's registers and of a GPU's
 loads; a TPU would pad [B, S, K] to 128 lanes, half of the memory's own bytes with 8
 heads of 128. Scales multiply scores and weights instead of keys and values: int8 is
-exact in bfloat16, no dequantised block exists.
+exact in bfloat16, no dequantised block exists. Keys may lack a mean, which `mean` puts
+back into the scores.
 """
 
 import functools
@@ -14,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from beacon_jax.attention.mean import MeanTerm, cos_sin_table
 
 BLOCK = 512
 
@@ -73,6 +76,7 @@ def decode_xla(
     queries=None,
     k_scale: Any = None,
     v_scale: Any = None,
+    mean: MeanTerm | None = None,
     block=BLOCK,
 ):
     """See `api.prefix_attention`: over int8 memory, wherever no kernel runs.
@@ -88,18 +92,28 @@ def decode_xla(
     if layer is None:
         k, v, k_scale, v_scale = (x[None] for x in (k, v, k_scale, v_scale))
         layer = 0
-    return zero_invalid(
-        _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale), queries
-    )
+    out: Any = _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale, mean)
+    return zero_invalid(out, queries)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale):
+def _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale, mean):
     b, t, n, h = q.shape
     s, heads = k.shape[2:4]
     block = min(block, s)
     q = q.reshape(b, t, heads, n // heads, h)
     last = prefix[:, None] + jnp.arange(t)
+    table = None if mean is None else cos_sin_table(mean.turns, jnp.arange(block))
+
+    def mean_scores(at):
+        if mean is None:
+            return 0.0
+        return jnp.einsum(
+            "BTKGH,SH->BKGTS",
+            mean.turned_by(at).reshape(q.shape),
+            table,
+            precision=lax.Precision.HIGHEST,
+        )
 
     def step(i, carry):
         top, total, acc = carry
@@ -120,7 +134,8 @@ def _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale):
         scores = jnp.einsum(
             "BTKGH,BSKH->BKGTS", q, rows(k), preferred_element_type=jnp.float32
         )
-        scores = jnp.where(visible, scores * scales(k_scale) * scale, -jnp.inf)
+        scores = scores * scales(k_scale) + mean_scores(at)
+        scores = jnp.where(visible, scores * scale, -jnp.inf)
         new = jnp.maximum(top, scores.max(-1))
         p, fade = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
         part = jnp.einsum(

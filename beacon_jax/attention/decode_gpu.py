@@ -23,6 +23,7 @@ from beacon_jax.attention.decode import (
     decode_xla,
     zero_invalid,
 )
+from beacon_jax.attention.mean import MeanTerm, kernel_tables, product, quarter
 from beacon_jax.attention.pallas_gpu import (
     DTYPES,
     LOG2E,
@@ -53,14 +54,17 @@ class Plan(NamedTuple):
     interpret: bool
 
 
-def make_plan(q, k, scale, *, splits=None, keys=None, interpret=False) -> Plan:
+def make_plan(
+    q, k, scale, *, splits=None, keys=None, mean=False, interpret=False
+) -> Plan:
     b, t, n, h = q.shape
     s, heads = k.shape[-3:-1]
     group = n // heads
     rows = min(64, max(16, pl.next_power_of_2(t * group)))
     # 64 of H = 128 in three stages take 70 KiB of an A100's 164: two programs each.
     wide = padded(h) * (2 if q.dtype == jnp.float32 else 1)
-    keys = keys or max(32, 64 * 128 // max(wide, 128))
+    # With the table of a mean 64 would take 91 KiB, 32 take 51.
+    keys = keys or max(32, (32 if mean else 64) * 128 // max(wide, 128))
     programs = b * heads * pl.cdiv(t * group, rows)
     splits = splits or min(pl.cdiv(PROGRAMS, programs), pl.cdiv(s, keys))
     return Plan(float(scale), group, rows, keys, splits, interpret)
@@ -101,6 +105,7 @@ def decode_gpu(
     queries=None,
     k_scale=None,
     v_scale=None,
+    mean: MeanTerm | None = None,
     splits: int | None = None,
     keys: int | None = None,
     interpret: bool = False,
@@ -127,7 +132,8 @@ def decode_gpu(
         )
     if not scale > 0:
         raise NotImplementedError(f"scale={scale}: must be greater than 0.")
-    plan = make_plan(q, k, scale, splits=splits, keys=keys, interpret=interpret)
+    sizes = {"splits": splits, "keys": keys, "mean": mean is not None}
+    plan = make_plan(q, k, scale, **sizes, interpret=interpret)
     valid = jnp.full(prefix.shape, t) if queries is None else jnp.minimum(queries, t)
     lengths = jnp.stack([prefix, valid], -1).astype(jnp.int32)
     if layer is None:
@@ -142,13 +148,13 @@ def decode_gpu(
         one = functools.partial(lax.dynamic_slice_in_dim, slice_size=1)
         k, v, k_scale, v_scale = (one(x, layer[0]) for x in (k, v, k_scale, v_scale))
         layer = jnp.zeros_like(layer)
-    out: Any = _decode(plan, q, k, v, lengths, layer, k_scale, v_scale)
+    out: Any = _decode(plan, q, k, v, lengths, layer, k_scale, v_scale, mean)
     return zero_invalid(out, queries)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(plan, q, k, v, lengths, layer, k_scale, v_scale):
-    scales = () if k_scale is None else (k_scale, v_scale)
+def _decode(plan, q, k, v, lengths, layer, k_scale, v_scale, mean):
+    scales = () if k_scale is None else (k_scale, v_scale, mean)
     kernel = functools.partial(forward, plan)
     args = (q, k, v, lengths, layer, *scales)
     if plan.interpret:
@@ -158,13 +164,14 @@ def _decode(plan, q, k, v, lengths, layer, k_scale, v_scale):
         prefix, block = lengths[:, 0], blockwise.BLOCK
         if not scales:
             return blockwise.forward(plan.scale, block, q, k, v, prefix, layer[0])[0]
-        options = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+        options = dict(zip(("k_scale", "v_scale", "mean"), scales, strict=True))
         return decode_xla(q, k, v, prefix, scale=plan.scale, layer=layer[0], **options)
 
     return lax.platform_dependent(*args, cuda=kernel, default=elsewhere)
 
 
-def _decode_fwd(plan, q, k, v, lengths, layer, k_scale, v_scale):
+def _decode_fwd(plan, q, k, v, lengths, layer, k_scale, v_scale, mean):
+    del mean
     if k_scale is not None:
         raise NotImplementedError(
             "k_scale: attention over int8 memory has no gradient."
@@ -177,19 +184,22 @@ def _decode_fwd(plan, q, k, v, lengths, layer, k_scale, v_scale):
 
 def _decode_bwd(plan, pull, d_out):
     del plan
-    return (*pull(d_out), None, None, None, None)
+    return (*pull(d_out), None, None, None, None, None)
 
 
 _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
-def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None):
+def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None, mean=None):
     """q [B, T, N, H], k and v [L, B, S, K, H], scales [L, B, K, S] -> out like q."""
     b, t, n, h = q.shape
     layers, _, s, heads, _ = k.shape
     group, count = plan.group, pl.cdiv(t * plan.group, plan.rows)
-    rows = jnp.moveaxis(q.reshape(b, t, heads, group, h), 1, 2)
-    rows = rows.reshape(b, heads, t * group, h)
+
+    def by_head(x):
+        x = jnp.moveaxis(x.reshape(b, t, heads, group, h), 1, 2)
+        return x.reshape(b, heads, t * group, h)
+
     scales = [] if k_scale is None else [k_scale, v_scale]
     width = padded(h)
     at = lambda *shape: pl.BlockSpec(
@@ -199,14 +209,21 @@ def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None):
         (layers, None, s, None, width), lambda z, i, n, b: (0, b, 0, n, 0)
     )
     scale_spec = pl.BlockSpec((layers, None, None, s), lambda z, i, n, b: (0, b, n, 0))
+    means, mean_specs = [], []
+    if mean is not None:
+        starts, table = kernel_tables(mean.turns, s, plan.keys, q.dtype)
+        means = [by_head(mean.query), by_head(quarter(mean.query)), starts, table]
+        whole = lambda x: pl.BlockSpec((*x.shape[:-1], width), lambda *_: (0, 0, 0))
+        mean_specs = [at(plan.rows, width)] * 2 + [whole(starts), whole(table)]
     parts, lse = pl.pallas_call(
-        functools.partial(_kernel, plan, t * group, h, bool(scales)),
+        functools.partial(_kernel, plan, t * group, h, bool(scales), bool(means)),
         grid=(plan.splits, count, heads, b),
         in_specs=[
             at(plan.rows, width),
             k_spec,
             k_spec,
             *[scale_spec] * len(scales),
+            *mean_specs,
             pl.BlockSpec((None, 2), lambda z, i, n, b: (b, 0)),
             pl.BlockSpec((1,), lambda z, i, n, b: (0,)),
         ],
@@ -225,19 +242,36 @@ def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None):
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=plan.interpret,
         name="prefix_attention_decode",
-    )(rows, k, v, *scales, lengths, layer)
+    )(by_head(q), k, v, *scales, *means, lengths, layer)
     out = combine(parts, lse).reshape(b, heads, t, group, h)
     return jnp.moveaxis(out, 2, 1).reshape(b, t, n, h).astype(q.dtype)
 
 
-def _kernel(plan, r, h, scaled, q_ref, k_ref, v_ref, *refs):
+def _mean_scores(plan, row, r, h, query_ref, quarter_ref, starts_ref, table_ref):
+    """Function of block j: float32 [rows, keys]."""
+    some = None if r % plan.rows == 0 else row < r
+    query, quarter = (load(x, h, some) for x in (query_ref, quarter_ref))
+    parts = map(jnp.int32, range(table_ref.shape[0]))
+    table = [load(table_ref.at[i], h) for i in parts]
+
+    def scores(j):
+        cos, sin = (load(starts_ref.at[j, pl.ds(i, 1)], h) for i in (0, 1))
+        here = query * cos + quarter * sin
+        return product(functools.partial(dot, trans_b=True), here, table)
+
+    return scores
+
+
+def _kernel(plan, r, h, scaled, with_mean, q_ref, k_ref, v_ref, *refs):
     k_scale, v_scale, *refs = refs if scaled else (None, None, *refs)
+    mean_refs, refs = (refs[:4], refs[4:]) if with_mean else ((), refs)
     length_ref, layer_ref, out_ref, lse_ref = refs
     z, i = pl.program_id(0), pl.program_id(1)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
     row = i * plan.rows + jnp.arange(plan.rows)
     q = load(q_ref, h, None if r % plan.rows == 0 else row < r)
     factor = plan.scale * LOG2E
+    mean = _mean_scores(plan, row, r, h, *mean_refs) if with_mean else None
 
     def step(j, carry, *, masked):
         top, total, acc = carry
@@ -256,6 +290,8 @@ def _kernel(plan, r, h, scaled, q_ref, k_ref, v_ref, *refs):
         scores = dot(q, keys, trans_b=True) * factor
         if scaled:
             scores = scores * scales(k_scale)[None, :]
+        if mean is not None:
+            scores = scores + mean(j) * factor
         if masked:
             # slot <= prefix + r // G without a division
             behind = (slot - prefix) * plan.group

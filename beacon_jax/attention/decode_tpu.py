@@ -70,6 +70,7 @@ def decode_tpu(
     queries=None,
     k_scale=None,
     v_scale=None,
+    mean=None,
     blocks: Blocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ):
@@ -80,6 +81,7 @@ def decode_tpu(
         of kv heads per block that is no power of two; k_scale (`pallas_tpu` takes it);
         dtypes as in `pallas_tpu`.
     """
+    del mean  # which comes with k_scale only
     if k_scale is not None:
         raise NotImplementedError("k_scale: int8 memory is for `pallas_tpu`.")
     prefill.check_dtypes(q, k, v, k_scale, v_scale)

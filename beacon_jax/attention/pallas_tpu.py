@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from beacon_jax.attention import blockwise
 from beacon_jax.attention.decode import check_scales, decode_xla, zero_invalid
+from beacon_jax.attention.mean import MeanTerm, kernel_tables, product, quarter
 from beacon_jax.attention.tpu_blocks import LANES, Blocks, Plan, chip_blocks, make_plan
 
 LOG2E = math.log2(math.e)
@@ -116,9 +117,17 @@ def _keys_values(k, v, at, h, mask, dtype):
     return tuple(mask.live(x) if mask else x for x in pair)
 
 
+def _mean_scores(plan: Plan, h, at, query, turned, starts, table):
+    """Of head h and the chunk at this slice of the block: float32 [queries, chunk]."""
+    first = starts[lax.div(at.start, plan.chunk)]
+    here = query[h] * first[0:1] + turned[h] * first[1:2]
+    return product(dot_t, here, [table[i] for i in range(table.shape[0])])
+
+
 def _forward_kernel(plan: Plan, scalars, layer, *refs: Any):
     del layer
-    q, k, v, *scales, out, lse, top, total, acc = refs
+    q, k, v, *more, out, lse, top, total, acc = refs
+    scales, mean = more[:2], more[2:]
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     chunks = Chunks(plan, scalars[0, b], scalars[1, b], i, j)
 
@@ -135,6 +144,8 @@ def _forward_kernel(plan: Plan, scalars, layer, *refs: Any):
             s = dot_t(q[h], keys) * (plan.scale * LOG2E)
             if scales:
                 s *= scales[0][h : h + 1, at]
+            if mean:
+                s += _mean_scores(plan, h, at, *mean) * (plan.scale * LOG2E)
             if mask:
                 s = jnp.where(visible, s, -jnp.inf)
             # Slot 0 is visible to every row: after block 0 no maximum is -inf.
@@ -285,6 +296,21 @@ def specs(plan: Plan, h, swapped=False):
     )
 
 
+def _table_specs(plan: Plan, h, starts, table):
+    """Of `mean.kernel_tables`: a block's starts, and the whole table once."""
+    del starts
+
+    def starts_at(b, g, i, j, scalars, layer):
+        del g, layer
+        last = jnp.maximum(plan.visited(scalars[0, b], scalars[1, b], i) - 1, 0)
+        return jnp.minimum(j, last), 0, 0
+
+    return (
+        pl.BlockSpec((plan.keys // plan.chunk, 2, h), starts_at),
+        pl.BlockSpec(table.shape, lambda *_: (0, 0, 0)),
+    )
+
+
 def flat(x):
     """[.., S, 1, H] -> [.., S, H]: an axis of one head would be padded to a tile."""
     return x.reshape(*x.shape[:-2], x.shape[-1]) if x.shape[-2] == 1 else x
@@ -317,14 +343,16 @@ def call(plan: Plan, kernel, name, grid, in_specs, out_specs, out_shape, scratch
     )
 
 
-def forward(plan: Plan, q, k, v, scalars, layer, k_scale=None, v_scale=None):
+def forward(plan: Plan, q, k, v, scalars, layer, k_scale=None, v_scale=None, mean=()):
     """q packed [B, K, R, H], k and v [L, B, S, K, H] -> out like q and the log of the
     softmax's denominators float32 [B, K, R], 0 for rows without a key.
 
-    scalars [2, B]: prefix and valid queries.
+    scalars [2, B]: prefix and valid queries.  mean: query and its quarter packed like q
+    and the tables of `mean.kernel_tables`.
     """
     b, heads, rows, h = q.shape
     q_spec, k_spec, row_spec, scale_spec = specs(plan, h)
+    mean_specs = [q_spec, q_spec, *_table_specs(plan, h, *mean[2:])] if mean else []
     scales = [] if k_scale is None else [k_scale, v_scale]
     block = (plan.heads, plan.queries)
     return call(
@@ -332,14 +360,14 @@ def forward(plan: Plan, q, k, v, scalars, layer, k_scale=None, v_scale=None):
         functools.partial(_forward_kernel, plan),
         "prefix_attention_forward",
         (b, heads // plan.heads, rows // plan.queries, live_blocks(plan, scalars)),
-        [q_spec, k_spec, k_spec, *[scale_spec] * len(scales)],
+        [q_spec, k_spec, k_spec, *[scale_spec] * len(scales), *mean_specs],
         [q_spec, row_spec],
         [
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
         ],
         [(*block, LANES), (*block, LANES), (*block, h)],
-    )(scalars, layer.reshape(1), q, flat(k), flat(v), *scales)
+    )(scalars, layer.reshape(1), q, flat(k), flat(v), *scales, *mean)
 
 
 def backward(plan: Plan, q, k, v, scalars, layer, d_out, lse, delta):
@@ -393,6 +421,7 @@ def pallas_tpu(
     queries=None,
     k_scale=None,
     v_scale=None,
+    mean: MeanTerm | None = None,
     blocks: Blocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ):
@@ -420,7 +449,7 @@ def pallas_tpu(
     if k_scale is None:
         out: Any = _attend(plan, q, k, v, scalars, layer)
     else:
-        out = _attend_int8(plan, q, k, v, scalars, layer, k_scale, v_scale)
+        out = _attend_int8(plan, q, k, v, scalars, layer, k_scale, v_scale, mean)
     return zero_invalid(out, queries)
 
 
@@ -442,17 +471,22 @@ def on_tpu(interpret, kernel, elsewhere, *args):
     return lax.platform_dependent(*args, tpu=kernel, default=elsewhere)
 
 
-def _attend_int8(plan, q, k, v, scalars, layer, k_scale, v_scale):
-    def kernel(q, k, v, scalars, layer, *scales):
-        packed = pack(plan, k.shape[-2], q)
-        out, _ = forward(plan, packed, k, v, scalars, layer, *scales)
+def _attend_int8(plan, q, k, v, scalars, layer, k_scale, v_scale, mean):
+    def kernel(q, k, v, scalars, layer, k_scale, v_scale, mean):
+        packed = functools.partial(pack, plan, k.shape[-2])
+        means = ()
+        if mean is not None:
+            tables = kernel_tables(mean.turns, k.shape[-3], plan.chunk, q.dtype)
+            means = (packed(mean.query), packed(quarter(mean.query)), *tables)
+        scales = (k_scale, v_scale)
+        out, _ = forward(plan, packed(q), k, v, scalars, layer, *scales, means)
         return unpack(out, *q.shape[1:3])
 
-    def elsewhere(q, k, v, scalars, layer, k_scale, v_scale):
-        scales = {"k_scale": k_scale, "v_scale": v_scale}
+    def elsewhere(q, k, v, scalars, layer, k_scale, v_scale, mean):
+        scales = {"k_scale": k_scale, "v_scale": v_scale, "mean": mean}
         return decode_xla(q, k, v, scalars[0], scale=plan.scale, layer=layer, **scales)
 
-    args = (q, k, v, scalars, layer, k_scale, v_scale)
+    args = (q, k, v, scalars, layer, k_scale, v_scale, mean)
     return on_tpu(plan.interpret, kernel, elsewhere, *args)
 
 

@@ -36,11 +36,10 @@ from beacon_jax.benchmark.sizes import (
 )
 from beacon_jax.benchmark.timing import Compiled, compile_program, measure
 from beacon_jax.core.loop import feed_jit
-from beacon_jax.core.memory import Memory, init_memory
+from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.core.windows import capacity
-from beacon_jax.inference.decode import BLOCK, decode_block
-from beacon_jax.inference.prefill import PIECE_WINDOWS
-from beacon_jax.inference.sampling import make_sampling
+from beacon_jax.inference.decode import BLOCK, Loop, decode_block
+from beacon_jax.inference.sampling import make_sampling, row_seeds
 from beacon_jax.model import flops
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
@@ -151,12 +150,12 @@ Made = tuple[Compiled, Callable[[], Any], Callable[[Any], Any]]
 
 
 def _compressed(s: Settings, variables, length: int, method: str) -> Made:
-    """The program that feeds a piece, what makes an empty memory, and what turns that
-    into the first token. The pieces are those of `inference.prefill`."""
+    """The program that feeds the text, what makes an empty memory, and what turns that
+    into the first token. One scan over a power of two of windows, as in `prefill`."""
     c, dtype = s.config, jnp.dtype(s.dtype).type
     assert c.beacon is not None
     windows = 1 << (-(-length // c.beacon.window) - 1).bit_length()
-    size = c.beacon.window * min(windows, PIECE_WINDOWS)
+    size = c.beacon.window * windows
     ratio = _ratio(method)
     plan = jnp.full((1,), ratio, jnp.int32)
     fresh = functools.partial(init_memory, c, 1, _room(s, length, method), dtype)
@@ -267,20 +266,21 @@ def _decode(s: Settings, latest: Latest, length: int, method: str, batch: int) -
     memory = _filled(s, length, ratio, batch, room)
     plan = jnp.full((windows,), ratio, jnp.int32)
     logits = jnp.zeros((batch, c.vocab_size), jnp.float32)
-    sampling, active = make_sampling(), jnp.ones((batch,), bool)
+    sampling, rows = make_sampling().for_rows(batch), jnp.ones((batch,), bool)
+    limits = jnp.full((batch,), 2**30, jnp.int32)  # every row goes on
 
     def block(variables, memory, logits):
         return decode_block(
             c,
             variables,
             memory,
-            logits,
+            Loop(logits, rows, None),
             plan,
-            active,
             sampling,
-            jax.random.key(0),
-            jnp.int32(BLOCK),
-            eos_ids=(-1,),  # never drawn: every row goes on
+            row_seeds(0, batch),
+            jnp.int32(0),
+            limits,
+            eos_ids=(-1,),  # never drawn
             static=(ratio,),
         )
 
@@ -289,7 +289,8 @@ def _decode(s: Settings, latest: Latest, length: int, method: str, batch: int) -
     del memory
 
     def call():
-        _, state[1], _, state[0] = program.run(variables, *state)
+        _, loop, state[0] = program.run(variables, *state)
+        state[1] = loop.logits
         return state[1], state[0].raw
 
     timing = measure(call, repeats=s.repeats).scaled(1 / BLOCK)
@@ -305,7 +306,7 @@ def _decode(s: Settings, latest: Latest, length: int, method: str, batch: int) -
     }
 
 
-def _filled(s: Settings, length: int, ratio: int, batch: int, room: int) -> Memory:
+def _filled(s: Settings, length: int, ratio: int, batch: int, room: int) -> MemoryState:
     """A memory as `length` tokens would leave it, with random content."""
     c, dtype = s.config, jnp.dtype(s.dtype)
     assert c.beacon is not None

@@ -14,7 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.loss import IGNORE, token_losses
-from beacon_jax.core.memory import CapacityError, Memory
+from beacon_jax.core.memory import CapacityError, MemoryState
+from beacon_jax.core.move import keep_places
 from beacon_jax.core.step import (
     NOOP,
     lookup,
@@ -27,7 +28,7 @@ from beacon_jax.core.windows import open_room, window_slots
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
-from beacon_jax.model.rotary import cos_sin, rotate
+from beacon_jax.model.partition import active, partitioned
 
 
 class FeedOutput(NamedTuple):
@@ -39,50 +40,74 @@ class FeedOutput(NamedTuple):
     token_loss: Float[Array, "B T"] | None
 
 
-def check_capacity(
+def row_plans(
+    ratios: Int[np.ndarray, "*B P"] | Int[Array, "*B P"], rows: int
+) -> Int[np.ndarray, "B P"]:
+    """A plan for each row, from one for all of them or one for each."""
+    plan = np.asarray(ratios, np.int32)
+    return np.broadcast_to(plan, (rows, plan.shape[-1]))
+
+
+def needed_slots(
     config: ModelConfig,
-    memory: Memory,
+    memory: MemoryState,
     new_tokens: Int[np.ndarray, " B"],
-    ratios: Int[np.ndarray, " P"],
-) -> None:
-    """Raises CapacityError unless `new_tokens` more fit. Reads B small numbers back."""
+    ratios: Int[np.ndarray, "*B P"],
+) -> int:
+    """The capacity that `new_tokens` more need. Reads B small numbers back."""
     w = memory.window
     needed = 0
     state = (memory.slots, memory.raw, memory.ratio, memory.windows, new_tokens)
     columns = [np.broadcast_to(np.asarray(x), memory.slots.shape) for x in state]
-    for slots, raw, ratio, windows, new in zip(*columns, strict=True):
+    plans = row_plans(ratios, memory.rows)
+    for slots, raw, ratio, windows, new, plan in zip(*columns, plans, strict=True):
         total, used = int(raw) + int(new), {int(ratio)} if raw else set()
         slots = int(slots)
         for i in range(total // w + 1):
-            at = min(int(windows) + i, len(ratios) - 1)
-            r = int(ratio) if i == 0 and raw else int(ratios[at])
+            at = min(int(windows) + i, len(plan) - 1)
+            r = int(ratio) if i == 0 and raw else int(plan[at])
             used.add(r)
             if (i + 1) * w <= total:
                 slots += window_slots(config, r, first=slots == 0, window=w)
         needed = max(needed, slots + open_room(config, tuple(used), w))
+    return needed
+
+
+def check_capacity(
+    config: ModelConfig,
+    memory: MemoryState,
+    new_tokens: Int[np.ndarray, " B"],
+    ratios: Int[np.ndarray, "*B P"],
+) -> None:
+    """Raises CapacityError unless `new_tokens` more fit."""
+    needed = needed_slots(config, memory, new_tokens, ratios)
     if needed > memory.capacity:
         raise CapacityError(memory.capacity, needed)
 
 
-def static_ratios(memory: Memory, ratios: Int[np.ndarray, " P"]) -> tuple[int, ...]:
+def static_ratios(
+    memory: MemoryState, ratios: Int[np.ndarray, "*B P"]
+) -> tuple[int, ...]:
     """The ratios that feeding may meet: those planned and those of open windows."""
+    plans, windows = row_plans(ratios, memory.rows), np.asarray(memory.windows)
     opened = np.asarray(memory.ratio)[np.asarray(memory.raw) > 0]
-    return tuple(sorted({int(r) for r in (*np.asarray(ratios), *opened)}))
+    coming = [p[min(w, len(p) - 1) :] for p, w in zip(plans, windows, strict=True)]
+    return tuple(sorted({int(r) for r in np.concatenate([*coming, opened])}))
 
 
-def _check_shared_plan(memory: Memory, lengths, ratios) -> None:
+def _check_shared_plan(memory: MemoryState, lengths, ratios) -> None:
     """A window step has one ratio for all its rows (`lax.switch` on a scalar)."""
     w = memory.window
     raw, opened, windows = (
         np.asarray(x) for x in (memory.raw, memory.ratio, memory.windows)
     )
-    total = raw + np.asarray(lengths)
+    total, plans = raw + np.asarray(lengths), row_plans(ratios, memory.rows)
     for step in range(int(-(-total.max(initial=0) // w))):
         rows = [i for i in range(len(total)) if total[i] > step * w]
         used = {
             int(opened[i])
             if step == 0 and raw[i]
-            else int(ratios[min(windows[i] + step, len(ratios) - 1)])
+            else int(plans[i, min(windows[i] + step, plans.shape[1] - 1)])
             for i in rows
         }
         if len(used) > 1:
@@ -96,15 +121,17 @@ def _check_shared_plan(memory: Memory, lengths, ratios) -> None:
 def feed(
     config: ModelConfig,
     variables: dict[str, Any],
-    memory: Memory,
+    memory: MemoryState,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    ratios: Int[Array, " P"],
+    ratios: Int[Array, "*B P"],
     *,
     outputs: str = "last",
     labels: Int[Array, "B T"] | None = None,
     dtype: Any = jnp.float32,
-) -> tuple[FeedOutput, Memory]:
+    close: bool = True,
+    donate: bool = False,
+) -> tuple[FeedOutput, MemoryState]:
     """Feeds a piece of any length to every row (SPEC section 2, inference).
 
     The whole text in one call, in pieces or token by token gives the same result. One
@@ -113,9 +140,11 @@ def feed(
     Args:
       tokens: right-padded new ids.
       lengths: new tokens per row, 0 allowed.
-      ratios: ratio of each window of the sequence by its absolute number; the last one
-        goes on. An open window keeps its own.
+      ratios: ratio of each window of the sequence by its absolute number, one plan for
+        all rows or one per row; the last one goes on. An open window keeps its own.
       outputs: "last", "logits" (all new tokens) or "loss" (needs labels, shifted).
+      close: False leaves a last window that is exactly full open, uncompressed.
+      donate: the memory passed in is not needed again: its buffer is written in place.
 
     Raises:
       CapacityError: the memory's buffer is too small; states what is needed.
@@ -123,13 +152,13 @@ def feed(
     """
     if outputs == "loss" and labels is None:
         raise ValueError("labels=None: outputs='loss' needs shifted labels [B, T].")
-    plan = np.asarray(ratios, np.int32)
+    plan = row_plans(ratios, memory.rows)
     check_capacity(config, memory, np.asarray(lengths), plan)
     _check_shared_plan(memory, lengths, plan)
     return feed_jit(
         config,
         variables,
-        memory,
+        memory if donate else memory.copy(),
         jnp.asarray(tokens),
         jnp.asarray(lengths),
         jnp.asarray(plan),
@@ -137,10 +166,16 @@ def feed(
         static=static_ratios(memory, plan),
         outputs=outputs,
         dtype=dtype,
+        close=close,
+        partition=active(),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "static", "outputs", "dtype"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "static", "outputs", "dtype", "close", "partition"),
+    donate_argnames="memory",
+)
 def feed_jit(
     config,
     variables,
@@ -153,11 +188,48 @@ def feed_jit(
     static,
     outputs,
     dtype,
+    close=True,
+    partition=None,
 ):
-    """`feed` without the host's checks; static: the ratios to compile."""
+    """`feed` without the host's checks, of a memory that it takes over.
+
+    static: the ratios to compile; partition: that of the caller, an argument because a
+    traced program is found again by its arguments alone.
+    """
+    with partitioned(partition or active()):
+        return _feed(
+            config,
+            variables,
+            memory,
+            tokens,
+            lengths,
+            ratios,
+            labels,
+            static=static,
+            outputs=outputs,
+            dtype=dtype,
+            close=close,
+        )
+
+
+def _feed(
+    config,
+    variables,
+    memory,
+    tokens,
+    lengths,
+    ratios,
+    labels,
+    *,
+    static,
+    outputs,
+    dtype,
+    close,
+):
     b, t = tokens.shape
+    ratios = jnp.broadcast_to(ratios, (b, ratios.shape[-1]))
     w = memory.window
-    n = -(-(t + w - 1) // w)
+    n = -(-(t + w) // w)  # an open window may hold w tokens
     raw = memory.raw
     # The open window's tokens go in front: it is run again from its start.
     at = jnp.arange(n * w) - raw[:, None]
@@ -166,14 +238,14 @@ def feed_jit(
     all_tokens = jnp.take_along_axis(pieces, source, axis=1)
     total = raw + lengths
     valid = jnp.clip(total[:, None] - jnp.arange(n) * w, 0, w)  # [B, N]
-    planned = ratios[
-        jnp.minimum(memory.windows[:, None] + jnp.arange(n), ratios.shape[0] - 1)
-    ]
+    at_plan = jnp.minimum(memory.windows[:, None] + jnp.arange(n), ratios.shape[1] - 1)
+    planned = jnp.take_along_axis(ratios, at_plan, axis=1)
     goes_on = (jnp.arange(n) == 0) & (raw[:, None] > 0)
     per_row = jnp.where(goes_on, memory.ratio[:, None], planned)  # [B, N]
     index = jnp.max(jnp.where(valid > 0, lookup(per_row, static), NOOP), axis=0)
     shared = jnp.asarray((0, *static))[index]
     final = jnp.where(total > 0, (total - 1) // w, -1)
+    begun = total // w if close else jnp.maximum(final, 0)  # windows that close
     all_labels = jnp.full((b, n * w), IGNORE)
     if outputs == "loss":
         shifted = jnp.take_along_axis(labels, jnp.clip(at, 0, t - 1), axis=1)
@@ -193,7 +265,7 @@ def feed_jit(
         hidden, kept, k, v = lax.switch(
             x["index"], branches, variables, x["tokens"], k, v, slots, live
         )
-        closes = x["valid"] == w
+        closes = x["step"] < begun
         new = new_entries(config, kept, slots, x["ratio"], k.dtype)
         k = put_all_layers(k, new.k, slots, closes)
         v = put_all_layers(v, new.v, slots, closes)
@@ -226,16 +298,16 @@ def feed_jit(
         new = jnp.minimum(jnp.arange(t) + raw[:, None], n * w - 1)
         new = new.reshape(b, t, *(1,) * (out.ndim - 2))
         out = jnp.take_along_axis(out, new, axis=1)
-    begun = jnp.minimum(total // w, n - 1)
-    opened = jnp.take_along_axis(all_tokens.reshape(b, n, w), begun[:, None, None], 1)
-    after = Memory(
+    last_one = jnp.minimum(begun, n - 1)[:, None]
+    opened = jnp.take_along_axis(all_tokens.reshape(b, n, w), last_one[..., None], 1)
+    after = MemoryState(
         k=k,
         v=v,
         slots=slots,
         sinks=sinks,
-        raw=total % w,
-        ratio=jnp.take_along_axis(per_row, begun[:, None], axis=1)[:, 0],
-        windows=memory.windows + total // w,
+        raw=total - begun * w,
+        ratio=jnp.take_along_axis(per_row, last_one, axis=1)[:, 0],
+        windows=memory.windows + begun,
         tokens=opened[:, 0],
     )
     output = FeedOutput(
@@ -250,14 +322,14 @@ def feed_jit(
 def decode_step(
     config: ModelConfig,
     variables: dict[str, Any],
-    memory: Memory,
+    memory: MemoryState,
     tokens: Int[Array, " B"],
-    ratios: Int[Array, " P"],
+    ratios: Int[Array, "*B P"],
     active: Array | None = None,
     *,
     static: tuple[int, ...],
     dtype: Any = jnp.float32,
-) -> tuple[Float[Array, "B V"], Memory]:
+) -> tuple[Float[Array, "B V"], MemoryState]:
     """Feeds one token to every active row; inserts beacons and compresses as it goes.
 
     The ratio is data here (`count % r`), never a switch, so rows may be anywhere in
@@ -276,7 +348,9 @@ def decode_step(
     active = jnp.ones((b,), bool) if active is None else active
     beacon = config.beacon
     placement = beacon.placement if beacon else "interleave"
-    planned = ratios[jnp.minimum(memory.windows, ratios.shape[0] - 1)]
+    plans = jnp.broadcast_to(ratios, (b, ratios.shape[-1]))
+    at = jnp.minimum(memory.windows, ratios.shape[-1] - 1)[:, None]
+    planned = jnp.take_along_axis(plans, at, axis=1)[:, 0]
     ratio = jnp.where(memory.raw == 0, planned, memory.ratio)
     memory = memory.replace(ratio=jnp.where(active, ratio, memory.ratio))
     prefix = memory.slots + memory.open_entries(placement)
@@ -326,25 +400,15 @@ def decode_step(
 
 
 def _compress_open(config, slots, ratio, full, ratios, window, k, v):
-    """Moves the kept entries of full open windows to the front of them.
-
-    A kept key already carries the rotation of its place in the window, so it is turned
-    back by the distance it moves."""
+    """Moves the kept entries of full open windows to the front of them."""
     sink = jnp.where(slots == 0, config.beacon.sink, 0)[:, None]  # [B, 1]
-    n = config.beacon.sink + max(window // r for r in ratios)
-    j = jnp.arange(n)
+    j = jnp.arange(config.beacon.sink + max(window // r for r in ratios))
     r = jnp.maximum(ratio, 1)[:, None]
-    beacons = window // r
-    nth = jnp.clip(j - sink, 0, beacons - 1)
+    nth = jnp.clip(j - sink, 0, window // r - 1)
     if config.beacon.placement == "append":
         place = window + nth
     else:
         place = (nth + 1) * (r + 1) - 1
     place = jnp.where(j < sink, j, place)  # [B, n] entry of the window in new slot j
-    moves = (full & (ratio > 0))[:, None] & (j < sink + beacons)
-    place = jnp.where(moves, place, j)
-    index = (slots[:, None] + place)[None, :, :, None, None]
-    cos, sin = cos_sin(config, j - place, scaled=False)
-    new_k = rotate(jnp.take_along_axis(k, index, axis=2), cos, sin)
-    new_v = jnp.take_along_axis(v, index, axis=2)
-    return put_all_layers(k, new_k, slots, None), put_all_layers(v, new_v, slots, None)
+    count = jnp.where(full & (ratio > 0), (sink + window // r)[:, 0], 0)
+    return keep_places(config, k, v, slots, place, count)

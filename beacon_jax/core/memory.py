@@ -1,8 +1,9 @@
-"""The compressed context as a value."""
+"""What the device holds of B sequences: the buffer, and where each row stands in it."""
 
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -20,7 +21,7 @@ class CapacityError(ValueError):
         self.needed = needed
 
 
-class Memory(flax.struct.PyTreeNode):
+class MemoryState(flax.struct.PyTreeNode):
     """Everything the model remembers of B sequences. A pytree; nothing is hidden.
 
     One buffer holds, per row, [sink | beacons | open window], so that an entry's index
@@ -48,17 +49,16 @@ class Memory(flax.struct.PyTreeNode):
     tokens: Int[Array, "B W"]
 
     @property
+    def rows(self) -> int:
+        return self.slots.shape[0]
+
+    @property
     def capacity(self) -> int:
         return self.k.shape[2]
 
     @property
     def window(self) -> int:
         return self.tokens.shape[1]
-
-    @property
-    def lengths(self) -> Int[Array, " B"]:
-        """Tokens fed so far, per row."""
-        return self.windows * self.window + self.raw
 
     @property
     def nbytes(self) -> int:
@@ -78,18 +78,16 @@ class Memory(flax.struct.PyTreeNode):
         safe = jnp.maximum(self.ratio, 1)
         return self.raw + jnp.where(self.ratio > 0, self.raw // safe, 0)
 
-    def describe(self) -> str:
-        """One line per row: tokens, slots, bytes in use."""
-        rows = zip(
-            *(x.tolist() for x in (self.lengths, self.slots, self.raw)), strict=True
-        )
-        lines = [
-            f"row {i}: {tokens} tokens -> {slots} memory slots "
-            f"({slots * self.slot_nbytes / 2**20:.3f} MiB) + {raw} in the open window"
-            for i, (tokens, slots, raw) in enumerate(rows)
-        ]
-        total = f"buffer: {self.capacity} slots per row, {self.nbytes / 2**20:.3f} MiB"
-        return "\n".join([*lines, total])
+    def copy(self) -> "MemoryState":
+        """In buffers of its own, for a function that takes them over."""
+        return jax.tree.map(jnp.copy, self)
+
+    def resized(self, capacity: int) -> "MemoryState":
+        """With room for `capacity` slots; never fewer than it has."""
+        if capacity <= self.capacity:
+            return self
+        pad = ((0, 0), (0, 0), (0, capacity - self.capacity), (0, 0), (0, 0))
+        return self.replace(k=jnp.pad(self.k, pad), v=jnp.pad(self.v, pad))
 
 
 def default_window(config: ModelConfig) -> int:
@@ -97,14 +95,20 @@ def default_window(config: ModelConfig) -> int:
     return config.beacon.window if config.beacon else min(512, config.max_position)
 
 
+def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
+    """Bytes of one slot of one row: keys and values of all layers."""
+    per_layer = config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    return 2 * config.num_layers * per_layer
+
+
 def init_memory(
     config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32
-) -> Memory:
+) -> MemoryState:
     """An empty memory for `batch` rows of `capacity` slots (`windows.capacity`)."""
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
     window = default_window(config)
     zeros = lambda: jnp.zeros((batch,), jnp.int32)
-    return Memory(
+    return MemoryState(
         k=jnp.zeros(shape, dtype),
         v=jnp.zeros(shape, dtype),
         slots=zeros(),

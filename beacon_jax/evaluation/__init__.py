@@ -1,7 +1,7 @@
 """Measuring what compression costs: tasks, methods, one resumable runner, a report.
 
 A task (tasks/, one file each) makes examples and scores predictions; a method says how
-the past of an example becomes a `Memory`. Neither knows the other, so every task runs
+the past of an example becomes a `MemoryState`. Neither knows the other: every task runs
 with every method, and both grow by adding files.
 """
 

@@ -1,7 +1,7 @@
 """The model under evaluation, and the methods: how a past becomes a memory.
 
-Every method answers from `Memory` + the last window, and all methods of one run read
-the same tokens, so that results differ by what the memory keeps and by nothing else.
+Every method answers from `MemoryState` + the last window, and all methods of one run
+read the same tokens, so that results differ by what the memory keeps and nothing else.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax.core import loop, windows
-from beacon_jax.core.memory import Memory, init_memory
+from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer
 from beacon_jax.model.config import BeaconConfig, ModelConfig, check_ratio
 
@@ -45,20 +45,20 @@ class Model:
         """Of the parameters, and so of the computation and of the memory."""
         return self.variables["params"]["embed"]["embedding"].dtype
 
-    def new_memory(self, batch: int, ratio: int) -> Memory:
+    def new_memory(self, batch: int, ratio: int) -> MemoryState:
         """An empty memory with room for `longest` tokens at this ratio."""
         slots = windows.capacity(self.config, self.plan(ratio))
         return init_memory(self.config, batch, slots, self.dtype)
 
     def feed(
         self,
-        memory: Memory,
+        memory: MemoryState,
         rows: Rows,
         ratio: int,
         *,
         outputs: str = "last",
         labels: Rows | None = None,
-    ) -> tuple[loop.FeedOutput, Memory]:
+    ) -> tuple[loop.FeedOutput, MemoryState]:
         """Feeds each row's next tokens; the windows that begin now have `ratio`.
 
         Rows are padded to one window or, if they are longer, to `longest`: two
@@ -79,7 +79,7 @@ class Model:
         )
 
     def decode(
-        self, memory: Memory, logits: jax.Array, steps: int, ratio: int
+        self, memory: MemoryState, logits: jax.Array, steps: int, ratio: int
     ) -> np.ndarray:
         """Greedy tokens [B, steps]; `logits` [B, V] are those of the prompt's end."""
         plan, active = jnp.asarray(self.plan(ratio)), jnp.ones(len(logits), bool)
@@ -170,7 +170,7 @@ class Method:
         self.name = self.family if ratio is None else f"{self.family}_x{ratio}"
         self.live_ratio = 0
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
+    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
         """The memory after `past` (whole windows, B rows).
 
         `following` is what will be fed next. Only a method that says so in its name
@@ -178,7 +178,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def kv_bytes(self, memory: Memory) -> list[int]:
+    def kv_bytes(self, memory: MemoryState) -> list[int]:
         """Bytes of keys and values that each row keeps of its past."""
         return [int(n) * memory.slot_nbytes for n in np.asarray(memory.slots)]
 
@@ -193,7 +193,7 @@ class Beacon(Method):
         assert ratio is not None
         self.live_ratio = ratio
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
+    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
         memory = model.new_memory(len(past), self.live_ratio)
         return model.feed(memory, past, self.live_ratio)[1]
 
@@ -203,7 +203,7 @@ class Full(Method):
 
     family = "full"
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
+    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
         return model.feed(model.new_memory(len(past), 0), past, 0)[1]
 
 
@@ -212,7 +212,7 @@ class Window(Method):
 
     family = "window"
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
+    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
         return model.new_memory(len(past), 0)
 
 

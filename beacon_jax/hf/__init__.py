@@ -2,11 +2,14 @@
 
 from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer, save_hf
 from beacon_jax.hf.hashing import tree_hash
+from beacon_jax.hf.identify import Identity, identity
 from beacon_jax.hf.writer import copy_tokenizer
 
 __all__ = [
     "Checkpoint",
+    "Identity",
     "copy_tokenizer",
+    "identity",
     "load",
     "load_tokenizer",
     "save_hf",

@@ -23,6 +23,7 @@ from beacon_jax.hf.conversion import (
     write_index,
 )
 from beacon_jax.hf.hashing import tree_hash
+from beacon_jax.hf.identify import Identity, folder_identity
 from beacon_jax.hf.keys import beacon_part, flatten, table, unflatten
 from beacon_jax.hf.placement import Place, put_blocks, read_parts
 from beacon_jax.hf.reader import TreeReader, open_hf
@@ -42,12 +43,15 @@ class Checkpoint:
       variables: {"params": tree, "beacon": tree} of numpy arrays (see `param_shapes`).
       path: the folder it was read from.
       known_hashes: hashes that the manifest of a converted folder already has.
+      identity: the same hashes, computed from the folder when they are asked for; it
+        does not keep the variables alive.
     """
 
     config: ModelConfig
     variables: dict[str, Any]
     path: Path
     known_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    identity: Identity = dataclasses.field(default_factory=Identity)
 
     @functools.cached_property
     def base_hash(self) -> str:
@@ -101,10 +105,29 @@ def load(
                 leaves[name] = source.array(name)
             else:
                 sharding, kind = place(config, name, tensor.shape)
-                pieces = source.blocks(name)
+                pieces, kind = source.blocks(name), kind or cast or tensor.dtype
                 leaves[name] = put_blocks(tensor.shape, kind, sharding, pieces)
     variables = {"params": {}, "beacon": {}} | unflatten(leaves)
-    return Checkpoint(config, variables, path, hashes)
+    return Checkpoint(
+        config, variables, path, hashes, _identity(path, config, leaves, cast, hashes)
+    )
+
+
+def _identity(
+    path: Path,
+    config: ModelConfig,
+    leaves: Mapping[str, Any],
+    cast: np.dtype | None,
+    hashes: Mapping[str, str],
+) -> Identity:
+    """Of the model as it was loaded, from the folder wherever that can say it."""
+    dtypes = {name: np.dtype(x.dtype) for name, x in leaves.items()}
+    known: dict[str, Any] = dict(hashes)
+    if is_converted(path) and config.beacon and "beacon" not in hashes:
+        # Fresh beacons are in no file. Few ask for them, and those need them hashed.
+        part = unflatten({k: x for k, x in leaves.items() if k.startswith("beacon/")})
+        known["beacon"] = lambda: tree_hash(part["beacon"])
+    return folder_identity(path, config, cast=cast, dtypes=dtypes, known=known)
 
 
 def _read_converted(
@@ -142,6 +165,7 @@ def _read_converted(
             leaves[name] = reader.read(name).astype(cast or tensor.dtype)
         else:
             sharding, kind = place(config, name, tensor.shape)
+            kind = kind or cast or tensor.dtype
             leaves[name] = read_parts(reader, name, kind, sharding)
     if absent:
         fresh = init_beacon(unflatten(leaves)["params"], config)
@@ -149,7 +173,7 @@ def _read_converted(
             if name in absent:
                 leaves[name] = x if place is None else _placed(x, config, name, place)
     hashes = {}
-    if all(cast in (None, t.dtype) for t in reader.tensors.values()):
+    if all(leaves[n].dtype == t.dtype for n, t in stored.items()):
         hashes["base"] = manifest["base_hash"]
         if not absent and manifest["beacon_hash"]:
             hashes["beacon"] = manifest["beacon_hash"]
@@ -159,7 +183,7 @@ def _read_converted(
 def _placed(x: Any, config: ModelConfig, name: str, place: Place) -> Any:
     """An array on the devices, moved to where `place` wants it."""
     sharding, kind = place(config, name, x.shape)
-    return jax.jit(lambda x: x.astype(kind), out_shardings=sharding)(x)
+    return jax.jit(lambda x: x.astype(kind or x.dtype), out_shardings=sharding)(x)
 
 
 def save_hf(

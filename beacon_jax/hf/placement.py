@@ -12,8 +12,8 @@ import numpy as np
 from beacon_jax.hf.reader import BLOCK_BYTES, SafetensorsReader
 from beacon_jax.model.config import ModelConfig
 
-# (config, name, shape) -> (sharding, dtype) of a tensor
-Place = Callable[[ModelConfig, str, tuple[int, ...]], tuple[Any, np.dtype]]
+# (config, name, shape) -> (sharding, dtype) of a tensor; no dtype: as it was stored
+Place = Callable[[ModelConfig, str, tuple[int, ...]], tuple[Any, np.dtype | None]]
 
 
 def put_blocks(

@@ -24,6 +24,11 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What files that are no checkpoints may have, too.
+ALL_DTYPES = DTYPES | {
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+}
 
 
 @dataclasses.dataclass(frozen=True)

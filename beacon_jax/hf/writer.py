@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from beacon_jax.hf.reader import DTYPES, Tensor
+from beacon_jax.hf.reader import ALL_DTYPES, Tensor
 
 MANIFEST = "beacon_jax.json"
+DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 _TOKENIZER = (
     "tokenizer",
     "special_tokens",
@@ -49,30 +50,36 @@ class Progress:
             )
 
 
+def safetensors_header(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Everything in front of the tensors' bytes.
+
+    It is what the safetensors library writes (compact JSON, padded to 8), so that a
+    file read and written again is the same file.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end := end + tensor.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     blocks: Callable[[str], Iterable[np.ndarray]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes tensors one after the other, each as the blocks of its bytes.
-
-    The header is what the safetensors library writes (compact JSON, padded to 8), so
-    that a file read and written again is the same file.
-    """
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end := end + tensor.nbytes],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    """Writes tensors one after the other, each as the blocks of its bytes."""
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header(tensors, metadata))
         for name, tensor in tensors.items():
             start = file.tell()
             for block in blocks(name):

@@ -1,21 +1,24 @@
 """Generates tokens: one jitted loop over sampling and the model's next step."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from beacon_jax.core.loop import check_capacity, decode_step, static_ratios
-from beacon_jax.core.memory import Memory
+from beacon_jax.core.memory import MemoryState
 from beacon_jax.inference.prefill import compute_dtype
-from beacon_jax.inference.sampling import Sampling, sample
+from beacon_jax.inference.sampling import Sampling, row_keys, row_seeds, sample
 from beacon_jax.model.config import ModelConfig
 
 BLOCK = 16  # tokens per call of the loop: text appears that often, one compile for all
+
+# (row, its new tokens [n] so far) -> how many of them to keep if it is done, or None.
+Finished = Callable[[int, Int[np.ndarray, " n"]], int | None]
 
 
 class Decoded(NamedTuple):
@@ -24,43 +27,70 @@ class Decoded(NamedTuple):
     Attributes:
       tokens: int32 [B, n], padded with -1 behind each row's end.
       lengths: [B] tokens per row; the end token is not among them.
-      logits: [B, V] after each row's last token.
-      memory: holds exactly the tokens above besides what it held.
+      logits: [B, V] after the last token that each row was fed: for a row that
+        `finished` ended, that one is behind the row's end.
+      memory: holds the tokens above besides what it held, and `surplus` more.
+      surplus: [B] tokens that the memory holds behind the end of a row. They are in it
+        only if `finished` ended the row and a window was closed between there and the
+        end of the block (`BLOCK`): cut them off, or do not continue this row. 0 for
+        all other rows.
+      fed: int32 [B, n + surplus], all tokens fed including the surplus, -1 behind.
     """
 
     tokens: Int[np.ndarray, "B n"]
     lengths: Int[np.ndarray, " B"]
     logits: Float[Array, "B V"]
-    memory: Memory
+    memory: MemoryState
+    surplus: Int[np.ndarray, " B"]
+    fed: Int[np.ndarray, "B m"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "eos_ids", "static"))
+class Loop(NamedTuple):
+    """What goes from block to block, besides the memory: all that `sample` needs."""
+
+    logits: Float[Array, "B V"]
+    active: Bool[Array, " B"]
+    seen: Bool[Array, "B V"] | None
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "eos_ids", "static"), donate_argnames="memory"
+)
 def decode_block(
     config: ModelConfig,
     variables: dict[str, Any],
-    memory: Memory,
-    logits: Float[Array, "B V"],
-    ratios: Int[Array, " P"],
-    active: Bool[Array, " B"],
+    memory: MemoryState,
+    loop: Loop,
+    ratios: Int[Array, "*B P"],
     sampling: Sampling,
-    key: PRNGKeyArray,
-    limit: Int[Array, ""],
+    seeds: UInt32[Array, " B"],
+    start: Int[Array, ""],
+    limits: Int[Array, " B"],
     *,
     eos_ids: tuple[int, ...],
     static: tuple[int, ...],
-) -> tuple[Int[Array, "B n"], Float[Array, "B V"], Bool[Array, " B"], Memory]:
-    """Up to `limit` <= BLOCK tokens per row: (tokens, logits, active, memory)."""
+) -> tuple[Int[Array, "B n"], Loop, MemoryState]:
+    """Up to BLOCK tokens per row, of a memory that it takes over (donated).
+
+    Args:
+      start: number of each row's next token among its new ones.
+      limits: new tokens per row, counted from the first; a row stops there.
+    """
     ends = jnp.asarray(eos_ids, jnp.int32)
+    rows = jnp.arange(loop.logits.shape[0])
 
     def unfinished(state: tuple) -> jax.Array:
-        step, _, _, active, _ = state
-        return (step < limit) & active.any()
+        step, _, loop, _ = state
+        return (step < BLOCK) & loop.active.any()
 
     def body(state: tuple) -> tuple:
-        step, tokens, logits, active, memory = state
-        token = sample(jax.random.fold_in(key, step), logits, sampling)
+        step, tokens, (logits, active, seen), memory = state
+        number = start + step
+        token = sample(row_keys(seeds, number), logits, sampling, seen)
         active &= ~jnp.isin(token, ends)
         tokens = tokens.at[:, step].set(jnp.where(active, token, -1))
+        if seen is not None:
+            seen = seen.at[rows, token].max(active)
         new, memory = decode_step(
             config,
             variables,
@@ -72,69 +102,158 @@ def decode_block(
             dtype=compute_dtype(variables),
         )
         logits = jnp.where(active[:, None], new, logits)
-        return step + 1, tokens, logits, active, memory
+        active &= number + 1 < limits
+        return step + 1, tokens, Loop(logits, active, seen), memory
 
-    tokens = jnp.full((logits.shape[0], BLOCK), -1, jnp.int32)
-    state = (jnp.int32(0), tokens, logits, active, memory)
-    _, tokens, logits, active, memory = jax.lax.while_loop(unfinished, body, state)
-    return tokens, logits, active, memory
+    tokens = jnp.full((len(rows), BLOCK), -1, jnp.int32)
+    state = (jnp.int32(0), tokens, loop, memory)
+    _, tokens, loop, memory = jax.lax.while_loop(unfinished, body, state)
+    return tokens, loop, memory
 
 
 def decode(
     config: ModelConfig,
     variables: dict[str, Any],
-    memory: Memory,
+    memory: MemoryState,
     logits: Float[Array, "B V"],
-    ratios: Int[np.ndarray, " P"],
+    ratios: Int[np.ndarray, "*B P"],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int] | np.ndarray,
     sampling: Sampling,
-    seed: int = 0,
+    seeds: int | Sequence[int] | np.ndarray = 0,
+    seen: Bool[np.ndarray, "B V"] | None = None,
     eos_ids: tuple[int, ...] | None = None,
+    finished: Finished | None = None,
     on_tokens: Callable[[np.ndarray], None] | None = None,
+    donate: bool = False,
 ) -> Decoded:
-    """Continues each row until an end token or `max_new_tokens`.
+    """Continues each row until an end token, its `max_new_tokens` or `finished`.
 
-    Every returned token is also fed, so that the memory can be continued from.
+    Every returned token is also fed, so that the memory can be continued from. A row
+    that has ended costs nothing but its share of the batch; no row's tokens depend on
+    the others.
 
     Args:
-      memory: has room for the new tokens; it is not changed.
+      memory: has room for the new tokens.
       logits: after each row's last token, from `prefill` or an earlier `decode`.
-      ratios: of the windows of the whole sequence, counted from its first token.
+      ratios: of the windows of the whole sequence, counted from its first token; one
+        plan for all rows or one per row.
+      max_new_tokens: one number, or one per row.
+      sampling: numbers for all rows or one per row (`make_sampling`).
+      seeds: one per row, or one number (`row_seeds` says how rows differ then).
+      seen: tokens of each row so far (`seen_tokens`), of the repetition penalty.
       eos_ids: end tokens; None: those of the config.
-      on_tokens: called with each block [B, <= BLOCK] as it is ready.
+      finished: called after each block for every row that went on in it, with all its
+        new tokens; a row is done once it returns how many of them to keep.
+      on_tokens: called with each block [B, <= BLOCK] as it is ready, after `finished`,
+        without what that took away; what earlier calls passed on stays passed on.
+      donate: the memory is not needed again: its buffer is written in place. Otherwise
+        it is copied, and stays as it is.
 
     Raises:
-      ValueError: max_new_tokens below 1.
+      ValueError: max_new_tokens below 1, a repetition penalty without `seen`, or
+        settings for another number of rows.
       CapacityError: the memory is too small; it states the capacity needed.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    ends = config.eos_ids if eos_ids is None else tuple(eos_ids)
     rows = logits.shape[0]
-    check_capacity(config, memory, np.full(rows, max_new_tokens), ratios)
+    limits = _limits(max_new_tokens, rows)
+    sampling = _settings(sampling, seen, rows)
+    ends = config.eos_ids if eos_ids is None else tuple(eos_ids)
+    check_capacity(config, memory, limits, ratios)
     static = static_ratios(memory, ratios)
-    active, key, blocks = jnp.ones(rows, bool), jax.random.key(seed), []
-    for start in range(0, max_new_tokens, BLOCK):
-        limit = min(BLOCK, max_new_tokens - start)
-        tokens, logits, active, memory = decode_block(
+    if not donate:
+        memory = jax.tree.map(jnp.copy, memory)
+    loop = Loop(
+        logits, jnp.ones(rows, bool), None if seen is None else jnp.asarray(seen)
+    )
+    words = row_seeds(seeds, rows)
+    fed = np.full((rows, 0), -1, np.int32)
+    keep = np.full(rows, -1)  # of a row that `finished` ended
+    for start in range(0, int(limits.max()), BLOCK):
+        block, loop, memory = decode_block(
             config,
             variables,
             memory,
-            logits,
+            loop,
             jnp.asarray(ratios),
-            active,
             sampling,
-            jax.random.fold_in(key, start),
-            jnp.int32(limit),
+            words,
+            jnp.int32(start),
+            jnp.asarray(limits),
             eos_ids=ends,
             static=static,
         )
-        blocks.append(np.asarray(tokens)[:, :limit])
+        # A loop's last block has empty columns behind the largest limit.
+        block = np.asarray(block)[:, : int(limits.max()) - start]
+        fed = np.concatenate([fed, block], axis=1)
+        active = np.array(loop.active)
+        if finished:
+            _ask(finished, fed, start, keep)
+            active &= keep < 0
+            loop = loop._replace(active=jnp.asarray(active))
         if on_tokens:
-            on_tokens(blocks[-1])
-        if not np.asarray(active).any():
+            on_tokens(_kept(fed, keep)[:, start:])
+        if not active.any():
             break
-    tokens = np.concatenate(blocks, axis=1)
-    lengths = (tokens >= 0).sum(axis=1)
-    return Decoded(tokens[:, : max(lengths.max(), 1)], lengths, logits, memory)
+    return _decoded(fed, keep, loop.logits, memory)
+
+
+def _limits(max_new_tokens: Any, rows: int) -> Int[np.ndarray, " B"]:
+    given = np.asarray(max_new_tokens, np.int32)
+    if given.ndim and given.shape != (rows,):
+        raise ValueError(
+            f"max_new_tokens has shape {given.shape} for {rows} rows: one per row."
+        )
+    if given.min(initial=1) < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    return np.broadcast_to(given, (rows,))
+
+
+def _settings(sampling: Sampling, seen: Any, rows: int) -> Sampling:
+    """Per row, checked against the batch."""
+    for name, value in vars(sampling).items():
+        if value.ndim and value.shape != (rows,):
+            raise ValueError(
+                f"{name} has shape {value.shape} for {rows} rows: one per row."
+            )
+    penalty = np.atleast_1d(np.asarray(sampling.repetition_penalty))
+    if seen is None and (penalty != 1).any():
+        raise ValueError(
+            f"repetition_penalty={penalty.tolist()} needs to know the rows' tokens: "
+            "give seen=seen_tokens(rows, vocab_size)."
+        )
+    return sampling.for_rows(rows)
+
+
+def _ask(finished: Finished, fed: np.ndarray, start: int, keep: np.ndarray) -> None:
+    """Writes into `keep` what `finished` says of the rows of the last block."""
+    for row in np.flatnonzero(fed[:, start] >= 0):
+        answer = finished(int(row), fed[row][fed[row] >= 0])
+        if answer is not None:
+            keep[row] = answer
+
+
+def _kept(fed: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The tokens fed, -1 behind the end of each row."""
+    column = np.arange(fed.shape[1])
+    beyond = (keep[:, None] >= 0) & (column >= keep[:, None])
+    return np.where(beyond, -1, fed)
+
+
+def _decoded(fed, keep, logits, memory: MemoryState) -> Decoded:
+    """Cuts the rows that `finished` ended, as far as that needs no feeding again."""
+    tokens = _kept(fed, keep)
+    count = lambda tokens: (tokens >= 0).sum(axis=1)
+    lengths, surplus = count(tokens), count(fed) - count(tokens)
+    if surplus.any():
+        # Entries of the open window do not depend on those behind them, and `raw`
+        # tokens of it are visible: fewer of them is the memory before the others.
+        raw = np.asarray(memory.raw)
+        back = np.where(surplus <= raw, surplus, 0)
+        memory = memory.replace(raw=jnp.asarray(raw - back))
+        surplus = surplus - back
+    most = max(int(lengths.max()), 1)
+    held = max(int((lengths + surplus).max()), 1)
+    column = np.arange(held)
+    fed = np.where(column < (lengths + surplus)[:, None], fed[:, :held], -1)
+    return Decoded(tokens[:, :most], lengths, logits, memory, surplus, fed)

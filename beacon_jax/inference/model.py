@@ -1,6 +1,7 @@
 """The handle that notebooks and command lines use: a model with its tokenizer."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,161 +10,235 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from beacon_jax.core.loop import check_capacity
-from beacon_jax.core.memory import CapacityError, Memory, default_window, init_memory
+from beacon_jax.core.memory import (
+    slot_nbytes,
+)
 from beacon_jax.hf import checkpoint
-from beacon_jax.inference.decode import decode
-from beacon_jax.inference.prefill import (
+from beacon_jax.hf.identify import Identity
+from beacon_jax.inference.decode import Decoded, decode
+from beacon_jax.inference.feeding import decoded_memory, feed_rows, ledgers_of
+from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.plan import (
+    Plan,
     Ratio,
-    buffer_size,
-    compute_dtype,
-    plan_ratios,
-    prefill,
-    resize,
+    make_plan,
+    stack_ratios,
     warn_beyond_training,
 )
-from beacon_jax.inference.sampling import make_sampling
+from beacon_jax.inference.prefill import compute_dtype
+from beacon_jax.inference.sampling import Sampling, make_sampling, seen_tokens
+from beacon_jax.inference.spans import Spans, token_spans
+from beacon_jax.inference.text import Streamer, finisher
 from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.decoder import variable_axes
+from beacon_jax.model.partition import Partition, make_partition, partitioned
 
 Text = str | Sequence[int] | np.ndarray
+Texts = Text | Sequence[Text]
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `Model.complete` returns.
+    """What `Model.complete` returns for one prompt.
 
     Attributes:
-      text: the new text, without the end token ("" for a model without tokenizer).
+      text: the new text, without the end token and in front of a stop string ("" for a
+        model without tokenizer).
       tokens: its token ids, int32 [n].
-      memory: holds the context, the prompt and these tokens; pass it on to continue.
+      finish: "stop" (an end token or a stop string) or "length" (max_new_tokens).
+      note: what was decided about ratios, "" if nothing was.
       prompt_tokens: tokens read, context and prompt.
-      prefill_seconds, decode_seconds: wall time, compilation included.
+      prefill_seconds, decode_seconds: wall time of the batch, compilation included.
+      batch, row: the memory of the batch and this prompt's row of it.
     """
 
     text: str
     tokens: np.ndarray
-    memory: Memory
+    finish: str
+    note: str
     prompt_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    batch: Memory = dataclasses.field(repr=False)
+    row: int = 0
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Holds the context, the prompt and the new tokens: pass it on to continue."""
+        return self.batch if len(self.batch) == 1 else self.batch[self.row]
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A model ready to use: `load` makes one.
 
+    A text is a str or token ids. Where one is taken, a list of them makes a batch, with
+    rows of any lengths: each gets what it would get alone.
+
     Attributes:
       config: the model and its beacons.
       variables: {"params": tree, "beacon": tree} of jax arrays.
       tokenizer: a transformers tokenizer; None: only token ids go in and out.
+      identity: which weights they are, for beacon packs.
+      partition: the devices that it is split over; None: one.
     """
 
     config: ModelConfig
     variables: dict[str, Any] = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(default=None, repr=False)
+    identity: Identity = dataclasses.field(default_factory=Identity, repr=False)
+    partition: Partition | None = dataclasses.field(default=None, repr=False)
 
     def compress(
         self,
-        context: Text,
+        context: Texts,
         ratio: Ratio = None,
         *,
         memory: Memory | None = None,
+        max_slots: int | None = None,
+        max_bytes: int | str | None = None,
+        spans: Spans | None = None,
+        lossless: str = "windows",
         capacity: int | None = None,
         seed: int = 0,
     ) -> Memory:
-        """Reads a context of any length into a memory (batch of 1).
+        """Reads contexts of any length into a memory.
 
         Args:
-          context: text or token ids.
-          ratio: raw tokens per memory slot, one number or a list with one per window;
-            0 or "full" keeps everything. None: as `memory` was compressed, else the
-            mix of the config.
+          context: one text, or a list of them for a memory of as many rows.
+          ratio: raw tokens per memory slot: one number, a list with one per window, a
+            function (window, start, stop) -> ratio; 0 or "full" keeps everything;
+            "auto" takes the smallest trained ratio whose positions fit, or "auto-8"
+            x8, but no compression where that needs fewer FLOPs. None: as `memory` was
+            compressed, else the mix of the config.
           memory: is continued, not changed; None: a new one.
+          max_slots, max_bytes: in place of `ratio`, a budget per row: the smallest
+            uniform ratio that fits, then lower ones for the latest windows.
+          spans: what must not be compressed: a regex, or token ranges of the context.
+          lossless: "windows" keeps every window that a span touches at ratio 0;
+            "slots" only the span's own entries beside the beacons, which no model was
+            trained for.
           capacity: slots of the buffer; None: as many as needed.
           seed: of a random ratio mix.
 
         Raises:
-          ValueError: an empty context, or a ratio that the model cannot use.
+          ValueError: an empty context, a ratio that the model cannot use, or a budget
+            that nothing fits into.
           CapacityError: `capacity` is too small; it states what is needed.
         """
-        tokens = self.encode(context, "context", first=memory is None)
-        ratios = self._plan(ratio, memory, len(tokens), 0, seed)
-        memory = self._room(memory, ratios, len(tokens), capacity)
-        return prefill(self.config, self.variables, memory, tokens[None], ratios)[1]
+        contexts, _ = as_batch(context)
+        rows = [self.encode(c, "context", first=memory is None) for c in contexts]
+        plans = self._plans(
+            rows,
+            memory,
+            0,
+            ratio=ratio,
+            max_slots=max_slots,
+            max_bytes=max_bytes,
+            spans=[self._spans(spans, c, memory is None) for c in contexts],
+            lossless=lossless,
+            seed=seed,
+        )
+        return feed_rows(self, rows, plans, memory, capacity)[1]
 
     def complete(
         self,
-        prompt: Text,
+        prompt: Any,
         *,
-        context: Text | None = None,
+        context: Texts | None = None,
         memory: Memory | None = None,
         ratio: Ratio = None,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        max_slots: int | None = None,
+        max_bytes: int | str | None = None,
+        spans: Spans | None = None,
+        lossless: str = "windows",
+        max_new_tokens: int | Sequence[int] = 64,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        min_p: float | Sequence[float] = 0.0,
+        repetition_penalty: float | Sequence[float] = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int | Sequence[int] = 0,
         capacity: int | None = None,
-        on_text: Callable[[str], None] | None = None,
-    ) -> Generation:
+        on_text: Callable[..., None] | None = None,
+    ) -> Any:
         """Continues [memory | context | prompt]; see `compress` and `Sampling`.
 
         Args:
-          context: read before the prompt; None: nothing.
-          max_new_tokens: at most; an end token stops earlier.
-          seed: of sampling, and of a random ratio mix.
-          on_text: called with each piece of the text as it is ready.
+          prompt: one text, or a list of them: a Generation or a list of Generations.
+          context: read before the prompt; one for all prompts, or one for each.
+          memory: of one row, which all prompts are asked against, or one for each.
+          max_new_tokens: at most; an end token or a stop string ends earlier. This and
+            the settings of sampling are one number, or one per prompt.
+          stop: strings that end the text, which does not contain them.
+          seed: of sampling, one per prompt (row i of one seed gets seed + i), and of a
+            random ratio mix.
+          on_text: called with each piece of the text as it is ready; for a list of
+            prompts with (row, piece).
 
         Raises:
           ValueError: a prompt of 0 tokens, or an argument out of range (named).
           CapacityError: `capacity` is too small; it states what is needed.
         """
-        sampling = make_sampling(temperature, top_k, top_p)
-        if max_new_tokens < 1:
+        sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        prompts, single = as_batch(prompt)
+        count = len(prompts)
+        new = np.broadcast_to(np.asarray(max_new_tokens, int), (count,))
+        if new.min(initial=1) < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+        show = [_shown(on_text, None if single else i) for i in range(count)]
+        streams = [Streamer(self.tokenizer, s, stop) for s in show]
         start = time.perf_counter()
-        first = memory is None and context is None
-        tokens = self.encode(prompt, "prompt", first=first)
-        if context is not None:
-            before = self.encode(context, "context", first=memory is None)
-            tokens = np.concatenate([before, tokens])
-        ratios = self._plan(ratio, memory, len(tokens), max_new_tokens, seed)
-        total = len(tokens) + max_new_tokens
-        memory = self._room(memory, ratios, total, capacity)
-        logits, memory = prefill(
-            self.config, self.variables, memory, tokens[None], ratios
+        memory = _rows_for(memory, count)
+        rows, marked = self._prompt_rows(prompts, context, memory, spans)
+        plans = self._plans(
+            rows,
+            memory,
+            int(new.max()),
+            ratio=ratio,
+            max_slots=max_slots,
+            max_bytes=max_bytes,
+            spans=marked,
+            lossless=lossless,
+            seed=int(np.atleast_1d(seed)[0]),
         )
+        logits, after = feed_rows(self, rows, plans, memory, capacity, new)
         jax.block_until_ready(logits)
         middle = time.perf_counter()
-        show = _Shown(self.tokenizer, on_text)
-        result = decode(
-            self.config,
-            self.variables,
-            memory,
-            logits,
-            ratios,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            on_tokens=show.add if on_text else None,
-        )
-        new = result.tokens[0, : result.lengths[0]]
-        text = self.tokenizer.decode(new) if self.tokenizer else ""
-        show.finish(text)
+        result = self._decode(after, logits, plans, sampling, streams, new, seed)
+        after = decoded_memory(after, plans, result)
+        texts = [stream.finish() for stream in streams]
         end = time.perf_counter()
-        return Generation(
-            text, new, result.memory, len(tokens), middle - start, end - middle
-        )
+        made = [
+            Generation(
+                text=texts[i],
+                tokens=result.tokens[i, : result.lengths[i]],
+                finish="stop"
+                if streams[i].keep is not None or result.lengths[i] < new[i]
+                else "length",
+                note=plans[i].note,
+                prompt_tokens=len(rows[i]),
+                prefill_seconds=middle - start,
+                decode_seconds=end - middle,
+                batch=after,
+                row=i,
+            )
+            for i in range(count)
+        ]
+        return made[0] if single else made
 
-    def generate(self, prompt: Text, **options: Any) -> str:
-        """The text of `complete`, which documents the options."""
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """The text of `complete`, which documents the options; texts for a list."""
         if self.tokenizer is None:
             raise ValueError(
                 "tokenizer=None: text cannot be returned. Use complete(...).tokens, or "
                 "put the tokenizer files into the model's folder."
             )
-        return self.complete(prompt, **options).text
+        made = self.complete(prompt, **options)
+        return [m.text for m in made] if isinstance(made, list) else made.text
 
     def encode(self, text: Text, name: str, *, first: bool) -> np.ndarray:
         """Token ids [n]; `first` adds what the tokenizer puts before a text (bos)."""
@@ -189,55 +264,132 @@ class Model:
             )
         return ids.astype(np.int32)
 
-    def _plan(
-        self, ratio: Ratio, memory: Memory | None, tokens: int, new: int, seed: int
-    ) -> np.ndarray:
-        """The ratio of every window, counted from the first of the sequence."""
-        before = int(memory.lengths[0]) if memory is not None else 0
-        if ratio is None and memory is not None and before:
-            ratio = int(memory.ratio[0])
-        ratios = plan_ratios(
-            self.config, ratio, length=before + tokens, new_tokens=new, seed=seed
-        )
-        warn_beyond_training(self.config, ratios, before + tokens + new, memory)
-        return ratios
+    # --- the rows of a batch -----------------------------------------------------
 
-    def _room(
-        self, memory: Memory | None, ratios: np.ndarray, new: int, capacity: int | None
-    ) -> Memory:
-        """A buffer that `new` tokens fit into: `capacity`, or large enough."""
-        if memory is None:
-            dtype = compute_dtype(self.variables)
-            memory = init_memory(self.config, 1, capacity or 1, dtype)
-        elif capacity:
-            memory = resize(memory, capacity)
-        try:
-            check_capacity(self.config, memory, np.array([new]), ratios)
-        except CapacityError as error:
-            if capacity:
-                raise
-            size = buffer_size(error.needed, default_window(self.config))
-            memory = resize(memory, size)
+    def _prompt_rows(
+        self,
+        prompts: list[Text],
+        context: Any,
+        memory: Memory | None,
+        spans: Spans | None,
+    ) -> tuple[list[np.ndarray], list[Any]]:
+        """[context | prompt] of each row, and the token ranges of its spans."""
+        contexts: list[Any] = [None] * len(prompts)
+        if context is not None:
+            given, single = as_batch(context)
+            contexts = given * len(prompts) if single else given
+            if len(contexts) != len(prompts):
+                raise ValueError(
+                    f"context has {len(contexts)} texts for {len(prompts)} prompts: "
+                    "give one for all, or one for each."
+                )
+        elif spans is not None:
+            raise ValueError("spans mark parts of the context: give context=...")
+        rows, marked, first = [], [], memory is None
+        for prompt, before in zip(prompts, contexts, strict=True):
+            tokens = self.encode(prompt, "prompt", first=first and before is None)
+            if before is not None:
+                tokens = np.concatenate(
+                    [self.encode(before, "context", first=first), tokens]
+                )
+            rows.append(tokens)
+            marked.append(self._spans(spans, before, first))
+        return rows, marked
+
+    def _spans(self, spans: Spans | None, text: Any, first: bool) -> Any:
+        """Token ranges of what `spans` marks in a text."""
+        if spans is None:
+            return ()
+        text = text if isinstance(text, str) else None
+        return token_spans(spans, text, self.tokenizer, first=first)
+
+    def _plans(
+        self, rows: list[np.ndarray], memory: Memory | None, new: int, **options: Any
+    ) -> list[Plan]:
+        ledgers, spans = ledgers_of(memory, len(rows)), options.pop("spans")
+        slot = slot_nbytes(self.config, compute_dtype(self.variables))
+        plans = []
+        for row, ledger, marked in zip(rows, ledgers, spans, strict=True):
+            plan = make_plan(
+                self.config,
+                length=len(row),
+                before=ledger,
+                new_tokens=new,
+                slot_nbytes=slot,
+                spans=marked,
+                **options,
+            )
+            warn_beyond_training(self.config, plan, len(row) + new, ledger)
+            plans.append(plan)
+        return plans
+
+    def _decode(
+        self,
+        memory: Memory,
+        logits: jax.Array,
+        plans: list[Plan],
+        sampling: Sampling,
+        streams: list[Streamer],
+        new: np.ndarray,
+        seed: int | Sequence[int],
+    ) -> Decoded:
+        seen = None
+        if (np.asarray(sampling.repetition_penalty) != 1).any():
+            seen = self._seen(memory)
+        with partitioned(self.partition):
+            return decode(
+                self.config,
+                self.variables,
+                memory.state,
+                logits,
+                stack_ratios(plans),
+                max_new_tokens=new,
+                sampling=sampling,
+                seeds=seed,
+                seen=seen,
+                finished=finisher(streams) if self.tokenizer else None,
+                donate=True,
+            )
+
+    def _seen(self, memory: Memory) -> np.ndarray:
+        tokens = [row.tokens for row in memory.rows]
+        known = [t for t in tokens if t is not None]
+        if len(known) < len(tokens):
+            raise ValueError(
+                "repetition_penalty needs the tokens that the memory was made of, but "
+                "they were not kept: save with tokens=True, or leave the penalty at 1."
+            )
+        return seen_tokens(known, self.config.vocab_size)
+
+
+def as_batch(texts: Any) -> tuple[list[Any], bool]:
+    """Texts as a list, and whether it was a single one.
+
+    Raises:
+      ValueError: an empty list of texts.
+    """
+    if isinstance(texts, str):
+        return [texts], True
+    if isinstance(texts, np.ndarray) or not isinstance(texts, Sequence):
+        return [texts], True
+    if len(texts) and isinstance(texts[0], str | Sequence | np.ndarray):
+        return list(texts), False
+    return [texts], True
+
+
+def _rows_for(memory: Memory | None, count: int) -> Memory | None:
+    """A memory of one row is asked all of `count` prompts."""
+    if memory is None or len(memory) == count or len(memory) != 1:
         return memory
+    return memory.repeat(count)
 
 
-class _Shown:
-    """Turns blocks of tokens into text, keeping back what may still change."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None):
-        self.tokenizer, self.on_text = tokenizer, on_text
-        self.tokens: list[int] = []
-        self.done = ""
-
-    def add(self, block: np.ndarray) -> None:
-        self.tokens += [int(t) for t in block[0] if t >= 0]
-        # A character cut in two decodes to U+FFFD until its other bytes are there.
-        self.finish(self.tokenizer.decode(self.tokens).rstrip("\ufffd"))
-
-    def finish(self, text: str) -> None:
-        if self.on_text and len(text) > len(self.done):
-            self.on_text(text[len(self.done) :])
-            self.done = text
+def _shown(
+    on_text: Callable[..., None] | None, row: int | None
+) -> Callable[[str], None] | None:
+    if on_text is None or row is None:
+        return on_text
+    return functools.partial(on_text, row)
 
 
 def load(
@@ -246,14 +398,18 @@ def load(
     dtype: str | None = None,
     beacon: BeaconConfig | None = None,
     ignore_sliding_window: bool = False,
+    mesh: str | Mesh | None = None,
 ) -> Model:
-    """A model from an HF folder or a converted folder, on the default device.
+    """A model from an HF folder or a converted folder.
 
     Args:
       path: a folder with config.json, weights and tokenizer files.
       dtype: "float32", "bfloat16" or "float16"; None: as stored.
       beacon: other beacon settings; a plain model gets untrained beacons.
       ignore_sliding_window: attend to everything although config.json has a window.
+      mesh: devices to split over, "tensor:8" (attention heads, MLP and vocabulary) or
+        "data:2,tensor:4" (rows of a batch too), or a `jax.sharding.Mesh` with these
+        axes; None: the default device.
 
     Raises:
       ValueError, FileNotFoundError: what is missing or does not fit, by name.
@@ -262,11 +418,25 @@ def load(
         raise FileNotFoundError(
             f"path={path} is not a model folder: it has no config.json."
         )
+    partition = make_partition(mesh) if mesh is not None else None
+    place = None if partition is None else functools.partial(_place, partition)
     found = checkpoint.load(
-        path, dtype=dtype, beacon=beacon, ignore_sliding_window=ignore_sliding_window
+        path,
+        dtype=dtype,
+        beacon=beacon,
+        ignore_sliding_window=ignore_sliding_window,
+        place=place,
     )
     try:
         tokenizer = checkpoint.load_tokenizer(path)
     except FileNotFoundError:
         tokenizer = None
-    return Model(found.config, jax.tree.map(jnp.asarray, found.variables), tokenizer)
+    variables = jax.tree.map(jnp.asarray, found.variables)
+    return Model(found.config, variables, tokenizer, found.identity, partition)
+
+
+def _place(partition: Partition, config: ModelConfig, name: str, shape: Any) -> Any:
+    axes: Any = variable_axes(config)
+    for key in name.split("/"):
+        axes = axes[key]
+    return partition.sharding(axes, shape, name), None

@@ -1,67 +1,197 @@
-"""Picks the next token from logits: greedy, temperature, top-k, top-p."""
+"""Picks the next token from logits: greedy, or drawn from what the settings leave.
+
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+"""
 
 import math
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+
+Numbers = float | Sequence[float] | np.ndarray
+SEEDS = 2**32  # seeds are 32-bit words
 
 
 @flax.struct.dataclass
 class Sampling:
     """How to pick a token; arrays, so that changing a number compiles nothing anew.
 
+    Each setting is one number for all rows or one per row.
+
     Attributes:
       temperature: logits are divided by it; 0 picks the most likely token.
       top_k: only the k most likely tokens; 0 keeps all.
       top_p: only the most likely tokens whose probabilities (at the temperature, after
         top_k) first reach p together, at least one; 1 keeps all.
+      min_p: only tokens at least min_p times as likely as the most likely one, at the
+        temperature; 0 keeps all. top_k and top_p keep the most likely token and the
+        ratios between tokens, so that before or after them is the same to min_p; they
+        come first, so that top_p counts what min_p would have taken away.
+      repetition_penalty: logits of tokens that occurred in the row's prompt or output
+        are divided by it where positive and multiplied where negative, before anything
+        else and for greedy rows too; 1 changes nothing.
     """
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
+    temperature: Float[Array, "*B"]
+    top_k: Int[Array, "*B"]
+    top_p: Float[Array, "*B"]
+    min_p: Float[Array, "*B"]
+    repetition_penalty: Float[Array, "*B"]
+
+    def for_rows(self, rows: int) -> "Sampling":
+        """Every setting as [rows]: one program for shared and for own settings."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), self)
 
 
 def make_sampling(
-    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0
+    temperature: Numbers = 0.0,
+    top_k: int | Sequence[int] | np.ndarray = 0,
+    top_p: Numbers = 1.0,
+    min_p: Numbers = 0.0,
+    repetition_penalty: Numbers = 1.0,
 ) -> Sampling:
-    """Checks the values; ValueError names the one that is out of range."""
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(
-            f"temperature={temperature} must be 0 (greedy) or a positive number."
-        )
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k} must be positive, or 0 to keep all tokens.")
-    if not 0 < top_p <= 1:
-        raise ValueError(
-            f"top_p={top_p} must be above 0 and at most 1 (1 keeps all tokens)."
-        )
+    """Checks the values, numbers or one per row (`Sampling` says what they do).
+
+    Raises:
+      ValueError: naming the one that is out of range.
+    """
+    _check(
+        "temperature",
+        temperature,
+        lambda x: math.isfinite(x) and x >= 0,
+        "must be 0 (greedy) or a positive number",
+    )
+    _check("top_k", top_k, lambda x: x >= 0, "must be positive, or 0 for all tokens")
+    _check("top_p", top_p, lambda x: 0 < x <= 1, "must be above 0 and at most 1 (all)")
+    _check("min_p", min_p, lambda x: 0 <= x <= 1, "must be between 0 (all) and 1")
+    _check(
+        "repetition_penalty",
+        repetition_penalty,
+        lambda x: math.isfinite(x) and x > 0,
+        "must be a positive number (1 changes nothing)",
+    )
     return Sampling(
-        jnp.float32(temperature), jnp.int32(min(top_k, 2**31 - 1)), jnp.float32(top_p)
+        jnp.asarray(temperature, jnp.float32),
+        jnp.asarray(np.minimum(top_k, 2**31 - 1), jnp.int32),
+        jnp.asarray(top_p, jnp.float32),
+        jnp.asarray(min_p, jnp.float32),
+        jnp.asarray(repetition_penalty, jnp.float32),
     )
 
 
+def _check(name: str, value: Numbers, fits: Callable[[float], bool], rule: str) -> None:
+    for x in np.atleast_1d(np.asarray(value)).tolist():
+        if not fits(x):
+            raise ValueError(f"{name}={x} {rule}.")
+
+
+def row_seeds(seed: int | Sequence[int] | np.ndarray, rows: int) -> UInt32[Array, " B"]:
+    """One seed per row. From one number s, row i gets s + i: rows draw independently,
+    and row i can be drawn again alone with seed=s+i.
+
+    Raises:
+      ValueError: not one per row, or not a 32-bit word.
+    """
+    given = np.asarray(seed)
+    if given.ndim and given.shape != (rows,):
+        raise ValueError(f"seed has shape {given.shape} for {rows} rows: one per row.")
+    numbers = [int(x) for x in np.atleast_1d(given)]
+    for x in numbers:
+        if not 0 <= x < SEEDS:
+            raise ValueError(f"seed={x} must be between 0 and {SEEDS - 1}.")
+    if not given.ndim:
+        numbers = [(numbers[0] + i) % SEEDS for i in range(rows)]
+    return jnp.asarray(np.asarray(numbers, np.uint32))
+
+
+def row_keys(seeds: UInt32[Array, " B"], number: int | Int[Array, ""]) -> PRNGKeyArray:
+    """Keys [B] of each row's output token `number`, from its own seed alone.
+
+    The generator is named: `rbg`, which may be a process's default, would make a row's
+    numbers depend on the batch around it.
+    """
+
+    def key(seed: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
+
+    return jax.vmap(key)(seeds)
+
+
+def seen_tokens(
+    rows: Sequence[Sequence[int] | np.ndarray], vocab: int
+) -> Bool[np.ndarray, "B V"]:
+    """Which tokens occur in each row: what `repetition_penalty` starts from."""
+    seen = np.zeros((len(rows), vocab), bool)
+    for i, tokens in enumerate(rows):
+        seen[i, np.asarray(tokens, np.int64)] = True
+    return seen
+
+
+def penalize(
+    logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"]
+) -> Float[Array, "B V"]:
+    """Logits after the repetition penalty, float32."""
+    logits = logits.astype(jnp.float32)
+    by = _column(sampling.repetition_penalty)
+    return jnp.where(seen, jnp.where(logits > 0, logits / by, logits * by), logits)
+
+
 def sample(
-    key: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling
+    keys: PRNGKeyArray,
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
-    """One token per row. Rows draw independently; temperature 0 ignores `key`."""
+    """One token per row; what a row gets depends on its own key, logits and settings.
+
+    Args:
+      keys: [B] (`row_keys`); rows at temperature 0 ignore theirs.
+      seen: of `repetition_penalty`; None: no penalty, and none is compiled.
+    """
+    if seen is not None:
+        logits = penalize(logits, sampling, seen)
+    best = jnp.argmax(logits, axis=-1)
 
     def draw(logits: jax.Array) -> jax.Array:
-        logits = logits.astype(jnp.float32) / sampling.temperature
-        order = jnp.argsort(-logits, axis=-1)  # stable: ties keep the lower id
-        ranked = jnp.take_along_axis(logits, order, axis=-1)
-        rank = jnp.arange(logits.shape[-1])
-        keep = (rank < sampling.top_k) | (sampling.top_k == 0)
-        p = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
-        # A token stays if those before it have not reached p, so the first always does.
-        keep &= (jnp.cumsum(p, axis=-1) - p < sampling.top_p) | (sampling.top_p == 1)
-        pick = jax.random.categorical(key, jnp.where(keep, ranked, -jnp.inf), axis=-1)
-        return jnp.take_along_axis(order, pick[:, None], axis=-1)[:, 0]
+        warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1)
+        logits = logits.astype(jnp.float32) / _column(warm)
+        # Noise belongs to the token, not to its rank, so that a row draws the same
+        # whether or not another row of the batch needs the ranks.
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
+        cut = (sampling.top_k > 0) | (sampling.top_p < 1)
+        keep = jax.lax.cond(
+            jnp.any(cut),
+            lambda x: _most_likely(x, sampling),
+            lambda x: jnp.ones(x.shape, bool),
+            logits,
+        )
+        best = jnp.max(logits, axis=-1, keepdims=True)
+        keep &= logits - best >= jnp.log(_column(sampling.min_p))
+        return jnp.argmax(jnp.where(keep, logits + noise, -jnp.inf), axis=-1)
 
-    def greedy(logits: jax.Array) -> jax.Array:
-        return jnp.argmax(logits, axis=-1)
+    drawn = jax.lax.cond(
+        jnp.any(sampling.temperature > 0), draw, lambda _: best, logits
+    )
+    return jnp.where(sampling.temperature > 0, drawn, best).astype(jnp.int32)
 
-    token = jax.lax.cond(sampling.temperature > 0, draw, greedy, logits)
-    return token.astype(jnp.int32)
+
+def _column(x: Float[Array, "*B"]) -> Float[Array, "*B 1"]:
+    """A number per row, or one for all, against [B, V]."""
+    return x[..., None]
+
+
+def _most_likely(logits: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
+    """What top_k, then top_p leave of logits at the temperature."""
+    order = jnp.argsort(-logits, axis=-1)  # stable: ties keep the lower id
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    top_k, top_p = _column(sampling.top_k), _column(sampling.top_p)
+    keep = (jnp.arange(logits.shape[-1]) < top_k) | (top_k == 0)
+    p = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
+    # A token stays if those before it have not reached p, so the first always does.
+    keep &= (jnp.cumsum(p, axis=-1) - p < top_p) | (top_p == 1)
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return jnp.zeros(logits.shape, bool).at[rows, order].set(keep)

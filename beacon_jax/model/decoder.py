@@ -32,20 +32,30 @@ class Entries(NamedTuple):
 def write_rows(buffer, new, start, layer=None, live=None):
     """Writes new [B, T, K, H] at start[row] of buffer [B, S, K, H] (or of one layer of
     [L, B, S, K, H]); rows that are not live stay as they are. The caller guarantees
-    start + T <= S: XLA would clamp silently."""
-    stacked = layer is not None
+    start + T <= S: XLA would drop the rest silently.
 
-    def put(row, x, at, keep):
-        where: Any = (layer, at, 0, 0) if stacked else (at, 0, 0)
-        x = x[None] if stacked else x
-        if live is not None:
-            x = jnp.where(keep, x, jax.lax.dynamic_slice(row, where, x.shape))
-        return jax.lax.dynamic_update_slice(row, x, where)
-
-    axis = 1 if stacked else 0
-    mapped = None if live is None else 0
-    return jax.vmap(put, in_axes=(axis, 0, 0, mapped), out_axes=axis)(
-        buffer, new, start, live
+    One scatter with the rows as its batch: `vmap` of dynamic_update_slice makes one
+    whose windows span the layers too, for which a TPU copies both buffers in every
+    layer of a decoded token (273 MiB of temporaries at 8 rows of Qwen2-7B, now 0.6).
+    """
+    if live is not None:
+        start = jnp.where(live, start, buffer.shape[-3])  # beyond the end: dropped
+    front = () if layer is None else (0,)
+    at = [start] if layer is None else [jnp.full_like(start, layer), start]
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3),
+        inserted_window_dims=front,
+        operand_batching_dims=(len(front),),
+        scatter_indices_batching_dims=(0,),
+        scatter_dims_to_operand_dims=(*front, len(front) + 1),
+    )
+    return jax.lax.scatter(
+        buffer,
+        jnp.stack(at, axis=-1),
+        new,
+        numbers,
+        unique_indices=True,
+        mode="promise_in_bounds" if live is None else "drop",
     )
 
 

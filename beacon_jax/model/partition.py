@@ -8,12 +8,16 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+AXES = ("data", "fsdp", "tensor")
 # Batches are split over data and fsdp, parameters over fsdp and tensor. An axis that is
 # not named here is never split.
 RULES = {
@@ -82,6 +86,53 @@ class Partition:
     ) -> NamedSharding:
         """`spec` on the mesh."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
+
+
+def make_partition(mesh: str | Mesh, devices: Sequence[Any] = ()) -> Partition:
+    """The usual rules on a mesh.
+
+    Args:
+      mesh: sizes of axes as text, "tensor:8" or "data:2,tensor:4" (an axis that is not
+        named has size 1, -1 is all devices that are left), or a mesh with some of the
+        axes data, fsdp and tensor.
+      devices: to use; all of this process if not given.
+
+    Raises:
+      ValueError: an unknown axis, or more devices than there are.
+    """
+    if isinstance(mesh, str):
+        mesh = _mesh(mesh, list(devices) or jax.devices())
+    if unknown := set(mesh.axis_names) - set(AXES):
+        raise ValueError(
+            f"mesh has the axes {sorted(unknown)}: use some of {', '.join(AXES)}."
+        )
+    here = lambda axes: tuple(a for a in axes if a in mesh.axis_names)
+    return Partition(mesh, tuple((name, here(axes)) for name, axes in RULES.items()))
+
+
+def _mesh(text: str, devices: list[Any]) -> Mesh:
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        name, _, size = part.strip().partition(":")
+        if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise ValueError(
+                f"mesh={text!r}: {part.strip()!r} must be an axis of {', '.join(AXES)} "
+                "and its size, such as tensor:8."
+            )
+        sizes[name] = int(size)
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise ValueError(f"mesh={text!r} has two axes of -1: give all sizes but one.")
+    for name in rest:
+        sizes[name] = max(len(devices) // -math.prod(sizes.values()), 1)
+    count = math.prod(sizes.values())
+    if count > len(devices):
+        raise ValueError(
+            f"mesh={text!r} needs {count} devices, there are {len(devices)}: use "
+            "smaller axes, or -1 for one of them."
+        )
+    grid = np.asarray(devices[:count]).reshape(list(sizes.values()))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 _ACTIVE: contextvars.ContextVar[Partition | None] = contextvars.ContextVar(

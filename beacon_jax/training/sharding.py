@@ -23,10 +23,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import variable_axes
-from beacon_jax.model.partition import Partition
+from beacon_jax.model.partition import AXES, Partition
 from beacon_jax.training.config import Config
-
-AXES = ("data", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)

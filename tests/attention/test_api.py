@@ -41,7 +41,7 @@ def test_the_device_that_is_traced_for_decides():
         assert best(1536, 17920) == ("decode_tpu", "pallas_tpu", "blockwise")
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", [False, True, "mean"])
 @pytest.mark.parametrize(
     "device", [("gpu", "NVIDIA A100"), ("gpu", "NVIDIA H200"), ("tpu", "TPU v4")]
 )
@@ -54,6 +54,8 @@ def test_none_works_where_a_program_ends_up_elsewhere(device, int8, t):
         kept = (kept[0], *(x.astype("int8") for x in kept[1:3]), kept[3])
         ones = jnp.ones((1, 2, t + 5))
         scales = {"k_scale": ones, "v_scale": ones}
+    if int8 == "mean":
+        scales |= {"k_mean": jnp.ones((1, 2, 8)), "frequencies": np.ones(4)}
     with tracing_for(*device):
         attend = jax.jit(lambda *x: prefix_attention(*x, **scales))
         lowered = attend.trace(*kept).lower(lowering_platforms=("cpu",))

@@ -13,6 +13,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from beacon_jax.attention.decode_tpu import decode_tpu
+from beacon_jax.attention.mean import mean_term
 from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import reference
 from beacon_jax.attention.tpu_blocks import (
@@ -57,7 +58,7 @@ def test_many_blocks_and_chunks_are_one_attention():
         assert np.abs(a - b).max() <= 5e-6 * np.abs(b).max()
 
 
-@pytest.mark.parametrize("kernel", ["backward", "int8", "decode"])
+@pytest.mark.parametrize("kernel", ["backward", "int8", "mean", "decode"])
 def test_no_kernel_races_and_the_grid_ends_with_the_longest_row(kernel):
     """`backward` runs the forward kernel too. Memory for 1024 slots, of which 5 and 205
     are live: two blocks of 128 of eight."""
@@ -74,9 +75,12 @@ def test_no_kernel_races_and_the_grid_ends_with_the_longest_row(kernel):
     prefix = jnp.asarray([0, 200])
     attend = decode_tpu if kernel == "decode" else pallas_tpu
     scales = {}
-    if kernel == "int8":
+    if kernel in ("int8", "mean"):
         k, v = (jnp.round(x * 40).astype(jnp.int8) for x in (k, v))
         scales = dict.fromkeys(("k_scale", "v_scale"), jnp.full((2, 2, 1024), 1 / 40))
+    if kernel == "mean":
+        frequencies = np.geomspace(1, 1e-4, 8)
+        scales["mean"] = mean_term(q, jnp.ones((2, 2, 16)), frequencies)
     run = functools.partial(
         attend, scale=0.25, blocks=blocks, interpret=simulate, **scales
     )

@@ -23,7 +23,8 @@ from beacon_jax.benchmark import (
 )
 from beacon_jax.benchmark.case import Case, Latest
 from beacon_jax.core.memory import init_memory
-from beacon_jax.inference.prefill import plan_ratios, prefill
+from beacon_jax.inference.plan import plan_ratios
+from beacon_jax.inference.prefill import prefill
 from tests.benchmark.nano import NANO, options, settings
 
 TIMES = {"median_s", "min_s", "max_s", "repeats", "calls"}

@@ -12,7 +12,8 @@ from beacon_jax.benchmark.sizes import (
     weight_bytes,
 )
 from beacon_jax.core.memory import init_memory
-from beacon_jax.inference.prefill import plan_ratios, prefill
+from beacon_jax.inference.plan import plan_ratios
+from beacon_jax.inference.prefill import prefill
 from tests.benchmark.nano import NANO, SINK
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ import pytest
 import beacon_jax
 from beacon_jax.core.loop import feed, feed_jit
 from beacon_jax.core.memory import CapacityError, init_memory
-from beacon_jax.inference import prefill as prefill_module
 from beacon_jax.inference.decode import BLOCK, decode, decode_block
-from beacon_jax.inference.prefill import fitting_ratio, plan_ratios, positions, prefill
+from beacon_jax.inference.plan import plan_ratios
+from beacon_jax.inference.prefill import prefill
 from beacon_jax.inference.sampling import make_sampling
 
 CONTEXT = "In 1998 the harbour master counted 41 boats; the key is 52817. He wept."
@@ -24,6 +25,7 @@ GREEDY = make_sampling()
 
 def used(memory, row=0):
     """What a row can see: keys and values of its slots and its open window."""
+    memory = getattr(memory, "state", memory)
     count = int(memory.slots[row] + memory.open_entries("interleave")[row])
     return np.asarray(memory.k[:, row, :count]), np.asarray(memory.v[:, row, :count])
 
@@ -54,13 +56,13 @@ def test_greedy_equals_feeding_the_argmax_step_by_step(model):
 def test_a_context_compressed_first_gives_the_text_of_one_call(model, ratio):
     options = {"ratio": ratio, "max_new_tokens": 12, **ROOM}
     memory = model.compress(CONTEXT, ratio=ratio, **ROOM)
-    before = jax.tree.map(np.array, memory)
+    before = jax.tree.map(np.array, memory.state)
     first = model.complete("The key is ", memory=memory, **options)
     whole = model.complete("The key is ", context=CONTEXT, **options)
     assert first.tokens.tolist() == whole.tokens.tolist()
     assert first.text == model.tokenizer.decode(first.tokens)
     # The memory passed in is a value: still valid, and bit for bit the same.
-    jax.tree.map(np.testing.assert_array_equal, before, memory)
+    jax.tree.map(np.testing.assert_array_equal, before, memory.state)
 
 
 def test_a_memory_goes_on_with_its_own_ratio_unless_told_otherwise(model):
@@ -88,7 +90,11 @@ def test_rows_of_different_length_give_what_each_gives_alone(model):
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 256, (2, 50))
     ratios = plan_ratios(config, 2, length=80)
-    settings = {"max_new_tokens": 9, "sampling": GREEDY, "eos_ids": ()}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "sampling": GREEDY,
+        "eos_ids": (),
+    }
 
     def run(rows, lengths):
         memory = init_memory(config, len(rows), 160)
@@ -104,28 +110,33 @@ def test_rows_of_different_length_give_what_each_gives_alone(model):
         np.testing.assert_allclose(both.logits[row], alone.logits[0], atol=1e-4)
 
 
-def test_long_prompts_are_split_and_share_one_compile(model, monkeypatch):
-    monkeypatch.setattr(prefill_module, "PIECE_WINDOWS", 2)
+def test_lengths_of_a_doubling_share_one_compile_and_pieces_change_nothing(model):
     config, variables = model.config, model.variables
     rng = np.random.default_rng(2)
-    ratios = plan_ratios(config, 4, length=100)
+    ratios = plan_ratios(config, 4, length=128)
     before = feed_jit._cache_size()
-    for length in (17, 33, 50, 99, 100):
+    for length in (65, 99, 100, 128):
         tokens = rng.integers(0, 256, (1, length))
         memory = init_memory(config, 1, 80)
         logits, memory = prefill(config, variables, memory, tokens, ratios)
         assert feed_jit._cache_size() == before + 1
-        out, whole = feed(
-            config,
-            variables,
-            init_memory(config, 1, 80),
-            jnp.pad(jnp.asarray(tokens), ((0, 0), (0, 112 - length))),
-            jnp.array([length]),
-            ratios,
-        )
-        before += length == 17  # the one compile of `feed` on 112 tokens
-        np.testing.assert_allclose(logits, out.last_logits, atol=1e-4)
-        assert int(memory.slots[0]) == int(whole.slots[0])
+    done = []
+    again, pieces = prefill(
+        config,
+        variables,
+        init_memory(config, 1, 80),
+        tokens,
+        ratios,
+        piece=24,
+        on_piece=done.append,
+    )
+    assert done == [24, 48, 72, 96, 120, 128]
+    assert feed_jit._cache_size() == before + 2
+    np.testing.assert_allclose(logits, again, atol=1e-4)
+    for ours, theirs in zip(used(memory), used(pieces), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    with pytest.raises(ValueError, match="piece=12 must be a multiple of the window"):
+        prefill(config, variables, memory, tokens, ratios, piece=12)
 
 
 def test_an_end_token_stops_its_row_and_is_neither_returned_nor_fed(model):
@@ -195,23 +206,8 @@ def test_a_plain_model_attends_to_everything(plain):
     )
 
 
-def test_no_ratio_takes_the_mix_of_the_config_by_seed(model):
-    plans = [plan_ratios(model.config, None, length=256, seed=s) for s in (0, 0, 1)]
-    assert plans[0].tolist() == plans[1].tolist() != plans[2].tolist()
-    assert set(plans[0].tolist()) == {2, 4}
-
-
-def test_positions_follow_the_windows(model):
-    # Two windows of 8 compressed to 4 slots each, then 7 tokens with 3 beacons.
-    assert positions(model.config, np.array([2, 2, 2]), 23) == 4 + 4 + 7 + 3
-    assert positions(model.config, np.array([0]), 21) == 21
-    # One window: 8 tokens and its 4 beacons are more than the 4 slots that stay.
-    assert positions(model.config, np.array([2]), 8) == 12
-
-
 def test_beyond_the_trained_positions_it_warns_once_with_the_ratio_that_fits(model):
     config = dataclasses.replace(model.config, max_position=40)
-    assert fitting_ratio(config, 100) == 4
     small = dataclasses.replace(model, config=config)
     with pytest.warns(UserWarning, match=r"trained for 40.*ratio=4 would fit"):
         small.compress("x" * 100, ratio=2)

@@ -1,0 +1,130 @@
+"""Entries of a memory that move to other slots: kept ones of an open window, and the
+slots of one memory behind those of another.
+
+A key in the buffer is rotated at its index and, with yarn, carries the magnitude. A key
+that moves is turned by the distance alone: rotations add up, the magnitude would not.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from beacon_jax.core.memory import MemoryState
+from beacon_jax.core.step import put_all_layers
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.rotary import cos_sin, rotate
+
+
+def keep_places(
+    config: ModelConfig,
+    k: Any,
+    v: Any,
+    slots: Int[Array, " B"],
+    place: Int[Array, "B n"],
+    count: Int[Array, " B"],
+) -> tuple[Any, Any]:
+    """Entries slots + place[b, j] of the buffers go to slots + j, for j < count.
+
+    Args:
+      k, v: [L, B, S, K, H]; n <= S, and the entries lie inside the buffer.
+
+    Returns:
+      The buffers; everything but the `count` entries of each row is bit-identical.
+    """
+    to, nth = _targets(slots, place.shape[1], k.shape[2])
+    chosen = jnp.take_along_axis(place, jnp.maximum(nth, 0), axis=1)
+    moves = (nth >= 0) & (nth < count[:, None])
+    source = jnp.where(moves, slots[:, None] + chosen, to)
+    return (
+        _put(k, _turned(config, _take(k, source), to - source), to, moves),
+        _put(v, _take(v, source), to, moves),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def keep_entries(
+    config: ModelConfig,
+    state: MemoryState,
+    place: Int[Array, "B n"],
+    count: Int[Array, " B"],
+) -> MemoryState:
+    """Closes open windows, keeping the listed entries of each as its slots.
+
+    Args:
+      place: entries of the open window, raw tokens and beacons as they lie in it, in
+        rising order; beyond `count` ignored.
+      count: entries kept per row. Rows with 0 stay as they are, window and all.
+
+    Returns:
+      The memory, its other slots bit-identical. A first window that is closed like this
+      has its first entries as sinks, as one of ratio 0 has (SPEC section 2).
+    """
+    place = place[:, : state.capacity]
+    k, v = keep_places(config, state.k, state.v, state.slots, place, count)
+    closes = count > 0
+    sink = config.beacon.sink if config.beacon else 0
+    first = closes & (state.slots == 0)
+    return state.replace(
+        k=k,
+        v=v,
+        slots=state.slots + count,
+        sinks=jnp.where(first, jnp.minimum(sink, count), state.sinks),
+        raw=jnp.where(closes, 0, state.raw),
+        windows=state.windows + closes,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def append(config: ModelConfig, state: MemoryState, other: MemoryState) -> MemoryState:
+    """The slots of `other` behind those of `state`, row by row.
+
+    `other`'s sinks are ordinary slots there, except behind a row that has none. Neither
+    may have tokens in an open window (`keep_entries` closes it), and `state` needs room
+    for the slots of both: the caller sees to it.
+    """
+    size = min(other.capacity, state.capacity)
+    to, nth = _targets(state.slots, size, state.capacity)
+    moves = (nth >= 0) & (nth < other.slots[:, None])
+    source = jnp.maximum(nth, 0)
+    turn = jnp.broadcast_to(state.slots[:, None], source.shape)
+    new_k = _turned(config, _take(other.k, source), turn)
+    return state.replace(
+        k=_put(state.k, new_k, to, moves),
+        v=_put(state.v, _take(other.v, source), to, moves),
+        slots=state.slots + other.slots,
+        sinks=jnp.where(state.slots == 0, other.sinks, state.sinks),
+        ratio=other.ratio,
+        windows=state.windows + other.windows,
+        tokens=other.tokens,
+    )
+
+
+def _targets(slots, size, capacity):
+    """The buffer's indices [B, size] that hold slots ... slots + size - 1 as far as the
+    buffer goes, and each one's distance from slots: negative for those in front, which
+    a window near the end begins with (XLA would clamp the write silently)."""
+    start = jnp.minimum(slots, capacity - size)[:, None]
+    to = start + jnp.arange(size)
+    return to, to - slots[:, None]
+
+
+def _take(buffer, source):
+    """[L, B, S, K, H] at source [B, n]."""
+    return jnp.take_along_axis(buffer, source[None, :, :, None, None], axis=2)
+
+
+def _turned(config, keys, distance):
+    """Keys [L, B, n, K, H] that move by distance [B, n]."""
+    cos, sin = cos_sin(config, distance, scaled=False)
+    return rotate(keys, cos, sin)
+
+
+def _put(buffer, new, to, moves):
+    """Writes new [L, B, n, K, H] at the neighbours to [B, n] where `moves`; the others
+    keep their bits, whatever a turn by 0 would make of them."""
+    old = _take(buffer, to)
+    mixed = jnp.where(moves[None, :, :, None, None], new.astype(old.dtype), old)
+    return put_all_layers(buffer, mixed, to[:, 0], None)

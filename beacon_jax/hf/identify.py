@@ -1,0 +1,167 @@
+"""Which weights: hashes of the base and of the beacons, known or computed when needed.
+
+A hash covers our names, shapes, dtypes and bytes of a model's tensors (`tree_hash`), so
+it does not depend on how many files they are in, nor on the format. A converted folder
+has its hashes in its manifest; those of an HF folder are computed from its files when
+somebody asks, a block of 16 MB at a time, once per process.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from beacon_jax.hf.conversion import (
+    HfSource,
+    is_converted,
+    open_converted,
+    read_config,
+    read_manifest,
+)
+from beacon_jax.hf.hashing import TreeHash
+from beacon_jax.hf.reader import SafetensorsReader, TorchReader, open_hf, row_blocks
+from beacon_jax.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from beacon_jax.hf.checkpoint import Checkpoint
+
+Hash = str | Callable[[], str | None] | None
+
+
+class Identity:
+    """Which weights wrote a memory. Two are equal if both hashes are.
+
+    Args:
+      base: hash of the base; a function is called when the hash is first asked for;
+        None: of a model that was made in memory, which nothing can be checked against.
+      beacon: of the beacons; None also for a model that has none.
+    """
+
+    def __init__(self, base: Hash = None, beacon: Hash = None):
+        self._given = {"base": base, "beacon": beacon}
+
+    def _resolve(self, part: str) -> str | None:
+        found = self._given[part]
+        if callable(found):
+            found = self._given[part] = found()
+        return found
+
+    @property
+    def base(self) -> str | None:
+        return self._resolve("base")
+
+    @property
+    def beacon(self) -> str | None:
+        return self._resolve("beacon")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Identity):
+            return NotImplemented
+        return self is other or (
+            self.base == other.base and self.beacon == other.beacon
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.base, self.beacon))
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{part}={'(not computed yet)' if callable(x) else x and x[:16]}"
+            for part, x in self._given.items()
+        ]
+        return f"Identity({', '.join(shown)})"
+
+
+def identity(source: "str | Path | Checkpoint") -> Identity:
+    """The identity of a folder's model as it is stored, or of a loaded checkpoint.
+
+    Nothing is read but config.json and the manifest until a hash is asked for.
+
+    Raises:
+      ValueError, FileNotFoundError: naming the file that is missing or does not fit.
+    """
+    if not isinstance(source, str | Path):
+        return source.identity
+    path = Path(source)
+    if is_converted(path):
+        manifest = read_manifest(path)
+        return Identity(manifest["base_hash"], manifest["beacon_hash"])
+    config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=True)
+    return folder_identity(path, config)
+
+
+def folder_identity(
+    path: Path,
+    config: ModelConfig,
+    *,
+    cast: np.dtype | None = None,
+    dtypes: Mapping[str, np.dtype] | None = None,
+    known: Mapping[str, str] | None = None,
+) -> Identity:
+    """The identity of a folder's model as it was loaded from it.
+
+    Args:
+      config: with the beacons it was loaded with.
+      cast: dtype that every tensor was cast to, if any.
+      dtypes: of each tensor in the end; None: as stored (or cast).
+      known: hashes that need not be computed, "base" and "beacon".
+    """
+    known, stamp = known or {}, _stamp(path)
+    pairs = tuple(sorted(dtypes.items())) if dtypes is not None else None
+
+    def compute(part: str) -> str:
+        if _stamp(path) != stamp:
+            raise ValueError(
+                f"the weights in {path} changed since they were loaded, so it cannot "
+                "be said which ones wrote the memory: load the model again."
+            )
+        return _folder_hash(path, stamp, config, part, cast, pairs)
+
+    return Identity(
+        known.get("base") or (lambda: compute("params")),
+        known.get("beacon") or (lambda: compute("beacon") if config.beacon else None),
+    )
+
+
+def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the folder's weights."""
+    files = [p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")]
+    stats = [(p.name, p.stat()) for p in sorted(files)]
+    return tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats)
+
+
+@functools.lru_cache(maxsize=64)
+def _folder_hash(path, stamp, config, part, cast, dtypes) -> str:
+    """`tree_hash` of one part of a folder's model, as a stream."""
+    del stamp  # only a part of the key
+    source = _Folder(path, config, cast)
+    final, result = dict(dtypes or ()), TreeHash()
+    for name, (shape, dtype) in source.tensors.items():
+        if not name.startswith(f"{part}/"):
+            continue
+        kind = final.get(name, dtype)
+        pieces = (x.astype(kind, copy=False) for x in source.blocks(name))
+        for _ in result.add(name.split("/", 1)[1], shape, kind, pieces):
+            pass
+    return result.hexdigest()
+
+
+class _Folder:
+    """Our tensors of an HF or converted folder, cast, in blocks."""
+
+    def __init__(self, path: Path, config: ModelConfig, cast: np.dtype | None):
+        self._cast, converted = cast, is_converted(path)
+        self._reader: SafetensorsReader | TorchReader
+        self._reader = open_converted(path) if converted else open_hf(path)
+        self._hf = None if converted else HfSource(config, self._reader, cast)
+        found = self._reader.tensors if self._hf is None else self._hf.tensors
+        self.tensors = {n: (t.shape, cast or t.dtype) for n, t in found.items()}
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        if self._hf is not None:
+            yield from self._hf.blocks(name)
+            return
+        for block in row_blocks(self._reader, name):
+            yield block.astype(self.tensors[name][1], copy=False)

@@ -1,0 +1,134 @@
+"""The ratios that a number of slots or bytes buys."""
+
+import bisect
+import dataclasses
+import re
+import warnings
+
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.inference.row import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """slots: allowed; name: the argument it came from; nbytes: of a slot, for
+    `max_bytes`."""
+
+    slots: int
+    name: str
+    nbytes: int | None = None
+
+    @classmethod
+    def read(
+        cls,
+        max_slots: int | None,
+        max_bytes: int | str | None,
+        slot_nbytes: int | None,
+    ) -> "Budget":
+        """The smaller of those that are given."""
+        found = []
+        if max_slots is not None:
+            if not isinstance(max_slots, int | np.integer) or max_slots < 1:
+                raise ValueError(f"max_slots={max_slots!r} must be a number from 1 on.")
+            found.append(cls(max_slots, f"max_slots={max_slots}"))
+        if max_bytes is not None:
+            if not slot_nbytes:
+                raise ValueError(f"max_bytes={max_bytes!r} needs slot_nbytes.")
+            slots = parse_bytes(max_bytes) // slot_nbytes
+            found.append(cls(slots, f"max_bytes={max_bytes!r}", slot_nbytes))
+        return min(found, key=lambda budget: budget.slots)
+
+    def enough(self, slots: int) -> str:
+        """The argument that allows for `slots`."""
+        if self.nbytes is None:
+            return f"max_slots={slots}"
+        nbytes = slots * self.nbytes
+        return f"max_bytes={nbytes} ({slots} slots, {nbytes / 2**20:.3f} MiB)"
+
+
+def parse_bytes(size: int | str, name: str = "max_bytes") -> int:
+    """Bytes of a number or of text such as "512MiB", "2 GB" or "1.5GiB".
+
+    Raises:
+      ValueError: another unit, or not even one byte.
+    """
+    powers = {u: i for i, u in enumerate(("", "k", "m", "g", "t"))}
+    found = re.fullmatch(
+        r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?\s*", str(size), re.IGNORECASE
+    )
+    if not found or (found[3] and not found[2]):
+        raise ValueError(
+            f"{name}={size!r} must be a number of bytes, or one with a unit: "
+            "'512MiB', '2GB', '1.5 GiB'."
+        )
+    unit = (1024 if found[3] else 1000) ** powers[(found[2] or "").lower()]
+    # A product of floats is exact to 2**53 bytes, 8 PiB.
+    count = int(float(found[1]) * unit)
+    if count < 1:
+        raise ValueError(f"{name}={size!r} must be at least one byte.")
+    return count
+
+
+def spend(row: Row, budget: Budget) -> tuple[Int[np.ndarray, " n"], str]:
+    """The ratios that a budget buys, and which they are."""
+    beacon = row.config.beacon
+    trained = sorted({r for r in beacon.ratios if r}) if beacon else []
+    divisors = [r for r in range(1, row.window + 1) if row.window % r == 0]
+    larger = [r for r in divisors if r > max(trained, default=0)] if beacon else []
+    ladder = trained + larger or [0]
+    held = lambda base: row.held(row.applied(base))
+    fits = (i for i, r in enumerate(ladder) if held(row.uniform(r)) <= budget.slots)
+    step = next(fits, None)
+    if step is None:
+        raise ValueError(
+            _too_small(row, budget, ladder[-1], held(row.uniform(ladder[-1])))
+        )
+    ratio = ladder[step]
+    if trained and ratio > trained[-1]:
+        enough = budget.enough(held(row.uniform(trained[-1])))
+        warnings.warn(
+            f"{budget.name}: no trained ratio of {', '.join(map(str, trained))} fits, "
+            f"x{ratio} is used, expect worse text. {enough} allows x{trained[-1]}.",
+            stacklevel=5,
+        )
+    bytes_too = f" ({budget.name})" if budget.nbytes else ""
+    note = f"budget of {budget.slots:,} slots{bytes_too}: "
+    note += f"x{ratio}" if ratio else "uncompressed"
+    if step == 0:
+        return row.uniform(ratio), note
+    free = ~row.lossless
+    free[0] &= row.fixed is None
+    latest = np.flatnonzero(free)[::-1]
+
+    def with_latest(count: int) -> Int[np.ndarray, " n"]:
+        base = row.uniform(ratio)
+        base[latest[:count]] = ladder[step - 1]
+        return base
+
+    # Every step down costs slots, so the largest number that fits can be bisected.
+    counts, cost = range(len(latest) + 1), lambda count: held(with_latest(count))
+    most = bisect.bisect_right(counts, budget.slots, key=cost) - 1
+    if most:
+        which = "the last window" if most == 1 else f"the last {most} windows"
+        note += f", {which} x{ladder[step - 1]}"
+    return with_latest(most), note
+
+
+def _too_small(row: Row, budget: Budget, ratio: int, needed: int) -> str:
+    parts = [f"x{ratio} is the largest ratio"]
+    if not row.config.beacon:
+        parts = ["the model has no beacons and cannot compress"]
+    if row.before.slots:
+        parts.append(f"the memory has {row.before.slots} slots already")
+    if row.lossless.any():
+        count = int(row.lossless.sum())
+        parts.append(f"{count} lossless windows take {count * row.window}")
+    if row.offsets:
+        parts.append(f"{sum(map(len, row.offsets.values()))} lossless tokens one each")
+    what = f" ({budget.slots} slots)" if budget.nbytes else ""
+    return (
+        f"{budget.name}{what} is too small for this text: the smallest that works is "
+        f"{budget.enough(needed)} ({'; '.join(parts)})."
+    )

@@ -1,0 +1,51 @@
+"""Whether a memory fits a model, or another memory: in words, field by field."""
+
+import dataclasses
+from typing import Any
+
+from beacon_jax.hf.identify import Identity
+from beacon_jax.model.config import ModelConfig
+
+# What no key or value depends on: tokens that end a text, and how ratios are drawn.
+_FREE = ("bos_ids", "eos_ids", "beacon.ratios", "beacon.ratio_mix")
+_FREE_START = ("beacon.parallel_window", "beacon.embed_init")
+
+Difference = tuple[str, Any, Any]  # (field, one value, the other)
+
+
+def config_differences(a: ModelConfig, b: ModelConfig) -> list[Difference]:
+    """The fields that keys and values depend on and that are not equal."""
+    if (a.beacon is None) != (b.beacon is None):
+        return [("config.beacon", a.beacon, b.beacon)]
+    x, y = _flat(a), _flat(b)
+    return [(f"config.{name}", x[name], y[name]) for name in x if x[name] != y[name]]
+
+
+def identity_differences(a: Identity, b: Identity) -> list[Difference]:
+    """The weights that are not known to be equal: base, beacon or both."""
+    if a == b:
+        return []
+    pairs = (("base", a.base, b.base), ("beacon", a.beacon, b.beacon))
+    return [(f"hash of the {part} weights", x, y) for part, x, y in pairs if x != y]
+
+
+def _flat(config: ModelConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        nested = value if isinstance(value, dict) else None
+        fields |= {f"{name}.{k}": x for k, x in nested.items()} if nested else {}
+        fields |= {} if nested else {name: value}
+    return {k: x for k, x in fields.items() if k not in (*_FREE, *_FREE_START)}
+
+
+def check_same_model(memory: Any, model: Any) -> None:
+    """Raises ValueError unless the model wrote the memory, as far as can be known."""
+    found = config_differences(memory.config, model.config)
+    found += identity_differences(memory.identity, model.identity)
+    if found:
+        lines = [f"{name}: {x} in the memory, {y} in the model" for name, x, y in found]
+        raise ValueError(
+            "memory was written by another model:\n  " + "\n  ".join(lines) + "\n"
+            "Compress the text again with this one, or load the pack with "
+            "Memory.load(path, model, allow_other_model=True)."
+        )

@@ -1,0 +1,215 @@
+"""Feeds the rows of a batch into a memory: what needs a plan of its own by itself."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beacon_jax.core.loop import needed_slots
+from beacon_jax.core.memory import CapacityError, MemoryState, init_memory
+from beacon_jax.core.move import keep_entries
+from beacon_jax.inference import leaves
+from beacon_jax.inference.compatible import check_same_model
+from beacon_jax.inference.decode import Decoded
+from beacon_jax.inference.ledger import Ledger, kept_window
+from beacon_jax.inference.memory import Memory, join_rows, take_rows
+from beacon_jax.inference.plan import Plan, group_rows, stack_ratios
+from beacon_jax.inference.prefill import buffer_size, compute_dtype, prefill
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.partition import partitioned
+
+if TYPE_CHECKING:
+    from beacon_jax.inference.model import Model
+
+
+def ledgers_of(memory: Memory | None, rows: int) -> Sequence[Ledger]:
+    """The rows' accounts so far."""
+    return memory.rows if memory is not None else [Ledger.empty()] * rows
+
+
+def feed_rows(
+    model: "Model",
+    rows: list[np.ndarray],
+    plans: list[Plan],
+    memory: Memory | None,
+    capacity: int | None,
+    new: np.ndarray | int = 0,
+) -> tuple[jax.Array, Memory]:
+    """Feeds each row what is pending of it and its tokens; room for `new` more.
+
+    Rows whose plans agree in every step are fed by one call.
+    """
+    _check_memory(model, memory, len(rows))
+    ledgers = ledgers_of(memory, len(rows))
+    fed = [np.concatenate([x.pending, r]) for x, r in zip(ledgers, rows, strict=True)]
+    ratios = stack_ratios(plans)
+    state = memory.state if memory else _fresh(model, len(rows), 1)
+    total = np.asarray([len(r) for r in fed]) + new
+    size = _room(model.config, state, ratios, total, capacity, plans)
+    groups = _groups(model.config, rows, plans, ledgers)
+    outs, states = [], []
+    for group in groups:
+        whole = len(group) == len(rows)
+        if memory is None:
+            part = _fresh(model, len(group), size)
+        else:
+            part = state if whole else take_rows(state, np.asarray(group))
+            part = part.resized(size)
+        with partitioned(model.partition):
+            out, part = _feed_group(
+                model,
+                part,
+                [fed[i] for i in group],
+                ratios[group],
+                plans[group[0]].keep,
+                donate=part is not state,
+            )
+        outs.append(out)
+        states.append(part)
+    order = np.argsort(np.concatenate(groups))
+    logits, state = outs[0], states[0]
+    if len(groups) > 1:
+        logits, state = jnp.concatenate(outs), join_rows(states)
+        if (order != np.arange(len(order))).any():
+            logits, state = logits[order], take_rows(state, order)
+    after = tuple(
+        ledger.feed(model.config, plan.ratios, row, keep=plan.keep)
+        for ledger, plan, row in zip(ledgers, plans, fed, strict=True)
+    )
+    return logits, Memory(model.config, state, after, model.identity)
+
+
+def _groups(
+    config: ModelConfig,
+    rows: list[np.ndarray],
+    plans: list[Plan],
+    ledgers: Sequence[Ledger],
+) -> list[list[int]]:
+    """Rows that are fed together; one that keeps raw entries is fed alone."""
+    alone = [i for i, plan in enumerate(plans) if plan.keep]
+    rest = [i for i, plan in enumerate(plans) if not plan.keep]
+    if not rest:
+        return [[i] for i in alone]
+    groups = group_rows(
+        config,
+        [plans[i] for i in rest],
+        [len(rows[i]) for i in rest],
+        [ledgers[i] for i in rest],
+    )
+    return [[rest[i] for i in group] for group in groups] + [[i] for i in alone]
+
+
+def _feed_group(
+    model: "Model",
+    state: MemoryState,
+    rows: list[np.ndarray],
+    ratios: np.ndarray,
+    keep: Mapping[int, np.ndarray],
+    *,
+    donate: bool,
+) -> tuple[jax.Array, MemoryState]:
+    """One call, and one more per window of which raw entries are kept beside the
+    beacons: it is left open when full, and closed with what is to stay."""
+    config, window = model.config, state.window
+    lengths = np.asarray([len(r) for r in rows])
+    tokens = np.zeros((len(rows), int(lengths.max())), np.int32)
+    for line, row in zip(tokens, rows, strict=True):
+        line[: len(row)] = row
+    done, begun = 0, -int(state.raw[0]) if keep else 0
+    first = int(state.windows[0]) if keep else 0
+    for number in sorted(keep):
+        stop = begun + (number - first + 1) * window
+        if stop > lengths.max():
+            break  # the window stays open
+        logits, state = prefill(
+            config,
+            model.variables,
+            state,
+            tokens[:, done:stop],
+            ratios,
+            close=False,
+            donate=donate,
+        )
+        place, *_ = kept_window(
+            config,
+            int(state.ratio[0]),
+            keep[number],
+            first=not int(state.slots[0]),
+        )
+        state = keep_entries(
+            config,
+            state,
+            jnp.asarray(place)[None],
+            jnp.full((1,), len(place), jnp.int32),
+        )
+        done, donate = stop, True
+        if done == lengths.max():
+            return logits, state
+    return prefill(
+        config,
+        model.variables,
+        state,
+        tokens[:, done:],
+        ratios,
+        lengths - done,
+        donate=donate,
+    )
+
+
+def _fresh(model: "Model", rows: int, capacity: int) -> MemoryState:
+    make = functools.partial(
+        init_memory, model.config, rows, capacity, compute_dtype(model.variables)
+    )
+    if model.partition is None:
+        return make()
+    where = leaves.shardings(model.partition, jax.eval_shape(make))
+    return jax.jit(make, out_shardings=where)()
+
+
+def _room(
+    config: ModelConfig,
+    state: MemoryState,
+    ratios: np.ndarray,
+    new: np.ndarray,
+    capacity: int | None,
+    plans: list[Plan],
+) -> int:
+    """Slots of a buffer that `new` tokens per row fit into."""
+    extra = max(sum(map(len, plan.keep.values())) for plan in plans)
+    needed = needed_slots(config, state, new, ratios) + extra
+    if capacity:
+        size = max(capacity, state.capacity)
+        if size < needed:
+            raise CapacityError(size, needed)
+        return size
+    if needed <= state.capacity:
+        return state.capacity
+    return buffer_size(needed, state.window)
+
+
+def _check_memory(model: "Model", memory: Memory | None, rows: int) -> None:
+    if memory is None:
+        return
+    if len(memory) != rows:
+        raise ValueError(
+            f"memory has {len(memory)} rows for {rows} texts: give one of one row "
+            "(memory[i]) or one row per text."
+        )
+    if memory.identity is not model.identity:
+        check_same_model(memory, model)
+
+
+def decoded_memory(memory: Memory, plans: list[Plan], result: Decoded) -> Memory:
+    """The memory after decoding: up to the end of each row's text."""
+    rows = []
+    for row, plan, fed, surplus in zip(
+        memory.rows, plans, result.fed, result.surplus, strict=True
+    ):
+        after = row.feed(memory.config, plan.ratios, fed[fed >= 0])
+        rows.append(after.cut(after.length - int(surplus)) if surplus else after)
+    memory = dataclasses.replace(memory, state=result.memory, rows=tuple(rows))
+    return memory.with_rows(memory.rows) if result.surplus.any() else memory

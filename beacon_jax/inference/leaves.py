@@ -1,0 +1,178 @@
+"""The leaves of a `MemoryState` by name: their axes, their live parts, and back.
+
+A pack stores parts, never the unused rest of a buffer, and does not know what leaves a
+state has: an int8 memory has scales and means beside its values.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from beacon_jax.core.memory import MemoryState, default_window, init_memory
+from beacon_jax.inference.prefill import buffer_size
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.partition import RULES, Partition
+
+# Axes by the last part of a leaf's name; other leaves have their rows in front.
+_BUFFER = (None, "batch", "slots", "kv_heads", None)
+AXES: dict[str, tuple[str | None, ...]] = {
+    "k": _BUFFER,
+    "v": _BUFFER,
+    "values": _BUFFER,
+    "scale": (None, "batch", "kv_heads", "slots"),
+    "mean": (None, "batch", "kv_heads", None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is stored as one tensor.
+
+    read: all of it, or, if it is `layered`, one layer (axis 0) at a time.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Any], np.ndarray]
+    layered: bool = False
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Its elements in row-major order."""
+        for layer in range(self.shape[0]) if self.layered else [None]:
+            yield np.ascontiguousarray(self.read(layer))
+
+
+def whole(values: np.ndarray) -> Part:
+    """An array on the host."""
+    return Part(values.shape, values.dtype, lambda _: values)
+
+
+def names(state: MemoryState) -> dict[str, Any]:
+    """The leaves, "k" or "k.values"."""
+    found = jax.tree_util.tree_leaves_with_path(state)
+    return {".".join(key.name for key in path): leaf for path, leaf in found}
+
+
+def axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """Logical axes of a leaf."""
+    return AXES.get(name.rsplit(".", 1)[-1], ("batch", *(None,) * (ndim - 1)))
+
+
+def dtype_name(state: MemoryState) -> str:
+    """What `init_memory` makes such buffers of: "int8" if that is among their dtypes,
+    else the one they have."""
+    found = {x.dtype.name for x in jax.tree.leaves((state.k, state.v))}
+    return "int8" if "int8" in found else "+".join(sorted(found))
+
+
+def live_entries(config: ModelConfig, state: MemoryState) -> list[int]:
+    """Entries of each row that mean something: slots and open window."""
+    placement = config.beacon.placement if config.beacon else "interleave"
+    return np.asarray(state.slots + state.open_entries(placement)).tolist()
+
+
+def parts(state: MemoryState, live: Sequence[int]) -> dict[str, Part]:
+    """What of a state is to be stored: "name/row" [..., live, ...] of a leaf with slots
+    (its batch axis is gone), "name" of others."""
+    found: dict[str, Part] = {}
+    for name, leaf in names(state).items():
+        kind = axes(name, leaf.ndim)
+        if "slots" not in kind:
+            # Ids beyond the open window are of no use, and could be another text's.
+            found[name] = whole(_open(state) if name == "tokens" else np.asarray(leaf))
+            continue
+        at = kind.index("slots") - 1
+        for row, count in enumerate(live):
+            shape = [leaf.shape[0], *leaf.shape[2:]]
+            shape[at] = count
+            read = functools.partial(_layer, leaf, row, at - 1, count)
+            part = Part(tuple(shape), np.dtype(leaf.dtype), read, layered=True)
+            found[f"{name}/{row}"] = part
+    return found
+
+
+def _layer(leaf: Any, row: int, at: int, count: int, layer: int) -> np.ndarray:
+    one = np.asarray(leaf[layer, row])
+    return one[(*(slice(None),) * at, slice(count))]
+
+
+def _open(state: MemoryState) -> np.ndarray:
+    tokens, raw = np.asarray(state.tokens), np.asarray(state.raw)
+    return np.where(np.arange(tokens.shape[1]) < raw[:, None], tokens, 0)
+
+
+def build(
+    config: ModelConfig,
+    live: Sequence[int],
+    dtype: str,
+    part: Callable[[str], Part],
+    partition: Partition | None,
+) -> MemoryState:
+    """The inverse of `parts`, on the devices. Each device's share of a leaf is on the
+    host once while it is made, and one layer of a row of the file is mapped."""
+    rows, capacity = len(live), buffer_size(max(live), default_window(config))
+    template = jax.eval_shape(lambda: init_memory(config, rows, capacity, dtype))
+    made = {}
+    for name, leaf in names(template).items():
+        kind = axes(name, len(leaf.shape))
+        where = _sharding(partition, kind, leaf.shape)
+        if "slots" in kind:
+            sources = [part(f"{name}/{row}") for row in range(rows)]
+            share = functools.partial(_share, sources, kind.index("slots"), leaf)
+        else:
+            share = np.asarray(part(name).read(None)).__getitem__
+        made[name] = jax.make_array_from_callback(leaf.shape, where, share)
+    structure = jax.tree.structure(template)
+    return jax.tree.unflatten(structure, list(made.values()))
+
+
+def _share(sources: list[Part], slots: int, leaf: Any, index: Any) -> np.ndarray:
+    """One device's share [L, b, ...] of a leaf with slots: live entries, zeros."""
+    layers, rows, *rest = (
+        range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)
+    )
+    out = np.zeros([len(axis) for axis in (layers, rows, *rest)], leaf.dtype)
+    inner = [slice(axis.start, axis.stop) for axis in rest]
+    for i, row in enumerate(rows):
+        for j, layer in enumerate(layers):
+            values = sources[row].read(layer)[tuple(inner)]
+            fill = [slice(None)] * len(rest)
+            fill[slots - 2] = slice(values.shape[slots - 2])
+            out[(j, i, *fill)] = values
+    return out
+
+
+def partition(mesh: Mesh | Partition | None) -> Partition | None:
+    """With `partition.RULES`, as far as the mesh has their axes."""
+    if not isinstance(mesh, Mesh):
+        return mesh
+    have = mesh.axis_names
+    rules = {name: tuple(a for a in to if a in have) for name, to in RULES.items()}
+    return Partition(mesh, tuple(rules.items()))
+
+
+def _sharding(
+    partition: Partition | None, kind: tuple[str | None, ...], shape: tuple[int, ...]
+) -> Sharding:
+    if partition is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    rules, sizes = dict(partition.rules), partition.mesh.shape
+    split = lambda axis: math.prod(sizes[m] for m in rules.get(axis or "", ()))
+    fits = [a if n % split(a) == 0 else None for a, n in zip(kind, shape, strict=True)]
+    return partition.sharding(tuple(fits), shape)
+
+
+def shardings(partition: Partition, state: Any) -> Any:
+    """Where each leaf of a state (or its shape) lives: rows with the batch, keys and
+    values with their kv heads. What the devices do not divide is whole on each."""
+    found = [
+        _sharding(partition, axes(name, len(leaf.shape)), leaf.shape)
+        for name, leaf in names(state).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), found)

@@ -1,0 +1,169 @@
+"""The compressed context as a value: what `compress` returns."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.core.memory import MemoryState
+from beacon_jax.hf.identify import Identity
+from beacon_jax.inference.ledger import Ledger
+from beacon_jax.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Memory:
+    """B compressed contexts. A value: nothing that is done with it changes it.
+
+    Attributes:
+      config: of the model that wrote it.
+      state: keys and values on the device(s).
+      rows: what the slots of each row stand for.
+      identity: hashes of the model's weights.
+    """
+
+    config: ModelConfig = dataclasses.field(repr=False)
+    state: MemoryState = dataclasses.field(repr=False)
+    rows: tuple[Ledger, ...] = dataclasses.field(repr=False)
+    identity: Identity = dataclasses.field(default_factory=Identity)
+
+    def __len__(self) -> int:
+        """B, the number of contexts."""
+        return len(self.rows)
+
+    def __getitem__(self, row: int | slice | Sequence[int]) -> "Memory":
+        """Some of the contexts, as a memory of their own (a copy on the device)."""
+        numbers = np.arange(len(self))[row]
+        index = np.atleast_1d(numbers)
+        return dataclasses.replace(
+            self,
+            state=take_rows(self.state, index),
+            rows=tuple(self.rows[i] for i in index),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the buffer per row, used or not."""
+        return self.state.capacity
+
+    @property
+    def slots(self) -> Int[np.ndarray, " B"]:
+        """Memory slots per row, without the open window."""
+        return np.asarray([row.slots for row in self.rows])
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " B"]:
+        """Source tokens per row."""
+        return np.asarray([row.length for row in self.rows])
+
+    @property
+    def spans(self) -> list[Int[np.ndarray, "M 2"]]:
+        """Per row the source tokens [start, end) of each slot."""
+        return [row.spans for row in self.rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer on all devices, used or not."""
+        return self.state.nbytes
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one slot of one row: keys and values of all layers."""
+        return self.state.slot_nbytes
+
+    def describe(self) -> str:
+        """One line per row (tokens, slots, bytes in use) and one for the buffer."""
+        lines = []
+        for i, row in enumerate(self.rows):
+            used = row.slots * self.slot_nbytes / 2**20
+            line = (
+                f"row {i}: {row.length} tokens -> {row.slots} memory slots "
+                f"({used:.3f} MiB) + {row.raw} in the open window"
+            )
+            if len(row.pending):
+                line += f", {len(row.pending)} still to be fed"
+            lines.append(line)
+        total = f"buffer: {self.capacity} slots per row, {self.nbytes / 2**20:.3f} MiB"
+        return "\n".join([*lines, total])
+
+    def fork(self) -> "Memory":
+        """The same memory again, to continue it in another direction.
+
+        Free: continuing writes into a copy, whichever of the two is continued.
+        """
+        return dataclasses.replace(self)
+
+    def truncate(self, tokens: int) -> "Memory":
+        """The memory of each row's first `tokens` tokens.
+
+        Windows that end there or before stay as they are, and so does the front of the
+        open window; tokens inside a window that was compressed, less than one window,
+        are fed again with whatever comes next.
+
+        Raises:
+          ValueError: more tokens than a row has, or tokens inside a compressed window
+            that were not kept.
+        """
+        return self.with_rows(tuple(row.cut(tokens) for row in self.rows))
+
+    def with_rows(self, rows: tuple[Ledger, ...]) -> "Memory":
+        """The memory where each row's account says, which is at or before its end."""
+        number = lambda values: jnp.asarray(list(values), jnp.int32)
+        sinks = jnp.where(number(r.slots for r in rows) > 0, self.state.sinks, 0)
+        state = self.state.replace(
+            slots=number(r.slots for r in rows),
+            sinks=sinks,
+            raw=number(r.raw for r in rows),
+            windows=number(r.windows for r in rows),
+        )
+        return dataclasses.replace(self, state=state, rows=rows)
+
+    def repeat(self, count: int) -> "Memory":
+        """`count` copies of a memory of one row, as a batch."""
+        if len(self) != 1:
+            raise ValueError(f"the memory has {len(self)} rows: only one is repeated.")
+        return self[[0] * count]
+
+    def save(self, path: str | Path, *, tokens: bool = True) -> None:
+        """Writes a beacon pack, see `packs.save`."""
+        from beacon_jax.inference import packs
+
+        packs.save(self, path, tokens=tokens)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any = None, **options: Any) -> "Memory":
+        """Reads a beacon pack, see `packs.load`."""
+        from beacon_jax.inference import packs
+
+        return packs.load(path, model, **options)
+
+    @classmethod
+    def concatenate(cls, memories: Sequence["Memory"]) -> "Memory":
+        """Mounts memories behind each other, see `mount.concatenate`."""
+        from beacon_jax.inference import mount
+
+        return mount.concatenate(memories)
+
+
+def batch_axis(leaf: Any) -> int:
+    """Of a leaf of `MemoryState`: buffers are stacked over layers first."""
+    return 1 if leaf.ndim >= 4 else 0
+
+
+def take_rows(state: MemoryState, index: Int[np.ndarray, " b"]) -> MemoryState:
+    """The state of the rows of `index`, which may repeat."""
+    rows = jnp.asarray(index)
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=batch_axis(x)), state)
+
+
+def join_rows(states: Sequence[MemoryState]) -> MemoryState:
+    """States of different rows as one batch, all with the largest capacity."""
+    size = max(state.capacity for state in states)
+    states = [state.resized(size) for state in states]
+    join = lambda *leaves: jnp.concatenate(leaves, axis=batch_axis(leaves[0]))
+    return jax.tree.map(join, *states)

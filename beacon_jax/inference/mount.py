@@ -1,0 +1,145 @@
+"""Memories of documents that were compressed separately, mounted behind each other.
+
+No document has seen the others: what attention across them would have added is lost
+(`benchmarks/mount_loss.py` measures how much). A row's keys are turned to their new
+slots; of an open window the raw entries are kept, as if its ratio were 0, and its
+beacons go, because a beacon of a part of a window is nothing the model was trained on.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.core import move
+from beacon_jax.core.memory import MemoryState, default_window
+from beacon_jax.inference import leaves
+from beacon_jax.inference.compatible import config_differences, identity_differences
+from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.prefill import buffer_size
+from beacon_jax.model.config import ModelConfig
+
+
+def concatenate(memories: Sequence[Memory]) -> Memory:
+    """One memory with the slots of all, in this order; a new window begins behind them.
+
+    Args:
+      memories: of the same number of rows (row i goes behind row i), by the same model
+        and in the same dtype; capacities may differ.
+
+    Returns:
+      A memory whose source tokens are those of the memories in a row. Sinks of later
+      memories are ordinary slots. It has token ids if all of them have.
+
+    Raises:
+      ValueError: no memory, tokens that are still to be fed, or memories that differ
+        in rows, dtype, config or weights (says which and how).
+    """
+    memories = list(memories)
+    _check(memories)
+    parts = [closed(memory) for memory in memories]
+    first, rest = parts[0], parts[1:]
+    if not rest:
+        return first
+    needed = int(np.sum([part.slots for part in parts], axis=0).max())
+    size = buffer_size(needed, default_window(first.config))
+    state = first.state.resized(size)
+    for part in rest:
+        state = move.append(first.config, state, part.state)
+    rows = zip(*(part.rows for part in parts), strict=True)
+    return dataclasses.replace(first, state=state, rows=tuple(map(_joined, rows)))
+
+
+def closed(memory: Memory) -> Memory:
+    """With the raw tokens of every open window as slots, one each; its beacons are
+    dropped. A memory without open windows is returned as it is."""
+    raw = np.asarray([row.raw for row in memory.rows], np.int32)
+    if not raw.any():
+        return memory
+    place = raw_places(memory.config, memory.state)
+    return dataclasses.replace(
+        memory,
+        state=move.keep_entries(memory.config, memory.state, place, jnp.asarray(raw)),
+        rows=tuple(_closed(row) for row in memory.rows),
+    )
+
+
+def raw_places(config: ModelConfig, state: MemoryState) -> Int[np.ndarray, "B W"]:
+    """Where the raw tokens lie among the entries of each row's open window."""
+    token = np.arange(default_window(config), dtype=np.int32)
+    if config.beacon is None or config.beacon.placement == "append":
+        return np.broadcast_to(token, (len(state.ratio), len(token)))
+    ratio = np.asarray(state.ratio)[:, None]
+    return token + np.where(ratio > 0, token // np.maximum(ratio, 1), 0)
+
+
+def _closed(row: Ledger) -> Ledger:
+    """The account of `closed`."""
+    if not row.raw:
+        return row
+    token = np.arange(int(row.marks[-1, 0]), row.fed, dtype=np.int32)
+    mark = np.array([[row.fed, row.slots + row.raw]], np.int32)
+    return dataclasses.replace(
+        row,
+        spans=np.concatenate([row.spans, np.stack([token, token + 1], axis=1)]),
+        ratios=np.concatenate([row.ratios, np.zeros(len(token), np.int32)]),
+        marks=np.concatenate([row.marks, mark]),
+    )
+
+
+def _joined(rows: Sequence[Ledger]) -> Ledger:
+    """The account of rows behind each other; spans count from the first one's start."""
+    starts = np.cumsum([0, *(row.fed for row in rows)]).astype(np.int32)
+    slots = np.cumsum([0, *(row.slots for row in rows)]).astype(np.int32)
+    marks = [
+        row.marks[1:] + np.array([start, slot])
+        for row, start, slot in zip(rows, starts, slots, strict=False)
+    ]
+    tokens = [row.tokens for row in rows]
+    kept = [ids for ids in tokens if ids is not None]
+    spans = [row.spans + start for row, start in zip(rows, starts, strict=False)]
+    return Ledger(
+        spans=np.concatenate(spans),
+        ratios=np.concatenate([row.ratios for row in rows]),
+        marks=np.concatenate([rows[0].marks[:1], *marks]).astype(np.int32),
+        fed=int(starts[-1]),
+        tokens=np.concatenate(kept) if len(kept) == len(rows) else None,
+        ratio=rows[-1].ratio,
+    )
+
+
+def _check(memories: list[Memory]) -> None:
+    if not memories:
+        raise ValueError("memories=[] is empty: give at least one memory.")
+    for i, memory in enumerate(memories):
+        if pending := sum(len(row.pending) for row in memory.rows):
+            raise ValueError(
+                f"memories[{i}] has {pending} tokens still to be fed (after truncate): "
+                "continue it with them first, or truncate where a window ends "
+                f"(rows end theirs at {[int(r.marks[-1, 0]) for r in memory.rows]})."
+            )
+    first = memories[0]
+    for i, other in enumerate(memories[1:], 1):
+        if differences := _differences(first, other):
+            raise ValueError(
+                f"memories[{i}] does not fit memories[0]: {'; '.join(differences)}. "
+                "Mount memories of the same model, dtype and number of rows."
+            )
+
+
+def _differences(a: Memory, b: Memory) -> list[str]:
+    """What keeps two memories from being mounted, in words."""
+    found = [
+        ("rows", len(a), len(b)),
+        ("dtype", leaves.dtype_name(a.state), leaves.dtype_name(b.state)),
+    ]
+    found = [(name, x, y) for name, x, y in found if x != y]
+    found += config_differences(a.config, b.config)
+    found += identity_differences(a.identity, b.identity)
+    return [
+        f"{name} {'unknown' if y is None else y}, not {'unknown' if x is None else x}"
+        for name, x, y in found
+    ]

@@ -1,0 +1,424 @@
+"""Beacon packs: a memory as one file.
+
+A pack is a safetensors file, so its manifest can be read without its tensors:
+
+    8 bytes      length of the header, little endian
+    header       JSON: {"__metadata__": {...}, name: {dtype, shape, data_offsets}, ...}
+    tensors      one behind the other, row-major, little endian
+
+The metadata has `beacon_pack` (format version), `manifest` (JSON) and its checksum
+`manifest_sha256`. The manifest:
+
+    library      version of beacon_jax that wrote it
+    model        base and beacon: hashes of the weights (null: not known)
+                 config: every field of `ModelConfig`
+    dtype        of keys and values
+    rows         per row: tokens, slots, entries (slots and open window), raw and ratio
+                 of the open window, windows, text_sha256 (of the token ids as int32;
+                 null: they were not kept), tokens_stored
+    tensors      name -> dtype, shape, sha256
+
+Tensors, for B rows of L layers, K kv heads of H channels:
+
+    state.k/b, state.v/b  [L, entries, K, H]  row b, its live entries only
+    state.slots ...       [B]                 the counts of `core.memory.MemoryState`
+    state.tokens          [B, W]              ids of the open window's tokens, 0 beyond
+    row.spans/b           [M, 2]              source tokens of each slot
+    row.ratios/b          [M]                 ratio of each slot, 0: a raw entry
+    row.marks/b           [P, 2]              (tokens, slots) behind each window
+    row.tokens/b          [n]                 token ids, unless saved without
+
+The header is exactly what `write_safetensors` makes of the manifest, which has a
+checksum and those of the tensors, and the manifest leaves nothing out: a change of any
+bit of the file is found.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jax.sharding import Mesh
+
+import beacon_jax
+from beacon_jax.hf.identify import Identity
+from beacon_jax.hf.reader import ALL_DTYPES, BLOCK_BYTES, Tensor
+from beacon_jax.hf.writer import DTYPE_NAMES, safetensors_header, write_safetensors
+from beacon_jax.inference import leaves
+from beacon_jax.inference.compatible import config_differences, identity_differences
+from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.memory import Memory
+from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
+from beacon_jax.model.partition import Partition
+
+VERSION = 1
+_MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_AGAIN = "Copy it again from where it was made, or compress the text again."
+
+
+class PackError(ValueError):
+    """A pack that cannot be used; names the file, what is wrong and what to do."""
+
+
+class ModelLike(Protocol):
+    """What a pack is checked against."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def identity(self) -> Identity: ...
+
+
+def save(memory: Memory, path: str | Path, *, tokens: bool = True) -> None:
+    """Writes a memory as a pack, as a whole or not at all.
+
+    Args:
+      path: of the file, `.beacon` by custom. A file of that name is replaced when the
+        new one is complete.
+      tokens: with the token ids, which `truncate` inside a window needs. Without them
+        the pack still has those of open windows (fewer than W), which go on.
+
+    Raises:
+      ValueError: tokens=False, and tokens are still to be fed.
+    """
+    rows = memory.rows
+    stored = rows if tokens else tuple(row.forget_tokens() for row in rows)
+    source = _Source(memory, stored)
+    manifest = {
+        "library": beacon_jax.__version__,
+        "model": {
+            "base": memory.identity.base,
+            "beacon": memory.identity.beacon,
+            "config": dataclasses.asdict(memory.config),
+        },
+        "dtype": leaves.dtype_name(memory.state),
+        "rows": [
+            {
+                "tokens": row.length,
+                "slots": row.slots,
+                "entries": source.entries[i],
+                "raw": row.raw,
+                "ratio": row.ratio,
+                "windows": row.windows,
+                "text_sha256": _text_hash(row),
+                "tokens_stored": stored[i].tokens is not None,
+            }
+            for i, row in enumerate(rows)
+        ],
+        "tensors": {
+            name: {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "sha256": _sha256(source.blocks(name)),
+            }
+            for name, tensor in source.tensors.items()
+        },
+    }
+    with _new_file(Path(path)) as partial:
+        text = json.dumps(manifest, separators=(",", ":"))
+        write_safetensors(partial, source.tensors, source.blocks, _metadata(text))
+
+
+def load(
+    path: str | Path,
+    model: ModelLike | None = None,
+    *,
+    mesh: Mesh | Partition | None = None,
+    allow_other_model: bool = False,
+) -> Memory:
+    """Reads a pack.
+
+    Args:
+      path: of the file.
+      model: that is to continue the memory; None: nothing is checked.
+      mesh: devices to spread the memory over by `partition.RULES`, or a partition with
+        other rules: rows over the data axes, kv heads over "tensor". An axis that they
+        do not divide is whole on each device. None: one device.
+      allow_other_model: use a pack that other weights wrote. The config has to fit.
+
+    Returns:
+      The memory, bit-identical in everything that is live, in a buffer that is not
+      much larger than that.
+
+    Raises:
+      PackError: a file that is no pack, is damaged, has another version or belongs to
+        another model. Says which, and what to do.
+      FileNotFoundError: no such file.
+    """
+    pack = _Pack(Path(path))
+    config = pack.config()
+    known = pack.manifest["model"]
+    identity = Identity(known["base"], known["beacon"])
+    if model is not None:
+        _check_model(pack.path, config, identity, model, allow_other_model)
+        config, identity = model.config, model.identity
+    pack.verify()
+    rows = pack.manifest["rows"]
+    state = leaves.build(
+        config,
+        [row["entries"] for row in rows],
+        pack.manifest["dtype"],
+        lambda name: pack.part(f"state.{name}"),
+        leaves.partition(mesh),
+    )
+    ledgers = tuple(_ledger(pack, i, row) for i, row in enumerate(rows))
+    return Memory(config, state, ledgers, identity)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a pack, checked; its tensors are not read.
+
+    Raises:
+      PackError, FileNotFoundError: as `load`.
+    """
+    return _Pack(Path(path)).manifest
+
+
+class _Source:
+    """The tensors of a memory, fetched from the devices one layer of a row at a time.
+
+    entries: live ones per row, slots and open window.
+    """
+
+    def __init__(self, memory: Memory, rows: tuple[Ledger, ...]):
+        self.entries = leaves.live_entries(memory.config, memory.state)
+        self._parts: dict[str, leaves.Part] = {}
+        for name, part in leaves.parts(memory.state, self.entries).items():
+            self._parts[f"state.{name}"] = part
+        for i, row in enumerate(rows):
+            for name in ("spans", "ratios", "marks", "tokens"):
+                if (values := getattr(row, name)) is not None:
+                    whole = leaves.whole(np.asarray(values, np.int32))
+                    self._parts[f"row.{name}/{i}"] = whole
+        # Wide elements first, so that every tensor lies at a multiple of its own.
+        order = sorted(self._parts, key=lambda n: -self._parts[n].dtype.itemsize)
+        self.tensors = {
+            name: Tensor(self._parts[name].shape, self._parts[name].dtype)
+            for name in order
+        }
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        return self._parts[name].blocks()
+
+
+class _Pack:
+    """A pack whose header has been checked, its tensors only where they are read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.is_dir():
+            raise PackError(f"{path} is a folder: give the pack's file.")
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is not there: give the pack's file.")
+        header = self._header()
+        text = self._manifest_text(header)
+        self.manifest = json.loads(text)
+        self.tensors: dict[str, Tensor] = {}
+        end = len(header)
+        for name, info in self.manifest["tensors"].items():
+            shape, dtype = tuple(info["shape"]), ALL_DTYPES[info["dtype"]]
+            self.tensors[name] = Tensor(shape, dtype, path.name, end)
+            end += self.tensors[name].nbytes
+        if header != safetensors_header(self.tensors, _metadata(text)):
+            raise self._damaged("its header is not the one that was written")
+        size = path.stat().st_size
+        if size != end:
+            what = "truncated" if size < end else "too long"
+            raise PackError(f"{path} is {what}: {size} bytes of {end}. {_AGAIN}")
+
+    def _header(self) -> bytes:
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            start = file.read(9)
+            length = 8 + int.from_bytes(start[:8], "little")
+            if len(start) < 9 or start[8:] != b"{" or length > _MOST_HEADER:
+                raise self._no_pack("it does not begin like one")
+            if length > size:
+                raise PackError(
+                    f"{self.path} is truncated, or no beacon pack: its header alone "
+                    f"needs {length} bytes, the file has {size}. {_AGAIN}"
+                )
+            return start + file.read(length - len(start))
+
+    def _manifest_text(self, header: bytes) -> str:
+        """The manifest, unchanged since it was written by this version."""
+        try:
+            metadata = json.loads(header[8:])["__metadata__"]
+            version, text = metadata["beacon_pack"], metadata["manifest"]
+            checksum = metadata["manifest_sha256"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._no_pack(f"its header has no manifest ({error!r})") from error
+        if version != str(VERSION):
+            newer = str(version).isdigit() and int(version) > VERSION
+            raise PackError(
+                f"{self.path} has format version {version}, this program reads "
+                f"{VERSION}: "
+                + (
+                    "install a newer beacon_jax, or compress the text again."
+                    if newer
+                    else "compress the text again."
+                )
+            )
+        if checksum != _sha256([np.frombuffer(str(text).encode(), np.uint8)]):
+            raise self._damaged("its manifest does not have the checksum it was given")
+        return text
+
+    def config(self) -> ModelConfig:
+        """The config of the model that wrote it."""
+        fields = dict(self.manifest["model"]["config"])
+        try:
+            rope, beacon = fields.pop("rope"), fields.pop("beacon")
+            return ModelConfig(
+                **fields,
+                rope=RopeConfig(**rope),
+                beacon=BeaconConfig(**beacon) if beacon else None,
+            )
+        except (KeyError, TypeError) as error:
+            raise PackError(
+                f"{self.path} was written by beacon_jax {self.manifest['library']}, "
+                f"whose model config is another one ({error}): install that version, "
+                "or compress the text again."
+            ) from error
+
+    def verify(self) -> None:
+        """Compares all checksums, reading each byte once, BLOCK_BYTES at a time."""
+        with self.path.open("rb") as file:
+            for name, tensor in self.tensors.items():
+                file.seek(tensor.offset)
+                blocks = _file_blocks(file, tensor.nbytes)
+                if _sha256(blocks) != self.manifest["tensors"][name]["sha256"]:
+                    raise self._damaged(f"tensor {name} does not have its checksum")
+
+    def part(self, name: str) -> leaves.Part:
+        """A tensor, mapped from the file while it is read."""
+        tensor = self.tensors[name]
+        read = functools.partial(_map, self.path, tensor)
+        return leaves.Part(tensor.shape, tensor.dtype, read)
+
+    def array(self, name: str) -> np.ndarray | None:
+        """A tensor in memory; None if the pack does not have it."""
+        return np.array(self.part(name).read(None)) if name in self.tensors else None
+
+    def _damaged(self, what: str) -> PackError:
+        return PackError(f"{self.path} is damaged: {what}. {_AGAIN}")
+
+    def _no_pack(self, what: str) -> PackError:
+        return PackError(
+            f"{self.path} is not a beacon pack, or damaged: {what}. Give a file that "
+            "memory.save wrote, or compress the text again."
+        )
+
+
+def _ledger(pack: _Pack, row: int, about: Mapping[str, Any]) -> Ledger:
+    get = lambda name: pack.array(f"row.{name}/{row}")
+    spans, ratios, marks = get("spans"), get("ratios"), get("marks")
+    assert spans is not None and ratios is not None and marks is not None
+    fed = int(marks[-1, 0]) + about["raw"]
+    return Ledger(spans, ratios, marks, fed, get("tokens"), about["ratio"])
+
+
+def _check_model(
+    path: Path,
+    config: ModelConfig,
+    identity: Identity,
+    model: ModelLike,
+    allow_other: bool,
+) -> None:
+    found = config_differences(config, model.config)
+    remedy = "load the model that wrote it, or compress the text again."
+    if not found and not allow_other:
+        found = identity_differences(identity, model.identity)
+        remedy = (
+            "load the model that wrote it, compress the text again, or pass "
+            "allow_other_model=True if you know that they are the same."
+        )
+    if found:
+        lines = [
+            f"{name}: {_shown(x)} in the pack, {_shown(y)} in the model"
+            for name, x, y in found
+        ]
+        raise PackError(
+            f"{path} was written by another model:\n  "
+            + "\n  ".join(lines)
+            + f"\n{remedy[0].upper()}{remedy[1:]}"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "unknown" if value is None else str(value)
+
+
+def _metadata(manifest: str) -> dict[str, str]:
+    return {
+        "beacon_pack": str(VERSION),
+        "manifest": manifest,
+        "manifest_sha256": _sha256([np.frombuffer(manifest.encode(), np.uint8)]),
+    }
+
+
+def _text_hash(row: Ledger) -> str | None:
+    """SHA-256 of a row's token ids, int32 little endian; None: they were not kept."""
+    if row.tokens is None:
+        return None
+    return _sha256([np.asarray(row.tokens, "<i4")])
+
+
+def _sha256(blocks: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _file_blocks(file: Any, nbytes: int) -> Iterator[np.ndarray]:
+    block = np.empty(min(nbytes, BLOCK_BYTES), np.uint8)
+    while nbytes > 0:
+        count = file.readinto(block[: min(nbytes, len(block))].data)
+        yield block[:count]
+        nbytes -= count or nbytes  # a file that shrinks meanwhile fails its checksum
+
+
+def _map(path: Path, tensor: Tensor, layer: int | None = None) -> np.ndarray:
+    """A tensor, or one layer of it, mapped until it is dropped."""
+    shape, offset = tensor.shape, tensor.offset
+    if layer is not None:
+        shape = shape[1:]
+        offset += layer * (tensor.nbytes // tensor.shape[0])
+    if 0 in shape:  # nothing can be mapped at no length
+        return np.zeros(shape, tensor.dtype)
+    return np.memmap(path, tensor.dtype, "r", offset, shape)
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """Gives a file beside `path` that takes its name when the block ends well.
+
+    An error removes it; a killed process leaves `.NAME.*.partial`, never a broken pack
+    under the name.
+    """
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    folder = path.absolute().parent
+    handle, name = tempfile.mkstemp(".partial", f".{path.name}.", folder)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # mkstemp lets nobody else read it
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the new name, after the bytes
+    finally:
+        os.close(handle)

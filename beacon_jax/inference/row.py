@@ -1,0 +1,143 @@
+"""How the next windows of one row fill: slots, positions and FLOPs of given ratios."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.core.memory import default_window
+from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.spans import marked_tokens
+from beacon_jax.model import flops
+from beacon_jax.model.config import ModelConfig
+
+LOSSLESS = ("windows", "slots")
+
+
+class Row:
+    """A row and its windows from the open one on, numbered 0 ... count - 1 here.
+
+    Attributes:
+      first: number of window 0 in the row; start: its first token in the row.
+      text, total: tokens from there to the end of the text and of the new tokens.
+      fixed: ratio of window 0 if it is open already, else None.
+      lossless: windows that are not compressed, bool [count].
+      offsets: window -> offsets of the raw entries kept beside its beacons.
+    """
+
+    def __init__(
+        self, config: ModelConfig, length: int, new: int, before: Ledger | None
+    ):
+        if length < 0 or new < 0:
+            raise ValueError(
+                f"length={length}, new_tokens={new}: must not be negative."
+            )
+        self.config, self.window = config, default_window(config)
+        self.before = before or Ledger.empty()
+        self.first, self.start = self.before.windows, int(self.before.marks[-1, 0])
+        self.length = length
+        self.text = self.before.length - self.start + length
+        self.total = self.text + new
+        self.count = max(-(-self.total // self.window), 1)
+        self.fixed = self.before.ratio if self.before.raw else None
+        self.lossless = np.zeros(self.count, bool)
+        self.offsets: dict[int, Int[np.ndarray, " k"]] = {}
+
+    def with_spans(self, spans: Any, lossless: str) -> "Row":
+        """This row, with what the spans ask for (`plan.make_plan`)."""
+        if lossless not in LOSSLESS:
+            raise ValueError(
+                f"lossless={lossless!r} is unknown: use {' or '.join(LOSSLESS)}."
+            )
+        marked = np.flatnonzero(marked_tokens(spans, self.length))
+        window, offset = np.divmod(marked + self.text - self.length, self.window)
+        touched = np.unique(window)
+        if lossless == "slots":
+            # A window that the text does not fill closes later, when nobody knows the
+            # spans any more: it is not compressed.
+            closing = touched[touched < self.text // self.window]
+            self.offsets = {
+                int(i): offset[window == i].astype(np.int32) for i in closing
+            }
+            touched = touched[len(closing) :]
+        if self.fixed and 0 in touched:
+            raise ValueError(
+                f"spans touch tokens {self.start} to {self.start + self.window} of the "
+                f"row, a window that was begun at ratio {self.fixed}: start from "
+                f"memory.truncate({self.start}) and give its tokens again."
+            )
+        self.lossless[touched] = True
+        return self
+
+    def uniform(self, ratio: int) -> Int[np.ndarray, " n"]:
+        return np.full(self.count, ratio, np.int32)
+
+    def applied(self, base: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The ratios wished for, but for what is lossless or open already."""
+        ratios = np.where(self.lossless, 0, base).astype(np.int32)
+        if self.fixed is not None:
+            ratios[0] = self.fixed
+        return ratios
+
+    def raw(self, tokens: int) -> Int[np.ndarray, " n"]:
+        """Tokens in each window after `tokens` of them (int64: FLOPs are large)."""
+        return np.clip(tokens - self.window * np.arange(self.count), 0, self.window)
+
+    def slots(self, ratios: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n1"]:
+        """Slots in front of each window if all of them close, and behind the last
+        (SPEC section 2)."""
+        added = self.window // np.maximum(ratios, 1).astype(int)
+        for i, at in self.offsets.items():
+            added[i] += len(at)
+        added[ratios == 0] = self.window
+        if self.config.beacon and not self.before.slots and ratios[0]:
+            added[0] += self.config.beacon.sink
+        return self.before.slots + np.append(0, np.cumsum(added))
+
+    def entries(
+        self, ratios: Int[np.ndarray, " n"], raw: Int[np.ndarray, " n"]
+    ) -> Int[np.ndarray, " n"]:
+        """Entries of each window before it closes: raw tokens and beacons."""
+        append = self.config.beacon and self.config.beacon.placement == "append"
+        under = np.where(raw == self.window, raw, 0) if append else raw
+        return raw + np.where(ratios > 0, under // np.maximum(ratios, 1), 0)
+
+    def positions(self, ratios: Int[np.ndarray, " n"]) -> int:
+        """The most positions taken at once (SPEC section 2)."""
+        slots, raw = self.slots(ratios), self.raw(self.total)
+        open_at = (slots[:-1] + self.entries(ratios, raw))[raw > 0]
+        return int(max(slots[self.total // self.window], open_at.max(initial=0)))
+
+    def held(self, ratios: Int[np.ndarray, " n"]) -> int:
+        """The most entries in the buffer from the end of the text on."""
+        slots, full = self.slots(ratios), self.text // self.window
+        most = int(slots[self.total // self.window])
+        if self.total > self.text or self.text % self.window:
+            raw = self.raw(self.total)
+            most = max(most, int((slots[:-1] + self.entries(ratios, raw))[full:].max()))
+        return most
+
+    def flops(self, ratios: Int[np.ndarray, " n"]) -> int:
+        """Of reading the text, the open window from its start as `feed` does."""
+        steps = zip(ratios, self.slots(ratios), self.raw(self.text), strict=False)
+        spent = sum(
+            flops.window(self.config, int(r), int(m), raw=int(n)).total
+            for r, m, n in steps
+            if n
+        )
+        return spent + flops.full_attention(self.config, 0).lm_head
+
+    def cost(self, base: Int[np.ndarray, " n"], ratios: Int[np.ndarray, " n"]) -> str:
+        """What the spans cost once their windows are full, "" without spans."""
+        windows = -(-self.text // self.window)
+        touched = int(self.lossless.sum()) or len(self.offsets)
+        if not touched:
+            return ""
+        what = f"lossless: {touched} of {windows} windows uncompressed"
+        plain = Row(self.config, self.length, self.total - self.text, self.before)
+        if self.offsets:
+            tokens = sum(map(len, self.offsets.values()))
+            what = f"lossless: {tokens} tokens in {touched} of {windows} windows kept"
+        without = int(plain.slots(plain.applied(base))[windows])
+        more = int(self.slots(ratios)[windows]) - without
+        return f"{what}, {more:,} slots more (+{100 * more / max(without, 1):.0f} %)"

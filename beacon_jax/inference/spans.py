@@ -1,0 +1,94 @@
+"""Finds the tokens that nothing may be lost of: by pattern or by number."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+Spans = str | re.Pattern[str] | Sequence[tuple[int, int]] | Int[np.ndarray, "S 2"]
+
+
+def token_spans(
+    spans: Spans | None,
+    text: str | None = None,
+    tokenizer: Any = None,
+    *,
+    first: bool = True,
+) -> Int[np.ndarray, "S 2"]:
+    """Token ranges [start, stop) of a text.
+
+    Args:
+      spans: a regular expression, of whose matches every token is taken that shares a
+        character with them; ranges are returned as they are; None: none.
+      text: what the expression is searched in; None: token ids were given.
+      tokenizer: a fast tokenizer of transformers.
+      first: as the text was encoded: with the tokens put before a text (bos).
+
+    Raises:
+      ValueError: an expression without text or fast tokenizer, or not a valid one.
+    """
+    if spans is None or not isinstance(spans, str | re.Pattern):
+        given = np.asarray([] if spans is None else spans)
+        return given.reshape(-1, 2) if not given.size else given
+    if text is None:
+        raise ValueError(
+            f"spans={_shown(spans)} is an expression, but token ids were given: give "
+            "the text itself, or token ranges as (start, stop)."
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"spans={_shown(spans)} needs a fast tokenizer (tokenizer.json), which "
+            "knows the characters of each token: give token ranges as (start, stop)."
+        )
+    try:
+        found = [match.span() for match in re.finditer(spans, text)]
+    except re.error as error:
+        raise ValueError(
+            f"spans={_shown(spans)} is not a regular expression: {error}."
+        ) from None
+    marked = np.zeros(len(text) + 1, np.int32)
+    for start, stop in found:
+        marked[start + 1 : stop + 1] = 1
+    # Marked characters in front of each; a token has some if its ends differ. Tokens
+    # that the tokenizer adds have the range (0, 0).
+    count = np.cumsum(marked)
+    out = tokenizer(
+        text, add_special_tokens=first, return_offsets_mapping=True, verbose=False
+    )
+    ends = np.asarray(out["offset_mapping"], int).reshape(-1, 2)
+    return _runs(count[ends[:, 1]] > count[ends[:, 0]])
+
+
+def marked_tokens(spans: Any, length: int) -> Bool[np.ndarray, " T"]:
+    """Which of `length` tokens lie in one of the ranges.
+
+    Raises:
+      ValueError: something else than ranges of at least one token within the text.
+    """
+    marked = np.zeros(length, bool)
+    ranges = np.asarray(spans)
+    if not ranges.size:
+        return marked
+    if ranges.ndim != 2 or ranges.shape[1] != 2 or ranges.dtype.kind not in "iu":
+        raise ValueError(f"spans={_shown(spans)} must be token ranges (start, stop).")
+    for start, stop in ranges.tolist():
+        if not 0 <= start < stop <= length:
+            raise ValueError(
+                f"spans has ({start}, {stop}): a range must hold at least one of the "
+                f"{length} tokens of the text, and no others."
+            )
+        marked[start:stop] = True
+    return marked
+
+
+def _runs(marked: Bool[np.ndarray, " T"]) -> Int[np.ndarray, "S 2"]:
+    """Ranges of neighbours that are marked."""
+    edges = np.diff(marked.astype(np.int8), prepend=0, append=0)
+    return np.stack([np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)], axis=1)
+
+
+def _shown(spans: Any) -> str:
+    text = repr(spans.pattern if isinstance(spans, re.Pattern) else spans)
+    return text if len(text) <= 60 else text[:57] + "..."

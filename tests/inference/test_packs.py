@@ -1,0 +1,452 @@
+"""Beacon packs: what is saved is what is loaded, and nothing else is."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+from safetensors.numpy import save_file
+
+from beacon_jax.core.memory import MemoryState
+from beacon_jax.hf import Identity
+from beacon_jax.hf.writer import safetensors_header
+from beacon_jax.inference import leaves, packs
+from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.packs import PackError
+from beacon_jax.training.initial import random_variables
+from tests.inference.memories import (
+    CONFIG,
+    assert_same_live,
+    random_memory,
+    read,
+    tokens_of,
+)
+
+RAGGED = (37, 3, 16)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "text.beacon"
+
+
+def model(config=CONFIG, base="a" * 64, beacon="b" * 64):
+    return SimpleNamespace(config=config, identity=Identity(base, beacon))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("lengths", [(24,), RAGGED], ids=["one row", "ragged"])
+def test_what_is_loaded_is_bit_identical(path, dtype, lengths):
+    memory = random_memory(lengths, dtype=dtype)
+    memory.save(path)
+    again = Memory.load(path, model())
+    assert_same_live(again, memory)
+    assert again.config == memory.config and again.identity == memory.identity
+    assert isinstance(again.state.k, jax.Array)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    lengths=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    plan=st.lists(st.sampled_from([0, 2, 4, 8]), min_size=1, max_size=4),
+    sink=st.integers(0, 2),
+    placement=st.sampled_from(["interleave", "append"]),
+    tokens=st.booleans(),
+)
+def test_any_memory_survives_and_saves_to_the_same_bytes_again(
+    tmp_path, lengths, plan, sink, placement, tokens
+):
+    beacon = dataclasses.replace(CONFIG.beacon, sink=sink, placement=placement)
+    config = dataclasses.replace(CONFIG, beacon=beacon)
+    memory = random_memory(lengths, config=config, plan=plan, capacity=80)
+    first, second = tmp_path / "first", tmp_path / "second"
+    memory.save(first, tokens=tokens)
+    again = packs.load(first)
+    if not tokens:
+        rows = tuple(row.forget_tokens() for row in memory.rows)
+        memory = dataclasses.replace(memory, rows=rows)
+    assert_same_live(again, memory)
+    if tokens:
+        again.save(second)
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_loaded_memory_is_continued_like_the_one_that_was_saved(path):
+    variables = jax.tree.map(jnp.asarray, random_variables(CONFIG, 0))
+    _, memory = read(CONFIG, variables, [tokens_of(21), tokens_of(12)], (4,))
+    memory.save(path)
+    more = [tokens_of(5, 7), tokens_of(9, 8)]
+    want, _ = read(CONFIG, variables, more, (4,), memory)
+    got, after = read(CONFIG, variables, more, (4,), packs.load(path))
+    np.testing.assert_array_equal(got, want)
+    assert after.slots.tolist() == np.asarray(after.state.slots).tolist()
+
+
+def test_the_manifest_says_what_the_pack_is_of(path):
+    memory = random_memory(RAGGED)
+    memory.save(path)
+    manifest = packs.read_manifest(path)
+    assert manifest["model"]["base"] == "a" * 64
+    assert manifest["model"]["config"]["num_layers"] == CONFIG.num_layers
+    assert manifest["dtype"] == "float32"
+    row = manifest["rows"][0]
+    assert (row["tokens"], row["slots"], row["raw"], row["windows"]) == (37, 10, 5, 4)
+    assert row["entries"] == 10 + 5 + 1  # one beacon behind 4 of the 5 raw tokens
+    same = random_memory((37,), seed=0)
+    same.save(path)
+    assert packs.read_manifest(path)["rows"][0]["text_sha256"] == row["text_sha256"]
+    # Any safetensors reader finds the manifest, without the tensors.
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    assert json.loads(header["__metadata__"]["manifest"])["rows"][0]["slots"] == 10
+
+
+def test_unused_capacity_is_not_stored(path):
+    small, large = random_memory((37,), capacity=40), random_memory((37,), capacity=400)
+    small.save(path)
+    size = path.stat().st_size
+    large.save(path)
+    assert path.stat().st_size == size
+    live = 16 * small.slot_nbytes
+    assert live < size < live + 6000
+
+
+def test_without_tokens_no_ids_are_stored_but_those_of_the_open_window(path):
+    memory = random_memory((37, 16))
+    memory.save(path, tokens=False)
+    again = packs.load(path)
+    assert [row.tokens for row in again.rows] == [None, None]
+    manifest = packs.read_manifest(path)
+    assert not [name for name in manifest["tensors"] if name.startswith("row.tokens")]
+    assert np.asarray(again.state.tokens)[0, 5:].tolist() == [0, 0, 0]
+    assert np.asarray(again.state.tokens)[1].tolist() == [0] * 8
+    with pytest.raises(ValueError, match="tokens were not kept"):
+        again[0].truncate(34)
+
+
+def test_pending_tokens_are_saved_and_needed(path):
+    memory = random_memory((37,)).truncate(35)
+    memory.save(path)
+    again = packs.load(path)
+    assert again.rows[0].pending.tolist() == memory.rows[0].pending.tolist()
+    assert again.lengths.tolist() == [35]
+    with pytest.raises(ValueError, match="3 tokens are still to be fed"):
+        memory.save(path, tokens=False)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_anywhere_is_found(tmp_path, at, bit):
+    path = tmp_path / "a.beacon"
+    if not path.exists():
+        random_memory((13,)).save(path)
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 1 << bit
+    broken = tmp_path / "broken.beacon"
+    broken.write_bytes(data)
+    with pytest.raises(PackError, match=r"broken\.beacon.*(Copy|Give|compress)"):
+        packs.load(broken)
+
+
+def test_every_bit_of_the_header_s_first_bytes_and_end_is_checked(tmp_path):
+    path, broken = tmp_path / "a.beacon", tmp_path / "broken.beacon"
+    random_memory((13,)).save(path)
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    for at in (*range(60), *range(end - 60, end)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[at] ^= 1 << bit
+            broken.write_bytes(changed)
+            with pytest.raises(PackError, match="broken"):
+                packs.load(broken)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(left=st.floats(0, 1, exclude_max=True))
+def test_a_cut_file_is_found(tmp_path, left):
+    path = tmp_path / "a.beacon"
+    if not path.exists():
+        random_memory((13,)).save(path)
+    data = path.read_bytes()
+    broken = tmp_path / "broken.beacon"
+    broken.write_bytes(data[: int(left * len(data))])
+    with pytest.raises(PackError, match=r"broken\.beacon is (truncated|not a beacon)"):
+        packs.load(broken)
+    with pytest.raises(PackError):
+        packs.read_manifest(broken)
+
+
+def test_bytes_behind_the_end_are_found(path):
+    random_memory((13,)).save(path)
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(PackError, match="too long"):
+        packs.load(path)
+
+
+def test_what_is_no_pack_is_said_to_be_none(tmp_path, path):
+    rng = np.random.default_rng(0)
+    for data in (b"", b"{}", b"hello, this is a text", rng.bytes(5000), b"[" * 4000):
+        path.write_bytes(data)
+        with pytest.raises(PackError, match="text.beacon is.* no"):
+            packs.load(path)
+    save_file({"weight": np.zeros(3, np.float32)}, path, {"format": "pt"})
+    with pytest.raises(PackError, match="not a beacon pack.*memory.save wrote"):
+        packs.load(path)
+    with pytest.raises(PackError, match="is a folder"):
+        packs.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="absent.beacon is not there"):
+        packs.load(tmp_path / "absent.beacon")
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"), [("2", "install a newer"), ("0", "compress the text again")]
+)
+def test_another_format_version_is_named_with_what_to_do(path, version, remedy):
+    random_memory((13,)).save(path)
+    data = path.read_bytes()
+    path.write_bytes(
+        data.replace(b'"beacon_pack":"1"', f'"beacon_pack":"{version}"'.encode())
+    )
+    with pytest.raises(PackError, match=f"version {version}, .* reads 1: {remedy}"):
+        packs.load(path)
+
+
+def test_a_config_of_another_library_version_is_named(path, monkeypatch):
+    monkeypatch.setattr("beacon_jax.__version__", "9.0")
+    plain = dataclasses.asdict
+    added = lambda config: plain(config) | {"attention_sinks": 4}
+    monkeypatch.setattr(packs.dataclasses, "asdict", added)
+    random_memory((13,)).save(path)
+    with pytest.raises(PackError, match="beacon_jax 9.0.*attention_sinks.*install"):
+        packs.load(path)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (model(base="c" * 64), "base weights: a{64} in the pack, c{64} in the model"),
+        (model(beacon="c" * 64), "beacon weights: b{64} in the pack, c{64} in the mod"),
+        (model(base=None), "base weights: a{64} in the pack, unknown in the model"),
+        (
+            model(dataclasses.replace(CONFIG, num_kv_heads=4)),
+            "config.num_kv_heads: 2 in the pack, 4 in the model",
+        ),
+        (model(dataclasses.replace(CONFIG, beacon=None)), "config.beacon: Beacon"),
+        (
+            model(
+                dataclasses.replace(
+                    CONFIG, beacon=dataclasses.replace(CONFIG.beacon, sink=1)
+                )
+            ),
+            "config.beacon.sink: 0 in the pack, 1 in the model",
+        ),
+    ],
+)
+def test_another_model_is_refused_saying_what_differs(path, other, message):
+    random_memory((13,)).save(path)
+    with pytest.raises(PackError, match=f"(?s)text.beacon was written by.*{message}"):
+        packs.load(path, other)
+
+
+def test_only_what_differs_is_named_and_other_weights_can_be_allowed(path):
+    random_memory((13,)).save(path)
+    with pytest.raises(PackError, match="allow_other_model=True") as error:
+        packs.load(path, model(beacon="c" * 64))
+    assert "base weights" not in str(error.value)
+    other = model(beacon="c" * 64)
+    assert packs.load(path, other, allow_other_model=True).identity.beacon == "b" * 64
+    wide = model(dataclasses.replace(CONFIG, num_kv_heads=4))
+    with pytest.raises(PackError, match="num_kv_heads"):
+        packs.load(path, wide, allow_other_model=True)
+
+
+def test_ratios_that_a_model_draws_from_and_its_end_tokens_do_not_matter(path):
+    random_memory((13,)).save(path)
+    beacon = dataclasses.replace(CONFIG.beacon, ratios=(8,), ratio_mix="sequence")
+    other = dataclasses.replace(CONFIG, beacon=beacon, eos_ids=(2, 5))
+    assert packs.load(path, model(other)).config == other
+
+
+def test_hashes_are_not_computed_without_a_model_to_compare_with(path):
+    random_memory((13,)).save(path)
+    never = Identity(lambda: pytest.fail("base"), lambda: pytest.fail("beacon"))
+    assert packs.load(path).lengths.tolist() == [13]
+    wide = dataclasses.replace(CONFIG, num_kv_heads=4)
+    with pytest.raises(PackError, match="num_kv_heads"):  # the config is enough
+        packs.load(path, SimpleNamespace(config=wide, identity=never))
+
+
+@pytest.mark.parametrize("stage", ["write", "rename"])
+def test_an_interrupted_save_leaves_the_old_pack_and_nothing_else(
+    path, monkeypatch, stage
+):
+    old = random_memory((13,))
+    old.save(path)
+    before = path.read_bytes()
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    if stage == "write":
+        write = packs.write_safetensors
+
+        def half(target, *args):
+            write(target, *args)
+            os.truncate(target, 100)
+            stop()
+
+        monkeypatch.setattr(packs, "write_safetensors", half)
+    else:
+        monkeypatch.setattr("pathlib.Path.replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        random_memory((30,)).save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+    assert_same_live(packs.load(path), old)
+
+
+def test_a_pack_is_readable_by_those_whom_the_umask_lets(path):
+    mask = os.umask(0o022)
+    try:
+        random_memory((13,)).save(path)
+    finally:
+        os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "spec"),
+    [
+        ((4, 2), (*RAGGED, 8), PartitionSpec(None, "data", None, "tensor", None)),
+        ((1, 2), RAGGED, PartitionSpec(None, None, None, "tensor", None)),
+        (
+            (2, 4),
+            RAGGED,
+            PartitionSpec(None, None, None, None, None),
+        ),  # 3 rows, 2 heads
+        ((8, 1), RAGGED, PartitionSpec(None, None, None, None, None)),
+    ],
+)
+def test_a_pack_is_loaded_onto_any_mesh(path, shape, rows, spec):
+    memory = random_memory(rows, dtype="bfloat16")
+    memory.save(path)
+    devices = np.asarray(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
+    mesh = Mesh(devices, ("data", "tensor"))
+    again = packs.load(path, mesh=mesh)
+    assert again.state.k.sharding.is_equivalent_to(
+        jax.sharding.NamedSharding(mesh, spec), 5
+    )
+    assert len(again.state.slots.sharding.device_set) == devices.size
+    assert_same_live(again, memory)
+    again.save(path)  # and back from there
+    assert_same_live(packs.load(path), memory)
+
+
+class Quantized(flax.struct.PyTreeNode):
+    values: jax.Array
+    scale: jax.Array
+    mean: jax.Array
+
+
+class QuantizedState(MemoryState):
+    @property
+    def capacity(self):
+        return self.k.values.shape[2]
+
+
+def quantized(memory, seed=0):
+    rng = np.random.default_rng(seed)
+    layers, rows, slots, heads, width = memory.state.k.shape
+
+    def buffer():
+        return Quantized(
+            jnp.asarray(rng.integers(-127, 127, memory.state.k.shape), jnp.int8),
+            jnp.asarray(rng.random((layers, rows, heads, slots)), jnp.float32),
+            jnp.asarray(rng.random((layers, rows, heads, width)), jnp.float32),
+        )
+
+    fields = {
+        f.name: getattr(memory.state, f.name) for f in dataclasses.fields(memory.state)
+    }
+    return QuantizedState(**(fields | {"k": buffer(), "v": buffer()}))
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2)])
+def test_leaves_of_an_int8_memory_are_cut_and_put_back(path, monkeypatch, mesh):
+    memory = random_memory((37, 16))
+    memory = dataclasses.replace(memory, state=quantized(memory))
+    memory.save(path)
+    manifest = packs.read_manifest(path)
+    assert manifest["dtype"] == "int8"
+    assert manifest["tensors"]["state.k.values/0"]["shape"] == [2, 16, 2, 8]
+    assert manifest["tensors"]["state.k.scale/1"]["shape"] == [2, 2, 6]
+    make = lambda config, rows, capacity, dtype: quantized(
+        random_memory((1,) * rows, capacity=capacity)
+    )
+    monkeypatch.setattr(leaves, "init_memory", make)
+    if mesh:
+        mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(mesh), ("data", "tensor"))
+    state = packs.load(path, mesh=mesh).state
+    for side in ("k", "v"):
+        a, b = getattr(state, side), getattr(memory.state, side)
+        np.testing.assert_array_equal(a.mean, b.mean)
+        for row, live in enumerate((16, 6)):
+            np.testing.assert_array_equal(
+                np.asarray(a.values)[:, row, :live], np.asarray(b.values)[:, row, :live]
+            )
+            np.testing.assert_array_equal(
+                np.asarray(a.scale)[:, row, :, :live],
+                np.asarray(b.scale)[:, row, :, :live],
+            )
+
+
+def test_the_header_is_what_the_library_would_write(path):
+    random_memory((13,)).save(path)
+    pack = packs._Pack(path)
+    metadata = packs._metadata(json.dumps(pack.manifest, separators=(",", ":")))
+    header = safetensors_header(pack.tensors, metadata)
+    assert path.read_bytes().startswith(header)
+
+
+MEASURE = """
+import re, sys
+from beacon_jax.inference import packs
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+packs.load(sys.argv[1])
+before = status("VmRSS")
+memory = packs.load(sys.argv[2])
+print(memory.nbytes, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak of Linux")
+def test_loading_takes_less_than_twice_the_memory(tmp_path):
+    small, large = tmp_path / "small.beacon", tmp_path / "large.beacon"
+    random_memory((13,)).save(small)
+    wide = dataclasses.replace(CONFIG, head_dim=64, num_kv_heads=4, num_layers=4)
+    random_memory((48_000,), config=wide, plan=(2,), capacity=24_100).save(large)
+    assert large.stat().st_size > 190e6
+    out = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(small), str(large)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded, peak = map(int, out.stdout.split())
+    assert loaded < 1.1 * large.stat().st_size
+    # 1.69: one of two leaves is on the host while it is copied to the device, and of
+    # the file one layer is mapped.
+    assert peak < 1.85 * loaded
