@@ -66,7 +66,7 @@ class TorchModel:
         assert not found, f"{sorted(found)} got no weights"
 
     def first_token(self, tokens: np.ndarray) -> np.ndarray:
-        """The most likely token [B] behind tokens [B, T]; the cache is kept meanwhile."""
+        """The most likely token [B] behind tokens [B, T], with a cache as it goes."""
         with self._torch.inference_mode():
             ids = self._torch.from_numpy(tokens.astype(np.int64))
             out = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -101,5 +101,3 @@ def _empty(config: ModelConfig, dtype: Any) -> Any:
     made = auto.AutoConfig.for_model(hf.pop("model_type"), **hf)
     model = auto.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa")
     return model.to(dtype).eval()
-
-
