@@ -121,7 +121,7 @@ def run(prompt: Prompt, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     ratios = np.asarray([prompt.ratio], np.int32)
     closed = prompt.tokens // prompt.window
-    room = capacity(config, [prompt.ratio] * (closed + 1))
+    room = capacity(config, [prompt.ratio] * max(closed, 1))
     empty = init_memory(config, 1, room, jnp.dtype(DTYPE))
     progress, memory, logits = restore(out / STATE, prompt, empty)
     del empty
@@ -141,7 +141,7 @@ def run(prompt: Prompt, out: Path) -> dict[str, Any]:
         given = (config, variables, memory, tokens, count, ratios)
         dtype = jnp.dtype(DTYPE).type
         begun = time.perf_counter()
-        output, memory = feed(*given, dtype=jnp.dtype(DTYPE).type, donate=True)
+        output, memory = feed(*given, dtype=dtype, donate=True)
         logits = jax.block_until_ready(output.last_logits)
         progress.seconds.append(time.perf_counter() - begun)
         progress.done += len(part)
