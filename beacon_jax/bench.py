@@ -2,6 +2,8 @@
 
 python -m beacon_jax.bench --preset=llama2-7b --lengths=4096,32768,131072 --ratios=4,8 \
   [--parts=parity,kernels,prefill,decode,train | --kernels] --out=DIR
+python -m beacon_jax.bench --preset=qwen2-0.5b --window=1024 --ratios=8 \
+  --lengths=4096,8192,16384 --dtype=float32 --parts=prefill,decode --against=torch
 python -m beacon_jax.bench --plan [--preset=...]     # what chips can reach at best
 python -m beacon_jax.bench --readme=DIR/bench.json   # its tables into README.md
 """
@@ -28,6 +30,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     many("memory", [], "Slots of the kernels' buffer; else 16 windows.")
     many("parts", ["kernels", "prefill", "decode", "train"], "What is measured.")
     switch("kernels", False, "Short for --parts=kernels.")
+    number("window", None, "Of the beacons; else the preset's.")
+    many("against", [], "torch: transformers with the same weights (extra bench).")
     number("repeats", 5, "Samples per figure.")
     choice("dtype", "bfloat16", ["bfloat16", "float32"], "Of all that is measured.")
     text("out", None, "Folder; else benchmarks/DATE-CHIP.")

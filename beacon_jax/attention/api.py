@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from beacon_jax.attention import library
 from beacon_jax.attention.blockwise import LSE, OUT, blockwise
+from beacon_jax.attention.blockwise_cpu import blockwise_cpu
 from beacon_jax.attention.decode import decode_xla
 from beacon_jax.attention.decode_gpu import decode_gpu
 from beacon_jax.attention.decode_tpu import decode_tpu
@@ -21,6 +22,7 @@ from beacon_jax.attention.reference import WEIGHTS, reference
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
     "blockwise": blockwise,
+    "blockwise_cpu": blockwise_cpu,
     "pallas_gpu": pallas_gpu,
     "pallas_tpu": pallas_tpu,
     "decode_gpu": decode_gpu,
@@ -132,4 +134,6 @@ def best(queries: int, slots: int, *, int8: bool = False) -> tuple[str, ...]:
     }.get(platform, ())
     if int8:
         return (*(name for name in names if name in INT8), "decode_xla")
-    return (*names, "reference" if slots <= SMALL else "blockwise")
+    if slots <= SMALL:
+        return (*names, "reference")
+    return (*names, "blockwise_cpu" if platform == "cpu" else "blockwise")

@@ -2,7 +2,8 @@
 
 The online softmax of FlashAttention (arXiv 2205.14135) in plain jax, forward and
 backward. Blocks behind the longest row's last key are neither read nor computed: the
-loop's trip count is data. For CPU, and wherever no kernel takes the arguments.
+loop's trip count is data. For GPU and TPU wherever no kernel takes the arguments; a
+CPU has `blockwise_cpu`, whose backward pass this is.
 """
 
 import functools
@@ -79,7 +80,8 @@ def _attend_fwd(scale, block, q, k, v, prefix, layer):
     return out, (q, k, v, prefix, layer, out, lse)
 
 
-def _attend_bwd(scale, block, residuals, d_out):
+def pull(scale, block, residuals, d_out):
+    """Cotangents of (q, k, v, prefix, layer); residuals: those and out, lse."""
     q, k, v, prefix, layer, out, lse = residuals
     d_q, d_k, d_v = backward(scale, block, q, k, v, prefix, layer, out, lse, d_out)
     if layer is not None:
@@ -87,7 +89,7 @@ def _attend_bwd(scale, block, residuals, d_out):
     return d_q, d_k, d_v, None, None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, pull)
 
 
 def backward(scale, block, q, k, v, prefix, layer, out, lse, d_out):

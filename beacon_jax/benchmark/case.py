@@ -31,6 +31,8 @@ class Settings:
       repeats: samples per row.
       dtype: of weights, activations and memory.
       device: the one that is measured.
+      window: of the beacons, where it is not the preset's.
+      against: other libraries that run the same weights.
     """
 
     preset: str
@@ -43,8 +45,12 @@ class Settings:
     repeats: int
     dtype: str
     device: Any
+    window: int | None = None
+    against: Sequence[str] = ()
 
     def key(self, part: str, **rest: Any) -> Row:
+        if self.window is not None:
+            rest = {"window": self.window, **rest}
         return {"part": part, "preset": self.preset, "dtype": self.dtype, **rest}
 
 

@@ -10,7 +10,7 @@ from beacon_jax.evaluation.report import table
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # Shown per key, in this order; what is not in a key is left out.
 NAMES = ("preset", "way", "implementation", "method", "length", "queries")
-SIZES = ("memory", "live", "batch")
+SIZES = ("memory", "live", "batch", "window")
 
 
 def line(row: Row) -> str:
@@ -113,42 +113,52 @@ def _status(row: Row) -> str:
     return row["status"] + reason.replace("|", "/")
 
 
-def fastest_full(rows: Sequence[Row]) -> dict[tuple[Any, ...], float]:
-    """Seconds of the faster way of full attention, by (part, preset, dtype, length,
-    batch)."""
+def fastest(rows: Sequence[Row], start: str) -> dict[tuple[Any, ...], float]:
+    """Seconds of the fastest method whose name begins so, by (part, preset, window,
+    dtype, length, batch)."""
     best: dict[tuple[Any, ...], float] = {}
     for row in rows:
-        full = row["key"].get("method", "").startswith("full")
-        if full and row["status"] == "ok":
+        if row["key"].get("method", "").startswith(start) and row["status"] == "ok":
             where = _where(row)
             best[where] = min(best.get(where, 1e99), row["seconds"]["median_s"])
     return best
 
 
 def _where(row: Row) -> tuple[Any, ...]:
-    names = ("part", "preset", "dtype", "length", "batch")
+    names = ("part", "preset", "window", "dtype", "length", "batch")
     return tuple(row["key"].get(name) for name in names)
 
 
-def _against_full(row: Row, full: dict[tuple[Any, ...], float]) -> str:
-    top = full.get(_where(row))
+def _against(row: Row, best: dict[tuple[Any, ...], float]) -> str:
+    top = best.get(_where(row))
     return f"{top / row['seconds']['median_s']:.2f}×" if top else "–"
 
 
+def _others(rows: Sequence[Row], part: str) -> dict[str, dict[tuple[Any, ...], float]]:
+    """The columns of what a part is compared with: full attention, and every other
+    library that was measured."""
+    found = (row["key"]["method"] for row in _of(rows, part) if "library" in row)
+    return {name: fastest(rows, name) for name in ("full", *dict.fromkeys(found))}
+
+
+def _model(key: Row) -> str:
+    return key["preset"] + (f", W {key['window']:,}" if "window" in key else "")
+
+
 def _prefill(rows: Sequence[Row], known: dict[str, Row]) -> str:
-    full, lines = fastest_full(rows), []
+    others, lines = _others(rows, "prefill"), []
     found = sorted(_of(rows, "prefill"), key=lambda r: (r["key"]["preset"], *_by(r)))
     for row in found:
         key = row["key"]
-        start = [key["preset"], f"{key['length']:,}", key["method"]]
+        start = [_model(key), f"{key['length']:,}", key["method"]]
         if row["status"] != "ok":
-            lines.append([*start, _status(row), *"–––––––"])
+            lines.append([*start, _status(row), *"––––––", *("–" for _ in others)])
             continue
         lines.append(
             [
                 *start,
                 _seconds(row),
-                _against_full(row, full),
+                *(_against(row, best) for best in others.values()),
                 _share(row, known, "tflops", "tflops"),
                 _bytes(row["kv_bytes"]),
                 _bytes(row["formula_bytes"]),
@@ -157,7 +167,8 @@ def _prefill(rows: Sequence[Row], known: dict[str, Row]) -> str:
                 f"{row['compile_s']:.0f}",
             ]
         )
-    head = ["model", "tokens", "method", "first token", "against full"]
+    head = ["model", "tokens", "method", "first token"]
+    head += [f"against {name}" for name in others]
     head += ["of matmul peak", "KV", "by formula", "compiled", "peak"]
     return _titled("Prefill", [*head, "compile s"], lines)
 
@@ -169,26 +180,27 @@ def _by(row: Row) -> tuple[Any, ...]:
 
 
 def _decode(rows: Sequence[Row], known: dict[str, Row]) -> str:
-    full, lines = fastest_full(rows), []
+    others, lines = _others(rows, "decode"), []
     found = sorted(_of(rows, "decode"), key=lambda r: (r["key"]["preset"], *_by(r)))
     for row in found:
         key = row["key"]
-        start = [key["preset"], f"{key['length']:,}", str(key["batch"]), key["method"]]
+        start = [_model(key), f"{key['length']:,}", str(key["batch"]), key["method"]]
         if row["status"] != "ok":
-            lines.append([*start, _status(row), *"––––"])
+            lines.append([*start, _status(row), *"–––", *("–" for _ in others)])
             continue
         lines.append(
             [
                 *start,
                 f"{row['tokens_per_second']:,.4g}",
                 _seconds(row),
-                _against_full(row, full),
+                *(_against(row, best) for best in others.values()),
                 _share(row, known, "gbs", "bandwidth_gbs"),
                 _bytes(row["kv_bytes"]),
             ]
         )
     head = ["model", "tokens before", "rows", "method", "tokens/s", "a step"]
-    head += ["against full", "of bandwidth", "KV"]
+    head += [f"against {name}" for name in others]
+    head += ["of bandwidth", "KV"]
     return _titled("Decoding", head, lines)
 
 

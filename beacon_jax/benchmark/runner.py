@@ -1,5 +1,6 @@
 """Runs the parts of a benchmark, one row after the other, and writes the results."""
 
+import dataclasses
 import re
 import sys
 import time
@@ -21,7 +22,7 @@ from beacon_jax.benchmark import (
 from beacon_jax.benchmark.case import Case, Settings
 from beacon_jax.benchmark.records import Records, Row, describe, versions
 from beacon_jax.evaluation.runner import integers
-from beacon_jax.model.config import check_ratio
+from beacon_jax.model.config import ModelConfig, check_ratio
 from beacon_jax.model.presets import get_preset
 
 PARTS = {
@@ -42,9 +43,12 @@ def make_settings(options: Any) -> list[Settings]:
     Raises:
       ValueError: a number, preset or ratio that cannot be; names the option.
     """
+    unknown = [name for name in options.against if name not in serving.AGAINST]
+    if unknown:
+        raise ValueError(f"--against has {unknown}: use {', '.join(serving.AGAINST)}.")
     made = []
     for preset in options.preset or ["tiny"]:
-        config = get_preset(preset)
+        config = _with_window(get_preset(preset), options.window)
         window = config.beacon.window if config.beacon else 0
         # The tiny model's positions end at 512.
         lengths = LENGTHS if config.max_position > 512 else ("256", "512")
@@ -63,9 +67,23 @@ def make_settings(options: Any) -> list[Settings]:
                 repeats=integers("repeats", [str(options.repeats)])[0],
                 dtype=options.dtype,
                 device=jax.devices()[0],
+                window=options.window,
+                against=options.against,
             )
         )
     return made
+
+
+def _with_window(config: ModelConfig, window: int | None) -> ModelConfig:
+    if window is None:
+        return config
+    if config.beacon is None or window < 1:
+        raise ValueError(
+            f"--window={window} must be at least 1, of a preset's beacons."
+        )
+    ratios = tuple(r for r in config.beacon.ratios if r == 0 or window % r == 0)
+    beacon = dataclasses.replace(config.beacon, window=window, ratios=ratios)
+    return dataclasses.replace(config, beacon=beacon)
 
 
 def run_all(options: Any, parts: Sequence[str]) -> list[Row]:

@@ -4,14 +4,23 @@ Weights are random and made on the device; the buffer is donated to each call, s
 it exists once. Full attention runs the same decoder without beacons and without what
 compression needs, in chunks of `CHUNK` tokens; on GPU also in one piece with cuDNN's
 causal attention, as inference engines do. The faster of both is what compression has
-to beat.
+to beat. With `against`, the same weights run in another library too (`torch_model`),
+and all methods of a text are timed in turn (`timing.alternately`): a row that is
+missing measures them all again.
+
+Decoding is averaged over the window behind the text's last whole one: the memory is set
+to `STRATA` places evenly spread over the window and to its end, where it is compressed,
+and BLOCK tokens are generated at each. What a token costs is linear in its place, so
+that the mean of evenly spread places is that of the window; the last block counts as
+one of W / BLOCK. A window of less than two blocks is measured by one block as a whole.
 """
 
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +43,13 @@ from beacon_jax.benchmark.sizes import (
     slots_after,
     weight_bytes,
 )
-from beacon_jax.benchmark.timing import Compiled, compile_program, measure
+from beacon_jax.benchmark.timing import (
+    Compiled,
+    Timing,
+    alternately,
+    compile_program,
+)
+from beacon_jax.benchmark.torch_model import TorchModel, library
 from beacon_jax.core.loop import feed_jit
 from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.core.windows import capacity
@@ -44,30 +59,108 @@ from beacon_jax.model import flops
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 
-CHUNK = 8192
+# Tokens at once, where that is faster than 8192: on a CPU they stay in the cache
+# (0.5B, 8192 tokens behind 0: 1.5 s a layer, 1.1 s in chunks of 1024).
+CHUNK = {"cpu": 1024}
 FULL = "full"
 FULL_LIBRARY = "full, library"
+TORCH = "torch"
+AGAINST = (TORCH,)
 # XLA's own attention on a CPU has all scores at once.
 LONGEST_ON_CPU = 2048
+STRATA = 3
+
+
+class Sampler(NamedTuple):
+    """A program, and what runs it once and returns seconds: to the first token, or of
+    one decoded token."""
+
+    program: Compiled
+    sample: Callable[[], float]
+
+
+class Group:
+    """Methods that are timed in turn, when the first of them is asked for."""
+
+    def __init__(self, makers: dict[str, Callable[[], Sampler]], repeats: int):
+        self._makers, self._repeats = makers, repeats
+        self._found: dict[str, tuple[Timing, Compiled] | Exception] = {}
+
+    def measure(self, method: str) -> tuple[Timing, Compiled]:
+        """Raises what making or running the method raised."""
+        if not self._found:
+            self._measure()
+        found = self._found[method]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _measure(self) -> None:
+        made = {}
+        for method, make in self._makers.items():
+            try:
+                made[method] = make()
+            except Exception as error:  # a row of its own, not the end of the others
+                self._found[method] = error
+        times = alternately(
+            {m: sampler.sample for m, sampler in made.items()}, repeats=self._repeats
+        )
+        for method, timing in times.items():
+            self._found[method] = timing, made[method].program
+
+
+class _Held:
+    """What the cases share: weights, the other library's model, the group."""
+
+    def __init__(self, s: Settings):
+        self._s = s
+        self._weights, self._torch, self._group = Latest(), Latest(), Latest()
+
+    def variables(self) -> dict[str, Any]:
+        make = lambda: random_variables(self._s.config, self._s.dtype)
+        return self._weights.get("weights", make)
+
+    def torch(self) -> TorchModel:
+        s, variables = self._s, self.variables()
+        return self._torch.get(
+            "torch", lambda: TorchModel(s.config, variables, s.dtype)
+        )
+
+    def measure(
+        self, method: str, makers: dict[str, Callable[[], Sampler]], *key: Any
+    ) -> tuple[Timing, Compiled]:
+        """In turn with the others of `key`, if there is something to compare with."""
+        if not self._s.against:
+            key, makers = (method, *key), {method: makers[method]}
+        make = lambda: Group(makers, self._s.repeats)
+        return self._group.get(key, make).measure(method)
+
+
+def _methods(s: Settings) -> list[str]:
+    return [f"x{r}" for r in s.ratios] + [FULL, *s.against]
 
 
 def prefill_cases(s: Settings) -> Iterator[Case]:
     """Every length with every ratio and in full, the smallest buffer first: the peak
     of a device's memory never goes down again."""
-    latest, methods = Latest(), [f"x{r}" for r in s.ratios] + [FULL, FULL_LIBRARY]
+    held, methods = _Held(s), [*_methods(s), FULL_LIBRARY]
     rows = [(n, m) for n in s.lengths for m in methods if _applies(s, n, m)]
-    for length, method in sorted(rows, key=lambda x: _slots(s, *x)):
+    # A group is held as long as it is asked for.
+    first = (lambda n, m: n) if s.against else (lambda n, m: 0)
+    for length, method in sorted(rows, key=lambda x: (first(*x), _slots(s, *x))):
         key = s.key("prefill", method=method, length=length)
-        yield Case(key, functools.partial(_prefill, s, latest, length, method))
+        yield Case(key, functools.partial(_prefill, s, held, length, method))
 
 
 def decode_cases(s: Settings) -> Iterator[Case]:
     """Behind every length, with every ratio and in full, for every batch size."""
-    latest, methods = Latest(), [f"x{r}" for r in s.ratios] + [FULL]
-    rows = [(n, m, b) for n in s.lengths for m in methods for b in s.batches]
-    for length, method, batch in sorted(rows, key=lambda x: x[2] * _slots(s, *x[:2])):
+    held, methods = _Held(s), _methods(s)
+    rows = [(n, b, m) for n in s.lengths for m in methods for b in s.batches]
+    first = (lambda n, b, m: (n, b)) if s.against else (lambda n, b, m: (0, 0))
+    size = lambda n, b, m: b * _slots(s, n, m)
+    for length, batch, method in sorted(rows, key=lambda x: (*first(*x), size(*x))):
         key = s.key("decode", method=method, length=length, batch=batch)
-        yield Case(key, functools.partial(_decode, s, latest, length, method, batch))
+        yield Case(key, functools.partial(_decode, s, held, length, method, batch))
 
 
 def _applies(s: Settings, length: int, method: str) -> bool:
@@ -95,10 +188,6 @@ def _room(s: Settings, length: int, method: str) -> int:
     return capacity(s.config, [ratio] * closed)
 
 
-def _variables(s: Settings, latest: Latest) -> dict[str, Any]:
-    return latest.get("weights", lambda: random_variables(s.config, s.dtype))
-
-
 def _kv_bytes(s: Settings) -> int:
     return kv_token_bytes(s.config, jnp.dtype(s.dtype).itemsize)
 
@@ -107,21 +196,12 @@ def _weights(s: Settings) -> int:
     return weight_bytes(s.config, jnp.dtype(s.dtype).itemsize)
 
 
-def _prefill(s: Settings, latest: Latest, length: int, method: str) -> Row:
-    size = jnp.dtype(s.dtype).itemsize
-    ratio, room = _ratio(method), _room(s, length, method)
-    step = _chunk(length, method)
-    if ratio:
-        assert s.config.beacon is not None
-        step = s.config.beacon.window + s.config.beacon.window // ratio
-    buffer = room * _kv_bytes(s)
-    need = _weights(s) + buffer + activation_bytes(s.config, step, size)
-    check_fits(s.device, need)
-    variables, before = _variables(s, latest), peak_bytes(s.device)
-    make = _compressed if ratio else _full
-    program, fresh, run = make(s, variables, length, method)
-    timing = measure(run, prepare=fresh, repeats=s.repeats)
-    if ratio:
+def _prefill(s: Settings, held: _Held, length: int, method: str) -> Row:
+    before = peak_bytes(s.device)
+    methods = [m for m in [*_methods(s), FULL_LIBRARY] if _applies(s, length, m)]
+    makers = {m: functools.partial(_prefiller, s, held, length, m) for m in methods}
+    timing, program = held.measure(method, makers, length)
+    if ratio := _ratio(method):
         spent = flops.prefill(s.config, length, ratio).total
     else:
         spent = flops.full_attention(s.config, length).total
@@ -129,10 +209,49 @@ def _prefill(s: Settings, latest: Latest, length: int, method: str) -> Row:
         "tokens_per_second": length / timing.median_s,
         "model_flops": spent,
         "tflops": spent / timing.median_s / 1e12,
-        "formula_bytes": need,
+        "formula_bytes": _prefill_bytes(s, length, method),
         "kv_bytes": _slots(s, length, method) * _kv_bytes(s),
         "peak_bytes": _risen(s, before),
+        **_named(method),
     }
+
+
+def _named(method: str) -> Row:
+    return {"library": library()} if method == TORCH else {}
+
+
+def _prefill_bytes(s: Settings, length: int, method: str) -> int:
+    size = jnp.dtype(s.dtype).itemsize
+    step = _chunk(s, length, method)
+    if ratio := _ratio(method):
+        assert s.config.beacon is not None
+        step = s.config.beacon.window + s.config.beacon.window // ratio
+    buffer = _room(s, length, method) * _kv_bytes(s)
+    return _weights(s) + buffer + activation_bytes(s.config, step, size)
+
+
+def _prefiller(s: Settings, held: _Held, length: int, method: str) -> Sampler:
+    check_fits(s.device, _prefill_bytes(s, length, method))
+    if method == TORCH:
+        model, tokens = held.torch(), _tokens(s, length)
+        return Sampler(_EAGER, lambda: _seconds(lambda: model.first_token(tokens)))
+    make = _compressed if _ratio(method) else _full
+    program, fresh, run = make(s, held.variables(), length, method)
+
+    def sample() -> float:
+        empty = jax.block_until_ready(fresh())
+        return _seconds(lambda: run(empty))
+
+    return Sampler(program, sample)
+
+
+_EAGER = Compiled(None, 0.0, None)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
 
 
 def _risen(s: Settings, before: int | None) -> int | None:
@@ -193,15 +312,15 @@ def _compressed(s: Settings, variables, length: int, method: str) -> Made:
     return program, fresh, run
 
 
-def _chunk(length: int, method: str) -> int:
-    fits = method == FULL and length % CHUNK == 0
-    return CHUNK if fits else length
+def _chunk(s: Settings, length: int, method: str) -> int:
+    chunk = CHUNK.get(s.device.platform, 8192)
+    return chunk if method == FULL and length % chunk == 0 else length
 
 
 def _full(s: Settings, variables, length: int, method: str) -> Made:
     """As `_compressed`, with every entry kept."""
     c, dtype = dataclasses.replace(s.config, beacon=None), jnp.dtype(s.dtype)
-    size = _chunk(length, method)
+    size = _chunk(s, length, method)
     name = FULL_LIBRARY if method == FULL_LIBRARY else None
     model = Decoder(c, Layout(1, size, 0), (), dtype.type, name)
     shape = (c.num_layers, 1, length, c.num_kv_heads, c.head_dim)
@@ -251,26 +370,104 @@ def _library(platform: str):
         del IMPLEMENTATIONS[FULL_LIBRARY]
 
 
-def _decode(s: Settings, latest: Latest, length: int, method: str, batch: int) -> Row:
-    """`BLOCK` greedy tokens per call, by the loop that `generate` runs."""
-    c, dtype = s.config, jnp.dtype(s.dtype)
-    ratio, new = _ratio(method), BLOCK * (s.repeats + 1)
+def _decode(s: Settings, held: _Held, length: int, method: str, batch: int) -> Row:
+    """Greedy tokens by the loop that `generate` runs, `BLOCK` per call."""
+    c, before = s.config, peak_bytes(s.device)
     assert c.beacon is not None
-    windows = (length + new) // c.beacon.window + 1
-    room = length + new if not ratio else _room(s, length + new, method)
-    if not ratio:  # and the open window's room, as `check_capacity` asks
-        room += c.beacon.window
-    need = _weights(s) + batch * room * _kv_bytes(s)
-    check_fits(s.device, need)
-    variables, before = _variables(s, latest), peak_bytes(s.device)
-    memory = _filled(s, length, ratio, batch, room)
+    makers = {
+        m: functools.partial(_decoder, s, held, length, m, batch) for m in _methods(s)
+    }
+    timing, program = held.measure(method, makers, length, batch)
+    ratio, window = _ratio(method), c.beacon.window
+    entries = entries_after(c, length - length % window + window // 2, ratio)
+    read = decode_bytes(c, batch, entries, ratio, jnp.dtype(s.dtype).itemsize)
+    return timed(timing, program) | {
+        "tokens_per_second": batch / timing.median_s,
+        "read_bytes": read,
+        "gbs": read / timing.median_s / 1e9,
+        "formula_bytes": _decode_needs(s, length, method, batch),
+        "kv_bytes": batch * entries * _kv_bytes(s),
+        "peak_bytes": _risen(s, before),
+        **_named(method),
+    }
+
+
+def _decode_room(s: Settings, length: int, method: str) -> int:
+    """Slots for the text and one window more, or one block if that is longer."""
+    assert s.config.beacon is not None
+    window = s.config.beacon.window
+    more = length + max(window, BLOCK)
+    # In full also the open window's room, as `check_capacity` asks.
+    return _room(s, more, method) if _ratio(method) else more + window
+
+
+def _decode_needs(s: Settings, length: int, method: str, batch: int) -> int:
+    return _weights(s) + batch * _decode_room(s, length, method) * _kv_bytes(s)
+
+
+def places(window: int) -> dict[int, float]:
+    """Raw tokens of the open window that a measured block starts behind, and the
+    block's share in the mean of the window."""
+    blocks = window // BLOCK
+    if window % BLOCK or blocks < 2:
+        return {0: 1.0}
+    strata = min(STRATA, blocks - 1)
+    share = (blocks - 1) / blocks / strata
+    spread = [(2 * i + 1) * (blocks - 1) // (2 * strata) for i in range(strata)]
+    return {BLOCK * i: share for i in spread} | {BLOCK * (blocks - 1): 1 / blocks}
+
+
+def _decoder(s: Settings, held: _Held, length: int, method: str, batch: int) -> Sampler:
+    check_fits(s.device, _decode_needs(s, length, method, batch))
+    if method == TORCH:
+        return _torch_decoder(s, held, length, batch)
+    c, ratio, variables = s.config, _ratio(method), held.variables()
+    assert c.beacon is not None
+    window, closed = c.beacon.window, length // c.beacon.window
+    memory = _filled(s, length, ratio, batch, _decode_room(s, length, method))
+    program, run = _block(s, variables, memory, ratio, closed + BLOCK // window + 2)
+    start = dataclasses.replace(memory, k=None, v=None)  # copied: they get donated
+    start = jax.tree.map(np.asarray, start)
+    state = [memory.k, memory.v, jnp.zeros((batch, c.vocab_size), jnp.float32)]
+    del memory
+
+    def sample() -> float:
+        mean = 0.0
+        for raw, share in places(window).items():
+            k, v, logits = state
+            raws = np.full_like(start.raw, raw)
+            there = jax.tree.map(jnp.asarray, start.replace(raw=raws))
+            there = jax.block_until_ready(there.replace(k=k, v=v))
+            begun = time.perf_counter()
+            loop, after = jax.block_until_ready(run(there, logits))
+            mean += share * (time.perf_counter() - begun) / BLOCK
+            state[:] = after.k, after.v, loop.logits
+        return mean
+
+    return Sampler(program, sample)
+
+
+def _torch_decoder(s: Settings, held: _Held, length: int, batch: int) -> Sampler:
+    """In the middle of the window."""
+    assert s.config.beacon is not None
+    window, model = s.config.beacon.window, held.torch()
+    middle = length - length % window + max((window - BLOCK) // 2, 0)
+    cache = model.cache(batch, middle)
+    decode = lambda: model.decode(cache, batch, BLOCK)
+    return Sampler(_EAGER, lambda: _seconds(decode) / BLOCK)
+
+
+def _block(
+    s: Settings, variables: Any, memory: MemoryState, ratio: int, windows: int
+) -> tuple[Compiled, Callable[..., Any]]:
+    """The program of a block, and (memory, logits) -> (loop, memory)."""
+    c, batch = s.config, memory.rows
     plan = jnp.full((windows,), ratio, jnp.int32)
-    logits = jnp.zeros((batch, c.vocab_size), jnp.float32)
     sampling, rows = make_sampling().for_rows(batch), jnp.ones((batch,), bool)
     limits = jnp.full((batch,), 2**30, jnp.int32)  # every row goes on
 
     def block(variables, memory, logits):
-        return decode_block(
+        _, loop, memory = decode_block(
             c,
             variables,
             memory,
@@ -283,27 +480,11 @@ def _decode(s: Settings, latest: Latest, length: int, method: str, batch: int) -
             eos_ids=(-1,),  # never drawn
             static=(ratio,),
         )
+        return loop, memory
 
+    logits = jax.ShapeDtypeStruct((batch, c.vocab_size), jnp.float32)
     program = compile_program(block, variables, memory, logits, donate=[1])
-    state = [memory, logits]
-    del memory
-
-    def call():
-        _, loop, state[0] = program.run(variables, *state)
-        state[1] = loop.logits
-        return state[1], state[0].raw
-
-    timing = measure(call, repeats=s.repeats).scaled(1 / BLOCK)
-    entries = entries_after(c, length + new // 2, ratio)
-    read = decode_bytes(c, batch, entries, ratio, dtype.itemsize)
-    return timed(timing, program) | {
-        "tokens_per_second": batch / timing.median_s,
-        "read_bytes": read,
-        "gbs": read / timing.median_s / 1e9,
-        "formula_bytes": need,
-        "kv_bytes": batch * entries * _kv_bytes(s),
-        "peak_bytes": _risen(s, before),
-    }
+    return program, lambda memory, logits: program.run(variables, memory, logits)
 
 
 def _filled(s: Settings, length: int, ratio: int, batch: int, room: int) -> MemoryState:

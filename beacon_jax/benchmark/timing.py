@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ import jax
 # and the launch can tell.
 SAMPLE_SECONDS = 0.02
 MOST_CALLS = 100
+# What lasts so long does not feel that it is the first call.
+LONG_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,3 +119,26 @@ def measure_queued(
 def _summary(samples: list[float], calls: int = 1) -> Timing:
     median = statistics.median(samples)
     return Timing(median, min(samples), max(samples), len(samples), calls)
+
+
+def alternately(
+    samplers: Mapping[str, Callable[[], float]], *, repeats: int = 5
+) -> dict[str, Timing]:
+    """Times several things in turn, one sample of each and again from the first, so
+    that whatever else the machine does meets all of them alike.
+
+    Args:
+      samplers: by name; each measures once and returns the seconds.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    for name, sample in samplers.items():
+        # A warm-up, which what lasts long does not need: it counts.
+        start = time.perf_counter()
+        seconds = sample()
+        if time.perf_counter() - start > LONG_SECONDS:
+            samples[name].append(seconds)
+    while any(len(found) < repeats for found in samples.values()):
+        for name, sample in samplers.items():
+            if len(samples[name]) < repeats:
+                samples[name].append(sample())
+    return {name: _summary(found) for name, found in samples.items()}

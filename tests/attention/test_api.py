@@ -31,7 +31,7 @@ def tracing_for(platform, kind):
 
 def test_the_device_that_is_traced_for_decides():
     assert best(4, 64) == ("reference",)
-    assert best(4, 4096) == ("blockwise",)
+    assert best(4, 4096) == ("blockwise_cpu",)
     with tracing_for("gpu", "NVIDIA A100-SXM4-80GB"):
         assert best(1536, 17920) == ("decode_gpu", "pallas_gpu", "blockwise")
     with tracing_for("gpu", "NVIDIA H200"):

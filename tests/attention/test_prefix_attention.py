@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from beacon_jax.attention.blockwise import blockwise
+from beacon_jax.attention.blockwise_cpu import blockwise_cpu
 from beacon_jax.attention.decode_gpu import decode_gpu
 from beacon_jax.attention.decode_tpu import decode_tpu
 from beacon_jax.attention.gpu_blocks import Block, Blocks
@@ -27,6 +28,8 @@ SMALL = Blocks(Block(32, 16, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1))
 IMPLEMENTATIONS = {
     "reference": reference,
     "blockwise": functools.partial(blockwise, block=16),
+    # In tiles of 8 queries, and as one matrix where queries are few.
+    "blockwise_cpu": functools.partial(blockwise_cpu, rows=48, block=16, few=16),
     # What cuDNN is given, computed by XLA: it needs a GPU.
     "cudnn": functools.partial(cudnn, backend="xla"),
     "pallas_gpu": functools.partial(pallas_gpu, blocks=SMALL, interpret=True),

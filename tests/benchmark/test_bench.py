@@ -235,7 +235,7 @@ def test_full_attention_in_chunks_is_the_same_text(monkeypatch):
     variables = devices.random_variables(NANO, "float32")
     tokens = []
     for chunk in (7, 21):
-        monkeypatch.setattr(serving, "CHUNK", chunk)
+        monkeypatch.setitem(serving.CHUNK, "cpu", chunk)
         _, fresh, run = serving._full(s, variables, 21, serving.FULL)
         tokens.append(int(run(fresh())[0][0]))
     assert tokens[0] == tokens[1]
