@@ -97,7 +97,8 @@ def sections(rows: Sequence[Row]) -> list[str]:
 def _peaks(known: dict[str, Row]) -> str:
     return "\n".join(
         f"Measured in the same run, {dtype}: matrix product of {row['matmul']} squared "
-        f"{_flops(row['tflops'])}, copy {row['bandwidth_gbs']:.4g} GB/s."
+        f"{_flops(row['tflops'])}, copy of {_bytes(row['copied_bytes'])} "
+        f"{row['bandwidth_gbs']:.4g} GB/s (what fits into a cache can be faster)."
         for dtype, row in known.items()
     )
 
