@@ -281,7 +281,7 @@ def readme_text(content: dict[str, Any], source: str) -> str:
     commit = (run["commit"] or "unknown")[:12]
     intro = (
         f"{run['device']}, jax {run['jax']}, commit {commit}: medians [least, most], "
-        f"compilation apart ([raw figures]({source}))."
+        f"compilation apart ([raw figures]({source}), plots beside them)."
     )
     return "\n\n".join([intro, *map(_folded, sections(content["rows"]))])
 
