@@ -53,6 +53,7 @@ class Case:
     target: a file of `targets` without .txtpb (8 GPUs), or a TPU topology.
     slots: memory slots per row; 0: what the lowest ratio needs in every window.
     budget: GiB per device that the peak must not exceed; 0: no budget.
+    attention: its implementation; "": the chip's kernels.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Case:
     budget: float = 0.0
     remat: str = "lean-layer"
     offload: bool = False
+    attention: str = ""
 
 
 CASES = {
@@ -89,6 +91,14 @@ CASES = {
     "llama2-7b-4k-v5e": Case("llama2-7b", "v5e:2x4", 4096),
     "llama2-7b-8k-x2-v5e": Case("llama2-7b", "v5e:2x4", 8192, ratios=(2,)),
     "qwen2-7b-8k-x2-v5e": Case("qwen2-7b", "v5e:2x4", 8192, ratios=(2,)),
+}
+# What the kernels save: the same steps with attention in XLA.
+CASES |= {
+    f"{name}-{attention}": dataclasses.replace(
+        CASES[name], attention=attention, budget=0.0
+    )
+    for name in ("llama2-7b-20k-a100", "qwen2-7b-20k-a100", "llama2-7b-128k-x8-a100")
+    for attention in ("blockwise", "reference")
 }
 
 
@@ -117,6 +127,7 @@ def abstract_step(case: Case) -> tuple[Any, tuple[Any, ...], float]:
     config = default_config()
     config.dtype = "bfloat16"
     config.memory_slots, config.offload = case.slots, case.offload
+    config.attention = case.attention
     for name, size in zip(("data", "fsdp", "tensor"), case.mesh, strict=True):
         config.mesh[name] = size
     rows = case.mesh[0] * case.mesh[1]

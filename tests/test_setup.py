@@ -1,8 +1,11 @@
-"""The interpreter finder, with fake interpreters in a PATH and a HOME of its own."""
+"""The interpreter finder, with fake interpreters in a PATH and a HOME of its own; and
+the extras that users are told to install."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,16 @@ def test_a_python_that_cannot_make_an_environment_is_passed_over(find, tmp_path)
     assert find().stdout.strip() == path
     Path(path).unlink()
     assert f"{bare}: ModuleNotFoundError: import of ensurepip" in find().stderr
+
+
+def test_every_extra_that_a_user_is_told_to_install_is_there():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = ("beacon_jax", "benchmarks", "launch", "configs")
+    files = [f for name in folders for f in (root / name).rglob("*.*") if f.is_file()]
+    texts = [f.read_text("utf-8") for f in files if f.suffix in (".py", ".sh")]
+    texts.append((root / "README.md").read_text(encoding="utf-8"))
+    told = [re.findall(r"beacon_jax\[([a-z0-9,]+)\]", text) for text in texts]
+    named = {extra for found in told for group in found for extra in group.split(",")}
+    assert {"aot", "tokamax"} <= named
+    assert named <= set(project["project"]["optional-dependencies"])

@@ -90,18 +90,20 @@ def tokamax(
     queries=None,
     backend: str = "mosaic_gpu",
 ):
-    """See `api.prefix_attention`: tokamax's attention, row by row.
+    """See `api.prefix_attention`: tokamax's attention (0.0.17), row by row.
 
     backend: its implementation; "xla" has no limits.
 
     Raises:
-      NotImplementedError: tokamax is not installed; the program is not for a Hopper
-        GPU; q is not of two bytes; or what tokamax itself refuses.
+      NotImplementedError: tokamax is not installed (the extra `tokamax` brings it); the
+        program is not for a Hopper GPU; q is not of two bytes; or what tokamax itself
+        refuses, such as a program for another device than the default one.
     """
     try:
         library = importlib.import_module("tokamax")
     except ImportError as error:
-        raise NotImplementedError("tokamax is not installed.") from error
+        install = 'pip install "beacon_jax[tokamax]"'
+        raise NotImplementedError(f"not installed here: {install}.") from error
     if backend == "mosaic_gpu":
         if not any(chip in target().kind for chip in HOPPER):
             raise NotImplementedError(f"device {target().kind}: tokamax needs Hopper.")

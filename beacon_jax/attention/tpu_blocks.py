@@ -19,7 +19,7 @@ class Blocks(NamedTuple):
 
     queries, keys: rows of all heads of a block together; fewer heads, longer blocks.
     vmem: bytes a kernel may use of a core's vector memory: compiled for 7B shapes they
-      take 11 MiB on v4, 17 on v5e, 20 on v5p and 31 on v6e.
+      take 11 MiB on v4, 18 on v5e, 20 on v5p and 32 on v6e.
     scores: of all heads that one pass of an inner loop computes. It is unrolled: twice
       as many compile for more than twice as long (four heads of 1024 x 1024: 100 s).
     """

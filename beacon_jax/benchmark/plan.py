@@ -40,7 +40,7 @@ CHIPS = (
     "TPU v5p",
     "TPU v6e",
 )
-PRESETS = ("llama2-7b", "qwen2-7b", "llama3-8b", "qwen2-72b")
+PRESETS = ("llama2-7b", "qwen2-7b", "llama3-8b", "llama2-70b", "qwen2-72b")
 LENGTHS = (4096, 32768, 131072, 524288, 1048576)
 RATIOS = (2, 4, 8, 16, 32)
 CHUNK = 8192
@@ -193,9 +193,9 @@ def _preset(preset: str, rows: list[dict[str, Any]], chips: list[str]) -> str:
             [
                 f"{row['length']:,}",
                 f"x{row['ratio']}" if row["ratio"] else "full",
-                f"{row['flops'] / 1e15:.3g}",
+                _three(row["flops"] / 1e15),
                 f"{full[row['length']] / row['flops']:.2f}",
-                f"{row['kv_bytes'] / GIB:.3g}",
+                _three(row["kv_bytes"] / GIB),
                 f"{row['moved_bytes'] / GIB:,.0f}",
                 f"{row['held_bytes'] / GIB:.1f}",
                 *(_cell(**r) for r in roofs),
@@ -205,9 +205,14 @@ def _preset(preset: str, rows: list[dict[str, Any]], chips: list[str]) -> str:
     return f"{preset}\n\n{table([*head, *chips], lines)}"
 
 
+def _three(value: float) -> str:
+    """Three digits, or all before the point: 1,585 and not 1.58e+03."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
 def _cell(chips: int, prefill_s: float, token_s: float) -> str:
     many = f"{chips}×: " if chips > 1 else ""
-    return f"{many}{prefill_s:.3g} s, {token_s * 1e3:.3g} ms"
+    return f"{many}{_three(prefill_s)} s, {_three(token_s * 1e3)} ms"
 
 
 def _break_even(even: dict[str, dict[int, int | None]]) -> str:

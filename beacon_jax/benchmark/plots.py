@@ -5,12 +5,30 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from beacon_jax.attention import IMPLEMENTATIONS
+from beacon_jax.benchmark.kernels import DEFAULT, INT8_MEMORY, LIBRARY
 from beacon_jax.benchmark.records import Row
 from beacon_jax.benchmark.report import peaks
+from beacon_jax.benchmark.serving import FULL, FULL_LIBRARY
 
 DPI = 120
 Point = tuple[float, float, float, float]  # x, median, least, most
+# One look per name in every panel. What compression or our kernels are measured
+# against is black; `default` is one of the others, and drawn open on top of it.
+FIXED = {
+    FULL: {"color": "black", "marker": "o"},
+    FULL_LIBRARY: {"color": "black", "marker": "s", "linestyle": "--"},
+    LIBRARY: {"color": "black", "marker": "s", "linestyle": "--"},
+    DEFAULT: {
+        "color": "tab:green",
+        "marker": "D",
+        "markersize": 8,
+        "markerfacecolor": "none",
+        "linestyle": ":",
+    },
+}
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
@@ -35,7 +53,8 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
 def _panels(count: int, width: int = 3) -> tuple[Figure, list[Any]]:
     columns = min(count, width)
     lines = -(-count // columns)
-    size = (4.6 * columns, 3.6 * lines)
+    # One panel leaves no room for a legend below it.
+    size = (max(4.6 * columns, 6), 3.4 * lines + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for unused in axes[count:]:
@@ -51,26 +70,62 @@ def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]
     return found
 
 
+def _style(value: str) -> dict[str, Any]:
+    name = value.removesuffix(INT8_MEMORY)
+    int8 = {"linestyle": "-.", "marker": "^"} if name != value else {}
+    if name in FIXED:
+        return FIXED[name] | int8
+    names = [n for n in IMPLEMENTATIONS if n not in FIXED]
+    if name in names:
+        # C2 is the green of `default`.
+        place = names.index(name)
+        return {"color": f"C{place + (place > 1)}", "marker": "o"} | int8
+    if name[:1] == "x" and name[1:].isdigit():
+        return {"color": f"C{int(name[1:]).bit_length() - 1}", "marker": "o"}
+    return {"marker": "o"}
+
+
 def _lines(panel: Any, rows: Sequence[Row], name: str, point: Callable[[Row], Point]):
-    """A line with its spread per value of `name`; what full attention does is black."""
+    """A line with its spread per value of `name`."""
     for (value,), group in _groups(rows, name).items():
         x, middle, low, high = zip(*sorted(map(point, group)), strict=True)
-        black = str(value).startswith(("full", "library"))
-        style = {"color": "black", "linestyle": "--"} if black else {}
-        (drawn,) = panel.plot(x, middle, marker="o", label=str(value), **style)
-        panel.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15)
+        (drawn,) = panel.plot(x, middle, label=str(value), **_style(str(value)))
+        panel.fill_between(x, low, high, color=drawn.get_color(), alpha=0.12)
 
 
 def _level(panel: Any, value: float, text: str) -> None:
-    panel.axhline(value, color="grey", linewidth=1, linestyle=":")
-    panel.annotate(
-        text,
-        (0.01, value),
-        xycoords=("axes fraction", "data"),
-        fontsize=7,
-        color="grey",
-        va="bottom",
+    panel.axhline(value, color="grey", linewidth=1.5, linestyle=(0, (1, 1)), label=text)
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    """One for all panels, below them: inside it would hide lines."""
+    found = {}
+    for panel in figure.axes:
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, line)
+    ratio = lambda label: int(label[1:]) if label[1:].isdigit() else 0
+    labels = sorted(found, key=ratio)  # else as they were drawn
+    figure.legend(
+        [found[label] for label in labels],
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=8,
     )
+
+
+def _log_y(panel: Any) -> None:
+    """1, 2, 5, 10, ... in digits."""
+    panel.grid(alpha=0.2)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
+
+
+def _flops(rates: Sequence[float]) -> tuple[float, str]:
+    """FLOP/s per unit, and the unit that fits the largest of these rates."""
+    return (1e9, "GFLOP/s") if max(rates) < 1e12 else (1e12, "TFLOP/s")
 
 
 def _rate(row: Row, amount: float) -> tuple[float, float, float]:
@@ -84,11 +139,12 @@ def _kernels(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
     """Time and rate side by side: time has to fall with the live slots."""
     groups = _groups(rows, "way", "queries", "memory", "batch", "preset", "dtype")
     figure, panels = _panels(2 * len(groups), width=4)
+    per_flop, unit = _flops([1e12 * row["tflops"] for row in (*rows, *top.values())])
     pairs = zip(panels[::2], panels[1::2], strict=False)
     for (left, right), (key, group) in zip(pairs, groups.items(), strict=False):
         way, queries, memory, batch, preset, dtype = key
         decode = way == "decode"
-        name, scale = ("read_bytes", 1e9) if decode else ("useful_flops", 1e12)
+        name, scale = ("read_bytes", 1e9) if decode else ("useful_flops", per_flop)
 
         def spent(row: Row) -> Point:
             t = row["seconds"]
@@ -101,18 +157,19 @@ def _kernels(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
         _lines(left, group, "implementation", spent)
         _lines(right, group, "implementation", reached)
         if dtype in top:
-            field = "bandwidth_gbs" if decode else "tflops"
-            text = "measured copy" if decode else "measured matmul"
-            _level(right, top[dtype][field], text)
+            peak = top[dtype]["bandwidth_gbs" if decode else "tflops"]
+            _level(right, peak if decode else peak * 1e12 / per_flop, "measured peak")
         left.set_ylabel("time, µs")
-        right.set_ylabel("GB/s" if decode else "useful TFLOP/s")
+        right.set_ylabel("GB/s" if decode else f"useful {unit}")
         for panel in (left, right):
-            panel.set_yscale("log")
+            _log_y(panel)
             panel.set_title(
                 f"{preset} {way}, {batch} × {queries} on {memory:,} slots", fontsize=9
             )
             panel.set_xlabel("live slots")
-        left.legend(fontsize=7)
+            lives = sorted({row["key"]["live"] for row in group})
+            panel.set_xticks(lives, [f"{n:,}" for n in lives], fontsize=8)
+    _legend(figure, 8)
     return figure
 
 
@@ -128,11 +185,11 @@ def _prefill(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
 
         _lines(panel, group, "method", point)
         _log2(panel, sorted({row["key"]["length"] for row in group}))
-        panel.set_yscale("log")
+        _log_y(panel)
         panel.set_title(f"{preset}, {dtype}", fontsize=9)
         panel.set_xlabel("tokens")
         panel.set_ylabel("time to first token, s")
-        panel.legend(fontsize=7)
+    _legend(figure, 6)
     return figure
 
 
@@ -154,24 +211,26 @@ def _decode(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
         panel.set_xlabel("rows")
         panel.set_ylabel("tokens/s")
         panel.set_ylim(bottom=0)
-        panel.legend(fontsize=7)
+    _legend(figure, 6)
     return figure
 
 
 def _train(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
     figure, (panel,) = _panels(1)
+    per_flop, unit = _flops([1e12 * row["tflops"] for row in (*rows, *top.values())])
 
     def point(row: Row) -> Point:
-        return row["key"]["length"], *_rate(row, row["model_flops"] / 1e12)
+        return row["key"]["length"], *_rate(row, row["model_flops"] / per_flop)
 
     _lines(panel, rows, "preset", point)
-    for dtype in {row["key"]["dtype"] for row in rows} & set(top):
-        _level(panel, top[dtype]["tflops"], "measured matmul")
+    for dtype in sorted({row["key"]["dtype"] for row in rows} & set(top)):
+        peak = top[dtype]["tflops"] * 1e12 / per_flop
+        _level(panel, peak, f"measured matrix product, {dtype}")
     _log2(panel, sorted({row["key"]["length"] for row in rows}))
     panel.set_xlabel("tokens")
-    panel.set_ylabel("model TFLOP/s of a step")
+    panel.set_ylabel(f"model {unit} of a step")
     panel.set_ylim(bottom=0)
-    panel.legend(fontsize=7)
+    _legend(figure, 4)
     return figure
 
 

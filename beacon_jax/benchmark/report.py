@@ -22,7 +22,7 @@ def line(row: Row) -> str:
     if row["status"] != "ok":
         return f"{text}: {row['status']}: {row['reason']}"
     if key["part"] == "peaks":
-        return f"{text}: {row['tflops']:.4g} TFLOP/s, {row['bandwidth_gbs']:.4g} GB/s"
+        return f"{text}: {_flops(row['tflops'])}, {row['bandwidth_gbs']:.4g} GB/s"
     if key["part"] == "parity":
         return f"{text} {key['dtype']}: {_error(row)}"
     return f"{text}: {_seconds(row)}, {_rate(row)}"
@@ -53,7 +53,12 @@ def _rate(row: Row) -> str:
         rate = f"{row['gbs']:.3g} GB/s"
         tokens = row.get("tokens_per_second")
         return f"{tokens:,.4g} tokens/s, {rate}" if tokens else rate
-    return f"{row['tflops']:.3g} TFLOP/s"
+    return _flops(row["tflops"])
+
+
+def _flops(tflops: float) -> str:
+    """In the unit that fits: a CPU has 0.1 TFLOP/s."""
+    return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.3g} GFLOP/s"
 
 
 def _of(rows: Sequence[Row], part: str) -> list[Row]:
@@ -92,7 +97,8 @@ def sections(rows: Sequence[Row]) -> list[str]:
 def _peaks(known: dict[str, Row]) -> str:
     return "\n".join(
         f"Measured in the same run, {dtype}: matrix product of {row['matmul']} squared "
-        f"{row['tflops']:.4g} TFLOP/s, copy {row['bandwidth_gbs']:.4g} GB/s."
+        f"{_flops(row['tflops'])}, copy of {_bytes(row['copied_bytes'])} "
+        f"{row['bandwidth_gbs']:.4g} GB/s (what fits into a cache can be faster)."
         for dtype, row in known.items()
     )
 
@@ -240,8 +246,8 @@ def _kernels(rows: Sequence[Row], known: dict[str, Row]) -> str:
     for name, found in groups.items():
         preset, _, way, batch, queries, memory, implementation = name
         if all(row["status"] == "refused" for row in found):
-            reason = f"{implementation}: {found[0]['reason']}"
-            refusals.setdefault(reason, {})[way] = None
+            why = f"{implementation}: {_why(found[0]['reason'], implementation)}"
+            refusals.setdefault(why, {})[way] = None
             continue
         cells = [_kernel_cell(row, known) for row in found]
         lines.append(
@@ -255,14 +261,21 @@ def _kernels(rows: Sequence[Row], known: dict[str, Row]) -> str:
     return "\n".join([text, "\nRefused:\n", *refused] if refused else [text])
 
 
+def _why(reason: str, implementation: str) -> str:
+    """Without what was asked for, which stands in front of it already."""
+    name = implementation.removesuffix(", int8 memory")
+    asked = f"implementation='{name}'"
+    return reason.removeprefix(f"{asked}: {name}: ").removeprefix(f"{asked} ")
+
+
 def _kernel_cell(row: Row, known: dict[str, Row]) -> str:
     if row["status"] != "ok":
         return row["status"]
-    rate, peak, unit = "tflops", "tflops", "TFLOP/s"
+    names = ("tflops", "tflops")
     if row["key"]["way"] == "decode":
-        rate, peak, unit = "gbs", "bandwidth_gbs", "GB/s"
-    share = _share(row, known, rate, peak)
-    return f"{_seconds(row).split(' [')[0]}, {row[rate]:.3g} {unit}, {share}"
+        names = ("gbs", "bandwidth_gbs")
+    share = _share(row, known, *names)
+    return f"{_seconds(row).split(' [')[0]}, {_rate(row)}, {share}"
 
 
 def _titled(title: str, head: list[str], lines: list[list[str]]) -> str:
@@ -280,9 +293,19 @@ def readme_text(content: dict[str, Any], source: str) -> str:
     commit = (run["commit"] or "unknown")[:12]
     intro = (
         f"{run['device']}, jax {run['jax']}, commit {commit}: medians [least, most], "
-        f"compilation apart ([raw figures]({source}))."
+        f"compilation apart ([raw figures]({source}), plots beside them)."
     )
-    return "\n\n".join([intro, *sections(content["rows"])])
+    return "\n\n".join([intro, *map(_folded, sections(content["rows"]))])
+
+
+def _folded(section: str) -> str:
+    """The long table of the kernels is shown when it is asked for."""
+    title = "**Attention**"
+    if not section.startswith(title):
+        return section
+    summary = "<summary>Attention alone: every implementation, shape and fill</summary>"
+    rest = section.removeprefix(title).strip()
+    return f"<details>{summary}\n\n{rest}\n\n</details>"
 
 
 def update_readme(readme: Path, text: str) -> None:

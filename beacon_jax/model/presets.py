@@ -23,6 +23,7 @@ PARAMETERS = {
     "qwen2-72b": 72_706_203_648,
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
     "llama3-8b": 8_030_261_248,
     "mistral-7b": 7_241_732_096,
 }
@@ -30,7 +31,9 @@ PARAMETERS = {
 _RATIOS = (2, 4, 8, 16, 32)
 
 
-def _llama2(hidden: int, mlp: int, layers: int, heads: int) -> ModelConfig:
+def _llama2(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int
+) -> ModelConfig:
     return ModelConfig(
         family="llama",
         vocab_size=32000,
@@ -38,7 +41,7 @@ def _llama2(hidden: int, mlp: int, layers: int, heads: int) -> ModelConfig:
         intermediate_size=mlp,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=128,
         max_position=4096,
         rms_norm_eps=1e-5,
@@ -99,8 +102,9 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen2-1.5b": _qwen2(1536, 8960, 28, 12, 2, vocab=151936, tie=True),
     "qwen2-7b": _qwen2(3584, 18944, 28, 28, 4),
     "qwen2-72b": _qwen2(8192, 29568, 80, 64, 8),
-    "llama2-7b": _llama2(4096, 11008, 32, 32),
-    "llama2-13b": _llama2(5120, 13824, 40, 40),
+    "llama2-7b": _llama2(4096, 11008, 32, 32, 32),
+    "llama2-13b": _llama2(5120, 13824, 40, 40, 40),
+    "llama2-70b": _llama2(8192, 28672, 80, 64, 8),
     "llama3-8b": ModelConfig(
         family="llama",
         vocab_size=128256,

@@ -128,10 +128,11 @@ def test_tokamax_is_asked_row_by_row_for_the_keys_up_to_each_query(monkeypatch):
     )
 
 
-def test_tokamax_that_is_not_installed_is_a_refusal(monkeypatch):
+def test_tokamax_that_is_not_installed_is_a_refusal_that_says_how(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", None)
-    with pytest.raises(NotImplementedError, match="not installed"):
-        library.tokamax(*inputs(), scale=1.0)
+    install = r'tokamax: not installed here: pip install "beacon_jax\[tokamax\]"'
+    with pytest.raises(NotImplementedError, match=install):
+        prefix_attention(*inputs(), implementation="tokamax")
 
 
 @pytest.mark.parametrize(("layers", "stacked"), [(8, 8), (32, 1), (64, 64)])

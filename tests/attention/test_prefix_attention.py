@@ -5,6 +5,7 @@ many blocks.
 """
 
 import functools
+import importlib.util
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from beacon_jax.attention.blockwise_cpu import blockwise_cpu
 from beacon_jax.attention.decode_gpu import decode_gpu
 from beacon_jax.attention.decode_tpu import decode_tpu
 from beacon_jax.attention.gpu_blocks import Block, Blocks
-from beacon_jax.attention.library import cudnn
+from beacon_jax.attention.library import cudnn, tokamax
 from beacon_jax.attention.pallas_gpu import pallas_gpu
 from beacon_jax.attention.pallas_tpu import Blocks as TpuBlocks
 from beacon_jax.attention.pallas_tpu import pallas_tpu
@@ -37,6 +38,9 @@ IMPLEMENTATIONS = {
         pallas_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True
     ),
 }
+if importlib.util.find_spec("tokamax"):
+    # Its masks and gradients, computed by XLA: the kernel needs a Hopper GPU.
+    IMPLEMENTATIONS["tokamax"] = functools.partial(tokamax, backend="xla")
 # For a few queries; their gradients are those of the kernels above.
 DECODERS = {
     "decode_gpu": functools.partial(decode_gpu, splits=3, keys=16, interpret=True),

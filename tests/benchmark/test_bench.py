@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ from absl import flags
 
 from beacon_jax import bench
 from beacon_jax.attention import IMPLEMENTATIONS
+from beacon_jax.attention.api import INT8
 from beacon_jax.benchmark import device as devices
 from beacon_jax.benchmark import (
     kernels,
     parity,
+    plots,
     records,
     report,
     runner,
@@ -285,6 +288,22 @@ def test_figures_are_drawn_for_every_part(measured):
         assert png.startswith(b"\x89PNG") and len(png) > 5000
 
 
+def test_every_line_of_a_figure_has_a_look_of_its_own():
+    int8 = [name + kernels.INT8_MEMORY for name in (*INT8, kernels.DEFAULT)]
+    attention = [*IMPLEMENTATIONS, kernels.DEFAULT, kernels.LIBRARY, *int8]
+    methods = [serving.FULL, serving.FULL_LIBRARY, *(f"x{2**i}" for i in range(1, 6))]
+    for names in (attention, methods):
+        looks = [tuple(sorted(plots._style(name).items())) for name in names]
+        assert len(set(looks)) == len(names)
+
+
+def test_rates_are_told_in_the_unit_that_fits():
+    assert report._flops(0.0222) == "22.2 GFLOP/s"
+    assert report._flops(431.2) == "431 TFLOP/s"
+    assert plots._flops([2e10, 9.9e11]) == (1e9, "GFLOP/s")
+    assert plots._flops([2e10, 4e14]) == (1e12, "TFLOP/s")
+
+
 def test_the_readme_table_is_made_from_the_json(measured, tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     readme.write_text(f"a\n{report.BEGIN}\nold\n{report.END}\nz\n")
@@ -297,8 +316,23 @@ def test_the_readme_table_is_made_from_the_json(measured, tmp_path, monkeypatch)
         assert text.startswith(f"a\n{report.BEGIN}\n") and text.endswith("\nz\n")
         assert "old" not in text and "**Prefill**" in text and "nano" in text
         assert "bench.json" in text
+        # The long table of the kernels is folded, and says its reasons once.
+        folded = text.split("<details>")[1].split("</details>")[0]
+        assert " blockwise |" in folded and "**Attention**" not in text
+        assert "decode: cudnn: platform cpu: cuDNN needs a GPU." in folded
+        assert "decode_tpu, int8 memory: is for tpu, this is cpu." in folded
     full = [line for line in text.splitlines() if "1.00×" in line]
     assert len(full) >= 2  # prefill, decoding: the fastest way of full attention
+
+
+def test_the_readme_of_this_repository_has_room_for_the_table(tmp_path):
+    original = Path(__file__).parents[2] / "README.md"
+    shutil.copy(original, tmp_path)
+    report.update_readme(tmp_path / "README.md", "the table")
+    before, after = original.read_text("utf-8").split(report.BEGIN)
+    after = after.split(report.END)[1]
+    table = f"{report.BEGIN}\nthe table\n{report.END}"
+    assert (tmp_path / "README.md").read_text("utf-8") == before + table + after
 
 
 def test_a_readme_without_markers_and_a_wrong_file_say_so(measured, tmp_path):

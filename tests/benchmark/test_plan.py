@@ -69,14 +69,51 @@ def test_break_even_is_where_the_design_says():
     assert qwen[2] is not None and qwen[2] > LENGTH
 
 
-def test_the_plan_covers_all_chips_1m_tokens_and_a_model_of_70b():
-    made = plan.make(["qwen2-72b"], ["1048576"], ["8"])
+def test_llama2_70b_at_1m_tokens_worked_out_by_hand():
+    """80 layers of 855,638,016 weights in matrices; 8 kv heads: 320 KiB per token."""
+    length, token, chunk = 2**20, 320 * 2**10, 8192
+    weights = 2 * 68_976_648_192
+    full = plan.load("llama2-70b", length, 0)
+    linear, lm_head = 2 * 80 * 855_638_016 * length, 2 * 8192 * 32000
+    attention = 4 * 80 * 64 * 128 * (length * (length + 1) // 2)
+    assert full.flops == linear + attention + lm_head  # 1,585 PFLOP
+    assert full.kv_bytes == 320 * GIB
+    # 128 chunks: the weights each time, the 0 + 1 + ... + 127 chunks before, the text.
+    seen = chunk * (128 * 127 // 2) + length
+    assert full.moved_bytes == 128 * weights + seen * token  # 37,085 GiB
+    layer = chunk * (4 * 8192 + 2 * 28672 + 80 * 128) * 2
+    assert full.held_bytes == weights + (length + chunk) * token + layer  # 452.5 GiB
+    a100 = find_chip("A100 80GB")
+    assert a100 is not None
+    found = plan.roof(full, a100)
+    assert found.chips == 8  # 486 GB at 76 per chip: 6.4, so 8
+    assert found.prefill_s == pytest.approx(full.flops / (8 * 312e12))  # 635 s
+    read = weights - 2 * 32000 * 8192 + length * token
+    assert found.token_s == pytest.approx(read / (8 * 2039e9))  # 29.5 ms
+    made = plan.make(["llama2-70b"], [str(length)], ["8"])
+    (row, *_) = [x for x in plan.text(made).splitlines() if "1,048,576 |" in x]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:8] == [
+        "full",
+        "1,585",
+        "1.00",
+        "320",
+        "37,085",
+        "452.5",
+        "8×: 635 s, 29.5 ms",
+    ]
+
+
+def test_the_plan_covers_all_chips_1m_tokens_and_models_of_70b():
+    assert {"llama2-7b", "qwen2-7b", "llama2-70b", "qwen2-72b"} < set(plan.PRESETS)
+    assert max(plan.LENGTHS) == 1048576
+    made = plan.make(["llama2-70b", "qwen2-72b"], ["1048576"], ["8"])
     assert {"A100 80GB", "H100", "H200"} < set(made["chips"])
     assert {f"TPU {v}" for v in ("v4", "v5e", "v5p", "v6e")} < set(made["chips"])
-    assert [row["ratio"] for row in made["rows"]] == [0, 8]
+    assert [row["ratio"] for row in made["rows"]] == [0, 8, 0, 8]
     assert all(set(row["roofs"]) == set(made["chips"]) for row in made["rows"])
     text = plan.text(json.loads(json.dumps(made)) | {"break_even": made["break_even"]})
-    assert "qwen2-72b" in text and "1,048,576" in text
+    assert all(name in text for name in ("llama2-70b", "qwen2-72b", "1,048,576"))
 
 
 def test_a_name_or_number_that_cannot_be_is_named():
