@@ -1,7 +1,7 @@
 """A long prompt through a random model on what is here: bounded memory, one program.
 
 python -m benchmarks.long_prompt [--tokens=131072] [--ratio=8] [--window=1024]
-  [--preset=qwen2-0.5b] [--layers=2] [--piece=8192] [--out=FOLDER]
+  [--preset=qwen2-0.5b] [--layers=2] [--piece=8192] [--dtype=bfloat16] [--out=FOLDER]
 
 Feeds the prompt in pieces and saves the memory after each: the same command goes on
 where a killed run was. Ends with 1 unless the memory took 1/ratio of full attention's
@@ -39,7 +39,6 @@ from beacon_jax.model.presets import get_preset
 
 STATE, RESULT = "state.safetensors", "long_prompt.json"
 LOGITS = "last_logits"
-DTYPE = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Prompt:
     window: int
     ratio: int
     piece: int
+    dtype: str = "float32"
 
     def model(self) -> ModelConfig:
         config = get_preset(self.preset)
@@ -122,13 +122,13 @@ def run(prompt: Prompt, out: Path) -> dict[str, Any]:
     ratios = np.asarray([prompt.ratio], np.int32)
     closed = prompt.tokens // prompt.window
     room = capacity(config, [prompt.ratio] * max(closed, 1))
-    empty = init_memory(config, 1, room, jnp.dtype(DTYPE))
+    empty = init_memory(config, 1, room, jnp.dtype(prompt.dtype))
     progress, memory, logits = restore(out / STATE, prompt, empty)
     del empty
     text = prompt.text(config)
     if progress.done < prompt.tokens:
         progress.processes += 1
-        variables = random_variables(config, DTYPE)
+        variables = random_variables(config, prompt.dtype)
         say(
             f"{room:,} slots, {memory.nbytes / 2**20:,.0f} MiB; {rss() / 2**30:.1f} GiB"
         )
@@ -139,7 +139,7 @@ def run(prompt: Prompt, out: Path) -> dict[str, Any]:
         tokens[0, : len(part)] = part
         count = np.asarray([len(part)], np.int32)
         given = (config, variables, memory, tokens, count, ratios)
-        dtype = jnp.dtype(DTYPE).type
+        dtype = jnp.dtype(prompt.dtype).type
         begun = time.perf_counter()
         output, memory = feed(*given, dtype=dtype, donate=True)
         logits = jax.block_until_ready(output.last_logits)
@@ -186,7 +186,7 @@ def summary(
 ) -> dict[str, Any]:
     """The result, with what was promised of it. Times include compiling, once per
     process."""
-    token = kv_token_bytes(config, jnp.dtype(DTYPE).itemsize)
+    token = kv_token_bytes(config, jnp.dtype(prompt.dtype).itemsize)
     full = prompt.tokens * token
     assert config.beacon is not None
     sink = config.beacon.sink
@@ -209,7 +209,6 @@ def summary(
         | {"commit": commit(), "python": sys.version.split()[0]},
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
-        "dtype": DTYPE,
         **dataclasses.asdict(prompt),
         "num_layers": config.num_layers,
         "seconds": seconds,
@@ -231,7 +230,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}: options begin with --.")
     o = flags.FLAGS
-    prompt = Prompt(o.preset, o.layers, o.tokens, o.window, o.ratio, o.piece)
+    prompt = Prompt(o.preset, o.layers, o.tokens, o.window, o.ratio, o.piece, o.dtype)
     try:
         result = run(prompt, Path(o.out))
     except ValueError as error:
@@ -248,5 +247,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("window", 1024, "Raw tokens of a window.")
     flags.DEFINE_integer("ratio", 8, "Raw tokens per beacon.")
     flags.DEFINE_integer("piece", 8192, "Tokens per call; the memory is saved behind.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
     flags.DEFINE_string("out", "out/long-prompt", "Folder of the state and the result.")
     app.run(main)
