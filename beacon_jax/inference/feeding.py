@@ -50,7 +50,6 @@ def feed_rows(
     Rows whose plans agree in every step are fed by one call; with `on_progress`, by one
     per `PIECE_WINDOWS` windows. `dtype`: of a new memory.
     """
-    _check_memory(model, memory, len(rows))
     ledgers = ledgers_of(memory, len(rows))
     fed = [np.concatenate([x.pending, r]) for x, r in zip(ledgers, rows, strict=True)]
     ratios = stack_ratios(plans)
@@ -248,7 +247,8 @@ def _room(
     return buffer_size(needed, state.window)
 
 
-def _check_memory(model: "Model", memory: Memory | None, rows: int) -> None:
+def check_memory(model: "Model", memory: Memory | None, rows: int) -> None:
+    """Raises ValueError for a memory of other rows or of another model."""
     if memory is None:
         return
     if len(memory) != rows:

@@ -18,6 +18,7 @@ from beacon_jax.hf.identify import Identity
 from beacon_jax.inference.decode import Decoded, decode
 from beacon_jax.inference.feeding import (
     OnProgress,
+    check_memory,
     choose_dtype,
     decoded_memory,
     feed_rows,
@@ -341,6 +342,7 @@ class Model:
         new: int,
         **options: Any,
     ) -> list[Plan]:
+        check_memory(self, memory, len(rows))
         ledgers, spans = ledgers_of(memory, len(rows)), options.pop("spans")
         slot = slot_nbytes(self.config, dtype)
         plans = []

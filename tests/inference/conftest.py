@@ -57,19 +57,23 @@ def make_folder(tmp_path_factory) -> Callable[..., Path]:
         folder = tmp_path_factory.mktemp("model")
         hf = CONFIG | (BEACON if beacons else {}) | changes
         rng = np.random.default_rng(0)
+        v, n, k = (
+            hf[name]
+            for name in ("vocab_size", "num_attention_heads", "num_key_value_heads")
+        )
         shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (V, D),
+            "model.embed_tokens.weight": (v, D),
             "model.norm.weight": (D,),
-            "lm_head.weight": (V, D),
+            "lm_head.weight": (v, D),
         }
         for i in range(L):
             layer = f"model.layers.{i}"
             for norm in ("input", "post_attention"):
                 shapes[f"{layer}.{norm}_layernorm.weight"] = (D,)
             for own in ("", "beacon_") if beacons else ("",):
-                for name, o in (("q", N * H), ("k", K * H), ("v", K * H)):
+                for name, o in (("q", n * H), ("k", k * H), ("v", k * H)):
                     shapes[f"{layer}.self_attn.{own}{name}_proj.weight"] = (o, D)
-            shapes[f"{layer}.self_attn.o_proj.weight"] = (D, N * H)
+            shapes[f"{layer}.self_attn.o_proj.weight"] = (D, n * H)
             shapes[f"{layer}.mlp.gate_proj.weight"] = (F, D)
             shapes[f"{layer}.mlp.up_proj.weight"] = (F, D)
             shapes[f"{layer}.mlp.down_proj.weight"] = (D, F)
