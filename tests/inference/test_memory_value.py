@@ -179,6 +179,33 @@ def test_describe_and_bytes_are_those_of_the_arrays(model):
     assert f"buffer: 64 slots per row, {held / 2**20:.3f} MiB" in text
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_what_describe_counts_is_what_a_prompt_takes(model, dtype):
+    """XLA writes the buffer in place: no second one, whatever its capacity."""
+    capacity = 2**15
+    state = init_memory(model.config, 1, capacity, dtype)
+    memory = Memory(model.config, state, (Ledger.empty(),))
+    compiled = feed_jit.lower(
+        model.config,
+        model.variables,
+        state,
+        jnp.zeros((1, 16), jnp.int32),
+        jnp.array([16]),
+        jnp.full((1, 1), 4),
+        None,
+        static=(4,),
+        outputs="last",
+        dtype=jnp.float32,
+    ).compile()
+    used = compiled.memory_analysis()
+    counts = used.alias_size_in_bytes - memory.nbytes
+    assert 0 < counts < 256  # slots, windows, tokens of the open window
+    assert f"{memory.nbytes / 2**20:.3f} MiB" in memory.describe()
+    one_layer = 2 * capacity * model.config.head_dim * 4
+    allowed = one_layer if dtype == "float32" else 3 * one_layer
+    assert used.temp_size_in_bytes < allowed
+
+
 def test_lossless_windows_are_kept_whole_and_the_cost_is_said(model):
     result = model.complete(
         "The key is ", context=TEXT[:72], ratio=4, spans=r"\d{5}", **OPTIONS
