@@ -24,100 +24,16 @@ from beacon_jax.inference.plan import (
 )
 from beacon_jax.inference.row import Row
 from beacon_jax.model import flops
-from beacon_jax.model.config import BeaconConfig, ModelConfig
-
-W = 8
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_position=256,
-    beacon=BeaconConfig(window=W, ratios=(2, 4)),
+from beacon_jax.model.config import BeaconConfig
+from tests.inference.plans import (
+    CONFIG,
+    PLAIN,
+    W,
+    cases,
+    entries_by_token,
+    fed,
+    with_beacon,
 )
-PLAIN = dataclasses.replace(CONFIG, beacon=None)
-
-
-def with_beacon(**changes):
-    return dataclasses.replace(
-        CONFIG, beacon=dataclasses.replace(CONFIG.beacon, **changes)
-    )
-
-
-def fed(ratios, length, config=CONFIG, before=None):
-    """An account after `length` more tokens."""
-    before = before or Ledger.empty()
-    return before.feed(config, np.asarray(ratios), np.arange(length))
-
-
-def entries_by_token(config, plan, length, new, before):
-    """Entries in the buffer after each token, the last ones of a window before they
-    are compressed and after, in two lists: while reading and from its end on."""
-    placement, sink = config.beacon.placement, config.beacon.sink
-    slots, raw, window = before.slots, before.raw, before.windows
-    ratio = before.ratio
-    reading, held = [], []
-
-    def entries():
-        if not ratio or (placement == "append" and raw < W):
-            return slots + raw
-        return slots + raw + raw // ratio
-
-    pending = before.length - before.fed
-    for token in range(pending + length + new):
-        if raw == 0:
-            ratio = int(plan.ratios[min(window, len(plan.ratios) - 1)])
-        raw += 1
-        into = held if token >= pending + length else reading
-        into.append(entries())
-        if raw == W:
-            kept = len(plan.keep.get(window, ()))
-            grown = W // ratio + kept + (0 if slots else sink) if ratio else W
-            slots, raw, window = slots + grown, 0, window + 1
-        into.append(slots if raw == 0 else entries())
-        if token == pending + length - 1:
-            held.append(into[-1])
-    return reading, held
-
-
-beacons = st.builds(
-    BeaconConfig,
-    window=st.just(W),
-    ratios=st.sampled_from([(2, 4), (4,), (2, 8), (0, 2, 4), (1, 2, 4, 8)]),
-    sink=st.integers(0, 2),
-    placement=st.sampled_from(["interleave", "append"]),
-)
-configs = st.builds(lambda b: dataclasses.replace(CONFIG, beacon=b), beacons)
-
-
-@st.composite
-def cases(draw, spans=True):
-    """(config, arguments of make_plan without a ratio or budget)."""
-    config = draw(configs)
-    before = None
-    if draw(st.booleans()):
-        plan = draw(st.lists(st.sampled_from([0, 1, 2, 4, 8]), min_size=1, max_size=4))
-        before = fed(plan, draw(st.integers(0, 40)), config)
-        if draw(st.booleans()):
-            before = before.cut(draw(st.integers(0, before.length)))
-    length = draw(st.integers(1, 90))
-    options = {"length": length, "before": before}
-    options["new_tokens"] = draw(st.integers(0, 20))
-    if spans:
-        start = st.integers(0, length - 1)
-        found = draw(st.lists(st.tuples(start, st.integers(1, 12)), max_size=3))
-        options["spans"] = [(a, min(a + n, length)) for a, n in found]
-        options["lossless"] = draw(st.sampled_from(["windows", "slots"]))
-        began = before is not None and before.raw and before.ratio
-        into = W - before.raw if before is not None else 0
-        if began and (options["lossless"] == "windows" or length < into):
-            options["spans"] = [x for x in options["spans"] if x[0] >= into]
-    return config, options
-
 
 quiet = pytest.mark.filterwarnings("ignore:max_slots=")
 
