@@ -142,7 +142,8 @@ def load(
       mesh: devices to spread the memory over by `partition.RULES`, or a partition with
         other rules: rows over the data axes, kv heads over "tensor". An axis that they
         do not divide is whole on each device. None: one device.
-      allow_other_model: use a pack that other weights wrote. The config has to fit.
+      allow_other_model: use a pack that other weights wrote, as if the model had. The
+        config has to fit.
 
     Returns:
       The memory, bit-identical in everything that is live, in a buffer that is not

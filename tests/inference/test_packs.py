@@ -131,16 +131,16 @@ def test_without_tokens_no_ids_are_stored_but_those_of_the_open_window(path):
     assert np.asarray(again.state.tokens)[0, 5:].tolist() == [0, 0, 0]
     assert np.asarray(again.state.tokens)[1].tolist() == [0] * 8
     with pytest.raises(ValueError, match="tokens were not kept"):
-        again[0].truncate(34)
+        again[0].truncate(30)
 
 
 def test_pending_tokens_are_saved_and_needed(path):
-    memory = random_memory((37,)).truncate(35)
+    memory = random_memory((37,)).truncate(30)
     memory.save(path)
     again = packs.load(path)
     assert again.rows[0].pending.tolist() == memory.rows[0].pending.tolist()
-    assert again.lengths.tolist() == [35]
-    with pytest.raises(ValueError, match="3 tokens are still to be fed"):
+    assert again.lengths.tolist() == [30]
+    with pytest.raises(ValueError, match="6 tokens are still to be fed"):
         memory.save(path, tokens=False)
 
 
@@ -265,7 +265,7 @@ def test_only_what_differs_is_named_and_other_weights_can_be_allowed(path):
         packs.load(path, model(beacon="c" * 64))
     assert "base weights" not in str(error.value)
     other = model(beacon="c" * 64)
-    assert packs.load(path, other, allow_other_model=True).identity.beacon == "b" * 64
+    assert packs.load(path, other, allow_other_model=True).identity is other.identity
     wide = model(dataclasses.replace(CONFIG, num_kv_heads=4))
     with pytest.raises(PackError, match="num_kv_heads"):
         packs.load(path, wide, allow_other_model=True)
