@@ -330,12 +330,10 @@ def test_rows_that_need_different_ratios_in_one_step_are_refused():
         run(TINY, text(1), [20, 20], [2, 4], memory)
 
 
-def test_memory_describes_itself():
+def test_a_memory_knows_its_slots_and_the_ratios_to_come():
     _, memory = run(TINY, text(1), [20, 3], [2])
-    assert memory.lengths.tolist() == [20, 3]
     assert memory.slots.tolist() == [8, 0]
     assert memory.slot_nbytes == 2 * 2 * 2 * 4 * 4  # k and v, layers, heads, H, bytes
-    assert "row 0: 20 tokens -> 8 memory slots" in memory.describe()
     assert static_ratios(memory, np.asarray([4])) == (2, 4)
 
 
