@@ -76,7 +76,9 @@ def test_a_file_or_stdin_becomes_memory_and_text(run, model):
     tokens = len(TEXT) + len("At dawn") + 9
     slots = tokens // 8 * 2
     assert f"row 0: {tokens} tokens -> {slots} memory slots" in first.err
-    assert re.search(r"buffer: \d+ slots per row, [\d.]+ MiB", first.err)
+    assert re.search(
+        r"buffer: \d+ slots per row of 128 bytes \(float32\), [\d.]+ MiB", first.err
+    )
     assert re.search(r"prefill 199 tokens, [\d.]+ tokens/s", first.err)
     assert re.search(r"decode 9 tokens, [\d.]+ tokens/s", first.err)
     again = run(generate, *options, "--context=-", stdin=TEXT)

@@ -176,7 +176,10 @@ def test_describe_and_bytes_are_those_of_the_arrays(model):
     text = memory.describe()
     assert f"row 0: 30 tokens -> 12 memory slots ({12 * 128 / 2**20:.3f} MiB)" in text
     assert "row 1: 9 tokens -> 4 memory slots" in text
-    assert f"buffer: 64 slots per row, {held / 2**20:.3f} MiB" in text
+    assert (
+        f"buffer: 64 slots per row of 128 bytes (float32), {held / 2**20:.3f} MiB"
+        in text
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
