@@ -34,7 +34,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     text("spans", None, "Regular expression: what must not be compressed.")
     choice("lossless", "windows", ["windows", "slots"], "What of --spans is kept raw.")
     choice("dtype", None, ["float32", "bfloat16", "float16"], "Else as stored.")
-    choice("memory_dtype", None, ["int8"], "Half of bfloat16's bytes; else --dtype.")
+    choice("memory_dtype", None, ["int8"], "52 to 63 % of bfloat16's bytes.")
     text("mesh", None, "Devices to split over: tensor:8.")
     number("seed", 0, "Of sampling and of a random ratio mix.", lower_bound=0)
     switch("overwrite", False, "Replace the file that is written.")

@@ -131,7 +131,7 @@ class Model:
           capacity: slots of the buffer; None: as many as needed.
           reserve: tokens that are to follow (questions, answers), which "auto", budgets
             and the buffer leave room for.
-          memory_dtype: of keys and values: "int8" halves the bytes of bfloat16; None:
+          memory_dtype: of keys and values: "int8" takes about half of bfloat16; None:
             what the model computes in. A memory that is continued stays what it is.
           seed: of a random ratio mix.
           on_note: called, before anything is fed, with each line on what was decided:

@@ -312,7 +312,7 @@ def test_ledger_and_device_agree_after_any_mix_of_feeding_cutting_and_mounting(d
             "hash of the beacon weights c{64}, not b{64}. Mount",
         ),
         (random_memory((16,), identity=Identity()), "base weights unknown, not a{64}"),
-        (random_memory((20,)).truncate(18), r"memories\[1\] has 2 tokens .*at \[16\]"),
+        (random_memory((20,)).truncate(13), r"memories\[1\] has 5 tokens .*at \[8\]"),
     ],
 )
 def test_memories_that_do_not_fit_are_refused_saying_what_differs(other, message):
