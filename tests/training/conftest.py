@@ -4,26 +4,20 @@ import copy
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache as cache
 from ml_collections import ConfigDict
 
 from beacon_jax.training.config import default_config, stage
 from beacon_jax.training.trainer import train
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Every `train` call jits a new closure; equal programs are compiled once.
-
-    For these tests only: XLA once aborted while it serialized the program of a test
-    that came after them (test_properties, gradients through plain reverse mode).
-    """
+    """Every `train` call jits a new closure; equal programs are compiled once."""
     folder = str(tmp_path_factory.mktemp("jit"))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
-    cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
