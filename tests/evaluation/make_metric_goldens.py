@@ -15,15 +15,13 @@ import types
 from importlib import metadata
 from pathlib import Path
 
-WORDS = (
-    "the a an river stone old memory holds seven boats and 17 lamps in Paris while "
-    "The council said no U.S. report was late it's re-opened by Smith's firm café "
-    "naïve 東京 x86 vote bridge water of to is was very quickly unanswerable yes"
-).split()
-CODE = (
-    "def add ( a , b ) : return a + b for i in range ( n ) if x is None else y "
-    "self . items . append ( item ) raise ValueError ( name ) import os"
-).split()
+TEXT = """the a an river stone old memory holds seven boats and 17 lamps in Paris while
+The council said no U.S. report was late it's re-opened by Smith's firm café
+naïve 東京 x86 vote bridge water of to is was very quickly unanswerable yes"""
+WORDS = TEXT.split()
+LINE = """def add ( a , b ) : return a + b for i in range ( n ) if x is None else y
+self . items . append ( item ) raise ValueError ( name ) import os"""
+CODE = LINE.split()
 CLASSES = [
     "Group of individuals",
     "Group",
