@@ -13,9 +13,10 @@ import numpy as np
 
 @functools.cache
 def _read(name: str) -> tuple[str, ...]:
+    """The single words of a list, sorted ("dust storm" and the like are left out)."""
     file = resources.files("wonderwords").joinpath("assets", name)
     lines = file.read_text(encoding="utf-8").splitlines()
-    return tuple(sorted({line.strip() for line in lines if line.strip()}))
+    return tuple(sorted({line.strip() for line in lines if len(line.split()) == 1}))
 
 
 def nouns() -> tuple[str, ...]:

@@ -2,15 +2,26 @@
 
 from collections.abc import Callable, Sequence
 
+from beacon_jax.evaluation.tasks import longbench, longdata, mmlu, ruler
 from beacon_jax.evaluation.tasks.base import Task
 from beacon_jax.evaluation.tasks.passkey import Passkey
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
 
-TASKS: dict[str, Callable[[], Task]] = {t.name: t for t in (Passkey, Perplexity)}
+TASKS: dict[str, Callable[[], Task]] = {
+    **{t.name: t for t in (Passkey, Perplexity)},
+    **ruler.TASKS,
+    **longbench.TASKS,
+    **longdata.TASKS,
+    **mmlu.TASKS,
+}
 
 
 # Names for several tasks at once.
-GROUPS: dict[str, tuple[str, ...]] = {}
+GROUPS: dict[str, tuple[str, ...]] = {
+    **ruler.GROUPS,
+    **longbench.GROUPS,
+    **longdata.GROUPS,
+}
 
 
 def make_tasks(names: Sequence[str]) -> list[Task]:

@@ -17,7 +17,7 @@ from beacon_jax.evaluation.report import interval, table
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval
 from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
-from beacon_jax.evaluation.tasks.generation import Generation, named
+from beacon_jax.evaluation.tasks.generation import Generation, bounds
 
 WRAPPER = 256  # tokens of a chat template, and of what cutting a text in two changes
 
@@ -113,11 +113,11 @@ class OnFiles(Generation):
             values = np.asarray([self.value(p) for p in found], np.float64)
             triple = self._interval(values * self.weights(found))
             detail = {} if part is None else {"detail": True}
-            metrics.append(base | {"metric": name} | detail | named(triple))
+            metrics.append(base | {"metric": name} | detail | bounds(triple))
             if part is None:
                 losses = np.asarray([p["answer_loss"] for p in found])
                 triple = mean_interval(losses)
-                metrics.append(base | {"metric": "answer_loss"} | named(triple))
+                metrics.append(base | {"metric": "answer_loss"} | bounds(triple))
         return metrics
 
     def weights(self, found: Sequence[Prediction]) -> np.ndarray:

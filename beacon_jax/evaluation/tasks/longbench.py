@@ -68,9 +68,8 @@ class LongBench(OnFiles):
         self.name = f"longbench_e_{task}" if even else f"longbench_{task}"
         self.title = f"LongBench{'-E' if even else ''} {task}"
         self.file = f"longbench/{task}{'_e' if even else ''}"
-        self.template, self.new_tokens = (
-            found[task] for found in templates("longbench")
-        )
+        texts, counts = templates("longbench")
+        self.template, self.new_tokens = texts[task], counts[task]
         self.wrapped = task not in UNWRAPPED
         self.metric = _metric(task)
         self.fields = {"input": str, "context": str, "answers": list, "length": int}

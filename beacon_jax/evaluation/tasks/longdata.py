@@ -71,9 +71,8 @@ class InfiniteBench(OnFiles):
         self.task, self.name = task, f"infinitebench_{name}"
         self.title = f"InfiniteBench {task}"
         self.file = f"infinitebench/{task}"
-        self.template, self.new_tokens = (
-            found[task] for found in templates("infinitebench")
-        )
+        texts, counts = templates("infinitebench")
+        self.template, self.new_tokens = texts[task], counts[task]
         self.fields = {"context": str, "input": str, "answer": (list, str)}
         self.metric = {"longbook_qa_eng": "F1", "longbook_sum_eng": "ROUGE-L"}.get(
             task, "accuracy"

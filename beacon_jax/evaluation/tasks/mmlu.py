@@ -142,7 +142,7 @@ class Mmlu(OnFiles):
 
 
 def _question(row: dict[str, Any]) -> str:
-    query = row.get("query", row.get("question")).strip()
+    query = str(row.get("query", row.get("question"))).strip()
     options = [f"{x}. {c}" for x, c in zip(LETTERS, row["choices"], strict=True)]
     return "\n".join([query, *options, "Answer:"])
 

@@ -10,6 +10,7 @@ import functools
 import logging
 import zlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,6 @@ from beacon_jax.evaluation.tasks.generation import Generation
 
 log = logging.getLogger(__name__)
 
-# A problem of example `index`; None: it cannot be asked like this.
 Make = Callable[[np.random.Generator, int], text.Problem | None]
 OFFLINE = (*text.NEEDLES, "vt", "cwe", "fwe")
 QA = ("qa_1", "qa_2")
@@ -46,6 +46,16 @@ COUNT_LEVELS = (
     text.Counts(5, 6, 1),
     text.Counts(3, 4, 1),
 )
+
+
+class Level(NamedTuple):
+    """One way to ask. make: the problem of example i; None: it cannot be asked so.
+
+    most: examples there are; None: any number.
+    """
+
+    make: Make
+    most: int | None = None
 
 
 class Ruler(Generation):
@@ -89,7 +99,7 @@ class Ruler(Generation):
         return answer if self.task == "vt" else f" {answer}"
 
     def _at(
-        self, model: Model, settings: Settings, length: int, levels: Sequence[Make]
+        self, model: Model, settings: Settings, length: int, levels: Sequence[Level]
     ) -> list[Example]:
         """The examples of one length."""
         problems = self._choose(model, settings, length, levels)
@@ -110,7 +120,7 @@ class Ruler(Generation):
         return examples
 
     def _choose(
-        self, model: Model, settings: Settings, length: int, levels: Sequence[Make]
+        self, model: Model, settings: Settings, length: int, levels: Sequence[Level]
     ) -> list[text.Problem]:
         """The problems of the first level that fits.
 
@@ -118,8 +128,8 @@ class Ruler(Generation):
         has to have, unless it is the last one.
         """
         need = 0
-        for number, make in enumerate(levels, 1):
-            problems = self._problems(settings, make)
+        for number, level in enumerate(levels, 1):
+            problems = self._problems(settings, level)
             if problems is None:
                 continue
             new = problems[0].new_tokens
@@ -142,12 +152,13 @@ class Ruler(Generation):
             f"tokenizer; use {-(-need // w) * w} or more."
         )
 
-    def _problems(self, settings: Settings, make: Make) -> list[text.Problem] | None:
+    def _problems(self, settings: Settings, level: Level) -> list[text.Problem] | None:
         """The same at every length, so that lengths are compared in pairs."""
         found = []
-        for i in range(min(settings.samples, settings.limit or settings.samples)):
+        bounds = (settings.samples, settings.limit, level.most)
+        for i in range(min(b for b in bounds if b is not None)):
             seed = [settings.seed, zlib.crc32(self.name.encode()), i]
-            problem = make(np.random.default_rng(seed), i)
+            problem = level.make(np.random.default_rng(seed), i)
             if problem is None:
                 return None
             found.append(problem)
@@ -161,28 +172,28 @@ class Ruler(Generation):
 
     def _levels(
         self, model: Model, settings: Settings, inputs: Inputs
-    ) -> Callable[[int], list[Make]]:
+    ) -> Callable[[int], list[Level]]:
         """What to ask at a length, from RULER's settings on to what asks for less."""
         if self.task in text.NEEDLES:
             return self._needle_levels(inputs)
         if self.task == "vt":
             chains = [
-                lambda rng, i, h=hops, t=tokens: _chain(model, rng, h, t)
+                Level(lambda rng, i, h=hops, t=tokens: _chain(model, rng, h, t))
                 for hops, tokens in CHAIN_LEVELS
             ]
             return lambda length: chains
         if self.task == "cwe":
             return lambda length: [
-                lambda rng, i, c=counts: text.common_words_problem(rng, c)
+                Level(lambda rng, i, c=counts: text.common_words_problem(rng, c))
                 for counts in COUNT_LEVELS[length < text.STANDARD :]
             ]
         if self.task == "fwe":
             return lambda length: [
-                lambda rng, i: text.frequent_words_problem(rng, length)
+                Level(lambda rng, i: text.frequent_words_problem(rng, length))
             ]
         return self._document_levels(model, settings, inputs)
 
-    def _needle_levels(self, inputs: Inputs) -> Callable[[int], list[Make]]:
+    def _needle_levels(self, inputs: Inputs) -> Callable[[int], list[Level]]:
         spec = text.NEEDLES[self.task]
         essays = text.Essays(inputs.haystack) if spec.haystack == "essay" else None
         fewer = spec._replace(
@@ -191,20 +202,18 @@ class Ruler(Generation):
             queries=min(spec.queries, 2),
         )
         kinds = ((spec, 128), (spec, 64), (fewer, 48))
-        made: list[Make] = [
-            lambda rng, i, s=kind, n=new: text.needle_problem(s, rng, essays)._replace(
-                new_tokens=n
-            )
-            for kind, new in kinds
+        made = [
+            Level(lambda rng, i, s=s, n=n: text.needle_problem(s, rng, essays, n))
+            for s, n in kinds
         ]
         return lambda length: made
 
     def _document_levels(
         self, model: Model, settings: Settings, inputs: Inputs
-    ) -> Callable[[int], list[Make]]:
+    ) -> Callable[[int], list[Level]]:
         bank = qa.read_squad(inputs) if self.task == "qa_1" else qa.read_hotpot(inputs)
 
-        def levels(length: int) -> list[Make]:
+        def levels(length: int) -> list[Level]:
             none = np.random.default_rng(0)
             fitting: list[qa.Question] = []
             for question in bank.questions:
@@ -219,11 +228,8 @@ class Ruler(Generation):
                     f"--lengths has {length}: no question of {self.name} fits with "
                     "its documents; use longer ones."
                 )
-            return [
-                lambda rng, i: qa.document_problem(
-                    rng, bank.documents, fitting[i % len(fitting)]
-                )
-            ]
+            make = lambda rng, i: qa.document_problem(rng, bank.documents, fitting[i])
+            return [Level(make, len(fitting))]
 
         return levels
 

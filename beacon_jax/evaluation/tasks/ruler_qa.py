@@ -21,6 +21,9 @@ HOTPOT = (
 )
 
 
+MOST = 16_384  # documents around a question: 2M tokens
+
+
 class Question(NamedTuple):
     """needed, near: indices of documents: those with the answer, those of its topic."""
 
@@ -45,11 +48,13 @@ def read_squad(inputs: Inputs) -> Bank:
     """
     name = "ruler/dev-v2.0"
     (whole, *_) = inputs.rows(name, {"data": list}, SQUAD)
-    articles = [
-        _checked(inputs, name, i, _article, row)
-        for i, row in enumerate(whole["data"], 1)
-    ]
-    found = [article for article in articles if article]
+    found = []
+    for i, article in enumerate(whole["data"], 1):
+        reason = _fault(_article, article)
+        if reason:
+            inputs.skip("dev-v2.0.json, articles", i, reason)
+        else:
+            found.append(_article(article))
     documents = sorted({text for article in found for text, _ in article})
     index = {text: i for i, text in enumerate(documents)}
     questions = []
@@ -69,16 +74,19 @@ def read_hotpot(inputs: Inputs) -> Bank:
     """
     name = "ruler/hotpot_dev_distractor_v1"
     fields = {"question": str, "answer": str, "supporting_facts": list, "context": list}
-    rows = inputs.rows(name, fields, HOTPOT)
-    found = [_checked(inputs, name, i, _paragraphs, r) for i, r in enumerate(rows, 1)]
-    kept = [(row, pair) for row, pair in zip(rows, found, strict=True) if pair]
-    documents = sorted({text for _, (a, b) in kept for text in (*a, *b)})
+    check = lambda row: _fault(_paragraphs, row)
+    rows = inputs.rows(name, fields, HOTPOT, check)
+    pairs = [_paragraphs(row) for row in rows]
+    documents = sorted({text for a, b in pairs for text in (*a, *b)})
     index = {text: i for i, text in enumerate(documents)}
     questions = [
         Question(
-            row["question"], [row["answer"]], *([index[t] for t in s] for s in pair)
+            row["question"],
+            [row["answer"]],
+            [index[text] for text in needed],
+            [index[text] for text in near],
         )
-        for row, pair in kept
+        for row, (needed, near) in zip(rows, pairs, strict=True)
     ]
     return _bank(documents, questions, HOTPOT)
 
@@ -91,16 +99,16 @@ def document_problem(
     RULER always shows all ten documents of a HotpotQA row and fails where they do not
     fit; here the two that are needed are enough in short prompts.
     """
-    known = {*question.needed, *question.near}
-    near = [question.near[i] for i in rng.permutation(len(question.near))]
-    rest = [int(i) for i in rng.permutation(len(documents)) if int(i) not in known]
-    order = [*question.needed, *near, *rest]
-    place = rng.random(len(order))
+    near = rng.permutation(question.near)
+    rest = rng.choice(len(documents), min(MOST, len(documents)), replace=False)
+    rest = rest[~np.isin(rest, [*question.needed, *question.near])]
+    order = np.concatenate([question.needed, near, rest]).astype(np.int32)
+    place = rng.random(len(order), np.float32)
 
     def build(n: int) -> Prompt:
         chosen = np.arange(n) % len(order)
         chosen = chosen[np.argsort(place[chosen], kind="stable")]
-        shown = [documents[order[i]] for i in chosen]
+        shown = [documents[i] for i in order[chosen]]
         context = "\n\n".join(f"Document {i}:\n{d}" for i, d in enumerate(shown, 1))
         command = (
             "Answer the question based on the given documents. Only give me the answer "
@@ -117,20 +125,13 @@ def document_problem(
     return Problem(build, max(1, len(question.needed)), 32)
 
 
-def _checked(
-    inputs: Inputs,
-    name: str,
-    number: int,
-    read: Callable[[dict[str, Any]], Any],
-    row: dict[str, Any],
-) -> Any:
-    """read(row), or None, noted as left out, if the row is not of that form."""
+def _fault(read: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> str | None:
+    """Why read(row) fails on a row that is not of the published form."""
     try:
-        return read(row)
+        read(row)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        reason = f"not of the published form: {type(error).__name__} {error}"
-        inputs.skip(name.rpartition("/")[2], number, reason)
-        return None
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _article(row: dict[str, Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:

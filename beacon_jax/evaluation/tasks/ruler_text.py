@@ -119,7 +119,10 @@ NEEDLES = {
 
 
 def needle_problem(
-    spec: Needles, rng: np.random.Generator, essays: Essays | None
+    spec: Needles,
+    rng: np.random.Generator,
+    essays: Essays | None,
+    new_tokens: int = 128,
 ) -> Problem:
     """Needles in noise lines, in other needles or in essays; one unit: a line, a word.
 
@@ -155,7 +158,7 @@ def needle_problem(
         answers = [value for i in asked for value in values[i]]
         return Prompt(text, prefix, answers, {"depths": depths})
 
-    return Problem(build, 1, 128)
+    return Problem(build, 1, new_tokens)
 
 
 def chain_problem(rng: np.random.Generator, hops: int, example: str) -> Problem:
