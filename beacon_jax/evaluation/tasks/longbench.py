@@ -76,7 +76,7 @@ class LongBench(OnFiles):
         if task == "trec":
             self.fields["all_classes"] = list
         self.about = (
-            f"{self.metric}, the best over the right answers; prompts beyond "
+            f"Score: {self.metric}, the best over the right answers. Prompts beyond "
             "--max_length lose their middle."
         )
 

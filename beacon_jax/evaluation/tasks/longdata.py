@@ -23,7 +23,7 @@ class TopicRetrieval(OnFiles):
 
     name = "topic_retrieval"
     title = "LongEval topic retrieval"
-    about = "Whether the answer contains the first topic of the conversation."
+    about = "Score: whether the answer contains the first topic of the conversation."
     file = "longeval/topic_retrieval"
     where = (
         "the data of the Activation Beacon release (long-llm.tar.gz of "
@@ -79,7 +79,7 @@ class InfiniteBench(OnFiles):
         )
         self.binary = self.metric == "accuracy"
         self.about = (
-            f"{self.metric}; prompts beyond --max_length (128000 in the release) lose "
+            f"Score: {self.metric}. Prompts beyond --max_length (128000 in the release) lose "
             "their middle."
         )
 

@@ -72,9 +72,9 @@ class Mmlu(OnFiles):
     ) -> list[Example]:
         self._shown = self._examples_of_subjects(inputs) if self.shots else {}
         found = super().examples(model, settings, inputs)
-        wrapped = settings.chat == "auto" and model.tokenizer.chat_template
+        template = getattr(model.tokenizer, "chat_template", None)
         for example in found:
-            example.info["space"] = not wrapped
+            example.info["space"] = settings.chat == "none" or not template
         return found
 
     def check(self, row: dict[str, Any]) -> str | None:

@@ -30,12 +30,12 @@ Make = Callable[[np.random.Generator, int], text.Problem | None]
 OFFLINE = (*text.NEEDLES, "vt", "cwe", "fwe")
 QA = ("qa_1", "qa_2")
 ABOUT = {
-    **dict.fromkeys(text.NEEDLES, "Magic values of keys, hidden in lines or essays"),
+    **dict.fromkeys(text.NEEDLES, "The magic value of a key, or all of several"),
     "vt": "All names that a chain of assignments gives one value",
     "cwe": "The most common words of a numbered list",
     "fwe": "The three most frequent coded words after '...'",
-    "qa_1": "SQuAD questions, other paragraphs as haystack",
-    "qa_2": "HotpotQA questions, other paragraphs as haystack",
+    "qa_1": "The answer to a SQuAD question, other paragraphs as haystack",
+    "qa_2": "The answer to a HotpotQA question, other paragraphs as haystack",
 }
 # What a worked example of variable tracking may take, and hops, from the standard on.
 CHAIN_LEVELS = ((4, 500), (4, 250), (4, 0), (2, 0))
@@ -72,8 +72,12 @@ class Ruler(Generation):
             spec is not None and spec.queries * spec.values > 1
         )
         self.binary = not several
-        share = "the share of them in the answer" if several else "one in the answer"
-        self.about = f"{ABOUT[task]}; score: {share}, in any case."
+        score = (
+            "the share of them that the answer contains"
+            if several
+            else "whether the answer contains it"
+        )
+        self.about = f"{ABOUT[task]}. Score: {score}."
 
     def examples(
         self, model: Model, settings: Settings, inputs: Inputs

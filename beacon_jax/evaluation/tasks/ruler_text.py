@@ -11,8 +11,8 @@ Where we differ from the public scripts, on purpose:
     take a random line elsewhere;
   * texts begin at a random sentence; theirs all begin with the first essay;
   * keys, values and words of one prompt are all different, none occurs in the essays;
-  * below 4,096 tokens `levels` take away the example, then what is asked for, where
-    theirs stop with an error.
+  * below 4,096 tokens ruler.py takes away the example, then some of what is asked for,
+    where theirs stop with an error.
 """
 
 import itertools
