@@ -79,8 +79,8 @@ class InfiniteBench(OnFiles):
         )
         self.binary = self.metric == "accuracy"
         self.about = (
-            f"Score: {self.metric}. Prompts beyond --max_length (128000 in the release) "
-            "lose their middle."
+            f"Score: {self.metric}. Prompts beyond --max_length (128000 in the "
+            "release) lose their middle."
         )
 
     def prompt(self, row: dict[str, Any]) -> str:
