@@ -12,6 +12,8 @@ from beacon_jax.evaluation.baselines.selective import self_information
 from beacon_jax.evaluation.baselines.streaming import kept_slots
 from beacon_jax.evaluation.methods import Full, remember
 from beacon_jax.model.config import BeaconConfig, RopeConfig, param_shapes
+from beacon_jax.model.quantize import dequantize
+from beacon_jax.model.rotary import inverse_frequencies
 from tests.evaluation import numpy_model
 from tests.evaluation.conftest import VOCAB, random_tree
 from tests.evaluation.numpy_model import attention, forward, nothing, rotated
@@ -210,8 +212,10 @@ def test_every_method_keeps_the_bytes_of_beacons_or_says_what_it_keeps(
     model, (past, following) = models[shape], rows
     heads = SHAPES[shape]["num_kv_heads"]
     floats, int8 = (2 * 2 * heads * n for n in (8 * 4, 8 + 4))
-    families = sorted(FAMILIES)
-    for method in make_methods(families, [2, 4, 8]):
+    methods = make_methods(sorted(FAMILIES), [2, 4, 8])
+    for method in methods:
+        if shape == "gqa" and "beacon" in method.family and method.ratio != 8:
+            continue  # one program each, which the other shape compiles
         memory, kept = remember(model, method, past, following)
         if method.family == "window":
             slots = [0] * len(past)
@@ -223,6 +227,8 @@ def test_every_method_keeps_the_bytes_of_beacons_or_says_what_it_keeps(
         assert kept == [n * each for n in slots], method.name
         assert not np.asarray(memory.raw).any()
         assert (memory.sinks <= memory.slots).all()
+    for method in make_methods(sorted(FAMILIES), [8]):
+        assert remember(model, method, [past[1]] * 4, following)[1] == [0] * 4
 
 
 @pytest.mark.parametrize("family", sorted(set(FLOATS) - {"window"}))
@@ -251,7 +257,7 @@ def same_memory(a, b):
 @pytest.mark.parametrize("family", [*FLOATS, "beacon"])
 def test_only_what_is_called_question_aware_looks_at_what_follows(family, models, rows):
     model, (past, following) = models["gqa"], rows
-    method = made(family, 4)
+    method = made(family, 8)
     other = [row[::-1] for row in following]
     memories = [remember(model, method, past, f)[0] for f in (following, other)]
     assert same_memory(*memories) != FAMILIES[family].question_aware
@@ -302,22 +308,21 @@ def test_a_stream_keeps_four_sinks_or_half_of_a_small_budget(budget):
     assert kept_slots(budget, budget).tolist() == list(range(budget))
 
 
-def test_int8_memories_say_nearly_what_floats_say(models, rows):
+@pytest.mark.parametrize(
+    ("exact", "rounded"), [("full", "int8"), ("beacon", "beacon_int8")]
+)
+def test_an_int8_memory_is_the_memory_rounded(exact, rounded, models, rows):
     model, (past, following) = models["gqa"], rows
-    for exact, rounded in (("full", "int8"), ("beacon", "beacon_int8")):
-        a, b = made(exact, 4), made(rounded, 4)
-        outs = [
-            model.feed(
-                remember(model, m, past, following)[0],
-                following,
-                m.live_ratio,
-                outputs="loss",
-                labels=following,
-            )[0].token_loss
-            for m in (a, b)
-        ]
-        difference = np.abs(outs[0] - outs[1])
-        assert 0 < difference.max() < 0.2
+    a, b = (remember(model, made(f, 8), past, following)[0] for f in (exact, rounded))
+    real = np.arange(a.capacity) < np.asarray(a.slots)[:, None]
+    turns = inverse_frequencies(model.config)
+    for want, found in ((a.k, b.k), (a.v, b.v)):
+        got = dequantize(found, frequencies=turns)
+        step = np.moveaxis(np.asarray(found.scale), -1, -2)[..., None]
+        off = np.abs(got - want)
+        # Layer 0 reads embeddings alone; the next one reads a memory that was rounded.
+        assert (off[0] <= 0.51 * step[0])[real].all()
+        assert 0 < off[1][real].max() < 0.1 * np.abs(np.asarray(want[1])[real]).max()
 
 
 def test_self_information_is_the_loss_of_each_token(models, rows):

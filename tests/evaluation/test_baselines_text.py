@@ -9,6 +9,7 @@ from beacon_jax.evaluation.methods import remember
 
 PLUGIN = """
 from beacon_jax.evaluation import Method
+from beacon_jax.evaluation.baselines import select
 
 calls = []
 
@@ -33,8 +34,12 @@ class Nothing(Method):
         return model.new_memory(len(past), 0)
 
 
-class Halves(Nothing):
-    family, per_ratio, exact_bytes = "halves", True, False
+class Last(Method):
+    family, per_ratio = "last", True
+
+    def remember(self, model, past, following):
+        last = [row[len(row) - len(row) // self.number :] for row in past]
+        return select.read(model, last)
 
 
 NOT_ONE = 1
@@ -49,8 +54,9 @@ def plugin(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def rows(model, stream):
+def rows(model, inputs):
     """(past, following) of 3 rows: two windows, one with bos in front, and nothing."""
+    stream = inputs.stream
     past = stream[stream != 0][:64].astype(np.int32)
     with_bos = past[:32].copy()
     with_bos[0] = model.config.bos_ids[0]
@@ -98,10 +104,11 @@ def test_a_compressor_can_be_given_without_a_command_line(model, rows):
 
 
 def test_a_class_of_ones_own_is_a_method(model, rows, plugin):
-    made = make_methods([f"{plugin}:Nothing", f"{plugin}:Halves", "full"], [2, 4])
-    assert [m.name for m in made] == ["nothing", "halves_x2", "halves_x4", "full"]
+    made = make_methods([f"{plugin}:Nothing", f"{plugin}:Last", "full"], [2, 4])
+    assert [m.name for m in made] == ["nothing", "last_x2", "last_x4", "full"]
     assert all(isinstance(m, Method) for m in made)
-    assert remember(model, made[1], *rows)[1] == [0, 0, 0]
+    memory, kept = remember(model, made[1], *rows)
+    assert kept == [n * memory.slot_nbytes for n in (32, 16, 0)]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.evaluation.baselines.select import Budgeted, read
-from beacon_jax.evaluation.methods import Model, Rows
+from beacon_jax.evaluation.baselines.select import Budgeted, floats, read
+from beacon_jax.evaluation.model import Model, Rows
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.rotary import cos_sin, rotate
 
@@ -22,9 +22,8 @@ class MeanPool(Budgeted):
     family = "mean_pool"
 
     def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
-        assert self.ratio is not None
         count = jnp.asarray(self.budget(model, past))
-        return pooled(model.config, read(model, past), self.ratio, count)
+        return pooled(model.config, read(model, past), self.number, count)
 
 
 @functools.partial(
@@ -49,10 +48,11 @@ def pooled(
     # The magnitude of yarn stays in the keys, hence scaled=False both times.
     back = cos_sin(config, -jnp.arange(memory.capacity), scaled=False)
     again = cos_sin(config, sink + jnp.arange(groups), scaled=False)
-    means = mean(rotate(memory.k.astype(jnp.float32), *back))
+    k, v = floats(memory)
+    means = mean(rotate(k.astype(jnp.float32), *back))
     return memory.replace(
-        k=put(memory.k, rotate(means, *again)),
-        v=put(memory.v, mean(memory.v)),
+        k=put(k, rotate(means, *again)),
+        v=put(v, mean(v)),
         slots=count,
         sinks=jnp.minimum(memory.sinks, count),
     )

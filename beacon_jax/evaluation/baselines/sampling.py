@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.evaluation.baselines.select import Budgeted, as_index, keep, read
-from beacon_jax.evaluation.methods import Model, Rows
+from beacon_jax.evaluation.model import Model, Rows
 
 
 class Sampling(Budgeted):
@@ -27,6 +27,9 @@ class Sampling(Budgeted):
         pairs = zip(past, count.tolist(), strict=True)
         index = as_index([self.choose(row, k) for row, k in pairs], self.most(model))
         memory = read(model, past)
+        # Compact positions: on tiny-beacon at x4 they cost 0.01 to 0.02 nats/token
+        # against original ones over 256 tokens, gain up to 0.06 over 512, and 0.8 to
+        # 0.9 over 1024, where original ones lie beyond the trained 512.
         return keep(model.config, memory, index, jnp.asarray(count), compact=True)
 
 
@@ -55,8 +58,7 @@ class Strided(Sampling):
     family = "strided"
 
     def choose(self, row: Int[np.ndarray, " n"], k: int) -> Int[np.ndarray, " k"]:
-        assert self.ratio is not None
-        first = max(k - len(row) // self.ratio, 0)
+        first = max(k - len(row) // self.number, 0)
         rest = k - first
         ends = (np.arange(rest) + 1) * (len(row) - first) // max(rest, 1) - 1
         return np.concatenate([np.arange(first), first + ends])

@@ -11,10 +11,11 @@ from jaxtyping import Array, Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.move import keep_entries
-from beacon_jax.evaluation.methods import Method, Model, Rows
-from beacon_jax.model import buffers
+from beacon_jax.evaluation.methods import Method, budget_slots, feed_past
+from beacon_jax.evaluation.model import Model, Rows
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.rotary import cos_sin
+from beacon_jax.model.quantize import Quantized
+from beacon_jax.model.rotary import cos_sin, rotate
 
 
 class Budgeted(Method):
@@ -25,29 +26,33 @@ class Budgeted(Method):
     def budget(self, model: Model, past: Rows) -> Int[np.ndarray, " B"]:
         """Slots that each row may keep: those of the beacons and their sinks, and no
         more than the row has tokens."""
-        assert self.ratio is not None
-        lengths = np.asarray([len(row) for row in past], np.int32)
-        sinks = np.where(lengths > 0, _sinks(model), 0)
-        return np.minimum(lengths // self.ratio + sinks, lengths).astype(np.int32)
+        return np.asarray(
+            [
+                min(budget_slots(model.config, len(row), self.number), len(row))
+                for row in past
+            ],
+            np.int32,
+        )
 
     def most(self, model: Model) -> int:
         """The largest budget of a run: a static size, so that one compiled program
         serves all lengths."""
-        assert self.ratio is not None
-        return model.longest // self.ratio + _sinks(model)
-
-
-def _sinks(model: Model) -> int:
-    return model.config.beacon.sink if model.config.beacon else 0
+        return budget_slots(model.config, model.longest, self.number)
 
 
 def read(model: Model, rows: Rows) -> MemoryState:
     """The memory of these tokens with full attention; nothing is left open."""
-    memory = model.feed(model.new_memory(len(rows), 0), rows, 0)[1]
+    memory = feed_past(model, model.new_memory(len(rows), 0), rows, 0)
     if not np.asarray(memory.raw).any():
         return memory
     everything = jnp.broadcast_to(jnp.arange(model.window), (len(rows), model.window))
     return keep_entries(model.config, memory, everything, memory.raw)
+
+
+def floats(memory: MemoryState) -> tuple[Array, Array]:
+    """Keys and values [L, B, S, K, H] of a memory that is not int8."""
+    assert not isinstance(memory.k, Quantized) and not isinstance(memory.v, Quantized)
+    return memory.k, memory.v
 
 
 def as_index(rows: Sequence[Int[np.ndarray, " n"]], size: int) -> Int[Array, "1 B n 1"]:
@@ -88,10 +93,11 @@ def keep(
     distance = jnp.where(to < count[:, None, None], distance, 0)
     cos, sin = cos_sin(config, distance, scaled=False)
     take = lambda x: jnp.take_along_axis(x, index[..., None], axis=2)
-    k = buffers.turned(take(memory.k), cos[..., 0, :], sin[..., 0, :])
+    k, v = floats(memory)
+    turned = rotate(take(k), cos[..., 0, :], sin[..., 0, :])
     return memory.replace(
-        k=memory.k.at[:, :, :size].set(k),
-        v=memory.v.at[:, :, :size].set(take(memory.v)),
+        k=k.at[:, :, :size].set(turned),
+        v=v.at[:, :, :size].set(take(v)),
         slots=count,
         sinks=jnp.minimum(memory.sinks, count),
     )

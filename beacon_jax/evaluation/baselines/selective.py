@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.evaluation.baselines.select import Budgeted, read
-from beacon_jax.evaluation.methods import Model, Rows
+from beacon_jax.evaluation.model import Model, Rows
 
 
 class Selective(Budgeted):

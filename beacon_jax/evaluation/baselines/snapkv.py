@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.evaluation.baselines.select import Budgeted, keep, read
-from beacon_jax.evaluation.methods import Model, Rows
+from beacon_jax.evaluation.baselines.select import Budgeted, floats, keep, read
+from beacon_jax.evaluation.model import Model, Rows
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder
 from beacon_jax.model.layout import Layout
@@ -90,9 +90,8 @@ def observe(
         dtype=model.dtype,
         partition=model.partition,
     )
-    return pooled_votes(
-        memory.k, queries, jnp.asarray(place), jnp.asarray(counts), candidates
-    )
+    keys, place = floats(memory)[0], jnp.asarray(place)
+    return pooled_votes(keys, queries, place, jnp.asarray(counts), candidates)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "partition"))

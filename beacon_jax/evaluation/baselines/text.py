@@ -15,13 +15,14 @@ beacons keep:
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.evaluation.baselines.select import Budgeted, read
-from beacon_jax.evaluation.methods import Model, Rows
+from beacon_jax.evaluation.model import Model, Rows
 
 Compress = Callable[[str, int], str]
 
@@ -40,7 +41,7 @@ class TextCompressor(Budgeted):
 
     exact_bytes = False
 
-    def __init__(self, compress: Compress, name: str, ratio: int | None = None):
+    def __init__(self, compress: Compress, name: str, ratio: int | str | None = None):
         self.compress = compress
         self.family = name
         super().__init__(ratio)
@@ -81,7 +82,7 @@ def text_compressor(spelling: str) -> tuple[Compress, str]:
     """
     path = spelling.removeprefix("text:")
     module, _, name = path.rpartition(".")
-    found = imported(spelling, module, name, "text:module.function")
+    found: Any = imported(spelling, module, name, "text:module.function")
     if not callable(found):
         raise ValueError(
             f"--methods={spelling}: {path} is no function: it must take (text, tokens) "
@@ -90,7 +91,7 @@ def text_compressor(spelling: str) -> tuple[Compress, str]:
     return found, f"text_{name}"
 
 
-def imported(spelling: str, module: str, name: str, form: str) -> object:
+def imported(spelling: str, module: str, name: str, form: str) -> Any:
     """`name` of a module.
 
     Raises:
