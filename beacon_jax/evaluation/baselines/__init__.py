@@ -12,7 +12,7 @@ for every example.
     snapkv                       what the end of the past attends to
     snapkv_aware                 what the question attends to: it alone sees it
     selective                    the tokens that the model would not have guessed
-    text:module.function         what a compressor of text makes of it (`baselines.text`)
+    text:module.function         what a compressor of text leaves (`baselines.text`)
     int8, beacon_int8            everything, or beacons, at their own bytes
 
 A method of one's own is a class in a file where the command is run, say `mine.py`:

@@ -15,7 +15,7 @@ beacons keep:
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int
@@ -82,13 +82,13 @@ def text_compressor(spelling: str) -> tuple[Compress, str]:
     """
     path = spelling.removeprefix("text:")
     module, _, name = path.rpartition(".")
-    found: Any = imported(spelling, module, name, "text:module.function")
+    found = imported(spelling, module, name, "text:module.function")
     if not callable(found):
         raise ValueError(
             f"--methods={spelling}: {path} is no function: it must take (text, tokens) "
             "and return the shorter text."
         )
-    return found, f"text_{name}"
+    return cast(Compress, found), f"text_{name}"
 
 
 def imported(spelling: str, module: str, name: str, form: str) -> Any:
