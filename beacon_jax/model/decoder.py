@@ -300,7 +300,8 @@ class Decoder(nn.Module):
         self.embed = Embed(c)
         scanned = nn.scan(
             Layer,
-            variable_axes={"params": 0, "beacon": 0},
+            # "intermediates" costs nothing unless a caller captures something.
+            variable_axes={"params": 0, "beacon": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
