@@ -39,14 +39,15 @@ class BeaconLM(_api.LM):
         self,
         pretrained: str | Model,
         ratio: int | str = "auto",
-        batch_size: int | str = 8,
+        batch_size: int | str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         truncation: str = "left",
         dtype: str | None = None,
         mesh: str | None = None,
         seed: int = 0,
-        **unused: Any,
+        device: Any = None,
+        max_batch_size: Any = None,
     ):
         """Loads the model.
 
@@ -54,19 +55,21 @@ class BeaconLM(_api.LM):
           pretrained: HF or converted folder, or a model that is loaded already.
           ratio: raw tokens per memory slot; 0 or "full": no compression; "auto",
             "auto-8", "adapt": see `likelihood.ratio_of`, decided for each request.
-          batch_size: requests computed together.
+          batch_size: requests computed together; None: 8.
           max_length: None: the most tokens whose positions were trained at this ratio,
             at the largest ratio where each request has its own.
           max_gen_toks: new tokens where a task does not say.
           truncation: of longer contexts: "left" or "middle", what is left out.
           dtype, mesh: as in `beacon_jax.load`.
           seed: of sampling, where a task asks for it.
-          unused: what lm_eval's command line adds, its device say.
+          device, max_batch_size: are given by lm_eval's command line, and not used.
 
         Raises:
           ValueError: an argument out of range, by name.
         """
         super().__init__()
+        del device, max_batch_size
+        batch_size = 8 if batch_size is None else batch_size
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size} must be a number of at least 1.")
         likelihood.shorten(np.zeros(0, np.int32), 1, truncation)  # checks it
@@ -76,6 +79,8 @@ class BeaconLM(_api.LM):
             raise ValueError(f"pretrained={pretrained} has no tokenizer files.")
         self.tokenizer = self.model.tokenizer
         self.ratio, self.batch_size = ratio, int(batch_size)
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length} must be at least 1.")
         self.max_length = max_length or likelihood.longest(self.model.config, ratio)
         self.max_gen_toks, self.truncation, self.seed = max_gen_toks, truncation, seed
         likelihood.ratio_of(self.model.config, ratio, 1)  # a wrong one fails here
@@ -223,7 +228,8 @@ def generation_options(given: dict[str, Any], max_gen_toks: int) -> dict[str, An
     until = given.pop("until", None) or ()
     stop = (until,) if isinstance(until, str) else tuple(until)
     options: dict[str, Any] = {"stop": tuple(s for s in stop if s)}
-    new = [given.pop(n, None) for n in ("max_gen_toks", "max_new_tokens", "max_tokens")]
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    new = [given.pop(name, None) for name in names]
     options["max_new_tokens"] = int(next((n for n in new if n), max_gen_toks))
     sample = given.pop("do_sample", None)
     temperature = float(given.pop("temperature", 1.0 if sample else 0.0) or 0.0)

@@ -1,6 +1,7 @@
 """Scores of continuations against the model's logits over everything at once."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from beacon_jax.model.layout import Layout
 
 # Context and continuation lengths: within a window of 32, at its edges, behind whole
 # windows, a continuation longer than a window.
-SHAPES = [(1, 1), (5, 3), (32, 2), (33, 1), (40, 70), (97, 3), (64, 33), (96, 4)]
+SHAPES = [(1, 40), (5, 3), (32, 2), (33, 31), (40, 70), (97, 3), (96, 4)]
+LONGEST = 128
 
 
 @pytest.fixture(scope="module")
@@ -34,45 +36,47 @@ def pairs(lm):
     ]
     # The same context with other continuations, one of which is what the model says.
     context = made[5].context
-    logits = direct(lm, context)
-    made += [Pair(context, np.asarray([t])) for t in (logits[-1].argmax(), 7)]
-    return made
+    best = all_logits(lm, made, 0)[5][len(context) - 1].argmax()
+    return [*made, *(Pair(context, np.asarray([t], np.int32)) for t in (best, 7))]
 
 
-def direct(lm, tokens):
-    """float64 [T, V]: plain full attention, all tokens in one window."""
-    c, n = lm.config, len(tokens)
-    buffer = jnp.zeros((c.num_layers, 1, n, c.num_kv_heads, c.head_dim))
-    model, zero = Decoder(c, Layout(1, n, 0)), jnp.zeros(1, jnp.int32)
-    given = jnp.asarray(tokens, jnp.int32)[None], buffer, buffer, zero
-    hidden, *_ = apply(model, lm.variables, *given)
-    return np.asarray(apply(model, lm.variables, hidden, method="logits"))[0]
+def all_logits(lm, pairs, ratio):
+    """[B, T, V] of everything but the last tokens. Without beacons by the decoder
+    alone, in one window of all tokens; with them by one call of `feed`."""
+    c = lm.config
+    rows = [np.concatenate([p.context, p.continuation[:-1]]) for p in pairs]
+    tokens = np.zeros((len(rows), LONGEST), np.int32)
+    for line, row in zip(tokens, rows, strict=True):
+        line[: len(row)] = row
+    if ratio:
+        lengths = jnp.asarray([len(row) for row in rows])
+        memory, plan = init_memory(c, len(rows), 256), np.asarray([ratio])
+        given = memory, jnp.asarray(tokens), lengths, plan
+        out, _ = loop.feed(c, lm.variables, *given, outputs="logits")
+        return np.asarray(out.logits)
+    model = Decoder(c, Layout(1, LONGEST, 0))
+    shape = (c.num_layers, len(rows), LONGEST, c.num_kv_heads, c.head_dim)
 
+    @jax.jit
+    def whole(variables):
+        buffer, zero = jnp.zeros(shape), jnp.zeros(len(rows), jnp.int32)
+        hidden, *_ = apply(model, variables, tokens, buffer, buffer, zero)
+        return apply(model, variables, hidden, method="logits")
 
-def at_once(lm, tokens, ratio):
-    """[T, V] with beacons, fed by one call."""
-    memory = init_memory(lm.config, 1, 256)
-    given = jnp.asarray(tokens)[None], jnp.asarray([len(tokens)]), np.asarray([ratio])
-    out, _ = loop.feed(lm.config, lm.variables, memory, *given, outputs="logits")
-    return np.asarray(out.logits)[0]
-
-
-def expected(logits, pair):
-    n = len(pair.continuation)
-    rows = np.asarray(jax.nn.log_softmax(logits[-n:].astype(np.float64)))
-    total = rows[np.arange(n), pair.continuation].sum()
-    return total, bool((rows.argmax(1) == pair.continuation).all())
+    return np.asarray(whole(lm.variables))
 
 
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_scores_are_those_of_all_logits_at_once(lm, pairs, ratio):
-    found = likelihood.score(lm, pairs, ratio=ratio, batch_size=4)
-    for pair, score in zip(pairs, found, strict=True):
-        tokens = np.concatenate([pair.context, pair.continuation[:-1]])
-        logits = at_once(lm, tokens, ratio) if ratio else direct(lm, tokens)
-        total, greedy = expected(logits, pair)
-        assert score.loglikelihood == pytest.approx(total, abs=1e-4 * len(tokens))
-        assert score.greedy == greedy
+    found = likelihood.score(lm, pairs, ratio=ratio)
+    for logits, pair, score in zip(
+        all_logits(lm, pairs, ratio), pairs, found, strict=True
+    ):
+        start, n = len(pair.context) - 1, len(pair.continuation)
+        rows = np.asarray(jax.nn.log_softmax(logits[start : start + n]), np.float64)
+        total = rows[np.arange(n), pair.continuation].sum()
+        assert score.loglikelihood == pytest.approx(total, abs=1e-4 * n)
+        assert score.greedy == (rows.argmax(1) == pair.continuation).all()
     if not ratio:
         assert [s.greedy for s in found[-2:]] == [True, False]
 
@@ -88,18 +92,18 @@ def test_a_context_of_several_requests_is_compressed_once(lm, pairs, monkeypatch
     shared = [pairs[5], *pairs[-2:]]
     together = likelihood.score(lm, shared, ratio=2)
     assert rows == [1]
-    alone = [likelihood.score(lm, [pair], ratio=2)[0] for pair in shared]
-    for one, other in zip(together, alone, strict=True):
+    among_others = likelihood.score(lm, pairs, ratio=2)
+    for one, other in zip(together, [among_others[5], *among_others[-2:]], strict=True):
         assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-4)
 
 
 def test_results_come_in_order_and_are_told_as_they_come(lm, pairs):
     told = {}
-    some = pairs[:3]
+    some = [pairs[i] for i in (1, 2, 0)]
     found = likelihood.score(
         lm, some, ratio=0, batch_size=1, on_score=lambda i, s: told.update({i: s})
     )
-    assert list(told) == [2, 1, 0]  # the longest first
+    assert list(told) == [2, 1, 0]  # the longest first: 40, 33 and 7 inputs
     assert [told[i] for i in range(3)] == found
 
 
@@ -133,7 +137,7 @@ def test_no_more_logits_exist_at_once_than_a_few_positions():
     def walk(jaxpr):
         for equation in jaxpr.eqns:
             sizes.update(np.prod(x.aval.shape) for x in equation.outvars)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 walk(inner)
 
     walk(program.jaxpr)

@@ -63,7 +63,7 @@ def model(model_folder):
 
 @pytest.fixture
 def lm(adapter, model):
-    made = adapter.BeaconLM(model, ratio=2, batch_size=4, max_length=96)
+    made = adapter.BeaconLM(model, ratio=2, batch_size=1, max_length=96)
     made.set_cache_hook(Hook()) if HAS_LM_EVAL else None
     return made
 
@@ -85,7 +85,8 @@ def test_loglikelihoods_are_the_scores_of_the_shortened_pairs(lm, model):
     room = 97 - len(pairs[0].continuation)
     assert len(pairs[0].context) > room
     pairs[0] = pairs[0]._replace(context=pairs[0].context[-room:])
-    assert found == [tuple(s) for s in likelihood.score(model, pairs, ratio=2)]
+    scores = likelihood.score(model, pairs, ratio=2, batch_size=1)
+    assert found == [tuple(s) for s in scores]
     told = {args: result for _, args, result in lm.cache_hook.told}
     assert told == dict(zip(asked, found, strict=True))
 
@@ -95,6 +96,7 @@ def test_a_whole_text_is_the_sum_of_its_pieces(lm, model):
     pairs = likelihood.rolling_pairs(np.asarray(tokens), 0, 96)
     assert len(pairs) > 1
     expected = sum(s.loglikelihood for s in likelihood.score(model, pairs, ratio=2))
+    lm.batch_size = 8
     found = lm.loglikelihood_rolling([Request(TEXT), Request("")], disable_tqdm=True)
     assert found == [pytest.approx(expected, rel=1e-5), 0.0]
 
@@ -103,7 +105,7 @@ def test_texts_are_generated_as_the_model_generates_them(lm, model):
     options = {"until": ["e"], "max_gen_toks": 6, "do_sample": False}
     asked = [
         Request("window beacon", options),
-        Request(TEXT, {"max_gen_toks": 3}),
+        Request(TEXT, options),
         Request("river", options),
         Request("", {"max_gen_toks": 2, "temperature": 0.7, "top_p": 0.9}),
     ]
@@ -111,8 +113,9 @@ def test_texts_are_generated_as_the_model_generates_them(lm, model):
     assert not any("e" in texts[i] for i in (0, 2))
     plain = model.generate("river", ratio=2, max_new_tokens=6, stop="e")
     assert texts[2] == plain
-    shortened = likelihood.encode(model.tokenizer, TEXT)[-93:]
-    assert texts[1] == model.generate(shortened, ratio=2, max_new_tokens=3)
+    shortened = likelihood.encode(model.tokenizer, TEXT)[-90:]
+    expected = model.generate(shortened, ratio=2, max_new_tokens=6, stop="e")
+    assert texts[1] == expected
     assert lm.generate_until(asked, disable_tqdm=True) == texts  # sampling is seeded
     assert len(lm.cache_hook.told) == 8
 
@@ -146,6 +149,7 @@ def test_a_conversation_is_written_by_the_tokenizers_template(lm, monkeypatch):
         ({"batch_size": "auto"}, "batch_size=auto"),
         ({"truncation": "right"}, "truncation='right'"),
         ({"ratio": 3}, "ratio=3"),
+        ({"max_length": -5}, "max_length=-5"),
     ],
 )
 def test_a_wrong_argument_is_named(adapter, model, options, message):
