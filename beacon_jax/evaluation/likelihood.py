@@ -162,7 +162,7 @@ def _score(model: Model, batch: list[_Row]) -> list[Score]:
             state.resized(buffer_size(needed, window)),
             jnp.asarray(_padded([row.rest for row in rows], size, 0)),
             jnp.asarray(lengths),
-            plan,
+            jnp.asarray(plan),
             outputs="score",
             labels=jnp.asarray(_padded([row.labels for row in rows], size, IGNORE)),
             dtype=compute_dtype(model.variables),

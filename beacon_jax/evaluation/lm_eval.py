@@ -99,7 +99,8 @@ class BeaconLM(_api.LM):
         def keep(index: int, score: likelihood.Score) -> None:
             self._cache("loglikelihood", requests[index], tuple(score))
 
-        return [tuple(s) for s in self._score(pairs, disable_tqdm, keep)]
+        scores = self._score(pairs, disable_tqdm, keep)
+        return [(s.loglikelihood, s.greedy) for s in scores]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
