@@ -9,6 +9,7 @@ the file, so that a reader of the repository sees them, and none of the others.
 
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "launch" / "colab_evaluate.ipynb"
 SECONDS = 600  # per cell
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Folders of this machine, which nobody else has.
 LOCAL = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|private|opt)/\S*")
 
@@ -29,6 +31,7 @@ def main() -> None:
     update = sys.argv[1:] == ["--update"]
     if sys.argv[1:] and not update:
         sys.exit(f"error: unknown arguments {sys.argv[1:]}: use --update or nothing.")
+    shutil.rmtree(ROOT / "out" / "colab", ignore_errors=True)  # training would go on
     os.environ.update({"BEACON_SMOKE": "1", "JAX_PLATFORMS": "cpu"})
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(
@@ -36,13 +39,13 @@ def main() -> None:
         timeout=SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": str(ROOT)}},
-        on_cell_executed=said,
+        on_cell_executed=Clock().executed,
     )
     started = time.perf_counter()
     try:
         client.execute()
     except CellExecutionError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {COLOUR.sub('', str(error))}")
     cells = [c for c in notebook.cells if c.cell_type == "code"]
     print(f"{len(cells)} cells in {time.perf_counter() - started:.0f} s")
     strip(cells)
@@ -53,10 +56,18 @@ def main() -> None:
         print(f"wrote {NOTEBOOK.relative_to(ROOT)}")
 
 
-def said(cell: Any, cell_index: int, execute_reply: Any) -> None:
-    """Shows which cell is done."""
-    title = cell.source.splitlines()[0].removeprefix("# @title").split("{")[0].strip()
-    print(f"[{cell_index}] {title}: {execute_reply['content']['status']}", flush=True)
+class Clock:
+    """Says which cell is done, and how long it took."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def executed(self, cell: Any, cell_index: int, execute_reply: Any) -> None:
+        now = time.perf_counter()
+        title = cell.source.splitlines()[0].removeprefix("# @title").split("{")[0]
+        status = execute_reply["content"]["status"]
+        print(f"[{cell_index}]{title}: {status}, {now - self.last:.0f} s", flush=True)
+        self.last = now
 
 
 def strip(cells: list[Any]) -> None:
