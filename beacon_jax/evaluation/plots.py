@@ -1,6 +1,8 @@
 """The figures of a report. Each function draws one PNG from metrics."""
 
-from collections.abc import Sequence
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#F0496E", "#EBB839", "#0CD79F
 DPI = 120
 
 
-def heat_maps(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy, length × depth, one panel per method."""
+def heat_maps(
+    metrics: Sequence[dict[str, Any]], path: Path, label: str = "accuracy"
+) -> None:
+    """A score, length × depth, one panel per method."""
     cells = [m for m in metrics if m["depth"] is not None]
     methods = list(dict.fromkeys(m["method"] for m in cells))
     lengths = sorted({m["length"] for m in cells})
@@ -46,7 +50,7 @@ def heat_maps(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_xlabel("length, tokens")
     panels[0].set_ylabel("depth of the needle")
     if image is not None:
-        figure.colorbar(image, ax=list(panels), label="accuracy")
+        figure.colorbar(image, ax=list(panels), label=label)
     figure.savefig(path, dpi=DPI)
 
 
@@ -72,3 +76,138 @@ def loss_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("loss of the last window, nats/token")
     axes.legend()
     figure.savefig(path, dpi=DPI)
+
+
+def curves(metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
+    """Each task's number against the ratio (at every length) and against the length.
+
+    Returns:
+      Markdown of the figures that were worth drawing.
+    """
+    made = []
+    ratios = {m["ratio"] for m in metrics} - {None}
+    if len(ratios) > 1:
+        _panels(metrics, folder / "by_ratio.png", _against_ratio, "tokens per slot")
+        made.append("![scores against the compression ratio](by_ratio.png)\n")
+    if len({m["length"] for m in metrics}) > 1:
+        _panels(metrics, folder / "by_length.png", _against_length, "length, tokens")
+        made.append("![scores against the length](by_length.png)\n")
+    return made
+
+
+def costs(
+    metrics: Sequence[Mapping[str, Any]],
+    times: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> list[str]:
+    """KV bytes of the past and seconds per example against the length."""
+    if len({m["length"] for m in metrics}) < 2:
+        return []
+    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+    bytes_axes, time_axes = figure.subplots(1, 2)
+    for method in dict.fromkeys(m["method"] for m in metrics):
+        held: dict[int, float] = {}
+        for m in metrics:
+            if m["method"] == method:
+                held.setdefault(m["length"], m["kv_bytes"])
+        took: dict[int, float] = {}
+        for t in times:
+            if t["method"] == method:
+                took.setdefault(t["length"], sum(t["seconds"]) / t["rows"])
+        for axes, found in ((bytes_axes, held), (time_axes, took)):
+            line = sorted(found.items())
+            axes.plot(*zip(*line, strict=True), marker="o", label=method)
+    lengths = sorted({m["length"] for m in metrics})
+    for axes, label in (
+        (bytes_axes, "KV bytes of the past"),
+        (time_axes, "seconds per example, in batches"),
+    ):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(n) for n in lengths])
+        axes.set_xlabel("length, tokens")
+        axes.set_ylabel(label)
+    time_axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(folder / "costs.png", dpi=DPI)
+    return ["![KV bytes and time against the length](costs.png)\n"]
+
+
+def _family(method: str) -> str:
+    return re.sub(r"_x\d+$", "", method)
+
+
+def _panels(
+    metrics: Sequence[Mapping[str, Any]],
+    path: Path,
+    draw: Callable[[Any, list[Mapping[str, Any]]], None],
+    label: str,
+) -> None:
+    """A panel per task, four in a row, with one legend."""
+    tasks = list(dict.fromkeys((m["task"], m["metric"]) for m in metrics))
+    wide = min(4, len(tasks))
+    high = -(-len(tasks) // wide)
+    figure = Figure(figsize=(3.4 * wide + 2.0, 2.8 * high), layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False).ravel()
+    lines: dict[str, Any] = {}
+    for axes, (task, metric) in zip(panels, tasks, strict=False):
+        draw(axes, [m for m in metrics if (m["task"], m["metric"]) == (task, metric)])
+        axes.set_title(task, fontsize=9)
+        axes.set_xlabel(label, fontsize=8)
+        axes.set_ylabel(metric, fontsize=8)
+        for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            lines.setdefault(name, line)
+    for axes in panels[len(tasks) :]:
+        axes.remove()
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside right upper", fontsize=8
+    )
+    figure.savefig(path, dpi=DPI)
+
+
+def _style(family: str) -> dict[str, Any]:
+    """A colour and a marker that are a family's in every panel and every report."""
+    known = {"full": ("black", "o"), "window": ("grey", "s"), "beacon": ("C2", "o")}
+    digit = int(hashlib.sha256(family.encode()).hexdigest(), 16)
+    markers = "ovs^D<P>X*"
+    free = f"C{digit % 10}", markers[digit // 10 % 10]
+    color, marker = known.get(family, free)
+    return {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2}
+
+
+def _against_ratio(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
+    """At the longest length. Methods without a ratio are level lines."""
+    longest = max(m["length"] for m in metrics)
+    here = [m for m in metrics if m["length"] == longest and m["value"] is not None]
+    ratios = sorted({m["ratio"] for m in here} - {None})
+    for family in dict.fromkeys(_family(m["method"]) for m in here):
+        found = [m for m in here if _family(m["method"]) == family]
+        if found[0]["ratio"] is None:
+            value = found[0]["value"]
+            style = {k: v for k, v in _style(family).items() if k == "color"}
+            axes.axhline(value, linestyle="--", linewidth=1.0, label=family, **style)
+            continue
+        line = sorted((m["ratio"], m["value"]) for m in found)
+        axes.plot(*zip(*line, strict=True), label=family, **_style(family))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ratios, [f"x{r}" for r in ratios])
+    axes.text(
+        0.98, 0.98, f"{longest:,} tokens", transform=axes.transAxes, fontsize=7,
+        ha="right", va="top",
+    )  # fmt: skip
+
+
+def _against_length(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
+    for method in dict.fromkeys(m["method"] for m in metrics):
+        found = [m for m in metrics if m["method"] == method]
+        line = [(m["length"], m["value"]) for m in found if m["value"] is not None]
+        if line:
+            style = _style(_family(method))
+            style["alpha"] = _faded(found[0]["ratio"])
+            axes.plot(*zip(*sorted(line), strict=True), label=method, **style)
+    lengths = sorted({m["length"] for m in metrics})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [str(n) for n in lengths], fontsize=7)
+
+
+def _faded(ratio: int | None) -> float:
+    """Higher ratios are drawn lighter."""
+    return 1.0 if ratio is None else max(0.3, 1.15 - 0.15 * float(np.log2(2 * ratio)))

@@ -1,8 +1,14 @@
-"""report.md and the table on the terminal, from metrics alone."""
+"""report.md and the tables on the terminal, from metrics alone."""
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from beacon_jax.evaluation import plots
+
+# What stands for a task in the overview; others are its details.
+DETAILS = ("answer_loss", "below_window", "gap_closed")
 
 
 def table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -25,12 +31,75 @@ def interval(metric: Mapping[str, Any] | None, digits: int) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def write(run: Mapping[str, Any], sections: Sequence[str]) -> str:
-    """The text of report.md.
+def main_metrics(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The one number of each task, method and length."""
+    return [
+        m
+        for m in metrics
+        if m.get("depth") is None and m["metric"] not in DETAILS and not m.get("detail")
+    ]
+
+
+def overview(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """A row per method, a column per task, a table per length."""
+    found = main_metrics(metrics)
+    tables = []
+    for length in sorted({m["length"] for m in found}):
+        here = [m for m in found if m["length"] == length]
+        tasks = list(dict.fromkeys((m["task"], m["metric"]) for m in here))
+        methods = list(dict.fromkeys(m["method"] for m in here))
+        cells = {(m["method"], m["task"], m["metric"]): m for m in here}
+        rows = [
+            [method, *(_value(cells.get((method, *task))) for task in tasks)]
+            for method in methods
+        ]
+        head = ["method", *(f"{task}, {metric}" for task, metric in tasks)]
+        tables.append(f"{length:,} tokens:\n\n{table(head, rows)}\n")
+    return "## Overview\n\n" + "\n".join(tables)
+
+
+def times(found: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds per batch; of several turns, each one's."""
+    if not found:
+        return ""
+    rows = [
+        [
+            t["task"],
+            t["length"],
+            t["method"],
+            t["rows"],
+            " / ".join(f"{s:.3f}" for s in t["seconds"]),
+            t["batches"] if t["compiled"] else f"{t['batches']}, with compilation",
+        ]
+        for t in sorted(found, key=lambda t: (t["task"], t["length"]))
+    ]
+    head = ["task", "length", "method", "rows", "s per batch", "batches"]
+    text = "Medians; of tasks with turns, each turn's."
+    return f"## Time\n\n{text}\n\n{table(head, rows)}\n"
+
+
+def skipped(rows: Sequence[Sequence[Any]]) -> str:
+    """The rows of data sets that could not be used."""
+    if not rows:
+        return ""
+    listed = table(["file", "row", "reason"], rows)
+    return f"## Rows left out\n\n{len(rows)} rows of the data sets.\n\n{listed}\n"
+
+
+def write(
+    run: Mapping[str, Any],
+    metrics: Sequence[dict[str, Any]],
+    sections: Sequence[str],
+    timings: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> str:
+    """The text of report.md; its figures go to `folder`.
 
     Args:
-      run: what was run: model, settings, versions, hardware (JSON values).
-      sections: Markdown of every task, then whatever else belongs in the report.
+      run: what was run: model, settings, versions, hardware, skipped rows (JSON
+        values).
+      sections: Markdown of every task.
+      timings: what batches took (`timing.summary`).
     """
     model, hardware = run["model"], run["hardware"]
     rows = [
@@ -45,15 +114,28 @@ def write(run: Mapping[str, Any], sections: Sequence[str]) -> str:
         ["jax", run["versions"]["jax"]],
         ["commit", run["versions"]["commit"] or "unknown"],
     ]
+    found = main_metrics(metrics)
+    details = {k: v for k, v in run.items() if k != "skipped"}
     return "\n".join(
         [
             "# Evaluation\n",
             table(["", "value"], rows),
             "",
+            overview(metrics),
+            *plots.curves(found, folder),
             *sections,
+            skipped(run["skipped"]),
             "## Configuration\n",
             "```json",
-            json.dumps(dict(run), indent=2, sort_keys=True),
+            json.dumps(details, indent=2, sort_keys=True),
             "```\n",
+            times(timings),
+            *plots.costs(found, timings, folder),
         ]
     )
+
+
+def _value(metric: Mapping[str, Any] | None) -> str:
+    if metric is None or metric["value"] is None:
+        return "–"
+    return f"{metric['value']:.3f}"

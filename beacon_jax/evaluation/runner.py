@@ -2,7 +2,11 @@
 
 OUT/predictions/TASK.METHOD.jsonl  one line per example, in the order of the examples
 OUT/predictions/run.json           what these lines depend on
+OUT/timings/TASK.METHOD.jsonl      one line per batch: seconds, which no run repeats
 OUT/metrics.json, OUT/report.md, OUT/*.png   made anew from the lines each time
+
+Predictions and metrics of a run that was interrupted are those of one that was not,
+byte for byte; the report differs in its last sections, which say how long things took.
 
 Predictions are appended batch by batch. A run that stopped finds its lines, drops a
 half-written last one, repeats the batch in which it stopped (batches keep their
@@ -24,11 +28,12 @@ from typing import Any
 
 import jax
 
-from beacon_jax.data.text import load_documents
-from beacon_jax.data.tokenizer import encode_stream
-from beacon_jax.evaluation import report
-from beacon_jax.evaluation.methods import Method, Model
-from beacon_jax.evaluation.tasks.base import Example, Metric, Settings, Task
+from beacon_jax.evaluation import report, timing
+from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.methods import Method
+from beacon_jax.evaluation.model import Model
+from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation.tasks.base import Example, Metric, Task
 
 PROGRESS_SECONDS = 5.0
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
@@ -52,41 +57,50 @@ def evaluate(
       ValueError: `out` holds predictions of another model or other settings, lengths
         that are not multiples of the window, or too little text.
     """
-    check_lengths(settings.lengths, model.window)
+    if any(getattr(task, "whole_windows", False) for task in tasks):
+        check_lengths(settings.lengths, model.window)
     run = describe_run(model, settings)
-    prepare_folder(out / "predictions", run, overwrite=overwrite)
-    documents = load_documents(settings.text, "heldout")
-    stream = encode_stream(documents, model.tokenizer)
+    inputs = Inputs(settings, model.tokenizer)
+    # Before the folder is touched: missing data or too little text is found here.
     examples = {
-        task.name: limit(task.examples(model, settings, stream), settings.limit)
+        task.name: limit(task.examples(model, settings, inputs), settings.limit)
         for task in tasks
     }
+    prepare_folder(out, run, overwrite=overwrite)
     progress = Progress(
         len(methods) * sum(e.length for found in examples.values() for e in found)
     )
     metrics: list[Metric] = []
-    sections = []
+    sections, times = [], []
     for task in tasks:
         predictions = []
         for method in methods:
-            file = out / "predictions" / f"{task.name}.{method.name}.jsonl"
-            predict(task, method, model, examples[task.name], file, settings, progress)
-            predictions += read_lines(file)
+            name = f"{task.name}.{method.name}.jsonl"
+            files = out / "predictions" / name, out / "timings" / name
+            predict(task, method, model, examples[task.name], files, settings, progress)
+            predictions += read_lines(files[0])
+            times += read_lines(files[1])
         scored = task.score(predictions)
         metrics += scored
         sections.append(task.report(scored, out))
+    run |= {"skipped": inputs.skipped}
     (out / "metrics.json").write_text(
         json.dumps(run | {"metrics": metrics}, indent=1) + "\n", encoding="utf-8"
     )
-    (out / "report.md").write_text(report.write(run, sections), encoding="utf-8")
+    found = timing.summary(times)
+    (out / "timings" / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    text = report.write(run, metrics, sections, found, out)
+    (out / "report.md").write_text(text, encoding="utf-8")
     return metrics, "\n".join(sections)
 
 
-def integers(flag: str, values: Sequence[str]) -> list[int]:
-    """The numbers of a comma-separated flag, all > 0; ValueError names a wrong one."""
-    wrong = [v for v in values if not v.isdecimal() or int(v) < 1]
+def integers(flag: str, values: Sequence[str], least: int = 1) -> list[int]:
+    """The numbers of a comma-separated flag; ValueError names a wrong one."""
+    wrong = [v for v in values if not v.isdecimal() or int(v) < least]
     if wrong:
-        raise ValueError(f"--{flag} has {wrong}: use whole numbers > 0, as in 2,4,8.")
+        raise ValueError(
+            f"--{flag} has {wrong}: use whole numbers >= {least}, as in 2,4,8."
+        )
     return list(dict.fromkeys(int(v) for v in values))
 
 
@@ -112,16 +126,22 @@ def limit(examples: Sequence[Example], count: int | None) -> list[Example]:
     return kept
 
 
-def batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Consecutive examples of one length, at most `size` of them."""
+def batches(
+    examples: Sequence[Example], size: int, model: Model, method: Method
+) -> Iterator[tuple[Method, list[Example]]]:
+    """Consecutive examples of one length and ratio, at most `size` of them."""
     batch: list[Example] = []
+    before = method
     for example in examples:
-        if batch and (len(batch) == size or batch[0].length != example.length):
-            yield batch
+        now = method.resolve(model, len(example.tokens))
+        same = batch and batch[0].length == example.length and before.ratio == now.ratio
+        if batch and (len(batch) == size or not same):
+            yield before, batch
             batch = []
         batch.append(example)
+        before = now
     if batch:
-        yield batch
+        yield before, batch
 
 
 def predict(
@@ -129,28 +149,32 @@ def predict(
     method: Method,
     model: Model,
     examples: Sequence[Example],
-    file: Path,
+    files: tuple[Path, Path],
     settings: Settings,
     progress: "Progress",
 ) -> None:
-    """Completes one predictions file."""
-    done = repair(file, [e.id for e in examples])
+    """Completes one file of predictions, and notes how long each batch took."""
+    done = repair(files[0], [e.id for e in examples])
+    times = timing.Times(files[1], task.name, method.name)
     progress.skip(sum(e.length for e in examples[:done]))
     at, size = 0, min(settings.batch_size, len(examples))
-    with file.open("a", encoding="utf-8") as lines:
-        for batch in batches(examples, size):
+    with files[0].open("a", encoding="utf-8") as lines:
+        for resolved, batch in batches(examples, size, model, method):
             at += len(batch)
             if at <= done:
                 continue
             # Repeating an example keeps the shape, hence the compiled program.
             padded = batch + batch[-1:] * (size - len(batch))
-            answers = task.run(model, method, padded)[: len(batch)]
+            start = time.perf_counter()
+            answers = task.run(model, resolved, padded)[: len(batch)]
+            took = time.perf_counter() - start
+            times.add(batch[0].length, size, answers[0].get("seconds", [took]))
             text = [
                 json.dumps(
-                    {"id": e.id, "method": method.name, "ratio": method.ratio}
+                    {"id": e.id, "method": method.name, "ratio": resolved.ratio}
                     | {"length": e.length, **e.info, **answer}
                 )
-                for e, answer in zip(batch, answers, strict=True)
+                for e, answer in zip(batch, map(timing.without, answers), strict=True)
             ]
             new = min(len(batch), at - done)
             lines.writelines(line + "\n" for line in text[-new:])
@@ -184,17 +208,21 @@ def repair(file: Path, ids: Sequence[str]) -> int:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def prepare_folder(folder: Path, run: dict[str, Any], *, overwrite: bool) -> None:
-    """Makes sure that predictions in `folder` belong to this model and settings."""
+def prepare_folder(out: Path, run: dict[str, Any], *, overwrite: bool) -> None:
+    """Makes sure that predictions in `out` belong to this model and settings."""
+    folder = out / "predictions"
     keys = ("model", "settings")
     identity = {k: v for key in keys for k, v in run[key].items() if k != "path"}
     identity = json.loads(json.dumps(identity))  # tuples become lists
     file = folder / "run.json"
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
+    if overwrite:
+        for old in (folder, out / "timings"):
+            shutil.rmtree(old, ignore_errors=True)
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         differ = [k for k, v in identity.items() if before.get(k) != v]
@@ -203,10 +231,11 @@ def prepare_folder(folder: Path, run: dict[str, Any], *, overwrite: bool) -> Non
                 f"{k}={before.get(k)!r} there, {identity[k]!r} now" for k in differ
             )
             raise ValueError(
-                f"--out={folder.parent} holds predictions of another run ({changes}): "
+                f"--out={out} holds predictions of another run ({changes}): "
                 "name another folder, or use --overwrite to discard them."
             )
-    folder.mkdir(parents=True, exist_ok=True)
+    for new in (folder, out / "timings"):
+        new.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
 
 
@@ -233,6 +262,7 @@ def describe_run(model: Model, settings: Settings) -> dict[str, Any]:
             "platform": device.platform,
             "device": device.device_kind,
             "devices": jax.device_count(),
+            "mesh": dict(model.partition.mesh.shape) if model.partition else None,
             "cpu_cores": os.cpu_count(),
             "machine": platform.machine(),
         },

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf import checkpoint
 from beacon_jax.hf.identify import Identity
+from beacon_jax.hf.placement import Place
 from beacon_jax.inference.decode import Decoded, decode
 from beacon_jax.inference.feeding import (
     OnProgress,
@@ -456,7 +457,7 @@ def load(
             f"path={path} is not a model folder: it has no config.json."
         )
     partition = make_partition(mesh) if mesh is not None else None
-    place = None if partition is None else functools.partial(_place, partition)
+    place = None if partition is None else placed_on(partition)
     found = checkpoint.load(
         path,
         dtype=dtype,
@@ -472,8 +473,13 @@ def load(
     return Model(found.config, variables, tokenizer, found.identity, partition)
 
 
-def _place(partition: Partition, config: ModelConfig, name: str, shape: Any) -> Any:
-    axes: Any = variable_axes(config)
-    for key in name.split("/"):
-        axes = axes[key]
-    return partition.sharding(axes, shape, name), None
+def placed_on(partition: Partition) -> Place:
+    """Where `hf.checkpoint.load` puts each tensor: as its logical axes say."""
+
+    def place(config: ModelConfig, name: str, shape: tuple[int, ...]) -> Any:
+        axes: Any = variable_axes(config)
+        for key in name.split("/"):
+            axes = axes[key]
+        return partition.sharding(axes, shape, name), None
+
+    return place

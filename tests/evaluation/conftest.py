@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from beacon_jax.data.text import load_documents
-from beacon_jax.data.tokenizer import encode_stream, train_tokenizer
-from beacon_jax.evaluation.methods import load_model
-from beacon_jax.evaluation.tasks.base import Settings
+from beacon_jax.data.tokenizer import train_tokenizer
+from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.model import load_model
+from beacon_jax.evaluation.settings import Settings
 from beacon_jax.hf.checkpoint import save_hf
 from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
 
@@ -72,5 +73,5 @@ def model(model_folder, settings):
 
 
 @pytest.fixture(scope="session")
-def stream(model, text_folder):
-    return encode_stream(load_documents(text_folder, "heldout"), model.tokenizer)
+def inputs(model, settings):
+    return Inputs(settings, model.tokenizer)

@@ -8,7 +8,8 @@ import pytest
 from absl import flags
 
 from beacon_jax import evaluate as command
-from beacon_jax.evaluation.methods import make_methods
+from beacon_jax.evaluation import command as steps
+from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.runner import evaluate, integers, limit
 from beacon_jax.evaluation.tasks import make_tasks
 from beacon_jax.evaluation.tasks.base import Example
@@ -47,8 +48,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert files(out) != whole
     again, _ = evaluate(model, TASKS, METHODS, settings, out)
     assert files(out) == whole and again == metrics
-    for name in ("metrics.json", "report.md", "passkey.png", "perplexity.png"):
+    for name in ("metrics.json", "passkey.png", "perplexity.png", "by_length.png"):
         assert (out / name).read_bytes() == (done / name).read_bytes()
+    texts = [(f / "report.md").read_text().split("## Time") for f in (out, done)]
+    assert len(texts[0]) == 2 and texts[0][0] == texts[1][0]
 
 
 def test_a_finished_run_computes_nothing(
@@ -135,7 +138,7 @@ def run_command(**options):
     values(["evaluate", f"--model={options['model']}", f"--out={options['out']}"])
     for name, value in options.items():
         setattr(values, name, value)
-    command.run(values)
+    return steps.run(values)
 
 
 def test_the_command_fails_by_naming_the_floors_that_were_missed(
@@ -159,11 +162,10 @@ def test_the_command_fails_by_naming_the_floors_that_were_missed(
         "samples": 4,
         "text": text_folder,
     }
-    run_command(**options)
+    assert run_command(**options) == ""
     assert "## Passkey accuracy" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="floors missed: hard at 128 "):
-        run_command(**options, floors=str(tmp_path / "floors.json"))
+    assert run_command(**options, floors=str(tmp_path / "floors.json")) == "hard at 128"
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "## Floors" in report and "MISSED" in report and "reached" in report
     with pytest.raises(ValueError, match="--out=.*seed=0 there, 1"):
-        run_command(**options, seed=1)
+        run_command(**options, seeds=["1"])

@@ -7,7 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from beacon_jax.evaluation.methods import Method, Model
+from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.methods import Method
+from beacon_jax.evaluation.model import Model
+from beacon_jax.evaluation.settings import Settings
+
+__all__ = ["Example", "Inputs", "Metric", "Prediction", "Settings", "Task"]
 
 # One number: task, metric, method, ratio, length, value, low, high (95 %), count and
 # whatever else the task's table is indexed by (depth, ...). JSON values only.
@@ -17,38 +22,12 @@ Prediction = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides every example and every prediction, besides model and method.
-
-    lengths: raw tokens of an example; multiples of the window, above one window.
-    samples: examples per length. depths: places of the needle, evenly over [0, 1].
-    text: source of held-out text (data.text). limit: only so many examples per task.
-    """
-
-    lengths: tuple[int, ...] = (256, 512, 1024)
-    depths: int = 5
-    samples: int = 128
-    text: str = "stdlib"
-    seed: int = 0
-    limit: int | None = None
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("depths", "samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)} must be >= 1.")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit={self.limit} must be >= 1; leave it out.")
-        if not self.lengths:
-            raise ValueError("--lengths is empty: give for example 256,512,1024.")
-
-
-@dataclasses.dataclass(frozen=True)
 class Example:
     """One question. Examples of one batch have the same `length`.
 
-    id: unique within the task. tokens: int32 [length] or what the task needs.
-    info: copied into the prediction (JSON values).
+    id: unique within the task. length: tokens that were asked for. tokens: int32 [n],
+      n <= length, or what the task needs. info: copied into the prediction (JSON
+      values).
     """
 
     id: str
@@ -62,16 +41,24 @@ class Task(Protocol):
 
     name: str
 
+    def longest(self, settings: Settings) -> int:
+        """Tokens of the longest example, answer included."""
+        ...
+
     def examples(
-        self, model: Model, settings: Settings, stream: np.ndarray
+        self, model: Model, settings: Settings, inputs: Inputs
     ) -> list[Example]:
-        """All examples, those of one length together; `stream`: held-out tokens [n]."""
+        """All examples, those of one length together."""
         ...
 
     def run(
         self, model: Model, method: Method, batch: Sequence[Example]
     ) -> list[dict[str, Any]]:
-        """The answers of a batch, incl. `kv_bytes`, the past's bytes of each row."""
+        """The answers of a batch, incl. `kv_bytes`, the past's bytes of each row.
+
+        `seconds`, if there, is taken out: times are kept apart from predictions, which
+        are the same in every run.
+        """
         ...
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:

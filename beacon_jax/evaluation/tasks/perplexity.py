@@ -15,23 +15,31 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.evaluation import plots
-from beacon_jax.evaluation.methods import Method, Model
+from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.methods import Method, remember
+from beacon_jax.evaluation.model import Model
 from beacon_jax.evaluation.report import interval, table
+from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval, ratio_interval
-from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction, Settings
+from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
 
 
 class Perplexity:
     name = "perplexity"
+    whole_windows = True
+
+    def longest(self, settings: Settings) -> int:
+        return max(settings.lengths)
 
     def examples(
-        self, model: Model, settings: Settings, stream: np.ndarray
+        self, model: Model, settings: Settings, inputs: Inputs
     ) -> list[Example]:
         """Rows of length + 1 tokens whose last windows never overlap.
 
         Raises:
           ValueError: too little text for that many.
         """
+        stream = inputs.stream
         longest, window = max(settings.lengths), model.window
         blocks = (len(stream) - longest - 1) // window + 1
         if blocks < settings.samples:
@@ -56,8 +64,7 @@ class Perplexity:
         past = [e.tokens[:cut] for e in batch]
         last = [e.tokens[cut:-1] for e in batch]
         labels = [e.tokens[cut + 1 :] for e in batch]
-        memory = method.remember(model, past, last)
-        kept = method.kv_bytes(memory)
+        memory, kept = remember(model, method, past, last)
         out, _ = model.feed(
             memory, last, method.live_ratio, outputs="loss", labels=labels
         )

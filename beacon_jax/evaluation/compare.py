@@ -1,0 +1,134 @@
+"""Finished runs side by side: what `evaluate --report DIR…` writes."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beacon_jax.evaluation import plots
+from beacon_jax.evaluation.report import main_metrics, table
+
+SEED = re.compile(r"[-_.]?seed\d+$")
+
+
+def write(folders: Sequence[Path], out: Path) -> str:
+    """Writes OUT/report.md and its figures; returns the text.
+
+    A run is called by its folder; runs whose folders differ by an ending seedN only
+    (in the same parent) are one, with mean ± standard deviation. Lines that two runs
+    share, such as full attention of one model, are shown for both.
+
+    Raises:
+      ValueError: no folder, one without a finished run, or two of one name.
+    """
+    if not folders:
+        raise ValueError("--report needs the folders of finished runs behind it.")
+    runs = {folder: _read(folder) for folder in folders}
+    groups: dict[str, list[Path]] = {}
+    for folder in runs:
+        groups.setdefault(_label(folder), []).append(folder)
+    merged = [
+        metric
+        for label, members in groups.items()
+        for metric in _merged([runs[m]["metrics"] for m in members], label, len(groups))
+    ]
+    text = "\n".join(
+        [
+            "# Comparison\n",
+            _listed(groups, runs),
+            "",
+            *(_section(merged, length) for length in _lengths(merged)),
+            *_figures(merged, out),
+        ]
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / "metrics.json"
+    if not file.is_file():
+        raise ValueError(
+            f"--report names {folder}, which has no metrics.json: it is not the --out "
+            "of a finished run."
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _label(folder: Path) -> str:
+    name = SEED.sub("", folder.name)
+    return name or folder.parent.name
+
+
+def _merged(
+    runs: list[list[dict[str, Any]]], label: str, labels: int
+) -> list[dict[str, Any]]:
+    """One metric per task, method and length: the mean over the runs of a group."""
+    cells: dict[tuple, list[dict[str, Any]]] = {}
+    for metrics in runs:
+        for m in main_metrics(metrics):
+            if m["value"] is not None:
+                key = (m["task"], m["metric"], m["method"], m["length"])
+                cells.setdefault(key, []).append(dict(m))
+    found = []
+    for same in cells.values():
+        values = np.asarray([m["value"] for m in same], np.float64)
+        spread = float(values.std(ddof=1)) if len(values) > 1 else None
+        method = same[0]["method"] if labels == 1 else f"{label}: {same[0]['method']}"
+        found.append(
+            same[0]
+            | {"method": method, "value": float(values.mean()), "spread": spread}
+            | {"runs": len(values), "count": sum(m["count"] for m in same)}
+        )
+    return found
+
+
+def _listed(groups: dict[str, list[Path]], runs: dict[Path, dict[str, Any]]) -> str:
+    rows = []
+    for label, members in groups.items():
+        for folder in members:
+            model, settings = runs[folder]["model"], runs[folder]["settings"]
+            rows.append(
+                [
+                    label,
+                    folder.name,
+                    Path(model["path"]).name,
+                    (model["beacon_hash"] or "none")[:12],
+                    settings["seed"],
+                    runs[folder]["versions"]["commit"] or "unknown",
+                ]
+            )
+    return table(["run", "folder", "model", "beacons", "seed", "commit"], rows)
+
+
+def _lengths(metrics: Sequence[dict[str, Any]]) -> list[int]:
+    return sorted({m["length"] for m in metrics})
+
+
+def _section(metrics: Sequence[dict[str, Any]], length: int) -> str:
+    here = [m for m in metrics if m["length"] == length]
+    tasks = list(dict.fromkeys((m["task"], m["metric"]) for m in here))
+    cells = {(m["method"], m["task"], m["metric"]): m for m in here}
+    rows = [
+        [method, *(_cell(cells.get((method, *task))) for task in tasks)]
+        for method in dict.fromkeys(m["method"] for m in here)
+    ]
+    head = ["method", *(f"{task}, {metric}" for task, metric in tasks)]
+    return f"## {length:,} tokens\n\n{table(head, rows)}\n"
+
+
+def _cell(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return "–"
+    if metric["spread"] is None:
+        return f"{metric['value']:.3f}"
+    return f"{metric['value']:.3f} ± {metric['spread']:.3f} ({metric['runs']})"
+
+
+def _figures(metrics: list[dict[str, Any]], out: Path) -> list[str]:
+    out.mkdir(parents=True, exist_ok=True)
+    return plots.curves(metrics, out)

@@ -1,0 +1,118 @@
+"""What tasks read: held-out text, haystacks, the user's data sets."""
+
+import functools
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beacon_jax.data.readers import Bad, Value, read
+from beacon_jax.data.sources import open_parts
+from beacon_jax.data.text import load_documents
+from beacon_jax.data.tokenizer import encode_stream
+from beacon_jax.evaluation.settings import Settings
+
+ENDINGS = (".jsonl", ".json", ".parquet")
+
+
+class Inputs:
+    """Texts and rows of one run, read when they are first asked for.
+
+    Attributes:
+      skipped: rows that could not be used, as (file, row from 1, reason).
+    """
+
+    def __init__(self, settings: Settings, tokenizer: Any):
+        self.settings, self.tokenizer = settings, tokenizer
+        self.skipped: list[tuple[str, int, str]] = []
+
+    @functools.cached_property
+    def documents(self) -> list[str]:
+        """The held-out documents of --text."""
+        return load_documents(self.settings.text, "heldout")
+
+    @functools.cached_property
+    def stream(self) -> np.ndarray:
+        """Their tokens, int32 [n], end tokens between documents."""
+        return encode_stream(self.documents, self.tokenizer)
+
+    @functools.cached_property
+    def haystack(self) -> list[str]:
+        """Documents to hide things in: all of --haystack, else the held-out ones."""
+        source = self.settings.haystack
+        return load_documents(source, "all") if source else self.documents
+
+    def rows(
+        self, name: str, fields: dict[str, type | tuple[type, ...]], where: str
+    ) -> list[dict[str, Any]]:
+        """The rows of a file of the user, in its order.
+
+        Args:
+          name: file in --data without its ending, such as "longbench/qasper".
+          fields: that a row must have, and their types.
+          where: where it is published, for the message if it is not there.
+
+        Raises:
+          FileNotFoundError: no --data, or no such file in it.
+          ValueError: not one usable row.
+        """
+        file = self._file(name, where)
+        rows, number = [], 0
+        for part in open_parts([str(file)]):
+            for number, value in read(part):
+                row = _parsed(value)
+                reason = row if isinstance(row, str) else _wrong(row, fields)
+                if reason:
+                    self.skip(file.name, number, reason)
+                elif isinstance(row, dict):
+                    rows.append(row)
+        if not rows:
+            raise ValueError(
+                f"{file} has {number} rows and none with the fields "
+                f"{', '.join(fields)}: it should be the file that {where} publishes."
+            )
+        return rows
+
+    def skip(self, file: str, row: int, reason: str) -> None:
+        """Notes a row that a task cannot use."""
+        if (file, row, reason) not in self.skipped:
+            self.skipped.append((file, row, reason))
+
+    def _file(self, name: str, where: str) -> Path:
+        folder = self.settings.data
+        wanted = f"{name}{ENDINGS[0]} (or {', '.join(ENDINGS[1:])}), from {where}"
+        if not folder:
+            raise FileNotFoundError(
+                f"--data is not given: put {wanted}, into a folder and name it."
+            )
+        for end in ENDINGS:
+            file = Path(folder).expanduser() / f"{name}{end}"
+            if file.is_file():
+                return file
+        raise FileNotFoundError(f"--data={folder} has no {wanted}: put it there.")
+
+
+def _parsed(value: Value) -> dict[str, Any] | str:
+    """A row, or what is wrong with it."""
+    if isinstance(value, Bad):
+        return value.reason
+    if isinstance(value, bytes):
+        try:
+            value = json.loads(value.decode("utf-8"))
+        except UnicodeDecodeError:
+            return "invalid UTF-8"
+        except (ValueError, RecursionError):
+            return "not JSON"
+    return value if isinstance(value, dict) else "not an object"
+
+
+def _wrong(
+    row: dict[str, Any], fields: dict[str, type | tuple[type, ...]]
+) -> str | None:
+    missing: Collection[str] = [name for name in fields if name not in row]
+    if missing:
+        return f"no {', '.join(missing)}"
+    wrong = [n for n, kind in fields.items() if not isinstance(row[n], kind)]
+    return f"{', '.join(wrong)} of a wrong type" if wrong else None
