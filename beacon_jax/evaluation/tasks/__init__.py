@@ -2,15 +2,39 @@
 
 from collections.abc import Callable, Sequence
 
+from beacon_jax.evaluation.tasks.babilong import Qa1, Qa2, Qa3
 from beacon_jax.evaluation.tasks.base import Task
+from beacon_jax.evaluation.tasks.mqar import Mqar
+from beacon_jax.evaluation.tasks.multi_needle import MultiNeedle
+from beacon_jax.evaluation.tasks.needle import Needle, NeedleRelease
 from beacon_jax.evaluation.tasks.passkey import Passkey
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
+from beacon_jax.evaluation.tasks.perplexity_release import PerplexityRelease
+from beacon_jax.evaluation.tasks.records import JsonKV, Lines
 
-TASKS: dict[str, Callable[[], Task]] = {t.name: t for t in (Passkey, Perplexity)}
+TASKS: dict[str, Callable[[], Task]] = {
+    t.name: t
+    for t in (
+        Passkey,
+        Perplexity,
+        PerplexityRelease,
+        Needle,
+        NeedleRelease,
+        MultiNeedle,
+        JsonKV,
+        Lines,
+        Qa1,
+        Qa2,
+        Qa3,
+        Mqar,
+    )
+}
 
 
 # Names for several tasks at once.
-GROUPS: dict[str, tuple[str, ...]] = {}
+GROUPS: dict[str, tuple[str, ...]] = {
+    "babilong": (Qa1.name, Qa2.name, Qa3.name),
+}
 
 
 def make_tasks(names: Sequence[str]) -> list[Task]:

@@ -104,23 +104,23 @@ def fill(
     low, low_size = least, len(build(least))
     if low_size > room:
         return prompts.fit(build, room, least=least, name=name)  # raises
-    high, high_size, tries = None, 0, 0
-    n = least + 1
-    while high is None or high - low > 1:
+    n = least + 1 + (room - low_size) // 256
+    while (high_size := len(build(n))) <= room:
+        per = max((high_size - low_size) / (n - low), 0.1)
+        low, low_size = n, high_size
+        n += 1 + int((room - low_size) / per)
+    high, tries = n, 0
+    while high - low > 1:
+        tries += 1
+        share = (room - low_size) / max(high_size - low_size, 1)
+        # Halving ends what guesses from one side do slowly.
+        guess = low + round((high - low) * (share if tries < 8 else 0.5))
+        n = min(max(guess, low + 1), high - 1)
         size = len(build(n))
-        if high is None and size <= room:
-            per = max((size - low_size) / (n - low), 0.1)
-            low, low_size = n, size
-            n = low + 1 + int((room - low_size) / per)
-            continue
         if size <= room:
             low, low_size = n, size
         else:
             high, high_size = n, size
-        tries += 1
-        span, rise = high - low, max(high_size - low_size, 1)
-        guess = low + round(span * (room - low_size) / rise)
-        n = min(max(guess if tries < 8 else low + span // 2, low + 1), high - 1)
     return low
 
 

@@ -65,7 +65,9 @@ class Mqar(Synthetic):
                 f"--text={settings.text} has {len(seen)} different tokens, and "
                 f"{3 * QUERIES} are needed: name a source with more text."
             )
-        return Vocabulary(*thirds, prompts.ids(model.tokenizer, "", special=True))
+        keys, values, fillers = thirds
+        first = prompts.ids(model.tokenizer, "", special=True)
+        return Vocabulary(keys, values, fillers, first)
 
     def example(
         self,
@@ -178,10 +180,8 @@ def draw_positions(metrics: Sequence[Metric], path: Path) -> None:
         for method in dict.fromkeys(m["method"] for m in here):
             places, values = _pooled([m for m in here if m["method"] == method])
             family = method.removesuffix(f"_x{ratio}")
-            wide = 2.4 if family == "beacon" else 1.0
-            (lines[family],) = panel.plot(
-                places, values, marker="o", linewidth=wide, label=family
-            )
+            style = plots._style(family)
+            (lines[family],) = panel.plot(places, values, label=family, **style)
         panel.set_title(f"x{ratio}")
         panel.set_xticks(range(ratio))
         panel.set_xlabel("place of the value in its unit")

@@ -67,8 +67,8 @@ class PerplexityRelease:
         documents = _documents(model, texts, longest, most)
         if not documents:
             raise ValueError(
-                f"{origin} has no document of {longest} tokens: use shorter --lengths, "
-                "or longer documents."
+                f"{origin} has no document of {longest} tokens, which {self.name} "
+                "needs: use shorter --lengths, or longer documents."
             )
         rng = np.random.default_rng(draw_seed(settings, self.name))
         count = min(settings.samples, len(documents))
