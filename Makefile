@@ -11,10 +11,10 @@ MAX_LINES := 600
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup quickstart test test-slow aot lint constraints clean
+.PHONY: help setup quickstart test test-slow notebook aot lint constraints clean
 
 help:
-	@echo "targets: setup quickstart test test-slow aot lint constraints clean"
+	@echo "targets: setup quickstart test test-slow notebook aot lint constraints clean"
 
 setup:
 	@PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" bash launch/setup.sh
@@ -37,6 +37,13 @@ test: setup
 test-slow: setup
 	JAX_PLATFORMS=cpu $(PY) -m pytest -m slow tests
 
+# Every cell of the Colab notebook, small, on the CPU. UPDATE=1 keeps the outputs of its
+# results in the file, as it is committed.
+UPDATE ?=
+notebook:
+	@PYTHON="$(PYTHON)" EXTRAS=test,eval,notebook bash launch/setup.sh
+	$(PY) launch/notebook.py $(if $(UPDATE),--update)
+
 # Attention kernels and whole 7B training steps for GPUs and TPUs that are not here,
 # compiled by XLA: what they need per device. An environment of its own: CUDA and TPU
 # plugins beside the CPU. AOT_KERNELS, AOT_STEPS: some of the cases; all by default.
@@ -58,7 +65,7 @@ lint: setup
 # After a change of the dependencies: versions only, for every platform.
 constraints: setup
 	$(PY) -m uv pip compile pyproject.toml --universal --python-version 3.12 --quiet \
-	  --upgrade --extra test --extra eval --extra aot --no-header --no-annotate \
+	  --upgrade --extra test --extra eval --extra notebook --extra aot --no-header --no-annotate \
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:

@@ -10,10 +10,12 @@ the rate is higher than the paper's; 2e-4 is a guess that no run has checked.
 
 Hardware: one device of 16 GB. 16.4M tokens, 1,600 steps of 2 rows of 4096, then 8192.
 Arguments and temporaries of the gradient at 2 x 8192 take 6.1 GiB (XLA's analysis of a
-CPU compilation). Estimate, not measured: 6.6e16 FLOPs, 19 minutes on a TPU v5e at 30 %
-of 197 TFLOP/s; 5.6 hours on a T4, which has no bfloat16 units, at 40 % of 8.1 TFLOP/s
-in float32: take fewer steps there (--config.data.stages.stage1.steps=100 and the same
-for stage2).
+CPU compilation, bfloat16). configs/qwen2_0_5b_colab.py:t4 is for GPUs without bfloat16
+units: float16 with a float32 residual stream, attention in XLA, and a quarter of the
+steps. launch/colab_evaluate.ipynb runs either and measures the result.
+Estimate, not measured: 6.6e16 FLOPs, 19 minutes on a TPU v5e at 30 % of 197 TFLOP/s;
+:t4 1.7e16 FLOPs, 30 minutes on a T4 at 20 % of 65 TFLOP/s and lm_head's backward pass,
+1.1e15 in float32, at 40 % of 8.1.
 configs/qwen2_0_5b_colab.py:smoke takes a few tiny steps from scratch on the CPU.
 """
 
@@ -28,8 +30,11 @@ def get_config(arg: str = "") -> Config:
     config.beacon.window = 1024
     config.beacon.ratios = (2, 4, 8)
     config.data.passkey_questions = 4
+    t4 = arg == "t4"
+    if t4:
+        config.dtype = "float16"
     mix = {"text": 0.5, "passkey": 0.4, "copy": 0.1}
-    config.data.stages.stage1 = stage(1200, 4096, 2, **mix)
-    config.data.stages.stage2 = stage(400, 8192, 2, **mix)
+    config.data.stages.stage1 = stage(300 if t4 else 1200, 4096, 2, **mix)
+    config.data.stages.stage2 = stage(100 if t4 else 400, 8192, 2, **mix)
     config.optimizer.lr = 2e-4
-    return recipes.finish(config, PRESET, "qwen2_0_5b_colab", arg)
+    return recipes.finish(config, PRESET, "qwen2_0_5b_colab", "" if t4 else arg)

@@ -23,6 +23,7 @@ from beacon_jax.attention.decode import (
     decode_xla,
     zero_invalid,
 )
+from beacon_jax.attention.device import check_triton
 from beacon_jax.attention.mean import MeanTerm, kernel_tables, product, quarter
 from beacon_jax.attention.pallas_gpu import (
     DTYPES,
@@ -118,8 +119,11 @@ def decode_gpu(
 
     Raises:
       NotImplementedError: q has more than 128 queries; dtypes other than one of
-        float32, bfloat16 and float16 for all, int8 k and v apart; scale <= 0.
+        float32, bfloat16 and float16 for all, int8 k and v apart; scale <= 0; a GPU
+        that Triton does not know.
     """
+    if not interpret:
+        check_triton()
     check_scales(k, v, k_scale, v_scale)
     t = q.shape[1]
     if t > MOST_QUERIES:

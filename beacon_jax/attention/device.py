@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import jax
 
+# In the names of NVIDIA's chips before compute capability 8.0, a T4 or V100 say.
+BEFORE_AMPERE = ("Tesla", "TITAN", "GTX", "RTX 20", "Quadro RTX")
+
 
 class Target(NamedTuple):
     """platform: "cpu", "gpu" or "tpu". kind: as the device calls itself."""
@@ -25,3 +28,12 @@ def target() -> Target:
     if device is None:
         device = jax.devices()[0]
     return Target(device.platform, device.device_kind)
+
+
+def check_triton() -> None:
+    """Raises NotImplementedError where Triton compiles nothing (jax #26799)."""
+    kind = target().kind
+    if any(name in kind for name in BEFORE_AMPERE):
+        raise NotImplementedError(
+            f"device {kind}: Triton needs compute capability 8.0, an A100 or later."
+        )

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from beacon_jax.attention import blockwise
-from beacon_jax.attention.device import target
+from beacon_jax.attention.device import check_triton, target
 from beacon_jax.attention.gpu_blocks import Block, Blocks, chip_blocks
 
 LOG2E = math.log2(math.e)
@@ -87,9 +87,11 @@ def pallas_gpu(
     computes the same blockwise.
 
     Raises:
-      NotImplementedError: dtypes other than one of float32, bfloat16 and float16, or
-        scale <= 0.
+      NotImplementedError: dtypes other than one of float32, bfloat16 and float16,
+        scale <= 0, or a GPU that Triton does not know.
     """
+    if not interpret:
+        check_triton()
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         dtypes = f"q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}"
         raise NotImplementedError(f"{dtypes}: one of {_names(DTYPES)} for all.")

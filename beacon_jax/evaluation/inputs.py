@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,11 @@ class Inputs:
         return load_documents(source, "all") if source else self.documents
 
     def rows(
-        self, name: str, fields: dict[str, type | tuple[type, ...]], where: str
+        self,
+        name: str,
+        fields: dict[str, type | tuple[type, ...]],
+        where: str,
+        check: Callable[[dict[str, Any]], str | None] | None = None,
     ) -> list[dict[str, Any]]:
         """The rows of a file of the user, in its order.
 
@@ -53,6 +57,7 @@ class Inputs:
           name: file in --data without its ending, such as "longbench/qasper".
           fields: that a row must have, and their types.
           where: where it is published, for the message if it is not there.
+          check: what else is wrong with a row that has the fields, None if nothing is.
 
         Raises:
           FileNotFoundError: no --data, or no such file in it.
@@ -64,6 +69,8 @@ class Inputs:
             for number, value in read(part):
                 row = _parsed(value)
                 reason = row if isinstance(row, str) else _wrong(row, fields)
+                if check and not reason and isinstance(row, dict):
+                    reason = check(row)
                 if reason:
                     self.skip(file.name, number, reason)
                 elif isinstance(row, dict):

@@ -25,8 +25,8 @@ class Method:
       family: what --methods calls it.
       per_ratio: whether the family has a ratio, and so a budget of bytes.
       question_aware: whether it sees what follows the past before it decides.
-      exact_bytes: whether it keeps exactly the bytes of the budget; False: less by
-        under one of its own slots.
+      exact_bytes: whether it keeps exactly the bytes of the budget; False: no more than
+        them (a text may become shorter than it had to, int8 slots are smaller).
       name: unique, as in tables and file names.
       ratio: raw tokens per kept slot; "adapt" until `resolve`; None if the family has
         no ratio.
@@ -99,12 +99,13 @@ def remember(
         return memory, kept
     slot = slot_nbytes(model.config, model.dtype)
     for row, held in zip(past, kept, strict=True):
-        budget = budget_slots(model.config, len(row), method.number) * slot
-        least = budget if method.exact_bytes else budget - memory.slot_nbytes + 1
-        if not min(least, budget) <= held <= budget:
+        slots = budget_slots(model.config, len(row), method.number)
+        # Sinks and low ratios may leave more slots than there are tokens to keep.
+        least = min(slots, len(row)) * slot if method.exact_bytes else 0
+        if not least <= held <= slots * slot:
             raise AssertionError(
                 f"{method.name} keeps {held:,} bytes of {len(row)} tokens; the budget "
-                f"of x{method.ratio} is {budget:,}."
+                f"of x{method.ratio} is {slots * slot:,}."
             )
     return memory, kept
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 
-from beacon_jax.evaluation import report, timing
+from beacon_jax.evaluation import groups, report, timing
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.methods import Method
 from beacon_jax.evaluation.model import Model
@@ -83,6 +83,9 @@ def evaluate(
         scored = task.score(predictions)
         metrics += scored
         sections.append(task.report(scored, out))
+    found = groups.means(metrics)
+    metrics += found
+    sections.append(groups.section(found))
     run |= {"skipped": inputs.skipped}
     (out / "metrics.json").write_text(
         json.dumps(run | {"metrics": metrics}, indent=1) + "\n", encoding="utf-8"

@@ -53,7 +53,7 @@ def feed_rows(
     ledgers = ledgers_of(memory, len(rows))
     fed = [np.concatenate([x.pending, r]) for x, r in zip(ledgers, rows, strict=True)]
     ratios = stack_ratios(plans)
-    state = memory.state if memory else _fresh(model, len(rows), 1, dtype)
+    state = memory.state if memory else fresh_state(model, len(rows), 1, dtype)
     lengths, done = np.asarray([len(r) for r in fed]), 0
     size = _room(model.config, state, ratios, lengths + new, capacity, plans)
     groups = _groups(model.config, rows, plans, ledgers)
@@ -61,7 +61,7 @@ def feed_rows(
     for group in groups:
         whole = len(group) == len(rows)
         if memory is None:
-            part = _fresh(model, len(group), size, dtype)
+            part = fresh_state(model, len(group), size, dtype)
         else:
             part = state if whole else take_rows(state, np.asarray(group))
             part = _own(part.resized(size), state)
@@ -215,9 +215,10 @@ def choose_dtype(model: "Model", memory: Memory | None, asked: str | None) -> st
     return has
 
 
-def _fresh(
+def fresh_state(
     model: "Model", rows: int, capacity: int, dtype: str | None = None
 ) -> MemoryState:
+    """An empty memory, split over the devices of the model."""
     dtype = choose_dtype(model, None, dtype)
     make = functools.partial(init_memory, model.config, rows, capacity, dtype)
     if model.partition is None:

@@ -22,6 +22,26 @@ from beacon_jax.model.partition import active, constrain
 from beacon_jax.model.rotary import cos_sin, inverse_frequencies, rotate
 
 INIT = nn.initializers.normal(0.02)
+# Float16 ends at 65,504, the residual stream of models trained in bfloat16 does not:
+# Qwen2-57B's layers write up to 50,000 at once (auto-round #218), and their inputs, as
+# products of two numbers, may be as large. What a layer writes is computed this much
+# smaller and added up in float32, so it may reach 1,048,064.
+SHRINK = 2.0**-4
+
+
+def residual_dtype(dtype: Any) -> Any:
+    """Of the residual stream of a model that computes in `dtype`."""
+    return jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype
+
+
+def shrunk(x: Array) -> Array:
+    """Of a product that is written into the residual stream, its input and bias."""
+    return x * jnp.asarray(SHRINK, x.dtype) if x.dtype == jnp.float16 else x
+
+
+def add_residual(x: Array, out: Array) -> Array:
+    """The residual stream x plus what was made of `shrunk` numbers."""
+    return x + out.astype(x.dtype) / SHRINK if out.dtype == jnp.float16 else x + out
 
 
 class Entries(NamedTuple):
@@ -77,7 +97,10 @@ def _zeros(init, shape):
 
 
 class Linear(nn.Module):
-    """[B, T, *inputs] -> [B, T, *outputs]; beacon rows use their own weights only."""
+    """[B, T, *inputs] -> [B, T, *outputs]; beacon rows use their own weights only.
+
+    writes: into the residual stream; its inputs are `shrunk`.
+    """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -86,6 +109,7 @@ class Linear(nn.Module):
     own: bool  # beacons have weights of their own
     layout: Layout
     dtype: Any
+    writes: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -112,14 +136,18 @@ class Linear(nn.Module):
         n = len(self.inputs)
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         y = jnp.tensordot(x, weights["kernel"].astype(self.dtype), contract)
-        return y + weights["bias"].astype(self.dtype) if "bias" in weights else y
+        if "bias" not in weights:
+            return y
+        bias = weights["bias"].astype(self.dtype)
+        return y + (shrunk(bias) if self.writes else bias)
 
 
 class RMSNorm(nn.Module):
-    """In float32, then cast."""
+    """In float32, then cast to `dtype`."""
 
     size: int
     eps: float
+    dtype: Any
 
     @nn.compact
     def __call__(self, x):
@@ -127,7 +155,7 @@ class RMSNorm(nn.Module):
         scale: Any = self.param("scale", init, (self.size,))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (scale.astype(jnp.float32) * y).astype(x.dtype)
+        return (scale.astype(jnp.float32) * y).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -146,7 +174,7 @@ class Attention(nn.Module):
         d, h = (c.hidden_size,), c.head_dim
         owned = c.beacon.param if c.beacon else ()
         make = lambda letter, i, o, axes, bias: Linear(
-            i, o, axes, bias, letter in owned, self.layout, self.dtype
+            i, o, axes, bias, letter in owned, self.layout, self.dtype, letter == "o"
         )
         heads, kv_heads = (c.num_heads, h), (c.num_kv_heads, h)
         kv_axes = ("embed", "kv_heads", "head_dim")
@@ -187,7 +215,7 @@ class Attention(nn.Module):
             keep_these = jax.checkpoint_policies.save_only_these_names(*RESIDUALS)
             attend = jax.checkpoint(attend, prevent_cse=False, policy=keep_these)
         out, k_buffer, v_buffer = attend(q, k, v, k_buffer, v_buffer)
-        return self.o_proj(out), kept, k_buffer, v_buffer
+        return self.o_proj(shrunk(out)), kept, k_buffer, v_buffer
 
 
 class MLP(nn.Module):
@@ -204,9 +232,8 @@ class MLP(nn.Module):
         rest = (c.mlp_bias, False, self.layout, self.dtype)
         gate = Linear(d, f, ("embed", "mlp"), *rest, name="gate_proj")(x)
         up = Linear(d, f, ("embed", "mlp"), *rest, name="up_proj")(x)
-        return Linear(f, d, ("mlp", "embed"), *rest, name="down_proj")(
-            jax.nn.silu(gate) * up
-        )
+        down = Linear(f, d, ("mlp", "embed"), *rest, writes=True, name="down_proj")
+        return down(jax.nn.silu(gate) * shrunk(up))
 
 
 class Layer(nn.Module):
@@ -227,7 +254,9 @@ class Layer(nn.Module):
         x, k_all, v_all = carry
         layer, k_slice, v_slice = per_layer
         stacked = k_slice is None
-        norm = lambda name: RMSNorm(c.hidden_size, c.rms_norm_eps, name=name)
+        norm = lambda name: RMSNorm(
+            c.hidden_size, c.rms_norm_eps, self.dtype, name=name
+        )
         attention = Attention(
             c,
             self.layout,
@@ -247,9 +276,9 @@ class Layer(nn.Module):
             layer if stacked else None,
             fed,
         )
-        x = constrain(x + out, "batch", None, None)
+        x = constrain(add_residual(x, out), "batch", None, None)
         out = MLP(c, self.layout, self.dtype, name="mlp")(norm("post_norm")(x))
-        x = constrain(x + out, "batch", None, None)
+        x = constrain(add_residual(x, out), "batch", None, None)
         return (x, k if stacked else None, v if stacked else None), kept
 
 
@@ -287,6 +316,7 @@ class Decoder(nn.Module):
     Attributes:
       layout: where beacons stand among the T entries.
       keep: entries whose un-rotated keys and values are returned.
+      dtype: of products, keys and values; the residual stream has `residual_dtype`.
     """
 
     config: ModelConfig
@@ -300,7 +330,8 @@ class Decoder(nn.Module):
         self.embed = Embed(c)
         scanned = nn.scan(
             Layer,
-            variable_axes={"params": 0, "beacon": 0},
+            # "intermediates" costs nothing unless a caller captures something.
+            variable_axes={"params": 0, "beacon": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
@@ -309,7 +340,7 @@ class Decoder(nn.Module):
         self.layers = scanned(
             c, self.layout, self.keep, self.dtype, self.implementation
         )
-        self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, self.dtype)
         if not c.tie_embeddings:
             self.lm_head = _Head(c.hidden_size, c.vocab_size)
 
@@ -344,10 +375,11 @@ class Decoder(nn.Module):
 
     def begin(self, tokens: Int[Array, "B R"]) -> Float[Array, "B T D"]:
         """What enters the first layer: embedded tokens and beacons."""
-        x = constrain(self.embed(tokens).astype(self.dtype), "batch", None, None)
+        dtype = residual_dtype(self.dtype)
+        x = constrain(self.embed(tokens).astype(dtype), "batch", None, None)
         if not self.layout.beacons:
             return x
-        row = self.embed.row.astype(self.dtype)
+        row = self.embed.row.astype(dtype)
         n = self.layout.groups * self.layout.beacons
         beacons = jnp.broadcast_to(row, (x.shape[0], n, self.config.hidden_size))
         return constrain(self.layout.join(x, beacons), "batch", None, None)

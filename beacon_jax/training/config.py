@@ -21,7 +21,8 @@ def default_config() -> Config:
     config.model = ConfigDict()  # fields of ModelConfig, for random initialisation
     config.trainable = "beacon"  # or "all": every parameter
     config.seed = 0  # data, ratios and random initialisation
-    config.dtype = "float32"  # or "bfloat16": computing; masters are always float32
+    # Or "bfloat16", "float16": of computing; masters are always float32.
+    config.dtype = "float32"
     config.allow_config_change = False  # resume although the config is another one
     config.log_every = 50  # steps
     config.save_every = 500  # steps
@@ -59,7 +60,15 @@ def default_config() -> Config:
     # window, the memory seldom gets as long as the lowest ratio makes it (seven windows
     # at x2: one plan in 2,187), and recall at that ratio does not reach that far.
     config.uniform_plans = 0.0
-    config.loss = ConfigDict({"skip_first_window": False, "average": "token"})
+    config.loss = ConfigDict(
+        {
+            "skip_first_window": False,
+            "average": "token",
+            # float16 only: the loss is multiplied by this and gradients are divided,
+            # or those of single labels would be less than its smallest number, 6e-8.
+            "scale": 4096.0,
+        }
+    )
     config.text = ConfigDict({"uri": "stdlib", "heldout_fraction": 0.1})
     config.tokenizer = ConfigDict(
         {

@@ -13,6 +13,7 @@ import numpy as np
 
 from beacon_jax.core.windows import open_room
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.decoder import residual_dtype
 from beacon_jax.training.hardware import memory_gib
 from beacon_jax.training.sharding import Placement
 
@@ -55,7 +56,8 @@ def step_bytes(
     buffers = rows * entries * kv * (4 if offload else size + 4)
     hidden = 3 * rows * windows * w * model.hidden_size * size
     window = w + w // min(r for r in ratios if r)
-    inputs = rows * window * model.num_layers * model.hidden_size * size
+    wide = np.dtype(residual_dtype(dtype)).itemsize
+    inputs = rows * window * model.num_layers * model.hidden_size * wide
     layer = rows * window * _activations(model, size) / tensor
     fixed = state + base + gradients + buffers + hidden + inputs
     return {

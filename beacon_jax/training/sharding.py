@@ -202,6 +202,7 @@ def make_value_and_grad(
     *,
     average: str = "token",
     parts: int = 1,
+    scale: float = 1.0,
 ) -> Callable[..., Any]:
     """(trained, frozen, batch, plans [N, P]) -> ((loss, aux), gradients) of all rows.
 
@@ -213,12 +214,11 @@ def make_value_and_grad(
         share of the labels of the whole batch, or all the same.
       parts: pieces of the batch that are computed one after the other, each with plans
         of its own (gradient accumulation).
+      scale: the loss is differentiated this much larger; what is returned is not.
 
     P is placement.plans * parts; aux holds window_loss and window_count [N, P].
     """
-    sums = functools.partial(
-        _sums, jax.value_and_grad(loss, has_aux=True), average, parts
-    )
+    sums = functools.partial(_sums, _value_and_grad(loss, scale), average, parts)
 
     def whole(trained, frozen, batch, plans):
         value, count, aux, gradients = sums(
@@ -255,6 +255,22 @@ def make_value_and_grad(
         out_specs=((everywhere, rows), specs),
         check_vma=False,
     )
+
+
+def _value_and_grad(loss: Callable[..., Any], scale: float) -> Callable[..., Any]:
+    if scale == 1.0:
+        return jax.value_and_grad(loss, has_aux=True)
+
+    def scaled(*args):
+        value, aux = loss(*args)
+        return value * scale, aux
+
+    def value_and_grad(*args):
+        (value, aux), gradients = jax.value_and_grad(scaled, has_aux=True)(*args)
+        true_size = lambda x: x.astype(jnp.float32) / scale
+        return (value / scale, aux), jax.tree.map(true_size, gradients)
+
+    return value_and_grad
 
 
 def _sums(value_and_grad, average, parts, trained, frozen, batch, plans, partition):

@@ -60,7 +60,7 @@ from beacon_jax.training.sharding import (
     put,
 )
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -149,7 +149,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                         f"the last {in_a_row} updates up to step {done} were not "
                         f"finite and skipped (optimizer.max_nonfinite="
                         f"{config.optimizer.max_nonfinite}): lower optimizer.lr="
-                        f"{config.optimizer.lr}, or use dtype='float32'."
+                        f"{config.optimizer.lr}"
+                        + (" or loss.scale" if config.dtype == "float16" else "")
+                        + ", or use dtype='float32'."
                     )
             if done % config.save_every == 0 or stop:
                 with metrics.timing("step"):
@@ -255,6 +257,7 @@ def make_update(
     """The jitted step: (state, frozen, batch, plans) -> (state, values); state is
     donated and stays where `state` (arrays, or their shapes and shardings) is."""
     dtype = jnp.dtype(config.dtype)
+    half = dtype == jnp.float16
 
     def loss(trained, frozen, batch, plan, partition):
         room = slots(config, model, len(plan)) if model.beacon else 0
@@ -281,11 +284,15 @@ def make_update(
         shardings["trained"],
         average=config.loss.average,
         parts=config.accumulate,
+        scale=config.loss.scale if half else 1.0,
     )
 
     def update(state, frozen, batch, plans):
-        # Cast before it is gathered: half the bytes.
-        trained = jax.tree.map(lambda x: x.astype(dtype), state["trained"])
+        trained = state["trained"]
+        # Cast before it is gathered: half the bytes. Gradients come back in the same
+        # dtype, and a sum over all windows may leave float16's range.
+        if not half:
+            trained = jax.tree.map(lambda x: x.astype(dtype), trained)
         (value, aux), gradients = value_and_grad(trained, frozen, batch, plans)
         updates, optimizer_state = optimizer.update(
             gradients, state["optimizer"], state["trained"]
@@ -373,6 +380,8 @@ def _check(config: Config) -> None:
             f"data.prepared={config.data.prepared!r} without data.sources: name the "
             "sources it was made of as well."
         )
+    if config.loss.scale <= 0:
+        raise ValueError(f"loss.scale={config.loss.scale} must be greater than 0.")
     stages = {name: s.batch_size for name, s in config.data.stages.items()}
     if config.data.sources:
         stages = {"data": config.data.batch_size}

@@ -62,6 +62,15 @@ def test_none_works_where_a_program_ends_up_elsewhere(device, int8, t):
     np.testing.assert_allclose(lowered.compile()(*kept), 1, atol=1e-2)
 
 
+def test_a_gpu_that_triton_does_not_know_computes_in_xla():
+    with tracing_for("gpu", "Tesla T4"):
+        for name in ("pallas_gpu", "decode_gpu"):
+            with pytest.raises(NotImplementedError, match="Tesla T4: Triton needs"):
+                prefix_attention(*inputs("float16"), implementation=name)
+        program = str(jax.make_jaxpr(prefix_attention)(*inputs("float16")))
+    assert "exp" in program and "pallas_call" not in program
+
+
 def test_wrong_arguments_name_themselves():
     q, k, v, prefix = inputs()
     with pytest.raises(ValueError, match="implementation='flash'"):

@@ -11,9 +11,10 @@ import beacon_jax
 from beacon_jax.core.loop import decode_step, feed, feed_jit, static_ratios
 from beacon_jax.core.memory import init_memory
 from beacon_jax.core.move import keep_entries
-from beacon_jax.inference.decode import decode_block
+from beacon_jax.inference.decode import Loop, decode_block
 from beacon_jax.inference.ledger import Ledger, kept_window
 from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.sampling import make_sampling, row_seeds
 from beacon_jax.model.layout import Layout
 
 TEXT = "In 1998 the harbour master counted 41 boats; the key is 52817. He wept. " * 2
@@ -427,3 +428,25 @@ def test_sinks_and_beacons_of_a_first_window_have_their_spans(model):
     assert row.ratios[:4].tolist() == [0, 0, 2, 0]
     assert row.spans[4:].tolist() == [[0, 2], [2, 4], [4, 6], [6, 8]]
     assert Layout.of_window(8, 2, "interleave").beacon_index.tolist() == [2, 5, 8, 11]
+
+
+def test_a_decoded_token_copies_no_buffer(model):
+    """In place with compression too: `lax.cond` had XLA copy both buffers twice."""
+    state = init_memory(model.config, 1, 2**15, "float32")
+    start = jnp.zeros((1, model.config.vocab_size)), jnp.ones(1, bool), None
+    compiled = decode_block.lower(
+        model.config,
+        model.variables,
+        state,
+        Loop(*start),
+        jnp.full((1, 1), 4),
+        make_sampling().for_rows(1),
+        row_seeds(0, 1),
+        jnp.int32(0),
+        jnp.full(1, 16),
+        eos_ids=(),
+        static=(4,),
+    ).compile()
+    used = compiled.memory_analysis()
+    assert 0 < used.alias_size_in_bytes - state.nbytes < 256
+    assert used.temp_size_in_bytes < state.nbytes / 4

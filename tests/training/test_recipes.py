@@ -96,6 +96,13 @@ def test_an_unknown_argument_is_an_error(recipe):
         config_of(recipe, "long")
 
 
+def test_the_colab_recipe_has_a_variant_for_gpus_without_bfloat16():
+    whole, t4 = (config_of("qwen2_0_5b_colab", arg) for arg in ("", "t4"))
+    assert (whole.dtype, t4.dtype) == ("bfloat16", "float16")
+    steps = lambda config: [s.steps for s in config.data.stages.values()]
+    assert [4 * n for n in steps(t4)] == steps(whole)
+
+
 TEMPLATES = {"llama2": "llama-2", "qwen2": "qwen", "llama3": "llama-3"}
 
 

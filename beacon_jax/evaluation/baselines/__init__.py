@@ -1,32 +1,115 @@
-"""The methods by name. A new one is a file with a `Method` and a line here."""
+"""What beacons are compared with: one small file per family of methods.
+
+Each is a `Method`: it says which memory a past leaves, and nothing else. The decoder
+reads that memory as it reads one of beacons, without knowing whose it is. Methods with
+a ratio keep the bytes that beacons of this ratio keep, which `methods.remember` asserts
+for every example.
+
+    streaming                    4 sinks and the last tokens, evicted as it reads
+    keep_head, _tail, _ends      only the first, the last, or half of each are read
+    random, strided              some tokens, chosen blindly
+    mean_pool                    means of keys and of values
+    snapkv                       what the end of the past attends to
+    snapkv_aware                 what the question attends to: it alone sees it
+    selective                    the tokens that the model would not have guessed
+    text:module.function         what a compressor of text leaves (`baselines.text`)
+    int8, beacon_int8            everything, or beacons, at their own bytes
+
+A method of one's own is a class in a file where the command is run, say `mine.py`:
+
+    class Last(Method):
+        family, per_ratio = "last", True
+
+        def remember(self, model, past, following):
+            last = [row[len(row) - len(row) // self.number :] for row in past]
+            return select.read(model, last)
+
+    python -m beacon_jax.evaluate --methods=beacon,mine:Last ...
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from beacon_jax.evaluation.baselines.int8 import BeaconInt8, Int8
+from beacon_jax.evaluation.baselines.mean_pool import MeanPool
+from beacon_jax.evaluation.baselines.sampling import Random, Strided
+from beacon_jax.evaluation.baselines.selective import Selective
+from beacon_jax.evaluation.baselines.snapkv import SnapKV, SnapKVAware
+from beacon_jax.evaluation.baselines.streaming import Streaming
+from beacon_jax.evaluation.baselines.text import (
+    TextCompressor,
+    imported,
+    text_compressor,
+)
+from beacon_jax.evaluation.baselines.truncation import KeepEnds, KeepHead, KeepTail
 from beacon_jax.evaluation.methods import Beacon, Full, Method, Window
 
-FAMILIES: dict[str, Callable[..., Method]] = {
-    m.family: m for m in (Beacon, Full, Window)
+FAMILIES: dict[str, type[Method]] = {
+    m.family: m
+    for m in (
+        Beacon,
+        Full,
+        Window,
+        Streaming,
+        KeepHead,
+        KeepTail,
+        KeepEnds,
+        Random,
+        Strided,
+        MeanPool,
+        SnapKV,
+        SnapKVAware,
+        Selective,
+        Int8,
+        BeaconInt8,
+    )
 }
+
+__all__ = ["FAMILIES", "TextCompressor", "make_methods"]
 
 
 def make_methods(names: Sequence[str], ratios: Sequence[int | str]) -> list[Method]:
     """The methods of --methods; those with a ratio once per ratio.
 
     Args:
+      names: of FAMILIES; "text:module.function", a compressor of text
+        (`baselines.text`); "module:Class", a `Method` of one's own.
       ratios: numbers, or "adapt": the release's rule by the length of each text.
 
     Raises:
-      ValueError: an unknown name, or a method that needs ratios and gets none.
+      ValueError: an unknown name, a method that needs ratios and gets none, or two
+        methods with one name.
     """
     made: list[Method] = []
     for name in names:
-        if name not in FAMILIES:
-            raise ValueError(
-                f"--methods names {name!r}; known are {', '.join(sorted(FAMILIES))}."
-            )
-        family: Any = FAMILIES[name]
-        if family.per_ratio and not ratios:
+        make, per_ratio = _maker(name)
+        if per_ratio and not ratios:
             raise ValueError(f"--methods={name} needs --ratios, for example 2,4,8.")
-        made += [family(r) for r in ratios] if family.per_ratio else [family()]
+        made += [make(r) for r in ratios] if per_ratio else [make()]
+    same = sorted({m.name for m in made if [o.name for o in made].count(m.name) > 1})
+    if same:
+        raise ValueError(
+            f"--methods={','.join(names)} has several called {', '.join(same)}: name "
+            "each once; results are kept by name."
+        )
     return made
+
+
+def _maker(name: str) -> tuple[Callable[..., Method], bool]:
+    """What makes a method from its ratio, and whether it wants one."""
+    if name.startswith("text:"):
+        compress, label = text_compressor(name)
+        return lambda ratio: TextCompressor(compress, label, ratio), True
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        found = imported(name, module, attribute, "module:Class")
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise ValueError(
+                f"--methods={name} is no subclass of beacon_jax.evaluation.Method."
+            )
+        return found, found.per_ratio
+    if name not in FAMILIES:
+        raise ValueError(
+            f"--methods names {name!r}; known are {', '.join(sorted(FAMILIES))}, "
+            "text:module.function and module:Class."
+        )
+    return FAMILIES[name], FAMILIES[name].per_ratio

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from beacon_jax.evaluation.tasks import longbench, longdata, mmlu, ruler
 from beacon_jax.evaluation.tasks.babilong import Qa1, Qa2, Qa3
 from beacon_jax.evaluation.tasks.base import Task
 from beacon_jax.evaluation.tasks.mqar import Mqar
@@ -12,28 +13,35 @@ from beacon_jax.evaluation.tasks.perplexity import Perplexity
 from beacon_jax.evaluation.tasks.perplexity_release import PerplexityRelease
 from beacon_jax.evaluation.tasks.records import JsonKV, Lines
 
+OFFLINE: tuple[type[Task], ...] = (
+    Passkey,
+    Perplexity,
+    PerplexityRelease,
+    Needle,
+    NeedleRelease,
+    MultiNeedle,
+    JsonKV,
+    Lines,
+    Qa1,
+    Qa2,
+    Qa3,
+    Mqar,
+)
 TASKS: dict[str, Callable[[], Task]] = {
-    t.name: t
-    for t in (
-        Passkey,
-        Perplexity,
-        PerplexityRelease,
-        Needle,
-        NeedleRelease,
-        MultiNeedle,
-        JsonKV,
-        Lines,
-        Qa1,
-        Qa2,
-        Qa3,
-        Mqar,
-    )
+    **{t.name: t for t in OFFLINE},
+    **ruler.TASKS,
+    **longbench.TASKS,
+    **longdata.TASKS,
+    **mmlu.TASKS,
 }
 
 
 # Names for several tasks at once.
 GROUPS: dict[str, tuple[str, ...]] = {
     "babilong": (Qa1.name, Qa2.name, Qa3.name),
+    **ruler.GROUPS,
+    **longbench.GROUPS,
+    **longdata.GROUPS,
 }
 
 

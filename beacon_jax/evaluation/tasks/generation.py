@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import Float
 
+from beacon_jax.core.memory import MemoryState
 from beacon_jax.data.passkey import last_window_start
 from beacon_jax.evaluation import plots, prompts
 from beacon_jax.evaluation.inputs import Inputs
@@ -58,22 +61,29 @@ class Generation:
         """What prediction["predicted"] is worth, 0 ... 1."""
         raise NotImplementedError
 
-    def run(
+    def read(
         self, model: Model, method: Method, batch: Sequence[Example]
-    ) -> list[dict[str, Any]]:
-        info = batch[0].info
-        count = info.get("new_tokens", self.new_tokens)
+    ) -> tuple[MemoryState, Float[jax.Array, "B V"], list[int]]:
+        """Memory and logits after the prompts, and the bytes kept of their past."""
         rows = [e.tokens for e in batch]
         cuts = [last_window_start(len(row), model.window) for row in rows]
         past = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
         last = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
         memory, kept = remember(model, method, past, last)
         out, memory = model.feed(memory, last, method.live_ratio)
+        return memory, out.last_logits, kept
+
+    def run(
+        self, model: Model, method: Method, batch: Sequence[Example]
+    ) -> list[dict[str, Any]]:
+        info = batch[0].info
+        count = info.get("new_tokens", self.new_tokens)
+        memory, logits, kept = self.read(model, method, batch)
         wanted = [self._reference(model, e, count) for e in batch]
-        losses = model.answer_losses(memory, out.last_logits, wanted, method.live_ratio)
+        losses = model.answer_losses(memory, logits, wanted, method.live_ratio)
         answers = model.decode(
             memory,
-            out.last_logits,
+            logits,
             count,
             method.live_ratio,
             info.get("stop", self.stop),
@@ -113,11 +123,11 @@ class Generation:
             }
             values = [self.value(p) for p in found]
             triple = self._interval(np.asarray(values, np.float64))
-            metrics.append(base | {"metric": self.metric} | _named(triple))
+            metrics.append(base | {"metric": self.metric} | bounds(triple))
             if depth is None:
                 losses = np.asarray([p["answer_loss"] for p in found])
-                named = _named(mean_interval(losses))
-                metrics.append(base | {"metric": "answer_loss"} | named)
+                found_losses = bounds(mean_interval(losses))
+                metrics.append(base | {"metric": "answer_loss"} | found_losses)
         return metrics
 
     def _interval(self, values: np.ndarray) -> tuple[float, float, float]:
@@ -161,5 +171,6 @@ class Generation:
         return text
 
 
-def _named(triple: tuple[float, float, float]) -> dict[str, float]:
+def bounds(triple: tuple[float, float, float]) -> dict[str, float]:
+    """A number and its interval as the fields of a metric."""
     return dict(zip(("value", "low", "high"), triple, strict=True))

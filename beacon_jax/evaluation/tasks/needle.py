@@ -30,7 +30,7 @@ from beacon_jax.evaluation.report import interval, table
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval
 from beacon_jax.evaluation.tasks.base import Metric, Prediction
-from beacon_jax.evaluation.tasks.haystack import Haystack, fill
+from beacon_jax.evaluation.tasks.haystack import Haystack
 from beacon_jax.evaluation.tasks.synthetic import Synthetic
 
 LEAST = 16  # tokens of haystack, below which a depth means nothing
@@ -83,7 +83,8 @@ class Needle(Synthetic):
             return prompts.encode(model, text, chat=settings.chat)
 
         room = length - self.new_tokens
-        count = fill(build, room, least=LEAST, name=self.name)
+        near = room - len(build(LEAST)) + LEAST
+        count = prompts.fit(build, room, least=LEAST, near=near, name=self.name)
         _, before = source.place(start, count, depth, aligned=self.aligned)
         return build(count), {
             "depth": depth,

@@ -1,0 +1,186 @@
+"""SnapKV (Li et al. 2024): what the last tokens attend to is kept.
+
+Per layer and kv head: softmax attention of the queries of an observation window, summed
+over its queries, averaged over the heads of the group, mean-pooled over 5 neighbours
+(zeros beyond the ends), and the k highest kept, at their original distances.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from beacon_jax.core.memory import MemoryState
+from beacon_jax.evaluation.baselines.select import Budgeted, floats, keep, read
+from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.decoder import Decoder
+from beacon_jax.model.layout import Layout
+from beacon_jax.model.partition import Partition, partitioned
+from beacon_jax.model.rotary import cos_sin, rotate
+
+OBSERVED, KERNEL = 64, 5
+
+
+class SnapKV(Budgeted):
+    """Observes the end of the past, whose own entries are kept, and knows no question.
+
+    The observation window has 64 tokens, or half of the budget where that is less: at
+    most half of what is kept is kept unseen.
+    """
+
+    family = "snapkv"
+
+    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
+        memory, budget = read(model, past), self.budget(model, past)
+        own = np.minimum(OBSERVED, budget // 2)
+        votes = observe(model, memory, past, own, memory.slots - own)
+        return _keep_voted(model, memory, votes, budget, own, self.most(model))
+
+
+class SnapKVAware(Budgeted):
+    """Observes the last 64 tokens of what comes after the past, which is where the
+    question stands: no other method sees it. All that is kept is chosen by it."""
+
+    family = "snapkv_aware"
+    question_aware = True
+
+    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
+        memory, budget = read(model, past), self.budget(model, past)
+        # The memory with the question is for its queries alone.
+        asked = model.feed(memory, following, 0)[1]
+        both = [np.concatenate(pair) for pair in zip(past, following, strict=True)]
+        seen = np.minimum(OBSERVED, [len(row) for row in following])
+        votes = observe(model, asked, both, seen, memory.slots)
+        own = np.zeros_like(budget)
+        return _keep_voted(model, memory, votes, budget, own, self.most(model))
+
+
+def observe(
+    model: Model,
+    memory: MemoryState,
+    rows: Rows,
+    observed: Int[np.ndarray, " B"],
+    candidates: Int[Array, " B"],
+) -> Float[Array, "L B K S"]:
+    """What the last `observed` tokens of each row attend to, pooled, -inf beyond the
+    first `candidates` slots.
+
+    Args:
+      memory: of the rows, all of them, with ratio 0. Only the last tokens are run
+        again, for their queries: the past may be of any length.
+    """
+    size = min(OBSERVED, memory.capacity)
+    tokens = np.zeros((len(rows), size), np.int32)
+    for line, row in zip(tokens, rows, strict=True):
+        line[: min(len(row), size)] = row[-size:]
+    lengths = np.asarray([len(row) for row in rows])
+    start, end = np.maximum(lengths - size, 0), lengths[:, None]
+    place = start[:, None] + np.arange(size)
+    counts = (place < end) & (place >= end - np.asarray(observed)[:, None])
+    queries = window_queries(
+        model.config,
+        model.variables,
+        memory,
+        jnp.asarray(tokens),
+        jnp.asarray(start, jnp.int32),
+        dtype=model.dtype,
+        partition=model.partition,
+    )
+    keys, place = floats(memory)[0], jnp.asarray(place)
+    return pooled_votes(keys, queries, place, jnp.asarray(counts), candidates)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "partition"))
+def window_queries(
+    config: ModelConfig,
+    variables: Any,
+    memory: MemoryState,
+    tokens: Int[Array, "B T"],
+    prefix: Int[Array, " B"],
+    *,
+    dtype: Any,
+    partition: Partition | None,
+) -> Float[Array, "L B T N H"]:
+    """Rotated queries of tokens that stand at prefix[row] of the memory."""
+    size = tokens.shape[1]
+    model = Decoder(config, Layout(1, size, 0), dtype=dtype)
+    projection = lambda module, method: module.name == "q_proj"
+    with partitioned(partition):
+        _, found = model.apply(
+            variables,
+            tokens,
+            memory.k,
+            memory.v,
+            prefix,
+            capture_intermediates=projection,
+            mutable=["intermediates"],
+        )
+    attention: Any = found["intermediates"]["layers"]["attention"]
+    (queries,) = attention["q_proj"]["__call__"]
+    return rotate(queries, *cos_sin(config, prefix[:, None] + jnp.arange(size)))
+
+
+@jax.jit
+def pooled_votes(
+    keys: Float[Array, "L B S K H"],
+    queries: Float[Array, "L B T N H"],
+    place: Int[Array, "B T"],
+    counts: Bool[Array, "B T"],
+    candidates: Int[Array, " B"],
+) -> Float[Array, "L B K S"]:
+    """Attention that the slots get from the queries that count, mean-pooled.
+
+    place: of the queries, which see the slots up to it. candidates: slots in front that
+    are voted for; the others are -inf.
+    """
+    slots, heads, h = keys.shape[2:]
+    slot = jnp.arange(slots)
+    visible = (slot <= place[..., None])[:, None, None]  # [B, 1, 1, T, S]
+    votes_for = (slot < candidates[:, None])[:, None]  # [B, 1, S]
+
+    def layer(x):
+        k, q = x
+        q = q.reshape(*q.shape[:2], heads, -1, h)
+        scores = jnp.einsum(
+            "BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32
+        )
+        scores = jnp.where(visible, scores * h**-0.5, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1)
+        weights = jnp.where(counts[:, None, None, :, None], weights, 0.0)
+        votes = jnp.where(votes_for, weights.sum(3).mean(2), 0.0)  # [B, K, S]
+        around = jnp.pad(votes, ((0, 0), (0, 0), (KERNEL // 2, KERNEL // 2)))
+        shifted = (around[..., i : i + slots] for i in range(KERNEL))
+        return jnp.where(votes_for, sum(shifted) / KERNEL, -jnp.inf)
+
+    return jax.lax.map(layer, (keys, queries))
+
+
+def _keep_voted(model, memory, votes, budget, own, size) -> MemoryState:
+    """Keeps the last `own` slots and, up to the budget, those with the most votes."""
+    count = jnp.asarray(budget)
+    index = highest(votes, memory.slots, jnp.asarray(own), count, size)
+    return keep(model.config, memory, index, count, compact=False)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def highest(
+    votes: Float[Array, "L B K S"],
+    slots: Int[Array, " B"],
+    own: Int[Array, " B"],
+    count: Int[Array, " B"],
+    size: int,
+) -> Int[Array, "L B n K"]:
+    """Rising slots for `select.keep`: the last `own` of a row's `slots`, and those with
+    the most votes (of equal ones the first), `count` in all."""
+    total = votes.shape[-1]
+    size = min(size, total)
+    slot = jnp.arange(total)
+    last = (slot >= (slots - own)[:, None]) & (slot < slots[:, None])
+    order = jax.lax.top_k(jnp.where(last[:, None], jnp.inf, votes), size)[1]
+    chosen = jnp.arange(size) < count[:, None, None]
+    index = jnp.sort(jnp.where(chosen, order, total - 1), axis=-1)
+    return jnp.moveaxis(index, -1, 2)

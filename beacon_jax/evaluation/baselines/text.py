@@ -1,0 +1,106 @@
+"""Compressors of text, such as LLMLingua: the past is put into fewer words.
+
+The past is decoded, compressed and encoded again; what comes back is read as if it were
+the past. So any package that shortens text can be compared, at no more bytes than
+beacons keep:
+
+    # shorten.py, where the command is run
+    from llmlingua import PromptCompressor
+    lingua = PromptCompressor()
+    def compress(text, budget):
+        return lingua.compress_prompt([text], target_token=budget)["compressed_prompt"]
+
+    python -m beacon_jax.evaluate --methods=beacon,text:shorten.compress ...
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.core.memory import MemoryState
+from beacon_jax.evaluation.baselines.select import Budgeted, read
+from beacon_jax.evaluation.model import Model, Rows
+
+Compress = Callable[[str, int], str]
+
+
+class TextCompressor(Budgeted):
+    """Reads `compress(text of the past, budget)`, cut at the budget.
+
+    Args:
+      compress: (text, tokens of the budget) -> shorter text. It must be a function of
+        these alone, or a run that is continued differs from one that was not stopped.
+      name: of the method, without its ratio.
+
+    A bos token in front of the past is not given to it and stays in front. The bytes
+    are the beacons' or, if the text has fewer tokens, less.
+    """
+
+    exact_bytes = False
+
+    def __init__(self, compress: Compress, name: str, ratio: int | str | None = None):
+        self.compress = compress
+        self.family = name
+        super().__init__(ratio)
+
+    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
+        sizes = self.budget(model, past).tolist()
+        pairs = zip(past, sizes, strict=True)
+        return read(model, [self.shorten(model, row, k) for row, k in pairs])
+
+    def shorten(
+        self, model: Model, row: Int[np.ndarray, " n"], k: int
+    ) -> Int[np.ndarray, " m"]:
+        """At most k tokens for the n of a row.
+
+        Raises:
+          TypeError: `compress` gave something else than text.
+        """
+        bos = row[:1] if np.isin(row[:1], model.config.bos_ids).any() else row[:0]
+        room = k - len(bos)
+        if room <= 0:
+            return row[:k]
+        text = model.tokenizer.decode(row[len(bos) :].tolist())
+        found = self.compress(text, room)
+        if not isinstance(found, str):
+            raise TypeError(
+                f"--methods: {self.family} returned {type(found).__name__} for a text "
+                f"of {len(text)} characters: it must return the shorter text."
+            )
+        tokens = model.tokenizer.encode(found, add_special_tokens=False)
+        return np.concatenate([bos, np.asarray(tokens[:room], np.int32)])
+
+
+def text_compressor(spelling: str) -> tuple[Compress, str]:
+    """(function, name) of "text:package.module.function".
+
+    Raises:
+      ValueError: it cannot be imported; says what was tried.
+    """
+    path = spelling.removeprefix("text:")
+    module, _, name = path.rpartition(".")
+    found = imported(spelling, module, name, "text:module.function")
+    if not callable(found):
+        raise ValueError(
+            f"--methods={spelling}: {path} is no function: it must take (text, tokens) "
+            "and return the shorter text."
+        )
+    return cast(Compress, found), f"text_{name}"
+
+
+def imported(spelling: str, module: str, name: str, form: str) -> Any:
+    """`name` of a module.
+
+    Raises:
+      ValueError: there is none; `spelling` is what --methods says, `form` how it goes.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--methods={spelling} cannot be imported ({error}): the form is {form}, "
+            "of a module in the current folder or an installed package."
+        ) from error

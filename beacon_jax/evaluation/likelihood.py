@@ -1,0 +1,286 @@
+"""How likely continuations are behind (compressed) contexts, for many of them at once.
+
+What lm-evaluation-harness asks of a model, in token ids and without that package:
+`lm_eval` beside this file is the adapter. A context's whole windows are compressed once
+for all requests that share them; logits exist for the continuation's tokens alone.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.core.loop import feed, needed_slots
+from beacon_jax.core.loss import IGNORE
+from beacon_jax.core.memory import default_window
+from beacon_jax.core.windows import adaptive_ratio
+from beacon_jax.inference.feeding import fresh_state
+from beacon_jax.inference.model import Model
+from beacon_jax.inference.plan import make_plan
+from beacon_jax.inference.prefill import buffer_size, compute_dtype
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.partition import partitioned
+
+FUTURE = 1024  # tokens that the release's "adapt-1024" leaves room for
+
+
+class Pair(NamedTuple):
+    """Token ids: what is given, at least one, and what is to be predicted behind it."""
+
+    context: Int[np.ndarray, " C"]
+    continuation: Int[np.ndarray, " n"]
+
+
+class Score(NamedTuple):
+    """Sum of log probabilities in nats; whether greedy decoding gives these tokens."""
+
+    loglikelihood: float
+    greedy: bool
+
+
+@functools.lru_cache(4096)
+def ratio_of(
+    config: ModelConfig, ratio: int | str, length: int, new_tokens: int = 0
+) -> int:
+    """The one ratio of a text of `length` tokens, its continuation included.
+
+    Args:
+      ratio: a number, 0 or "full", "auto" or "auto-8" as in `Model.compress`, or
+        "adapt": the release's rule, the smallest capacity of the config's ratios that
+        holds 1,024 tokens more.
+
+    Raises:
+      ValueError: a ratio that the model cannot use.
+    """
+    if ratio == "adapt":
+        trained = config.beacon.ratios if config.beacon else ()
+        return adaptive_ratio(config, trained or (0,), length, FUTURE)
+    plan = make_plan(config, ratio, length=length, new_tokens=new_tokens)
+    return int(plan.ratios[0])
+
+
+def longest(config: ModelConfig, ratio: int | str) -> int:
+    """The most tokens whose positions were trained at a ratio; where it is decided per
+    text, at the largest that there is."""
+    numbers = [r for r in (config.beacon.ratios if config.beacon else ()) if r]
+    fixed = {"full": 0, "auto": max(numbers, default=0)}
+    if isinstance(ratio, str):
+        tail = ratio.removeprefix("auto-")
+        ratio = int(tail) if tail.isdecimal() else fixed.get(ratio, fixed["auto"])
+    window = default_window(config)
+    return (config.trained_positions - window) * max(ratio, 1) + window
+
+
+def score(
+    model: Model,
+    pairs: Sequence[Pair],
+    *,
+    ratio: int | str = "auto",
+    batch_size: int = 8,
+    on_score: Callable[[int, Score], None] | None = None,
+) -> list[Score]:
+    """The scores of pairs, in their order.
+
+    Args:
+      ratio: see `ratio_of`; decided for each pair.
+      batch_size: rows computed together. Those of one batch have one ratio and about
+        the same length; the longest come first, so that what does not fit fails soon.
+      on_score: called with (index, score) as soon as a batch is done.
+
+    Raises:
+      ValueError: an empty context or continuation.
+    """
+    rows = [_Row.of(model.config, i, pair, ratio) for i, pair in enumerate(pairs)]
+    scores: dict[int, Score] = {}
+    for batch in _batches(rows, batch_size):
+        for row, found in zip(batch, _score(model, batch), strict=True):
+            scores[row.index] = found
+            if on_score:
+                on_score(row.index, found)
+    return [scores[i] for i in range(len(pairs))]
+
+
+class _Row(NamedTuple):
+    """past: whole windows in front of the context's last token. rest: the other inputs,
+    and labels [len(rest)] of theirs that predict something."""
+
+    index: int
+    ratio: int
+    past: np.ndarray
+    rest: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, config: ModelConfig, index: int, pair: Pair, ratio: int | str):
+        context, continuation = (np.asarray(x, np.int32) for x in pair)
+        for name, tokens in (("context", context), ("continuation", continuation)):
+            if tokens.ndim != 1 or not tokens.size:
+                raise ValueError(
+                    f"{name} of pair {index} has shape {list(tokens.shape)}: give at "
+                    "least one token."
+                )
+        window = default_window(config)
+        cut = (len(context) - 1) // window * window
+        inputs = np.concatenate([context, continuation[:-1]])
+        labels = np.full(len(inputs), IGNORE, np.int32)
+        labels[len(context) - 1 :] = continuation
+        number = ratio_of(config, ratio, len(context) + len(continuation))
+        return cls(index, number, inputs[:cut], inputs[cut:], labels[cut:])
+
+
+def _batches(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
+    """Rows with a past apart from those without; equal pasts next to each other."""
+    if size < 1:
+        raise ValueError(f"batch_size={size} must be at least 1.")
+    groups: dict[tuple[int, bool], list[_Row]] = {}
+    for row in rows:
+        groups.setdefault((row.ratio, row.past.size > 0), []).append(row)
+    order = lambda row: (-len(row.past), row.past.tobytes(), -len(row.rest))
+    for group in groups.values():
+        group.sort(key=order)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _score(model: Model, batch: list[_Row]) -> list[Score]:
+    config, window = model.config, default_window(model.config)
+    # Few sizes, so that few programs serve all batches: the last row again and again.
+    count = _power_of_two(len(batch))
+    rows = batch + batch[-1:] * (count - len(batch))
+    lengths = np.asarray([len(row.rest) for row in rows], np.int32)
+    size = window * _power_of_two(-(-int(lengths.max()) // window))
+    plan = np.asarray([batch[0].ratio], np.int32)
+    with partitioned(model.partition):
+        state = _remember(model, rows)
+        needed = needed_slots(config, state, lengths, plan)
+        out, _ = feed(
+            config,
+            model.variables,
+            state.resized(buffer_size(needed, window)),
+            jnp.asarray(_padded([row.rest for row in rows], size, 0)),
+            jnp.asarray(lengths),
+            jnp.asarray(plan),
+            outputs="score",
+            labels=jnp.asarray(_padded([row.labels for row in rows], size, IGNORE)),
+            dtype=compute_dtype(model.variables),
+        )
+    assert out.token_loss is not None and out.greedy is not None
+    losses, greedy = np.asarray(out.token_loss, np.float64), np.asarray(out.greedy)
+    scores = []
+    for i, row in enumerate(batch):
+        at = np.flatnonzero(row.labels != IGNORE)
+        scores.append(Score(-float(losses[i, at].sum()), bool(greedy[i, at].all())))
+    return scores
+
+
+def _remember(model: Model, rows: list[_Row]) -> Any:
+    """The state behind the rows' pasts, each different one compressed once."""
+    if not rows[0].past.size:
+        return fresh_state(model, len(rows), 1)
+    different = {row.past.tobytes(): row.past for row in rows}
+    place = {key: i for i, key in enumerate(different)}
+    pasts = list(different.values())
+    pasts += pasts[-1:] * (_power_of_two(len(pasts)) - len(pasts))
+    memory = model.compress(pasts, rows[0].ratio)
+    return memory[[place[row.past.tobytes()] for row in rows]].state
+
+
+def _padded(rows: Sequence[np.ndarray], size: int, fill: int) -> np.ndarray:
+    out = np.full((len(rows), size), fill, np.int32)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
+    return out
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# --- from text to pairs, by the rules of lm-evaluation-harness --------------------
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """What stands in front of a text without context: bos, else eos.
+
+    Raises:
+      ValueError: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError("the tokenizer has no bos and no eos: an empty context needs one.")
+
+
+def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " n"]:
+    """Ids as the model reads a text from its start: with bos if the tokenizer adds it,
+    but not a second one (a chat template writes its own)."""
+    bos = tokenizer.bos_token
+    add = not (bos and text.startswith(bos))
+    ids = tokenizer(text, add_special_tokens=add, verbose=False)["input_ids"]
+    return np.asarray(ids, np.int32)
+
+
+def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
+    """Encodes both together and cuts behind as many tokens as the context has alone;
+    spaces at its end belong to the continuation. An empty context is `prefix_token`.
+
+    Raises:
+      ValueError: an empty continuation.
+    """
+    if not continuation:
+        raise ValueError("the continuation is empty: there is nothing to predict.")
+    if not context:
+        prefix = prefix_token(tokenizer)
+        ids = tokenizer(continuation, add_special_tokens=False, verbose=False)
+        tokens = np.asarray(ids["input_ids"], np.int32)
+        if tokens[0] == prefix and len(tokens) > 1:
+            return Pair(tokens[:1], tokens[1:])
+        return Pair(np.asarray([prefix], np.int32), tokens)
+    bare = context.rstrip()
+    whole = encode(tokenizer, context + continuation)
+    cut = len(encode(tokenizer, bare))
+    # The end of the context may melt into the continuation's first token.
+    cut = min(cut, len(whole) - 1)
+    if cut > 0:
+        return Pair(whole[:cut], whole[cut:])
+    return Pair(np.asarray([prefix_token(tokenizer)], np.int32), whole)
+
+
+def shorten(
+    context: Int[np.ndarray, " C"], room: int, side: str = "left"
+) -> Int[np.ndarray, " c"]:
+    """At most `room` tokens of a context, but never none: without its "left" (what
+    lm-evaluation-harness does) or its "middle" (what LongBench does).
+
+    Raises:
+      ValueError: another side.
+    """
+    room = max(room, 1)
+    if side not in ("left", "middle"):
+        raise ValueError(f"truncation={side!r} is unknown: use 'left' or 'middle'.")
+    if len(context) <= room:
+        return context
+    if side == "left":
+        return context[-room:]
+    head = room // 2
+    return np.concatenate([context[:head], context[len(context) - (room - head) :]])
+
+
+def rolling_pairs(
+    tokens: Int[np.ndarray, " n"], prefix: int, max_length: int
+) -> list[Pair]:
+    """Pairs that predict every token of a text once, at most `max_length` inputs each:
+    behind the first of them each has the token before it as context, the last one as
+    much as there is room for."""
+    pairs = []
+    for start in range(0, len(tokens), max_length):
+        part = tokens[start : start + max_length]
+        if not start:
+            pairs.append(Pair(np.asarray([prefix], np.int32), part))
+        else:
+            first = max(start + len(part) - max_length - 1, 0)
+            pairs.append(Pair(tokens[first:start], part))
+    return pairs

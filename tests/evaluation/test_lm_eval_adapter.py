@@ -1,0 +1,212 @@
+"""`BeaconLM`: what lm_eval asks and gets; in lm_eval itself where it is installed."""
+
+import importlib
+import importlib.util
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import beacon_jax
+from beacon_jax.evaluation import likelihood
+
+HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+class Hook:
+    """Stands for lm_eval's cache: what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def add_partial(self, kind, args, result):
+        self.told.append((kind, args, result))
+
+
+def stand_ins():
+    """The two parts of lm_eval that the adapter uses when it is imported."""
+    api = types.ModuleType("lm_eval.api.model")
+
+    class LM:
+        def __init__(self):
+            self.cache_hook = Hook()
+
+    api.__dict__["LM"] = LM
+    registry = types.ModuleType("lm_eval.api.registry")
+    registry.__dict__["register_model"] = lambda name: lambda cls: cls
+    return {m.__name__: m for m in (api, registry)}
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    with pytest.MonkeyPatch.context() as patch:
+        if not HAS_LM_EVAL:
+            for name, module in stand_ins().items():
+                patch.setitem(sys.modules, name, module)
+        name = "beacon_jax.evaluation.lm_eval"
+        patch.delitem(sys.modules, name, raising=False)
+        yield importlib.import_module(name)
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return beacon_jax.load(model_folder)
+
+
+@pytest.fixture
+def lm(adapter, model):
+    made = adapter.BeaconLM(model, ratio=2, batch_size=1, max_length=96)
+    made.set_cache_hook(Hook()) if HAS_LM_EVAL else None
+    return made
+
+
+TEXT = "window beacon memory slot ratio digit river stone " * 12
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, "beacon_jax.evaluation.lm_eval", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "beacon_jax\[lm-eval\]"'):
+        importlib.import_module("beacon_jax.evaluation.lm_eval")
+
+
+def test_loglikelihoods_are_the_scores_of_the_shortened_pairs(lm, model):
+    asked = [(TEXT, " river"), ("window", " beacon memory"), ("", "stone")]
+    found = lm.loglikelihood([Request(*a) for a in asked], disable_tqdm=True)
+    pairs = [likelihood.encode_pair(model.tokenizer, *a) for a in asked]
+    room = 97 - len(pairs[0].continuation)
+    assert len(pairs[0].context) > room
+    pairs[0] = pairs[0]._replace(context=pairs[0].context[-room:])
+    scores = likelihood.score(model, pairs, ratio=2, batch_size=1)
+    assert found == [tuple(s) for s in scores]
+    told = {args: result for _, args, result in lm.cache_hook.told}
+    assert told == dict(zip(asked, found, strict=True))
+
+
+def test_a_whole_text_is_the_sum_of_its_pieces(lm, model):
+    tokens = model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    pairs = likelihood.rolling_pairs(np.asarray(tokens), 0, 96)
+    assert len(pairs) > 1
+    expected = sum(s.loglikelihood for s in likelihood.score(model, pairs, ratio=2))
+    lm.batch_size = 8
+    found = lm.loglikelihood_rolling([Request(TEXT), Request("")], disable_tqdm=True)
+    assert found == [pytest.approx(expected, rel=1e-5), 0.0]
+
+
+def test_texts_are_generated_as_the_model_generates_them(lm, model):
+    options = {"until": ["e"], "max_gen_toks": 6, "do_sample": False}
+    asked = [
+        Request("window beacon", options),
+        Request(TEXT, options),
+        Request("river", options),
+        Request("", {"max_gen_toks": 2, "temperature": 0.7, "top_p": 0.9}),
+    ]
+    texts = lm.generate_until(asked, disable_tqdm=True)
+    assert not any("e" in texts[i] for i in (0, 2))
+    plain = model.generate("river", ratio=2, max_new_tokens=6, stop="e")
+    assert texts[2] == plain
+    shortened = likelihood.encode(model.tokenizer, TEXT)[-90:]
+    expected = model.generate(shortened, ratio=2, max_new_tokens=6, stop="e")
+    assert texts[1] == expected
+    assert lm.generate_until(asked, disable_tqdm=True) == texts  # sampling is seeded
+    assert len(lm.cache_hook.told) == 8
+
+
+def test_an_option_of_generation_that_is_unknown_is_named(adapter):
+    read = adapter.generation_options
+    assert read({"until": "\n\n"}, 7)["stop"] == ("\n\n",)
+    assert read({}, 7)["max_new_tokens"] == 7
+    assert read({"do_sample": True}, 7)["temperature"] == 1.0
+    assert read({"do_sample": False, "temperature": 0.5}, 7)["temperature"] == 0.0
+    with pytest.raises(ValueError, match=r"\['num_beams'\]"):
+        read({"num_beams": 4}, 7)
+
+
+def test_a_conversation_is_written_by_the_tokenizers_template(lm, monkeypatch):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template)
+    turns = [{"role": "user", "content": "river"}]
+    assert lm.apply_chat_template(turns) == "<user>river<assistant>"
+    turns.append({"role": "assistant", "content": "sto"})
+    begun = lm.apply_chat_template(turns, add_generation_prompt=False)
+    assert begun == "<user>river<assistant>sto"
+    assert lm.chat_template(True) == template and lm.chat_template(False) is None
+    assert "/" not in lm.tokenizer_name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": "auto"}, "batch_size=auto"),
+        ({"truncation": "right"}, "truncation='right'"),
+        ({"ratio": 3}, "ratio=3"),
+        ({"max_length": -5}, "max_length=-5"),
+    ],
+)
+def test_a_wrong_argument_is_named(adapter, model, options, message):
+    with pytest.raises(ValueError, match=message):
+        adapter.BeaconLM(model, **options)
+
+
+CHOICE = """task: beacon_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+GENERATE = """task: beacon_generate
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{said}}"
+generation_kwargs: {until: ["."], max_gen_toks: 4}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.mark.skipif(not HAS_LM_EVAL, reason="lm_eval is an extra of 700 MB")
+def test_lm_eval_runs_its_tasks(adapter, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lm = adapter.BeaconLM(model, ratio=2, batch_size=4)
+    rows, hits = [], 0
+    for i in range(5):
+        question = " ".join(TEXT.split()[i : i + 30])
+        choices = ["river", "stone", "slot"]
+        pairs = [
+            likelihood.encode_pair(model.tokenizer, question, f" {c}") for c in choices
+        ]
+        scores = [s.loglikelihood for s in likelihood.score(model, pairs, ratio=2)]
+        hits += int(np.argmax(scores)) == i % 3
+        said = model.generate(question, ratio=2, max_new_tokens=4, stop=".")
+        row = {"question": question, "choices": choices, "answer": i % 3}
+        rows.append(row | {"said": said if i else "never"})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    for name, text in (("choice", CHOICE), ("generate", GENERATE)):
+        yaml = text.replace("FILE", str(file))
+        (tmp_path / f"{name}.yaml").write_text(yaml)
+    lm_eval = importlib.import_module("lm_eval")
+    tasks = importlib.import_module("lm_eval.tasks")
+    found = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=["beacon_choice", "beacon_generate"],
+        task_manager=tasks.TaskManager(include_path=str(tmp_path)),
+    )["results"]
+    assert found["beacon_choice"]["acc,none"] == pytest.approx(hits / 5)
+    assert found["beacon_generate"]["exact_match,none"] == pytest.approx(4 / 5)
