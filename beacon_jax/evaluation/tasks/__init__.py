@@ -1,6 +1,7 @@
 """The tasks by name. A new one is a file with a `Task` and a line here."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from beacon_jax.evaluation.tasks import longbench, longdata, mmlu, ruler
 from beacon_jax.evaluation.tasks.babilong import Qa1, Qa2, Qa3
@@ -13,7 +14,8 @@ from beacon_jax.evaluation.tasks.perplexity import Perplexity
 from beacon_jax.evaluation.tasks.perplexity_release import PerplexityRelease
 from beacon_jax.evaluation.tasks.records import JsonKV, Lines
 
-OFFLINE: tuple[type[Task], ...] = (
+# Those that need no file of the user, besides `ruler.GROUPS["ruler"]`.
+OFFLINE: tuple[type[Any], ...] = (
     Passkey,
     Perplexity,
     PerplexityRelease,
@@ -27,6 +29,7 @@ OFFLINE: tuple[type[Task], ...] = (
     Qa3,
     Mqar,
 )
+
 TASKS: dict[str, Callable[[], Task]] = {
     **{t.name: t for t in OFFLINE},
     **ruler.TASKS,
@@ -38,10 +41,11 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 # Names for several tasks at once.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "babilong": (Qa1.name, Qa2.name, Qa3.name),
     **ruler.GROUPS,
     **longbench.GROUPS,
     **longdata.GROUPS,
+    "babilong": (Qa1.name, Qa2.name, Qa3.name),
+    "offline": (*(t.name for t in OFFLINE), *ruler.GROUPS["ruler"]),
 }
 
 
