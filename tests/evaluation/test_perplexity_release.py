@@ -116,6 +116,28 @@ def _plain(method):
     return made
 
 
+def test_a_beacon_method_with_another_memory_is_measured_with_its_own(
+    long_model, found
+):
+    """int8 beacons are beacons by class, but their bytes and losses differ."""
+    beacon, int8 = make_methods(["beacon", "beacon_int8"], [4])
+    first = found[:2]
+    for a, b in zip(
+        run(long_model, beacon, first), run(long_model, int8, first), strict=True
+    ):
+        assert 0 < b["kv_bytes"] < a["kv_bytes"] / 2
+        assert b["loss"] != a["loss"] == pytest.approx(b["loss"], abs=0.05)
+
+
+def test_a_limit_leaves_windows_of_as_many_documents_as_it_can(long_model, small):
+    settings = dataclasses.replace(small, samples=2)
+    inputs = Inputs(settings, long_model.tokenizer)
+    examples = PerplexityRelease().examples(long_model, settings, inputs)
+    for length in settings.lengths:
+        here = [e for e in examples if e.length == length]
+        assert len({e.info["document"] for e in here[:2]}) == 2 < len(here)
+
+
 def test_window_only_scores_each_window_alone(long_model, found):
     rows = run(long_model, make_methods(["window"], [])[0], found)
     for example, row in zip(found, rows, strict=True):

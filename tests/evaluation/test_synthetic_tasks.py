@@ -6,19 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from beacon_jax.evaluation import prompts
 from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.runner import evaluate
-from beacon_jax.evaluation.tasks import (
-    babilong,
-    make_tasks,
-    multi_needle,
-    needle,
-    records,
-    world,
-)
+from beacon_jax.evaluation.tasks import make_tasks, world
 from beacon_jax.evaluation.tasks.babilong import Qa1, only_label, sentences
-from beacon_jax.evaluation.tasks.haystack import fill
-from beacon_jax.evaluation.tasks.records import ADJECTIVES, NOUNS, JsonKV, Lines
+from beacon_jax.evaluation.tasks.records import JsonKV, Lines
 from tests.evaluation.offline import examples, text_of
 
 ANSWERED = ("needle", "needle_release", "multi_needle", "json_kv", "lines")
@@ -38,15 +31,14 @@ def test_a_seed_gives_the_same_bytes_and_another_gives_others(name, wanted):
 @pytest.mark.parametrize("name", [*ANSWERED, *STORIES])
 def test_one_more_unit_of_text_would_not_fit(name, wanted, monkeypatch):
     """The size that was chosen is the largest, by the prompts that were built."""
-    seen = []
+    seen, fit = [], prompts.fit
 
     def watched(build, room, **named):
-        n = fill(build, room, **named)
+        n = fit(build, room, **named)
         seen.append((len(build(n)), len(build(n + 1)), room))
         return n
 
-    for module in (babilong, multi_needle, needle, records):
-        monkeypatch.setattr(module, "fill", watched)
+    monkeypatch.setattr(prompts, "fit", watched)
     task: Any = make_tasks([name])[0]
     found = examples(name, wanted)
     assert len(seen) == len(found) == 6
@@ -114,12 +106,6 @@ def test_right_records_are_worth_one_and_wrong_ones_nothing():
         assert Lines().value(line | {"predicted": text}) == worth
 
 
-def test_more_lines_than_names_are_told_apart_by_a_number():
-    rng, count = np.random.default_rng(0), len(ADJECTIVES) * len(NOUNS)
-    assert Lines().record(rng, count)[0] == f"{ADJECTIVES[0]}-{NOUNS[0]}-2"
-    assert len(set(ADJECTIVES)) * len(set(NOUNS)) == count
-
-
 def replay(facts):
     """(person -> place, thing -> its places in order) by reading the sentences."""
     where, held, trail = {}, {}, {}
@@ -185,20 +171,6 @@ def test_only_the_right_place_in_the_first_sentence_counts():
         assert only_label(text, where, "kitchen") == right
         info = {"question": where, "answers": ["kitchen"], "predicted": text}
         assert Qa1().value(info) == right
-
-
-def test_filling_finds_the_largest_size_with_few_prompts():
-    for slope in (1, 7, 80):
-        for room in (500, 12_345):
-            built = []
-
-            def build(n, slope=slope, built=built):
-                built.append(n)
-                return [0] * (100 + slope * n + n % 3)
-
-            n = fill(build, room, least=1, name="x")
-            assert len(build(n)) <= room < len(build(n + 1))
-            assert len(built) < 14
 
 
 @pytest.mark.parametrize("name", ["needle", "multi_needle", "lines", "babilong_qa2",

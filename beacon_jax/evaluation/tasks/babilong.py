@@ -16,7 +16,7 @@ from beacon_jax.evaluation.model import Model
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.tasks import world
 from beacon_jax.evaluation.tasks.base import Prediction
-from beacon_jax.evaluation.tasks.haystack import ask, fill
+from beacon_jax.evaluation.tasks.haystack import ask
 from beacon_jax.evaluation.tasks.synthetic import Synthetic
 
 FACT_TOKENS = 48  # of the prompt per fact: a vocabulary of 512 takes 13 for one
@@ -70,7 +70,8 @@ class Babilong(Synthetic):
             )
             return ask(model, text, story.begun, settings.chat)
 
-        count = fill(build, length - self.new_tokens, least=0, name=self.name)
+        room = length - self.new_tokens
+        count = prompts.fit(build, room, name=self.name)
         return build(count), {
             "question": story.question,
             "facts": facts,

@@ -1,8 +1,8 @@
-"""Text to hide things in, cut by tokens, and how much of it a prompt has room for."""
+"""Text to hide things in, cut by tokens."""
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Haystack:
         self._sentences = np.asarray([m.end() for m in SENTENCE.finditer(self.text)])
         self._lines = np.asarray([m.end() for m in LINE.finditer(self.text)])
         begins = [m.end() for m in re.finditer(SENTENCE.pattern + r"\s+", once)]
-        self.starts = np.asarray([0, *(b for b in begins if b < len(once))])
+        self.starts = np.asarray([0, *(b for b in begins if b < len(once))], np.int64)
 
     def take(self, start: int, count: int) -> str:
         """`count` tokens from character `start` on."""
@@ -91,37 +91,6 @@ def _ends(tokenizer: Any, text: str) -> np.ndarray:
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     return np.maximum.accumulate([end for _, end in found["offset_mapping"]])
-
-
-def fill(
-    build: Callable[[int], prompts.Tokens], room: int, *, least: int, name: str
-) -> int:
-    """`prompts.fit` for units that have about as many tokens each.
-
-    Guesses along the line through the sizes that it knows: ~6 prompts are built, where
-    halving needs 20 of 128K tokens.
-    """
-    low, low_size = least, len(build(least))
-    if low_size > room:
-        return prompts.fit(build, room, least=least, name=name)  # raises
-    n = least + 1 + (room - low_size) // 256
-    while (high_size := len(build(n))) <= room:
-        per = max((high_size - low_size) / (n - low), 0.1)
-        low, low_size = n, high_size
-        n += 1 + int((room - low_size) / per)
-    high, tries = n, 0
-    while high - low > 1:
-        tries += 1
-        share = (room - low_size) / max(high_size - low_size, 1)
-        # Halving ends what guesses from one side do slowly.
-        guess = low + round((high - low) * (share if tries < 8 else 0.5))
-        n = min(max(guess, low + 1), high - 1)
-        size = len(build(n))
-        if size <= room:
-            low, low_size = n, size
-        else:
-            high, high_size = n, size
-    return low
 
 
 def ask(model: Model, text: str, prefix: str, chat: str) -> prompts.Tokens:

@@ -27,7 +27,7 @@ from beacon_jax.evaluation.report import interval, table
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import wilson
 from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
-from beacon_jax.evaluation.tasks.haystack import Haystack, ask, fill, templated
+from beacon_jax.evaluation.tasks.haystack import Haystack, ask, templated
 from beacon_jax.evaluation.tasks.synthetic import Synthetic
 
 TURNS = 3
@@ -82,7 +82,9 @@ class MultiNeedle(Synthetic):
             return ask(model, text, prefix, settings.chat)
 
         rest = sum(map(len, later)) + turns * self.new_tokens
-        count = fill(build, length - rest, least=LEAST, name=self.name)
+        room = length - rest
+        near = room - len(build(LEAST)) + LEAST
+        count = prompts.fit(build, room, least=LEAST, near=near, name=self.name)
         return build(count), {
             "depths": [round(depths[i], 4) for i in order],
             "answers": [numbers[i] for i in order],

@@ -30,7 +30,7 @@ from beacon_jax.evaluation.report import interval, table
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval
 from beacon_jax.evaluation.tasks.base import Metric, Prediction
-from beacon_jax.evaluation.tasks.haystack import Haystack, fill
+from beacon_jax.evaluation.tasks.haystack import Haystack
 from beacon_jax.evaluation.tasks.synthetic import Synthetic
 
 LEAST = 16  # tokens of haystack, below which a depth means nothing
@@ -60,6 +60,7 @@ class Needle(Synthetic):
     keywords = ("sandwich", "Dolores Park", "sunny day")
     answer = "eat a sandwich and sit in Dolores Park on a sunny day."
     aligned = True
+    second = "rouge_l_recall"  # metric of `second_value`
 
     def source(self, model: Model, settings: Settings, inputs: Inputs) -> Haystack:
         longest = max(settings.lengths)
@@ -83,7 +84,8 @@ class Needle(Synthetic):
             return prompts.encode(model, text, chat=settings.chat)
 
         room = length - self.new_tokens
-        count = fill(build, room, least=LEAST, name=self.name)
+        near = room - len(build(LEAST)) + LEAST
+        count = prompts.fit(build, room, least=LEAST, near=near, name=self.name)
         _, before = source.place(start, count, depth, aligned=self.aligned)
         return build(count), {
             "depth": depth,
@@ -94,7 +96,7 @@ class Needle(Synthetic):
     def value(self, prediction: Prediction) -> float:
         return scores.keyword_recall(prediction["predicted"], self.keywords)
 
-    def recall(self, prediction: Prediction) -> float:
+    def second_value(self, prediction: Prediction) -> float:
         """ROUGE-L recall of the answer's first line against the whole needle."""
         line = prediction["predicted"].lstrip("\n").split("\n")[0]
         return scores.rouge_l_recall(line, self.needle.strip())
@@ -104,7 +106,7 @@ class Needle(Synthetic):
         metrics = super().score(predictions)
         cells: dict[tuple[str, int], list[float]] = {}
         for p in predictions:
-            value = self.other[1](self, p)
+            value = self.second_value(p)
             cells.setdefault((p["method"], p["length"]), []).append(value)
         for m in [m for m in metrics if m["metric"] == self.metric]:
             if m["depth"] is None:
@@ -112,20 +114,18 @@ class Needle(Synthetic):
                 value, low, high = mean_interval(values)
                 metrics.append(
                     m
-                    | {"metric": self.other[0], "detail": True}
+                    | {"metric": self.second, "detail": True}
                     | {"value": value, "low": low, "high": high}
                 )
         return metrics
-
-    other = ("rouge_l_recall", recall)  # the second score: name, function
 
     def report(self, metrics: Sequence[Metric], folder: Path) -> str:
         rows = [
             [m["length"], m["method"], interval(m, 2)]
             for m in sorted(metrics, key=lambda m: m["length"])
-            if m["metric"] == self.other[0]
+            if m["metric"] == self.second
         ]
-        head = ["length", "method", self.other[0]]
+        head = ["length", "method", self.second]
         return f"{super().report(metrics, folder)}\n{table(head, rows)}\n"
 
 
@@ -151,8 +151,10 @@ class NeedleRelease(Needle):
     keywords = ("hamburg", "Dolores Park", "sunny day")
     answer = "sitting in Dolores Park and eating a hamburg on a sunny day."
     aligned = False
+    second = "keyword_recall"
 
     def value(self, prediction: Prediction) -> float:
-        return self.recall(prediction)
+        return super().second_value(prediction)
 
-    other = ("keyword_recall", Needle.value)
+    def second_value(self, prediction: Prediction) -> float:
+        return super().value(prediction)

@@ -83,9 +83,8 @@ class PerplexityRelease:
                 {"document": d, "scored": max(len(first) + scored - start, 1)},
             )
             for length in settings.lengths
-            for d in chosen
-            for start, end, scored in parts(
-                len(documents[d]),
+            for d, start, end, scored in _in_turn(
+                {d: len(documents[d]) for d in chosen},
                 length - len(first),
                 stride(length, model.window),
             )
@@ -100,8 +99,8 @@ class PerplexityRelease:
         for row, example in zip(labels, batch, strict=True):
             row[: example.info["scored"] - 1] = IGNORE
             counts.append(int((row != IGNORE).sum()))
-        inside = isinstance(method, Beacon | Full)
-        read = _read_on if inside else _read_anew
+        # Exactly these: subclasses make their memories in another way.
+        read = _read_on if type(method) in (Beacon, Full) else _read_anew
         sums, kept = read(model, method, rows, labels)
         return [
             {"loss": s / n, "tokens": n, "kv_bytes": held}
@@ -177,6 +176,17 @@ def parts(size: int, length: int, step: int) -> list[tuple[int, int, int]]:
         if end == size:
             break
     return found
+
+
+def _in_turn(
+    sizes: dict[int, int], length: int, step: int
+) -> list[tuple[int, int, int, int]]:
+    """(document, *part) of all documents: the first of each, the second of each, ...,
+    so that --limit leaves windows of as many documents as it can."""
+    found = [
+        (d, *part) for d, size in sizes.items() for part in parts(size, length, step)
+    ]
+    return sorted(found, key=lambda part: (part[1], part[0]))
 
 
 def _texts(settings: Settings, inputs: Inputs) -> tuple[list[str], str]:

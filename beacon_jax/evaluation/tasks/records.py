@@ -8,42 +8,26 @@ only, so that a compressor has to store all of them: the strictest tests here.
 import itertools
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from beacon_jax.evaluation import prompts
+from beacon_jax.evaluation import prompts, words
 from beacon_jax.evaluation.model import Model
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.tasks.base import Prediction
-from beacon_jax.evaluation.tasks.haystack import ask, fill
+from beacon_jax.evaluation.tasks.haystack import ask
 from beacon_jax.evaluation.tasks.synthetic import Synthetic
 
 STANDARD = 2048  # tokens from which `lines` has LongEval's wording
-
-FIRST = """
-able aged ashen bare big bitter blue bold brave brief bright broad brown calm cheap
-clean clear cold cool crisp curly damp dark deep dim dizzy dry dull dusty eager early
-empty faint fair famous fast fine firm flat fresh full gentle giant glad golden grand
-gray green happy hard heavy high hollow hot huge icy idle keen kind large late lazy
-light little lively long loose loud low lucky mellow mild
-"""
-SECOND = """
-apple arch badge barn basin beach bell bench bird boat bottle bowl box bread bridge
-brush button cabin candle car carpet castle chair chalk cliff clock cloud coat coin cup
-desk dish dog door dress drum engine farm feather fence field fire fish flag flower
-forest fork frame garden gate glass glove hammer harbor hat hill horse house island jar
-kettle key kite ladder lake lamp leaf lemon letter map
-"""
-ADJECTIVES, NOUNS = tuple(FIRST.split()), tuple(SECOND.split())
 
 
 class Records(Synthetic):
     """Draws records one by one; the asked one stands at its depth among them."""
 
-    def record(self, rng: np.random.Generator, number: int) -> tuple[str, str]:
-        """(key, value) of the number-th record of an example."""
+    def record(self, rng: np.random.Generator) -> tuple[str, str]:
+        """(key, value) of one more record."""
         raise NotImplementedError
 
     def prompt(
@@ -61,7 +45,7 @@ class Records(Synthetic):
         length: int,
         depth: float,
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        drawn = _distinct(lambda number: self.record(rng, number))
+        drawn = _distinct(lambda: self.record(rng))
         asked = next(drawn)
         others: list[tuple[str, str]] = []
 
@@ -72,7 +56,8 @@ class Records(Synthetic):
             text, prefix = self.prompt(records, asked[0], length)
             return ask(model, text, prefix, settings.chat)
 
-        count = fill(build, length - self.new_tokens, least=1, name=self.name)
+        room = length - self.new_tokens
+        count = prompts.fit(build, room, least=1, name=self.name)
         info = {"depth": depth, "records": count, "answers": [asked[1]]}
         return build(count), info
 
@@ -86,7 +71,7 @@ class JsonKV(Records):
     )
     new_tokens = 40  # a uuid has at most 36 and ends with a quote
 
-    def record(self, rng: np.random.Generator, number: int) -> tuple[str, str]:
+    def record(self, rng: np.random.Generator) -> tuple[str, str]:
         key, value = (str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(2))
         return key, value
 
@@ -116,15 +101,9 @@ class Lines(Records):
     )
     new_tokens = 12
 
-    def record(self, rng: np.random.Generator, number: int) -> tuple[str, str]:
+    def record(self, rng: np.random.Generator) -> tuple[str, str]:
         """A name and five digits. (LongEval's are 1 ... 50000: of any length.)"""
-        round_, index = divmod(number, len(ADJECTIVES) * len(NOUNS))
-        if number < len(ADJECTIVES) * len(NOUNS):
-            index = int(rng.integers(len(ADJECTIVES) * len(NOUNS)))
-        first, second = divmod(index, len(NOUNS))
-        again = f"-{round_ + 1}" if round_ else ""
-        name = f"{ADJECTIVES[first]}-{NOUNS[second]}{again}"
-        return name, str(rng.integers(10_000, 100_000))
+        return words.compound(rng), str(rng.integers(10_000, 100_000))
 
     def prompt(
         self, records: list[tuple[str, str]], key: str, length: int
@@ -154,13 +133,13 @@ class Lines(Records):
         return answer
 
 
-def _distinct(draw: Callable[[int], tuple[str, str]]):
-    """Records whose keys and values are all different, without end."""
-    keys: set[str] = set()
-    values: set[str] = set()
+def _distinct(draw: Callable[[], tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Records with different keys, without end; the first one's value is its own."""
+    first = draw()
+    yield first
+    keys = {first[0]}
     while True:
-        key, value = draw(len(keys))
-        if key not in keys and value not in values:
+        key, value = draw()
+        if key not in keys and value != first[1]:
             keys.add(key)
-            values.add(value)
             yield key, value
