@@ -1,5 +1,7 @@
 """A tiny random model with a tokenizer, and a text folder, for all evaluation tests."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from beacon_jax.evaluation.model import load_model
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.hf.checkpoint import save_hf
 from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
+from tests.evaluation import offline
 
 VOCAB, WINDOW = 400, 32
 WORDS = ("window", "beacon", "memory", "slot", "ratio", "digit", "river", "stone")
@@ -75,3 +78,48 @@ def model(model_folder, settings):
 @pytest.fixture(scope="session")
 def inputs(model, settings):
     return Inputs(settings, model.tokenizer)
+
+
+@pytest.fixture(scope="session", params=["bpe320", "bpe600", "bytes"])
+def wanted(request, tmp_path_factory):
+    """(stand-in for a model, settings, inputs): generators need no weights."""
+    folder = tmp_path_factory.mktemp("prose")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(
+            f"Part {i}. {offline.PROSE[i:]}", encoding="utf-8"
+        )
+    if request.param == "bytes":
+        tokenizer, lengths = offline.byte_tokenizer(), (1024, 1536)
+    else:
+        size = int(request.param.removeprefix("bpe"))
+        made = tmp_path_factory.mktemp("tokenizer")
+        tokenizer = train_tokenizer([offline.PROSE], made, size)
+        lengths = (640, 1024)
+        tokenizer.chat_template = offline.TEMPLATE if size == 600 else None
+    text = str(folder)
+    settings = Settings(lengths=lengths, depths=3, samples=3, text=text, haystack=text)
+    inputs = Inputs(settings, tokenizer)
+    inputs.__dict__["documents"] = inputs.haystack
+    return SimpleNamespace(tokenizer=tokenizer, window=32), settings, inputs
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Settings whose text and lengths are enough for all generated tasks."""
+    folder = tmp_path_factory.mktemp("long")
+    for i in range(20):
+        text = f"{i} things. {offline.PROSE}"
+        (folder / f"{i}.txt").write_text(text, encoding="utf-8")
+    return Settings(
+        lengths=(384, 512), depths=2, samples=3, text=str(folder), batch_size=2
+    )
+
+
+@pytest.fixture(scope="session")
+def long_model(model_folder, small):
+    return load_model(model_folder, max(small.lengths), (2, 4))
+
+
+@pytest.fixture(scope="session")
+def long_inputs(long_model, small):
+    return Inputs(small, long_model.tokenizer)

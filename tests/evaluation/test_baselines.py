@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from beacon_jax.evaluation.baselines import FAMILIES, make_methods
 from beacon_jax.evaluation.baselines.selective import self_information
 from beacon_jax.evaluation.baselines.streaming import kept_slots
 from beacon_jax.evaluation.methods import Full, remember
 from beacon_jax.model.config import BeaconConfig, RopeConfig, param_shapes
+from beacon_jax.model.partition import make_partition
 from beacon_jax.model.quantize import dequantize
 from beacon_jax.model.rotary import inverse_frequencies
 from tests.evaluation import numpy_model
@@ -335,3 +337,19 @@ def test_self_information_is_the_loss_of_each_token(models, rows):
     logits = read_all(model, past[0]).logits[:-1]
     want = np.log(np.exp(logits).sum(-1)) - logits[np.arange(39), past[0][1:]]
     np.testing.assert_allclose(found[0][1:], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mesh_leaves_the_same_memory(models, rows):
+    past, following = rows
+    one = models["gqa"]
+    split = dataclasses.replace(one, partition=make_partition("data:2,tensor:2"))
+    for family in ("snapkv_aware", "streaming", "mean_pool"):
+        method = made(family, 4)
+        a, b = (remember(m, method, past, following)[0] for m in (one, split))
+        assert b.k.sharding.spec == P(None, "data", None, "tensor")
+        assert np.array_equal(a.slots, b.slots)
+        real = np.arange(a.capacity) < np.asarray(a.slots)[:, None]
+        for x, y in ((a.k, b.k), (a.v, b.v)):
+            np.testing.assert_allclose(
+                np.asarray(y)[:, real], np.asarray(x)[:, real], rtol=1e-5, atol=1e-5
+            )

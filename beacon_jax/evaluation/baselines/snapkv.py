@@ -43,7 +43,12 @@ class SnapKV(Budgeted):
 
 class SnapKVAware(Budgeted):
     """Observes the last 64 tokens of what comes after the past, which is where the
-    question stands: no other method sees it. All that is kept is chosen by it."""
+    question stands: no other method sees it. All that is kept is chosen by it.
+
+    It is no upper bound: the question looks at the start of its answer, and the rest is
+    found only as it is told. Passkeys on tiny-beacon, 256 tokens, x2 / x4 / x8: 0.94 /
+    0.78 / 0.25; 1.00 at x4 and x8 when it is shown the answer too.
+    """
 
     family = "snapkv_aware"
     question_aware = True

@@ -1,14 +1,37 @@
 """The tasks by name. A new one is a file with a `Task` and a line here."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from beacon_jax.evaluation.tasks import longbench, longdata, mmlu, ruler
+from beacon_jax.evaluation.tasks.babilong import Qa1, Qa2, Qa3
 from beacon_jax.evaluation.tasks.base import Task
+from beacon_jax.evaluation.tasks.mqar import Mqar
+from beacon_jax.evaluation.tasks.multi_needle import MultiNeedle
+from beacon_jax.evaluation.tasks.needle import Needle, NeedleRelease
 from beacon_jax.evaluation.tasks.passkey import Passkey
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
+from beacon_jax.evaluation.tasks.perplexity_release import PerplexityRelease
+from beacon_jax.evaluation.tasks.records import JsonKV, Lines
+
+# Those that need no file of the user, besides `ruler.GROUPS["ruler"]`.
+OFFLINE: tuple[type[Any], ...] = (
+    Passkey,
+    Perplexity,
+    PerplexityRelease,
+    Needle,
+    NeedleRelease,
+    MultiNeedle,
+    JsonKV,
+    Lines,
+    Qa1,
+    Qa2,
+    Qa3,
+    Mqar,
+)
 
 TASKS: dict[str, Callable[[], Task]] = {
-    **{t.name: t for t in (Passkey, Perplexity)},
+    **{t.name: t for t in OFFLINE},
     **ruler.TASKS,
     **longbench.TASKS,
     **longdata.TASKS,
@@ -21,6 +44,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     **ruler.GROUPS,
     **longbench.GROUPS,
     **longdata.GROUPS,
+    "babilong": (Qa1.name, Qa2.name, Qa3.name),
+    "offline": (*(t.name for t in OFFLINE), *ruler.GROUPS["ruler"]),
 }
 
 

@@ -1,0 +1,210 @@
+"""Multi-query associative recall in token space (Arora et al. 2023, Zoology).
+
+Keys and values are single random tokens from disjoint thirds of the vocabulary, in
+pairs that lie anywhere among random tokens of the last third, on average one pair in 16
+tokens; at the end, keys are given again and their values asked for. What the compressor
+has to store is known exactly, and where: accuracy by the place of the value in its unit
+(of `ratio` tokens, a beacon behind the last) shows what units lose by their far ends.
+
+Eight queries per text, each answered with the right values of those before in view (as
+in training on such data). Pairs lie outside the window that is open at the first query,
+so that only the memory can answer.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from beacon_jax.data.passkey import last_window_start
+from beacon_jax.evaluation import plots, prompts
+from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.methods import Method, remember
+from beacon_jax.evaluation.model import Model
+from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation.statistics import wilson
+from beacon_jax.evaluation.tasks.base import Metric, Prediction
+from beacon_jax.evaluation.tasks.synthetic import Synthetic
+
+QUERIES = 8
+EVERY = 16  # tokens per pair
+AT = "accuracy_at"  # metric of one place in the unit
+
+
+class Vocabulary(NamedTuple):
+    """Token ids of the three kinds; first: what the tokenizer puts in front of text."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    fillers: np.ndarray
+    first: np.ndarray
+
+
+class Mqar(Synthetic):
+    name = "mqar"
+    title = "Multi-query associative recall"
+    about = (
+        f"Right values of {QUERIES} keys per text, greedy [95 % bootstrap interval "
+        "over texts]."
+    )
+    whole_windows = True
+    binary = False
+
+    def source(self, model: Model, settings: Settings, inputs: Inputs) -> Vocabulary:
+        """Ordinary tokens that occur in the held-out text: others a model may never
+        have been trained on. In order of their ids, the first third are keys."""
+        special = getattr(model.tokenizer, "all_special_ids", [])
+        seen = np.setdiff1d(np.unique(inputs.stream), special)
+        thirds = np.array_split(seen.astype(np.int32), 3)
+        if len(thirds[2]) < QUERIES:
+            raise ValueError(
+                f"--text={settings.text} has {len(seen)} different tokens, and "
+                f"{3 * QUERIES} are needed: name a source with more text."
+            )
+        keys, values, fillers = thirds
+        first = prompts.ids(model.tokenizer, "", special=True)
+        return Vocabulary(keys, values, fillers, first)
+
+    def example(
+        self,
+        rng: np.random.Generator,
+        model: Model,
+        settings: Settings,
+        source: Vocabulary,
+        length: int,
+        depth: float,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """The tokens have the last value too: it is never fed."""
+        first = source.first
+        end = (length - 2 * QUERIES) // model.window * model.window
+        room = end - len(first)
+        count = min(room // EVERY, len(source.keys), len(source.values))
+        queries = min(QUERIES, count)
+        if not count:
+            raise ValueError(
+                f"--lengths has {length}, too few tokens for {self.name} in windows of "
+                f"{model.window}: use at least {2 * model.window + 2 * QUERIES}."
+            )
+        keys = rng.choice(source.keys, count, replace=False)
+        values = rng.choice(source.values, count, replace=False)
+        each = room // count
+        at = len(first) + each * np.arange(count) + rng.integers(0, each - 1, count)
+        at += int(rng.integers(room - each * count + 1))
+        tokens = np.empty(length, np.int32)
+        tokens[:] = rng.choice(source.fillers, length)
+        tokens[: len(first)] = first
+        tokens[at], tokens[at + 1] = keys, values
+        asked = rng.choice(count, queries, replace=False)
+        tokens[length - 2 * queries :: 2] = keys[asked]
+        tokens[length - 2 * queries + 1 :: 2] = values[asked]
+        return tokens, {"pairs": count, "positions": (at[asked] + 1).tolist()}
+
+    def run(
+        self, model: Model, method: Method, batch: Sequence[Any]
+    ) -> list[dict[str, Any]]:
+        queries = len(batch[0].info["positions"])
+        rows = np.stack([e.tokens for e in batch])
+        first = rows.shape[1] - 2 * queries + 1  # behind the first key
+        cut = last_window_start(first, model.window)
+        past, following = list(rows[:, :cut]), list(rows[:, cut:first])
+        memory, kept = remember(model, method, past, following)
+        hits, losses = [], []
+        for end in range(first, rows.shape[1], 2):
+            # Piece by piece: only the logits of the ends are ever made.
+            out, memory = model.feed(memory, following, method.live_ratio)
+            hits.append(out.last_logits.argmax(-1) == jnp.asarray(rows[:, end]))
+            losses.append(_losses(out.last_logits, jnp.asarray(rows[:, end])))
+            following = list(rows[:, end : end + 2])
+        right = np.asarray(jnp.stack(hits, 1), int).tolist()
+        lost = np.asarray(jnp.stack(losses, 1), np.float64).mean(1).tolist()
+        return [
+            {"hits": h, "answer_loss": loss, "kv_bytes": n}
+            for h, loss, n in zip(right, lost, kept, strict=True)
+        ]
+
+    def value(self, prediction: Prediction) -> float:
+        return float(np.mean(prediction["hits"]))
+
+    def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
+        """The base's, and accuracy by place in the unit, of methods with a ratio."""
+        metrics = super().score(predictions)
+        cells: dict[tuple[str, int, int, int], list[int]] = {}
+        for p in predictions:
+            if p["ratio"] is None:
+                continue
+            for position, hit in zip(p["positions"], p["hits"], strict=True):
+                key = p["method"], p["ratio"], p["length"], position % p["ratio"]
+                cells.setdefault(key, []).append(hit)
+        for (method, ratio, length, place), hits in sorted(cells.items()):
+            low, high = wilson(sum(hits), len(hits))
+            metrics.append(
+                {
+                    "task": self.name,
+                    "metric": AT,
+                    "detail": True,
+                    "method": method,
+                    "ratio": ratio,
+                    "length": length,
+                    "place": place,
+                    "value": sum(hits) / len(hits),
+                    "low": low,
+                    "high": high,
+                    "count": len(hits),
+                }
+            )
+        return metrics
+
+    def report(self, metrics: Sequence[Metric], folder: Path) -> str:
+        text = super().report(metrics, folder)
+        found = [m for m in metrics if m["metric"] == AT]
+        if found:
+            draw_positions(found, folder / "mqar_positions.png")
+            text += "\n![accuracy by place in the unit](mqar_positions.png)\n"
+        return text
+
+
+def draw_positions(metrics: Sequence[Metric], path: Path) -> None:
+    """Accuracy over the place of the value in its unit, all lengths together: a panel
+    per ratio, a line per method. Beacons stand behind the last place."""
+    ratios = sorted({m["ratio"] for m in metrics if m["ratio"] > 1})
+    width = max(3.4 * len(ratios) + 1.6, 4.0)
+    figure = Figure(figsize=(width, 3.4), layout="constrained")
+    panels = figure.subplots(1, max(len(ratios), 1), sharey=True, squeeze=False)[0]
+    lines: dict[str, Any] = {}
+    for panel, ratio in zip(panels, ratios, strict=False):
+        here = [m for m in metrics if m["ratio"] == ratio]
+        for method in dict.fromkeys(m["method"] for m in here):
+            places, values = _pooled([m for m in here if m["method"] == method])
+            family = method.removesuffix(f"_x{ratio}")
+            style = plots._style(family)
+            (lines[family],) = panel.plot(places, values, label=family, **style)
+        panel.set_title(f"x{ratio}")
+        panel.set_xticks(range(ratio))
+        panel.set_xlabel("place of the value in its unit")
+    panels[0].set_ylabel("accuracy")
+    panels[0].set_ylim(-0.03, 1.03)
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside right upper", fontsize=8
+    )
+    figure.savefig(path, dpi=plots.DPI)
+
+
+def _pooled(metrics: Sequence[Metric]) -> tuple[list[int], list[float]]:
+    """Places and the accuracy at each over all lengths."""
+    places = sorted({m["place"] for m in metrics})
+    values = []
+    for place in places:
+        here = [m for m in metrics if m["place"] == place]
+        hits = sum(m["value"] * m["count"] for m in here)
+        values.append(hits / sum(m["count"] for m in here))
+    return places, values
+
+
+def _losses(logits: jax.Array, wanted: jax.Array) -> jax.Array:
+    """[B] nats of the wanted tokens."""
+    taken = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - taken

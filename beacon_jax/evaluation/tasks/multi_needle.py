@@ -1,0 +1,242 @@
+"""Three needles asked for in three turns (paper, table 2): accuracy and time per turn.
+
+A method compresses the text once; later questions and answers continue its memory, each
+turn after the answer that was really given. One that looks at the question has to
+compress again for every turn, with the conversation so far in front of the question,
+and its time shows that.
+
+Needles are "The special magic Paris number is: 1234567.", of cities that the haystack
+does not name if there are enough. Lengths without room for three turns (below ~350
+tokens of a vocabulary of 512) have fewer.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beacon_jax.core.memory import MemoryState
+from beacon_jax.data.passkey import last_window_start
+from beacon_jax.evaluation import prompts
+from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.methods import Method, remember
+from beacon_jax.evaluation.model import Model
+from beacon_jax.evaluation.report import interval, table
+from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation.statistics import wilson
+from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
+from beacon_jax.evaluation.tasks.haystack import Haystack, ask, fill, templated
+from beacon_jax.evaluation.tasks.synthetic import Synthetic
+
+TURNS = 3
+NAMES = """
+Paris London Rome Tokyo Berlin Madrid Cairo Oslo Lima Delhi Vienna Dublin Prague Athens
+Boston Chicago Denver Seattle Toronto Sydney Lisbon Warsaw Geneva Nairobi
+"""
+CITIES = tuple(NAMES.split())
+ANNOUNCEMENT = "Memorize the special magic numbers hidden in the following text.\n\n"
+LEAST = 16  # tokens of haystack
+
+
+class MultiNeedle(Synthetic):
+    name = "multi_needle"
+    title = "Three needles in three turns"
+    about = (
+        "Share of the three right numbers [95 % bootstrap interval over texts] and of "
+        "each turn's, all from one compressed memory; seconds per turn: see Time."
+    )
+    new_tokens = 16
+    binary = False
+
+    def source(self, model: Model, settings: Settings, inputs: Inputs) -> Haystack:
+        return Haystack(inputs.haystack, model.tokenizer, max(settings.lengths))
+
+    def example(
+        self,
+        rng: np.random.Generator,
+        model: Model,
+        settings: Settings,
+        source: Haystack,
+        length: int,
+        depth: float,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """One needle in each third of the text, asked for in a random order."""
+        turns = self.turns(model, settings.chat, length)
+        cities, numbers = _draw(rng, source, turns)
+        # `depth`, the grid's, has no meaning here.
+        depths = [(i + float(rng.random())) / turns for i in range(turns)]
+        order = rng.permutation(turns).tolist()
+        start = int(rng.choice(source.starts))
+        questions = [_question(cities[i]) for i in order]
+        later = [self._turn(model, settings.chat, *q) for q in questions[1:]]
+
+        def build(n: int) -> prompts.Tokens:
+            hay = source.take(start, n)
+            for i in reversed(range(turns)):
+                at, _ = source.place(start, n, depths[i], aligned=True)
+                hay = hay[:at] + _needle(cities[i], numbers[i]) + hay[at:]
+            first, prefix = questions[0]
+            text = f"{ANNOUNCEMENT}{hay}\n\n{first}"
+            return ask(model, text, prefix, settings.chat)
+
+        rest = sum(map(len, later)) + turns * self.new_tokens
+        count = fill(build, length - rest, least=LEAST, name=self.name)
+        return build(count), {
+            "depths": [round(depths[i], 4) for i in order],
+            "answers": [numbers[i] for i in order],
+            "turns": [turn.tolist() for turn in later],
+        }
+
+    def turns(self, model: Model, chat: str, length: int) -> int:
+        """Three, or as many as `length` has room for with the longest names."""
+        city = max(CITIES, key=lambda c: len(prompts.ids(model.tokenizer, c)))
+        question, prefix = _question(city)
+        needle = _needle(city, "1234567")
+        for turns in range(TURNS, 1, -1):
+            text = f"{ANNOUNCEMENT}{needle * turns}\n\n{question}"
+            first = len(ask(model, text, prefix, chat)) + 2 * LEAST
+            later = len(self._turn(model, chat, question, prefix))
+            if first + (turns - 1) * later + turns * self.new_tokens <= length:
+                return turns
+        return 1
+
+    @staticmethod
+    def _turn(model: Model, chat: str, question: str, prefix: str) -> prompts.Tokens:
+        """What stands between an answer and the next one."""
+        if not templated(model, chat):
+            text = f"\n\n{question}\n{prefix}"
+            return prompts.ids(model.tokenizer, text)
+        mark = "\u2020answer\u2020"
+        roles = zip(("user", "assistant", "user"), ("?", mark, question), strict=True)
+        text = model.tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in roles],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return prompts.ids(model.tokenizer, text.split(mark)[1] + prefix)
+
+    def run(
+        self, model: Model, method: Method, batch: Sequence[Example]
+    ) -> list[dict[str, Any]]:
+        start = time.perf_counter()
+        asked = [e.tokens for e in batch]  # the conversation, as far as it is asked
+        memory, following, kept = _compress(model, method, asked)
+        texts, losses, seconds = [], [], []
+        turns = len(batch[0].info["answers"])
+        for turn in range(turns):
+            out, memory = model.feed(memory, following, method.live_ratio)
+            found = model.decode(
+                memory, out.last_logits, self.new_tokens, method.live_ratio
+            )
+            seconds.append(time.perf_counter() - start)
+            wanted = [
+                prompts.ids(model.tokenizer, f" {e.info['answers'][turn]}")
+                for e in batch
+            ]
+            losses.append(
+                model.answer_losses(memory, out.last_logits, wanted, method.live_ratio)
+            )
+            texts.append(found.texts)
+            if turn + 1 == turns:
+                break
+            start = time.perf_counter()
+            memory = found.memory
+            following = [np.asarray(e.info["turns"][turn], np.int32) for e in batch]
+            asked = [
+                np.concatenate(parts)
+                for parts in zip(asked, found.tokens, following, strict=True)
+            ]
+            if method.question_aware:
+                memory, following, _ = _compress(model, method, asked)
+        return [
+            {
+                "predicted": [turn[row] for turn in texts],
+                "answer_loss": float(np.mean([turn[row] for turn in losses])),
+                "kv_bytes": kept[row],
+                "seconds": seconds,
+            }
+            for row in range(len(batch))
+        ]
+
+    def hits(self, prediction: Prediction) -> list[bool]:
+        """Whether each turn's answer has its number."""
+        pairs = zip(prediction["answers"], prediction["predicted"], strict=True)
+        return [answer in text for answer, text in pairs]
+
+    def value(self, prediction: Prediction) -> float:
+        return float(np.mean(self.hits(prediction)))
+
+    def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
+        """The base's, and the accuracy of each turn as a detail."""
+        metrics = super().score(predictions)
+        cells: dict[tuple[str, int], list[list[bool]]] = {}
+        for p in predictions:
+            cells.setdefault((p["method"], p["length"]), []).append(self.hits(p))
+        for m in [m for m in metrics if m["metric"] == self.metric]:
+            found = np.asarray(cells[m["method"], m["length"]])
+            for turn, right in enumerate(found.sum(0).tolist()):
+                low, high = wilson(right, len(found))
+                value = {"value": right / len(found), "low": low, "high": high}
+                name = {"metric": f"accuracy_turn{turn + 1}", "detail": True}
+                metrics.append(m | name | value)
+        return metrics
+
+    def report(self, metrics: Sequence[Metric], folder: Path) -> str:
+        cells: dict[tuple[int, str], dict[str, Metric]] = {}
+        for m in metrics:
+            cells.setdefault((m["length"], m["method"]), {})[m["metric"]] = m
+        turns = [f"accuracy_turn{turn + 1}" for turn in range(TURNS)]
+        rows = [
+            [
+                *key,
+                *(interval(found.get(name), 2) for name in (self.metric, *turns)),
+                f"{found['answer_loss']['value']:.2f}",
+                f"{found[self.metric]['kv_bytes']:,.0f}",
+                found[self.metric]["count"],
+            ]
+            for key, found in sorted(cells.items(), key=lambda item: item[0][0])
+        ]
+        head = ["length", "method", self.metric]
+        head += [f"turn {turn + 1}" for turn in range(TURNS)]
+        head += ["answer loss", "KV bytes of past", "rows"]
+        return f"## {self.title}\n\n{self.about}\n\n{table(head, rows)}\n"
+
+
+def _draw(
+    rng: np.random.Generator, source: Haystack, count: int
+) -> tuple[list[str], list[str]]:
+    """Cities and numbers, all different and not in the haystack if that can be."""
+    free = [city for city in CITIES if city not in source.text]
+    pool = free if len(free) >= count else list(CITIES)
+    cities = rng.permutation(pool)[:count].tolist()
+    numbers: list[str] = []
+    while len(numbers) < count:
+        number = str(rng.integers(10**6, 10**7))
+        if number not in numbers and number not in source.text:
+            numbers.append(number)
+    return cities, numbers
+
+
+def _needle(city: str, number: str) -> str:
+    return f"\nThe special magic {city} number is: {number}.\n"
+
+
+def _question(city: str) -> tuple[str, str]:
+    """A turn's question and the beginning of its answer."""
+    return (
+        f"What is the special magic {city} number?",
+        f"The special magic {city} number is:",
+    )
+
+
+def _compress(
+    model: Model, method: Method, rows: Sequence[np.ndarray]
+) -> tuple[MemoryState, list[np.ndarray], list[int]]:
+    """(memory of all but the last window, what is left to feed, bytes of the past)."""
+    cuts = [last_window_start(len(row), model.window) for row in rows]
+    past = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+    following = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
+    memory, kept = remember(model, method, past, following)
+    return memory, following, kept

@@ -1,0 +1,158 @@
+"""Needle in a haystack: one sentence hidden in a long text, length × depth.
+
+`needle` is the published test (Kamradt 2023): its needle, question and instruction, the
+needle moved back to the end of a sentence. `needle_release` is the one of the paper's
+release: another needle, an announcement, any token. Both with our haystack, the
+documents in sorted order and again from the first; each sample begins at a random
+sentence, where the originals always begin at the first.
+
+The originals cut the text to its length and then decode, wrap and encode it again, so
+that prompts miss the length by some tokens. Here the wrapped prompt is measured, and
+one more token of haystack would not fit.
+
+Scores: `needle` by the share of its three facts (the original asks a GPT for a mark
+from 1 to 10, as the paper does), and ROUGE-L recall against the needle as in the
+release, which 1.0 only for an answer that repeats the whole sentence. The release's
+training data has needles of this kind, so for its models the test is in-domain.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beacon_jax.evaluation import metrics as scores
+from beacon_jax.evaluation import prompts
+from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.model import Model
+from beacon_jax.evaluation.report import interval, table
+from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation.statistics import mean_interval
+from beacon_jax.evaluation.tasks.base import Metric, Prediction
+from beacon_jax.evaluation.tasks.haystack import Haystack, fill
+from beacon_jax.evaluation.tasks.synthetic import Synthetic
+
+LEAST = 16  # tokens of haystack, below which a depth means nothing
+
+
+class Needle(Synthetic):
+    name = "needle"
+    title = "Needle in a haystack"
+    about = (
+        "Share of the needle's three facts in the answer [95 % bootstrap interval]; "
+        "depth 0 is the beginning of the text, 1 its end, next to the question."
+    )
+    new_tokens = 50
+    metric = "keyword_recall"
+    binary = False
+
+    announcement = ""
+    needle = (
+        "\nThe best thing to do in San Francisco is eat a sandwich and sit in Dolores "
+        "Park on a sunny day.\n"
+    )
+    # The release's "Answer:" is there for models without a chat template.
+    question = (
+        "\n\nWhat is the best thing to do in San Francisco? Don't give information "
+        "outside the document or repeat your findings\nAnswer:"
+    )
+    keywords = ("sandwich", "Dolores Park", "sunny day")
+    answer = "eat a sandwich and sit in Dolores Park on a sunny day."
+    aligned = True
+
+    def source(self, model: Model, settings: Settings, inputs: Inputs) -> Haystack:
+        longest = max(settings.lengths)
+        return Haystack(inputs.haystack, model.tokenizer, longest, "Dolores Park")
+
+    def example(
+        self,
+        rng: np.random.Generator,
+        model: Model,
+        settings: Settings,
+        source: Haystack,
+        length: int,
+        depth: float,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        start = int(rng.choice(source.starts))
+
+        def build(n: int) -> prompts.Tokens:
+            at, _ = source.place(start, n, depth, aligned=self.aligned)
+            hay = source.take(start, n)
+            text = self.announcement + hay[:at] + self.needle + hay[at:] + self.question
+            return prompts.encode(model, text, chat=settings.chat)
+
+        room = length - self.new_tokens
+        count = fill(build, room, least=LEAST, name=self.name)
+        _, before = source.place(start, count, depth, aligned=self.aligned)
+        return build(count), {
+            "depth": depth,
+            "placed": round(before / count, 4),
+            "answers": [self.answer],
+        }
+
+    def value(self, prediction: Prediction) -> float:
+        return scores.keyword_recall(prediction["predicted"], self.keywords)
+
+    def recall(self, prediction: Prediction) -> float:
+        """ROUGE-L recall of the answer's first line against the whole needle."""
+        line = prediction["predicted"].lstrip("\n").split("\n")[0]
+        return scores.rouge_l_recall(line, self.needle.strip())
+
+    def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
+        """The base's, and the other score over all depths as a detail."""
+        metrics = super().score(predictions)
+        cells: dict[tuple[str, int], list[float]] = {}
+        for p in predictions:
+            value = self.other[1](self, p)
+            cells.setdefault((p["method"], p["length"]), []).append(value)
+        for m in [m for m in metrics if m["metric"] == self.metric]:
+            if m["depth"] is None:
+                values = np.asarray(cells[m["method"], m["length"]])
+                value, low, high = mean_interval(values)
+                metrics.append(
+                    m
+                    | {"metric": self.other[0], "detail": True}
+                    | {"value": value, "low": low, "high": high}
+                )
+        return metrics
+
+    other = ("rouge_l_recall", recall)  # the second score: name, function
+
+    def report(self, metrics: Sequence[Metric], folder: Path) -> str:
+        rows = [
+            [m["length"], m["method"], interval(m, 2)]
+            for m in sorted(metrics, key=lambda m: m["length"])
+            if m["metric"] == self.other[0]
+        ]
+        head = ["length", "method", self.other[0]]
+        return f"{super().report(metrics, folder)}\n{table(head, rows)}\n"
+
+
+class NeedleRelease(Needle):
+    name = "needle_release"
+    title = "Needle in a haystack, as in the release"
+    about = (
+        "ROUGE-L recall of the answer's first line against the whole needle [95 % "
+        "bootstrap interval]: 1 only for an answer that repeats the sentence."
+    )
+    metric = "rouge_l_recall"
+
+    announcement = (
+        "There is an important infomation hidden in the following context. Find the "
+        "information and memorize it. I will quiz you about the important information "
+        "there.\n"
+    )
+    needle = (
+        "\n\nThe best thing to do in San Francisco is sitting in Dolores Park and "
+        "eating a hamburg on a sunny day.\n\n"
+    )
+    question = "\n\nWhat is the best thing to do in San Francisco?\nAnswer:"
+    keywords = ("hamburg", "Dolores Park", "sunny day")
+    answer = "sitting in Dolores Park and eating a hamburg on a sunny day."
+    aligned = False
+
+    def value(self, prediction: Prediction) -> float:
+        return self.recall(prediction)
+
+    other = ("keyword_recall", Needle.value)

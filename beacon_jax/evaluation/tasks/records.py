@@ -1,0 +1,166 @@
+"""Retrieval from records: nothing in them can be left out, and nothing compresses.
+
+`json_kv`: one of many uuid pairs in a JSON object (InfiniteBench Retrieve.KV, HELMET
+json_kv). `lines`: one of many numbered lines (LongEval). Both are made of random values
+only, so that a compressor has to store all of them: the strictest tests here.
+"""
+
+import itertools
+import re
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from beacon_jax.evaluation import prompts
+from beacon_jax.evaluation.model import Model
+from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation.tasks.base import Prediction
+from beacon_jax.evaluation.tasks.haystack import ask, fill
+from beacon_jax.evaluation.tasks.synthetic import Synthetic
+
+STANDARD = 2048  # tokens from which `lines` has LongEval's wording
+
+FIRST = """
+able aged ashen bare big bitter blue bold brave brief bright broad brown calm cheap
+clean clear cold cool crisp curly damp dark deep dim dizzy dry dull dusty eager early
+empty faint fair famous fast fine firm flat fresh full gentle giant glad golden grand
+gray green happy hard heavy high hollow hot huge icy idle keen kind large late lazy
+light little lively long loose loud low lucky mellow mild
+"""
+SECOND = """
+apple arch badge barn basin beach bell bench bird boat bottle bowl box bread bridge
+brush button cabin candle car carpet castle chair chalk cliff clock cloud coat coin cup
+desk dish dog door dress drum engine farm feather fence field fire fish flag flower
+forest fork frame garden gate glass glove hammer harbor hat hill horse house island jar
+kettle key kite ladder lake lamp leaf lemon letter map
+"""
+ADJECTIVES, NOUNS = tuple(FIRST.split()), tuple(SECOND.split())
+
+
+class Records(Synthetic):
+    """Draws records one by one; the asked one stands at its depth among them."""
+
+    def record(self, rng: np.random.Generator, number: int) -> tuple[str, str]:
+        """(key, value) of the number-th record of an example."""
+        raise NotImplementedError
+
+    def prompt(
+        self, records: list[tuple[str, str]], key: str, length: int
+    ) -> tuple[str, str]:
+        """(text, beginning of the answer)."""
+        raise NotImplementedError
+
+    def example(
+        self,
+        rng: np.random.Generator,
+        model: Model,
+        settings: Settings,
+        source: Any,
+        length: int,
+        depth: float,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        drawn = _distinct(lambda number: self.record(rng, number))
+        asked = next(drawn)
+        others: list[tuple[str, str]] = []
+
+        def build(n: int) -> prompts.Tokens:
+            others.extend(itertools.islice(drawn, max(n - 1 - len(others), 0)))
+            at = round(depth * (n - 1))
+            records = [*others[:at], asked, *others[at : n - 1]]
+            text, prefix = self.prompt(records, asked[0], length)
+            return ask(model, text, prefix, settings.chat)
+
+        count = fill(build, length - self.new_tokens, least=1, name=self.name)
+        info = {"depth": depth, "records": count, "answers": [asked[1]]}
+        return build(count), info
+
+
+class JsonKV(Records):
+    name = "json_kv"
+    title = "Key-value pairs in JSON"
+    about = (
+        "The 36 characters of a uuid, exactly [95 % Wilson interval]; depth is the "
+        "place of its pair."
+    )
+    new_tokens = 40  # a uuid has at most 36 and ends with a quote
+
+    def record(self, rng: np.random.Generator, number: int) -> tuple[str, str]:
+        key, value = (str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(2))
+        return key, value
+
+    def prompt(
+        self, records: list[tuple[str, str]], key: str, length: int
+    ) -> tuple[str, str]:
+        pairs = ", ".join(f'"{key}": "{value}"' for key, value in records)
+        return (
+            "Extract the value corresponding to the specified key in the JSON object "
+            f'below.\n\n{{{pairs}}}\n\nKey: "{key}"',
+            'The value associated with the specified key is: "',
+        )
+
+    def value(self, prediction: Prediction) -> float:
+        return float(prediction["answers"][0] in prediction["predicted"])
+
+    def reference(self, answer: str) -> str:
+        return answer
+
+
+class Lines(Records):
+    name = "lines"
+    title = "Numbers of lines"
+    about = (
+        "The number of a line of the record: the first one in the answer [95 % Wilson "
+        "interval]; depth is the place of the line."
+    )
+    new_tokens = 12
+
+    def record(self, rng: np.random.Generator, number: int) -> tuple[str, str]:
+        """A name and five digits. (LongEval's are 1 ... 50000: of any length.)"""
+        round_, index = divmod(number, len(ADJECTIVES) * len(NOUNS))
+        if number < len(ADJECTIVES) * len(NOUNS):
+            index = int(rng.integers(len(ADJECTIVES) * len(NOUNS)))
+        first, second = divmod(index, len(NOUNS))
+        again = f"-{round_ + 1}" if round_ else ""
+        name = f"{ADJECTIVES[first]}-{NOUNS[second]}{again}"
+        return name, str(rng.integers(10_000, 100_000))
+
+    def prompt(
+        self, records: list[tuple[str, str]], key: str, length: int
+    ) -> tuple[str, str]:
+        """LongEval's wording from 2,048 tokens on; below, it would fill the prompt."""
+        lines = "\n".join(f"line {k}: REGISTER_CONTENT is <{v}>" for k, v in records)
+        prefix = f"The <REGISTER_CONTENT> in line {key} is <"
+        if length < STANDARD:
+            head = "Memorize the number of each line.\n\n"
+            return f"{head}{lines}\n\nWhat is the number in line {key}?", prefix
+        return (
+            "Below is a record of lines I want you to remember. Each line begins with "
+            "'line <line index>' and contains a '<REGISTER_CONTENT>' at the end of the "
+            "line as a numerical value. For each line index, memorize its "
+            "corresponding <REGISTER_CONTENT>. At the end of the record, I will ask "
+            "you to retrieve the corresponding <REGISTER_CONTENT> of a certain line "
+            f"index. Now the record start:\n\n{lines}\n\nNow the record is over. Tell "
+            f"me what is the <REGISTER_CONTENT> in line {key}? I need the number.",
+            prefix,
+        )
+
+    def value(self, prediction: Prediction) -> float:
+        found = re.search(r"\d+", prediction["predicted"])
+        return float(found is not None and found[0] == prediction["answers"][0])
+
+    def reference(self, answer: str) -> str:
+        return answer
+
+
+def _distinct(draw: Callable[[int], tuple[str, str]]):
+    """Records whose keys and values are all different, without end."""
+    keys: set[str] = set()
+    values: set[str] = set()
+    while True:
+        key, value = draw(len(keys))
+        if key not in keys and value not in values:
+            keys.add(key)
+            values.add(value)
+            yield key, value
