@@ -43,7 +43,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     number("window", None, "For a model without beacons.")
     text("dtype", None, "Cast to; default: as stored.")
     text("floors", None, "JSON, or X for configs/X_floors.json.")
-    text("summary", None, "summary.json of the training run, for --floors.")
+    text("summary", None, "summary.json of the training run: its loss, --floors.")
     switch("report", False, "Only compare the runs in the folders named.")
     switch("overwrite", False, "Discard the predictions in --out.")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from beacon_jax.evaluation import compare, floors
+from beacon_jax.evaluation import compare, floors, plots
 from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.methods import ADAPT
 from beacon_jax.evaluation.model import load_model
@@ -47,7 +47,8 @@ def run(o: Any) -> str:
     settings = [Settings(tuple(lengths), seed=s, **options) for s in seeds]
     longest = max(task.longest(settings[0]) for task in tasks)
     used = sorted({int(m.ratio) for m in methods if isinstance(m.ratio, int)})
-    beacons = used if any(m.live_ratio for m in methods) else []
+    # "adapt" takes the model's own ratios; 1 only says that beacons are needed.
+    beacons = (used or [1]) if any(m.live_ratio for m in methods) else []
     model = load_model(
         o.model, longest, beacons, window=o.window, dtype=o.dtype, mesh=o.mesh
     )
@@ -59,13 +60,24 @@ def run(o: Any) -> str:
         )
         print(f"\n{text}")
         folders.append(folder)
+        sections = _training(o.summary, folder)
         if spec is not None:
             results = floors.check_floors(spec, metrics, lengths[0], o.summary)
             section, names = floors.verdict(results)
-            with (folder / "report.md").open("a", encoding="utf-8") as file:
-                file.write(f"\n{section}")
             print(section)
+            sections.append(section)
             missed += [names] if names else []
+        with (folder / "report.md").open("a", encoding="utf-8") as file:
+            file.writelines(f"\n{section}" for section in sections)
     if len(seeds) > 1:
         print(compare.write(folders, out))
     return "; ".join(missed)
+
+
+def _training(summary: str | None, folder: Path) -> list[str]:
+    """A section with the loss of the training run that wrote `summary`."""
+    lines = Path(summary).with_name("metrics.jsonl") if summary else None
+    if lines is None or not lines.is_file():
+        return []
+    plots.training_loss(lines, folder / "training_loss.png")
+    return ["## Training\n\n![loss against the step](training_loss.png)\n"]

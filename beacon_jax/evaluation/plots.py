@@ -1,6 +1,7 @@
 """The figures of a report. Each function draws one PNG from metrics."""
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -75,6 +76,19 @@ def loss_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("length, tokens")
     axes.set_ylabel("loss of the last window, nats/token")
     axes.legend()
+    figure.savefig(path, dpi=DPI)
+
+
+def training_loss(lines: Path, path: Path) -> None:
+    """Loss against the step, from the metrics.jsonl of a training run."""
+    rows = [json.loads(x) for x in lines.read_text(encoding="utf-8").splitlines()]
+    found = sorted({r["step"]: r["loss"] for r in rows if "loss" in r}.items())
+    figure = Figure(figsize=(6.0, 3.0), layout="constrained")
+    axes = figure.subplots()
+    if found:
+        axes.plot(*zip(*found, strict=True), marker=".", markersize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats/token")
     figure.savefig(path, dpi=DPI)
 
 

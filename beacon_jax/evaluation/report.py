@@ -1,6 +1,7 @@
 """report.md and the tables on the terminal, from metrics alone."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,21 +42,39 @@ def main_metrics(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
 
 
 def overview(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """A row per method, a column per task, a table per length."""
+    """A table per length and ratio: a row per task, a column per family of methods."""
     found = main_metrics(metrics)
     tables = []
     for length in sorted({m["length"] for m in found}):
         here = [m for m in found if m["length"] == length]
-        tasks = list(dict.fromkeys((m["task"], m["metric"]) for m in here))
-        methods = list(dict.fromkeys(m["method"] for m in here))
-        cells = {(m["method"], m["task"], m["metric"]): m for m in here}
-        rows = [
-            [method, *(_value(cells.get((method, *task))) for task in tasks)]
-            for method in methods
-        ]
-        head = ["method", *(f"{task}, {metric}" for task, metric in tasks)]
-        tables.append(f"{length:,} tokens:\n\n{table(head, rows)}\n")
-    return "## Overview\n\n" + "\n".join(tables)
+        tags = sorted({split(m["method"])[1] for m in here} - {""}, key=_by_number)
+        for tag in tags or [""]:
+            shown = [m for m in here if split(m["method"])[1] in ("", tag)]
+            families = dict.fromkeys(split(m["method"])[0] for m in shown)
+            tasks = dict.fromkeys((m["task"], m["metric"]) for m in shown)
+            cells = {(split(m["method"])[0], m["task"], m["metric"]): m for m in shown}
+            rows = [
+                [*task, *(_value(cells.get((family, *task))) for family in families)]
+                for task in tasks
+            ]
+            title = f"{length:,} tokens" + (f", {tag}" if tag else "")
+            tables.append(f"{title}:\n\n{table(['task', '', *families], rows)}\n")
+    text = (
+        "All methods of one table keep as many bytes of the past as beacons of its "
+        "ratio, but for those without a ratio (full, window, int8) and beacon_int8. "
+        "snapkv_aware alone sees the question before it chooses.\n"
+    )
+    return "## Overview\n\n" + "\n".join([text, *tables])
+
+
+def split(method: str) -> tuple[str, str]:
+    """Family and tag ("x4", "adapt", "") of a method's name."""
+    found = re.fullmatch(r"(.+)_(x\d+|adapt)", method)
+    return (found[1], found[2]) if found else (method, "")
+
+
+def _by_number(tag: str) -> tuple[int, str]:
+    return (int(tag[1:]) if tag[1:].isdecimal() else 0, tag)
 
 
 def times(found: Sequence[Mapping[str, Any]]) -> str:

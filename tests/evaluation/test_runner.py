@@ -167,5 +167,10 @@ def test_the_command_fails_by_naming_the_floors_that_were_missed(
     assert run_command(**options, floors=str(tmp_path / "floors.json")) == "hard at 128"
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "## Floors" in report and "MISSED" in report and "reached" in report
+    lines = [json.dumps({"step": i, "loss": 3.0 / i}) for i in (50, 100)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    run_command(**options, summary=str(tmp_path / "summary.json"))
+    assert "(training_loss.png)" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "training_loss.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="--out=.*seed=0 there, 1"):
         run_command(**options, seeds=["1"])
