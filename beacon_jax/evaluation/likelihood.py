@@ -147,9 +147,7 @@ def _batches(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
 
 def _score(model: Model, batch: list[_Row]) -> list[Score]:
     config, window = model.config, default_window(model.config)
-    # Few sizes, so that few programs serve all batches: the last row again and again.
-    count = _power_of_two(len(batch))
-    rows = batch + batch[-1:] * (count - len(batch))
+    rows = fill_up(model, batch)
     lengths = np.asarray([len(row.rest) for row in rows], np.int32)
     size = window * _power_of_two(-(-int(lengths.max()) // window))
     plan = np.asarray([batch[0].ratio], np.int32)
@@ -182,10 +180,19 @@ def _remember(model: Model, rows: list[_Row]) -> Any:
         return fresh_state(model, len(rows), 1)
     different = {row.past.tobytes(): row.past for row in rows}
     place = {key: i for i, key in enumerate(different)}
-    pasts = list(different.values())
-    pasts += pasts[-1:] * (_power_of_two(len(pasts)) - len(pasts))
-    memory = model.compress(pasts, rows[0].ratio)
+    memory = model.compress(fill_up(model, list(different.values())), rows[0].ratio)
     return memory[[place[row.past.tobytes()] for row in rows]].state
+
+
+def fill_up[Item](model: Model, rows: list[Item]) -> list[Item]:
+    """With the last row again and again, up to a power of two, so that few programs
+    serve all batches, and to as many as the devices can share."""
+    shares = 1
+    if model.partition is not None:
+        sizes = model.partition.mesh.shape
+        shares = sizes["data"] * sizes["fsdp"]
+    count = -(-_power_of_two(len(rows)) // shares) * shares
+    return rows + rows[-1:] * (count - len(rows))
 
 
 def _padded(rows: Sequence[np.ndarray], size: int, fill: int) -> np.ndarray:

@@ -149,14 +149,15 @@ class BeaconLM(_api.LM):
             members.sort(key=lambda i: -len(rows[i][0]))
             for start in range(0, len(members), self.batch_size):
                 part = members[start : start + self.batch_size]
+                whole = likelihood.fill_up(self.model, part)
                 made = self.model.generate(
-                    [rows[i][0] for i in part],
+                    [rows[i][0] for i in whole],
                     ratio=ratio,
-                    max_new_tokens=[rows[i][1] for i in part],
-                    seed=[self.seed + i for i in part],
+                    max_new_tokens=[rows[i][1] for i in whole],
+                    seed=[self.seed + i for i in whole],
                     **dict(asked),
                 )
-                for i, text in zip(part, made, strict=True):
+                for i, text in zip(part, made, strict=False):
                     texts[i] = text
                     self._cache("generate_until", requests[i], text)
                 bar(len(part))

@@ -1,5 +1,7 @@
 """Scores of continuations against the model's logits over everything at once."""
 
+import types
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -118,6 +120,14 @@ def test_the_ratio_of_a_request_follows_its_length(lm):
     assert likelihood.longest(lm.config, "auto") == 4 * 480 + 32
     with pytest.raises(ValueError, match="ratio=5"):
         ratio(5, 100)
+
+
+def test_a_batch_is_as_large_as_its_devices_can_share(lm):
+    sizes = lambda model: [len(likelihood.fill_up(model, [7] * n)) for n in (1, 3, 5)]
+    assert sizes(lm) == [1, 4, 8]
+    mesh = types.SimpleNamespace(shape={"data": 3, "fsdp": 2, "tensor": 4})
+    split = types.SimpleNamespace(partition=types.SimpleNamespace(mesh=mesh))
+    assert sizes(split) == [6, 6, 12]
 
 
 def test_an_empty_side_is_named(lm):

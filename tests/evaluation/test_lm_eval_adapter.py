@@ -63,7 +63,7 @@ def model(model_folder):
 
 @pytest.fixture
 def lm(adapter, model):
-    made = adapter.BeaconLM(model, ratio=2, batch_size=1, max_length=96)
+    made = adapter.BeaconLM(model, ratio=2, batch_size=1, max_length=30)
     made.set_cache_hook(Hook()) if HAS_LM_EVAL else None
     return made
 
@@ -82,7 +82,7 @@ def test_loglikelihoods_are_the_scores_of_the_shortened_pairs(lm, model):
     asked = [(TEXT, " river"), ("window", " beacon memory"), ("", "stone")]
     found = lm.loglikelihood([Request(*a) for a in asked], disable_tqdm=True)
     pairs = [likelihood.encode_pair(model.tokenizer, *a) for a in asked]
-    room = 97 - len(pairs[0].continuation)
+    room = 31 - len(pairs[0].continuation)
     assert len(pairs[0].context) > room
     pairs[0] = pairs[0]._replace(context=pairs[0].context[-room:])
     scores = likelihood.score(model, pairs, ratio=2, batch_size=1)
@@ -93,10 +93,10 @@ def test_loglikelihoods_are_the_scores_of_the_shortened_pairs(lm, model):
 
 def test_a_whole_text_is_the_sum_of_its_pieces(lm, model):
     tokens = model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    pairs = likelihood.rolling_pairs(np.asarray(tokens), 0, 96)
+    pairs = likelihood.rolling_pairs(np.asarray(tokens), 0, 30)
     assert len(pairs) > 1
-    expected = sum(s.loglikelihood for s in likelihood.score(model, pairs, ratio=2))
-    lm.batch_size = 8
+    scores = likelihood.score(model, pairs, ratio=2, batch_size=1)
+    expected = sum(s.loglikelihood for s in scores)
     found = lm.loglikelihood_rolling([Request(TEXT), Request("")], disable_tqdm=True)
     assert found == [pytest.approx(expected, rel=1e-5), 0.0]
 
@@ -113,7 +113,7 @@ def test_texts_are_generated_as_the_model_generates_them(lm, model):
     assert not any("e" in texts[i] for i in (0, 2))
     plain = model.generate("river", ratio=2, max_new_tokens=6, stop="e")
     assert texts[2] == plain
-    shortened = likelihood.encode(model.tokenizer, TEXT)[-90:]
+    shortened = likelihood.encode(model.tokenizer, TEXT)[-24:]
     expected = model.generate(shortened, ratio=2, max_new_tokens=6, stop="e")
     assert texts[1] == expected
     assert lm.generate_until(asked, disable_tqdm=True) == texts  # sampling is seeded
