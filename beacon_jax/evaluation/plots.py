@@ -177,7 +177,7 @@ def _panels(
     figure.savefig(path, dpi=DPI)
 
 
-def _style(family: str) -> dict[str, Any]:
+def style(family: str) -> dict[str, Any]:
     """A colour and a marker that are a family's in every panel and every report."""
     known = {"full": ("black", "o"), "window": ("grey", "s"), "beacon": ("C2", "o")}
     digit = int(hashlib.sha256(family.encode()).hexdigest(), 16)
@@ -196,11 +196,13 @@ def _against_ratio(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
         found = [m for m in here if _family(m["method"]) == family]
         if found[0]["ratio"] is None:
             value = found[0]["value"]
-            style = {k: v for k, v in _style(family).items() if k == "color"}
-            axes.axhline(value, linestyle="--", linewidth=1.0, label=family, **style)
+            color = style(family)["color"]
+            axes.axhline(
+                value, linestyle="--", linewidth=1.0, label=family, color=color
+            )
             continue
         line = sorted((m["ratio"], m["value"]) for m in found)
-        axes.plot(*zip(*line, strict=True), label=family, **_style(family))
+        axes.plot(*zip(*line, strict=True), label=family, **style(family))
     axes.set_xscale("log", base=2)
     axes.set_xticks(ratios, [f"x{r}" for r in ratios])
     axes.text(
@@ -214,9 +216,8 @@ def _against_length(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
         found = [m for m in metrics if m["method"] == method]
         line = [(m["length"], m["value"]) for m in found if m["value"] is not None]
         if line:
-            style = _style(_family(method))
-            style["alpha"] = _faded(found[0]["ratio"])
-            axes.plot(*zip(*sorted(line), strict=True), label=method, **style)
+            drawn = style(_family(method)) | {"alpha": _faded(found[0]["ratio"])}
+            axes.plot(*zip(*sorted(line), strict=True), label=method, **drawn)
     lengths = sorted({m["length"] for m in metrics})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(n) for n in lengths], fontsize=7)

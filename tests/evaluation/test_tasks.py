@@ -141,3 +141,21 @@ def test_names_and_ratios_that_do_not_exist_are_errors(model_folder):
         load_model(model_folder, 128, [2], window=64)
     with pytest.raises(ValueError, match="3"):
         load_model(model_folder, 128, [3])
+
+
+def test_digits_are_counted_by_their_place_in_the_unit(model, settings, inputs):
+    example = Passkey().examples(model, settings, inputs)[0]
+    at = example.info["positions"]
+    assert (
+        model.tokenizer.decode(example.tokens[at].tolist())
+        == example.info["answers"][0]
+    )
+    row = {"id": "0", "method": "beacon_x4", "ratio": 4, "length": 96, "kv_bytes": 0}
+    row |= {"depth": 0.5, "answers": ["12345"], "answer_loss": 1.0}
+    told = [("12345", [6, 7, 8, 9, 10]), ("1x34", [3, 4, 5, 6, 7])]
+    rows = [row | {"predicted": p, "positions": n} for p, n in told]
+    found = [m for m in Passkey().score(rows) if m["metric"] == "accuracy_at"]
+    # places 2 3 0 1 2 all right; 3 0 1 2 3: right, wrong, right, right, missing
+    want = {0: (1, 2), 1: (2, 2), 2: (3, 3), 3: (2, 3)}
+    got = {m["place"]: (round(m["value"] * m["count"]), m["count"]) for m in found}
+    assert got == want

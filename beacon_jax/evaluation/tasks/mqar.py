@@ -18,21 +18,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from beacon_jax.data.passkey import last_window_start
-from beacon_jax.evaluation import plots, prompts
+from beacon_jax.evaluation import prompts
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.methods import Method, remember
 from beacon_jax.evaluation.model import Model
 from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.statistics import wilson
+from beacon_jax.evaluation.tasks import places
 from beacon_jax.evaluation.tasks.base import Metric, Prediction
 from beacon_jax.evaluation.tasks.synthetic import Synthetic
 
 QUERIES = 8
 EVERY = 16  # tokens per pair
-AT = "accuracy_at"  # metric of one place in the unit
 
 
 class Vocabulary(NamedTuple):
@@ -131,77 +129,13 @@ class Mqar(Synthetic):
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
         """The base's, and accuracy by place in the unit, of methods with a ratio."""
-        metrics = super().score(predictions)
-        cells: dict[tuple[str, int, int, int], list[int]] = {}
-        for p in predictions:
-            if p["ratio"] is None:
-                continue
-            for position, hit in zip(p["positions"], p["hits"], strict=True):
-                key = p["method"], p["ratio"], p["length"], position % p["ratio"]
-                cells.setdefault(key, []).append(hit)
-        for (method, ratio, length, place), hits in sorted(cells.items()):
-            low, high = wilson(sum(hits), len(hits))
-            metrics.append(
-                {
-                    "task": self.name,
-                    "metric": AT,
-                    "detail": True,
-                    "method": method,
-                    "ratio": ratio,
-                    "length": length,
-                    "place": place,
-                    "value": sum(hits) / len(hits),
-                    "low": low,
-                    "high": high,
-                    "count": len(hits),
-                }
-            )
-        return metrics
+        return super().score(predictions) + places.score(
+            self.name, predictions, lambda p: p["hits"]
+        )
 
     def report(self, metrics: Sequence[Metric], folder: Path) -> str:
         text = super().report(metrics, folder)
-        found = [m for m in metrics if m["metric"] == AT]
-        if found:
-            draw_positions(found, folder / "mqar_positions.png")
-            text += "\n![accuracy by place in the unit](mqar_positions.png)\n"
-        return text
-
-
-def draw_positions(metrics: Sequence[Metric], path: Path) -> None:
-    """Accuracy over the place of the value in its unit, all lengths together: a panel
-    per ratio, a line per method. Beacons stand behind the last place."""
-    ratios = sorted({m["ratio"] for m in metrics if m["ratio"] > 1})
-    width = max(3.4 * len(ratios) + 1.6, 4.0)
-    figure = Figure(figsize=(width, 3.4), layout="constrained")
-    panels = figure.subplots(1, max(len(ratios), 1), sharey=True, squeeze=False)[0]
-    lines: dict[str, Any] = {}
-    for panel, ratio in zip(panels, ratios, strict=False):
-        here = [m for m in metrics if m["ratio"] == ratio]
-        for method in dict.fromkeys(m["method"] for m in here):
-            places, values = _pooled([m for m in here if m["method"] == method])
-            family = method.removesuffix(f"_x{ratio}")
-            style = plots._style(family)
-            (lines[family],) = panel.plot(places, values, label=family, **style)
-        panel.set_title(f"x{ratio}")
-        panel.set_xticks(range(ratio))
-        panel.set_xlabel("place of the value in its unit")
-    panels[0].set_ylabel("accuracy")
-    panels[0].set_ylim(-0.03, 1.03)
-    figure.legend(
-        list(lines.values()), list(lines), loc="outside right upper", fontsize=8
-    )
-    figure.savefig(path, dpi=plots.DPI)
-
-
-def _pooled(metrics: Sequence[Metric]) -> tuple[list[int], list[float]]:
-    """Places and the accuracy at each over all lengths."""
-    places = sorted({m["place"] for m in metrics})
-    values = []
-    for place in places:
-        here = [m for m in metrics if m["place"] == place]
-        hits = sum(m["value"] * m["count"] for m in here)
-        values.append(hits / sum(m["count"] for m in here))
-    return places, values
+        return text + places.report(metrics, folder, self.name)
 
 
 def _losses(logits: jax.Array, wanted: jax.Array) -> jax.Array:

@@ -3,13 +3,18 @@
 The needle always ends before the last window, so that only the memory can answer.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from beacon_jax.data.passkey import make_passkey
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.model import Model
 from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.tasks.base import Example, Prediction
+from beacon_jax.evaluation.tasks import places
+from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
 from beacon_jax.evaluation.tasks.generation import Generation
 
 
@@ -55,11 +60,32 @@ class Passkey(Generation):
         hay = stream[start : start + length]
         sample = make_passkey(rng, hay, length, depth, model.tokenizer, model.window)
         count = sample.answer[1] - sample.answer[0]
-        info = {"depth": depth, "answers": [str(sample.key)], "new_tokens": count}
+        key = str(sample.key)
+        info: dict[str, Any] = {"depth": depth, "answers": [key], "new_tokens": count}
+        start, stop = sample.mentions[1]
+        if stop - start == len(key):  # a token per digit
+            info["positions"] = list(range(start, stop))
         return Example(f"{length}/{index}", length, sample.tokens[:-count], info)
+
+    def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
+        """The base's, and single digits of the second mention by place in a unit."""
+        return super().score(predictions) + places.score(
+            self.name, predictions, _digits
+        )
+
+    def report(self, metrics: Sequence[Metric], folder: Path) -> str:
+        text = super().report(metrics, folder)
+        return text + places.report(metrics, folder, self.name)
 
     def value(self, prediction: Prediction) -> float:
         return float(prediction["predicted"] == prediction["answers"][0])
 
     def reference(self, answer: str) -> str:
         return answer  # the question ends with the space
+
+
+def _digits(prediction: Prediction) -> list[int]:
+    """Whether each digit of the key was answered."""
+    key = prediction["answers"][0]
+    told = prediction["predicted"].ljust(len(key))
+    return [int(a == b) for a, b in zip(told, key, strict=False)]

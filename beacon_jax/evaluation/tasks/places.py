@@ -1,0 +1,101 @@
+"""Recall by the place in a unit: a beacon stands behind every `ratio` tokens.
+
+Compressors of this kind keep what stands next to a beacon better than what stands at
+the far end of its unit; an accuracy over all places hides that.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from beacon_jax.evaluation import plots
+from beacon_jax.evaluation.statistics import wilson
+from beacon_jax.evaluation.tasks.base import Metric, Prediction
+
+AT = "accuracy_at"  # metric of one place in the unit
+
+
+def score(
+    task: str,
+    predictions: Sequence[Prediction],
+    hits_of: Callable[[Prediction], Sequence[float]],
+) -> list[Metric]:
+    """Accuracy at each place, of methods with a ratio.
+
+    predictions: their "positions" are indices of tokens in the text; those without are
+      left out. hits_of: whether each of these tokens was recalled, 0 or 1.
+    """
+    cells: dict[tuple[str, int, int, int], list[float]] = {}
+    for p in predictions:
+        if p["ratio"] is None or not p.get("positions"):
+            continue
+        for position, hit in zip(p["positions"], hits_of(p), strict=True):
+            key = p["method"], p["ratio"], p["length"], position % p["ratio"]
+            cells.setdefault(key, []).append(hit)
+    metrics = []
+    for (method, ratio, length, place), hits in sorted(cells.items()):
+        low, high = wilson(int(sum(hits)), len(hits))
+        metrics.append(
+            {
+                "task": task,
+                "metric": AT,
+                "detail": True,
+                "method": method,
+                "ratio": ratio,
+                "length": length,
+                "place": place,
+                "value": sum(hits) / len(hits),
+                "low": low,
+                "high": high,
+                "count": len(hits),
+            }
+        )
+    return metrics
+
+
+def report(metrics: Sequence[Metric], folder: Path, task: str) -> str:
+    """Markdown with the figure, "" if nothing has a place."""
+    found = [m for m in metrics if m["metric"] == AT]
+    if not found:
+        return ""
+    _draw(found, folder / f"{task}_positions.png")
+    return f"\n![accuracy by place in the unit]({task}_positions.png)\n"
+
+
+def _draw(metrics: Sequence[Metric], path: Path) -> None:
+    """Accuracy over the place of the value in its unit, all lengths together: a panel
+    per ratio, a line per method. Beacons stand behind the last place."""
+    ratios = sorted({m["ratio"] for m in metrics if m["ratio"] > 1})
+    width = max(3.4 * len(ratios) + 1.6, 4.0)
+    figure = Figure(figsize=(width, 3.4), layout="constrained")
+    panels = figure.subplots(1, max(len(ratios), 1), sharey=True, squeeze=False)[0]
+    lines: dict[str, Any] = {}
+    for panel, ratio in zip(panels, ratios, strict=False):
+        here = [m for m in metrics if m["ratio"] == ratio]
+        for method in dict.fromkeys(m["method"] for m in here):
+            at, values = _pooled([m for m in here if m["method"] == method])
+            family = method.removesuffix(f"_x{ratio}")
+            style = plots.style(family)
+            (lines[family],) = panel.plot(at, values, label=family, **style)
+        panel.set_title(f"x{ratio}")
+        panel.set_xticks(range(ratio))
+        panel.set_xlabel("place of the value in its unit")
+    panels[0].set_ylabel("accuracy")
+    panels[0].set_ylim(-0.03, 1.03)
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside right upper", fontsize=8
+    )
+    figure.savefig(path, dpi=plots.DPI)
+
+
+def _pooled(metrics: Sequence[Metric]) -> tuple[list[int], list[float]]:
+    """Places and the accuracy at each over all lengths."""
+    at = sorted({m["place"] for m in metrics})
+    values = []
+    for place in at:
+        here = [m for m in metrics if m["place"] == place]
+        hits = sum(m["value"] * m["count"] for m in here)
+        values.append(hits / sum(m["count"] for m in here))
+    return at, values
