@@ -36,7 +36,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     choice("dtype", "bfloat16", ["bfloat16", "float32"], "Of all that is measured.")
     text("out", None, "Folder; else benchmarks/DATE-CHIP.")
     switch("plan", False, "Print roofline times by formula; measures nothing.")
-    text("readme", None, "A bench.json; rewrites README.md between its markers.")
+    text("readme", None, "bench.json files; rewrites README.md between its markers.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> None:
 def _readme(o: flags.FlagValues) -> None:
     from beacon_jax.benchmark import records, report  # jax takes seconds
 
-    text = report.readme_text(records.read(Path(o.readme)), o.readme)
+    files = o.readme.split(",")
+    text = "\n\n".join(report.readme_text(records.read(Path(f)), f) for f in files)
     report.update_readme(Path("README.md"), text)
 
 
