@@ -42,29 +42,40 @@ def main_metrics(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
 
 
 def overview(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """A table per length and ratio: a row per task, a column per family of methods."""
-    found = main_metrics(metrics)
+    """Per length and ratio two tables with a row per task, a column per family of
+    methods: the task's number, and the loss of its answers."""
     tables = []
-    for length in sorted({m["length"] for m in found}):
-        here = [m for m in found if m["length"] == length]
+    for length in sorted({m["length"] for m in metrics}):
+        here = [m for m in metrics if m["length"] == length]
         tags = sorted({split(m["method"])[1] for m in here} - {""}, key=_by_number)
         for tag in tags or [""]:
             shown = [m for m in here if split(m["method"])[1] in ("", tag)]
-            families = dict.fromkeys(split(m["method"])[0] for m in shown)
-            tasks = dict.fromkeys((m["task"], m["metric"]) for m in shown)
-            cells = {(split(m["method"])[0], m["task"], m["metric"]): m for m in shown}
-            rows = [
-                [*task, *(_value(cells.get((family, *task))) for family in families)]
-                for task in tasks
-            ]
             title = f"{length:,} tokens" + (f", {tag}" if tag else "")
-            tables.append(f"{title}:\n\n{table(['task', '', *families], rows)}\n")
+            tables.append(f"{title}:\n\n{_by_task(main_metrics(shown))}\n")
+            losses = [m for m in shown if m["metric"] == "answer_loss"]
+            if losses:
+                tables.append(
+                    f"{title}, loss of the right answer in nats per token (lower is "
+                    f"better; what tells methods apart where no answer is right):\n\n"
+                    f"{_by_task(losses)}\n"
+                )
     text = (
         "All methods of one table keep as many bytes of the past as beacons of its "
         "ratio, but for those without a ratio (full, window, int8) and beacon_int8. "
         "snapkv_aware alone sees the question before it chooses.\n"
     )
     return "## Overview\n\n" + "\n".join([text, *tables])
+
+
+def _by_task(metrics: Sequence[Mapping[str, Any]]) -> str:
+    families = dict.fromkeys(split(m["method"])[0] for m in metrics)
+    tasks = dict.fromkeys((m["task"], m["metric"]) for m in metrics)
+    cells = {(split(m["method"])[0], m["task"], m["metric"]): m for m in metrics}
+    rows = [
+        [*task, *(_value(cells.get((family, *task))) for family in families)]
+        for task in tasks
+    ]
+    return table(["task", "", *families], rows)
 
 
 def split(method: str) -> tuple[str, str]:
