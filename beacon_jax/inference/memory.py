@@ -1,7 +1,7 @@
 """The compressed context as a value: what `compress` returns."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,9 @@ class Memory:
         return self.state.slot_nbytes
 
     def describe(self) -> str:
-        """One line per row (tokens, slots, bytes in use) and one for the buffer: what
-        JAX has allocated for it, used or not."""
+        """One line per row (tokens, slots, bytes in use), one for the buffer (what JAX
+        has allocated for it, used or not) and, on devices that keep count (not CPUs),
+        one with the most bytes that JAX has had there so far, weights and all."""
         lines = []
         for i, row in enumerate(self.rows):
             used = row.slots * self.slot_nbytes / 2**20
@@ -100,7 +101,7 @@ class Memory:
             f"buffer: {self.capacity} slots per row of {self.slot_nbytes} bytes "
             f"({self.dtype}), {self.nbytes / 2**20:.3f} MiB"
         )
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, total, *_peak(self.state.slots.devices())])
 
     def fork(self) -> "Memory":
         """The same memory again, to continue it in another direction.
@@ -178,3 +179,12 @@ def join_rows(states: Sequence[MemoryState]) -> MemoryState:
     states = [state.resized(size) for state in states]
     join = lambda *leaves: jnp.concatenate(leaves, axis=batch_axis(leaves[0]))
     return jax.tree.map(join, *states)
+
+
+def _peak(devices: Iterable[Any]) -> list[str]:
+    """The line of `describe` on what the fullest device had at once."""
+    known = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in devices]
+    peak = max((p for p in known if p is not None), default=None)
+    if peak is None:
+        return []
+    return [f"device: {peak / 2**20:,.1f} MiB at the peak, measured by JAX"]

@@ -13,7 +13,7 @@ from beacon_jax.core.memory import init_memory
 from beacon_jax.core.move import keep_entries
 from beacon_jax.inference.decode import Loop, decode_block
 from beacon_jax.inference.ledger import Ledger, kept_window
-from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.memory import Memory, _peak
 from beacon_jax.inference.sampling import make_sampling, row_seeds
 from beacon_jax.model.layout import Layout
 
@@ -450,3 +450,16 @@ def test_a_decoded_token_copies_no_buffer(model):
     used = compiled.memory_analysis()
     assert 0 < used.alias_size_in_bytes - state.nbytes < 256
     assert used.temp_size_in_bytes < state.nbytes / 4
+
+
+def test_describe_has_the_peak_that_jax_measured_where_it_measures(model):
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    counts = Device({"peak_bytes_in_use": 3 * 2**20}), Device({"peak_bytes_in_use": 9})
+    assert _peak(counts) == ["device: 3.0 MiB at the peak, measured by JAX"]
+    assert _peak([Device(None), Device({})]) == []
+    text = model.compress(TEXT[:30], ratio=2, **ROOM).describe()
+    stats = jax.devices()[0].memory_stats() or {}
+    assert ("measured by JAX" in text) == ("peak_bytes_in_use" in stats)
