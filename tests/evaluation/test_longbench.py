@@ -380,8 +380,11 @@ def test_topics_are_found_in_any_case_and_counted_by_their_number(tmp_path, plai
         "accuracy, 5 topics",
         "accuracy, 10 topics",
         "accuracy, 70 topics",
+        "F1",
     ]
-    assert list(metrics.values()) == [0.25, 1.0, 0.5, 0.0, 0.0]
+    # "it was river 0" has both words of "river 0", one of "river 1": F1 2/3 and 1/3.
+    f1 = (2 / 3 + 3 * 1 / 3) / 4
+    assert list(metrics.values()) == [0.25, 1.0, 0.5, 0.0, 0.0, pytest.approx(f1)]
 
 
 @pytest.mark.parametrize(

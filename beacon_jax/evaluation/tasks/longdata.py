@@ -3,12 +3,17 @@ them."""
 
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from beacon_jax.evaluation import metrics as scores
 from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.tasks.base import Prediction
+from beacon_jax.evaluation.statistics import mean_interval
+from beacon_jax.evaluation.tasks.base import Metric, Prediction
 from beacon_jax.evaluation.tasks.files import OnFiles, best, templates
+from beacon_jax.evaluation.tasks.generation import bounds
 
 # What InfiniteBench takes for the ends of words in answers to kv_retrieval.
 ENDS = re.compile(r"[\n:\"'.,?!{}]")
@@ -55,6 +60,19 @@ class TopicRetrieval(OnFiles):
 
     def part(self, prediction: Prediction) -> str | None:
         return f"{prediction['topics']} topics"
+
+    def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
+        """The base's, and the release's other number, QA F1, as a detail."""
+        metrics = super().score(predictions)
+        for m in [m for m in metrics if m["metric"] == self.metric]:
+            values = [
+                scores.qa_f1(p["predicted"], p["answers"][0])
+                for p in predictions
+                if p["method"] == m["method"]
+            ]
+            triple = mean_interval(np.asarray(values))
+            metrics.append(m | {"metric": "F1", "detail": True} | bounds(triple))
+        return metrics
 
 
 class InfiniteBench(OnFiles):
