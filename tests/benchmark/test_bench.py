@@ -323,6 +323,10 @@ def test_the_readme_table_is_made_from_the_json(measured, tmp_path, monkeypatch)
         assert "decode_tpu, int8 memory: is for tpu, this is cpu." in folded
     full = [line for line in text.splitlines() if "1.00×" in line]
     assert len(full) >= 2  # prefill, decoding: the fastest way of full attention
+    shutil.copy("bench.json", "other.json")
+    bench._readme(options("--readme=bench.json,other.json"))
+    both = readme.read_text()
+    assert both.count("**Prefill**") == 2 and "(other.json)" in both
 
 
 def test_the_readme_of_this_repository_has_room_for_the_table(tmp_path):
