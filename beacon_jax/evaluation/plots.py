@@ -14,6 +14,26 @@ from matplotlib.figure import Figure
 # The colours of the published needle heat maps: missed, half, found.
 HEAT = LinearSegmentedColormap.from_list("heat", ["#F0496E", "#EBB839", "#0CD79F"])
 DPI = 120
+MARKERS = "ovs^D<P>X*"
+# Beacons green, full attention black; families that do alike have one colour.
+STYLES = {
+    "beacon": ("tab:green", "o"),
+    "beacon_int8": ("limegreen", "*"),
+    "full": ("black", "o"),
+    "int8": ("dimgrey", "*"),
+    "window": ("darkgrey", "s"),
+    "streaming": ("tab:blue", "v"),
+    "keep_tail": ("deepskyblue", "<"),
+    "keep_head": ("navy", ">"),
+    "keep_ends": ("slateblue", "X"),
+    "random": ("tab:olive", "P"),
+    "strided": ("gold", "D"),
+    "mean_pool": ("tab:purple", "^"),
+    "snapkv": ("tab:red", "D"),
+    "snapkv_aware": ("tab:orange", "D"),
+    "selective": ("tab:brown", "X"),
+}
+UNBOUNDED = ("loss", "perplexity", "answer_loss")  # what does not lie in [0, 1]
 
 
 def heat_maps(
@@ -92,20 +112,26 @@ def training_loss(lines: Path, path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def curves(metrics: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
-    """Each task's number against the ratio (at every length) and against the length.
+def curves(
+    metrics: Sequence[Mapping[str, Any]], folder: Path, what: str = "scores"
+) -> list[str]:
+    """Each task's number against the ratio (at the longest length) and the length.
+
+    what: "scores", or "answer_losses": in the names of the figures.
 
     Returns:
       Markdown of the figures that were worth drawing.
     """
     made = []
-    ratios = {m["ratio"] for m in metrics} - {None}
-    if len(ratios) > 1:
-        _panels(metrics, folder / "by_ratio.png", _against_ratio, "tokens per slot")
-        made.append("![scores against the compression ratio](by_ratio.png)\n")
-    if len({m["length"] for m in metrics}) > 1:
-        _panels(metrics, folder / "by_length.png", _against_length, "length, tokens")
-        made.append("![scores against the length](by_length.png)\n")
+    plans = (
+        ("ratio", _against_ratio, "tokens per slot"),
+        ("length", _against_length, "length, tokens"),
+    )
+    for key, draw, label in plans:
+        if len({m[key] for m in metrics} - {None}) > 1:
+            name = f"{what}_by_{key}.png"
+            _panels(metrics, folder / name, draw, label)
+            made.append(f"![{what.replace('_', ' ')} by {key}]({name})\n")
     return made
 
 
@@ -167,6 +193,8 @@ def _panels(
         axes.set_title(task, fontsize=9)
         axes.set_xlabel(label, fontsize=8)
         axes.set_ylabel(metric, fontsize=8)
+        if metric not in UNBOUNDED:
+            axes.set_ylim(-0.03, 1.03)  # or 0.01 looks like much
         for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
             lines.setdefault(name, line)
     for axes in panels[len(tasks) :]:
@@ -179,11 +207,9 @@ def _panels(
 
 def style(family: str) -> dict[str, Any]:
     """A colour and a marker that are a family's in every panel and every report."""
-    known = {"full": ("black", "o"), "window": ("grey", "s"), "beacon": ("C2", "o")}
     digit = int(hashlib.sha256(family.encode()).hexdigest(), 16)
-    markers = "ovs^D<P>X*"
-    free = f"C{digit % 10}", markers[digit // 10 % 10]
-    color, marker = known.get(family, free)
+    free = f"C{digit % 10}", MARKERS[digit // 10 % len(MARKERS)]
+    color, marker = STYLES.get(family, free)
     return {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2}
 
 

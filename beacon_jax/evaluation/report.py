@@ -145,6 +145,7 @@ def write(
         ["commit", run["versions"]["commit"] or "unknown"],
     ]
     found = main_metrics(metrics)
+    losses = [m for m in metrics if m["metric"] == "answer_loss"]
     details = {k: v for k, v in run.items() if k != "skipped"}
     return "\n".join(
         [
@@ -153,6 +154,7 @@ def write(
             "",
             overview(metrics),
             *plots.curves(found, folder),
+            *plots.curves(losses, folder, "answer_losses"),
             *sections,
             skipped(run["skipped"]),
             "## Configuration\n",

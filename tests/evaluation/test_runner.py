@@ -48,7 +48,12 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert files(out) != whole
     again, _ = evaluate(model, TASKS, METHODS, settings, out)
     assert files(out) == whole and again == metrics
-    for name in ("metrics.json", "passkey.png", "perplexity.png", "by_length.png"):
+    for name in (
+        "metrics.json",
+        "passkey.png",
+        "perplexity.png",
+        "scores_by_length.png",
+    ):
         assert (out / name).read_bytes() == (done / name).read_bytes()
     texts = [(f / "report.md").read_text().split("## Time") for f in (out, done)]
     assert len(texts[0]) == 2 and texts[0][0] == texts[1][0]
