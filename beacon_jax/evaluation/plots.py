@@ -154,9 +154,11 @@ def costs(
         for t in times:
             if t["method"] == method:
                 took.setdefault(t["length"], sum(t["seconds"]) / t["rows"])
+        ratio = next(m["ratio"] for m in metrics if m["method"] == method)
+        drawn = style(_family(method)) | {"alpha": _faded(ratio)}
         for axes, found in ((bytes_axes, held), (time_axes, took)):
             line = sorted(found.items())
-            axes.plot(*zip(*line, strict=True), marker="o", label=method)
+            axes.plot(*zip(*line, strict=True), label=method, **drawn)
     lengths = sorted({m["length"] for m in metrics})
     for axes, label in (
         (bytes_axes, "KV bytes of the past"),
