@@ -1,6 +1,6 @@
 # Every target does its own set-up: a fresh clone needs nothing else.
 #   make setup PYTHON=/path/to/python    another interpreter
-#   make setup EXTRAS=test,eval,cuda12   with an accelerator (cuda12, cuda13 or tpu)
+#   make setup EXTRAS=test,cuda12   with an accelerator (cuda12, cuda13 or tpu)
 PYTHON ?=
 EXTRAS ?=
 PY := .venv/bin/python
@@ -41,7 +41,7 @@ test-slow: setup
 # results in the file, as it is committed.
 UPDATE ?=
 notebook:
-	@PYTHON="$(PYTHON)" EXTRAS=test,eval,notebook bash launch/setup.sh
+	@PYTHON="$(PYTHON)" EXTRAS=test,notebook bash launch/setup.sh
 	$(PY) launch/notebook.py $(if $(UPDATE),--update)
 
 # Attention kernels and whole 7B training steps for GPUs and TPUs that are not here,
@@ -65,7 +65,7 @@ lint: setup
 # After a change of the dependencies: versions only, for every platform.
 constraints: setup
 	$(PY) -m uv pip compile pyproject.toml --universal --python-version 3.12 --quiet \
-	  --upgrade --extra test --extra eval --extra notebook --extra aot --no-header --no-annotate \
+	  --upgrade --extra test --extra notebook --extra aot --no-header --no-annotate \
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv and installs beacon_jax with its tools; does nothing when that is done.
-#   make setup [PYTHON=/path/to/python] [EXTRAS=test,eval,cuda12]
+#   make setup [PYTHON=/path/to/python] [EXTRAS=test,cuda12]
 # VENV=.venv-aot makes another one beside it, for extras that would get in the way.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ python=$venv/bin/python
 stamp=$venv/.installed
 # The folder is part of the stamp: an editable install holds its path.
 state=$(echo "$PWD" | cat - pyproject.toml constraints.txt launch/setup.sh | cksum)
-extras=${EXTRAS:-test,eval}
+extras=${EXTRAS:-test}
 
 identity='import sys, pip; assert sys.version_info >= (3, 12)
 print(sys.base_prefix, sys.version_info)'

@@ -58,14 +58,20 @@ class _BadField(Exception):
 
 def parse(where: str, data: bytes) -> Record | Dropped:
     """The record of a row that is UTF-8 JSON; a reason if it is none."""
+    row = decoded(data)
+    return Dropped(where, row) if isinstance(row, str) else record(where, row)
+
+
+def decoded(data: bytes) -> dict[str, Any] | str:
+    """The object of a row that is UTF-8 JSON; a reason if it is none."""
     try:
         # Not json.loads(bytes), which guesses UTF-16 and UTF-32.
         row = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError:
-        return Dropped(where, "invalid UTF-8")
+        return "invalid UTF-8"
     except (ValueError, RecursionError):
-        return Dropped(where, "not JSON")
-    return record(where, row)
+        return "not JSON"
+    return row if isinstance(row, dict) else "not an object"
 
 
 def record(where: str, row: Any) -> Record | Dropped:

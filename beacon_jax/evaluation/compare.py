@@ -17,34 +17,33 @@ SEED = re.compile(r"[-_.]?seed\d+$")
 def write(folders: Sequence[Path], out: Path) -> str:
     """Writes OUT/report.md and its figures; returns the text.
 
-    A run is called by its folder; runs whose folders differ by an ending seedN only
-    (in the same parent) are one, with mean ± standard deviation. Lines that two runs
-    share, such as full attention of one model, are shown for both.
+    A run is called by its folder, and by the one around it where that is not enough;
+    runs whose folders differ by an ending seedN only (in the same parent) are one, with
+    mean ± standard deviation. Lines that two runs share, such as full attention of one
+    model, are shown for both.
 
     Raises:
-      ValueError: no folder, one without a finished run, or two of one name.
+      ValueError: no folder, or one without a finished run.
     """
     if not folders:
         raise ValueError("--report needs the folders of finished runs behind it.")
     runs = {folder: _read(folder) for folder in folders}
-    groups: dict[str, list[Path]] = {}
-    for folder in runs:
-        groups.setdefault(_label(folder), []).append(folder)
+    groups = _groups(list(runs))
     merged = [
         metric
         for label, members in groups.items()
         for metric in _merged([runs[m]["metrics"] for m in members], label, len(groups))
     ]
+    out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(
         [
             "# Comparison\n",
             _listed(groups, runs),
             "",
             *(_section(merged, length) for length in _lengths(merged)),
-            *_figures(merged, out),
+            *plots.curves(merged, out),
         ]
     )
-    out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(text, encoding="utf-8")
     return text
 
@@ -59,9 +58,20 @@ def _read(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _label(folder: Path) -> str:
-    name = SEED.sub("", folder.name)
-    return name or folder.parent.name
+def _groups(folders: Sequence[Path]) -> dict[str, list[Path]]:
+    """Runs of one thing with several seeds, by a name that no other has."""
+    found: dict[Path, list[Path]] = {}
+    for folder in folders:
+        whole = folder.resolve()
+        name = SEED.sub("", whole.name)
+        found.setdefault(whole.parent / name if name else whole.parent, []).append(
+            folder
+        )
+    names = [key.name for key in found]
+    return {
+        key.name if names.count(key.name) == 1 else f"{key.parent.name}/{key.name}": of
+        for key, of in found.items()
+    }
 
 
 def _merged(
@@ -127,8 +137,3 @@ def _cell(metric: dict[str, Any] | None) -> str:
     if metric["spread"] is None:
         return f"{metric['value']:.3f}"
     return f"{metric['value']:.3f} ± {metric['spread']:.3f} ({metric['runs']})"
-
-
-def _figures(metrics: list[dict[str, Any]], out: Path) -> list[str]:
-    out.mkdir(parents=True, exist_ok=True)
-    return plots.curves(metrics, out)

@@ -1,13 +1,13 @@
 """What tasks read: held-out text, haystacks, the user's data sets."""
 
 import functools
-import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from beacon_jax.data.fields import decoded
 from beacon_jax.data.readers import Bad, Value, read
 from beacon_jax.data.sources import open_parts
 from beacon_jax.data.text import load_documents
@@ -106,12 +106,7 @@ def _parsed(value: Value) -> dict[str, Any] | str:
     if isinstance(value, Bad):
         return value.reason
     if isinstance(value, bytes):
-        try:
-            value = json.loads(value.decode("utf-8"))
-        except UnicodeDecodeError:
-            return "invalid UTF-8"
-        except (ValueError, RecursionError):
-            return "not JSON"
+        return decoded(value)
     return value if isinstance(value, dict) else "not an object"
 
 

@@ -16,15 +16,14 @@ from jaxtyping import Int
 from beacon_jax.core.loop import feed, needed_slots
 from beacon_jax.core.loss import IGNORE
 from beacon_jax.core.memory import default_window
-from beacon_jax.core.windows import adaptive_ratio
+from beacon_jax.evaluation.methods import ADAPT, adapted
+from beacon_jax.evaluation.model import pad
 from beacon_jax.inference.feeding import fresh_state
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.plan import make_plan
-from beacon_jax.inference.prefill import buffer_size, compute_dtype
+from beacon_jax.inference.prefill import buffer_size, compute_dtype, power_of_two
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import partitioned
-
-FUTURE = 1024  # tokens that the release's "adapt-1024" leaves room for
 
 
 class Pair(NamedTuple):
@@ -55,9 +54,8 @@ def ratio_of(
     Raises:
       ValueError: a ratio that the model cannot use.
     """
-    if ratio == "adapt":
-        trained = config.beacon.ratios if config.beacon else ()
-        return adaptive_ratio(config, trained or (0,), length, FUTURE)
+    if ratio == ADAPT:
+        return adapted(config, length)
     plan = make_plan(config, ratio, length=length, new_tokens=new_tokens)
     return int(plan.ratios[0])
 
@@ -149,7 +147,7 @@ def _score(model: Model, batch: list[_Row]) -> list[Score]:
     config, window = model.config, default_window(model.config)
     rows = fill_up(model, batch)
     lengths = np.asarray([len(row.rest) for row in rows], np.int32)
-    size = window * _power_of_two(-(-int(lengths.max()) // window))
+    size = window * power_of_two(-(-int(lengths.max()) // window))
     plan = np.asarray([batch[0].ratio], np.int32)
     with partitioned(model.partition):
         state = _remember(model, rows)
@@ -158,11 +156,11 @@ def _score(model: Model, batch: list[_Row]) -> list[Score]:
             config,
             model.variables,
             state.resized(buffer_size(needed, window)),
-            jnp.asarray(_padded([row.rest for row in rows], size, 0)),
+            jnp.asarray(pad([row.rest for row in rows], size, 0)),
             jnp.asarray(lengths),
             jnp.asarray(plan),
             outputs="score",
-            labels=jnp.asarray(_padded([row.labels for row in rows], size, IGNORE)),
+            labels=jnp.asarray(pad([row.labels for row in rows], size, IGNORE)),
             dtype=compute_dtype(model.variables),
         )
     assert out.token_loss is not None and out.greedy is not None
@@ -191,19 +189,8 @@ def fill_up[Item](model: Model, rows: list[Item]) -> list[Item]:
     if model.partition is not None:
         sizes = model.partition.mesh.shape
         shares = sizes["data"] * sizes["fsdp"]
-    count = -(-_power_of_two(len(rows)) // shares) * shares
+    count = -(-power_of_two(len(rows)) // shares) * shares
     return rows + rows[-1:] * (count - len(rows))
-
-
-def _padded(rows: Sequence[np.ndarray], size: int, fill: int) -> np.ndarray:
-    out = np.full((len(rows), size), fill, np.int32)
-    for line, row in zip(out, rows, strict=True):
-        line[: len(row)] = row
-    return out
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 # --- from text to pairs, by the rules of lm-evaluation-harness --------------------

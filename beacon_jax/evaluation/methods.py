@@ -6,11 +6,14 @@ else. Baselines are in `baselines/`, one file each.
 """
 
 import copy
+import re
+from typing import Any
 
 import numpy as np
 
 from beacon_jax.core import windows
 from beacon_jax.core.memory import MemoryState, slot_nbytes
+from beacon_jax.data.passkey import last_window_start
 from beacon_jax.evaluation.model import Model, Rows
 from beacon_jax.model.config import ModelConfig
 
@@ -25,8 +28,8 @@ class Method:
       family: what --methods calls it.
       per_ratio: whether the family has a ratio, and so a budget of bytes.
       question_aware: whether it sees what follows the past before it decides.
-      exact_bytes: whether it keeps exactly the bytes of the budget; False: no more than
-        them (a text may become shorter than it had to, int8 slots are smaller).
+      exact: whether it keeps exactly as many slots as beacons of its ratio; False: no
+        more bytes than them (a text may become shorter than it had to).
       name: unique, as in tables and file names.
       ratio: raw tokens per kept slot; "adapt" until `resolve`; None if the family has
         no ratio.
@@ -36,7 +39,7 @@ class Method:
     family: str = ""
     per_ratio: bool = False
     question_aware: bool = False
-    exact_bytes: bool = True
+    exact: bool = True
 
     def __init__(self, ratio: int | str | None = None):
         self.ratio = ratio
@@ -45,17 +48,12 @@ class Method:
         self.live_ratio = 0
 
     def resolve(self, model: Model, tokens: int) -> "Method":
-        """This method for a text of `tokens`: with a number where the ratio is "adapt".
-
-        The release's rule: the smallest ratio whose memory has positions for the text
-        and 1024 tokens more, else the largest.
-        """
+        """This method for a text of `tokens`: with a number where the ratio is "adapt"
+        (`adapted`)."""
         if self.ratio != ADAPT:
             return self
-        assert model.config.beacon is not None
-        ratios = [r for r in model.config.beacon.ratios if r > 0]
         made = copy.copy(self)
-        made.ratio = windows.adaptive_ratio(model.config, ratios, tokens, ADAPT_FUTURE)
+        made.ratio = adapted(model.config, tokens)
         made.live_ratio = made.ratio if self.live_ratio else 0
         return made
 
@@ -78,6 +76,20 @@ class Method:
         return self.ratio
 
 
+def split_name(method: str) -> tuple[str, str]:
+    """Family and tag ("x4", "adapt", "") of a method's name."""
+    found = re.fullmatch(r"(.+)_(x\d+|adapt)", method)
+    return (found[1], found[2]) if found else (method, "")
+
+
+def adapted(config: ModelConfig, tokens: int) -> int:
+    """The release's rule `adapt-1024`: the smallest ratio whose memory has positions
+    for the text and 1,024 tokens more, else the largest; 0 without beacons."""
+    trained = config.beacon.ratios if config.beacon else ()
+    ratios = [r for r in trained if r > 0] or [0]
+    return windows.adaptive_ratio(config, ratios, tokens, ADAPT_FUTURE)
+
+
 def budget_slots(config: ModelConfig, tokens: int, ratio: int) -> int:
     """Slots that beacons of this ratio make of a past of `tokens` (whole windows)."""
     assert config.beacon is not None
@@ -91,26 +103,63 @@ def remember(
     """`Method.remember`, and the bytes that each row keeps of its past.
 
     Methods of one ratio are compared at the bytes that its beacons take; a method that
-    keeps another number is a fault of ours, hence the assertion.
+    keeps another number is a fault of ours, hence the assertion. Slots are never larger
+    than the model's own; those of int8 are smaller, and there are as many.
     """
     memory = method.remember(model, past, following)
     kept = method.kv_bytes(memory)
     if method.ratio is None:
         return memory, kept
-    slot = slot_nbytes(model.config, model.dtype)
+    own, slot = memory.slot_nbytes, slot_nbytes(model.config, model.dtype)
+    assert own <= slot
     for row, held in zip(past, kept, strict=True):
         slots = budget_slots(model.config, len(row), method.number)
         # Sinks and low ratios may leave more slots than there are tokens to keep.
-        least = min(slots, len(row)) * slot if method.exact_bytes else 0
-        if not least <= held <= slots * slot:
+        least = min(slots, len(row)) * own if method.exact else 0
+        most = slots * (own if method.exact else slot)
+        if not least <= held <= most:
             raise AssertionError(
                 f"{method.name} keeps {held:,} bytes of {len(row)} tokens; the budget "
-                f"of x{method.ratio} is {slots * slot:,}."
+                f"of x{method.ratio} is {most:,}."
             )
     return memory, kept
 
 
-class Beacon(Method):
+def remember_prompts(
+    model: Model, method: Method, prompts: Rows
+) -> tuple[MemoryState, list[np.ndarray], list[int]]:
+    """`remember` of prompts but for their last windows.
+
+    Returns:
+      the memory, the rest of each prompt, which is to be fed next, and the bytes.
+    """
+    cuts = [last_window_start(len(row), model.window) for row in prompts]
+    past = [row[:cut] for row, cut in zip(prompts, cuts, strict=True)]
+    rest = [row[cut:] for row, cut in zip(prompts, cuts, strict=True)]
+    memory, kept = remember(model, method, past, rest)
+    return memory, rest, kept
+
+
+class Reader(Method):
+    """A method whose memory grows with the text: reading on gives what reading it all
+    would, so that a text whose every window is asked for is read once.
+
+    Attributes:
+      dtype: of keys and values; None: that of the model.
+    """
+
+    dtype: Any = None
+
+    def empty(self, model: Model, rows: int) -> MemoryState:
+        """The memory of nothing."""
+        return model.new_memory(rows, self.live_ratio, self.dtype)
+
+    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
+        memory = self.empty(model, len(past))
+        return feed_past(model, memory, past, self.live_ratio)
+
+
+class Beacon(Reader):
     """Activation Beacon: the past compressed window by window, as at inference."""
 
     family, per_ratio = "beacon", True
@@ -121,18 +170,11 @@ class Beacon(Method):
         # Until `resolve`, any number above 0 stands for "compresses what follows".
         self.live_ratio = 1 if ratio == ADAPT else int(ratio)
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
-        memory = model.new_memory(len(past), self.number)
-        return feed_past(model, memory, past, self.number)
 
-
-class Full(Method):
+class Full(Reader):
     """Full attention: ratio 0 everywhere, nothing is dropped."""
 
     family = "full"
-
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
-        return feed_past(model, model.new_memory(len(past), 0), past, 0)
 
 
 class Window(Method):
@@ -145,7 +187,8 @@ class Window(Method):
 
 
 def feed_past(model: Model, memory: MemoryState, past: Rows, ratio: int) -> MemoryState:
-    """The memory after `past`; rows without a past stay as they are."""
+    """The memory after `past`, written in place (`memory` is taken over); rows without
+    a past stay as they are."""
     if not max(map(len, past), default=0):
         return memory
-    return model.feed(memory, past, ratio)[1]
+    return model.feed(memory, past, ratio, donate=True)[1]

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from beacon_jax.core import loop, windows
-from beacon_jax.core.memory import MemoryState, init_memory
+from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer
 from beacon_jax.inference import leaves
 from beacon_jax.inference.decode import decode
@@ -72,21 +72,14 @@ class Model:
         """Of the parameters, and so of the computation and of the memory."""
         return compute_dtype(self.variables)
 
-    def new_memory(
-        self, batch: int, ratio: int, dtype: Any = None, *, longest: int | None = None
-    ) -> MemoryState:
+    def new_memory(self, batch: int, ratio: int, dtype: Any = None) -> MemoryState:
         """An empty memory with room for `longest` tokens at this ratio.
 
         dtype: of keys and values; None: that of the model.
         """
-        slots = windows.capacity(self.config, self.plan(ratio, longest))
-        make = functools.partial(
-            init_memory, self.config, batch, slots, dtype or self.dtype
-        )
-        if self.partition is None:
-            return make()
-        where = leaves.shardings(self.partition, jax.eval_shape(make))
-        return jax.jit(make, out_shardings=where)()
+        slots = windows.capacity(self.config, self.plan(ratio))
+        dtype = dtype or self.dtype
+        return leaves.empty(self.config, batch, slots, dtype, self.partition)
 
     def feed(
         self,
@@ -96,26 +89,29 @@ class Model:
         *,
         outputs: str = "last",
         labels: Rows | None = None,
+        donate: bool = False,
     ) -> tuple[loop.FeedOutput, MemoryState]:
         """Feeds each row's next tokens; the windows that begin now have `ratio`.
 
         Rows are padded to one window or, if they are longer, to `longest`: two
-        compiled programs per ratio for all lengths and tasks. `memory` stays usable.
+        compiled programs per ratio for all lengths and tasks. `memory` stays usable
+        unless it is donated, which saves a second one.
         """
         lengths = np.asarray([len(row) for row in rows], np.int32)
         size = self.window if lengths.max() <= self.window else self._padded
-        wanted = None if labels is None else jnp.asarray(_pad(labels, size, -100))
+        wanted = None if labels is None else jnp.asarray(pad(labels, size, -100))
         with partitioned(self.partition):
             return loop.feed(
                 self.config,
                 self.variables,
                 memory,
-                jnp.asarray(_pad(rows, size, 0)),
+                jnp.asarray(pad(rows, size, 0)),
                 jnp.asarray(lengths),
                 jnp.asarray(self.plan(ratio)),
                 outputs=outputs,
                 labels=wanted,
                 dtype=self.dtype,
+                donate=donate,
             )
 
     def decode(
@@ -173,10 +169,9 @@ class Model:
             sums += np.where(real, losses, 0.0).sum(axis=1)
         return [float(s / len(r)) for s, r in zip(sums, references, strict=True)]
 
-    def plan(self, ratio: int, longest: int | None = None) -> Int[np.ndarray, " P"]:
+    def plan(self, ratio: int) -> Int[np.ndarray, " P"]:
         """The ratio of every window of a sequence."""
-        tokens = self._padded if longest is None else longest
-        return np.full(-(-tokens // self.window) + 1, ratio, np.int32)
+        return np.full(self._padded // self.window + 1, ratio, np.int32)
 
     @property
     def _padded(self) -> int:
@@ -232,7 +227,8 @@ def load_model(
     return Model(found, found.config, variables, tokenizer, longest, partition)
 
 
-def _pad(rows: Rows, size: int, fill: int) -> np.ndarray:
+def pad(rows: Rows, size: int, fill: int) -> np.ndarray:
+    """Right-padded int32 [B, size]."""
     out = np.full((len(rows), size), fill, np.int32)
     for line, row in zip(out, rows, strict=True):
         line[: len(row)] = row

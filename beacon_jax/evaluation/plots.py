@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+
+from beacon_jax.evaluation.methods import ADAPT, split_name
 
 # The colours of the published needle heat maps: missed, half, found.
 HEAT = LinearSegmentedColormap.from_list("heat", ["#F0496E", "#EBB839", "#0CD79F"])
@@ -155,7 +156,7 @@ def costs(
             if t["method"] == method:
                 took.setdefault(t["length"], sum(t["seconds"]) / t["rows"])
         ratio = next(m["ratio"] for m in metrics if m["method"] == method)
-        drawn = style(_family(method)) | {"alpha": _faded(ratio)}
+        drawn = style(split_name(method)[0]) | {"alpha": _faded(ratio)}
         for axes, found in ((bytes_axes, held), (time_axes, took)):
             line = sorted(found.items())
             axes.plot(*zip(*line, strict=True), label=method, **drawn)
@@ -171,10 +172,6 @@ def costs(
     time_axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(folder / "costs.png", dpi=DPI)
     return ["![KV bytes and time against the length](costs.png)\n"]
-
-
-def _family(method: str) -> str:
-    return re.sub(r"_x\d+$", "", method)
 
 
 def _panels(
@@ -218,10 +215,16 @@ def style(family: str) -> dict[str, Any]:
 def _against_ratio(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
     """At the longest length. Methods without a ratio are level lines."""
     longest = max(m["length"] for m in metrics)
-    here = [m for m in metrics if m["length"] == longest and m["value"] is not None]
+    here = [
+        m
+        for m in metrics
+        if m["length"] == longest
+        and m["value"] is not None
+        and split_name(m["method"])[1] != ADAPT
+    ]
     ratios = sorted({m["ratio"] for m in here} - {None})
-    for family in dict.fromkeys(_family(m["method"]) for m in here):
-        found = [m for m in here if _family(m["method"]) == family]
+    for family in dict.fromkeys(split_name(m["method"])[0] for m in here):
+        found = [m for m in here if split_name(m["method"])[0] == family]
         if found[0]["ratio"] is None:
             value = found[0]["value"]
             color = style(family)["color"]
@@ -244,7 +247,7 @@ def _against_length(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
         found = [m for m in metrics if m["method"] == method]
         line = [(m["length"], m["value"]) for m in found if m["value"] is not None]
         if line:
-            drawn = style(_family(method)) | {"alpha": _faded(found[0]["ratio"])}
+            drawn = style(split_name(method)[0]) | {"alpha": _faded(found[0]["ratio"])}
             axes.plot(*zip(*sorted(line), strict=True), label=method, **drawn)
     lengths = sorted({m["length"] for m in metrics})
     axes.set_xscale("log", base=2)

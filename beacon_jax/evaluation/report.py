@@ -1,12 +1,12 @@
 """report.md and the tables on the terminal, from metrics alone."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from beacon_jax.evaluation import plots
+from beacon_jax.evaluation.methods import split_name
 
 # What stands for a task in the overview; others are its details.
 DETAILS = ("answer_loss", "below_window", "gap_closed")
@@ -47,9 +47,9 @@ def overview(metrics: Sequence[Mapping[str, Any]]) -> str:
     tables = []
     for length in sorted({m["length"] for m in metrics}):
         here = [m for m in metrics if m["length"] == length]
-        tags = sorted({split(m["method"])[1] for m in here} - {""}, key=_by_number)
+        tags = sorted({split_name(m["method"])[1] for m in here} - {""}, key=_by_number)
         for tag in tags or [""]:
-            shown = [m for m in here if split(m["method"])[1] in ("", tag)]
+            shown = [m for m in here if split_name(m["method"])[1] in ("", tag)]
             title = f"{length:,} tokens" + (f", {tag}" if tag else "")
             tables.append(f"{title}:\n\n{_by_task(main_metrics(shown))}\n")
             losses = [m for m in shown if m["metric"] == "answer_loss"]
@@ -59,29 +59,23 @@ def overview(metrics: Sequence[Mapping[str, Any]]) -> str:
                     f"better; what tells methods apart where no answer is right):\n\n"
                     f"{_by_task(losses)}\n"
                 )
-    text = (
-        "All methods of one table keep as many bytes of the past as beacons of its "
-        "ratio, but for those without a ratio (full, window, int8) and beacon_int8. "
-        "snapkv_aware alone sees the question before it chooses.\n"
-    )
-    return "## Overview\n\n" + "\n".join([text, *tables])
+    names = {split_name(m["method"])[0] for m in metrics}
+    text = "Methods with a ratio keep as many slots as beacons of it (text: at most)"
+    text += ", beacon_int8 smaller ones." if "beacon_int8" in names else "."
+    if "snapkv_aware" in names:
+        text += " snapkv_aware alone sees what follows the past before it chooses."
+    return "## Overview\n\n" + "\n".join([f"{text}\n", *tables])
 
 
 def _by_task(metrics: Sequence[Mapping[str, Any]]) -> str:
-    families = dict.fromkeys(split(m["method"])[0] for m in metrics)
+    families = dict.fromkeys(split_name(m["method"])[0] for m in metrics)
     tasks = dict.fromkeys((m["task"], m["metric"]) for m in metrics)
-    cells = {(split(m["method"])[0], m["task"], m["metric"]): m for m in metrics}
+    cells = {(split_name(m["method"])[0], m["task"], m["metric"]): m for m in metrics}
     rows = [
         [*task, *(_value(cells.get((family, *task))) for family in families)]
         for task in tasks
     ]
     return table(["task", "", *families], rows)
-
-
-def split(method: str) -> tuple[str, str]:
-    """Family and tag ("x4", "adapt", "") of a method's name."""
-    found = re.fullmatch(r"(.+)_(x\d+|adapt)", method)
-    return (found[1], found[2]) if found else (method, "")
 
 
 def _by_number(tag: str) -> tuple[int, str]:

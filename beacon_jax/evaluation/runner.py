@@ -57,7 +57,7 @@ def evaluate(
       ValueError: `out` holds predictions of another model or other settings, lengths
         that are not multiples of the window, or too little text.
     """
-    if any(getattr(task, "whole_windows", False) for task in tasks):
+    if any(task.whole_windows for task in tasks):
         check_lengths(settings.lengths, model.window)
     run = describe_run(model, settings)
     inputs = Inputs(settings, model.tokenizer)

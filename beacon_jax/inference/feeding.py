@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax.core.loop import needed_slots
-from beacon_jax.core.memory import CapacityError, MemoryState, init_memory
+from beacon_jax.core.memory import CapacityError, MemoryState
 from beacon_jax.core.move import keep_entries
 from beacon_jax.inference import leaves
 from beacon_jax.inference.compatible import check_same_model
@@ -220,11 +220,7 @@ def fresh_state(
 ) -> MemoryState:
     """An empty memory, split over the devices of the model."""
     dtype = choose_dtype(model, None, dtype)
-    make = functools.partial(init_memory, model.config, rows, capacity, dtype)
-    if model.partition is None:
-        return make()
-    where = leaves.shardings(model.partition, jax.eval_shape(make))
-    return jax.jit(make, out_shardings=where)()
+    return leaves.empty(model.config, rows, capacity, dtype, model.partition)
 
 
 def _room(

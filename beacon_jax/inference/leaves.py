@@ -155,6 +155,21 @@ def _sharding(
     return partition.sharding(tuple(fits), shape)
 
 
+def empty(
+    config: ModelConfig,
+    rows: int,
+    capacity: int,
+    dtype: Any,
+    partition: Partition | None,
+) -> MemoryState:
+    """An empty memory, made on the devices that it is split over."""
+    make = functools.partial(init_memory, config, rows, capacity, dtype)
+    if partition is None:
+        return make()
+    where = shardings(partition, jax.eval_shape(make))
+    return jax.jit(make, out_shardings=where)()
+
+
 def shardings(partition: Partition, state: Any) -> Any:
     """Where each leaf of a state (or its shape) lives: rows with the batch, keys and
     values with their kv heads. What the devices do not divide is whole on each."""

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from beacon_jax.core.windows import draw_ratios
 from beacon_jax.inference.budget import Budget, spend
 from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.prefill import power_of_two
 from beacon_jax.inference.row import Row
 from beacon_jax.model.config import ModelConfig
 
@@ -105,7 +106,7 @@ def make_plan(
     else:
         base, note = _stated(row, ratio, seed), ""
     ratios = row.applied(base)
-    padded = np.full(_power_of_two(row.first + row.count), base[-1], np.int32)
+    padded = np.full(power_of_two(row.first + row.count), base[-1], np.int32)
     padded[: row.first] = ratios[0]
     padded[row.first : row.first + row.count] = ratios
     keep = {row.first + i: at for i, at in row.offsets.items() if ratios[i]}
@@ -316,7 +317,3 @@ def stack_ratios(plans: Sequence[Plan]) -> Int[np.ndarray, "B P"]:
 def _from(ratios: Int[np.ndarray, " P"], first: int, count: int) -> np.ndarray:
     """`count` ratios from window `first` on, the last going on."""
     return ratios[np.minimum(first + np.arange(count), len(ratios) - 1)]
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()

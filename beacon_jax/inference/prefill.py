@@ -75,7 +75,7 @@ def prefill(
         raise ValueError(f"piece={piece} must be a multiple of the window, {window}.")
     # `feed` checks each piece; a text that does not fit is to fail before the first.
     check_capacity(config, memory, lengths, ratios)
-    whole = window * _power_of_two(-(-total // window))
+    whole = window * power_of_two(-(-total // window))
     size = whole if piece is None else min(piece, whole)
     memory = memory if donate else memory.copy()
     logits = None
@@ -105,5 +105,6 @@ def prefill(
     return logits, memory
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least one that is not below n."""
     return 1 << max(n - 1, 0).bit_length()

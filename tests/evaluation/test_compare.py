@@ -57,6 +57,13 @@ def test_different_runs_are_rows_of_their_own_named_by_their_folders(tmp_path):
     assert cells(text, "two: beacon_x4")[0][1] == "0.250"
 
 
+def test_folders_of_one_name_are_seeds_in_one_place_only(tmp_path):
+    folders = [run(tmp_path / x / "run", v) for x, v in (("a", 0.5), ("b", 0.25))]
+    text = compare.write(folders, tmp_path / "out")
+    assert cells(text, "a/run: beacon_x4")[0][1] == "0.500"
+    assert cells(text, "b/run: beacon_x4")[0][1] == "0.250"
+
+
 def test_a_folder_without_a_finished_run_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"names .*empty, which has no metrics\.json"):

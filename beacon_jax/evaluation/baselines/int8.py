@@ -6,31 +6,16 @@ head), whatever other methods of the same ratio keep; tables show them.
 
 import jax.numpy as jnp
 
-from beacon_jax.core.memory import MemoryState
-from beacon_jax.evaluation.methods import Beacon, Method, budget_slots, feed_past
-from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation.methods import Beacon, Full
 
 
-class Int8(Method):
+class Int8(Full):
     """The whole past, uncompressed, in int8."""
 
-    family = "int8"
-
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
-        memory = model.new_memory(len(past), 0, dtype=jnp.int8)
-        return feed_past(model, memory, past, 0)
+    family, dtype = "int8", jnp.int8
 
 
 class BeaconInt8(Beacon):
-    """Beacons in int8: as many slots as beacons of this ratio, which is asserted here
-    because their bytes are fewer."""
+    """Beacons in int8: as many slots as beacons of this ratio, of fewer bytes."""
 
-    family = "beacon_int8"
-    exact_bytes = False
-
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
-        memory = model.new_memory(len(past), self.number, dtype=jnp.int8)
-        memory = feed_past(model, memory, past, self.number)
-        slots = [budget_slots(model.config, len(row), self.number) for row in past]
-        assert memory.slots.tolist() == slots
-        return memory
+    family, dtype = "beacon_int8", jnp.int8

@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.evaluation.baselines.select import Budgeted, as_index, keep
+from beacon_jax.evaluation.methods import feed_past
 from beacon_jax.evaluation.model import Model, Rows
 
 SINKS = 4
@@ -37,7 +38,7 @@ class Streaming(Budgeted):
         memory = model.new_memory(len(past), 0)
         for start in range(0, max(map(len, past)), w):
             pieces = [row[start : start + w] for row in past]
-            memory = model.feed(memory, pieces, 0)[1]
+            memory = feed_past(model, memory, pieces, 0)
             slots = np.asarray(memory.slots).tolist()
             kept = list(map(kept_slots, slots, budget.tolist()))
             count = jnp.asarray([len(x) for x in kept], jnp.int32)

@@ -39,7 +39,7 @@ class TextCompressor(Budgeted):
     are the beacons' or, if the text has fewer tokens, less.
     """
 
-    exact_bytes = False
+    exact = False
 
     def __init__(self, compress: Compress, name: str, ratio: int | str | None = None):
         self.compress = compress

@@ -40,6 +40,7 @@ class Task(Protocol):
     """A benchmark: pure functions of their arguments, so that a run can resume."""
 
     name: str
+    whole_windows: bool  # its lengths are multiples of the window
 
     def longest(self, settings: Settings) -> int:
         """Tokens of the longest example, answer included."""

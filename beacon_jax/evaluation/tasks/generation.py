@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Float
 
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.data.passkey import last_window_start
 from beacon_jax.evaluation import plots, prompts
 from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.methods import Method, remember
+from beacon_jax.evaluation.methods import Method, remember_prompts
 from beacon_jax.evaluation.model import Model
 from beacon_jax.evaluation.report import interval, table
 from beacon_jax.evaluation.settings import Settings
@@ -47,6 +46,7 @@ class Generation:
     stop: tuple[str, ...] = ()
     metric: str = "accuracy"
     binary: bool = True
+    whole_windows: bool = False
 
     def longest(self, settings: Settings) -> int:
         return max(settings.lengths)
@@ -66,11 +66,8 @@ class Generation:
     ) -> tuple[MemoryState, Float[jax.Array, "B V"], list[int]]:
         """Memory and logits after the prompts, and the bytes kept of their past."""
         rows = [e.tokens for e in batch]
-        cuts = [last_window_start(len(row), model.window) for row in rows]
-        past = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
-        last = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
-        memory, kept = remember(model, method, past, last)
-        out, memory = model.feed(memory, last, method.live_ratio)
+        memory, rest, kept = remember_prompts(model, method, rows)
+        out, memory = model.feed(memory, rest, method.live_ratio)
         return memory, out.last_logits, kept
 
     def run(

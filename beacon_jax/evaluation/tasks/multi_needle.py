@@ -17,11 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from beacon_jax.core.memory import MemoryState
-from beacon_jax.data.passkey import last_window_start
 from beacon_jax.evaluation import prompts
 from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.methods import Method, remember
+from beacon_jax.evaluation.methods import Method, remember_prompts
 from beacon_jax.evaluation.model import Model
 from beacon_jax.evaluation.report import interval, table
 from beacon_jax.evaluation.settings import Settings
@@ -124,7 +122,7 @@ class MultiNeedle(Synthetic):
     ) -> list[dict[str, Any]]:
         start = time.perf_counter()
         asked = [e.tokens for e in batch]  # the conversation, as far as it is asked
-        memory, following, kept = _compress(model, method, asked)
+        memory, following, kept = remember_prompts(model, method, asked)
         texts, losses, seconds = [], [], []
         turns = len(batch[0].info["answers"])
         for turn in range(turns):
@@ -151,7 +149,7 @@ class MultiNeedle(Synthetic):
                 for parts in zip(asked, found.tokens, following, strict=True)
             ]
             if method.question_aware:
-                memory, following, _ = _compress(model, method, asked)
+                memory, following, _ = remember_prompts(model, method, asked)
         return [
             {
                 "predicted": [turn[row] for turn in texts],
@@ -231,14 +229,3 @@ def _question(city: str) -> tuple[str, str]:
         f"What is the special magic {city} number?",
         f"The special magic {city} number is:",
     )
-
-
-def _compress(
-    model: Model, method: Method, rows: Sequence[np.ndarray]
-) -> tuple[MemoryState, list[np.ndarray], list[int]]:
-    """(memory of all but the last window, what is left to feed, bytes of the past)."""
-    cuts = [last_window_start(len(row), model.window) for row in rows]
-    past = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
-    following = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
-    memory, kept = remember(model, method, past, following)
-    return memory, following, kept

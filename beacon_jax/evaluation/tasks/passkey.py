@@ -16,6 +16,7 @@ from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.tasks import places
 from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
 from beacon_jax.evaluation.tasks.generation import Generation
+from beacon_jax.evaluation.tasks.synthetic import grid
 
 
 class Passkey(Generation):
@@ -31,9 +32,7 @@ class Passkey(Generation):
         self, model: Model, settings: Settings, inputs: Inputs
     ) -> list[Example]:
         """`samples` per length, their depths in turn; the answer ends at `length`."""
-        depths = np.linspace(0.0, 1.0, settings.depths).round(4).tolist()
-        if settings.depths == 1:
-            depths = [0.5]
+        depths = grid(settings.depths)
         return [
             self._example(model, settings, inputs, length, i, depths[i % len(depths)])
             for length in settings.lengths

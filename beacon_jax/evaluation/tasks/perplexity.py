@@ -142,8 +142,7 @@ class Perplexity:
         ]
         return (
             "## Loss of the last window given the past\n\nThe same tokens are predicted"
-            " at every length and by every method; [95 % interval over rows]. "
-            "snapkv_aware chooses by the very window that is scored.\n\n"
+            " at every length and by every method; [95 % interval over rows].\n\n"
             + table(head, rows)
             + "\n\n![loss against length](perplexity.png)\n"
         )

@@ -32,7 +32,7 @@ from beacon_jax.core.memory import MemoryState
 from beacon_jax.data.passkey import last_window_start
 from beacon_jax.evaluation import prompts
 from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.methods import Beacon, Full, Method, remember
+from beacon_jax.evaluation.methods import Method, Reader, remember
 from beacon_jax.evaluation.model import Model, Rows
 from beacon_jax.evaluation.report import interval, table
 from beacon_jax.evaluation.settings import Settings
@@ -99,9 +99,10 @@ class PerplexityRelease:
         for row, example in zip(labels, batch, strict=True):
             row[: example.info["scored"] - 1] = IGNORE
             counts.append(int((row != IGNORE).sum()))
-        # Exactly these: subclasses make their memories in another way.
-        read = _read_on if type(method) in (Beacon, Full) else _read_anew
-        sums, kept = read(model, method, rows, labels)
+        if isinstance(method, Reader):
+            sums, kept = _read_on(model, method, rows, labels)
+        else:
+            sums, kept = _read_anew(model, method, rows, labels)
         return [
             {"loss": s / n, "tokens": n, "kv_bytes": held}
             for s, n, held in zip(sums, counts, kept, strict=True)
@@ -215,10 +216,10 @@ def _documents(
 
 
 def _read_on(
-    model: Model, method: Method, rows: Rows, labels: Rows
+    model: Model, method: Reader, rows: Rows, labels: Rows
 ) -> tuple[np.ndarray, list[int]]:
     """(summed losses, bytes in front of the last window), in one reading."""
-    memory = model.new_memory(len(rows), method.live_ratio)
+    memory = method.empty(model, len(rows))
     cuts = [last_window_start(len(row), model.window) for row in rows]
     ends = [len(row) for row in rows]
     past, memory = _read(model, method, memory, rows, labels, [0] * len(rows), cuts)

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from beacon_jax.evaluation import plots
+from beacon_jax.evaluation.methods import split_name
 from beacon_jax.evaluation.statistics import wilson
 from beacon_jax.evaluation.tasks.base import Metric, Prediction
 
@@ -76,7 +77,7 @@ def _draw(metrics: Sequence[Metric], path: Path) -> None:
         here = [m for m in metrics if m["ratio"] == ratio]
         for method in dict.fromkeys(m["method"] for m in here):
             at, values = _pooled([m for m in here if m["method"] == method])
-            family = method.removesuffix(f"_x{ratio}")
+            family = split_name(method)[0]
             style = plots.style(family)
             (lines[family],) = panel.plot(at, values, label=family, **style)
         panel.set_title(f"x{ratio}")
