@@ -274,6 +274,13 @@ def test_a_short_call_is_repeated_until_it_can_be_timed():
     assert len(calls) == 1 + 1 + 2 * timing.MOST_CALLS
 
 
+def test_the_first_of_long_calls_counts(monkeypatch):
+    monkeypatch.setattr(timing, "LONG_SECONDS", 0.0)
+    calls = []
+    found = timing.measure_queued(lambda: calls.append(1), repeats=3, least=1e9)
+    assert (found.repeats, found.calls, len(calls)) == (3, 1, 3)
+
+
 def test_only_the_latest_thing_is_kept():
     made = []
     latest = Latest()
