@@ -30,6 +30,7 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 
+from beacon_jax.benchmark.records import provenance
 from beacon_jax.core.windows import memory_slots
 from beacon_jax.evaluation.report import table
 from beacon_jax.model.config import param_shapes
@@ -279,7 +280,7 @@ def main(argv):
         budget = CASES[name].budget
         if budget and not result.get("total_gib", np.inf) <= budget:
             missed.append(name)
-        record = {"jax": jax.__version__, "results": results}
+        record = provenance() | {"results": results}
         (out / "aot.json").write_text(json.dumps(record, indent=2) + "\n")
     print(_table(results))
     if missed:

@@ -33,6 +33,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from beacon_jax.attention import prefix_attention
+from beacon_jax.benchmark.records import provenance
 from beacon_jax.evaluation.report import table
 from beacon_jax.model.presets import get_preset
 from beacon_jax.model.rotary import inverse_frequencies
@@ -250,7 +251,7 @@ def main(argv):
             failed.append(name)
             results.append({"case": name, "error": str(error).splitlines()[0][:300]})
         print(json.dumps(results[-1]), flush=True)
-        record = {"jax": jax.__version__, "results": results}
+        record = provenance() | {"results": results}
         (out / "aot_kernels.json").write_text(json.dumps(record, indent=2) + "\n")
     print(_table(results))
     if failed:

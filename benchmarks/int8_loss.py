@@ -11,17 +11,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
 
+from beacon_jax.benchmark.records import provenance
 from beacon_jax.core.memory import init_memory
-from beacon_jax.data.text import load_documents
-from beacon_jax.data.tokenizer import encode_stream
-from beacon_jax.evaluation.methods import Model, load_model
+from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.model import Model, load_model
 from beacon_jax.evaluation.report import table
+from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval
-from beacon_jax.evaluation.tasks.base import Settings
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
@@ -68,16 +67,15 @@ def main(argv: list[str]) -> None:
     ratios = [int(r) for r in f.ratios]
     window = load_model(f.model, 2, ratios).window
     model = load_model(f.model, f.length + window, ratios)
-    stream = encode_stream(load_documents("stdlib", "heldout"), model.tokenizer)
     settings = Settings(lengths=(f.length + window,), samples=f.samples)
-    texts = [e.tokens for e in Perplexity().examples(model, settings, stream)]
+    inputs = Inputs(settings, model.tokenizer)
+    texts = [e.tokens for e in Perplexity().examples(model, settings, inputs)]
     results = [measure(model, texts, ratio, f.batch_size) for ratio in ratios]
-    record = {
+    record = provenance() | {
         "model": f.model,
         "text": "stdlib, held out",
         "past_tokens": f.length,
         "predicted_tokens_per_row": window,
-        "jax": jax.__version__,
         "results": results,
     }
     out = Path(f.out)

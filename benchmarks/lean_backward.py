@@ -20,6 +20,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
+from beacon_jax.benchmark.records import provenance
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.training.initial import random_variables
@@ -101,8 +102,7 @@ def main(argv):
         for remat in REMAT:
             rows.append(measure(remat, windows, flags.FLAGS.repeats))
             print(json.dumps(rows[-1]), flush=True)
-    record = {
-        "jax": jax.__version__,
+    record = provenance() | {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "machine": platform.machine(),
         "rows": rows,

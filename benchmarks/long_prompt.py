@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from beacon_jax.benchmark.device import random_variables
-from beacon_jax.benchmark.records import commit, versions
+from beacon_jax.benchmark.records import provenance, versions
 from beacon_jax.benchmark.sizes import kv_token_bytes
 from beacon_jax.core.loop import feed, feed_jit
 from beacon_jax.core.memory import MemoryState, init_memory
@@ -132,23 +132,27 @@ def run(prompt: Prompt, out: Path) -> dict[str, Any]:
         say(
             f"{room:,} slots, {memory.nbytes / 2**20:,.0f} MiB; {rss() / 2**30:.1f} GiB"
         )
-    programs = feed_jit._cache_size()
+    jitted: Any = feed_jit
+    programs = jitted._cache_size()
     while progress.done < prompt.tokens:
         part = text[progress.done : progress.done + prompt.piece]
         tokens = np.zeros((1, prompt.piece), np.int32)
         tokens[0, : len(part)] = part
-        count = np.asarray([len(part)], np.int32)
-        given = (config, variables, memory, tokens, count, ratios)
+        rows = [
+            jnp.asarray(x) for x in (tokens, np.asarray([len(part)], np.int32), ratios)
+        ]
         dtype = jnp.dtype(prompt.dtype).type
         begun = time.perf_counter()
-        output, memory = feed(*given, dtype=dtype, donate=True)
+        output, memory = feed(
+            config, variables, memory, *rows, dtype=dtype, donate=True
+        )
         logits = jax.block_until_ready(output.last_logits)
         progress.seconds.append(time.perf_counter() - begun)
         progress.done += len(part)
         progress.peak_rss_bytes = max(progress.peak_rss_bytes, rss())
         save(out / STATE, prompt, progress, memory, logits)
         report(prompt, progress)
-    compiled = feed_jit._cache_size() - programs
+    compiled = jitted._cache_size() - programs
     result = summary(prompt, config, progress, memory, logits, compiled)
     (out / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
@@ -205,8 +209,7 @@ def summary(
     }
     device = jax.devices()[0]
     return {
-        "run": versions(device)
-        | {"commit": commit(), "python": sys.version.split()[0]},
+        "run": versions(device) | provenance() | {"python": sys.version.split()[0]},
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
         **dataclasses.asdict(prompt),

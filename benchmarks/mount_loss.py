@@ -19,13 +19,15 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from beacon_jax.benchmark.records import provenance
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.data.text import load_documents
-from beacon_jax.data.tokenizer import encode_stream
-from beacon_jax.evaluation.methods import Beacon, Model, Rows, load_model
+from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.methods import Beacon
+from beacon_jax.evaluation.model import Model, Rows, load_model
 from beacon_jax.evaluation.report import interval, table
+from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval, ratio_interval
-from beacon_jax.evaluation.tasks.base import Metric, Settings
+from beacon_jax.evaluation.tasks.base import Metric
 from beacon_jax.evaluation.tasks.passkey import Passkey
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
 from beacon_jax.inference.ledger import Ledger
@@ -111,12 +113,10 @@ class Mounted(Beacon):
         return concatenate(parts).state.resized(room)
 
 
-def passkeys(
-    model: Model, stream: np.ndarray, ratios: list[int], settings: Settings
-) -> list[Metric]:
+def passkeys(model: Model, ratios: list[int], settings: Settings) -> list[Metric]:
     """Accuracy of the passkey task per ratio, at once and mounted."""
     task, predictions = Passkey(), []
-    examples = task.examples(model, settings, stream)
+    examples = task.examples(model, settings, Inputs(settings, model.tokenizer))
     for method in (kind(r) for r in ratios for kind in (Beacon, Mounted)):
         about = {"method": method.name, "ratio": method.ratio}
         for start in range(0, len(examples), settings.batch_size):
@@ -171,23 +171,22 @@ def main(argv):
     window = load_model(f.model, 2, ratios).window
     longest = 2 * -(-max(lengths) // window) * window + window
     model = load_model(f.model, longest, ratios)
-    stream = encode_stream(load_documents("stdlib", "heldout"), model.tokenizer)
     settings = Settings(lengths=(longest,), samples=f.samples)
-    texts = [e.tokens for e in Perplexity().examples(model, settings, stream)]
+    inputs = Inputs(settings, model.tokenizer)
+    texts = [e.tokens for e in Perplexity().examples(model, settings, inputs)]
     results = []
     for half in lengths:
         for ratio in ratios:
             results.append(measure(model, texts, ratio, half, f.batch_size))
             print(json.dumps(results[-1]), flush=True)
     keys = Settings(lengths=(256,), samples=f.samples, batch_size=f.batch_size)
-    found = passkeys(model, stream, ratios, keys)
+    found = passkeys(model, ratios, keys)
     out = Path(f.out)
     out.mkdir(parents=True, exist_ok=True)
-    record = {
+    record = provenance() | {
         "model": f.model,
         "text": "stdlib, held out",
         "predicted_tokens_per_row": window,
-        "jax": jax.__version__,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "results": results,
         "passkeys": found,

@@ -83,7 +83,8 @@ def random_variables(config: ModelConfig, dtype: Any) -> dict[str, Any]:
         return _small(random_array(jax.random.fold_in(root, i), shape, dtype))
 
     pairs = zip(names, leaves, strict=True)
-    return jax.tree.unflatten(tree, [make(i, n, s) for i, (n, s) in enumerate(pairs)])
+    made = jax.tree.unflatten(tree, [make(i, n, s) for i, (n, s) in enumerate(pairs)])
+    return jax.block_until_ready(made)  # else the first call that is timed waits
 
 
 @functools.partial(jax.jit, donate_argnums=0)

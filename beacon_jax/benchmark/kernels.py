@@ -99,7 +99,8 @@ def _inputs(s: Settings, batch: int, queries: int, keys: int, layers: int = 0):
     shape = (batch, keys, c.num_kv_heads, c.head_dim)
     shape = (layers, *shape) if layers else shape
     k, v = (random_array(jax.random.fold_in(root, i), shape, dtype) for i in (1, 2))
-    return q, k, v
+    # Made before they are used: a long call is timed without a warm-up.
+    return jax.block_until_ready((q, k, v))
 
 
 def _quantised(s: Settings, k):
@@ -109,7 +110,7 @@ def _quantised(s: Settings, k):
     *front, slots, heads, _ = k.shape
     scale = jnp.full((*front, heads, slots), 1 / 127, jnp.float32)
     values = [random(jax.random.fold_in(root, i)) for i in (0, 1)]
-    return *values, {"k_scale": scale, "v_scale": scale}
+    return jax.block_until_ready((*values, {"k_scale": scale, "v_scale": scale}))
 
 
 def _row(
@@ -207,7 +208,9 @@ def _library(s: Settings, way: str, queries: int, live: int) -> Row:
         program = compile_program(attend, q, k, v)
         call = lambda: program.run(q, k, v)
     else:
-        _, pull = jax.jit(lambda *x: jax.vjp(attend, *x))(q, k, v)
+        _, pull = jax.block_until_ready(
+            jax.jit(lambda *x: jax.vjp(attend, *x))(q, k, v)
+        )
         program = compile_program(lambda pull, d_out: pull(d_out), pull, q)
         call = lambda: program.run(pull, q)
     timing = measure_queued(call, repeats=s.repeats)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -48,13 +49,19 @@ def versions(device: Any) -> Row:
 
 def describe(device: Any) -> Row:
     """The run of bench.json: versions, and what else is worth knowing."""
-    return versions(device) | {
-        "commit": commit(),
+    more = {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "devices": jax.device_count(),
         "memory_limit_bytes": (device.memory_stats() or {}).get("bytes_limit"),
     }
+    return provenance() | versions(device) | more
+
+
+def provenance() -> Row:
+    """What every file of results says of its run: its day and what it ran."""
+    day = time.strftime("%Y-%m-%d")
+    return {"date": day, "commit": commit(), "jax": metadata.version("jax")}
 
 
 def commit() -> str | None:
