@@ -3,7 +3,7 @@
 The online softmax of FlashAttention (arXiv 2205.14135) in plain jax, forward and
 backward. Blocks behind the longest row's last key are neither read nor computed: the
 loop's trip count is data. For GPU and TPU wherever no kernel takes the arguments; a
-CPU has `blockwise_cpu`, whose backward pass this is.
+CPU has `blockwise_cpu`.
 """
 
 import functools
@@ -80,10 +80,12 @@ def _attend_fwd(scale, block, q, k, v, prefix, layer):
     return out, (q, k, v, prefix, layer, out, lse)
 
 
-def pull(scale, block, residuals, d_out):
-    """Cotangents of (q, k, v, prefix, layer); residuals: those and out, lse."""
-    q, k, v, prefix, layer, out, lse = residuals
-    d_q, d_k, d_v = backward(scale, block, q, k, v, prefix, layer, out, lse, d_out)
+def pull(scale, block, residuals, d_out, gradients=None):
+    """Cotangents of (q, k, v, prefix, layer); residuals: those and out, lse.
+    gradients: `backward` or what does the same."""
+    _, k, _, _, layer, *_ = residuals
+    find: Any = gradients or backward
+    d_q, d_k, d_v = find(scale, block, *residuals, d_out)
     if layer is not None:
         d_k, d_v = (jnp.zeros(k.shape, d.dtype).at[layer].set(d) for d in (d_k, d_v))
     return d_q, d_k, d_v, None, None
