@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from beacon_jax.attention import IMPLEMENTATIONS
 from beacon_jax.benchmark.kernels import DEFAULT, INT8_MEMORY, LIBRARY
 from beacon_jax.benchmark.records import Row
-from beacon_jax.benchmark.report import peaks
+from beacon_jax.benchmark.report import peaks, unit_of
 from beacon_jax.benchmark.serving import FULL, FULL_LIBRARY
 
 DPI = 120
@@ -146,9 +146,12 @@ def _kernels(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
         decode = way == "decode"
         name, scale = ("read_bytes", 1e9) if decode else ("useful_flops", per_flop)
 
-        def spent(row: Row) -> Point:
+        times = sorted(row["seconds"]["median_s"] for row in group)
+        per_second, unit_of_time = unit_of(times[len(times) // 2])
+
+        def spent(row: Row, per_second: float = per_second) -> Point:
             t = row["seconds"]
-            times = (1e6 * t[k] for k in ("median_s", "min_s", "max_s"))
+            times = (per_second * t[k] for k in ("median_s", "min_s", "max_s"))
             return row["key"]["live"], *times
 
         def reached(row: Row, name: str = name, scale: float = scale) -> Point:
@@ -159,7 +162,7 @@ def _kernels(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
         if dtype in top:
             peak = top[dtype]["bandwidth_gbs" if decode else "tflops"]
             _level(right, peak if decode else peak * 1e12 / per_flop, "measured peak")
-        left.set_ylabel("time, µs")
+        left.set_ylabel(f"time, {unit_of_time}")
         right.set_ylabel("GB/s" if decode else f"useful {unit}")
         for panel in (left, right):
             _log_y(panel)

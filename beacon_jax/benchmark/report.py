@@ -35,14 +35,16 @@ def _error(row: Row) -> str:
     return f"{worst} {row['errors'][worst]:.2g} of {row['allowed'][worst]:.2g} allowed"
 
 
+def unit_of(seconds: float) -> tuple[float, str]:
+    """How many of the unit that fits are a second, and its name."""
+    units = ((1, "s", 1.0), (1e3, "ms", 1e-3), (1e6, "µs", 0.0))
+    return next((scale, unit) for scale, unit, least in units if seconds >= least)
+
+
 def _seconds(row: Row) -> str:
     """Median and spread in the unit that fits."""
     t = row["seconds"]
-    scale, unit = next(
-        (s, u)
-        for s, u, least in ((1, "s", 1.0), (1e3, "ms", 1e-3), (1e6, "µs", 0.0))
-        if t["median_s"] >= least
-    )
+    scale, unit = unit_of(t["median_s"])
     low, middle, high = (scale * t[k] for k in ("min_s", "median_s", "max_s"))
     return f"{middle:.3g} {unit} [{low:.3g}, {high:.3g}]"
 
