@@ -19,15 +19,15 @@ def write(folders: Sequence[Path], out: Path) -> str:
 
     A run is called by its folder, and by the one around it where that is not enough;
     runs whose folders differ by an ending seedN only (in the same parent) are one, with
-    mean ± standard deviation. Lines that two runs share, such as full attention of one
-    model, are shown for both.
+    mean ± standard deviation. A folder that --seeds made stands for those in it. Lines
+    that two runs share, such as full attention of one model, are shown for both.
 
     Raises:
       ValueError: no folder, or one without a finished run.
     """
     if not folders:
         raise ValueError("--report needs the folders of finished runs behind it.")
-    runs = {folder: _read(folder) for folder in folders}
+    runs = {run: _read(run) for folder in folders for run in _runs(folder)}
     groups = _groups(list(runs))
     merged = [
         metric
@@ -46,6 +46,12 @@ def write(folders: Sequence[Path], out: Path) -> str:
     )
     (out / "report.md").write_text(text, encoding="utf-8")
     return text
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The folder, or those of its seeds."""
+    seeds = sorted(x.parent for x in folder.glob("seed*/metrics.json"))
+    return [folder] if (folder / "metrics.json").is_file() or not seeds else seeds
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def _listed(groups: dict[str, list[Path]], runs: dict[Path, dict[str, Any]]) -> 
                     Path(model["path"]).name,
                     (model["beacon_hash"] or "none")[:12],
                     settings["seed"],
-                    runs[folder]["versions"]["commit"] or "unknown",
+                    (runs[folder]["versions"]["commit"] or "unknown")[:12],
                 ]
             )
     return table(["run", "folder", "model", "beacons", "seed", "commit"], rows)

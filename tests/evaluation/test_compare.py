@@ -64,6 +64,13 @@ def test_folders_of_one_name_are_seeds_in_one_place_only(tmp_path):
     assert cells(text, "b/run: beacon_x4")[0][1] == "0.250"
 
 
+def test_a_folder_of_seeds_stands_for_them(tmp_path):
+    seeds = [run(tmp_path / "a" / f"seed{i}", v, i) for i, v in enumerate((0.5, 1.0))]
+    together = compare.write([tmp_path / "a"], tmp_path / "one")
+    assert together == compare.write(seeds, tmp_path / "both")
+    assert "0.750 ± 0.354 (2)" in together
+
+
 def test_a_folder_without_a_finished_run_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"names .*empty, which has no metrics\.json"):
