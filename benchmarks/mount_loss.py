@@ -130,6 +130,7 @@ def passkeys(model: Model, ratios: list[int], settings: Settings) -> list[Metric
 
 
 def passkey_table(metrics: list[Metric]) -> str:
+    metrics = [m for m in metrics if m["metric"] == "accuracy"]
     depths = sorted({m["depth"] for m in metrics if m["depth"] is not None})
     cells = {(m["method"], m["depth"]): m for m in metrics}
     rows = [
