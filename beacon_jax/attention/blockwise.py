@@ -124,7 +124,7 @@ def backward(scale, block, q, k, v, prefix, layer, out, lse, d_out):
         sums = functools.partial(
             jnp.einsum, "BKGTS,BTKGH->BSKH", preferred_element_type=jnp.float32
         )
-        at = _start(block, i, k)
+        at = first_slot(block, i, k)
         d_k = add(d_k, at, sums(d_s, q))
         return d_q, d_k, add(d_v, at, sums(p.astype(d_out.dtype), d_out))
 
@@ -149,7 +149,7 @@ def _pin(block):
     return with_layout_constraint(block, Layout((0, 1, 2, 3)))
 
 
-def _start(block, i, k):
+def first_slot(block, i, k):
     """First slot read for block i: the last block ends with the buffer."""
     return jnp.minimum(i * block, k.shape[-3] - block)
 
@@ -157,7 +157,7 @@ def _start(block, i, k):
 def _block(scale, block, i, q, k, v, prefix, layer):
     """Keys and values [B, S', K, H] of block i, 0 where dead, and scores
     [B, K, G, T, S'], -inf where not visible or part of the block before."""
-    at = _start(block, i, k)
+    at = first_slot(block, i, k)
 
     def rows(buffer):
         if layer is None:

@@ -146,13 +146,10 @@ def _tile(scale, block, tile, t, k, v, prefix, layer, q, start):
 
     def step(masked, i, carry):
         top, total, acc = carry
-        at = jnp.minimum(i * block, k.shape[-3] - block)
+        at = blockwise.first_slot(block, i, k)
         keys, values = (_rows(x, layer, at, block, heads) for x in (k, v))
         if masked:
-            slot = at + jnp.arange(block)
-            mine = slot >= i * block  # the last block ends with the buffer
-            # Nothing dead is read: 0 * NaN would be NaN.
-            live = (mine & (slot < (prefix + t)[:, None]))[:, None, :, None]
+            slot, mine, live = _slots(i, at, block, prefix + t)
             keys, values = jnp.where(live, keys, 0), jnp.where(live, values, 0)
         scores = _product(q, keys, 3)
         if scale is not None:
@@ -215,12 +212,9 @@ def _block_gradients(scale, block, tile, t, tiles, i, k, v, prefix, layer, d_q):
     """Of block i: its first slot, d_q of all tiles with its part, and its own d_k and
     d_v [B, K, S', H] in float32."""
     heads, count = k.shape[-2], len(tiles[0])
-    at = jnp.minimum(i * block, k.shape[-3] - block)
+    at = blockwise.first_slot(block, i, k)
     keys, values = (_rows(x, layer, at, block, heads) for x in (k, v))
-    slot = at + jnp.arange(block)
-    mine = slot >= i * block  # the last block ends with the buffer
-    # Nothing dead is read: 0 * NaN would be NaN.
-    live = (mine & (slot < (prefix + t)[:, None]))[:, None, :, None]
+    slot, mine, live = _slots(i, at, block, prefix + t)
     keys, values = jnp.where(live, keys, 0), jnp.where(live, values, 0)
     offset = jnp.tile(jnp.arange(tile), tiles[0].shape[3] // tile)
 
@@ -262,6 +256,14 @@ def _product(a, b, contracted, of_a=3):
     """a [B, K, R, X], or the transposed, and b [B, K, ...], of which one axis is X."""
     axes = (((of_a,), (contracted,)), ((0, 1), (0, 1)))
     return lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+
+def _slots(i, at, block, ends):
+    """Slots [S'] of block i, which of them the block before did not have, and which of
+    those are live [B, 1, S', 1]: nothing dead is read, for 0 * NaN would be NaN."""
+    slot = at + jnp.arange(block)
+    mine = slot >= i * block
+    return slot, mine, (mine & (slot < ends[:, None]))[:, None, :, None]
 
 
 def _rows(buffer, layer, at, block, heads):

@@ -1,5 +1,6 @@
 """Figures of a benchmark, drawn from its rows."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,8 @@ def _kernels(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
         decode = way == "decode"
         name, scale = ("read_bytes", 1e9) if decode else ("useful_flops", per_flop)
 
-        times = sorted(row["seconds"]["median_s"] for row in group)
-        per_second, unit_of_time = unit_of(times[len(times) // 2])
+        middle = statistics.median(row["seconds"]["median_s"] for row in group)
+        per_second, unit_of_time = unit_of(middle)
 
         def spent(row: Row, per_second: float = per_second) -> Point:
             t = row["seconds"]
