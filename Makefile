@@ -40,8 +40,7 @@ test-slow: setup
 # Every cell of the Colab notebook, small, on the CPU. UPDATE=1 keeps the outputs of its
 # results in the file, as it is committed.
 UPDATE ?=
-notebook:
-	@PYTHON="$(PYTHON)" EXTRAS=test,notebook bash launch/setup.sh
+notebook: setup
 	$(PY) launch/notebook.py $(if $(UPDATE),--update)
 
 # Attention kernels and whole 7B training steps for GPUs and TPUs that are not here,
@@ -65,7 +64,7 @@ lint: setup
 # After a change of the dependencies: versions only, for every platform.
 constraints: setup
 	$(PY) -m uv pip compile pyproject.toml --universal --python-version 3.12 --quiet \
-	  --upgrade --extra test --extra notebook --extra aot --no-header --no-annotate \
+	  --upgrade --extra test --extra aot --no-header --no-annotate \
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:
