@@ -60,7 +60,9 @@ def loss_of(average, remat="lean"):
 @functools.cache
 def inputs():
     variables = nn.unbox(init_variables(MODEL, jax.random.key(0)))
-    params = jax.tree.map(lambda x: np.asarray(5 * x), variables["params"])
+    # Far from flat, and well conditioned: the last bit of the weights moves gradients by
+    # 5e-7 of their largest; with 5 in place of 2 by 1.5e-5, more than is allowed below.
+    params = jax.tree.map(lambda x: np.asarray(2 * x), variables["params"])
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 13, (N, B, W)).astype(np.int32)
     labels = np.where(rng.uniform(size=tokens.shape) < 0.6, tokens, -100)
