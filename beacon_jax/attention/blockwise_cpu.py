@@ -27,17 +27,16 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from beacon_jax.attention import blockwise
-from beacon_jax.attention.decode import zero_invalid
+from beacon_jax.attention.decode import cpu_block, zero_invalid
 
 # Scores of a block: ROWS x BLOCK x 4 bytes = 2 MiB, a core's second-level cache.
 ROWS, BLOCK = 4096, 128
 # Backward, larger blocks: each reads and writes the gradients of all queries.
 BACKWARD_BLOCK = 256
 LEAST_TILE = 64
-# Up to so many rows of queries x heads are few: they read up to so many slots at once,
-# of so many bytes, and slots of up to NARROW numbers as one matrix.
-FEW, FEW_BLOCK, FEW_BYTES = 32, 512, 2**23
-NARROW = 256
+# Up to so many rows of queries x heads are few; they read slots of up to NARROW numbers
+# as one matrix.
+FEW, NARROW = 32, 256
 
 
 def blockwise_cpu(
@@ -47,7 +46,7 @@ def blockwise_cpu(
 
     Args:
       rows: of all rows and heads, that a tile has about.
-      block: keys at once; None: up to FEW_BLOCK for few rows, else BLOCK, and
+      block: keys at once; None: `cpu_block` for few rows, else BLOCK, and
         BACKWARD_BLOCK backward.
       few: rows of one text, up to which they are few.
     """
@@ -83,8 +82,7 @@ def forward(scale, rows, block, few, q, k, v, prefix, layer):
     attend = functools.partial(_tiles, scale, rows)
     if n * t > few:
         return attend(block or BLOCK, heads, q, k, v, prefix, layer)
-    slot = b * heads * h * k.dtype.itemsize
-    block = block or min(max(FEW_BYTES // slot, BLOCK // 2), FEW_BLOCK)
+    block = block or cpu_block(k, k.dtype)
     if heads * h > NARROW:
         return attend(block, heads, q, k, v, prefix, layer)
     wide = jnp.eye(heads, dtype=q.dtype)[:, None, :, None]  # [K, 1, K, 1]

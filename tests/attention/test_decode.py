@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from beacon_jax.attention import prefix_attention
-from beacon_jax.attention.decode import combine, decode_xla
+from beacon_jax.attention.decode import combine, cpu_block, decode_xla
 from beacon_jax.attention.decode_gpu import decode_gpu, make_plan, visited_blocks
 from beacon_jax.attention.decode_tpu import decode_tpu
 from beacon_jax.attention.mean import mean_term
@@ -270,8 +270,11 @@ def test_elsewhere_it_runs_in_xla_and_has_a_gradient(attend):
         assert gap(a, np.asarray(b, np.float64)) <= 5e-6
 
 
-def test_int8_without_a_kernel_is_chosen_on_cpu_and_refuses_a_gradient():
-    case = CASES["mqa-2"]
+WIDE = Case(1, 32, 32, 128, (0, 299))  # two blocks by `cpu_block`
+
+
+@pytest.mark.parametrize("case", [CASES["mqa-2"], WIDE], ids=["mqa-2", "wide"])
+def test_int8_without_a_kernel_is_chosen_on_cpu_and_refuses_a_gradient(case):
     q, k, v, _ = arrays(case)
     prefix = jnp.asarray(case.prefix)
     (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
@@ -282,6 +285,17 @@ def test_int8_without_a_kernel_is_chosen_on_cpu_and_refuses_a_gradient():
     assert gap(attend(q), exact) <= 5e-6
     with pytest.raises(NotImplementedError, match="k_scale"):
         jax.grad(lambda q: attend(q).sum())(q)
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "width", "slots"),
+    [(2, 32, 128, 256), (8, 32, 128, 64), (64, 32, 128, 64), (8, 2, 64, 512)],
+)
+def test_a_block_on_a_cpu_is_8_mib_of_floats_from_64_to_512_slots(
+    rows, heads, width, slots
+):
+    k = jax.ShapeDtypeStruct((3, rows, 16384, heads, width), jnp.int8)
+    assert cpu_block(k, jnp.float32) == slots
 
 
 def test_what_is_not_taken_names_itself():

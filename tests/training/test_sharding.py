@@ -57,10 +57,22 @@ def loss_of(average, remat="lean"):
     return loss
 
 
+def quick(function):
+    """jit; compiling is what these tests cost, and this takes a third off it."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def alone(average, remat="lean"):
+    """((loss, aux), gradients) of (trained, frozen, batch, plan) on one device."""
+    loss = functools.partial(loss_of(average, remat), partition=None)
+    return quick(jax.value_and_grad(loss, has_aux=True))
+
+
 @functools.cache
 def inputs():
     variables = nn.unbox(init_variables(MODEL, jax.random.key(0)))
-    # Far from flat, and well conditioned: the last bit of the weights moves gradients by
+    # Far from flat, and well conditioned: the last bit of weights moves gradients by
     # 5e-7 of their largest; with 5 in place of 2 by 1.5e-5, more than is allowed below.
     params = jax.tree.map(lambda x: np.asarray(2 * x), variables["params"])
     rng = np.random.default_rng(0)
@@ -89,7 +101,7 @@ def on_mesh(placement, trained_names, average, plans, parts=1, changed=None, **o
         average=average,
         parts=parts,
     )
-    (loss, aux), gradients = jax.jit(run)(
+    (loss, aux), gradients = quick(run)(
         jax.tree.map(put, trained, shardings),
         jax.tree.map(put, frozen, placement.frozen(MODEL, frozen)),
         placement.batch(batch),
@@ -115,15 +127,13 @@ def test_every_device_its_own_plan(devices, average):
     plans = np.random.default_rng(devices).choice([2, 4], (N, devices)).astype(np.int32)
     loss, aux, gradients = on_mesh(place(devices), ["beacon"], average, plans)
 
-    alone = jax.value_and_grad(loss_of(average), has_aux=True)
     shares, wanted = [], []
     for part in range(devices):
-        (own, own_aux), own_gradients = alone(
+        (own, own_aux), own_gradients = alone(average)(
             {"beacon": variables["beacon"]},
             {"params": variables["params"]},
             rows_of(batch, part, devices),
             plans[:, part],
-            None,
         )
         count = float(own_aux["row_count"].sum()) if average == "token" else 1.0
         shares.append(count)
@@ -140,12 +150,11 @@ def test_every_device_its_own_plan(devices, average):
 @functools.cache
 def five_rows(average):
     variables, batch = inputs()
-    (loss, _), gradients = jax.value_and_grad(loss_of(average), has_aux=True)(
+    (loss, _), gradients = alone(average)(
         {"beacon": variables["beacon"]},
         {"params": variables["params"]},
         {name: value[:, :5] for name, value in batch.items()},
         np.asarray([2, 4, 2], np.int32),
-        None,
     )
     return loss, gradients
 
@@ -170,10 +179,9 @@ def test_empty_rows_of_a_batch_weigh_nothing(mesh, average):
 def one_device(trained):
     variables, batch = inputs()
     plan = np.asarray([2, 4, 2], np.int32)
-    alone = jax.value_and_grad(loss_of("token", "none"), has_aux=True)
     chosen = {n: variables[n] for n in trained}
     rest = {n: x for n, x in variables.items() if n not in trained}
-    (loss, _), gradients = alone(chosen, rest, batch, plan, None)
+    (loss, _), gradients = alone("token", "none")(chosen, rest, batch, plan)
     return loss, gradients
 
 
