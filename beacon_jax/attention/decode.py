@@ -47,7 +47,7 @@ def cpu_block(k, dtype) -> int:
     """Slots that few queries read at once on a CPU, of k [.., B, S, K, H] as dtype.
 
     Eight rows of Llama-2-7B's heads on 4,096 slots of int8, with the keys' mean, take
-    163 ms by blocks of 512 (64 MiB as floats), 74 ms by blocks of 64, on two AVX2 cores.
+    163 ms by blocks of 512 (64 MiB as floats), 74 by blocks of 64, on two AVX2 cores.
     """
     b, _, heads, h = k.shape[-4:]
     slot = b * heads * h * jnp.dtype(dtype).itemsize
