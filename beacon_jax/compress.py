@@ -1,54 +1,6 @@
-"""Compresses a text of any length into a beacon pack, a file to ask questions later.
+"""`python -m beacon_jax.compress`: see `beacon_jax.cli.compress`."""
 
-python -m beacon_jax.compress --model=DIR --context=FILE|- --ratio=8 --out=FILE.beacon \
-    [--max_bytes=512MiB] [--spans='[0-9]{4,}' --lossless=windows] [--memory=FILE.beacon]
-
-Several --context are read in order as one text. --memory continues a pack. The file is
-read by `generate --load_memory` and `Memory.load`; --no_tokens leaves the token ids
-out, which `truncate` and --repetition_penalty need.
-"""
-
-import functools
-from pathlib import Path
-
-from absl import app, flags
-
-from beacon_jax.inference import commands
-
-
-def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    commands.define_flags(values)
-    text = functools.partial(flags.DEFINE_string, flag_values=values)
-    text("out", None, "Beacon pack to write.", required=True)
-    text("memory", None, "Beacon pack to continue.")
-    flags.DEFINE_bool(
-        "no_tokens", False, "Leave the token ids out.", flag_values=values
-    )
-
-
-def run(o: flags.FlagValues) -> None:
-    if not o.context:
-        raise ValueError("--context is missing: name a text file, or - for stdin.")
-    commands.check_new("out", o.out, overwrite=o.overwrite)
-    commands.parse_ratio(o.ratio)
-    text = commands.read_context(o)
-    model = commands.load_model(o)
-    memory = commands.load_memory("memory", o.memory, model)
-    read = commands.read(model, o, text, memory)
-    assert read.memory is not None
-    commands.say(
-        f"read {read.tokens:,} tokens in {read.seconds:,.1f} s with compilation, "
-        f"{read.tokens / read.seconds:,.1f} tokens/s"
-    )
-    read.memory.save(o.out, tokens=not o.no_tokens)
-    print(read.memory.describe())
-    print(commands.summary(model, read.memory))
-    print(f"wrote {o.out}, {Path(o.out).stat().st_size / commands.MIB:.3f} MiB")
-
-
-main = functools.partial(commands.main, run)
-
+from beacon_jax.cli import start
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    start("compress")

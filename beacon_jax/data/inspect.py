@@ -7,9 +7,7 @@ labelled tokens between ⟦ and ⟧. The data are those of --config.data.prepare
 not prepared yet is prepared first, into DIR/data if that names no folder.
 """
 
-import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,7 @@ import numpy as np
 
 from beacon_jax.data.examples import Example
 from beacon_jax.data.grouped import EMPTY, GroupConfig, GroupedBatches, windows_of
-from beacon_jax.data.prepare import define_flags, from_flags, tokenizer_folder
 from beacon_jax.data.prepared import Prepared
-from beacon_jax.data.shards import load_tokenizer
 from beacon_jax.data.tally import drop_table
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -132,36 +128,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def main(argv: Sequence[str]) -> None:
-    from absl import app, flags
-
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option has --.")
-    values = flags.FLAGS
-    config = values.config
-    if not values.out:
-        sys.exit("error: --out='' names no folder for lengths.png: use WORKDIR, say.")
-    out = Path(values.out).expanduser()
-    try:
-        folder = Path(config.data.prepared or out / "data").expanduser()
-        data = from_flags(values, folder)
-        grouping = GroupConfig.of(config)
-        out.mkdir(parents=True, exist_ok=True)
-        histogram(data, grouping.window, out / "lengths.png")
-        print(report(data, grouping))
-        tokenizer = load_tokenizer(tokenizer_folder(config, folder.parent))
-        index = sample(data)
-        print(f"\nexample {index}, labelled tokens between {OPEN} and {CLOSE}:")
-        print(marked(data.read(index), tokenizer))
-        print(f"\nwrote {out / 'lengths.png'}", flush=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    from absl import app, flags
+    from beacon_jax.cli import start
 
-    from beacon_jax.train import parse
-
-    define_flags(flags.FLAGS, "Folder for lengths.png, and for data/.")
-    app.run(main, flags_parser=parse)
+    start("inspect")

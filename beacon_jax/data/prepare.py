@@ -18,7 +18,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -46,7 +45,7 @@ from beacon_jax.data.shards import (
     start_worker,
 )
 from beacon_jax.data.sources import Part, open_parts, source_bytes
-from beacon_jax.data.tally import Progress, Tally, clock, drop_table
+from beacon_jax.data.tally import Progress, Tally, clock
 
 SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they have it
 SUBSET_SEED = 42  # of `file[COUNT]`, as in the release (EVALUATION section 4.1)
@@ -420,75 +419,7 @@ def _tokenizer_threads_off() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = old
 
 
-def define_flags(values: Any, out: str) -> None:
-    """--config, --out, --workers and --overwrite, as `inspect` has them too."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment, see configs/.", values, lock_config=True
-    )
-    flags.DEFINE_string("out", "", out, flag_values=values)
-    flags.DEFINE_integer(
-        "workers", -1, "Processes; 0: one per core.", flag_values=values
-    )
-    flags.DEFINE_bool(
-        "overwrite", False, "Replace a folder of other settings.", flag_values=values
-    )
-    flags.mark_flag_as_required("config", values)
-
-
-def from_flags(values: Any, folder: Path) -> Prepared:
-    """Prepares what the flags say, with progress; names the folder of the tokenizer."""
-    config = values.config
-    settings = Settings.of(config.data, tokenizer_folder(config, folder.parent))
-    return prepare(
-        settings,
-        folder,
-        workers=config.data.workers if values.workers < 0 else values.workers,
-        max_drop_fraction=config.data.max_drop_fraction,
-        overwrite=values.overwrite,
-        show=lambda line: print(line, flush=True),
-    )
-
-
-def tokenizer_folder(config: Any, workdir: Path) -> Path:
-    """That of the config; one that training would train is trained in `workdir`."""
-    if not config.tokenizer.train:
-        return Path(config.tokenizer.path or config.init_from)
-    from beacon_jax.data.text import load_documents
-    from beacon_jax.training.initial import make_tokenizer  # imports jax: seconds
-
-    text = config.text
-    documents = load_documents(text.uri, "train", text.heldout_fraction)
-    return make_tokenizer(config, documents, workdir)[1]
-
-
-def main(argv: Sequence[str]) -> None:
-    from absl import app, flags
-
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option has --.")
-    values = flags.FLAGS
-    out = values.out or values.config.data.prepared
-    if not out:
-        sys.exit("error: --out='' names no folder: use WORKDIR/data, say.")
-    try:
-        data = from_flags(values, Path(out).expanduser())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    for source in data.manifest["sources"]:
-        print(
-            f"{source['examples']:>10,} examples  {source['tokens']:>14,} tokens  of "
-            f"{source['rows']:,} rows in {source['uri']}"
-        )
-    print(drop_table(data.manifest) or "no row was left out", flush=True)
-
-
 if __name__ == "__main__":
-    from absl import app, flags
+    from beacon_jax.cli import start
 
-    from beacon_jax.train import parse
-
-    define_flags(flags.FLAGS, "Folder to prepare.")
-    app.run(main, flags_parser=parse)
+    start("prepare")

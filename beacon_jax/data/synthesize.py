@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from beacon_jax.data.answers import Answers, Pair, parse_pairs
-from beacon_jax.data.endpoint import Endpoint, Failed, Hopeless, Pace, Stopped
+from beacon_jax.data.endpoint import Endpoint, Failed, Hopeless, Stopped
 from beacon_jax.data.segments import Count, split, token_counter
 from beacon_jax.data.sources import Record, open_parts, read_part
 
@@ -426,86 +425,7 @@ def _dump(row: dict[str, Any], file: IO[str]) -> None:
     file.write(line + "\n")
 
 
-def define_flags() -> None:
-    from absl import flags
-
-    flags.DEFINE_multi_string(
-        "sources", None, "URI of texts, repeatable.", required=True
-    )
-    flags.DEFINE_string("out", None, "JSON lines file to write.", required=True)
-    flags.DEFINE_string("endpoint", None, "Address up to /v1.", required=True)
-    flags.DEFINE_string("model", None, "Its name at the endpoint.", required=True)
-    flags.DEFINE_string("api_key_env", "OPENAI_API_KEY", "Variable with the key.")
-    flags.DEFINE_string("tokenizer", "", "HF folder; else a token is 3 bytes.")
-    flags.DEFINE_string("root", "", "What long-llm: sources are relative to.")
-    flags.DEFINE_integer("segment_tokens", 4096, "Of a segment, at most.")
-    flags.DEFINE_integer("pairs", 4, "Questions about each segment.")
-    flags.DEFINE_integer("max_tokens", 20480, "Of a conversation, at most.")
-    flags.DEFINE_integer("concurrency", 8, "Requests under way at a time.")
-    flags.DEFINE_float("requests_per_minute", 0.0, "0: as fast as it answers.")
-    flags.DEFINE_integer("limit", 0, "Documents at most; 0: all.")
-
-
-def from_flags(values: Any) -> Settings:
-    """Settings of a command line; the key comes from the environment."""
-    endpoint = Endpoint(
-        values.endpoint,
-        values.model,
-        key=os.environ.get(values.api_key_env, "").strip(),
-        pace=Pace(values.requests_per_minute),
-    )
-    names = ("tokenizer", "root", "segment_tokens", "pairs", "max_tokens")
-    return Settings(
-        tuple(values.sources),
-        Path(values.out).expanduser(),
-        endpoint,
-        concurrency=values.concurrency,
-        limit=values.limit,
-        **{name: getattr(values, name) for name in names},
-    )
-
-
-def describe(report: Report) -> str:
-    """What a run did, in a few lines."""
-    unanswered = report.segments - report.known - report.asked
-    lines = [
-        f"{report.conversations:,} conversations with {report.pairs:,} pairs about "
-        f"{report.documents:,} documents; {unanswered:,} of {report.segments:,} "
-        f"segments without an answer, {report.useless:,} with a useless one now",
-    ]
-    if report.skipped or report.unfit:
-        lines.append(
-            f"left out: {report.skipped:,} rows that are not text, {report.unfit:,} "
-            "pairs that do not fit into --max_tokens"
-        )
-    lines += [f"{n:,} x {reason}" for reason, n in report.failures.items()]
-    if unanswered or report.stopped:
-        lines.append(
-            f"not finished{f' ({report.stopped})' if report.stopped else ''}: the same "
-            "command asks the rest"
-        )
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str]) -> None:
-    from absl import app, flags
-
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option has --.")
-    try:
-        settings = from_flags(flags.FLAGS)
-        if not settings.endpoint.key:
-            print(f"no key in {flags.FLAGS.api_key_env}: asking without one")
-        report = synthesize(settings, show=lambda line: print(line, flush=True))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(describe(report), flush=True)
-    if report.stopped or report.failed:
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    from absl import app
+    from beacon_jax.cli import start
 
-    define_flags()
-    app.run(main)
+    start("synthesize")

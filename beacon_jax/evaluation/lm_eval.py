@@ -249,10 +249,6 @@ def generation_options(given: dict[str, Any], max_gen_toks: int) -> dict[str, An
     return options
 
 
-def main() -> None:
-    """lm_eval's command line, which knows the model `beacon_jax` by now."""
-    importlib.import_module("lm_eval.__main__").cli_evaluate()
-
-
 if __name__ == "__main__":
-    main()
+    # Not `beacon_jax.cli.lm_eval`, which would register the model a second time.
+    importlib.import_module("lm_eval.__main__").cli_evaluate()

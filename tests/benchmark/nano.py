@@ -4,8 +4,8 @@ import dataclasses
 
 from absl import flags
 
-from beacon_jax import bench
 from beacon_jax.benchmark import runner
+from beacon_jax.cli import bench
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 
 NANO = ModelConfig(

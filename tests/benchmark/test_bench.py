@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from absl import flags
 
-from beacon_jax import bench
 from beacon_jax.attention import IMPLEMENTATIONS
 from beacon_jax.attention.api import INT8
 from beacon_jax.benchmark import device as devices
@@ -25,6 +24,7 @@ from beacon_jax.benchmark import (
     timing,
 )
 from beacon_jax.benchmark.case import Case, Latest
+from beacon_jax.cli import bench
 from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.plan import plan_ratios
 from beacon_jax.inference.prefill import prefill

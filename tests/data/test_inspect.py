@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from beacon_jax import train as command
-from beacon_jax.data import inspect as module
+from beacon_jax.cli import inspect as module
 from beacon_jax.data.examples import Example, Rules
 from beacon_jax.data.grouped import GroupConfig
 from beacon_jax.data.inspect import histogram, marked, report, sample
@@ -106,8 +105,8 @@ def test_the_command_prepares_shows_and_writes(sources, tmp_path, monkeypatch, c
     ]
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
-    module.define_flags(values, "out")
-    command.parse(argv, values)
+    module.define_flags(values)
+    module.parse(argv, values)
     monkeypatch.setattr(flags, "FLAGS", values)
     module.main(["inspect"])
     out = capsys.readouterr().out

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from beacon_jax import train as command
+from beacon_jax.cli import prepare as command
 from beacon_jax.data import prepare as module
 from beacon_jax.data.examples import Rules, make_example
 from beacon_jax.data.prepare import Settings, prepare, tokenizer_hash
@@ -323,10 +323,10 @@ def run_command(monkeypatch, *words):
     argv = ["prepare", *words]
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
-    module.define_flags(values, "out")
+    command.define_flags(values)
     command.parse(argv, values)
     monkeypatch.setattr(flags, "FLAGS", values)
-    module.main(["prepare"])
+    command.main(["prepare"])
 
 
 def test_the_command_prepares_what_a_config_names(

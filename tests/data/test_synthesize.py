@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 
+from beacon_jax.cli.synthesize import describe
 from beacon_jax.data.answers import Answers, parse_pairs
 from beacon_jax.data.endpoint import Endpoint, Pace, retry_after
 from beacon_jax.data.examples import Rules, make_example
@@ -22,7 +23,6 @@ from beacon_jax.data.synthesize import (
     SHORTEST_SEGMENT,
     TURN_TOKENS,
     Settings,
-    describe,
     synthesize,
 )
 from tests.data import chat_tokenizers

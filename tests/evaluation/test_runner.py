@@ -7,8 +7,7 @@ import shutil
 import pytest
 from absl import flags
 
-from beacon_jax import evaluate as command
-from beacon_jax.evaluation import command as steps
+from beacon_jax.cli import evaluate as command
 from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.runner import evaluate, integers, limit
 from beacon_jax.evaluation.tasks import make_tasks
@@ -143,7 +142,7 @@ def run_command(**options):
     values(["evaluate", f"--model={options['model']}", f"--out={options['out']}"])
     for name, value in options.items():
         setattr(values, name, value)
-    return steps.run(values)
+    return command.run(values)
 
 
 def test_the_command_fails_by_naming_the_floors_that_were_missed(

@@ -3,27 +3,21 @@
 import io
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from absl import flags
 
-from beacon_jax.inference import commands
+from beacon_jax.cli import compress, context, generate
 from beacon_jax.inference.feeding import PIECE_WINDOWS
 from beacon_jax.inference.memory import Memory
 
 ROOT = Path(__file__).parents[2]
-# Not imported: `beacon_jax.generate` would become the module, and is a function.
-compress, generate = (
-    SimpleNamespace(**runpy.run_module(f"beacon_jax.{name}"))
-    for name in ("compress", "generate")
-)
 TEXT = "Boats left the harbour at dawn. " * 6
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -43,7 +37,7 @@ def run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("context.txt").write_text(TEXT)
 
-    def call(module: SimpleNamespace, *arguments: object, stdin: str = "") -> Ran:
+    def call(module: ModuleType, *arguments: object, stdin: str = "") -> Ran:
         values = flags.FlagValues()
         module.define_flags(values)
         values(["command", f"--model={folder}", *map(str, arguments)])
@@ -277,8 +271,8 @@ def test_progress_is_shown_behind_the_first_piece_with_the_time_left(
     capsys, monkeypatch
 ):
     clock = iter([0.0, 10.0, 12.0, 14.0, 20.0])
-    monkeypatch.setattr(commands.time, "monotonic", lambda: next(clock))
-    progress = commands.Progress(every=3.0)
+    monkeypatch.setattr(context.time, "monotonic", lambda: next(clock))
+    progress = context.Progress(every=3.0)
     for fed in (100, 200, 300, 600):
         progress(fed, 600)
     assert capsys.readouterr().err.splitlines() == [
@@ -398,7 +392,7 @@ def test_a_file_of_several_contexts_is_refused(run, model):
 
 def test_importing_the_package_loads_neither_jax_nor_transformers():
     code = (
-        "import sys, beacon_jax, beacon_jax.compress, beacon_jax.generate;"
+        "import sys, beacon_jax, beacon_jax.cli.compress, beacon_jax.cli.generate;"
         "print({'jax', 'transformers'} & set(sys.modules))"
     )
     result = subprocess.run(

@@ -1,8 +1,8 @@
 """What the README prints can be run as printed."""
 
+import importlib
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -43,9 +43,9 @@ def test_its_commands_of_inference_have_the_flags_that_it_names():
     lines = re.findall(r"^PY -m beacon_jax\.(compress|generate) (.*)$", text, re.M)
     assert len(lines) >= 8
     for name, rest in lines:
-        command = runpy.run_module(f"beacon_jax.{name}")
+        command = importlib.import_module(f"beacon_jax.cli.{name}")
         values = flags.FlagValues()
-        command["define_flags"](values)
+        command.define_flags(values)
         arguments = shlex.split(re.split(r" <|  +#", rest)[0], comments=True)
         assert values(["command", *arguments]) == ["command"], rest
 

@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 
 from beacon_jax import hf
-from beacon_jax import train as command
+from beacon_jax.cli import train as command
 from beacon_jax.data.sources import parse_uri
 from beacon_jax.training.trainer import train
 

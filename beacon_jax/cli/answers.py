@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from beacon_jax.inference import commands
+from beacon_jax.cli import context
 
 if TYPE_CHECKING:
     from beacon_jax.inference.chat import Chat
@@ -48,7 +48,7 @@ def read_prompts(o: flags.FlagValues) -> list[str]:
             "--context=- and --prompt_file=- both read stdin: name a file for one."
         )
     if o.prompt_file:
-        text = commands.read_text("prompt_file", o.prompt_file)
+        text = context.read_text("prompt_file", o.prompt_file)
         # An editor's last line break is no part of the prompt.
         return [text.removesuffix("\n").removesuffix("\r")]
     if not o.prompt:
@@ -64,7 +64,7 @@ def read_template(o: flags.FlagValues) -> str | None:
         raise ValueError(
             "--chat_template=- reads stdin, which --chat does: name a file."
         )
-    return commands.read_text("chat_template", o.chat_template)
+    return context.read_text("chat_template", o.chat_template)
 
 
 def sampling(o: flags.FlagValues) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def sampling(o: flags.FlagValues) -> dict[str, Any]:
 
 def answer(
     model: "Model",
-    read: commands.Context,
+    read: context.Context,
     prompts: list[str],
     options: dict[str, Any],
     *,
@@ -89,7 +89,7 @@ def answer(
         prompts if len(prompts) > 1 else prompts[0],
         memory=read.memory,
         on_text=_show if len(prompts) == 1 and not as_json else None,
-        on_progress=commands.Progress(),
+        on_progress=context.Progress(),
         **read.ratio,
         **options,
     )
@@ -108,7 +108,7 @@ def _show(text: str) -> None:
 
 
 def _object(
-    model: "Model", read: commands.Context, prompt: str, made: "Generation"
+    model: "Model", read: context.Context, prompt: str, made: "Generation"
 ) -> dict[str, Any]:
     """One line of --json; seconds are those of the whole batch, with compilation."""
     return {
@@ -123,17 +123,17 @@ def _object(
             "prompt": round(made.prefill_seconds, 3),
             "decode": round(made.decode_seconds, 3),
         },
-        "memory": commands.figures(model, made.batch, made.row),
+        "memory": context.figures(model, made.batch, made.row),
     }
 
 
-def _account(read: commands.Context, made: list["Generation"]) -> None:
+def _account(read: context.Context, made: list["Generation"]) -> None:
     for note in dict.fromkeys(each.note for each in made if each.note):
-        commands.say(note)
+        context.say(note)
     tokens = read.tokens + sum(each.prompt_tokens for each in made)
     new = sum(len(each.tokens) for each in made)
     seconds = read.seconds + made[0].prefill_seconds
-    commands.say(
+    context.say(
         f"{made[0].batch.describe()}\nwith compilation: "
         f"prefill {tokens} tokens, {tokens / seconds:.1f} tokens/s; "
         f"decode {new} tokens, {new / made[0].decode_seconds:.1f} tokens/s"
@@ -142,7 +142,7 @@ def _account(read: commands.Context, made: list["Generation"]) -> None:
 
 def talk(
     model: "Model",
-    read: commands.Context,
+    read: context.Context,
     system: str | None,
     template: str | None,
     options: dict[str, Any],
@@ -153,7 +153,7 @@ def talk(
     chat = Chat(
         model, read.memory, system, chat_template=template, **read.ratio, **options
     )
-    commands.say(f"commands: {COMMANDS} (or Ctrl-D)")
+    context.say(f"commands: {COMMANDS} (or Ctrl-D)")
     while (line := _ask()) is not None:
         if not line.strip():
             continue
@@ -164,12 +164,12 @@ def talk(
             else:
                 made = chat.say(line, on_text=_show)
                 print(flush=True)
-                commands.say(commands.summary(model, made.memory))
+                context.say(context.summary(model, made.memory))
         except KeyboardInterrupt:
             print(flush=True)
-            commands.say("stopped: that turn is not part of the conversation")
+            context.say("stopped: that turn is not part of the conversation")
         except (ValueError, OSError) as error:
-            commands.say(f"error: {error}")
+            context.say(f"error: {error}")
 
 
 def _obey(chat: "Chat", line: str) -> bool:
@@ -180,7 +180,7 @@ def _obey(chat: "Chat", line: str) -> bool:
         return False
     if name == "/undo":
         chat.undo()
-        commands.say(f"{len(chat.messages)} messages are left")
+        context.say(f"{len(chat.messages)} messages are left")
     elif name == "/save":
         if not rest:
             raise ValueError("/save needs the name of a file: /save FILE.")
@@ -189,9 +189,9 @@ def _obey(chat: "Chat", line: str) -> bool:
         if chat.memory is None:
             raise ValueError("/save: nothing has been said yet.")
         chat.memory.save(rest)
-        commands.say(f"wrote {rest}")
+        context.say(f"wrote {rest}")
     elif name == "/memory":
-        commands.say(chat.memory.describe() if chat.memory else "no memory yet")
+        context.say(chat.memory.describe() if chat.memory else "no memory yet")
     else:
         raise ValueError(f"unknown command {name}: there are {COMMANDS}.")
     return True
