@@ -18,6 +18,8 @@ Axes, the same letters everywhere:
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from beacon_jax import runtime
+
 if TYPE_CHECKING:
     from beacon_jax.core.memory import CapacityError
     from beacon_jax.inference.chat import Chat
@@ -41,6 +43,8 @@ __all__ = [
     "generate",
     "load",
 ]
+
+runtime.prepare()  # before jax starts its backend, if nobody did yet
 
 # Loaded when first used: jax and flax take seconds, a command line's --help none.
 _WHERE = {

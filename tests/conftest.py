@@ -9,6 +9,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import pytest
 
+from beacon_jax import runtime
+
+runtime.prepare()  # two threads per device, before a test starts the backend
+
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_this_file_only():

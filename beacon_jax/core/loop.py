@@ -32,6 +32,7 @@ from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.partition import active, partitioned
 from beacon_jax.model.rotary import inverse_frequencies
+from beacon_jax.runtime import launched
 
 
 class FeedOutput(NamedTuple):
@@ -163,7 +164,7 @@ def feed(
     plan = row_plans(ratios, memory.rows)
     check_capacity(config, memory, np.asarray(lengths), plan)
     _check_shared_plan(memory, lengths, plan)
-    return feed_jit(
+    out, memory = feed_jit(
         config,
         variables,
         memory if donate else memory.copy(),
@@ -177,6 +178,8 @@ def feed(
         close=close,
         partition=active(),
     )
+    launched(out.last_logits)
+    return out, memory
 
 
 @functools.partial(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from beacon_jax import runtime
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf import checkpoint
 from beacon_jax.hf.identify import Identity
@@ -456,6 +457,7 @@ def load(
         raise FileNotFoundError(
             f"path={path} is not a model folder: it has no config.json."
         )
+    runtime.prepare()
     partition = make_partition(mesh) if mesh is not None else None
     place = None if partition is None else placed_on(partition)
     found = checkpoint.load(

@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from beacon_jax import runtime
+
 AXES = ("data", "fsdp", "tensor")
 # Batches are split over data and fsdp, parameters over fsdp and tensor. An axis that is
 # not named here is never split.
@@ -100,6 +102,7 @@ def make_partition(mesh: str | Mesh, devices: Sequence[Any] = ()) -> Partition:
     Raises:
       ValueError: an unknown axis, or more devices than there are.
     """
+    runtime.prepare()
     if isinstance(mesh, str):
         mesh = _mesh(mesh, list(devices) or jax.devices())
     if unknown := set(mesh.axis_names) - set(AXES):

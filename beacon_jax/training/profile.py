@@ -1,26 +1,15 @@
-"""Where the time of a run goes: traces of some steps, and programs compiled once.
+"""Where the time of a run goes: traces of some steps.
 
 --config.profile_steps=10,13 writes a trace of steps 10 to 13 to WORKDIR/profile. Look
 at it with `xprof --logdir=WORKDIR/profile` (pip install xprof), or open its
 trace.json.gz in ui.perfetto.dev. The first steps compile: profile later ones.
-
---config.compilation_cache keeps compiled programs on disk, so that a run that goes on,
-or a second one of the same shapes, does not wait for XLA again: "" for the default
-place, "off", or a folder.
 """
 
-import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
-
-logger = logging.getLogger(__name__)
-
-MIN_COMPILE_SECONDS = 1.0  # what compiles faster is not worth a file
 
 
 class Profiler:
@@ -103,62 +92,3 @@ def parse_steps(steps: Sequence[int] | str) -> tuple[int, int] | None:
             "last, as in --config.profile_steps=10,13, counted from 1."
         )
     return given[0], given[-1]
-
-
-def cache_folder() -> Path:
-    """The default place of compiled programs, the user's alone."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "beacon_jax" / "xla"
-
-
-def enable_compilation_cache(setting: str = "") -> str | None:
-    """Keeps compiled programs in a folder; call it before the first compilation.
-
-    Args:
-      setting: "" for `cache_folder()`, unless jax has a folder already, as from
-        JAX_COMPILATION_CACHE_DIR; "off"; or a folder, which may be a URL. Whoever can
-        write there can run code as you. Nothing is ever deleted; you may at any time.
-
-    Returns:
-      The folder, or None if there is no cache.
-
-    Raises:
-      ValueError: the folder that was asked for cannot be written.
-    """
-    if setting == "off":
-        _use(None)
-        return None
-    if not setting and jax.config.jax_compilation_cache_dir:
-        return jax.config.jax_compilation_cache_dir
-    try:
-        if "://" in setting:
-            folder = setting
-        elif setting:
-            folder = _make(Path(setting).expanduser())
-        else:
-            folder = _make(cache_folder())
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        if setting:
-            raise ValueError(
-                f"compilation_cache={setting!r} cannot be written ({error}): name "
-                "another folder, or 'off'."
-            ) from error
-        logger.warning("programs are compiled in every run: %s", error)
-        return None
-    _use(folder)
-    return folder
-
-
-def _make(folder: Path) -> str:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"no permission to write in {folder}")
-    return str(folder.absolute())
-
-
-def _use(folder: str | None) -> None:
-    if jax.config.jax_compilation_cache_dir == folder:
-        return
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    compilation_cache.reset_cache()  # one that is open already would stay in use

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from beacon_jax import runtime
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import variable_axes
 from beacon_jax.model.partition import AXES, Partition
@@ -140,6 +141,7 @@ def make_placement(
     Raises:
       ValueError: sizes that do not fit the devices or the batches; names the axis.
     """
+    runtime.prepare()
     devices = list(devices) or jax.devices()
     sizes = _sizes({name: mesh[name] for name in AXES}, rows, len(devices))
     made = Mesh(

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from beacon_jax import hf
+from beacon_jax import hf, runtime
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.data.batches import StepBatches
 from beacon_jax.data.text import load_documents
@@ -48,11 +48,7 @@ from beacon_jax.training.processes import (
     is_lead,
     wait,
 )
-from beacon_jax.training.profile import (
-    Profiler,
-    enable_compilation_cache,
-    parse_steps,
-)
+from beacon_jax.training.profile import Profiler, parse_steps
 from beacon_jax.training.sharding import (
     Placement,
     make_placement,
@@ -80,7 +76,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
       SystemExit: SIGTERM or SIGINT arrived; the state is saved.
     """
     _check(config)
-    enable_compilation_cache(config.compilation_cache)
+    runtime.prepare()
+    runtime.enable_compilation_cache(config.compilation_cache)
     began, workdir = time.perf_counter(), Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     text, documents = config.text, []
@@ -135,6 +132,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                 placed = placement.batch(given.batch), placement.plan(given.plans)
             with metrics.timing("step"):
                 state, values = update(state, frozen, *placed)
+                runtime.launched(values["loss"])
             metrics.add(given.plans, given.tokens, values, flops=given.flops)
             profiler.after(done, state)
             received = signals.after(done)

@@ -1,11 +1,7 @@
-"""Traces of the steps that were asked for; compiled programs that are found again."""
+"""Traces of the steps that were asked for."""
 
-import os
 import re
-import stat
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +9,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from beacon_jax.training import profile
-from beacon_jax.training.profile import (
-    Profiler,
-    cache_folder,
-    enable_compilation_cache,
-    parse_steps,
-)
+from beacon_jax.training.profile import Profiler, parse_steps
 
 
 @pytest.fixture
@@ -118,83 +108,3 @@ def test_the_command_line_gives_a_range(monkeypatch, text, steps):
     config_flags.DEFINE_config_dict("config", config, flag_values=values)
     values(argv)
     assert parse_steps(config.profile_steps) == steps
-
-
-@pytest.fixture
-def no_cache(monkeypatch, tmp_path):
-    """A user without a cache; what was set before comes back afterwards."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    profile.compilation_cache.reset_cache()
-
-
-def test_the_cache_is_the_users_alone_by_default(no_cache, tmp_path, monkeypatch):
-    folder = tmp_path / "cache" / "beacon_jax" / "xla"
-    assert enable_compilation_cache() == str(folder)
-    assert jax.config.jax_compilation_cache_dir == str(folder)
-    assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert cache_folder() == Path("/home/someone/.cache/beacon_jax/xla")
-
-
-def test_a_cache_that_jax_has_already_is_kept(no_cache, tmp_path):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
-    assert enable_compilation_cache() == str(tmp_path / "mine")
-    assert not (tmp_path / "cache").exists()
-    assert enable_compilation_cache("off") is None
-    assert jax.config.jax_compilation_cache_dir is None
-
-
-def test_a_folder_or_a_url_can_be_given(no_cache, tmp_path):
-    assert enable_compilation_cache(str(tmp_path / "a/b")) == str(tmp_path / "a/b")
-    assert (tmp_path / "a/b").is_dir()
-    assert enable_compilation_cache("gs://bucket/xla") == "gs://bucket/xla"
-
-
-def test_a_folder_that_cannot_be_written_is_an_error_if_asked_for(
-    no_cache, tmp_path, monkeypatch, caplog
-):
-    (tmp_path / "file").write_text("")
-    folder = str(tmp_path / "file" / "xla")
-    with pytest.raises(ValueError, match=r"compilation_cache='.*file/xla' cannot be"):
-        enable_compilation_cache(folder)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert enable_compilation_cache() is None
-    assert "programs are compiled in every run" in caplog.text
-
-
-PROGRAM = """
-import jax, jax.numpy as jnp
-from beacon_jax.training import profile
-profile.MIN_COMPILE_SECONDS = 0.0
-jax.jit(lambda x: x - 1)(1.0)  # compiled before: no reason to miss the next one
-profile.enable_compilation_cache()
-hits = []
-jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
-jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((4, 4)))
-print(sum(name.endswith("/cache_hits") for name in hits))
-"""
-
-
-def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    env.pop("JAX_COMPILATION_CACHE_DIR", None)
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            env=env,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for _ in range(2)
-    ]
-    assert [int(r.stdout) > 0 for r in runs] == [False, True], runs[1].stderr
-    assert [*(tmp_path / "beacon_jax" / "xla").glob("*-cache")]

@@ -1,0 +1,150 @@
+"""Launches a small sharded step 30,000 times on busy cores; it must never hang.
+
+python -m benchmarks.stress_collectives [--launches=30000] [--rounds=3] [--devices=2]
+  [--unsafe]
+
+Every round is a process of its own, prepared as the package prepares each of its
+commands (`beacon_jax.runtime`), while another program keeps every core busy. Ends with
+1 if a round makes no progress for --patience seconds or dies. --unsafe leaves out what
+the package does, to see that the script finds the fault.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from absl import app, flags
+
+WIDTH = 128  # of the step's matrices: about the work of a quickstart's layer
+LAYERS = 4  # collectives of each kind per launch
+
+
+def child_environment(devices: int) -> dict[str, str]:
+    """Of a fresh shell: the pool is for the child to prepare."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    for name in ("PJRT_NPROC", "XLA_FLAGS"):
+        env.pop(name, None)
+    return env
+
+
+def busy_cores() -> list[subprocess.Popen]:
+    """A program per core that does nothing else; they end with this process's end."""
+    spin = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(10**6))"
+    command = [sys.executable, "-c", spin]
+    return [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
+
+
+def launch(count: int, *, unsafe: bool) -> None:
+    """The child: prints {"done": launches} about once a second and at the end."""
+    if not unsafe:
+        from beacon_jax import runtime  # before the backend starts, as every command
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    rows = PartitionSpec("data")
+
+    def local(weights, x):
+        for _ in range(LAYERS):
+            whole = jax.lax.all_gather(weights, "data", tiled=True)
+            x = jnp.tanh(x @ whole)
+            mean = jax.lax.pmean(x.T @ x, "data") / len(x)
+            part = mean.shape[0] // mesh.size
+            start = jax.lax.axis_index("data") * part
+            weights += 1e-3 * jax.lax.dynamic_slice_in_dim(mean, start, part)
+        return weights, jax.lax.pmean(jnp.sum(x), "data")
+
+    step = jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(rows, rows),
+            out_specs=(rows, PartitionSpec()),
+            check_vma=False,
+        ),
+        donate_argnums=0,
+    )
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, rows))
+    rng = np.random.default_rng(0)
+    weights = place(rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) / WIDTH)
+    x = place(rng.normal(size=(64 * mesh.size, WIDTH)).astype(np.float32))
+    said = time.monotonic()
+    for done in range(1, count + 1):
+        weights, total = step(weights, x)
+        if not unsafe:
+            runtime.launched(total)
+        if done == count or time.monotonic() - said > 1:
+            jax.block_until_ready(total) if done == count else None
+            said = time.monotonic()
+            print(json.dumps({"done": done}), flush=True)
+    assert np.isfinite(float(total))
+
+
+def run_round(o: flags.FlagValues) -> tuple[int, str | None]:
+    """One process; (launches reported, what went wrong)."""
+    command = [sys.executable, "-m", "benchmarks.stress_collectives", "--child"]
+    command += [f"--launches={o.launches}", f"--unsafe={o.unsafe}"]
+    process = subprocess.Popen(
+        command, env=child_environment(o.devices), stdout=subprocess.PIPE, text=True
+    )
+    heard, done = [time.monotonic()], [0]
+
+    def listen() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            heard[0], done[0] = time.monotonic(), json.loads(line)["done"]
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    fault = None
+    while process.poll() is None:
+        time.sleep(0.2)
+        if time.monotonic() - heard[0] > o.patience:
+            fault = f"no progress for {o.patience:.0f} s"
+            process.kill()
+    listener.join()
+    if fault is None and process.returncode:
+        fault = f"ended with {process.returncode}"
+    return done[0], fault
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    o = flags.FLAGS
+    if o.child:
+        launch(o.launches, unsafe=o.unsafe)
+        return
+    spinning, faults = busy_cores(), 0
+    try:
+        for number in range(1, o.rounds + 1):
+            start = time.monotonic()
+            done, fault = run_round(o)
+            seconds = time.monotonic() - start
+            verdict = fault or "ok"
+            print(
+                f"round {number}: {done:,} of {o.launches:,} launches on {o.devices} "
+                f"devices in {seconds:.0f} s: {verdict}",
+                flush=True,
+            )
+            faults += fault is not None
+    finally:
+        for process in spinning:
+            process.kill()
+    if faults:
+        sys.exit(f"error: {faults} of {o.rounds} rounds hung or died.")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("launches", 30_000, "Of the step, per round.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 3, "Processes, one after the other.", lower_bound=1)
+    flags.DEFINE_integer("devices", 2, "CPU devices.", lower_bound=2)
+    flags.DEFINE_float("patience", 60.0, "Seconds without progress that are a hang.")
+    flags.DEFINE_bool("unsafe", False, "Without the pool and the limit.")
+    flags.DEFINE_bool("child", False, "One round, in this process.")
+    app.run(main)
