@@ -34,6 +34,7 @@ STYLES = {
     "snapkv_aware": ("tab:orange", "D"),
     "selective": ("tab:brown", "X"),
 }
+NOTHING = 0.05  # a score that is not worth a panel
 UNBOUNDED = ("loss", "perplexity", "answer_loss")  # what does not lie in [0, 1]
 
 
@@ -77,27 +78,48 @@ def heat_maps(
 
 
 def loss_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss of the last window against length, one line with its band per method."""
+    """Loss of the last window: a panel per ratio over the length, or, of one length, a
+    row per method in the order of their losses."""
     found = [m for m in metrics if m["metric"] == "loss"]
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(m["method"] for m in found):
-        line = sorted(
-            (m["length"], m["value"], m["low"], m["high"])
-            for m in found
-            if m["method"] == method
-        )
-        lengths, value, low, high = zip(*line, strict=True)
-        style = {"full": "k-", "window": "k--"}.get(method, "-")
-        (drawn,) = axes.plot(lengths, value, style, marker="o", label=method)
-        axes.fill_between(lengths, low, high, color=drawn.get_color(), alpha=0.1)
-    axes.set_xscale("log", base=2)
-    lengths = sorted({m["length"] for m in found})
-    axes.set_xticks(lengths, [str(n) for n in lengths])
-    axes.set_xlabel("length, tokens")
-    axes.set_ylabel("loss of the last window, nats/token")
-    axes.legend()
+    label = "loss of the last window, nats/token"
+    if len({m["length"] for m in found}) == 1:
+        _rows(found, label).savefig(path, dpi=DPI)
+        return
+
+    def draw(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
+        methods = _by_method(metrics)
+        moved = _moved([m[0]["method"] for m in methods])
+        for m in methods:
+            by = moved[m[0]["method"]]
+            line = sorted(
+                (by * x["length"], x["value"], x["low"], x["high"]) for x in m
+            )
+            lengths, value, low, high = zip(*line, strict=True)
+            (drawn,) = axes.plot(lengths, value, **_line(m[0]))
+            axes.fill_between(lengths, low, high, color=drawn.get_color(), alpha=0.08)
+        _length_axis(axes, metrics)
+
+    figure, panels = _per_ratio(found, draw)
+    panels[0].set_ylabel(label)
     figure.savefig(path, dpi=DPI)
+
+
+def _rows(metrics: Sequence[Mapping[str, Any]], label: str) -> Figure:
+    """A value with its interval per method, the best on top."""
+    ordered = sorted(metrics, key=lambda m: -m["value"])
+    figure = Figure(figsize=(6.4, 1.2 + 0.22 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    for place, m in enumerate(ordered):
+        drawn = _line(m) | {"label": m["method"], "linestyle": "none"}
+        spread = [[m["value"] - m["low"]], [m["high"] - m["value"]]]
+        axes.errorbar([m["value"]], [place], xerr=spread, elinewidth=0.8, **drawn)
+        if m["ratio"] is None:  # what the others are read against
+            color = drawn["color"]
+            axes.axvline(m["value"], color=color, linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(ordered)), [m["method"] for m in ordered], fontsize=8)
+    axes.set_xlabel(f"{label}, {ordered[0]['length']:,} tokens [95 %]")
+    axes.grid(axis="x", alpha=0.2)
+    return figure
 
 
 def training_loss(lines: Path, path: Path) -> None:
@@ -118,22 +140,37 @@ def curves(
 ) -> list[str]:
     """Each task's number against the ratio (at the longest length) and the length.
 
+    Tasks in which no method reaches `NOTHING` are named in the text, not drawn: their
+    lines would all lie on the axis.
+
     what: "scores", or "answer_losses": in the names of the figures.
 
     Returns:
       Markdown of the figures that were worth drawing.
     """
     made = []
-    plans = (
-        ("ratio", _against_ratio, "tokens per slot"),
-        ("length", _against_length, "length, tokens"),
-    )
-    for key, draw, label in plans:
-        if len({m[key] for m in metrics} - {None}) > 1:
+    silent = _silent(metrics)
+    drawn = [m for m in metrics if m["task"] not in silent]
+    for key, draw in (("ratio", _against_ratio), ("length", _against_length)):
+        if len({m[key] for m in drawn} - {None}) > 1:
             name = f"{what}_by_{key}.png"
-            _panels(metrics, folder / name, draw, label)
+            _panels(drawn, folder / name, draw)
             made.append(f"![{what.replace('_', ' ')} by {key}]({name})\n")
+    if silent:
+        made.append(
+            f"Not drawn, since no method is above {NOTHING:g}: {', '.join(silent)}.\n"
+        )
     return made
+
+
+def _silent(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Tasks with scores of 0 to 1 that are next to 0 for every method."""
+    best: dict[str, float] = {}
+    for m in metrics:
+        score = np.inf if m["metric"] in UNBOUNDED else m["value"]
+        if score is not None:
+            best[m["task"]] = max(score, best.get(m["task"], 0.0))
+    return [task for task, score in best.items() if score <= NOTHING]
 
 
 def costs(
@@ -141,44 +178,92 @@ def costs(
     times: Sequence[Mapping[str, Any]],
     folder: Path,
 ) -> list[str]:
-    """KV bytes of the past and seconds per example against the length."""
+    """KV bytes of the past, and seconds per example without compilation, a panel per
+    ratio, against the length."""
     if len({m["length"] for m in metrics}) < 2:
         return []
-    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
-    bytes_axes, time_axes = figure.subplots(1, 2)
-    for method in dict.fromkeys(m["method"] for m in metrics):
-        held: dict[int, float] = {}
-        for m in metrics:
-            if m["method"] == method:
-                held.setdefault(m["length"], m["kv_bytes"])
-        took: dict[int, float] = {}
-        for t in times:
-            if t["method"] == method:
-                took.setdefault(t["length"], sum(t["seconds"]) / t["rows"])
-        ratio = next(m["ratio"] for m in metrics if m["method"] == method)
-        drawn = style(split_name(method)[0]) | {"alpha": _faded(ratio)}
-        for axes, found in ((bytes_axes, held), (time_axes, took)):
-            line = sorted(found.items())
-            axes.plot(*zip(*line, strict=True), label=method, **drawn)
-    lengths = sorted({m["length"] for m in metrics})
-    for axes, label in (
-        (bytes_axes, "KV bytes of the past"),
-        (time_axes, "seconds per example, in batches"),
-    ):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [str(n) for n in lengths])
-        axes.set_xlabel("length, tokens")
-        axes.set_ylabel(label)
-    time_axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    took: dict[tuple[str, int], float] = {}
+    for t in times:  # of the first task that measured a method and a length
+        took.setdefault((t["method"], t["length"]), sum(t["seconds"]) / t["rows"])
+
+    def draw(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
+        methods = _by_method(metrics)
+        moved = _moved([m[0]["method"] for m in methods])
+        for m in methods:
+            by = moved[m[0]["method"]]
+            points = {x["length"]: took.get((x["method"], x["length"])) for x in m}
+            line = [(by * n, s) for n, s in sorted(points.items()) if s is not None]
+            if line:
+                axes.plot(*zip(*line, strict=True), **_line(m[0]))
+        axes.set_ylim(bottom=0)
+        _length_axis(axes, metrics)
+
+    figure, panels = _per_ratio(metrics, draw, before=1)
+    _memory_panel(panels[0], metrics)
+    panels[1].set_ylabel("seconds per example, in batches")
     figure.savefig(folder / "costs.png", dpi=DPI)
-    return ["![KV bytes and time against the length](costs.png)\n"]
+    return [
+        "![KV bytes and time against the length](costs.png)\n\n"
+        "Times are without compilation.\n"
+    ]
+
+
+def _memory_panel(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """One line for all methods that keep the same bytes: they would hide each other."""
+    lines: dict[tuple[tuple[int, float], ...], list[Mapping[str, Any]]] = {}
+    for m in _by_method(metrics):
+        held = {x["length"]: x["kv_bytes"] for x in m}
+        lines.setdefault(tuple(sorted(held.items())), []).append(m[0])
+    most = max(value for line in lines for _, value in line)
+    unit, name = next(
+        (u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+        if most >= u or u == 1
+    )  # fmt: skip
+    for line, same in lines.items():
+        tags = sorted({split_name(m["method"])[1] for m in same})
+        shared = f"{tags[0]}, {len(same)} methods" if len(same) > 1 else ""
+        x, y = zip(*line, strict=True)
+        drawn = _line(same[0]) | ({"color": "tab:grey"} if shared else {})
+        axes.plot(x, [value / unit for value in y], **drawn)
+        text = shared or same[0]["method"]
+        axes.annotate(
+            text, (x[-1], y[-1] / unit), (6, 0), textcoords="offset points",
+            fontsize=7, va="center", annotation_clip=False,
+        )  # fmt: skip
+    axes.spines[["right", "top"]].set_visible(False)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(f"KV of the past, {name}")
+    axes.set_title("memory", fontsize=9)
+    _length_axis(axes, metrics)
+
+
+def _per_ratio(
+    metrics: Sequence[Mapping[str, Any]],
+    draw: Callable[[Any, Sequence[Mapping[str, Any]]], None],
+    before: int = 0,
+) -> tuple[Figure, list[Any]]:
+    """A panel per ratio, each with the methods that have none, and one legend.
+
+    Args:
+      before: panels in front that the caller fills; they share no axis.
+    """
+    tags = sorted({split_name(m["method"])[1] for m in metrics} - {""}, key=by_number)
+    count = before + max(len(tags), 1)
+    figure = Figure(figsize=(3.3 * count + 1.6, 3.6), layout="constrained")
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes, tag in zip(panels[before:], tags or [""], strict=True):
+        if axes is not panels[before]:
+            axes.sharey(panels[before])
+        draw(axes, [m for m in metrics if split_name(m["method"])[1] in ("", tag)])
+        axes.set_title(tag, fontsize=9)
+    _legend(figure, panels[before:])
+    return figure, panels
 
 
 def _panels(
     metrics: Sequence[Mapping[str, Any]],
     path: Path,
     draw: Callable[[Any, list[Mapping[str, Any]]], None],
-    label: str,
 ) -> None:
     """A panel per task, four in a row, with one legend."""
     tasks = list(dict.fromkeys((m["task"], m["metric"]) for m in metrics))
@@ -186,22 +271,27 @@ def _panels(
     high = -(-len(tasks) // wide)
     figure = Figure(figsize=(3.4 * wide + 2.0, 2.8 * high), layout="constrained")
     panels = figure.subplots(high, wide, squeeze=False).ravel()
-    lines: dict[str, Any] = {}
     for axes, (task, metric) in zip(panels, tasks, strict=False):
-        draw(axes, [m for m in metrics if (m["task"], m["metric"]) == (task, metric)])
         axes.set_title(task, fontsize=9)
-        axes.set_xlabel(label, fontsize=8)
+        draw(axes, [m for m in metrics if (m["task"], m["metric"]) == (task, metric)])
         axes.set_ylabel(metric, fontsize=8)
         if metric not in UNBOUNDED:
             axes.set_ylim(-0.03, 1.03)  # or 0.01 looks like much
-        for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            lines.setdefault(name, line)
     for axes in panels[len(tasks) :]:
         axes.remove()
+    _legend(figure, panels[: len(tasks)])
+    figure.savefig(path, dpi=DPI)
+
+
+def _legend(figure: Figure, panels: Sequence[Any]) -> None:
+    """One for all panels, beside them."""
+    lines: dict[str, Any] = {}
+    for axes in panels:
+        for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            lines.setdefault(name, line)
     figure.legend(
         list(lines.values()), list(lines), loc="outside right upper", fontsize=8
     )
-    figure.savefig(path, dpi=DPI)
 
 
 def style(family: str) -> dict[str, Any]:
@@ -223,7 +313,9 @@ def _against_ratio(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
         and split_name(m["method"])[1] != ADAPT
     ]
     ratios = sorted({m["ratio"] for m in here} - {None})
-    for family in dict.fromkeys(split_name(m["method"])[0] for m in here):
+    families = list(dict.fromkeys(split_name(m["method"])[0] for m in here))
+    moved = _moved(families)
+    for family in families:
         found = [m for m in here if split_name(m["method"])[0] == family]
         if found[0]["ratio"] is None:
             value = found[0]["value"]
@@ -232,26 +324,63 @@ def _against_ratio(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
                 value, linestyle="--", linewidth=1.0, label=family, color=color
             )
             continue
-        line = sorted((m["ratio"], m["value"]) for m in found)
+        line = sorted((m["ratio"] * moved[family], m["value"]) for m in found)
         axes.plot(*zip(*line, strict=True), label=family, **style(family))
     axes.set_xscale("log", base=2)
     axes.set_xticks(ratios, [f"x{r}" for r in ratios])
-    axes.text(
-        0.98, 0.98, f"{longest:,} tokens", transform=axes.transAxes, fontsize=7,
-        ha="right", va="top",
-    )  # fmt: skip
+    axes.minorticks_off()
+    axes.set_xlabel("tokens per slot", fontsize=8)
+    axes.set_title(f"{axes.get_title()}, {longest:,} tokens", fontsize=9)
 
 
 def _against_length(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
-    for method in dict.fromkeys(m["method"] for m in metrics):
-        found = [m for m in metrics if m["method"] == method]
-        line = [(m["length"], m["value"]) for m in found if m["value"] is not None]
+    methods = _by_method(metrics)
+    moved = _moved([m[0]["method"] for m in methods])
+    for m in methods:
+        line = [(x["length"], x["value"]) for x in m if x["value"] is not None]
         if line:
-            drawn = style(split_name(method)[0]) | {"alpha": _faded(found[0]["ratio"])}
-            axes.plot(*zip(*sorted(line), strict=True), label=method, **drawn)
+            lengths, values = zip(*sorted(line), strict=True)
+            name = m[0]["method"]
+            drawn = _line(m[0]) | {"label": name, "alpha": _faded(m[0]["ratio"])}
+            axes.plot([n * moved[name] for n in lengths], values, **drawn)
+    _length_axis(axes, metrics)
+
+
+def _by_method(
+    metrics: Sequence[Mapping[str, Any]],
+) -> list[list[Mapping[str, Any]]]:
+    """The metrics of each method."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for m in metrics:
+        found.setdefault(m["method"], []).append(m)
+    return list(found.values())
+
+
+def _line(metric: Mapping[str, Any]) -> dict[str, Any]:
+    """The look of a method's family, and its name in the legend."""
+    family = split_name(metric["method"])[0]
+    dashed = {"linestyle": "--"} if metric["ratio"] is None else {}
+    return style(family) | {"label": family} | dashed
+
+
+def _length_axis(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     lengths = sorted({m["length"] for m in metrics})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [str(n) for n in lengths], fontsize=7)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths], fontsize=7)
+    axes.minorticks_off()
+    axes.set_xlabel("length, tokens", fontsize=8)
+
+
+def _moved(names: Sequence[str]) -> dict[str, float]:
+    """A factor near 1 per name, for the x axis: equal values stay side by side."""
+    middle = (len(names) - 1) / 2
+    step = min(0.025, 0.25 / max(len(names), 1))
+    return {name: 2.0 ** (step * (i - middle)) for i, name in enumerate(names)}
+
+
+def by_number(tag: str) -> tuple[int, str]:
+    """Sorts "x2", "x4", "x16" by their numbers."""
+    return (int(tag[1:]) if tag[1:].isdecimal() else 0, tag)
 
 
 def _faded(ratio: int | None) -> float:

@@ -47,7 +47,9 @@ def overview(metrics: Sequence[Mapping[str, Any]]) -> str:
     tables = []
     for length in sorted({m["length"] for m in metrics}):
         here = [m for m in metrics if m["length"] == length]
-        tags = sorted({split_name(m["method"])[1] for m in here} - {""}, key=_by_number)
+        tags = sorted(
+            {split_name(m["method"])[1] for m in here} - {""}, key=plots.by_number
+        )
         for tag in tags or [""]:
             shown = [m for m in here if split_name(m["method"])[1] in ("", tag)]
             title = f"{length:,} tokens" + (f", {tag}" if tag else "")
@@ -67,6 +69,40 @@ def overview(metrics: Sequence[Mapping[str, Any]]) -> str:
     return "## Overview\n\n" + "\n".join([f"{text}\n", *tables])
 
 
+def verdicts(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Says in words what a reader could miss in the tables; "" if there is nothing.
+
+    Beacons that predict worse than the last window alone, and tasks that full attention
+    cannot do either.
+    """
+    lines = []
+    main = main_metrics(metrics)
+    cells = {(m["method"], m["task"], m["length"]): m["value"] for m in main}
+    for m in main:
+        alone = cells.get(("window", m["task"], m["length"]))
+        lossy = m["metric"] in plots.UNBOUNDED and None not in (m["value"], alone)
+        if lossy and split_name(m["method"])[0] == "beacon" and m["value"] > alone:
+            lines.append(
+                f"- {m['task']} at {m['length']:,} tokens: {m['method']} is worse than "
+                f"the last window alone ({m['metric']} {m['value']:.3f} against "
+                f"{alone:.3f}). Such beacons are undertrained, or were not trained for "
+                "this ratio or length."
+            )
+    whole = [m for m in main if m["method"] == "full" and m["value"] is not None]
+    best: dict[str, float] = {}
+    for m in whole:
+        if m["metric"] not in plots.UNBOUNDED:
+            best[m["task"]] = max(m["value"], best.get(m["task"], 0.0))
+    unable = [task for task, score in best.items() if score <= plots.NOTHING]
+    if unable:
+        lines.append(
+            f"- Full attention itself scores at most {plots.NOTHING:g} at "
+            f"{', '.join(unable)}: this model cannot do them, so that they say nothing "
+            "of a method."
+        )
+    return "## In words\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
 def _by_task(metrics: Sequence[Mapping[str, Any]]) -> str:
     families = dict.fromkeys(split_name(m["method"])[0] for m in metrics)
     tasks = dict.fromkeys((m["task"], m["metric"]) for m in metrics)
@@ -76,10 +112,6 @@ def _by_task(metrics: Sequence[Mapping[str, Any]]) -> str:
         for task in tasks
     ]
     return table(["task", "", *families], rows)
-
-
-def _by_number(tag: str) -> tuple[int, str]:
-    return (int(tag[1:]) if tag[1:].isdecimal() else 0, tag)
 
 
 def times(found: Sequence[Mapping[str, Any]]) -> str:
@@ -93,12 +125,16 @@ def times(found: Sequence[Mapping[str, Any]]) -> str:
             t["method"],
             t["rows"],
             " / ".join(f"{s:.3f}" for s in t["seconds"]),
-            t["batches"] if t["compiled"] else f"{t['batches']}, with compilation",
+            t["batches"],
+            f"{t['compile_seconds']:.1f}",
         ]
         for t in sorted(found, key=lambda t: (t["task"], t["length"]))
     ]
-    head = ["task", "length", "method", "rows", "s per batch", "batches"]
-    text = "Medians; of tasks with turns, each turn's."
+    head = ["task", "length", "method", "rows", "s per batch", "batches", "compile s"]
+    text = (
+        "Medians without compilation, which stands apart; of tasks with turns, each "
+        "turn's."
+    )
     return f"## Time\n\n{text}\n\n{table(head, rows)}\n"
 
 
@@ -147,6 +183,7 @@ def write(
             table(["", "value"], rows),
             "",
             overview(metrics),
+            verdicts(metrics),
             *plots.curves(found, folder),
             *plots.curves(losses, folder, "answer_losses"),
             *sections,

@@ -34,6 +34,7 @@ from beacon_jax.evaluation.methods import Method
 from beacon_jax.evaluation.model import Model
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.tasks.base import Example, Metric, Task
+from beacon_jax.stopwatch import Stopwatch
 
 PROGRESS_SECONDS = 5.0
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
@@ -168,10 +169,15 @@ def predict(
                 continue
             # Repeating an example keeps the shape, hence the compiled program.
             padded = batch + batch[-1:] * (size - len(batch))
-            start = time.perf_counter()
+            watch = Stopwatch()
             answers = task.run(model, resolved, padded)[: len(batch)]
-            took = time.perf_counter() - start
-            times.add(batch[0].length, size, answers[0].get("seconds", [took]))
+            took, compiled = watch.lap()
+            times.add(
+                batch[0].length,
+                size,
+                answers[0].get("seconds", [took]),
+                answers[0].get("compile_seconds", compiled),
+            )
             text = [
                 json.dumps(
                     {"id": e.id, "method": method.name, "ratio": resolved.ratio}

@@ -9,45 +9,51 @@ import numpy as np
 
 
 class Times:
-    """Appends a line per batch. The first one of a length in a process compiles."""
+    """Appends a line per batch."""
 
     def __init__(self, file: Path, task: str, method: str):
         self.file, self.task, self.method = file, task, method
-        self._seen: set[int] = set()
 
-    def add(self, length: int, rows: int, seconds: Sequence[float]) -> None:
-        """seconds: of the parts of the task (turns), one for most."""
+    def add(
+        self, length: int, rows: int, seconds: Sequence[float], compiled: float
+    ) -> None:
+        """Notes one batch.
+
+        Args:
+          seconds: of the parts of the task (turns), one for most; without compilation.
+          compiled: seconds of compilation in this batch.
+        """
         line = {
             "task": self.task,
             "method": self.method,
             "length": length,
             "rows": rows,
             "seconds": [round(s, 6) for s in seconds],
-            "first": length not in self._seen,
+            "compile_seconds": round(compiled, 6),
         }
-        self._seen.add(length)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def without(answer: Mapping[str, Any]) -> dict[str, Any]:
     """An answer without its times."""
-    return {k: v for k, v in answer.items() if k != "seconds"}
+    times = ("seconds", "compile_seconds")
+    return {k: v for k, v in answer.items() if k not in times}
 
 
 def summary(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Median seconds of a batch per task, method and length.
+    """Median seconds of a batch per task, method and length, without compilation.
 
-    Batches that compile do not count where there are others; `compiled` says if not.
+    Lines of earlier versions, which counted compilation in, are left out.
     """
     cells: dict[tuple[str, str, int, int], list[Mapping[str, Any]]] = {}
     for line in lines:
-        key = (line["task"], line["method"], line["length"], line["rows"])
-        cells.setdefault(key, []).append(line)
+        if "compile_seconds" in line:
+            key = (line["task"], line["method"], line["length"], line["rows"])
+            cells.setdefault(key, []).append(line)
     found = []
     for (task, method, length, rows), batches in cells.items():
-        later = [b["seconds"] for b in batches if not b["first"]]
-        used = later or [b["seconds"] for b in batches]
+        used = [b["seconds"] for b in batches]
         middle = np.median(np.asarray(used, np.float64), axis=0)
         found.append(
             {
@@ -57,7 +63,7 @@ def summary(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "rows": rows,
                 "seconds": [round(float(s), 4) for s in middle],
                 "batches": len(used),
-                "compiled": bool(later),
+                "compile_seconds": round(sum(b["compile_seconds"] for b in batches), 3),
             }
         )
     return found

@@ -10,7 +10,6 @@ does not name if there are enough. Lengths without room for three turns (below ~
 tokens of a vocabulary of 512) have fewer.
 """
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from beacon_jax.evaluation.statistics import wilson
 from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
 from beacon_jax.evaluation.tasks.haystack import Haystack, ask, templated
 from beacon_jax.evaluation.tasks.synthetic import Synthetic
+from beacon_jax.stopwatch import Stopwatch
 
 TURNS = 3
 NAMES = """
@@ -120,7 +120,7 @@ class MultiNeedle(Synthetic):
     def run(
         self, model: Model, method: Method, batch: Sequence[Example]
     ) -> list[dict[str, Any]]:
-        start = time.perf_counter()
+        watch, compiled = Stopwatch(), 0.0
         asked = [e.tokens for e in batch]  # the conversation, as far as it is asked
         memory, following, kept = remember_prompts(model, method, asked)
         texts, losses, seconds = [], [], []
@@ -130,7 +130,9 @@ class MultiNeedle(Synthetic):
             found = model.decode(
                 memory, out.last_logits, self.new_tokens, method.live_ratio
             )
-            seconds.append(time.perf_counter() - start)
+            took, made = watch.lap()
+            seconds.append(took)
+            compiled += made
             wanted = [
                 prompts.ids(model.tokenizer, f" {e.info['answers'][turn]}")
                 for e in batch
@@ -141,7 +143,7 @@ class MultiNeedle(Synthetic):
             texts.append(found.texts)
             if turn + 1 == turns:
                 break
-            start = time.perf_counter()
+            watch = Stopwatch()  # without the losses
             memory = found.memory
             following = [np.asarray(e.info["turns"][turn], np.int32) for e in batch]
             asked = [
@@ -156,6 +158,7 @@ class MultiNeedle(Synthetic):
                 "answer_loss": float(np.mean([turn[row] for turn in losses])),
                 "kv_bytes": kept[row],
                 "seconds": seconds,
+                "compile_seconds": compiled,
             }
             for row in range(len(batch))
         ]

@@ -75,11 +75,16 @@ def _draw(metrics: Sequence[Metric], path: Path) -> None:
     lines: dict[str, Any] = {}
     for panel, ratio in zip(panels, ratios, strict=False):
         here = [m for m in metrics if m["ratio"] == ratio]
-        for method in dict.fromkeys(m["method"] for m in here):
+        methods = list(dict.fromkeys(m["method"] for m in here))
+        for place, method in enumerate(methods):
             at, values = _pooled([m for m in here if m["method"] == method])
+            # Side by side, or equal values would hide each other.
+            aside = 0.3 * ((place + 0.5) / len(methods) - 0.5)
             family = split_name(method)[0]
             style = plots.style(family)
-            (lines[family],) = panel.plot(at, values, label=family, **style)
+            (lines[family],) = panel.plot(
+                [x + aside for x in at], values, label=family, **style
+            )
         panel.set_title(f"x{ratio}")
         panel.set_xticks(range(ratio))
         panel.set_xlabel("place of the value in its unit")
