@@ -24,11 +24,11 @@ class _Compiling:
         self._before = 0.0  # seconds of spans that are no longer listed
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
-    def _add(self, event: str, seconds: float, **_: Any) -> None:
+    def _add(self, event: str, duration_secs: float, **_: Any) -> None:
         if event not in STAGES:
             return
         end = time.perf_counter()
-        start = end - seconds
+        start = end - duration_secs
         with self._lock:
             # A stage is reported at its end: those inside it came before.
             while self._spans and self._spans[-1][1] > start:

@@ -279,7 +279,7 @@ def _panels(
             axes.set_ylim(-0.03, 1.03)  # or 0.01 looks like much
     for axes in panels[len(tasks) :]:
         axes.remove()
-    _legend(figure, panels[: len(tasks)])
+    _legend(figure, list(panels[: len(tasks)]))
     figure.savefig(path, dpi=DPI)
 
 
