@@ -1,17 +1,85 @@
-"""The commands: one file each, which turns flags into one call of the package."""
+"""The commands: one file each, which turns flags into one call of the package.
+
+`beacon-jax COMMAND`, `python -m beacon_jax COMMAND` and `python -m beacon_jax.COMMAND`
+are the same. A command's file has a docstring (what --help begins with), and either
+`define_flags(values)` and `main(arguments)`, or `main()` alone, which then reads the
+arguments of the process. Nothing that takes long to import is imported at its top:
+--help answers in less than a second.
+"""
 
 import importlib
 import sys
+from collections.abc import Sequence
 
-from absl import app
+from beacon_jax import __version__
+
+COMMANDS = {
+    "generate": "Generate text after a context, compressed by a ratio.",
+    "compress": "Compress a text into a beacon pack, to ask questions later.",
+    "train": "Train beacons on a frozen model, or a small model from scratch.",
+    "prepare": "Tokenise training text and conversations once.",
+    "inspect": "Show what prepared data hold, before a run spends hours on them.",
+    "synthesize": "Make questions and answers about long texts with an endpoint.",
+    "evaluate": "Measure what compression costs, and compare finished runs.",
+    "lm_eval": "Run lm-evaluation-harness against a compressed model.",
+    "convert": "Convert checkpoints from and to Hugging Face folders.",
+    "bench": "Measure speed and memory.",
+}
 
 
-def start(name: str) -> None:
-    """Runs the command `name` with the arguments of this process."""
+def overview() -> str:
+    """What `beacon-jax --help` prints: every command with one line."""
+    lines = [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Activation Beacon in JAX: compresses the KV cache of long contexts.",
+            "",
+            "usage: beacon-jax COMMAND [--flag=value ...]",
+            "",
+            *lines,
+            "",
+            "beacon-jax COMMAND --help: its flags; beacon-jax --version: the version.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command that the first argument names."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else "--help"
+    if name in ("--help", "-h", "help"):
+        print(overview())
+    elif name == "--version":
+        print(f"beacon-jax {__version__}")
+    elif name in COMMANDS:
+        start(name, words[1:])
+    else:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        sys.exit(
+            f"error: there is no command {name!r}: {hint}"
+            f"Commands: {', '.join(COMMANDS)}."
+        )
+
+
+def start(name: str, arguments: Sequence[str] | None = None) -> None:
+    """Runs the command `name`, with the arguments of this process if none are given."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Flags of configs (ml_collections) and lm_eval read them there.
+    sys.argv = [f"beacon-jax {name}", *words]
     module = importlib.import_module(f"beacon_jax.cli.{name}")
-    if not hasattr(module, "define_flags"):
-        return module.main()
-    sys.modules["__main__"].__doc__ = module.__doc__  # what absl shows for --help
-    module.define_flags()
-    parse = getattr(module, "parse", app.parse_flags_with_usage)
-    app.run(module.main, flags_parser=parse)
+    try:
+        if not hasattr(module, "define_flags"):
+            return module.main()
+        from absl import app, flags
+
+        from beacon_jax.cli import options
+
+        module.define_flags(flags.FLAGS)
+        parse = lambda given: options.parse(given, flags.FLAGS, module.__doc__ or "")
+        app.run(module.main, argv=sys.argv, flags_parser=parse)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped\n")
+        sys.exit(130)  # 128 + SIGINT, as shells say it

@@ -1,51 +1,54 @@
 """Measures speed and memory; the same command measures only what is missing in --out.
 
-python -m beacon_jax.bench --preset=llama2-7b --lengths=4096,32768,131072 --ratios=4,8 \
-  [--parts=parity,kernels,prefill,decode,train | --kernels] --out=DIR
-python -m beacon_jax.bench --preset=qwen2-0.5b --window=1024 --ratios=8 \
-  --lengths=4096,8192,16384 --dtype=float32 --parts=prefill,decode --against=torch
-python -m beacon_jax.bench --plan [--preset=...]     # what chips can reach at best
-python -m beacon_jax.bench --readme=DIR/bench.json   # its tables into README.md
+--plan prints what chips can reach at best and measures nothing. --readme=bench.json
+writes its tables into README.md.
+
+Examples:
+  beacon-jax bench --preset=llama2-7b --lengths=4096,32768,131072 --ratios=4,8 --out=DIR
+  beacon-jax bench --preset=qwen2-0.5b --window=1024 --ratios=8 --dtype=float32 \
+    --lengths=4096,8192,16384 --parts=prefill,decode --against=torch
+  beacon-jax bench --plan
 """
 
-import functools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from beacon_jax.cli.options import Group
+from beacon_jax.resources import require
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    text, number, many, switch, choice = (
-        functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=values)
-        for kind in ("string", "integer", "list", "bool", "enum")
-    )
-    many("preset", None, "One of model.presets, or several; else tiny, all of a plan.")
-    many("lengths", None, "Tokens of the text.")
-    many("ratios", None, "Of the beacons, beside full attention.")
-    many("batches", ["1", "8"], "Rows of the decoding.")
-    many("queries", [], "Of the kernels; else windows with beacons at x8 and x2.")
-    many("memory", [], "Slots of the kernels' buffer; else 16 windows.")
-    many("parts", ["kernels", "prefill", "decode", "train"], "What is measured.")
-    switch("kernels", False, "Short for --parts=kernels.")
-    number("window", None, "Of the beacons; else the preset's.")
-    many("against", [], "torch: transformers with the same weights (extra bench).")
-    number("repeats", 5, "Samples per figure.")
-    choice("dtype", "bfloat16", ["bfloat16", "float32"], "Of all that is measured.")
-    text("out", None, "Folder; else benchmarks/DATE-CHIP.")
-    switch("plan", False, "Print roofline times by formula; measures nothing.")
-    text("readme", None, "bench.json files; rewrites README.md between its markers.")
+    f = Group(values, "Model")
+    f.names("preset", None, "Of model.presets, one or several; else tiny, plan: all.")
+    f.number("window", None, "Of the beacons; else the preset's.")
+    f.choice("dtype", "bfloat16", ["bfloat16", "float32"], "Of all that is measured.")
+    f = Group(values, "What is measured")
+    f.names("parts", ["kernels", "prefill", "decode", "train"], "And parity.")
+    f.switch("kernels", False, "Short for --parts=kernels.")
+    f.names("lengths", None, "Tokens of the text.")
+    f.names("ratios", None, "Of the beacons, beside full attention.")
+    f.names("batches", ["1", "8"], "Rows of the decoding.")
+    f.names("queries", [], "Of the kernels; else windows with beacons at x8 and x2.")
+    f.names("memory", [], "Slots of the kernels' buffer; else 16 windows.")
+    f.names("against", [], "torch: transformers with the same weights (extra bench).")
+    f.number("repeats", 5, "Samples per figure.")
+    f = Group(values, "Output")
+    f.text("out", None, "Folder; else benchmarks/DATE-CHIP.")
+    f.switch("plan", False, "Print roofline times by formula; measures nothing.")
+    f.text("readme", None, "bench.json files; rewrites README.md between its markers.")
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}: options begin with --.")
+        sys.exit(f"error: unknown arguments {argv[1:]}: options begin with --.")
     try:
         o = flags.FLAGS
         (_readme if o.readme else _plan if o.plan else _measure)(o)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -69,6 +72,7 @@ def _plan(o: flags.FlagValues) -> None:
 
 
 def _measure(o: flags.FlagValues) -> None:
+    require("matplotlib", extra="plots", for_="bench")
     from beacon_jax.benchmark import report, runner
 
     rows = runner.run_all(o, ["kernels"] if o.kernels else o.parts)

@@ -1,11 +1,11 @@
 """Compresses a text of any length into a beacon pack, a file to ask questions later.
 
-python -m beacon_jax.compress --model=DIR --context=FILE|- --ratio=8 --out=FILE.beacon \
-    [--max_bytes=512MiB] [--spans='[0-9]{4,}' --lossless=windows] [--memory=FILE.beacon]
-
 Several --context are read in order as one text. --memory continues a pack. The file is
 read by `generate --load_memory` and `Memory.load`; --no_tokens leaves the token ids
 out, which `truncate` and --repetition_penalty need.
+
+Example:
+  beacon-jax compress --model=tiny-beacon --context=book.txt --ratio=8 --out=book.beacon
 """
 
 import functools
@@ -14,16 +14,16 @@ from pathlib import Path
 from absl import flags
 
 from beacon_jax.cli import context
+from beacon_jax.cli.options import Group
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     context.define_flags(values)
-    text = functools.partial(flags.DEFINE_string, flag_values=values)
-    text("out", None, "Beacon pack to write.", required=True)
-    text("memory", None, "Beacon pack to continue.")
-    flags.DEFINE_bool(
-        "no_tokens", False, "Leave the token ids out.", flag_values=values
-    )
+    f = Group(values, "Compression")
+    f.text("memory", None, "Beacon pack to continue.")
+    f = Group(values, "Output")
+    f.text("out", None, "Beacon pack to write.", required=True)
+    f.switch("no_tokens", False, "Leave the token ids out.")
 
 
 def run(o: flags.FlagValues) -> None:

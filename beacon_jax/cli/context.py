@@ -3,7 +3,6 @@
 stdout is for text and JSON; everything here that is shown goes to stderr.
 """
 
-import functools
 import sys
 import time
 import warnings
@@ -11,7 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
+
+from beacon_jax.cli.options import Group
 
 if TYPE_CHECKING:  # jax takes seconds to import: after the flags
     from beacon_jax.inference.memory import Memory
@@ -22,22 +23,27 @@ MIB = 2**20
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The flags of both commands: the model, texts and how they are compressed."""
-    text, many, number, choice, switch = (
-        functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=values)
-        for kind in ("string", "multi_string", "integer", "enum", "bool")
+    f = Group(values, "Model")
+    f.text("model", None, "HF or converted folder, or tiny-beacon.", required=True)
+    f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Else as stored.")
+    f.text("mesh", None, "Devices to split over: tensor:8.")
+    f = Group(values, "Text")
+    f.texts("context", None, "Text file, - is stdin; repeated: read as one text.")
+    f = Group(values, "Compression")
+    f.text(
+        "ratio", None, "8; 2,4,8 (per window); full; auto; auto-8. Else the mix."
     )
-    text("model", None, "HF or converted folder.", required=True)
-    many("context", None, "Text file, - is stdin; repeated: read as one text.")
-    text("ratio", None, "8; 2,4,8 (per window); full; auto; auto-8. Else model's mix.")
-    number("max_slots", None, "Budget in place of --ratio: entries held, at most.")
-    text("max_bytes", None, "The same in bytes of keys and values: 512MiB.")
-    text("spans", None, "Regular expression: what must not be compressed.")
-    choice("lossless", "windows", ["windows", "slots"], "What of --spans is kept raw.")
-    choice("dtype", None, ["float32", "bfloat16", "float16"], "Else as stored.")
-    choice("memory_dtype", None, ["int8"], "52 to 63 % of bfloat16's bytes.")
-    text("mesh", None, "Devices to split over: tensor:8.")
-    number("seed", 0, "Of sampling and of a random ratio mix.", lower_bound=0)
-    switch("overwrite", False, "Replace the file that is written.")
+    f.number("max_slots", None, "Budget in place of --ratio: entries held, at most.")
+    f.text("max_bytes", None, "The same in bytes of keys and values: 512MiB.")
+    f.text("spans", None, "Regular expression: what must not be compressed.")
+    f.choice(
+        "lossless", "windows", ["windows", "slots"], "What of --spans is kept raw."
+    )
+    f.choice("memory_dtype", None, ["int8"], "52 to 63 % of bfloat16's bytes.")
+    f = Group(values, "Sampling")
+    f.number("seed", 0, "Of sampling and of a random ratio mix.", lower_bound=0)
+    f = Group(values, "Output")
+    f.switch("overwrite", False, "Replace the file that is written.")
 
 
 def main(
@@ -47,7 +53,7 @@ def main(
 ) -> None:
     """Runs a command; what the user can mend ends as one line and exit code 1."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected {argv[1:]}: quote texts with spaces.")
+        sys.exit(f"error: unexpected {argv[1:]}: quote texts with spaces.")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda text, *_: say(f"warning: {text}")

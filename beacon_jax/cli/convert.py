@@ -1,41 +1,45 @@
-"""Converts checkpoints.
+"""Converts checkpoints from and to Hugging Face folders.
 
-python -m beacon_jax.convert from-hf --src=HF --dst=DIR [--dtype=bfloat16] [--verify]
-python -m beacon_jax.convert to-hf   --src=DIR --dst=HF
+The first argument is from-hf or to-hf. --src of to-hf is a converted folder, or the
+--workdir of a training run, whose newest checkpoint is exported while the run goes on.
 
-DIR of to-hf is a converted folder, or the --workdir of a training run, whose newest
-checkpoint is exported while the run goes on.
+Examples:
+  beacon-jax convert from-hf --src=HF --dst=DIR --dtype=bfloat16 --verify
+  beacon-jax convert to-hf --src=DIR --dst=HF
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from beacon_jax.hf import conversion, verify
+from beacon_jax.cli.options import Group
+from beacon_jax.resources import asset
 
 
-def define_flags() -> None:
-    flags.DEFINE_string("src", None, "Folder to read.", required=True)
-    flags.DEFINE_string("dst", None, "Folder to write.", required=True)
-    flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16", "float16"], "from-hf: cast to this."
-    )
-    flags.DEFINE_bool("verify", False, "from-hf: compare logits with a second path.")
-    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint at --dst.")
-    flags.DEFINE_bool(
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    f = Group(values, "Checkpoints")
+    f.text("src", None, "Folder to read.", required=True)
+    f.text("dst", None, "Folder to write.", required=True)
+    f.switch("overwrite", False, "Replace a checkpoint at --dst.")
+    f = Group(values, "Only from-hf")
+    f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Cast to this.")
+    f.switch("verify", False, "Compare logits with a second path.")
+    f.switch(
         "ignore_sliding_window",
         False,
-        "from-hf: attend to everything although config.json has a sliding window.",
+        "Attend to everything although config.json has a sliding window.",
     )
 
 
 def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
     if len(argv) != 2 or argv[1] not in ("from-hf", "to-hf"):
-        raise app.UsageError(f"command={argv[1:]}: use from-hf or to-hf.")
-    src, dst = Path(options.src), Path(options.dst)
+        sys.exit(f"error: command={argv[1:]}: use from-hf or to-hf.")
+    from beacon_jax.hf import conversion, verify  # after the flags: jax takes seconds
+
+    src, dst = Path(asset(options.src)), Path(options.dst)
     try:
         if argv[1] == "to-hf" and (src / "checkpoints").is_dir():
             from beacon_jax.training.trainer import export_checkpoint  # takes seconds

@@ -1,17 +1,23 @@
 """Measures a model; the same command continues a run that stopped.
 
-python -m beacon_jax.evaluate --model=DIR --tasks=perplexity,passkey --ratios=2,4,8 \
-  --methods=beacon,full,window --lengths=256,512,1024 --out=DIR [--limit=N]
-python -m beacon_jax.evaluate --report DIR DIR … --out=DIR      # compares finished runs
+Writes report.md, plots, figures as JSON and every prediction to --out. With --report
+it compares the finished runs in the folders that follow.
+
+Examples:
+  beacon-jax evaluate --model=tiny-beacon --tasks=perplexity,passkey --ratios=2,4,8 \
+    --out=out/evaluation
+  beacon-jax evaluate --report out/evaluation out/another --out=out/both
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
+
+from beacon_jax.cli.options import Group
+from beacon_jax.resources import require
 
 DEFAULTS = {"tasks": ["perplexity", "passkey"], "methods": ["beacon", "full", "window"]}
 OPTIONS = (
@@ -29,48 +35,49 @@ OPTIONS = (
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    text, number, many, switch, one_of = (
-        functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=values)
-        for kind in ("string", "integer", "list", "bool", "enum")
-    )
-    text("model", None, "HF or converted folder.")
-    text("out", None, "Folder of the results.", required=True)
-    many("tasks", DEFAULTS["tasks"], "What is measured; names or groups.")
-    many("methods", DEFAULTS["methods"], "What is compared.")
-    many("ratios", ["2", "4", "8"], "Of the methods that have a ratio; adapt.")
-    many("lengths", ["256", "512", "1024"], "Tokens of an example, answer included.")
-    number("depths", 5, "Places of the needle.")
-    number("samples", 128, "Examples per task and length.")
-    number("limit", None, "Only the first N examples of each length.")
-    number("batch_size", 16, "Examples at a time.")
-    text("text", "stdlib", "stdlib, or a folder; held-out files only.")
-    text("haystack", "", "Where needles are hidden; default: --text, held-out files.")
-    text("data", "", "Folder of your data sets (longbench/qasper.jsonl, ...).")
-    number("max_length", 31_500, "Texts of data sets are cut to it from the middle.")
-    one_of("newline_stop", "paper", ["paper", "official"], "LongBench's line ends.")
-    one_of("chat", "auto", ["auto", "none"], "Chat template of the tokenizer.")
-    many("seeds", ["0"], "Of the examples; several: one run each, then the mean.")
-    text("mesh", None, "Devices, as in data:1,fsdp:1,tensor:8; default: one.")
-    number("window", None, "For a model without beacons.")
-    text("dtype", None, "Cast to; default: as stored.")
-    text("floors", None, "JSON, or X for configs/X_floors.json.")
-    text("summary", None, "summary.json of the training run: its loss, --floors.")
-    switch("report", False, "Only compare the runs in the folders named.")
-    switch("overwrite", False, "Discard the predictions in --out.")
+    f = Group(values, "Model")
+    f.text("model", None, "HF or converted folder, or tiny-beacon.")
+    f.text("dtype", None, "Cast to; else as stored.")
+    f.text("mesh", None, "Devices, as in data:1,fsdp:1,tensor:8; else one.")
+    f.number("window", None, "For a model without beacons.")
+    f.choice("chat", "auto", ["auto", "none"], "Chat template of the tokenizer.")
+    f.number("batch_size", 16, "Examples at a time.")
+    f = Group(values, "What is measured")
+    f.names("tasks", DEFAULTS["tasks"], "Names or groups.")
+    f.names("methods", DEFAULTS["methods"], "What is compared.")
+    f.names("ratios", ["2", "4", "8"], "Of the methods that have a ratio; adapt.")
+    f.names("lengths", ["256", "512", "1024"], "Tokens of an example, with its answer.")
+    f.number("depths", 5, "Places of the needle.")
+    f.number("samples", 128, "Examples per task and length.")
+    f.number("limit", None, "Only the first N examples of each length.")
+    f.names("seeds", ["0"], "Of the examples; several: one run each, then the mean.")
+    f = Group(values, "Text")
+    f.text("text", "stdlib", "stdlib, or a folder; held-out files only.")
+    f.text("haystack", "", "Where needles are hidden; else --text, held-out files.")
+    f.text("data", "", "Folder of your data sets (longbench/qasper.jsonl, ...).")
+    f.number("max_length", 31_500, "Texts of data sets are cut to it from the middle.")
+    f.choice("newline_stop", "paper", ["paper", "official"], "LongBench's line ends.")
+    f = Group(values, "Output")
+    f.text("out", None, "Folder of the results.", required=True)
+    f.text("floors", None, "JSON, or a name, as quickstart: numbers to be reached.")
+    f.text("summary", None, "summary.json of the training run: its loss, --floors.")
+    f.switch("report", False, "Only compare the runs in the folders named.")
+    f.switch("overwrite", False, "Discard the predictions in --out.")
 
 
 def main(argv: Sequence[str]) -> None:
     o = flags.FLAGS
     if len(argv) > 1 and not o.report:
-        raise app.UsageError(f"unknown arguments {argv[1:]}: options begin with --.")
+        sys.exit(f"error: unknown arguments {argv[1:]}: options begin with --.")
     try:
+        require("matplotlib", extra="plots", for_="the report of evaluate")
         if o.report:
             from beacon_jax.evaluation import compare
 
             print(compare.write([Path(d) for d in argv[1:]], Path(o.out)))
         elif missed := run(o):
             sys.exit(f"error: floors missed: {missed} (see {o.out}/report.md)")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

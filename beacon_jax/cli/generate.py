@@ -1,13 +1,12 @@
 """Generates text after a context of any length, compressed by a ratio.
 
-python -m beacon_jax.generate --model=DIR --context=FILE|- --prompt="..." --ratio=8 \
-    [--save_memory=FILE.beacon | --load_memory=FILE.beacon] [--json] \
-    [--max_new_tokens=64] [--temperature=0.7 --top_p=0.9 --stop="\\n" --seed=0]
-python -m beacon_jax.generate --model=DIR --context=FILE --chat
-
 The context is read once; every --prompt is asked against it, all in one batch.
 --save_memory writes the memory of the context, without prompts and answers. stdout has
 the texts alone, or with --json one object per prompt.
+
+Example:
+  beacon-jax generate --model=tiny-beacon --context=book.txt --ratio=8 \
+    --prompt="The pass key is"
 """
 
 import functools
@@ -15,29 +14,30 @@ import functools
 from absl import flags
 
 from beacon_jax.cli import answers, context
+from beacon_jax.cli.options import Group
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     context.define_flags(values)
-    text, many, number, real, switch = (
-        functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=values)
-        for kind in ("string", "multi_string", "integer", "float", "bool")
-    )
-    many("prompt", None, "Text to continue; repeated: several, in one batch.")
-    text("prompt_file", None, "Its text is the prompt; - is stdin.")
-    text("load_memory", None, "Beacon pack that comes before --context.")
-    text("save_memory", None, "Beacon pack to write: the memory of the context.")
-    switch("json", False, "One JSON object per prompt, with figures.")
-    switch("chat", False, "Talk to the model, in the tokenizer's chat template.")
-    text("system", None, "--chat: the system message.")
-    text("chat_template", None, "--chat: jinja file in place of the tokenizer's.")
-    number("max_new_tokens", None, "At most; 64 if not given, 512 with --chat.")
-    real("temperature", 0.0, "0: greedy.")
-    number("top_k", 0, "Draw from the k most likely tokens; 0: all.")
-    real("top_p", 1.0, "Draw from the top tokens that reach p; 1: all.")
-    real("min_p", 0.0, "Draw from tokens at least p times as likely as the top one.")
-    real("repetition_penalty", 1.0, "Of tokens that occurred; 1: none.")
-    many("stop", None, "Text that ends an answer; may be repeated.")
+    f = Group(values, "Text")
+    f.texts("prompt", None, "Text to continue; repeated: several, in one batch.")
+    f.text("prompt_file", None, "Its text is the prompt; - is stdin.")
+    f.switch("chat", False, "Talk to the model, in the tokenizer's chat template.")
+    f.text("system", None, "--chat: the system message.")
+    f.text("chat_template", None, "--chat: jinja file in place of the tokenizer's.")
+    f = Group(values, "Compression")
+    f.text("load_memory", None, "Beacon pack that comes before --context.")
+    f = Group(values, "Sampling")
+    f.number("max_new_tokens", None, "At most; 64 if not given, 512 with --chat.")
+    f.real("temperature", 0.0, "0: greedy.")
+    f.number("top_k", 0, "Draw from the k most likely tokens; 0: all.")
+    f.real("top_p", 1.0, "Draw from the top tokens that reach p; 1: all.")
+    f.real("min_p", 0.0, "Draw from tokens at least p times as likely as the top one.")
+    f.real("repetition_penalty", 1.0, "Of tokens that occurred; 1: none.")
+    f.texts("stop", None, "Text that ends an answer; may be repeated.")
+    f = Group(values, "Output")
+    f.text("save_memory", None, "Beacon pack to write: the memory of the context.")
+    f.switch("json", False, "One JSON object per prompt, with figures.")
 
 
 def run(o: flags.FlagValues) -> None:

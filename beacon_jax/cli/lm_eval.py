@@ -1,13 +1,27 @@
-"""lm-evaluation-harness's own command line, which knows the model `beacon_jax`.
+"""Runs lm-evaluation-harness against a compressed model, by its own command line.
 
-python -m beacon_jax.evaluation.lm_eval --model beacon_jax \
-  --model_args pretrained=DIR,ratio=8 --tasks arc_easy,boolq --batch_size 8
+Every flag is lm_eval's; its --model_args are those of `evaluation.lm_eval.BeaconLM`
+(pretrained, ratio, batch_size, max_length, dtype, mesh, ...). Needs the extra:
+pip install "beacon_jax[lm-eval]".
+
+Example:
+  beacon-jax lm_eval --model beacon_jax --tasks arc_easy,boolq --batch_size 8 \
+    --model_args pretrained=DIR,ratio=8
 """
 
 import importlib
+import sys
+
+from beacon_jax.resources import has, require
 
 
 def main() -> None:
     """Runs lm_eval with the arguments of this process."""
+    if not has("lm_eval") and {"--help", "-h"} & set(sys.argv):
+        return print(__doc__)
+    try:
+        require("lm_eval", extra="lm-eval", for_="beacon-jax lm_eval")
+    except ImportError as error:
+        sys.exit(f"error: {error}")
     importlib.import_module("beacon_jax.evaluation.lm_eval")  # registers the model
     importlib.import_module("lm_eval.__main__").cli_evaluate()

@@ -1,50 +1,45 @@
 """Tokenises sources once: text and conversations become a prepared folder.
 
-python -m beacon_jax.data.prepare --config=configs/X.py --out=DIR [--workers=N]
-  [--overwrite] [--config.key=value ...]
-
 Reads what config.data names (sources, root, min_length, max_length, chat_template) with
-the tokenizer of the config, and writes shards, an index and a manifest to DIR
-(`data.prepared`). --out=WORKDIR/data is where training in WORKDIR looks for it; without
-it training prepares by itself. The same command goes on with a folder that is not
-finished; one that was made with other settings is refused unless --overwrite.
+the tokenizer of the config, and writes shards, an index and a manifest to --out.
+--out=WORKDIR/data is where training in WORKDIR looks for it; without it training
+prepares by itself. The same command goes on with a folder that is not finished; one
+that was made with other settings is refused unless --overwrite.
+
+Example:
+  beacon-jax prepare --config=llama2_7b_pretrain --config.data.sources="('books',)" \
+    --out=out/run/data
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from beacon_jax.cli.train import parse
-from beacon_jax.data.prepare import Settings, prepare
-from beacon_jax.data.prepared import Prepared
-from beacon_jax.data.tally import drop_table
+from beacon_jax.cli.options import Group
 
-__all__ = ["define_flags", "from_flags", "main", "parse", "tokenizer_folder"]
+if TYPE_CHECKING:
+    from beacon_jax.data.prepared import Prepared
 
 
 def define_flags(
     values: flags.FlagValues = flags.FLAGS, out: str = "Folder to prepare."
 ) -> None:
     """--config, --out, --workers and --overwrite, as `inspect` has them too."""
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment, see configs/.", values, lock_config=True
-    )
-    flags.DEFINE_string("out", "", out, flag_values=values)
-    flags.DEFINE_integer(
-        "workers", -1, "Processes; 0: one per core.", flag_values=values
-    )
-    flags.DEFINE_bool(
-        "overwrite", False, "Replace a folder of other settings.", flag_values=values
-    )
-    flags.mark_flag_as_required("config", values)
+    f = Group(values, "Data")
+    f.config()
+    f.number("workers", -1, "Processes; 0: one per core; -1: config.data.workers.")
+    f = Group(values, "Output")
+    f.text("out", "", out)
+    f.switch("overwrite", False, "Replace a folder of other settings.")
 
 
-def from_flags(values: Any, folder: Path) -> Prepared:
+def from_flags(values: Any, folder: Path) -> "Prepared":
     """Prepares what the flags say, with progress; names the folder of the tokenizer."""
+    from beacon_jax.data.prepare import Settings, prepare
+
     config = values.config
     settings = Settings.of(config.data, tokenizer_folder(config, folder.parent))
     return prepare(
@@ -71,15 +66,17 @@ def tokenizer_folder(config: Any, workdir: Path) -> Path:
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option has --.")
+        sys.exit(f"error: unexpected arguments {argv[1:]}: every option has --.")
     values = flags.FLAGS
     out = values.out or values.config.data.prepared
     if not out:
         sys.exit("error: --out='' names no folder: use WORKDIR/data, say.")
     try:
         data = from_flags(values, Path(out).expanduser())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    from beacon_jax.data.tally import drop_table
+
     for source in data.manifest["sources"]:
         print(
             f"{source['examples']:>10,} examples  {source['tokens']:>14,} tokens  of "

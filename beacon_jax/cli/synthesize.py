@@ -1,10 +1,5 @@
 """Makes questions and answers about long texts with any OpenAI-compatible endpoint.
 
-python -m beacon_jax.data.synthesize --sources='books/*.jsonl' --out=FILE.jsonl \\
-    --endpoint=http://localhost:8000/v1 --model=NAME [--tokenizer=DIR] \\
-    [--api_key_env=OPENAI_API_KEY] [--segment_tokens=4096] [--pairs=4] \\
-    [--max_tokens=20480] [--concurrency=8] [--requests_per_minute=0] [--limit=0]
-
 As the paper's appendix A: each text is split into segments of at most segment_tokens,
 the model writes `pairs` questions and answers about each, and neighbouring segments
 become one conversation of at most max_tokens, the first turn of which is the text with
@@ -13,40 +8,51 @@ the first question. One {"conversations": [...]} a line, as `data.sources` reads
 Every answer is kept in FILE.jsonl.answers as soon as it comes. Interrupted, or with an
 endpoint that fails, the command writes what it has; the same command goes on and asks
 only what has no answer. Without --tokenizer a token is guessed as 3 bytes.
+
+Example:
+  beacon-jax synthesize --sources='books/*.jsonl' --out=questions.jsonl \
+    --endpoint=http://localhost:8000/v1 --model=NAME
 """
 
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import flags
 
-from beacon_jax.data.endpoint import Endpoint, Pace
-from beacon_jax.data.synthesize import Report, Settings, synthesize
+from beacon_jax.cli.options import Group
 
-
-def define_flags() -> None:
-    flags.DEFINE_multi_string(
-        "sources", None, "URI of texts, repeatable.", required=True
-    )
-    flags.DEFINE_string("out", None, "JSON lines file to write.", required=True)
-    flags.DEFINE_string("endpoint", None, "Address up to /v1.", required=True)
-    flags.DEFINE_string("model", None, "Its name at the endpoint.", required=True)
-    flags.DEFINE_string("api_key_env", "OPENAI_API_KEY", "Variable with the key.")
-    flags.DEFINE_string("tokenizer", "", "HF folder; else a token is 3 bytes.")
-    flags.DEFINE_string("root", "", "What long-llm: sources are relative to.")
-    flags.DEFINE_integer("segment_tokens", 4096, "Of a segment, at most.")
-    flags.DEFINE_integer("pairs", 4, "Questions about each segment.")
-    flags.DEFINE_integer("max_tokens", 20480, "Of a conversation, at most.")
-    flags.DEFINE_integer("concurrency", 8, "Requests under way at a time.")
-    flags.DEFINE_float("requests_per_minute", 0.0, "0: as fast as it answers.")
-    flags.DEFINE_integer("limit", 0, "Documents at most; 0: all.")
+if TYPE_CHECKING:  # they load numpy and pyarrow
+    from beacon_jax.data.synthesize import Report, Settings
 
 
-def from_flags(values: Any) -> Settings:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    f = Group(values, "Texts")
+    f.texts("sources", None, "URI of texts, repeatable.", required=True)
+    f.text("root", "", "What long-llm: sources are relative to.")
+    f.number("limit", 0, "Documents at most; 0: all.")
+    f = Group(values, "Endpoint")
+    f.text("endpoint", None, "Address up to /v1.", required=True)
+    f.text("model", None, "Its name at the endpoint.", required=True)
+    f.text("api_key_env", "OPENAI_API_KEY", "Variable with the key.")
+    f.number("concurrency", 8, "Requests under way at a time.")
+    f.real("requests_per_minute", 0.0, "0: as fast as it answers.")
+    f = Group(values, "Questions")
+    f.number("pairs", 4, "Questions about each segment.")
+    f.number("segment_tokens", 4096, "Of a segment, at most.")
+    f.number("max_tokens", 20480, "Of a conversation, at most.")
+    f.text("tokenizer", "", "HF folder; else a token is 3 bytes.")
+    f = Group(values, "Output")
+    f.text("out", None, "JSON lines file to write.", required=True)
+
+
+def from_flags(values: Any) -> "Settings":
     """Settings of a command line; the key comes from the environment."""
+    from beacon_jax.data.endpoint import Endpoint, Pace
+    from beacon_jax.data.synthesize import Settings
+
     endpoint = Endpoint(
         values.endpoint,
         values.model,
@@ -64,7 +70,7 @@ def from_flags(values: Any) -> Settings:
     )
 
 
-def describe(report: Report) -> str:
+def describe(report: "Report") -> str:
     """What a run did, in a few lines."""
     unanswered = report.segments - report.known - report.asked
     lines = [
@@ -88,13 +94,15 @@ def describe(report: Report) -> str:
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: every option has --.")
+        sys.exit(f"error: unexpected arguments {argv[1:]}: every option has --.")
+    from beacon_jax.data.synthesize import synthesize
+
     try:
         settings = from_flags(flags.FLAGS)
         if not settings.endpoint.key:
             print(f"no key in {flags.FLAGS.api_key_env}: asking without one")
         report = synthesize(settings, show=lambda line: print(line, flush=True))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(describe(report), flush=True)
     if report.stopped or report.failed:

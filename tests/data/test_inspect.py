@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from beacon_jax.cli import inspect as module
+from beacon_jax.cli import options
 from beacon_jax.data.examples import Example, Rules
 from beacon_jax.data.grouped import GroupConfig
 from beacon_jax.data.inspect import histogram, marked, report, sample
@@ -106,7 +107,7 @@ def test_the_command_prepares_shows_and_writes(sources, tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
     module.define_flags(values)
-    module.parse(argv, values)
+    options.parse(argv, values)
     monkeypatch.setattr(flags, "FLAGS", values)
     module.main(["inspect"])
     out = capsys.readouterr().out

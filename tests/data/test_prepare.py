@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from beacon_jax.cli import options
 from beacon_jax.cli import prepare as command
 from beacon_jax.data import prepare as module
 from beacon_jax.data.examples import Rules, make_example
@@ -324,7 +325,7 @@ def run_command(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
     command.define_flags(values)
-    command.parse(argv, values)
+    options.parse(argv, values)
     monkeypatch.setattr(flags, "FLAGS", values)
     command.main(["prepare"])
 

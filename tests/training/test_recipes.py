@@ -17,6 +17,7 @@ import pytest
 from absl import flags
 
 from beacon_jax import hf
+from beacon_jax.cli import options
 from beacon_jax.cli import train as command
 from beacon_jax.data.sources import parse_uri
 from beacon_jax.training.trainer import train
@@ -73,7 +74,7 @@ def test_the_command_in_the_docstring_is_accepted(recipe, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
     command.define_flags(values)
-    command.parse(argv, values)
+    options.parse(argv, values)
     config: Any = values["config"].value
     assert values["workdir"].value == f"out/{recipe}"
     # What cannot have a default is named in the command.

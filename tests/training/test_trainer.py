@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 
 from beacon_jax import hf
+from beacon_jax.cli import options
 from beacon_jax.cli import train as command
 from beacon_jax.core.windows import memory_slots, plan_slots
 from beacon_jax.data.batches import BatchConfig, Batches, Stage
@@ -279,5 +280,5 @@ def test_a_typo_is_an_error_with_a_suggestion(monkeypatch, flag, message):
     values = flags.FlagValues()
     command.define_flags(values)
     with pytest.raises(SystemExit) as stopped:
-        command.parse(argv, values)
+        options.parse(argv, values)
     assert message in str(stopped.value.code)

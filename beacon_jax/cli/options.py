@@ -1,0 +1,227 @@
+"""The flags of a command: defined in groups, shown by --help, and parsed.
+
+A wrong flag or value ends the program with one line that names it and what to do. The
+flags are absl's, so a command can be called from a program with values of its own.
+"""
+
+import difflib
+import functools
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from beacon_jax import resources
+
+WIDTH = 88
+HELP = ("--help", "-h", "-help", "--helpshort")
+
+
+class Group:
+    """Defines flags under one title of --help.
+
+    Each method takes name, default, help; `required=True` marks a flag that must be
+    given, `lower_bound=0` the least a number can be.
+    """
+
+    def __init__(self, values: flags.FlagValues, title: str):
+        self.values, self.title = values, title
+        self.text = self._definer("string")
+        self.texts = self._definer("multi_string")  # repeated
+        self.names = self._definer("list")  # separated by commas
+        self.number = self._definer("integer")
+        self.real = self._definer("float")
+        self.switch = self._definer("bool")
+        self.choice = self._definer("enum")  # the choices stand before the help
+
+    def config(self) -> None:
+        """--config, a name or a file, and --config.key=value."""
+        from ml_collections import config_flags
+
+        config_flags.DEFINE_config_file(
+            "config",
+            None,
+            f"Experiment, NAME[:ARGUMENT]: a file, or one of "
+            f"{', '.join(resources.config_names())}.",
+            self.values,
+            lock_config=True,
+        )
+        flags.mark_flag_as_required("config", self.values)
+        self._mark("config")
+
+    def _definer(self, kind: str) -> Any:
+        define = getattr(flags, f"DEFINE_{kind}")
+
+        @functools.wraps(define)
+        def defined(name: str, *arguments: Any, **options: Any) -> None:
+            define(name, *arguments, flag_values=self.values, **options)
+            self._mark(name, bool(options.get("required")))
+
+        return defined
+
+    def _mark(self, name: str, required: bool = True) -> None:
+        flag: Any = self.values[name]
+        flag.group, flag.must = self.title, required
+
+
+# --- help ------------------------------------------------------------------------
+
+
+def describe(values: flags.FlagValues, doc: str) -> str:
+    """What --help prints: the docstring, and the flags of every group."""
+    parts, title = [textwrap.dedent(doc).strip()], None
+    for flag in _own(values):
+        if flag.group != title:
+            title = flag.group
+            parts.append(f"\n{title}")
+        parts.append(_line(flag))
+        if flag.name == "config":
+            parts.append(
+                _columns(
+                    "--config.KEY=VALUE",
+                    "Changes one key of it. --config=NAME --help lists all keys.",
+                )
+            )
+    parts.append("\n--helpfull: the flags of the libraries, too.")
+    return "\n".join(parts)
+
+
+def _own(values: flags.FlagValues) -> Iterator[Any]:
+    """The command's flags, those of a group together, in the order of definition."""
+    own: list[Any] = [values[name] for name in values if hasattr(values[name], "group")]
+    titles = list(dict.fromkeys(flag.group for flag in own))
+    yield from sorted(own, key=lambda flag: titles.index(flag.group))
+
+
+def _line(flag: Any) -> str:
+    kind, text = flag.flag_type(), flag.help
+    choices = getattr(flag.parser, "enum_values", None)
+    if choices:
+        text = text.removeprefix(f"<{'|'.join(choices)}>: ")
+    value = {
+        "bool": "",
+        "int": "=N",
+        "float": "=X",
+        "config object": "=NAME",
+        "comma separated list of strings": "=A,B",
+    }.get(kind, "=TEXT")
+    if choices:
+        value = f"={'|'.join(choices)}"
+    # absl adds rules of its own ("a non-negative integer") and "repeat this option".
+    text = re.sub(r"\s+", " ", text.split("\n")[0]).strip()
+    default = flag.default
+    if isinstance(default, (list, tuple)):
+        default = ",".join(map(str, default))
+    if flag.must:
+        text += " Required."
+    elif default not in (None, "", False) or (default == 0 and default is not False):
+        text += f" Default: {default}."
+    return _columns(f"--{flag.name}{value}", text)
+
+
+def _columns(left: str, text: str) -> str:
+    indent = 26
+    lines = textwrap.wrap(text, WIDTH - indent) or [""]
+    if len(left) + 4 > indent:
+        lines.insert(0, "")
+    first = f"  {left:<{indent - 2}}{lines[0]}".rstrip()
+    return "\n".join([first, *(" " * indent + line for line in lines[1:])])
+
+
+# --- parsing ---------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str], values: flags.FlagValues, doc: str = "") -> list[str]:
+    """Parses the flags; returns what is no flag, the program's name first.
+
+    --help prints `doc` and the flags, and ends. With --config=NAME before it, all keys
+    of that config follow. A wrong flag or value ends the program with one line.
+    """
+    words = list(argv)
+    before = words[: words.index("--")] if "--" in words else words
+    asked = [word for word in before if word in HELP]
+    if "--helpfull" in before:
+        print(f"{describe(values, doc)}\n{values.get_help()}")
+        sys.exit(0)
+    if asked:
+        print(describe(values, doc))
+        named = [w for w in _with_config(words, values) if w.startswith("--config=")]
+        if named and "config" in values:
+            print(f"\nKeys of {named[-1]}\n\n{_keys(named[-1], values)}")
+        sys.exit(0)
+    try:
+        return values(_with_config(words, values))
+    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+        sys.exit(f"error: {_reason(error, values, words[0])}")
+
+
+def _with_config(words: list[str], values: flags.FlagValues) -> list[str]:
+    """The arguments with the path of --config in place of its name."""
+    if "config" not in values:
+        return words
+    made: list[str] = []
+    for word in words:
+        name, found, value = word.partition("=")
+        if found and name in ("--config", "-config"):
+            made.append(f"--config={_config(value)}")
+        elif made and made[-1] in ("--config", "-config"):
+            made[-1] = f"--config={_config(word)}"
+        else:
+            made.append(word)
+    return made
+
+
+def _config(name: str) -> str:
+    try:
+        return resources.config(name)
+    except FileNotFoundError as error:
+        sys.exit(f"error: --{error}")
+
+
+def _keys(word: str, values: flags.FlagValues) -> str:
+    """All keys of a config with their values, as --config.KEY=VALUE takes them."""
+    try:
+        values[values["config"].name].parse(word.partition("=")[2])
+        config: Any = values["config"].value
+        return "\n".join(f"  {key}={value!r}" for key, value in _flat(config))
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"error: --config: {_last_line(str(error))}")
+
+
+def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in config:
+        value = config[key]
+        if hasattr(value, "keys") and len(value):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname
+        near = difflib.get_close_matches(name, [f.name for f in _own(values)], n=1)
+        hint = f"did you mean --{near[0]}? " if near else ""
+        return f"--{name}: no such flag; {hint}{command} --help lists them."
+    if isinstance(error, flags.Error):
+        if missing := [f for f in _own(values) if f.must and f.value is None]:
+            names = ", ".join(f"--{flag.name}" for flag in missing)
+            first = missing[0].help.split(":")[0].rstrip(".")
+            return f"{names} is missing{f' ({first})' if len(missing) == 1 else ''}."
+        text = _last_line(str(error)) if "Traceback" in str(error) else str(error)
+        return " ".join(text.split())
+    # Of a config: ml_collections quotes its message twice.
+    text = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")
+    if re.fullmatch(r"\w+", text):
+        text = f"no such key: {text}; --config=NAME --help lists them"
+    return f"--config: {' '.join(_last_line(text).split())}"
+
+
+def _last_line(text: str) -> str:
+    """Of a traceback in a message, what was raised; other messages as they are."""
+    if "Traceback" not in text:
+        return text
+    return re.sub(r"^[\w.]*(Error|Exception): ", "", text.strip().splitlines()[-1])

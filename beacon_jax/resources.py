@@ -1,0 +1,81 @@
+"""Files that come with the package: configs, small models, the notebook.
+
+In a repository they are folders beside the package; a wheel has them inside it. A path
+that exists always wins over a name.
+"""
+
+import difflib
+import importlib.util
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+def folder(kind: str) -> Path:
+    """The folder "configs", "assets" or "launch"."""
+    inside = PACKAGE / kind
+    return inside if inside.is_dir() else PACKAGE.parent / kind
+
+
+def config_names() -> list[str]:
+    """Names that --config takes, as quickstart."""
+    return sorted(path.stem for path in folder("configs").glob("*.py"))
+
+
+def config(name: str) -> str:
+    """The path of a config, with its argument: "quickstart:smoke", "my/own.py:x".
+
+    Raises:
+      FileNotFoundError: neither a file nor one of `config_names()`.
+    """
+    path, colon, argument = name.partition(":")
+    if Path(path).is_file():
+        return name
+    own = folder("configs") / f"{Path(path).stem}.py"
+    # "configs/X.py" is the name X, wherever the program is run.
+    if own.is_file() and path in (own.stem, own.name, f"configs/{own.name}"):
+        return f"{own}{colon}{argument}"
+    near = difflib.get_close_matches(Path(path).stem, config_names(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise FileNotFoundError(
+        f"config={name}: no such file or named config; {hint}The named ones are "
+        f"{', '.join(config_names())}."
+    )
+
+
+def asset(path: str | Path) -> str:
+    """A path; one of a model or a file that comes with the package is found by name.
+
+    "tiny-beacon", "tiny-base", "assets/tiny-beacon" and "assets/smoke/text.jsonl" name
+    files of the package where no such path exists. Others are returned as they are.
+    """
+    text = str(path)
+    bare = text.removeprefix("assets/").rstrip("/")
+    if not bare or ".." in bare or Path(bare).is_absolute() or Path(text).exists():
+        return text
+    own = folder("assets") / bare
+    return str(own) if own.exists() else text
+
+
+def floors(name: str) -> Path:
+    """X_floors.json of the folder configs here, or else of the package."""
+    here = Path("configs") / f"{name}_floors.json"
+    return here if here.is_file() else folder("configs") / here.name
+
+
+def has(package: str) -> bool:
+    """Whether a package is installed; it is not imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def require(package: str, *, extra: str, for_: str) -> None:
+    """Checks that a package of an extra is installed.
+
+    Raises:
+      ImportError: it is not; names the extra.
+    """
+    if not has(package):
+        raise ImportError(
+            f'{for_} needs {package}: pip install "beacon_jax[{extra}]".',
+            name=package,
+        )
