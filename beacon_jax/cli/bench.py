@@ -5,7 +5,7 @@ writes its tables into README.md.
 
 Examples:
   beacon-jax bench --preset=llama2-7b --lengths=4096,32768,131072 --ratios=4,8 --out=DIR
-  beacon-jax bench --preset=qwen2-0.5b --window=1024 --ratios=8 --dtype=float32 \
+  beacon-jax bench --preset=qwen2-0.5b --window=1024 --ratios=8 --dtype=float32 \\
     --lengths=4096,8192,16384 --parts=prefill,decode --against=torch
   beacon-jax bench --plan
 """

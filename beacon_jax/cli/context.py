@@ -30,9 +30,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f = Group(values, "Text")
     f.texts("context", None, "Text file, - is stdin; repeated: read as one text.")
     f = Group(values, "Compression")
-    f.text(
-        "ratio", None, "8; 2,4,8 (per window); full; auto; auto-8. Else the mix."
-    )
+    f.text("ratio", None, "8; 2,4,8 (per window); full; auto; auto-8. Else the mix.")
     f.number("max_slots", None, "Budget in place of --ratio: entries held, at most.")
     f.text("max_bytes", None, "The same in bytes of keys and values: 512MiB.")
     f.text("spans", None, "Regular expression: what must not be compressed.")

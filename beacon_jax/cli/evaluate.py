@@ -4,7 +4,7 @@ Writes report.md, plots, figures as JSON and every prediction to --out. With --r
 it compares the finished runs in the folders that follow.
 
 Examples:
-  beacon-jax evaluate --model=tiny-beacon --tasks=perplexity,passkey --ratios=2,4,8 \
+  beacon-jax evaluate --model=tiny-beacon --tasks=perplexity,passkey --ratios=2,4,8 \\
     --out=out/evaluation
   beacon-jax evaluate --report out/evaluation out/another --out=out/both
 """

@@ -5,7 +5,7 @@ The context is read once; every --prompt is asked against it, all in one batch.
 the texts alone, or with --json one object per prompt.
 
 Example:
-  beacon-jax generate --model=tiny-beacon --context=book.txt --ratio=8 \
+  beacon-jax generate --model=tiny-beacon --context=book.txt --ratio=8 \\
     --prompt="The pass key is"
 """
 

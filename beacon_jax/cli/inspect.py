@@ -5,7 +5,7 @@ labelled tokens between ⟦ and ⟧. The data are those of --config.data.prepare
 not prepared yet is prepared first, into DIR/data if that names no folder.
 
 Example:
-  beacon-jax inspect --config=llama2_7b_pretrain --config.data.sources="('books',)" \
+  beacon-jax inspect --config=llama2_7b_pretrain --config.data.sources="('books',)" \\
     --out=out/run
 """
 

@@ -5,7 +5,7 @@ Every flag is lm_eval's; its --model_args are those of `evaluation.lm_eval.Beaco
 pip install "beacon_jax[lm-eval]".
 
 Example:
-  beacon-jax lm_eval --model beacon_jax --tasks arc_easy,boolq --batch_size 8 \
+  beacon-jax lm_eval --model beacon_jax --tasks arc_easy,boolq --batch_size 8 \\
     --model_args pretrained=DIR,ratio=8
 """
 

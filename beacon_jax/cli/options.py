@@ -111,7 +111,7 @@ def _line(flag: Any) -> str:
     if choices:
         value = f"={'|'.join(choices)}"
     # absl adds rules of its own ("a non-negative integer") and "repeat this option".
-    text = re.sub(r"\s+", " ", text.split("\n")[0]).strip()
+    text = re.sub(r"\s+", " ", text.split("\n")[0]).strip().removesuffix(";")
     default = flag.default
     if isinstance(default, (list, tuple)):
         default = ",".join(map(str, default))
@@ -207,15 +207,19 @@ def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
         hint = f"did you mean --{near[0]}? " if near else ""
         return f"--{name}: no such flag; {hint}{command} --help lists them."
     if isinstance(error, flags.Error):
-        if missing := [f for f in _own(values) if f.must and f.value is None]:
+        missing = [f for f in _own(values) if f.must and f.value is None]
+        if missing and "must have a value other than None" in str(error):
             names = ", ".join(f"--{flag.name}" for flag in missing)
             first = missing[0].help.split(":")[0].rstrip(".")
-            return f"{names} is missing{f' ({first})' if len(missing) == 1 else ''}."
+            is_missing = f"is missing ({first})" if len(missing) == 1 else "are missing"
+            return f"{names} {is_missing}."
         text = _last_line(str(error)) if "Traceback" in str(error) else str(error)
         return " ".join(text.split())
     # Of a config: ml_collections quotes its message twice.
     text = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")
-    if re.fullmatch(r"\w+", text):
+    if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
+        text = f'no such key: {near[2]}. Did you mean "{near[1]}"?'
+    elif re.fullmatch(r"\w+", text):
         text = f"no such key: {text}; --config=NAME --help lists them"
     return f"--config: {' '.join(_last_line(text).split())}"
 

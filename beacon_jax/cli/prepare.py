@@ -7,7 +7,7 @@ prepares by itself. The same command goes on with a folder that is not finished;
 that was made with other settings is refused unless --overwrite.
 
 Example:
-  beacon-jax prepare --config=llama2_7b_pretrain --config.data.sources="('books',)" \
+  beacon-jax prepare --config=llama2_7b_pretrain --config.data.sources="('books',)" \\
     --out=out/run/data
 """
 

@@ -10,7 +10,7 @@ endpoint that fails, the command writes what it has; the same command goes on an
 only what has no answer. Without --tokenizer a token is guessed as 3 bytes.
 
 Example:
-  beacon-jax synthesize --sources='books/*.jsonl' --out=questions.jsonl \
+  beacon-jax synthesize --sources='books/*.jsonl' --out=questions.jsonl \\
     --endpoint=http://localhost:8000/v1 --model=NAME
 """
 

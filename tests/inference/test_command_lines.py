@@ -388,14 +388,3 @@ def test_a_file_of_several_contexts_is_refused(run, model):
     model.compress(["one", "two"], ratio=4).save("two.beacon")
     options = ("--prompt=x", "--load_memory=two.beacon")
     fails(run(generate, *options), "--load_memory=two.beacon holds 2 contexts")
-
-
-def test_importing_the_package_loads_neither_jax_nor_transformers():
-    code = (
-        "import sys, beacon_jax, beacon_jax.cli.compress, beacon_jax.cli.generate;"
-        "print({'jax', 'transformers'} & set(sys.modules))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.stdout.strip() == "set()", result.stderr

@@ -269,9 +269,9 @@ def test_an_empty_text_folder_is_an_error(config, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.sead=1", 'Did you mean "seed" instead of "sead"'),
+        ("--config.sead=1", 'no such key: sead. Did you mean "seed"?'),
         ("--config.optimizer.lrr=1", 'Did you mean "lr"'),
-        ("--workdirr=x", "Did you mean: workdir"),
+        ("--workdirr=x", "did you mean --workdir?"),
     ],
 )
 def test_a_typo_is_an_error_with_a_suggestion(monkeypatch, flag, message):
