@@ -11,10 +11,10 @@ MAX_LINES := 600
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup quickstart test test-slow notebook aot lint constraints clean
+.PHONY: help setup quickstart test test-slow stress notebook aot lint constraints clean
 
 help:
-	@echo "targets: setup quickstart test test-slow notebook aot lint constraints clean"
+	@echo "targets: setup quickstart test test-slow stress notebook aot lint constraints clean"
 
 setup:
 	@PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" bash launch/setup.sh
@@ -36,6 +36,10 @@ test: setup
 # Training runs and large shapes: not part of `make test`.
 test-slow: setup
 	JAX_PLATFORMS=cpu $(PY) -m pytest -m slow tests
+
+# 30,000 launches on two CPU devices with every core busy, three times: none may hang.
+stress: setup
+	$(PY) -m benchmarks.stress_collectives
 
 # Every cell of the Colab notebook, small, on the CPU. UPDATE=1 keeps the outputs of its
 # results in the file, as it is committed.

@@ -1,11 +1,13 @@
 """Prepares JAX before its backend starts: threads of CPU devices, compiled programs.
 
-XLA's CPU client has one pool of max(cores, devices) threads. It runs the launches of
-all devices and what they launch. A collective needs a thread of every device at the
-same time; launches that wait for their turn can hold all threads, and then the program
-hangs until XLA aborts it (`rendezvous.cc: ... Termination timeout`). Two things prevent
-that, and the package does both: `prepare` asks for two threads per device, and
-`launched` keeps the number of launches in flight small.
+XLA's CPU client has max(cores, devices) threads. With jax 0.11 one pool runs the
+launches of all devices and what they launch. A collective needs a thread of every
+device at the same time; launches that wait for their turn can hold all threads, and
+then the program hangs until XLA aborts it (`rendezvous.cc: ... Termination timeout`).
+Either of two things prevents that, and the package does both: `prepare` asks for two
+threads per device, and `launched` keeps the number of launches in flight small. jax
+0.12 has a pool of its own for launches (PJRT_NPROC sizes it as well), and there
+`make stress` found no hang with neither; which other versions hang is not known.
 
 Importing this module does not import jax.
 """
@@ -48,9 +50,9 @@ def prepare() -> None:
         return
     if started is not None:
         _warn_once(
-            f"jax runs {devices} CPU devices on {has} threads: programs that are split "
-            f"over them can hang. Set {POOL}={least} in the environment, or import "
-            "beacon_jax before the first use of jax."
+            f"jax runs {devices} CPU devices on {max(has, devices)} threads: programs "
+            f"that are split over them can hang. Set {POOL}={least} in the "
+            "environment, or import beacon_jax before the first use of jax."
         )
         return
     if _integer(POOL) is not None:

@@ -105,7 +105,7 @@ def test_a_program_that_started_jax_before_is_warned_once():
         text=True,
         check=True,
     )
-    assert found.stdout.count("jax runs 3 CPU devices on 2 threads") == 1
+    assert found.stdout.count("jax runs 3 CPU devices on 3 threads") == 1
     assert found.stdout.count("Set PJRT_NPROC=6 in the environment") == 1
 
 
@@ -147,6 +147,30 @@ def test_only_arrays_on_several_cpu_devices_count():
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
     limit(jax.device_put(jnp.ones(2), NamedSharding(mesh, PartitionSpec("data"))))
     assert len(limit._ahead) == 1
+
+
+def stress(*options):
+    """The exit status and the output of `make stress`, one round."""
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.stress_collectives", "--rounds=1", *options],
+        capture_output=True,
+        text=True,
+    )
+    return found.returncode, found.stdout + found.stderr
+
+
+def test_the_stress_script_ends_a_program_that_makes_no_progress():
+    status, output = stress("--patience=0.1")
+    assert status == 1, output
+    assert "0 of 30,000 launches on 2 devices" in output
+    assert "no progress for" in output and "1 of 1 rounds hung" in output
+
+
+@pytest.mark.slow
+def test_the_stress_script_ends_well():
+    status, output = stress("--launches=200")
+    assert status == 0, output
+    assert "200 of 200 launches on 2 devices" in output
 
 
 # --- compiled programs -----------------------------------------------------------
