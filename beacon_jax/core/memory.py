@@ -17,8 +17,9 @@ class CapacityError(ValueError):
 
     def __init__(self, capacity: int, needed: int):
         super().__init__(
-            f"capacity={capacity} slots are too few: this text needs {needed}. Start "
-            f"from init_memory(..., capacity={needed}) or use a higher ratio."
+            f"capacity={capacity} slots are too few: this text needs {needed}. Give "
+            f"capacity={needed} or more, leave it out (as many as are needed are "
+            "made), or use a higher ratio."
         )
         self.needed = needed
 

@@ -1,12 +1,12 @@
 """A conversation whose past is a compressed memory: a turn feeds only what is new."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Unpack
 
 import jinja2
 import numpy as np
 
-from beacon_jax.inference.plan import Ratio
+from beacon_jax.inference.options import CompleteOptions, Completion, collect
 
 if TYPE_CHECKING:
     from beacon_jax.inference.memory import Memory
@@ -36,23 +36,18 @@ class Chat:
         memory: "Memory | None" = None,
         system: str | None = None,
         *,
-        ratio: Ratio = None,
         chat_template: str | None = None,
-        max_new_tokens: int = 512,
-        stop: str | Sequence[str] = (),
-        seed: int = 0,
-        **options: Any,
+        **options: Unpack[CompleteOptions],
     ):
         """
         Args:
           memory: of one row: what the conversation is about.
           system: the system message.
-          ratio: of the windows of the conversation; None: as the memory goes on.
           chat_template: jinja text in place of the tokenizer's own.
-          max_new_tokens: of an answer.
-          stop: strings that end an answer, besides the tokenizer's end token.
-          seed: turn i draws with seed + i.
-          options: further ones of `Model.complete`: temperature, top_p, max_slots, ...
+          options: those of `Model.complete`, with 512 new tokens by default. `ratio` is
+            of the windows of the conversation (None: as the memory goes on), `stop`
+            ends an answer besides the tokenizer's end token, turn i draws with
+            seed + i, and `on_text` is given to `say`.
 
         Raises:
           ValueError: no tokenizer, no chat template, or a memory of several rows.
@@ -73,7 +68,8 @@ class Chat:
             raise ValueError(
                 f"memory has {len(memory)} rows: a conversation has one (memory[i])."
             )
-        ends = [stop] if isinstance(stop, str) else list(stop)
+        asked = collect(Completion, "Chat", {"max_new_tokens": 512, **options})
+        ends = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop)
         # Chat models end a turn by a token that config.json may not name.
         if tokenizer.eos_token_id not in (None, *model.config.eos_ids):
             ends.append(tokenizer.eos_token)
@@ -82,19 +78,23 @@ class Chat:
         if system:
             self.messages.append({"role": "system", "content": system})
         self._model, self._template = model, chat_template
-        self._options = {
-            "ratio": ratio,
-            "max_new_tokens": max_new_tokens,
-            "stop": ends,
+        self._options: CompleteOptions = {
+            "max_new_tokens": 512,
             **options,
+            "stop": ends,
         }
-        self._seed = seed
+        self._seed = int(np.asarray(asked.seed).reshape(()))
         self._base = int(memory.lengths[0]) if memory is not None else 0
         # Without token ids the end of the context cannot be cut back to: keep it.
         forgot = memory is not None and memory.rows[0].tokens is None
         self._context = memory if forgot else None
         self._held = np.zeros(0, np.int32)  # tokens of the memory behind the context
         self._starts: list[int] = []  # of each turn, in `_held`
+
+    def __repr__(self) -> str:
+        count = len(self._starts)
+        turns = "1 turn" if count == 1 else f"{count} turns"
+        return f"Chat({turns}, {self.memory!r})"
 
     def say(
         self, text: str, on_text: Callable[[str], None] | None = None
@@ -110,13 +110,12 @@ class Chat:
         tokens = self.encode(messages)
         same = min(_common(tokens, self._held), len(tokens) - 1)
         memory, same = self._cut(same)
-        made = self._model.complete(
-            tokens[same:],
-            memory=memory,
-            seed=self._seed + len(self._starts),
-            on_text=on_text,
+        turn: CompleteOptions = {
             **self._options,
-        )
+            "seed": self._seed + len(self._starts),
+            "on_text": on_text,
+        }
+        made = self._model.complete(tokens[same:], memory=memory, **turn)
         self._starts.append(same)
         self.messages = [*messages, {"role": "assistant", "content": made.text}]
         self.memory = made.memory

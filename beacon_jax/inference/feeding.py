@@ -17,6 +17,7 @@ from beacon_jax.inference.compatible import check_same_model
 from beacon_jax.inference.decode import Decoded
 from beacon_jax.inference.ledger import Ledger, kept_window
 from beacon_jax.inference.memory import Memory, join_rows, take_rows
+from beacon_jax.inference.options import OnProgress
 from beacon_jax.inference.plan import Plan, group_rows, stack_ratios
 from beacon_jax.inference.prefill import buffer_size, compute_dtype, prefill
 from beacon_jax.model.config import ModelConfig
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from beacon_jax.inference.model import Model
 
 
-OnProgress = Callable[[int, int], None]  # (tokens fed so far, of how many)
 PIECE_WINDOWS = 16  # fed at a time where progress is to be shown
 
 

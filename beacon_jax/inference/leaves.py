@@ -18,7 +18,7 @@ from beacon_jax.core.memory import MemoryState, default_window, init_memory
 from beacon_jax.inference.prefill import buffer_size
 from beacon_jax.model.buffers import ARRAY, PARTS
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.partition import RULES, Partition
+from beacon_jax.model.partition import RULES, Partition, make_partition
 
 # Axes by the last part of a leaf's name; other leaves have their rows in front.
 AXES = {"k": ARRAY, "v": ARRAY, **PARTS}
@@ -135,8 +135,10 @@ def _share(sources: list[Part], slots: int, leaf: Any, index: Any) -> np.ndarray
     return out
 
 
-def partition(mesh: Mesh | Partition | None) -> Partition | None:
+def partition(mesh: str | Mesh | Partition | None) -> Partition | None:
     """With `partition.RULES`, as far as the mesh has their axes."""
+    if isinstance(mesh, str):
+        return make_partition(mesh)
     if not isinstance(mesh, Mesh):
         return mesh
     have = mesh.axis_names

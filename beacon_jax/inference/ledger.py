@@ -59,6 +59,12 @@ class Ledger:
         """Tokens in the open window."""
         return self.fed - int(self.marks[-1, 0])
 
+    def entries(self, config: ModelConfig) -> int:
+        """Entries in use: slots, raw tokens of the open window and their beacons."""
+        append = config.beacon and config.beacon.placement == "append"
+        beacons = self.raw // self.ratio if self.ratio and not append else 0
+        return self.slots + self.raw + beacons
+
     @property
     def windows(self) -> int:
         return len(self.marks) - 1

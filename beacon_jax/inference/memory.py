@@ -3,20 +3,25 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.partition import Partition
+
+if TYPE_CHECKING:
+    from beacon_jax.inference.packs import ModelLike
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Memory:
     """B compressed contexts. A value: nothing that is done with it changes it.
 
@@ -27,9 +32,9 @@ class Memory:
       identity: hashes of the model's weights.
     """
 
-    config: ModelConfig = dataclasses.field(repr=False)
-    state: MemoryState = dataclasses.field(repr=False)
-    rows: tuple[Ledger, ...] = dataclasses.field(repr=False)
+    config: ModelConfig
+    state: MemoryState
+    rows: tuple[Ledger, ...]
     identity: Identity = dataclasses.field(default_factory=Identity)
 
     def __len__(self) -> int:
@@ -73,7 +78,7 @@ class Memory:
 
     @property
     def dtype(self) -> str:
-        """Of keys and values, as `init_memory` takes it: "int8" or a float."""
+        """Of keys and values: "float32", "bfloat16", "float16" or "int8"."""
         found = {x.dtype.name for x in jax.tree.leaves((self.state.k, self.state.v))}
         return "int8" if "int8" in found else "+".join(sorted(found))
 
@@ -82,6 +87,27 @@ class Memory:
         """Bytes of one slot of one row: keys and values of all layers, in int8 with
         their scales."""
         return self.state.slot_nbytes
+
+    @property
+    def entries(self) -> Int[np.ndarray, " B"]:
+        """Entries in use per row: slots, and the open window with its beacons."""
+        return np.asarray([row.entries(self.config) for row in self.rows])
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the entries in use, all rows together."""
+        return int(self.entries.sum()) * self.slot_nbytes
+
+    def __repr__(self) -> str:
+        rows = "1 row" if len(self) == 1 else f"{len(self)} rows"
+        fed, held = sum(row.fed for row in self.rows), int(self.entries.sum())
+        pending = sum(len(row.pending) for row in self.rows)
+        return (
+            f"Memory({rows}: {fed:,} tokens → {int(self.slots.sum()):,} slots + "
+            f"{held - int(self.slots.sum()):,} open, x{fed / max(held, 1):.1f}, "
+            f"{self.used_nbytes / 2**20:.2f} MiB, {self.dtype}"
+            + (f", {pending:,} tokens still to be fed)" if pending else ")")
+        )
 
     def describe(self) -> str:
         """One line per row (tokens, slots, bytes in use), one for the buffer (what JAX
@@ -148,11 +174,32 @@ class Memory:
         packs.save(self, path, tokens=tokens)
 
     @classmethod
-    def load(cls, path: str | Path, model: Any = None, **options: Any) -> "Memory":
-        """Reads a beacon pack, see `packs.load`."""
+    def load(
+        cls,
+        path: str | Path,
+        model: "ModelLike | None" = None,
+        *,
+        mesh: str | Mesh | Partition | None = None,
+        allow_other_model: bool = False,
+    ) -> "Memory":
+        """Reads a beacon pack; bit for bit the memory that was saved.
+
+        Args:
+          path: of the file that `save` wrote.
+          model: that is to continue the memory: it is checked to be the one that wrote
+            it, and the memory goes to its devices. None: nothing is checked.
+          mesh: other devices: "tensor:8", a `jax.sharding.Mesh`, or a partition with
+            rules of its own. None: where the model is, without one the first device.
+          allow_other_model: use a pack that other weights of the same shape wrote.
+
+        Raises:
+          PackError: no pack, a damaged one, or one of another model; says which, and
+            what to do.
+          FileNotFoundError: there is no such file.
+        """
         from beacon_jax.inference import packs
 
-        return packs.load(path, model, **options)
+        return packs.load(path, model, mesh=mesh, allow_other_model=allow_other_model)
 
     @classmethod
     def concatenate(cls, memories: Sequence["Memory"]) -> "Memory":

@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,26 @@ from beacon_jax.hf.identify import Identity
 from beacon_jax.hf.placement import Place
 from beacon_jax.inference.decode import Decoded, decode
 from beacon_jax.inference.feeding import (
-    OnProgress,
     check_memory,
     choose_dtype,
     decoded_memory,
     feed_rows,
     ledgers_of,
 )
+from beacon_jax.inference.generation import Generation
 from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.options import (
+    Batch,
+    CompleteOptions,
+    Completion,
+    Integers,
+    Reading,
+    ReadOptions,
+    Text,
+    Texts,
+    collect,
+    documented,
+)
 from beacon_jax.inference.plan import (
     Plan,
     Ratio,
@@ -34,6 +46,7 @@ from beacon_jax.inference.plan import (
     stack_ratios,
     warn_beyond_training,
 )
+from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, make_sampling, seen_tokens
 from beacon_jax.inference.spans import Spans, token_spans
 from beacon_jax.inference.text import Streamer, finisher
@@ -41,42 +54,8 @@ from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import variable_axes
 from beacon_jax.model.partition import Partition, make_partition, partitioned
 
-Text = str | Sequence[int] | np.ndarray
-Texts = Text | Sequence[Text]
 
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What `Model.complete` returns for one prompt.
-
-    Attributes:
-      text: the new text, without the end token and in front of a stop string ("" for a
-        model without tokenizer).
-      tokens: its token ids, int32 [n].
-      finish: "stop" (an end token or a stop string) or "length" (max_new_tokens).
-      note: what was decided about ratios, "" if nothing was.
-      prompt_tokens: tokens read, context and prompt.
-      prefill_seconds, decode_seconds: wall time of the batch, compilation included.
-      batch, row: the memory of the batch and this prompt's row of it.
-    """
-
-    text: str
-    tokens: np.ndarray
-    finish: str
-    note: str
-    prompt_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    batch: Memory = dataclasses.field(repr=False)
-    row: int = 0
-
-    @functools.cached_property
-    def memory(self) -> Memory:
-        """Holds the context, the prompt and the new tokens: pass it on to continue."""
-        return self.batch if len(self.batch) == 1 else self.batch[self.row]
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model:
     """A model ready to use: `load` makes one.
 
@@ -92,27 +71,38 @@ class Model:
     """
 
     config: ModelConfig
-    variables: dict[str, Any] = dataclasses.field(repr=False)
-    tokenizer: Any = dataclasses.field(default=None, repr=False)
-    identity: Identity = dataclasses.field(default_factory=Identity, repr=False)
-    partition: Partition | None = dataclasses.field(default=None, repr=False)
+    variables: dict[str, Any]
+    tokenizer: Any = None
+    identity: Identity = dataclasses.field(default_factory=Identity)
+    partition: Partition | None = None
 
+    def __repr__(self) -> str:
+        c, b = self.config, self.config.beacon
+        leaves = jax.tree.leaves(self.variables)
+        devices = self.partition.mesh.size if self.partition else 1
+        kind = next(iter(leaves[0].devices())).device_kind
+        parts = [
+            f"{c.family}: {sum(x.size for x in leaves):,} parameters",
+            f"{c.num_layers} layers",
+            np.dtype(compute_dtype(self.variables)).name,
+            f"{c.trained_positions:,} positions",
+            f"window {b.window}, ratios {', '.join(map(str, b.ratios))}"
+            if b
+            else "no beacons",
+            f"{devices} x {kind}" if devices > 1 else kind,
+        ]
+        return f"Model({', '.join(parts)})"
+
+    @documented(Reading)
     def compress(
         self,
         context: Texts,
         ratio: Ratio = None,
         *,
         memory: Memory | None = None,
-        max_slots: int | None = None,
-        max_bytes: int | str | None = None,
-        spans: Spans | None = None,
-        lossless: str = "windows",
-        capacity: int | None = None,
         reserve: int = 0,
-        memory_dtype: str | None = None,
-        seed: int = 0,
         on_note: Callable[[str], None] | None = None,
-        on_progress: OnProgress | None = None,
+        **options: Unpack[ReadOptions],
     ) -> Memory:
         """Reads contexts of any length into a memory.
 
@@ -146,53 +136,66 @@ class Model:
             that nothing fits into, or another dtype than `memory` has.
           CapacityError: `capacity` is too small; it states what is needed.
         """
+        asked = collect(Reading, "compress", {"ratio": ratio, **options})
         contexts, _ = as_batch(context)
-        dtype = choose_dtype(self, memory, memory_dtype)
+        dtype = choose_dtype(self, memory, asked.memory_dtype)
         rows = [self.encode(c, "context", first=memory is None) for c in contexts]
-        plans = self._plans(
-            rows,
-            memory,
-            dtype,
-            reserve,
-            ratio=ratio,
-            max_slots=max_slots,
-            max_bytes=max_bytes,
-            spans=[self._spans(spans, c, memory is None) for c in contexts],
-            lossless=lossless,
-            seed=seed,
-        )
+        marked = [self._spans(asked.spans, c, memory is None) for c in contexts]
+        plans = self._plans(rows, marked, memory, asked, dtype, reserve)
         if on_note:
             for note in dict.fromkeys(plan.note for plan in plans if plan.note):
                 on_note(note)
         after = feed_rows(
-            self, rows, plans, memory, capacity, reserve, on_progress, dtype
+            self,
+            rows,
+            plans,
+            memory,
+            asked.capacity,
+            reserve,
+            asked.on_progress,
+            dtype,
         )
         return after[1]
 
+    @overload
     def complete(
         self,
-        prompt: Any,
+        prompt: Text,
         *,
         context: Texts | None = None,
         memory: Memory | None = None,
-        ratio: Ratio = None,
-        max_slots: int | None = None,
-        max_bytes: int | str | None = None,
-        spans: Spans | None = None,
-        lossless: str = "windows",
-        max_new_tokens: int | Sequence[int] = 64,
-        temperature: float | Sequence[float] = 0.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
-        min_p: float | Sequence[float] = 0.0,
-        repetition_penalty: float | Sequence[float] = 1.0,
-        stop: str | Sequence[str] = (),
-        seed: int | Sequence[int] = 0,
-        capacity: int | None = None,
-        memory_dtype: str | None = None,
-        on_text: Callable[..., None] | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> Any:
+        **options: Unpack[CompleteOptions],
+    ) -> Generation: ...
+
+    @overload
+    def complete(
+        self,
+        prompt: Batch,
+        *,
+        context: Texts | None = None,
+        memory: Memory | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> list[Generation]: ...
+
+    @overload
+    def complete(
+        self,
+        prompt: Texts,
+        *,
+        context: Texts | None = None,
+        memory: Memory | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> Generation | list[Generation]: ...
+
+    @documented(Completion)
+    def complete(
+        self,
+        prompt: Texts,
+        *,
+        context: Texts | None = None,
+        memory: Memory | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> Generation | list[Generation]:
         """Continues [memory | context | prompt]; see `compress` and `Sampling`.
 
         Args:
@@ -212,36 +215,32 @@ class Model:
           ValueError: a prompt of 0 tokens, or an argument out of range (named).
           CapacityError: `capacity` is too small; it states what is needed.
         """
-        sampling = make_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        asked = collect(Completion, "complete", options)
+        sampling = make_sampling(
+            asked.temperature,
+            asked.top_k,
+            asked.top_p,
+            asked.min_p,
+            asked.repetition_penalty,
+        )
         prompts, single = as_batch(prompt)
         count = len(prompts)
-        new = np.broadcast_to(np.asarray(max_new_tokens, int), (count,))
+        new = np.broadcast_to(np.asarray(asked.max_new_tokens, int), (count,))
         if new.min(initial=1) < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-        show = [_shown(on_text, None if single else i) for i in range(count)]
-        streams = [Streamer(self.tokenizer, s, stop) for s in show]
+            raise ValueError(f"max_new_tokens={new.min()} must be at least 1.")
+        show = [_shown(asked.on_text, None if single else i) for i in range(count)]
+        streams = [Streamer(self.tokenizer, s, asked.stop) for s in show]
         start = time.perf_counter()
-        dtype = choose_dtype(self, memory, memory_dtype)
+        dtype = choose_dtype(self, memory, asked.memory_dtype)
         memory = _rows_for(memory, count)
-        rows, marked = self._prompt_rows(prompts, context, memory, spans)
-        plans = self._plans(
-            rows,
-            memory,
-            dtype,
-            int(new.max()),
-            ratio=ratio,
-            max_slots=max_slots,
-            max_bytes=max_bytes,
-            spans=marked,
-            lossless=lossless,
-            seed=int(np.atleast_1d(seed)[0]),
-        )
+        rows, marked = self._prompt_rows(prompts, context, memory, asked.spans)
+        plans = self._plans(rows, marked, memory, asked, dtype, int(new.max()))
         logits, after = feed_rows(
-            self, rows, plans, memory, capacity, new, on_progress, dtype
+            self, rows, plans, memory, asked.capacity, new, asked.on_progress, dtype
         )
         jax.block_until_ready(logits)
         middle = time.perf_counter()
-        result = self._decode(after, logits, plans, sampling, streams, new, seed)
+        result = self._decode(after, logits, plans, sampling, streams, new, asked.seed)
         after = decoded_memory(after, plans, result)
         texts = [stream.finish() for stream in streams]
         end = time.perf_counter()
@@ -263,14 +262,52 @@ class Model:
         ]
         return made[0] if single else made
 
-    def generate(self, prompt: Any, **options: Any) -> Any:
+    @overload
+    def generate(
+        self,
+        prompt: Text,
+        *,
+        context: Texts | None = None,
+        memory: Memory | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Batch,
+        *,
+        context: Texts | None = None,
+        memory: Memory | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Texts,
+        *,
+        context: Texts | None = None,
+        memory: Memory | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> str | list[str]: ...
+
+    @documented(Completion)
+    def generate(
+        self,
+        prompt: Texts,
+        *,
+        context: Texts | None = None,
+        memory: Memory | None = None,
+        **options: Unpack[CompleteOptions],
+    ) -> str | list[str]:
         """The text of `complete`, which documents the options; texts for a list."""
         if self.tokenizer is None:
             raise ValueError(
                 "tokenizer=None: text cannot be returned. Use complete(...).tokens, or "
                 "put the tokenizer files into the model's folder."
             )
-        made = self.complete(prompt, **options)
+        made = self.complete(prompt, context=context, memory=memory, **options)
         return [m.text for m in made] if isinstance(made, list) else made.text
 
     def encode(self, text: Text, name: str, *, first: bool) -> np.ndarray:
@@ -339,24 +376,29 @@ class Model:
     def _plans(
         self,
         rows: list[np.ndarray],
+        spans: list[Any],
         memory: Memory | None,
+        asked: Reading,
         dtype: str,
         new: int,
-        **options: Any,
     ) -> list[Plan]:
         check_memory(self, memory, len(rows))
-        ledgers, spans = ledgers_of(memory, len(rows)), options.pop("spans")
+        ledgers = ledgers_of(memory, len(rows))
         slot = slot_nbytes(self.config, dtype)
         plans = []
         for row, ledger, marked in zip(rows, ledgers, spans, strict=True):
             plan = make_plan(
                 self.config,
+                asked.ratio,
                 length=len(row),
                 before=ledger,
                 new_tokens=new,
+                max_slots=asked.max_slots,
+                max_bytes=asked.max_bytes,
                 slot_nbytes=slot,
                 spans=marked,
-                **options,
+                lossless=asked.lossless,
+                seed=int(np.atleast_1d(asked.seed)[0]),
             )
             warn_beyond_training(self.config, plan, len(row) + new, ledger)
             plans.append(plan)
@@ -370,7 +412,7 @@ class Model:
         sampling: Sampling,
         streams: list[Streamer],
         new: np.ndarray,
-        seed: int | Sequence[int],
+        seed: Integers,
     ) -> Decoded:
         seen = None
         if (np.asarray(sampling.repetition_penalty) != 1).any():

@@ -131,7 +131,7 @@ def load(
     path: str | Path,
     model: ModelLike | None = None,
     *,
-    mesh: Mesh | Partition | None = None,
+    mesh: str | Mesh | Partition | None = None,
     allow_other_model: bool = False,
 ) -> Memory:
     """Reads a pack.
@@ -139,9 +139,10 @@ def load(
     Args:
       path: of the file.
       model: that is to continue the memory; None: nothing is checked.
-      mesh: devices to spread the memory over by `partition.RULES`, or a partition with
-        other rules: rows over the data axes, kv heads over "tensor". An axis that they
-        do not divide is whole on each device. None: one device.
+      mesh: devices to spread the memory over by `partition.RULES`, as text
+        ("tensor:8") or as a mesh, or a partition with other rules: rows over the data
+        axes, kv heads over "tensor". An axis that they do not divide is whole on each
+        device. None: those of the model, without one the first device.
       allow_other_model: use a pack that other weights wrote, as if the model had. The
         config has to fit.
 
@@ -161,6 +162,7 @@ def load(
     if model is not None:
         _check_model(pack.path, config, identity, model, allow_other_model)
         config, identity = model.config, model.identity
+        mesh = mesh if mesh is not None else getattr(model, "partition", None)
     pack.verify()
     rows = pack.manifest["rows"]
     state = leaves.build(

@@ -22,7 +22,7 @@ from beacon_jax.inference.prefill import power_of_two
 from beacon_jax.inference.row import Row
 from beacon_jax.model.config import ModelConfig
 
-Ratio = int | Sequence[int] | Callable[[int, int, int], int] | str | None
+type Ratio = int | Sequence[int] | Callable[[int, int, int], int] | str | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-Spans = str | re.Pattern[str] | Sequence[tuple[int, int]] | Int[np.ndarray, "S 2"]
+type Spans = str | re.Pattern[str] | Sequence[tuple[int, int]] | Int[np.ndarray, "S 2"]
 
 
 def token_spans(

@@ -1,0 +1,47 @@
+"""What `Model.complete` returns: the new text and what it took."""
+
+import dataclasses
+import functools
+
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.inference.memory import Memory
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Generation:
+    """What `Model.complete` returns for one prompt.
+
+    Attributes:
+      text: the new text, without the end token and in front of a stop string ("" for a
+        model without tokenizer).
+      tokens: its token ids, int32 [n].
+      finish: "stop" (an end token or a stop string) or "length" (max_new_tokens).
+      note: what was decided about ratios, "" if nothing was.
+      prompt_tokens: tokens read, context and prompt.
+      prefill_seconds, decode_seconds: wall time of the batch, compilation included.
+      batch, row: the memory of the batch and this prompt's row of it.
+    """
+
+    text: str
+    tokens: Int[np.ndarray, " n"]
+    finish: str
+    note: str
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    batch: Memory
+    row: int = 0
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Holds the context, the prompt and the new tokens: pass it on to continue."""
+        return self.batch if len(self.batch) == 1 else self.batch[self.row]
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+        return (
+            f"Generation({text!r}: {len(self.tokens)} tokens behind "
+            f"{self.prompt_tokens:,} read, finish={self.finish!r})"
+        )

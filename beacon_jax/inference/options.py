@@ -1,0 +1,150 @@
+"""The options of `compress`, `complete` and `generate`: names, types, defaults, once.
+
+A caller gives them as keywords. `ReadOptions` and `CompleteOptions` type the keywords,
+so that an editor and a type checker know every name; `collect` turns them into one
+frozen `Reading` or `Completion` at the door, and nothing behind it takes a keyword
+more. `documented` gives `help()` and a notebook the same names with their defaults.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+
+from beacon_jax.inference.plan import Ratio
+from beacon_jax.inference.spans import Spans
+
+type Text = str | Sequence[int] | np.ndarray  # a text, or the token ids [n] of one
+# Lists, not sequences, of which a str is one: a type checker tells one text from many.
+type Batch = (
+    list[Text]
+    | list[str]
+    | list[list[int]]
+    | list[Sequence[int]]
+    | list[np.ndarray]
+    | tuple[Text, ...]
+)
+type Texts = Text | Sequence[Text]
+type OnProgress = Callable[[int, int], None]  # (tokens fed so far, of how many)
+type Numbers = float | Sequence[float] | np.ndarray  # one for all rows, or one per row
+type Integers = int | Sequence[int] | np.ndarray
+
+
+class ReadOptions(TypedDict, total=False):
+    """The keywords of `Model.compress`, which documents them."""
+
+    max_slots: int | None
+    max_bytes: int | str | None
+    spans: Spans | None
+    lossless: Literal["windows", "slots"]
+    capacity: int | None
+    memory_dtype: str | None
+    seed: Integers
+    on_progress: OnProgress | None
+
+
+class CompleteOptions(ReadOptions, total=False):
+    """The keywords of `Model.complete`, which documents them."""
+
+    ratio: Ratio
+    max_new_tokens: Integers
+    temperature: Numbers
+    top_k: Integers
+    top_p: Numbers
+    min_p: Numbers
+    repetition_penalty: Numbers
+    stop: str | Sequence[str]
+    on_text: Callable[..., None] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a text is read into a memory (`Model.compress` documents the fields)."""
+
+    ratio: Ratio = None
+    max_slots: int | None = None
+    max_bytes: int | str | None = None
+    spans: Spans | None = None
+    lossless: Literal["windows", "slots"] = "windows"
+    capacity: int | None = None
+    memory_dtype: str | None = None
+    seed: Integers = 0
+    on_progress: OnProgress | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion(Reading):
+    """How a prompt is read and continued (`Model.complete` documents the fields)."""
+
+    max_new_tokens: Integers = 64
+    temperature: Numbers = 0.0
+    top_k: Integers = 0
+    top_p: Numbers = 1.0
+    min_p: Numbers = 0.0
+    repetition_penalty: Numbers = 1.0
+    stop: str | Sequence[str] = ()
+    on_text: Callable[..., None] | None = None
+
+
+# What other libraries call it.
+_ELSEWHERE = {
+    "do_sample": "temperature",
+    "eos": "stop",
+    "max_length": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "num_tokens": "max_new_tokens",
+    "until": "stop",
+}
+
+
+def collect[Options: Reading](
+    kind: type[Options], function: str, given: Mapping[str, Any]
+) -> Options:
+    """The options of a call as one value.
+
+    Args:
+      kind: `Reading` or `Completion`.
+      function: that was called, for the message.
+
+    Raises:
+      TypeError: a keyword that there is not; names the nearest one.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.6)
+            meant = _ELSEWHERE.get(name) or (near[0] if near else None)
+            hint = f"did you mean {meant}?" if meant in names else "it has no such one."
+            raise TypeError(
+                f"{function}({name}={given[name]!r}): {hint} The options are "
+                f"{', '.join(names)}."
+            )
+    return kind(**given)
+
+
+def documented[F: Callable[..., Any]](kind: type[Reading]) -> Callable[[F], F]:
+    """Shows the fields of `kind` as keywords, with their defaults, in the signature of
+    a function that takes them as **options."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+        taken = {p.name for p in own}
+        more = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.type,
+            )
+            for field in dataclasses.fields(kind)
+            if field.name not in taken
+        ]
+        shown = signature.replace(parameters=[*own, *more])
+        function.__signature__ = shown
+        return function
+
+    return decorate
