@@ -11,18 +11,19 @@ MAX_LINES := 600
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup quickstart test test-slow stress notebook aot lint constraints clean
+.PHONY: help setup quickstart test test-all stress notebook aot aot-smoke lint constraints clean
 
-help:
-	@echo "targets: setup quickstart test test-slow stress notebook aot lint constraints clean"
+help:  ## This list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | \
+	  while IFS=$$(printf '\t') read -r name what; do printf 'make %-12s %s\n' "$$name" "$$what"; done
 
-setup:
+setup:  ## .venv with beacon_jax and its tools; every target does this first
 	@PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" bash launch/setup.sh
 
 # Convert the tiny base model, train beacons on it, measure them: minutes on two cores.
 # Two CPU devices share a batch 1.45 times as fast as two threads of one.
 OUT := out/quickstart
-quickstart: setup
+quickstart: setup  ## Convert, train beacons and measure them: about 15 minutes on two cores
 	$(PY) -m beacon_jax.convert from-hf --src=assets/tiny-base --dst=$(OUT)/base --overwrite
 	JAX_NUM_CPU_DEVICES=2 $(PY) -m beacon_jax.train --config=configs/quickstart.py \
 	  --workdir=$(OUT)/train --config.init_from=$(OUT)/base
@@ -30,21 +31,24 @@ quickstart: setup
 	  --ratios=2,4,8 --methods=beacon,full,window --out=$(OUT) --floors=quickstart \
 	  --summary=$(OUT)/train/summary.json
 
-test: setup
-	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile tests
+# Workers take tests from each other at the end, so that none is idle.
+WORKERS ?= 2
+PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n $(WORKERS) --dist worksteal
+test: setup  ## Tests of every part in at most ten minutes
+	$(PYTEST) tests
 
-# Training runs and large shapes: not part of `make test`.
-test-slow: setup
-	JAX_PLATFORMS=cpu $(PY) -m pytest -m slow tests
+# Also the ones marked `slow`: exhaustive grids, training runs, large files.
+test-all: setup  ## All tests, what CI runs
+	$(PYTEST) -m "" tests
 
 # 30,000 launches on two CPU devices with every core busy, three times: none may hang.
-stress: setup
+stress: setup  ## Launches on two busy CPU devices that must not hang: about an hour
 	$(PY) -m benchmarks.stress_collectives
 
 # Every cell of the Colab notebook, small, on the CPU. UPDATE=1 keeps the outputs of its
 # results in the file, as it is committed.
 UPDATE ?=
-notebook: setup
+notebook: setup  ## Execute the Colab notebook, small, on the CPU
 	$(PY) launch/notebook.py $(if $(UPDATE),--update)
 
 # Attention kernels and whole 7B training steps for GPUs and TPUs that are not here,
@@ -52,12 +56,17 @@ notebook: setup
 # plugins beside the CPU. AOT_KERNELS, AOT_STEPS: some of the cases; all by default.
 AOT_KERNELS ?=
 AOT_STEPS ?=
-aot:
+aot:  ## Compile kernels and 7B steps for GPUs and TPUs that are not here: about an hour
 	@VENV=.venv-aot EXTRAS=aot PYTHON="$(PYTHON)" bash launch/setup.sh
 	.venv-aot/bin/python -m benchmarks.aot_kernels --cases=$(AOT_KERNELS) --out=out/aot
 	.venv-aot/bin/python -m benchmarks.aot --cases=$(AOT_STEPS) --out=out/aot
 
-lint: setup
+# One case of each kind, as CI runs them: a kernel of each chip's compiler, a whole step.
+aot-smoke:  ## Three of those cases: about two minutes
+	@$(MAKE) aot AOT_KERNELS=qwen2-7b-1536-backward-a100_80gb,qwen2-7b-1536-backward-v6e \
+	  AOT_STEPS=llama2-7b-128k-x8-a100
+
+lint: setup  ## ruff, pyright, no file over 600 lines
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
@@ -66,11 +75,11 @@ lint: setup
 	  bad = 1 } END { exit bad }'
 
 # After a change of the dependencies: versions only, for every platform.
-constraints: setup
+constraints: setup  ## constraints.txt anew, after a change of the dependencies
 	$(PY) -m uv pip compile pyproject.toml --universal --python-version 3.12 --quiet \
 	  --upgrade --extra test --extra aot --no-header --no-annotate \
 	  --no-emit-index-url --output-file constraints.txt
 
-clean:
-	rm -rf .venv .venv-aot $(OUT) .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove everything that make has made
+	rm -rf .venv .venv-aot .cache $(OUT) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,26 @@
-"""Eight virtual CPU devices, and compiled programs that go with their file."""
+"""What every test process starts with: eight virtual CPU devices, cheap compilation,
+and programs that all processes share.
+
+Compiling is most of what the tests cost. So programs are kept in `.cache/xla` of the
+checkout: the other worker, a subprocess, and the next run find them there. And XLA does
+little optimising, which takes a third off; a module that asserts bits or recorded
+numbers has `pytestmark = pytest.mark.optimized` and is compiled as users compile.
+"""
 
 import gc
 import os
+import shutil
+from pathlib import Path
+
+CACHE = Path(__file__).parents[1] / ".cache" / "xla"
+CACHE_BYTES = 2 * 2**30
+MAX_MAPS = 40_000
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
@@ -14,10 +30,35 @@ from beacon_jax import runtime
 runtime.prepare()  # two threads per device, before a test starts the backend
 
 
+def pytest_configure(config):
+    """Starts the cache anew when it has grown too large; one process of a run does."""
+    if not hasattr(config, "workerinput") and CACHE.is_dir():
+        if sum(file.stat().st_size for file in CACHE.iterdir()) > CACHE_BYTES:
+            shutil.rmtree(CACHE)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_this_file_only():
-    """XLA maps memory for every CPU program (32,000 mappings after test_properties, 700
-    once cleared). Beyond Linux's 65,530 per process the next program aborts it."""
+def programs(request):
+    """Optimised ones where the module asks for it, and room for those of the next.
+
+    XLA maps memory for every CPU program. Beyond Linux's 65,530 maps per process the
+    next program aborts it.
+    """
+    optimized = request.node.get_closest_marker("optimized") is not None
+    before = jax.config.read("jax_disable_most_optimizations")
+    if optimized and before:  # no part of the key of programs in this process
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.clear_caches()
-    gc.collect()
+    jax.config.update("jax_disable_most_optimizations", before)
+    if (optimized and before) or maps() > MAX_MAPS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def maps() -> int:
+    """Memory mappings of this process; 0 where the system does not tell."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0

@@ -6,6 +6,8 @@ import pytest
 
 from tests.golden import Replay, main
 
+pytestmark = pytest.mark.optimized
+
 CASES = sorted((Path(__file__).parents[1] / "goldens").glob("*/case.json"))
 
 

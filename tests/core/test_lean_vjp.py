@@ -18,6 +18,8 @@ from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import init_variables
 
+pytestmark = pytest.mark.optimized
+
 N, B, W = 4, 2, 8
 MODEL = ModelConfig(
     family="qwen2",

@@ -17,6 +17,8 @@ from beacon_jax.inference.prefill import prefill
 from beacon_jax.inference.sampling import make_sampling
 from tests.golden import Replay
 
+pytestmark = pytest.mark.optimized
+
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GREEDY = make_sampling()
 

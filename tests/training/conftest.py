@@ -2,22 +2,11 @@
 
 import copy
 
-import jax
 import pytest
 from ml_collections import ConfigDict
 
 from beacon_jax.training.config import default_config, stage
 from beacon_jax.training.trainer import train
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Every `train` call jits a new closure; equal programs are compiled once."""
-    folder = str(tmp_path_factory.mktemp("jit"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="session")
