@@ -32,9 +32,10 @@ runtime.prepare()  # two threads per device, before a test starts the backend
 
 def pytest_configure(config):
     """Starts the cache anew when it has grown too large; one process of a run does."""
-    if not hasattr(config, "workerinput") and CACHE.is_dir():
-        if sum(file.stat().st_size for file in CACHE.iterdir()) > CACHE_BYTES:
-            shutil.rmtree(CACHE)
+    if hasattr(config, "workerinput") or not CACHE.is_dir():
+        return
+    if sum(file.stat().st_size for file in CACHE.iterdir()) > CACHE_BYTES:
+        shutil.rmtree(CACHE)
 
 
 @pytest.fixture(scope="module", autouse=True)
