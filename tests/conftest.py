@@ -12,13 +12,11 @@ import os
 import shutil
 from pathlib import Path
 
-CACHE = Path(__file__).parents[1] / ".cache" / "xla"
-CACHE_BYTES = 2 * 2**30
-MAX_MAPS = 40_000
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
@@ -30,12 +28,19 @@ from beacon_jax import runtime
 runtime.prepare()  # two threads per device, before a test starts the backend
 
 
+ROOT = Path(__file__).parents[1]
+CACHE_BYTES = 2 * 2**30
+MAX_MAPS = 40_000
+
+
 def pytest_configure(config):
-    """Starts the cache anew when it has grown too large; one process of a run does."""
-    if hasattr(config, "workerinput") or not CACHE.is_dir():
+    """Starts the checkout's cache anew when it has grown too large."""
+    cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    worker = hasattr(config, "workerinput")  # one process of a run looks after it
+    if worker or ROOT not in cache.parents or not cache.is_dir():
         return
-    if sum(file.stat().st_size for file in CACHE.iterdir()) > CACHE_BYTES:
-        shutil.rmtree(CACHE)
+    if sum(file.stat().st_size for file in cache.iterdir()) > CACHE_BYTES:
+        shutil.rmtree(cache)
 
 
 @pytest.fixture(scope="module", autouse=True)
