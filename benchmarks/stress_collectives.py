@@ -5,9 +5,10 @@ python -m benchmarks.stress_collectives [--launches=30000] [--rounds=3] [--devic
 
 Every round is a process of its own, prepared as the package prepares each of its
 commands (`beacon_jax.runtime`), while another program keeps every core busy. Ends with
-1 if a round makes no progress for --patience seconds or dies. --without leaves out what
-the package does, to see that the script finds the fault: on two cores with jax 0.11.2
-`--without=pool,limit` hangs in the first launches.
+1 if a round makes no progress for --patience seconds (ten times as long until it has
+compiled) or dies. --without leaves out what the package does, to see that the script
+finds the fault: on two cores with jax 0.11.2 `--without=pool,limit` hangs in the first
+launches.
 """
 
 import json
@@ -40,7 +41,7 @@ def busy_cores() -> list[subprocess.Popen]:
 
 
 def launch(count: int, without: Sequence[str]) -> None:
-    """The child: prints {"done": launches} about once a second and at the end."""
+    """The child: prints {"done": launches} at the start, the end and every second."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -78,6 +79,8 @@ def launch(count: int, without: Sequence[str]) -> None:
     rng = np.random.default_rng(0)
     weights = place(rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) / WIDTH)
     x = place(rng.normal(size=(64 * mesh.size, WIDTH)).astype(np.float32))
+    step = step.lower(weights, x).compile()
+    print(json.dumps({"done": 0}), flush=True)
     said = time.monotonic()
     for done in range(1, count + 1):
         weights, total = step(weights, x)
@@ -97,7 +100,7 @@ def run_round(o: flags.FlagValues) -> tuple[int, str | None]:
     process = subprocess.Popen(
         command, env=child_environment(o.devices), stdout=subprocess.PIPE, text=True
     )
-    heard, done = [time.monotonic()], [0]
+    heard, done = [time.monotonic() + 9 * o.patience], [0]
 
     def listen() -> None:
         assert process.stdout is not None
