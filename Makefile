@@ -4,14 +4,14 @@
 PYTHON ?=
 EXTRAS ?=
 PY := .venv/bin/python
-CODE := $(wildcard beacon_jax configs tests launch benchmarks)
+CODE := $(wildcard beacon_jax configs tests launch benchmarks docs)
 MAX_LINES := 600
 # The environment may forbid bytecode; compiling jax and transformers anew in every
 # process costs seconds each time.
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup quickstart test test-all stress notebook aot aot-smoke lint constraints clean
+.PHONY: help setup quickstart test test-all stress notebook aot aot-smoke docs lint constraints clean
 
 help:  ## This list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | \
@@ -66,6 +66,10 @@ aot-smoke:  ## Three of those cases: about two minutes
 	@$(MAKE) aot AOT_KERNELS=qwen2-7b-1536-backward-a100_80gb,qwen2-7b-1536-backward-v6e \
 	  AOT_STEPS=llama2-7b-128k-x8-a100
 
+# A broken link or anchor is an error. No network.
+docs: setup  ## The site of docs/ in out/site: seconds
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 lint: setup  ## ruff, pyright, no file over 600 lines
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -77,7 +81,7 @@ lint: setup  ## ruff, pyright, no file over 600 lines
 # After a change of the dependencies: versions only, for every platform.
 constraints: setup  ## constraints.txt anew, after a change of the dependencies
 	$(PY) -m uv pip compile pyproject.toml --universal --python-version 3.12 --quiet \
-	  --upgrade --extra test --extra aot --no-header --no-annotate \
+	  --upgrade --extra test --extra docs --extra aot --no-header --no-annotate \
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:  ## Remove everything that make has made

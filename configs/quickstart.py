@@ -8,7 +8,7 @@ or 8 drawn for every window, real text with passkeys inserted, the loss of the f
 window (which sees no beacon) left out.
 
 Hardware: two CPU cores, as two devices that share a batch. Expected result:
-configs/quickstart_floors.json; measured: README.md.
+configs/quickstart_floors.json; measured: docs/quickstart.md.
 configs/quickstart.py:long trains longer, :smoke takes a few tiny steps.
 """
 

@@ -9,7 +9,7 @@ python=$venv/bin/python
 stamp=$venv/.installed
 # The folder is part of the stamp: an editable install holds its path.
 state=$(echo "$PWD" | cat - pyproject.toml constraints.txt launch/setup.sh | cksum)
-extras=${EXTRAS:-test}
+extras=${EXTRAS:-test,docs}
 
 identity='import sys, pip; assert sys.version_info >= (3, 12)
 print(sys.base_prefix, sys.version_info)'

@@ -138,8 +138,9 @@ def test_every_extra_that_a_user_is_told_to_install_is_there():
     folders = ("beacon_jax", "benchmarks", "launch", "configs")
     files = [f for name in folders for f in (root / name).rglob("*.*") if f.is_file()]
     texts = [f.read_text("utf-8") for f in files if f.suffix in (".py", ".sh")]
-    texts.append((root / "README.md").read_text(encoding="utf-8"))
-    told = [re.findall(r"beacon_jax\[([a-z0-9,]+)\]", text) for text in texts]
+    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    texts += [page.read_text(encoding="utf-8") for page in pages]
+    told = [re.findall(r"beacon_jax\[([a-z0-9,-]+)\]", text) for text in texts]
     named = {extra for found in told for group in found for extra in group.split(",")}
-    assert {"aot", "tokamax"} <= named
+    assert {"aot", "tokamax", "lm-eval"} <= named
     assert named <= set(project["project"]["optional-dependencies"])

@@ -1,4 +1,4 @@
-"""Tables from the rows of a bench.json, and their place in README."""
+"""Tables from the rows of a bench.json, and their place in docs/benchmarks.md."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -289,7 +289,7 @@ def readme_text(content: dict[str, Any], source: str) -> str:
 
     Args:
       content: of a bench.json.
-      source: path of it, as README names it.
+      source: path of it, from the folder of the page.
     """
     run = content["run"]
     commit = (run["commit"] or "unknown")[:12]
@@ -310,17 +310,23 @@ def _folded(section: str) -> str:
     return f"<details>{summary}\n\n{rest}\n\n</details>"
 
 
-def update_readme(readme: Path, text: str) -> None:
-    """Puts `text` between the markers; ValueError if they are not there."""
-    old = readme.read_text(encoding="utf-8")
+def update_readme(page: Path, text: str) -> None:
+    """Puts `text` between the markers of a page.
+
+    Raises:
+      ValueError: the page is not there, or has not both markers once.
+    """
+    if not page.is_file():
+        raise ValueError(f"{page}: no such page here; run this in the repository.")
+    old = page.read_text(encoding="utf-8")
     if (
         old.count(BEGIN) != 1
         or old.count(END) != 1
         or old.index(END) < old.index(BEGIN)
     ):
         raise ValueError(
-            f"{readme} must have the line {BEGIN} once and {END} once behind it: the "
+            f"{page} must have the line {BEGIN} once and {END} once behind it: the "
             "table goes in between."
         )
     before, after = old.split(BEGIN)[0], old.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Measures speed and memory; the same command measures only what is missing in --out.
 
 --plan prints what chips can reach at best and measures nothing. --readme=bench.json
-writes its tables into README.md.
+writes its tables into docs/benchmarks.md.
 
 Examples:
   beacon-jax bench --preset=llama2-7b --lengths=4096,32768,131072 --ratios=4,8 --out=DIR
@@ -19,6 +19,8 @@ from absl import flags
 
 from beacon_jax.cli.options import Group
 from beacon_jax.resources import require
+
+PAGE = Path("docs/benchmarks.md")  # of the repository, for --readme
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -39,7 +41,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f = Group(values, "Output")
     f.text("out", None, "Folder; else benchmarks/DATE-CHIP.")
     f.switch("plan", False, "Print roofline times by formula; measures nothing.")
-    f.text("readme", None, "bench.json files; rewrites README.md between its markers.")
+    f.text("readme", None, "bench.json files; their tables go into docs/benchmarks.md.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,9 +57,11 @@ def main(argv: Sequence[str]) -> None:
 def _readme(o: flags.FlagValues) -> None:
     from beacon_jax.benchmark import records, report  # jax takes seconds
 
-    files = o.readme.split(",")
-    text = "\n\n".join(report.readme_text(records.read(Path(f)), f) for f in files)
-    report.update_readme(Path("README.md"), text)
+    texts = [
+        report.readme_text(records.read(Path(file)), f"../{Path(file).as_posix()}")
+        for file in o.readme.split(",")
+    ]
+    report.update_readme(PAGE, "\n\n".join(texts))
 
 
 def _plan(o: flags.FlagValues) -> None:

@@ -1,8 +1,8 @@
 """How many bytes a training step needs on a device, from its shapes alone.
 
 The parts that grow with the model or the text; measured against XLA's own
-`memory_analysis()` for 8 x A100-80GB in benchmarks (see README). It chooses between
-recomputing layers and keeping the activations of a window.
+`memory_analysis()` for 8 x A100-80GB (docs/recipes.md). It chooses between recomputing
+layers and keeping the activations of a window.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Where the arrays of a training run live, and how its devices share a batch.
 
-Two settings (config.mesh), as documented in README:
+Two settings (config.mesh), as in docs/recipes.md:
   fast  fsdp = tensor = 1: every device holds the whole base, the optimiser's state is
         split over data, and every device draws its own ratio plan, as the release's
         eight processes do. The step is a shard_map.

@@ -312,7 +312,8 @@ def test_rates_are_told_in_the_unit_that_fits():
 
 
 def test_the_readme_table_is_made_from_the_json(measured, tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
+    readme = tmp_path / "docs/benchmarks.md"
+    readme.parent.mkdir()
     readme.write_text(f"a\n{report.BEGIN}\nold\n{report.END}\nz\n")
     monkeypatch.chdir(tmp_path)
     shutil.copy(measured.folder / "bench.json", tmp_path)
@@ -322,7 +323,7 @@ def test_the_readme_table_is_made_from_the_json(measured, tmp_path, monkeypatch)
         text = readme.read_text()
         assert text.startswith(f"a\n{report.BEGIN}\n") and text.endswith("\nz\n")
         assert "old" not in text and "**Prefill**" in text and "nano" in text
-        assert "bench.json" in text
+        assert "(../bench.json)" in text
         # The long table of the kernels is folded, and says its reasons once.
         folded = text.split("<details>")[1].split("</details>")[0]
         assert " blockwise |" in folded and "**Attention**" not in text
@@ -333,22 +334,24 @@ def test_the_readme_table_is_made_from_the_json(measured, tmp_path, monkeypatch)
     shutil.copy("bench.json", "other.json")
     bench._readme(options("--readme=bench.json,other.json"))
     both = readme.read_text()
-    assert both.count("**Prefill**") == 2 and "(other.json)" in both
+    assert both.count("**Prefill**") == 2 and "(../other.json)" in both
 
 
-def test_the_readme_of_this_repository_has_room_for_the_table(tmp_path):
-    original = Path(__file__).parents[2] / "README.md"
-    shutil.copy(original, tmp_path)
-    report.update_readme(tmp_path / "README.md", "the table")
+def test_the_page_of_this_repository_has_room_for_the_table(tmp_path):
+    original = Path(__file__).parents[2] / bench.PAGE
+    page = Path(shutil.copy(original, tmp_path))
+    report.update_readme(page, "the table")
     before, after = original.read_text("utf-8").split(report.BEGIN)
     after = after.split(report.END)[1]
     table = f"{report.BEGIN}\nthe table\n{report.END}"
-    assert (tmp_path / "README.md").read_text("utf-8") == before + table + after
+    assert page.read_text("utf-8") == before + table + after
 
 
-def test_a_readme_without_markers_and_a_wrong_file_say_so(measured, tmp_path):
+def test_a_page_without_markers_and_a_wrong_file_say_so(measured, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("nothing")
+    with pytest.raises(ValueError, match="no such page here"):
+        report.update_readme(tmp_path / "docs.md", "x")
     with pytest.raises(ValueError, match="bench:begin"):
         report.update_readme(readme, "x")
     (tmp_path / "x.json").write_text(json.dumps({"rows": []}))

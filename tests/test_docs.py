@@ -1,0 +1,129 @@
+"""What README.md and docs/ print can be pasted, and the site has no broken link."""
+
+import collections
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from beacon_jax import cli
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SLOW = pytest.mark.slow  # compiles a program per memory: README.md alone, 20 s
+GENERATE = load(ROOT / "docs" / "generate.py")
+
+
+def commands():
+    """(page, command, its arguments) of every command line in a code block."""
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+        shell = [block for language, block in blocks if language in ("", "sh")]
+        for line in "\n".join(shell).replace("\\\n", " ").splitlines():
+            if found := re.match(r"beacon-jax (\w+) *(.*)$", line):
+                yield page.name, found[1], found[2]
+
+
+@pytest.mark.optimized  # as for a user
+@pytest.mark.parametrize(
+    "page",
+    [GENERATE.PAGES[0], *(pytest.param(p, marks=SLOW) for p in GENERATE.PAGES[1:])],
+)
+def test_the_snippets_of_a_page_run_and_print_what_stands_below_them(page):
+    text = (ROOT / page).read_text("utf-8")
+    assert "```text" in text
+    assert GENERATE.with_outputs(text) == text, "run: python docs/generate.py"
+
+
+def test_the_readme_fits_and_begins_with_a_short_snippet():
+    text = README.read_text("utf-8")
+    assert len(text.encode()) <= 12 * 1024
+    snippet, *others = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippet.splitlines()) <= 13 and not others
+
+
+def test_every_command_has_the_flags_that_a_page_gives_it(monkeypatch):
+    """Parsed as the command would, config files and their keys too."""
+    monkeypatch.chdir(ROOT)
+    checked = collections.Counter()
+    for page, name, rest in commands():
+        assert name in cli.COMMANDS, (page, name)
+        command = importlib.import_module(f"beacon_jax.cli.{name}")
+        if not hasattr(command, "define_flags"):
+            continue  # lm_eval's own parser
+        rest = re.split(r" <\S|  +#", rest)[0]
+        rest = re.sub(r"\[(?::arg|--config\.key=value ...)\]| \.\.\.", "", rest)
+        rest = re.sub(r"\[(--[^]]*)\]", r"\1", rest).replace("/X.py", "/quickstart.py")
+        argv = [name, *shlex.split(rest)]
+        monkeypatch.setattr(sys, "argv", argv)  # where config_flags looks for keys
+        values = flags.FlagValues()
+        command.define_flags(values)
+        try:
+            values(argv)
+        except (flags.Error, AttributeError, ValueError) as error:
+            pytest.fail(f"{page}: beacon-jax {name} {rest}: {error}")
+        checked[name] += 1
+    assert checked["generate"] >= 6 and checked["train"] >= 5
+    assert checked["evaluate"] >= 5 and checked["compress"] >= 3
+
+
+def test_every_module_script_config_and_room_that_a_page_names_exists():
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for module in re.findall(
+            r"-m ((?:beacon_jax|tests|benchmarks)(?:\.\w+)+)", text
+        ):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or path.is_dir(), (page, module)
+        for path in re.findall(r"\b(?:configs|launch)/\w+\.(?:py|sh|ipynb)", text):
+            assert (ROOT / path).is_file() or path == "configs/X.py", (page, path)
+    tree = README.read_text("utf-8").split("## What is where")[1].split("```")[1]
+    rooms = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
+    packages = {
+        path.parent.name for path in (ROOT / "beacon_jax").glob("*/__init__.py")
+    }
+    assert packages <= set(rooms)
+    for room in rooms:
+        assert (ROOT / "beacon_jax" / room).is_dir(), room
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs"
+)
+def test_a_link_or_an_anchor_that_leads_nowhere_fails_the_build(tmp_path):
+    """mkdocs in strict mode, with our hook, on two pages of their own."""
+    (tmp_path / "docs").mkdir()
+    hooks = ROOT / "docs" / "hooks.py"
+    settings = (ROOT / "mkdocs.yml").read_text("utf-8").split("nav:")[0]
+    settings = settings.replace("hooks: [docs/hooks.py]", f"hooks: [{hooks}]")
+    (tmp_path / "mkdocs.yml").write_text(settings)
+
+    def build(text):
+        (tmp_path / "docs" / "index.md").write_text(f"# Title\n\n{text}\n")
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    good = build("[a](#title) [b](../README.md) [c](changelog.md)")
+    assert good.returncode == 0, good.stderr
+    site = (tmp_path / "out" / "site" / "index.html").read_text("utf-8")
+    assert "/blob/main/README.md" in site
+    bad = build("[a](#nowhere) [b](../nothing.md) [c](nothing.md)")
+    assert bad.returncode != 0
+    for name in ("#nowhere", "links to nothing.md", "'nothing.md'"):
+        assert name in bad.stderr, bad.stderr
