@@ -19,17 +19,18 @@ def default_config() -> Config:
     config: Config = ConfigDict()
     config.init_from = ""  # HF or converted folder; "": `model`, at random
     config.model = ConfigDict()  # fields of ModelConfig, for random initialisation
-    config.trainable = "beacon"  # or "all": every parameter
-    config.seed = 0  # data, ratios and random initialisation
-    # Or "bfloat16", "float16": of computing; masters are always float32.
+    config.trainable = "beacon"  # what is trained; or "all": every parameter
+    config.seed = 0  # of data, ratios and random initialisation
+    # Of computing; or "bfloat16", "float16". Masters are always float32.
     config.dtype = "float32"
     config.allow_config_change = False  # resume although the config is another one
     config.log_every = 50  # steps
-    config.save_every = 500  # steps
-    config.keep = 2  # checkpoints
+    config.save_every = 500  # steps between checkpoints
+    config.keep = 2  # checkpoints that are kept
     config.profile_steps = ()  # first and last step to trace, as 10,13; (): none
-    config.peak_tflops = 0.0  # of a device, for the MFU; 0: see training.hardware
-    config.compilation_cache = ""  # folder; "": ~/.cache/beacon_jax/xla; or "off"
+    config.peak_tflops = 0.0  # of a device, for the MFU; 0: of the chips that are known
+    # Folder of compiled programs; "": ~/.cache/beacon_jax/xla; "off": none.
+    config.compilation_cache = ""
     config.window = 0  # tokens computed at once by a model without beacons; 0: the row
     # Devices along each axis; -1: as many as there are and as the batches allow.
     # fsdp = tensor = 1: the base on every device, a ratio plan for each (fast).
@@ -40,19 +41,25 @@ def default_config() -> Config:
     # "lean", "lean-layer", ...: see core.lean_vjp.window_loop. "auto": "lean" if the
     # estimate of training.memory fits the device, else "lean-layer".
     config.remat = "auto"
-    config.attention = ""  # of attention.IMPLEMENTATIONS; "": the platform's best
-    config.offload = False  # backward pass: the memory waits in host memory
-    config.memory_slots = 0  # room for memory; 0: for the lowest ratio in every window
+    config.attention = ""  # implementation, see docs/kernels.md; "": the platform's best
+    config.offload = False  # the memory waits in host memory for the backward pass
+    config.memory_slots = 0  # room for them; 0: for the lowest ratio in every window
 
     config.beacon = ConfigDict(
         {
             "use": True,  # False: a plain decoder
-            "window": 1024,
+            "window": 1024,  # tokens of a window
+            # Tokens per beacon that training draws from; each must divide the window.
+            # 0: a window without beacons, all of whose tokens stay.
             "ratios": (2, 4, 8, 16, 32),
+            # How they are drawn: "step-random" for every window, "instance-random"
+            # once per row, "sequence" in turn, or "adapt-F" (see the specification).
             "ratio_mix": "step-random",
+            # Projections that beacons have of their own, of q, k, v and o.
             "param": ("q", "k", "v"),
-            "embed_init": "eos",
-            "sink": 0,
+            "embed_init": "eos",  # or "bos": token whose embedding a beacon starts from
+            "sink": 0,  # entries of the first window that are kept for ever
+            # Beacons after every `ratio` tokens, or behind the window: "append".
             "placement": "interleave",
         }
     )
@@ -62,8 +69,9 @@ def default_config() -> Config:
     config.uniform_plans = 0.0
     config.loss = ConfigDict(
         {
+            # Leaves out the loss of the first window, which sees no beacon.
             "skip_first_window": False,
-            "average": "token",
+            "average": "token",  # mean over labels; "row": mean of the rows' means
             # float16 only: the loss is multiplied by this and gradients are divided,
             # or those of single labels would be less than its smallest number, 6e-8.
             "scale": 4096.0,
@@ -114,12 +122,12 @@ def default_config() -> Config:
     config.optimizer = ConfigDict(
         {
             "name": "adamw",  # or "muon": matrices by Muon, the rest by Adam
-            "lr": 5e-5,
+            "lr": 5e-5,  # learning rate, at its highest
             "adam_lr": 5e-3,  # muon: of everything that is not a matrix of a layer
-            "b1": 0.9,
-            "b2": 0.999,
-            "eps": 1e-8,
-            "weight_decay": 0.0,
+            "b1": 0.9,  # of AdamW: decay of the mean of gradients
+            "b2": 0.999,  # decay of the mean of their squares
+            "eps": 1e-8,  # added to the root of that mean
+            "weight_decay": 0.0,  # share that every update takes off, times lr
             "clip": 1.0,  # global norm; 0: off
             "schedule": "linear",  # or "cosine": how the rate falls
             "warmup": 0,  # steps

@@ -1,0 +1,1 @@
+"""The decoder: its configs, presets, parameters, layout, positions and FLOPs."""
