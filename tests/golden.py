@@ -1,7 +1,8 @@
 """Replays golden cases: `python -m tests.golden DIR [DIR...]`.
 
 Calls the jitted functions that training, generation and evaluation use (`train_loss`,
-`feed`, `decode_step`), prints a table, exits with 1 on a miss (SPEC section 7).
+`feed`, `decode_step`), prints a table, exits with 1 on a miss (docs/specification.md
+section 7).
 """
 
 import json

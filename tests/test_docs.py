@@ -127,3 +127,18 @@ def test_a_link_or_an_anchor_that_leads_nowhere_fails_the_build(tmp_path):
     assert bad.returncode != 0
     for name in ("#nowhere", "links to nothing.md", "'nothing.md'"):
         assert name in bad.stderr, bad.stderr
+
+
+def test_every_section_of_the_docs_that_the_code_cites_is_there():
+    cited = re.compile(r"docs/([\w-]+\.md)(?:[\s#]+sections?[\s#]+([\d.]+\d|\d))?")
+    count = 0
+    for folder in ("beacon_jax", "configs", "tests", "benchmarks", "launch"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for page, section in cited.findall(path.read_text("utf-8")):
+                if path == Path(__file__):
+                    continue
+                count += 1
+                text = (ROOT / "docs" / page).read_text("utf-8")
+                heading = rf"^#+ {re.escape(section)}\b" if section else "^# "
+                assert re.search(heading, text, re.MULTILINE), (path, page, section)
+    assert count > 40

@@ -23,7 +23,7 @@ def kv_token_bytes(config: ModelConfig, size: int = 2) -> int:
 
 
 def slots_after(config: ModelConfig, length: int, ratio: int) -> int:
-    """Memory slots of the full windows of a text of `length` tokens (SPEC section 2).
+    """Counts the slots of a text's full windows (docs/specification.md section 2).
 
     Args:
       ratio: 0 for full attention, which keeps every token, whole window or not.

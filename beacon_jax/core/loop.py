@@ -138,7 +138,7 @@ def feed(
     close: bool = True,
     donate: bool = False,
 ) -> tuple[FeedOutput, MemoryState]:
-    """Feeds a piece of any length to every row (SPEC section 2, inference).
+    """Feeds a piece of any length to every row (docs/specification.md section 2).
 
     The whole text in one call, in pieces or token by token gives the same result. One
     compile serves every length up to T; pad to a few values of T.

@@ -1,4 +1,4 @@
-"""Next-token cross entropy (SPEC section 3)."""
+"""Next-token cross entropy (docs/specification.md section 3)."""
 
 from collections.abc import Callable
 

@@ -34,7 +34,7 @@ class MemoryState(flax.struct.PyTreeNode):
       k: keys, rotated at their index; in int8 without their mean (`model.quantize`).
       v: values.
       slots: sink and beacon slots; they never change once written.
-      sinks: how many of them are sinks (SPEC section 2).
+      sinks: how many of them are sinks (docs/specification.md section 2).
       raw: raw tokens of the open window, 0 ... W - 1, behind the slots.
       ratio: of the open window (meaningful while raw > 0).
       windows: windows closed so far.

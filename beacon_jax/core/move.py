@@ -63,7 +63,8 @@ def keep_entries(
 
     Returns:
       The memory, its other slots bit-identical. A first window that is closed like this
-      has its first entries as sinks, as one of ratio 0 has (SPEC section 2).
+      has its first entries as sinks, as one of ratio 0 has (docs/specification.md
+      section 2).
     """
     place = place[:, : state.capacity]
     k, v = keep_places(config, state.k, state.v, state.slots, place, count)

@@ -121,7 +121,10 @@ def new_entries(config, kept, slots, ratio, dtype):
 
 
 def slots_added(config, slots, ratio, window):
-    """Slots that a closing window adds to each row; ratio traced (SPEC section 2)."""
+    """Slots that a closing window adds to each row; the ratio is traced.
+
+    docs/specification.md section 2.
+    """
     sink = config.beacon.sink if config.beacon else 0
     beacons = window // jnp.maximum(ratio, 1) + jnp.where(slots == 0, sink, 0)
     return jnp.where(ratio > 0, beacons, window)

@@ -1,4 +1,4 @@
-"""The training loss of a batch of windows (SPEC section 3)."""
+"""The training loss of a batch of windows (docs/specification.md section 3)."""
 
 import functools
 from typing import Any
@@ -199,5 +199,5 @@ def _train_slots(config, ratios, windows, window, slots) -> int:
         low = min(r for r in ratios if r > 0)
         slots = window_slots(config, low, first=True, window=window)
         slots += max(windows - 2, 0) * (window // low)
-        slots += window if 0 in ratios else 0  # SPEC allows it once
+        slots += window if 0 in ratios else 0  # allowed once
     return slots + open_room(config, ratios, window)

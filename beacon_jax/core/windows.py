@@ -12,7 +12,7 @@ from beacon_jax.model.config import ModelConfig, check_ratio
 
 
 def window_slots(config: ModelConfig, ratio: int, *, first: bool, window: int) -> int:
-    """Memory slots that one full window leaves behind (SPEC section 2)."""
+    """Memory slots that a full window leaves (docs/specification.md section 2)."""
     if ratio == 0:
         return window
     sink = config.beacon.sink if config.beacon and first else 0
@@ -68,7 +68,10 @@ def memory_slots(config: ModelConfig, windows: int, *, likely: bool = False) -> 
 def adaptive_ratio(
     config: ModelConfig, ratios: Sequence[int], length: int, future: int
 ) -> int:
-    """The smallest capacity that holds length + future tokens (SPEC, `adapt-F`)."""
+    """The ratio of the smallest capacity that holds length + future tokens.
+
+    The rule `adapt-F` of docs/specification.md section 3.
+    """
     p, w = config.trained_positions, default_window(config)
     room = {r: (p if r == 0 else (p - w) * r + w) for r in ratios}
     enough = [r for r in ratios if room[r] >= length + future]
@@ -161,7 +164,7 @@ def split_windows(
       lengths: real entries per row; T if not given.
       count: N, at least the windows that the longest row needs.
       align: "left", or "right": every row's LAST window is the last one (training,
-        SPEC section 3), shorter rows having empty windows in front.
+        docs/specification.md section 3), shorter rows having empty windows in front.
       fill: value of entries that no row has.
 
     Returns:

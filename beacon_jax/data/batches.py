@@ -10,7 +10,8 @@ Kinds of rows, mixed by weight within every batch:
            useful labels in hundreds; more questions give more signal per row).
   repeat   a random segment of uniform token ids, tiled. Everything after its first
            period is predictable by induction only; this is what makes recall emerge
-           within a minute or two instead of not at all (EVALUATION.md section 6.2).
+           within a minute or two instead of not at all (docs/evaluation-protocols.md
+           section 6.2).
   copy     real text whose end repeats an earlier passage of the row word for word, so
            that exact recall over a distance is trained on words as well as on digits.
 

@@ -1,4 +1,6 @@
-"""Conversations as tokens, with the assistant's answers marked (SPEC section 6).
+"""Conversations as tokens, with the assistant's answers marked.
+
+The rules are those of docs/specification.md section 6.
 
 The whole conversation is written as one string and tokenised once; which tokens are
 targets follows from where they lie in that string. The templates are those of the

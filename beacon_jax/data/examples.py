@@ -1,4 +1,6 @@
-"""Records become examples: tokens, and which of them are targets (SPEC sections 3, 6).
+"""Records become examples: tokens, and which of them are targets.
+
+The rules are those of docs/specification.md sections 3 and 6.
 
 One function decides for every kind of row, so that preparing in advance and tokenising
 on the fly give the same examples and drop the same rows for the same reasons.
@@ -30,7 +32,7 @@ REASONS = (
     *chat.REASONS,
 )
 
-IGNORED = -100  # the label of a token that is not a target (SPEC section 3)
+IGNORED = -100  # the label of a token that is not a target
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ def make_example(record: Record, tokenizer: Any, rules: Rules) -> Example | str:
 def shift(tokens: np.ndarray, labelled: np.ndarray) -> np.ndarray:
     """Labels int32 [n]: what token t predicts, `tokens[t + 1]` if that is a target.
 
-    -100 where it is not, and at the last token, which predicts nothing (SPEC section
-    3). The only place where labels are shifted.
+    -100 where it is not, and at the last token, which predicts nothing
+    (docs/specification.md section 3). The only place where labels are shifted.
     """
     labels = np.full(len(tokens), IGNORED, np.int32)
     labels[:-1] = np.where(labelled[1:], tokens[1:], IGNORED)

@@ -3,14 +3,15 @@
 An example of n tokens has ceil(n / W) windows. What is in a batch:
   strict   rows of one number of windows: shuffled, sorted by it (stable), cut; what is
            left of a number when it changes is left out; the batches are shuffled. This
-           is the release's StrideGroupedSampler (EVALUATION section 4.1), its order
-           included: `random.seed(seed)` before it gives the batches of epoch 0.
+           is the release's StrideGroupedSampler (docs/evaluation-protocols.md
+           section 4.1), its order included: `random.seed(seed)` before it gives the
+           batches of epoch 0.
   relaxed  the same, but a batch may hold rows of several numbers; only the last,
            incomplete batch is left out (the release keeps it).
   pad      the same, and the incomplete batch is filled with empty rows: every row is
            used.
-Rows are aligned at their last windows, which makes mixed batches right (SPEC section
-3).
+Rows are aligned at their last windows, which makes mixed batches right
+(docs/specification.md section 3).
 
 The whole order is drawn from (seed, epoch) and the lengths alone, so that it is the
 same on any number of processes and devices, and batch i needs no batch before it: the

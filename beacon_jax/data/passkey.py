@@ -2,7 +2,8 @@
 
 One construction for training and evaluation. The wording is the usual one (Landmark
 Attention, LongLLaMA, RULER niah_single); the haystack is real text, not the repeated
-sentences of the original, which any compressor passes (EVALUATION.md section 2.3).
+sentences of the original, which any compressor passes (docs/evaluation-protocols.md
+section 2.3).
 """
 
 from dataclasses import dataclass

@@ -48,7 +48,7 @@ from beacon_jax.data.sources import Part, open_parts, source_bytes
 from beacon_jax.data.tally import Progress, Tally, clock
 
 SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they have it
-SUBSET_SEED = 42  # of `file[COUNT]`, as in the release (EVALUATION section 4.1)
+SUBSET_SEED = 42  # of `file[COUNT]`, as in the release
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from beacon_jax.data.passkey import NEEDLE, QUESTION, draw_key
 
 # One token separates documents and is both bos and eos: beacons start from its
-# embedding row (SPEC section 1), so it has to be a row that base training really uses.
+# embedding row (docs/specification.md section 1), so it has to be a row that base
+# training really uses.
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 

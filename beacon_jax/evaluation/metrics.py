@@ -1,10 +1,10 @@
 """Scores of answers: pure functions of strings, all in [0, 1].
 
-Each computes what the benchmark's own code computes, quirks included (EVALUATION.md
-section 1.3; tests/evaluation/goldens has the values of the public packages), because a
-score under another definition cannot be compared with published ones. No packages:
-`rouge` 1.0.1 and `fuzzywuzzy` are a page of code each once their defaults are fixed,
-unmaintained, and the second is GPL.
+Each computes what the benchmark's own code computes, quirks included
+(docs/evaluation-protocols.md section 1.4; tests/evaluation/goldens has the values of
+the public packages), because a score under another definition cannot be compared with
+published ones. No packages: `rouge` 1.0.1 and `fuzzywuzzy` are a page of code each
+once their defaults are fixed, unmaintained, and the second is GPL.
 """
 
 import re
@@ -43,9 +43,9 @@ def rouge_l(prediction: str, reference: str) -> tuple[float, float]:
     "Summary level": sentences end at every full stop, words are split at spaces and
     counted once, and the words of the longest common subsequences of all pairs of
     sentences are united. Not the numbers of `rouge-score`: those differ by 16 points
-    on summaries of several sentences (EVALUATION.md section 1.4). `rouge` recurses once
-    per word and fails on sentences of about 500 words, which LongBench scores 0; here
-    they have their score.
+    on summaries of several sentences (docs/evaluation-protocols.md section 1.4).
+    `rouge` recurses once per word and fails on sentences of about 500 words, which
+    LongBench scores 0; here they have their score.
     """
     got, want = _sentences(prediction), _sentences(reference)
     if not got or not want:
@@ -108,7 +108,7 @@ def code_sim(prediction: str, reference: str) -> float:
 
     `fuzz.ratio` of fuzzywuzzy over python-Levenshtein: twice the longest common
     subsequence over both lengths. (Over difflib, fuzzywuzzy's other backend, scores
-    differ by 2 to 5 points: EVALUATION.md section 1.4.)
+    differ by 2 to 5 points: docs/evaluation-protocols.md section 1.4.)
     """
     lines = prediction.lstrip("\n").split("\n")
     code = [line for line in lines if not any(mark in line for mark in CODE_NOISE)]

@@ -1,4 +1,4 @@
-"""Reading, writing and checking HF checkpoints (DESIGN section 2)."""
+"""Reading, writing and checking HF checkpoints (docs/design.md section 2)."""
 
 from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer, save_hf
 from beacon_jax.hf.hashing import tree_hash

@@ -114,7 +114,8 @@ def resolve(
 
     Returns:
       The table, in which the parts of the beacon that any layer lacks point to the
-      base's keys (SPEC section 1), and those parts: of ["embed", "q", "k", "v", "o"].
+      base's keys (docs/specification.md section 1), and those parts: of ["embed", "q",
+      "k", "v", "o"].
 
     Raises:
       ValueError: lists all missing, unknown and wrongly shaped tensors.

@@ -78,7 +78,7 @@ def numpy_logits(
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, " H/2"]:
-    """Angles per position in float32, for all rotary kinds (SPEC section 5)."""
+    """Angles per position in float32, all kinds of docs/specification.md section 5."""
     powers = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     kept = (1.0 / rope.theta**powers).astype(np.float32)
     divided = kept / np.float32(rope.factor)

@@ -185,7 +185,8 @@ class Ledger:
 def closed_window(
     config: ModelConfig, ratio: int, start: int, *, first: bool
 ) -> tuple[Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
-    """Spans and ratios of the slots that a full window leaves (SPEC section 2).
+    """Spans and ratios of the slots that a full window leaves (docs/specification.md
+    section 2).
 
     Args:
       start: its first token.

@@ -65,10 +65,10 @@ def make_plan(
       ratio: raw tokens per slot. A number; a list with one per window of the row, whose
         last goes on; a callable of (window number, start, stop), the row's tokens that
         are the window; 0 or "full" for no compression. None: as the memory was
-        compressed last, for a new one the mix of the config (SPEC section 3). "auto":
-        the smallest ratio of the config whose positions stay within those trained (0 if
-        the config has it), or no compression if that is fewer FLOPs and fits too;
-        "auto-8": x8 or no compression in the same way.
+        compressed last, for a new one the mix of the config (docs/specification.md
+        section 3). "auto": the smallest ratio of the config whose positions stay
+        within those trained (0 if the config has it), or no compression if that is
+        fewer FLOPs and fits too; "auto-8": x8 or no compression in the same way.
       length: tokens given, without those that `before` has pending.
       new_tokens: most that are generated behind them.
       before: the row's account so far; None: an empty memory.
@@ -213,7 +213,7 @@ def positions(
     before: Ledger | None = None,
 ) -> int:
     """The most positions that a row takes while `length` more tokens are fed, generated
-    ones among them (SPEC section 2).
+    ones among them (docs/specification.md section 2).
 
     Args:
       plan: of the row, or only its ratios; windows counted from the row's first token.

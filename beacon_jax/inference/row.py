@@ -85,7 +85,7 @@ class Row:
 
     def slots(self, ratios: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n1"]:
         """Slots in front of each window if all of them close, and behind the last
-        (SPEC section 2)."""
+        (docs/specification.md section 2)."""
         added = self.window // np.maximum(ratios, 1).astype(int)
         for i, at in self.offsets.items():
             added[i] += len(at)
@@ -103,7 +103,7 @@ class Row:
         return raw + np.where(ratios > 0, under // np.maximum(ratios, 1), 0)
 
     def positions(self, ratios: Int[np.ndarray, " n"]) -> int:
-        """The most positions taken at once (SPEC section 2)."""
+        """The most positions taken at once (docs/specification.md section 2)."""
         slots, raw = self.slots(ratios), self.raw(self.total)
         open_at = (slots[:-1] + self.entries(ratios, raw))[raw > 0]
         return int(max(slots[self.total // self.window], open_at.max(initial=0)))

@@ -1,4 +1,4 @@
-"""The start values of the beacon parameters (SPEC section 1)."""
+"""The start values of the beacon parameters (docs/specification.md section 1)."""
 
 from typing import Any
 

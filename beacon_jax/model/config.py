@@ -37,7 +37,7 @@ def check_ratio(ratio: int, window: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding (SPEC section 5). Fields that a `kind` does not use are unused.
+    """Rotary embedding (docs/specification.md section 5); a `kind` uses some fields.
 
     Attributes:
       theta: base of the frequencies.
@@ -172,7 +172,7 @@ _ROPE_KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class BeaconConfig:
-    """What the beacons are (SPEC sections 1 to 3).
+    """What the beacons are (docs/specification.md sections 1 to 3).
 
     Attributes:
       window: W, raw tokens of a window.
@@ -343,7 +343,8 @@ class ModelConfig:
         """P, the positions that the model with its rotary scaling was trained for.
 
         max_position x factor for linear scaling, else the larger of max_position and
-        original_max_position x factor (SPEC section 3, the rule of `adapt-F`).
+        original_max_position x factor (docs/specification.md section 3, the rule of
+        `adapt-F`).
         """
         if self.rope.kind == "linear":
             return int(self.max_position * self.rope.factor)

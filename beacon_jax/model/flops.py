@@ -139,7 +139,8 @@ def training_step(
 
     Args:
       plans: ratio of every window, a column for each of P equal groups of rows, in
-        order; the last window gets no beacons whatever it says (SPEC section 3).
+        order; the last window gets no beacons whatever it says (docs/specification.md
+        section 3).
       valid: real tokens of every window, rows aligned at their last window as in
         `core.train_loss`. Logits of every real token count, labelled or not.
       trainable: "beacon" or "all".
@@ -169,7 +170,7 @@ def _window_size(config: ModelConfig) -> int:
 
 
 def _beacons(config: ModelConfig, ratio: Any, raw: Any, size: int) -> Any:
-    """Beacons of windows of `raw` tokens (SPEC section 2); arrays."""
+    """Beacons of windows of `raw` tokens (docs/specification.md section 2); arrays."""
     for r in np.unique(ratio):
         check_ratio(int(r), size)
     if config.beacon and config.beacon.placement == "append":

@@ -1,4 +1,7 @@
-"""Rotary position embedding, halves convention, angles in float32 (SPEC section 5)."""
+"""Rotary position embedding, halves convention, angles in float32.
+
+The kinds of scaling are those of docs/specification.md section 5.
+"""
 
 import math
 

@@ -15,7 +15,10 @@ Config = Any
 
 
 def default_config() -> Config:
-    """The released recipe's optimiser and loss (SPEC section 3), and no data."""
+    """The optimiser and loss of the released recipe, and no data.
+
+    docs/specification.md section 3.
+    """
     config: Config = ConfigDict()
     config.init_from = ""  # HF or converted folder; "": `model`, at random
     config.model = ConfigDict()  # fields of ModelConfig, for random initialisation
@@ -41,7 +44,7 @@ def default_config() -> Config:
     # "lean", "lean-layer", ...: see core.lean_vjp.window_loop. "auto": "lean" if the
     # estimate of training.memory fits the device, else "lean-layer".
     config.remat = "auto"
-    config.attention = ""  # implementation, see docs/kernels.md; "": the platform's best
+    config.attention = ""  # a name of docs/kernels.md; "": the platform's best
     config.offload = False  # the memory waits in host memory for the backward pass
     config.memory_slots = 0  # room for them; 0: for the lowest ratio in every window
 

@@ -1,18 +1,19 @@
-"""The paper's training settings, shared by the recipes in configs/ (SPEC section 3).
+"""The paper's training settings (docs/specification.md section 3), for configs/.
 
 AdamW, linear decay, no warm-up, 8 rows per step (one per device), bfloat16, base
 frozen; stage 1: 1B tokens, ratios 2 to 32, lr 5e-5; stage 2: 28,000 rows, ratios 2, 4
 and 8, lr 1e-5. The loss is a mean of row means, which is what eight processes of one
 row compute. Windows and sinks are those of `model.presets`.
 
-Data: the sources of the release under its names (EVALUATION section 4.1), relative to
-`config.data.root`, one epoch in batches of equal numbers of windows (`data.grouped`,
-strict). Stage 1: RedPajama documents of 2,400 to 20,480 tokens, longer ones cut as in
-the release (`data.cut_long=False` leaves them out, as the paper says), up to 1B tokens.
-Stage 2: rows of 7,200 to 20,480 tokens from 16,000 synthetic questions, 5,000
-LongAlpaca, 2,000 BookSum and 5,000 stage-1 rows, counted before the length rules,
-longer conversations left out. The release's command also names needle/train.16K.json,
-which the paper does not: add it to `data.sources` to train as the release does.
+Data: the sources of the release under its names (docs/evaluation-protocols.md section
+4.1), relative to `config.data.root`, one epoch in batches of equal numbers of windows
+(`data.grouped`, strict). Stage 1: RedPajama documents of 2,400 to 20,480 tokens,
+longer ones cut as in the release (`data.cut_long=False` leaves them out, as the paper
+says), up to 1B tokens. Stage 2: rows of 7,200 to 20,480 tokens from 16,000 synthetic
+questions, 5,000 LongAlpaca, 2,000 BookSum and 5,000 stage-1 rows, counted before the
+length rules, longer conversations left out. The release's command also names
+needle/train.16K.json, which the paper does not: add it to `data.sources` to train as
+the release does.
 
 Estimates in the recipes (nothing has been run at these sizes, and none of the sources
 could be read here) assume lengths: stage 1 a third of the tokens each in documents of

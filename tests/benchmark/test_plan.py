@@ -60,8 +60,8 @@ def test_what_does_not_fit_takes_more_chips():
 
 
 def test_break_even_is_where_the_design_says():
-    """DESIGN section 4: Llama-2 x8 ~8K, x4 ~20K; Qwen2-7B x8 ~12K, x4 ~28K, x2 not
-    within 128K. With whole windows: 9 of 1024 and 20; 6 of 2048 and 14."""
+    """docs/design.md section 4: Llama-2 x8 ~8K, x4 ~20K; Qwen2-7B x8 ~12K, x4 ~28K, x2
+    not within 128K. With whole windows: 9 of 1024 and 20; 6 of 2048 and 14."""
     llama = plan.break_even(get_preset("llama2-7b"), (4, 8))
     assert llama == {4: 20480, 8: 9216}
     qwen = plan.break_even(get_preset("qwen2-7b"), (2, 4, 8))

@@ -1,4 +1,4 @@
-"""The authors' implementation, replayed (SPEC section 7)."""
+"""The authors' implementation, replayed (docs/specification.md section 7)."""
 
 from pathlib import Path
 

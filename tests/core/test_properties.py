@@ -1,4 +1,7 @@
-"""Properties of the window loop that hold for every model (SPEC sections 2 to 4)."""
+"""Properties of the window loop that hold for every model.
+
+docs/specification.md sections 2 to 4.
+"""
 
 import dataclasses
 import functools

@@ -40,7 +40,7 @@ class Folder:
 
 
 def released_order(windows, batch_size, group, seed):
-    """What EVALUATION section 4.1 says in prose, one row at a time."""
+    """What docs/evaluation-protocols.md section 4.1 says, one row at a time."""
     random.seed(seed)
     pairs = list(enumerate(windows))
     random.shuffle(pairs)

@@ -1,6 +1,7 @@
 """The authors' implementation, replayed through `prefill` and the decoding loop.
 
-`tests.golden` replays the same cases through `feed` and `decode_step` (SPEC section 7).
+`tests.golden` replays the same cases through `feed` and `decode_step`
+(docs/specification.md section 7).
 """
 
 from pathlib import Path

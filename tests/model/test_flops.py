@@ -1,4 +1,4 @@
-"""FLOPs from the config are those of the program, and of DESIGN section 4."""
+"""FLOPs from the config are those of the program, and of docs/design.md section 4."""
 
 import dataclasses
 import math

@@ -25,7 +25,7 @@ def main(config: str, workdir: str) -> None:
             ratios = np.asarray(model.beacon.ratios)
             plans = np.add.outer(np.arange(len(drawn)), np.arange(count)) + step
             plans = ratios[plans % len(ratios)]
-            # SPEC section 3 allows one window without beacons per row.
+            # docs/specification.md section 3 allows one window without beacons per row.
             again = (np.cumsum(plans == 0, axis=0) > 1) & (plans == 0)
             return np.where(again, ratios[1], plans).astype(drawn.dtype)
 

@@ -62,7 +62,7 @@ def test_a_plan_is_that_of_the_steps_longest_row_and_suits_all_of_them():
                 own = plan[len(plan) - -(-n // W) :]
                 (at,) = np.nonzero(own == 0)
                 zeros += len(at)
-                # SPEC section 3: only while start + 2W <= T.
+                # docs/specification.md section 3: only while start + 2W <= T.
                 assert all((i + 2) * W <= n for i in at)
     assert zeros > 50
 
