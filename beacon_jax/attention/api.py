@@ -54,7 +54,7 @@ def prefix_attention(
     k_mean: Float[Array, "*L B K H"] | None = None,
     frequencies: Float[np.ndarray, " H/2"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Query i of a row sees the keys j <= prefix[row] + i and nothing beyond.
+    """Computes causal attention in which query i sees the keys j <= prefix[row] + i.
 
     With the open window directly behind the memory slots of one buffer, this is the
     attention of the paper's section 3.1 for prefill, pieces of a prompt and decoding.
@@ -118,7 +118,9 @@ def prefix_attention(
 
 
 def best(queries: int, slots: int, *, int8: bool = False) -> tuple[str, ...]:
-    """Names to try in order for T queries over S slots; the last one always works.
+    """Lists the implementations to try for T queries over S slots, the best first.
+
+    The last one always works.
 
     For the device that is traced for (`device.target`): the mesh that is set or mapped
     over, else the default device. A kernel must know its chip while it is traced, for

@@ -41,7 +41,7 @@ def _grouped(x, heads):
 
 
 def forward(scale, block, q, k, v, prefix, layer):
-    """out [B, T, N, H] and the log of the softmax's denominators [B, N, T]."""
+    """Returns out [B, T, N, H] and the log of softmax's denominators [B, N, T]."""
     b, t, n, h = q.shape
     heads, block = k.shape[-2], min(block, k.shape[-3])
     q = _grouped(q, heads)
@@ -81,7 +81,7 @@ def _attend_fwd(scale, block, q, k, v, prefix, layer):
 
 
 def pull(scale, block, residuals, d_out, gradients=None):
-    """Cotangents of (q, k, v, prefix, layer); residuals: those and out, lse.
+    """Returns cotangents of (q, k, v, prefix, layer); residuals: those and out, lse.
     gradients: `backward` or what does the same."""
     _, k, _, _, layer, *_ = residuals
     find: Any = gradients or backward
@@ -95,7 +95,7 @@ _attend.defvjp(_attend_fwd, pull)
 
 
 def backward(scale, block, q, k, v, prefix, layer, out, lse, d_out):
-    """d_q [B, T, N, H] and, of the layer, d_k and d_v [B, S, K, H]."""
+    """Returns d_q [B, T, N, H] and, of the layer, d_k and d_v [B, S, K, H]."""
     b, t, n, h = q.shape
     heads, block = k.shape[-2], min(block, k.shape[-3])
     q, out, d_out = (_grouped(x, heads) for x in (q, out, d_out))
@@ -150,7 +150,7 @@ def _pin(block):
 
 
 def first_slot(block, i, k):
-    """First slot read for block i: the last block ends with the buffer."""
+    """The first slot that block i reads: the last block ends with the buffer."""
     return jnp.minimum(i * block, k.shape[-3] - block)
 
 

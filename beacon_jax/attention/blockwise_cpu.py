@@ -76,7 +76,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def forward(scale, rows, block, few, q, k, v, prefix, layer):
-    """out [B, T, N, H] and the log of the softmax's denominators [B, N, T]."""
+    """Returns out [B, T, N, H] and the log of softmax's denominators [B, N, T]."""
     b, t, n, h = q.shape
     heads = k.shape[-2]
     attend = functools.partial(_tiles, scale, rows)
@@ -177,7 +177,7 @@ def _tile(scale, block, tile, t, k, v, prefix, layer, q, start):
 
 
 def backward(rows, scale, block, q, k, v, prefix, layer, out, lse, d_out):
-    """d_q [B, T, N, H] and, of the layer, d_k and d_v [B, S, K, H]."""
+    """Returns d_q [B, T, N, H] and, of the layer, d_k and d_v [B, S, K, H]."""
     b, t, n, _ = q.shape
     heads, block = k.shape[-2], min(block, k.shape[-3])
     tile = tile_length(rows, b, t, n)

@@ -55,7 +55,7 @@ def cpu_block(k, dtype) -> int:
 
 
 def zero_invalid(out, queries):
-    """out [B, T, N, H] with 0 behind each row's valid queries."""
+    """Returns out [B, T, N, H] with 0 behind each row's valid queries."""
     if queries is None:
         return out
     valid = jnp.arange(out.shape[1]) < queries[:, None]
@@ -63,7 +63,7 @@ def zero_invalid(out, queries):
 
 
 def combine(parts, lse):
-    """Attention over all slots from that over disjoint parts of them.
+    """Combines attention over disjoint parts of the slots to that over all.
 
     Args:
       parts: float32 [..., Z, R, H], each with its own softmax; anything where empty.

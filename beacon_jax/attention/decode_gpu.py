@@ -41,7 +41,7 @@ PROGRAMS = 512
 
 
 class Plan(NamedTuple):
-    """Static numbers of one call.
+    """The static numbers of one call of the kernel.
 
     rows: of queries per program, a power of two >= 16.  keys: slots per step.
     splits: programs that share one row's slots.
@@ -195,7 +195,7 @@ _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
 def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None, mean=None):
-    """q [B, T, N, H], k and v [L, B, S, K, H], scales [L, B, K, S] -> out like q."""
+    """Runs the kernel: q [B, T, N, H], k, v [L, B, S, K, H] -> out like q."""
     b, t, n, h = q.shape
     layers, _, s, heads, _ = k.shape
     group, count = plan.group, pl.cdiv(t * plan.group, plan.rows)

@@ -38,7 +38,9 @@ UNROLLED = 2048
 
 
 def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False):
-    """A `pallas_tpu.Plan` whose rows R are a power of two: heads * R rows per block."""
+    """Makes a `pallas_tpu.Plan` whose rows R are a power of two.
+
+    A block has heads * R rows."""
     t, n, h = q.shape[1:]
     s, kv = k.shape[-3:-1]
     heads = heads_per_block(k)
@@ -129,7 +131,7 @@ _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
 def forward(plan: Plan, q, k, v, scalars, layer):
-    """q [B, T, N, H], k and v [L, B, S, K, H] -> out like q."""
+    """Runs the kernel: q [B, T, N, H], k, v [L, B, S, K, H] -> out like q."""
     b, t, n, h = q.shape
     heads = k.shape[-2]
     many = plan.heads * plan.rows

@@ -9,14 +9,14 @@ BEFORE_AMPERE = ("Tesla", "TITAN", "GTX", "RTX 20", "Quadro RTX")
 
 
 class Target(NamedTuple):
-    """platform: "cpu", "gpu" or "tpu". kind: as the device calls itself."""
+    """A device: its platform, "cpu", "gpu" or "tpu", and what it calls itself."""
 
     platform: str
     kind: str
 
 
 def target() -> Target:
-    """Of the mesh that is set or being mapped over, else of the default device.
+    """Returns the device of the mesh that is set or mapped over, else the default one.
 
     A mesh comes first because its devices need not be here: compiling ahead of time for
     a chip sets its mesh (or is inside of a `shard_map`), and Pallas itself asks it.

@@ -96,7 +96,7 @@ CANDIDATES = {
 
 
 def chip_blocks(kind: str, head_dim: int, dtype) -> Blocks:
-    """For a device of this kind ("NVIDIA A100-SXM4-80GB").
+    """Returns the blocks for a device of this kind ("NVIDIA A100-SXM4-80GB").
 
     Raises:
       NotImplementedError: head_dim > 256.

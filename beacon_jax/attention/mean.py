@@ -37,7 +37,7 @@ class MeanTerm(NamedTuple):
     turns: UInt32[Array, "2 H/2"]
 
     def turned_by(self, position: Int[Array, ""]) -> Float[Array, "B T N H"]:
-        """[a | b] for positions counted from this one."""
+        """Turns [a | b], for positions that are counted from this one."""
         cos, sin = first_factors(self.turns, position)
         return self.query * cos + quarter(self.query) * sin
 
@@ -66,13 +66,13 @@ def mean_term(q, k_mean, frequencies, layer=None) -> MeanTerm:
 
 
 def quarter(query):
-    """[a | b] -> [b | -a]: a quarter of a turn."""
+    """Turns [a | b] by a quarter, to [b | -a]."""
     a, b = jnp.split(query, 2, -1)
     return jnp.concatenate([b, -a], -1)
 
 
 def turns(frequencies: Float[np.ndarray, " H/2"]) -> UInt32[np.ndarray, "2 H/2"]:
-    """Angle per position in 2**-32 turns and in 2**-42 of what is left."""
+    """Returns the angle per position in 2**-32 turns, and the rest in 2**-42 turns."""
     each = np.asarray(frequencies, np.float64) / (2 * math.pi) % 1 * 2.0**32
     rest = np.floor((each - np.floor(each)) * 2**MORE_BITS)
     return np.stack([np.floor(each), rest]).astype(np.uint32)
@@ -81,7 +81,7 @@ def turns(frequencies: Float[np.ndarray, " H/2"]) -> UInt32[np.ndarray, "2 H/2"]
 def cos_sin_table(
     turns: UInt32[Array, "2 H/2"], positions: Int[Array, "*B"]
 ) -> Float[Array, "*B H"]:
-    """[cos | sin] of positions, within 5e-7 below 2**17 and 6e-6 below 2**22.
+    """Returns [cos | sin] of positions, within 5e-7 below 2**17, 6e-6 below 2**22.
 
     In whole turns modulo 2**32: a float32 product of position and frequency is off by
     0.004 at 131,072, and whoever takes the mean out must agree with who adds it.
@@ -120,7 +120,7 @@ def kernel_tables(turns, slots, block, dtype):
 
 
 def product(dot, query, table):
-    """dot(query float32 [R, H], table.T) inside a kernel; table: list of the parts."""
+    """Computes query [R, H] @ table.T in float32 in a kernel; table: list of parts."""
     if len(table) == 1:
         return dot(query, table[0])
     high, low = table

@@ -31,7 +31,7 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class Plan(NamedTuple):
-    """Static numbers of one call.
+    """The static numbers of one call of the kernels.
 
     ragged: some rows may have fewer than T valid queries.
     group: query heads per kv head.
@@ -206,7 +206,9 @@ def forward(plan: Plan, q, k, v, lengths, layer):
 
 
 def backward(plan: Plan, q, k, v, lengths, layer, out, lse, d_out):
-    """d_q [B, T, N, H]; d_k, d_v [B, S, K, H] of the layer, exactly 0 in dead slots."""
+    """Returns d_q [B, T, N, H] and d_k, d_v [B, S, K, H] of the layer.
+
+    They are exactly 0 in dead slots."""
     b, t, n, h = q.shape
     s, heads = k.shape[2:4]
     delta = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
@@ -295,7 +297,7 @@ def _key_specs(plan, block, q, k):
 
 
 def dot(a, b, trans_b=False):
-    """Float32 result; float32 operands keep all their bits."""
+    """Multiplies with a float32 result; float32 operands keep all their bits."""
     exact = a.dtype == jnp.float32
     precision = lax.Precision.HIGHEST if exact else None
     return plt.dot(a, b, trans_b=trans_b, precision=precision)

@@ -34,7 +34,7 @@ LOG2E = math.log2(math.e)
 
 
 def dot(a, b, contract):
-    """Float32 result; float32 operands keep all their bits."""
+    """Multiplies with a float32 result; float32 operands keep all their bits."""
     exact = jnp.float32 in (a.dtype, b.dtype)
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return lax.dot_general(
@@ -43,7 +43,7 @@ def dot(a, b, contract):
 
 
 def dot_t(a, b):
-    """a @ b.T"""
+    """Computes a @ b.T in float32."""
     return dot(a, b, ((1,), (1,)))
 
 
@@ -241,7 +241,7 @@ def _d_kv_kernel(plan: Plan, scalars, layer, *refs):
 
 
 def pack(plan: Plan, heads, x):
-    """[B, T, N, H] -> [B, K, R, H], zeros behind T * G."""
+    """Packs [B, T, N, H] to [B, K, R, H], with zeros behind T * G."""
     b, t, n, h = x.shape
     x = jnp.moveaxis(x.reshape(b, t, heads, n // heads, h), 1, 2)
     x = x.reshape(b, heads, -1, h)
@@ -249,7 +249,7 @@ def pack(plan: Plan, heads, x):
 
 
 def unpack(x, t, n):
-    """[B, K, R, H] -> [B, T, N, H]"""
+    """Unpacks [B, K, R, H] to [B, T, N, H]."""
     b, heads, _, h = x.shape
     x = x[:, :, : t * (n // heads)].reshape(b, heads, t, n // heads, h)
     return jnp.moveaxis(x, 2, 1).reshape(b, t, n, h)
@@ -371,7 +371,7 @@ def forward(plan: Plan, q, k, v, scalars, layer, k_scale=None, v_scale=None, mea
 
 
 def backward(plan: Plan, q, k, v, scalars, layer, d_out, lse, delta):
-    """d_q packed; d_k, d_v [B, S, K, H]."""
+    """Returns d_q (packed) and d_k, d_v [B, S, K, H]."""
     b, heads, rows, h = q.shape
     s, q_blocks = k.shape[-3], rows // plan.queries
     inputs = (scalars, layer.reshape(1), q, flat(k), flat(v), d_out, lse, delta)

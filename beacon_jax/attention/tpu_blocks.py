@@ -43,12 +43,12 @@ CHIPS = {
 
 
 def chip_blocks() -> Blocks:
-    """Of the chip that is traced for."""
+    """Returns the blocks of the chip that is traced for."""
     return CHIPS.get(target().kind, DEFAULT)
 
 
 class Plan(NamedTuple):
-    """Static numbers of one call; every tuple of sizes a kernel needs is in here.
+    """The static numbers of one call; every tuple of sizes a kernel needs is in here.
 
     heads: kv heads per block.  group: query heads per kv head.
     rows, queries: rows R of queries per kv head, padded, and per block.
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
 
 
 def heads_per_block(k):
-    """All, unless they fill whole tiles of k's layout [.., K, H] in memory."""
+    """Counts the heads of a block: all, unless they fill whole tiles of [.., K, H]."""
     kv, tile = k.shape[-2], 32 if k.dtype.itemsize == 1 else 8
     return kv if kv % tile else tile
 

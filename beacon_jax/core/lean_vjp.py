@@ -47,7 +47,7 @@ def window_loop(
     remat: str,
     offload: bool = False,
 ) -> jax.Array:
-    """Hidden states [N, B, W, D] of all windows, which fill the buffers as they go.
+    """Runs all windows, which fill the buffers; returns hidden states [N, B, W, D].
 
     Args:
       windows: one per static ratio, in the order of xs["index"] - 1.

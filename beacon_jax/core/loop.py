@@ -49,7 +49,7 @@ class FeedOutput(NamedTuple):
 def row_plans(
     ratios: Int[np.ndarray, "*B P"] | Int[Array, "*B P"], rows: int
 ) -> Int[np.ndarray, "B P"]:
-    """A plan for each row, from one for all of them or one for each."""
+    """Returns a plan for each row, from one for all of them or one for each."""
     plan = np.asarray(ratios, np.int32)
     return np.broadcast_to(plan, (rows, plan.shape[-1]))
 
@@ -60,7 +60,7 @@ def needed_slots(
     new_tokens: Int[np.ndarray, " B"],
     ratios: Int[np.ndarray, "*B P"],
 ) -> int:
-    """The capacity that `new_tokens` more need. Reads B small numbers back."""
+    """Returns the capacity that `new_tokens` more need; reads B small numbers back."""
     w = memory.window
     needed = 0
     state = (memory.slots, memory.raw, memory.ratio, memory.windows, new_tokens)
@@ -94,7 +94,7 @@ def check_capacity(
 def static_ratios(
     memory: MemoryState, ratios: Int[np.ndarray, "*B P"]
 ) -> tuple[int, ...]:
-    """The ratios that feeding may meet: those planned and those of open windows."""
+    """Lists the ratios that feeding may meet: planned ones and open windows'."""
     plans, windows = row_plans(ratios, memory.rows), np.asarray(memory.windows)
     opened = np.asarray(memory.ratio)[np.asarray(memory.raw) > 0]
     coming = [p[min(w, len(p) - 1) :] for p, w in zip(plans, windows, strict=True)]

@@ -81,11 +81,11 @@ class MemoryState(flax.struct.PyTreeNode):
         return self.raw + jnp.where(self.ratio > 0, self.raw // safe, 0)
 
     def copy(self) -> "MemoryState":
-        """In buffers of its own, for a function that takes them over."""
+        """Copies it into buffers of its own, for a function that takes them over."""
         return jax.tree.map(jnp.copy, self)
 
     def resized(self, capacity: int) -> "MemoryState":
-        """With room for `capacity` slots; never fewer than it has."""
+        """Returns it with room for `capacity` slots, never fewer than it has."""
         if capacity <= self.capacity:
             return self
         k, v = (buffers.resized(x, capacity) for x in (self.k, self.v))
@@ -93,7 +93,7 @@ class MemoryState(flax.struct.PyTreeNode):
 
 
 def default_window(config: ModelConfig) -> int:
-    """W of the config's beacons; a plain model is fed in windows of up to 512."""
+    """Returns W of the beacons; a plain model is fed in windows of up to 512."""
     return config.beacon.window if config.beacon else min(512, config.max_position)
 
 
@@ -109,7 +109,7 @@ def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
 def init_memory(
     config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32
 ) -> MemoryState:
-    """An empty memory for `batch` rows of `capacity` slots (`windows.capacity`).
+    """Makes an empty memory for `batch` rows of `capacity` slots (`windows.capacity`).
 
     dtype: of keys and values; int8 has scales besides.
     """

@@ -28,7 +28,7 @@ def keep_places(
     place: Int[Array, "B n"],
     count: Int[Array, " B"],
 ) -> tuple[Buffer, Buffer]:
-    """Entries slots + place[b, j] of the buffers go to slots + j, for j < count.
+    """Moves entries slots + place[b, j] of the buffers to slots + j, for j < count.
 
     Args:
       k, v: [L, B, S, K, H]; n <= S, and the entries lie inside the buffer.
@@ -83,7 +83,7 @@ def keep_entries(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def append(config: ModelConfig, state: MemoryState, other: MemoryState) -> MemoryState:
-    """The slots of `other` behind those of `state`, row by row.
+    """Appends the slots of `other` to those of `state`, row by row.
 
     `other`'s sinks are ordinary slots there, except behind a row that has none. Neither
     may have tokens in an open window (`keep_entries` closes it), and `state` needs room

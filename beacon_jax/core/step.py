@@ -98,7 +98,7 @@ def window_branches(config, ratios, window, *, dtype):
 
 
 def pad_entries(entries: Entries, size: int) -> Entries:
-    """[..., n, K, H] -> [..., size, K, H], zeros behind."""
+    """Pads [..., n, K, H] with zeros to [..., size, K, H]."""
     axes = [(0, 0)] * (entries.k.ndim - 3)
     pad = [*axes, (0, size - entries.k.shape[-3]), (0, 0), (0, 0)]
     return Entries(*(jnp.pad(x, pad) for x in entries))

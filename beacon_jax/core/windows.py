@@ -12,7 +12,7 @@ from beacon_jax.model.config import ModelConfig, check_ratio
 
 
 def window_slots(config: ModelConfig, ratio: int, *, first: bool, window: int) -> int:
-    """Memory slots that a full window leaves (docs/specification.md section 2)."""
+    """Counts the slots that a full window leaves (docs/specification.md section 2)."""
     if ratio == 0:
         return window
     sink = config.beacon.sink if config.beacon and first else 0
@@ -20,7 +20,7 @@ def window_slots(config: ModelConfig, ratio: int, *, first: bool, window: int) -
 
 
 def open_room(config: ModelConfig, ratios: Sequence[int], window: int) -> int:
-    """Entries that an open window and the beacons of any of the ratios may need."""
+    """Counts the entries of an open window and of its beacons at any of the ratios."""
     most = max((window // r for r in set(ratios) if r > 0), default=0)
     sink = config.beacon.sink if config.beacon else 0
     return window + max(most, sink)
@@ -29,7 +29,7 @@ def open_room(config: ModelConfig, ratios: Sequence[int], window: int) -> int:
 def capacity(
     config: ModelConfig, ratios: Sequence[int] | Int[np.ndarray, " N"], *, window=None
 ) -> int:
-    """Slots a buffer needs for these full windows and one open window behind them."""
+    """Counts the slots that these full windows and an open one behind them need."""
     w = window or default_window(config)
     ratios = [int(r) for r in ratios]
     slots = sum(
@@ -39,14 +39,14 @@ def capacity(
 
 
 def plan_slots(config: ModelConfig, plan: Int[np.ndarray, " N"]) -> int:
-    """Slots that a training plan appends; its last window is not compressed."""
+    """Counts the slots that a plan appends; its last window is not compressed."""
     w = default_window(config)
     closed = enumerate(int(r) for r in plan[:-1])
     return sum(window_slots(config, r, first=i == 0, window=w) for i, r in closed)
 
 
 def memory_slots(config: ModelConfig, windows: int, *, likely: bool = False) -> int:
-    """Slots for what a training plan of `windows` windows may append.
+    """Counts the slots that a training plan of `windows` windows may append.
 
     Args:
       likely: enough for all but a few of the plans with a ratio drawn for every window
@@ -68,7 +68,7 @@ def memory_slots(config: ModelConfig, windows: int, *, likely: bool = False) -> 
 def adaptive_ratio(
     config: ModelConfig, ratios: Sequence[int], length: int, future: int
 ) -> int:
-    """The ratio of the smallest capacity that holds length + future tokens.
+    """Returns the ratio of the smallest capacity that holds length + future tokens.
 
     The rule `adapt-F` of docs/specification.md section 3.
     """
@@ -88,7 +88,7 @@ def draw_ratios(
     length: int | None = None,
     training: bool = False,
 ) -> Int[np.ndarray, " N"]:
-    """The ratio of each window of one sequence, a pure function of the arguments.
+    """Draws the ratio of each window of a sequence: a function of the arguments.
 
     Args:
       windows: N, windows to draw for.

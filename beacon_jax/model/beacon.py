@@ -6,7 +6,7 @@ from beacon_jax.model.config import ModelConfig
 
 
 def init_beacon(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Beacons that act exactly like an eos (or bos) token (paper, section 3.2).
+    """Makes beacons that act exactly like an eos (or bos) token (paper, section 3.2).
 
     Args:
       params: the base parameters, numpy or jax arrays (tracers are fine).

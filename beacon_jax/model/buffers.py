@@ -41,7 +41,7 @@ PARTS: dict[str, tuple[str | None, ...]] = {
 
 
 def empty(shape: tuple[int, int, int, int, int], dtype: Any) -> tuple[Buffer, Buffer]:
-    """Keys and values [L, B, S, K, H] without entries."""
+    """Makes keys and values [L, B, S, K, H] without entries."""
     if jnp.dtype(dtype) != jnp.int8:
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     layers, rows, _, heads, width = shape
@@ -60,7 +60,7 @@ def slot_nbytes(buffer: Buffer) -> int:
 
 
 def resized(buffer: Buffer, slots: int) -> Buffer:
-    """With empty slots behind, `slots` in all."""
+    """Returns the buffer with empty slots behind, `slots` in all."""
     more = (0, slots - buffer.shape[2])
     if isinstance(buffer, Quantized):
         return buffer.replace(
@@ -71,7 +71,7 @@ def resized(buffer: Buffer, slots: int) -> Buffer:
 
 
 def specs(buffer: Any, partition: Partition) -> Any:
-    """Where the devices have it; of an array also one layer."""
+    """Returns how a buffer is split over devices; of an array also one layer."""
     if isinstance(buffer, Quantized):
         places = {
             name: partition.spec(axes, part.shape)
@@ -143,7 +143,7 @@ def read(
 def for_attention(
     k: Buffer, v: Buffer, turns: Float[np.ndarray, " H/2"]
 ) -> tuple[Array, Array, dict[str, Any]]:
-    """k, v and options of `attention.prefix_attention`."""
+    """Returns k, v and options for `attention.prefix_attention`."""
     if not (isinstance(k, Quantized) and isinstance(v, Quantized)):
         return k, v, {}  # pyright: ignore[reportReturnType]
     options = {"k_scale": k.scale, "v_scale": v.scale}
@@ -170,7 +170,7 @@ def put_all_layers(
 
 
 def take(buffer: Buffer, slots: Int[Array, "B n"]) -> Buffer:
-    """These slots of each row, as a buffer of n."""
+    """Takes these slots of each row, as a buffer of n."""
     if isinstance(buffer, Quantized):
         return take_int8(buffer, slots)
     return jnp.take_along_axis(buffer, slots[None, :, :, None, None], axis=2)
@@ -204,7 +204,7 @@ def mean_change(
 
 
 def adopted(buffer: Buffer, other: Buffer, rows: Bool[Array, " B"]) -> Buffer:
-    """With the mean of another buffer in some rows, which are empty."""
+    """Takes over the mean of another buffer in some rows, which are empty."""
     if not (isinstance(buffer, Quantized) and isinstance(other, Quantized)):
         return buffer
     if buffer.mean is None or other.mean is None:
@@ -214,7 +214,7 @@ def adopted(buffer: Buffer, other: Buffer, rows: Bool[Array, " B"]) -> Buffer:
 
 
 def choose(which: Bool[Array, "B n"], a: Buffer, b: Buffer) -> Buffer:
-    """Slots of a where `which`, else of b, in b's dtype and with b's mean."""
+    """Chooses slots of a where `which`, else of b, in b's dtype and with b's mean."""
     if isinstance(a, Quantized) and isinstance(b, Quantized):
         return b.replace(
             values=choose(which, a.values, b.values),

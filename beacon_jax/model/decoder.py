@@ -30,17 +30,17 @@ SHRINK = 2.0**-4
 
 
 def residual_dtype(dtype: Any) -> Any:
-    """Of the residual stream of a model that computes in `dtype`."""
+    """Returns the dtype of the residual stream of a model that computes in `dtype`."""
     return jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype
 
 
 def shrunk(x: Array) -> Array:
-    """Of a product that is written into the residual stream, its input and bias."""
+    """Scales the input of an output projection by 1/16 in float16: no overflow."""
     return x * jnp.asarray(SHRINK, x.dtype) if x.dtype == jnp.float16 else x
 
 
 def add_residual(x: Array, out: Array) -> Array:
-    """The residual stream x plus what was made of `shrunk` numbers."""
+    """Adds to the residual stream x what was made of `shrunk` numbers."""
     return x + out.astype(x.dtype) / SHRINK if out.dtype == jnp.float16 else x + out
 
 
@@ -52,7 +52,7 @@ class Entries(NamedTuple):
 
 
 class Fed(NamedTuple):
-    """Of a window, which may have less than W tokens of a row, or none.
+    """Inputs of a window, which may have less than W tokens of a row, or none.
 
     live: rows whose buffers are written.
     entries: that stand for real tokens [B, T].
@@ -97,7 +97,7 @@ def _zeros(init, shape):
 
 
 class Linear(nn.Module):
-    """[B, T, *inputs] -> [B, T, *outputs]; beacon rows use their own weights only.
+    """Maps [B, T, *inputs] to [B, T, *outputs]; beacon rows use their own weights.
 
     writes: into the residual stream; its inputs are `shrunk`.
     """
@@ -143,7 +143,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """In float32, then cast to `dtype`."""
+    """Normalises by the root mean square in float32, then casts to `dtype`."""
 
     size: int
     eps: float
@@ -219,7 +219,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """The SwiGLU feed-forward block."""
 
     config: ModelConfig
     layout: Layout
@@ -374,7 +374,7 @@ class Decoder(nn.Module):
         return self.finish(carry[0]), kept, *carry[1:]
 
     def begin(self, tokens: Int[Array, "B R"]) -> Float[Array, "B T D"]:
-        """What enters the first layer: embedded tokens and beacons."""
+        """Embeds tokens and beacons: what enters the first layer."""
         dtype = residual_dtype(self.dtype)
         x = constrain(self.embed(tokens).astype(dtype), "batch", None, None)
         if not self.layout.beacons:
@@ -385,15 +385,15 @@ class Decoder(nn.Module):
         return constrain(self.layout.join(x, beacons), "batch", None, None)
 
     def angles(self, prefix: Int[Array, " B"]):
-        """cos and sin [B, T, 1, H/2] of the entries' positions."""
+        """Returns cos and sin [B, T, 1, H/2] of the entries' positions."""
         return cos_sin(self.config, prefix[:, None] + jnp.arange(self.layout.length))
 
     def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B R D"]:
-        """The raw rows after the final norm."""
+        """Returns the raw rows after the final norm."""
         return self.final_norm(self.layout.split(x)[0])
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 logits of final hidden states."""
+        """Returns the float32 logits of final hidden states."""
         tied = self.config.tie_embeddings
         kernel: Any = self.embed.table.T if tied else self.lm_head()
         return jnp.matmul(
@@ -414,7 +414,7 @@ def apply(
 
 
 def init_variables(config: ModelConfig, key: Array) -> dict[str, Any]:
-    """Random base parameters, boxed with logical axis names, and beacons of zeros.
+    """Makes random base parameters, boxed with their axis names, and zero beacons.
 
     `jax.eval_shape` it for shapes and axes; `flax.linen.unbox` gives plain arrays.
     Output projections are scaled by (2 L) ** -0.5, as usual for random starts.
@@ -438,13 +438,13 @@ def init_variables(config: ModelConfig, key: Array) -> dict[str, Any]:
 
 @functools.lru_cache
 def variable_axes(config: ModelConfig) -> dict[str, Any]:
-    """The logical axes of every variable, a tuple in place of each array."""
+    """Returns the logical axes of every variable, a tuple in place of each array."""
     boxed = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
     is_boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)
     return jax.tree.map(lambda x: tuple(x.names), boxed, is_leaf=is_boxed)
 
 
 def constrain_entries(entries: Entries) -> Entries:
-    """Buffers [L, B, S, K, H], split over rows and heads."""
+    """Splits buffers [L, B, S, K, H] over rows and heads."""
     axes = (None, "batch", None, "kv_heads", None)
     return Entries(*(constrain(x, *axes) for x in entries))

@@ -62,7 +62,7 @@ class Flops:
         return Flops(*(a + b for a, b in zip(mine, others, strict=True)))
 
     def training(self, trainable: str = "beacon") -> int:
-        """Forward and backward pass.
+        """Counts a forward and a backward pass.
 
         Args:
           trainable: "beacon", or "all" parameters.
@@ -79,7 +79,7 @@ class Flops:
 def window(
     config: ModelConfig, ratio: int, memory: int, *, raw: int | None = None
 ) -> Flops:
-    """One window of `raw` tokens (W if not given) with its beacons, without lm_head.
+    """Counts one window of `raw` tokens (else W) with its beacons, without lm_head.
 
     Args:
       ratio: 0 for no beacons.
@@ -96,7 +96,7 @@ def window(
 def prefill(
     config: ModelConfig, length: int, ratio: int | Sequence[int], *, scored: int = 1
 ) -> Flops:
-    """A text of `length` tokens fed into an empty memory; partial windows included.
+    """Counts a text of `length` tokens fed into an empty memory, the open window too.
 
     Args:
       ratio: of every window, or one per window, whose last goes on.
@@ -111,13 +111,13 @@ def prefill(
 
 
 def full_attention(config: ModelConfig, length: int, *, scored: int = 1) -> Flops:
-    """The same text with causal attention over all of it and no beacons."""
+    """Counts the same text with causal attention over all of it and no beacons."""
     pairs = length * (length + 1) // 2
     return _spent(config, raw=length, pairs=pairs, scored=scored)
 
 
 def decode_step(config: ModelConfig, entries: int, *, beacons: int = 0) -> Flops:
-    """One generated token.
+    """Counts one generated token.
 
     Args:
       entries: in the memory and the open window, before the token.
@@ -135,7 +135,7 @@ def training_step(
     *,
     trainable: str = "beacon",
 ) -> int:
-    """Model FLOPs of a training step: forward and backward pass over a batch.
+    """Counts a training step: forward and backward pass over a batch.
 
     Args:
       plans: ratio of every window, a column for each of P equal groups of rows, in

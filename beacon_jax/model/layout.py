@@ -45,13 +45,13 @@ class Layout:
         return np.cumsum(np.tile(raw, self.groups))
 
     def split(self, x):
-        """[B, T, ...] -> raw rows [B, G*r, ...], beacon rows [B, G*b, ...]."""
+        """Splits [B, T, ...] into raw rows [B, G*r, ...], beacon rows [B, G*b, ...]."""
         grouped = x.reshape(x.shape[0], self.groups, -1, *x.shape[2:])
         parts = grouped[:, :, : self.raw], grouped[:, :, self.raw :]
         return tuple(p.reshape(p.shape[0], -1, *p.shape[3:]) for p in parts)
 
     def join(self, raw, beacon):
-        """The inverse of `split`."""
+        """Joins what `split` has split."""
         parts = [
             x.reshape(x.shape[0], self.groups, -1, *x.shape[2:]) for x in (raw, beacon)
         ]

@@ -54,7 +54,7 @@ class Partition:
         shape: tuple[int, ...] | None = None,
         name: str = "an array",
     ) -> PartitionSpec:
-        """Where an array with these logical axes goes.
+        """Returns the mesh axes that an array with these logical axes is split over.
 
         Raises:
           ValueError: two of its axes want the same mesh axis, or one of them cannot be
@@ -86,12 +86,12 @@ class Partition:
         shape: tuple[int, ...] | None = None,
         name: str = "an array",
     ) -> NamedSharding:
-        """`spec` on the mesh."""
+        """Returns `spec` on the mesh."""
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
 
 
 def make_partition(mesh: str | Mesh, devices: Sequence[Any] = ()) -> Partition:
-    """The usual rules on a mesh.
+    """Makes a partition of the usual rules on a mesh.
 
     Args:
       mesh: sizes of axes as text, "tensor:8" or "data:2,tensor:4" (an axis that is not
@@ -145,7 +145,7 @@ _ACTIVE: contextvars.ContextVar[Partition | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def partitioned(partition: Partition | None) -> Iterator[None]:
-    """`constrain` means something while tracing inside of this."""
+    """Makes `constrain` split arrays while a program is traced inside of this."""
     token = _ACTIVE.set(partition)
     try:
         yield
@@ -159,7 +159,7 @@ def active() -> Partition | None:
 
 
 def constrain(x: Any, *axes: str | None) -> Any:
-    """x, split by the rules of the `partitioned` that is traced, or as it is."""
+    """Splits x by the rules of the `partitioned` that is traced; else leaves it."""
     partition = _ACTIVE.get()
     if partition is None:
         return x

@@ -148,7 +148,7 @@ def get_preset(name: str) -> ModelConfig:
 
 
 def count_params(config: ModelConfig) -> tuple[int, int]:
-    """Numbers of base and of beacon parameters."""
+    """Counts base and beacon parameters."""
 
     def count(tree: Any) -> int:
         if isinstance(tree, dict):

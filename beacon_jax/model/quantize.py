@@ -49,7 +49,7 @@ class Quantized(flax.struct.PyTreeNode):
 
     @property
     def dtype(self) -> Any:
-        """Of entries as they are written and read back."""
+        """The dtype of entries as they are written and read back."""
         return jnp.dtype(jnp.float32)
 
     @property
@@ -61,7 +61,7 @@ def empty(
     shape: tuple[int, int, int, int, int],
     mean: Float[Array, "L B K H"] | None = None,
 ) -> Quantized:
-    """A buffer [L, B, S, K, H] without entries."""
+    """Makes a buffer [L, B, S, K, H] without entries."""
     layers, rows, slots, heads, _ = shape
     scale = jnp.zeros((layers, rows, heads, slots), jnp.float32)
     return Quantized(jnp.zeros(shape, jnp.int8), scale, mean)
@@ -80,7 +80,7 @@ def channel_mean(
 def quantize(
     x: Float[Array, "*B T K H"],
 ) -> tuple[Int8[Array, "*B T K H"], Float[Array, "*B K T"]]:
-    """(values, scale). Zeros have the smallest scale there is, which is not 0."""
+    """Returns (values, scale). Zeros have the smallest scale there is, not 0."""
     x = x.astype(jnp.float32)
     least = float(jnp.finfo(jnp.float32).tiny)
     scale = jnp.maximum(jnp.abs(x).max(-1) / LARGEST, least)
@@ -93,7 +93,7 @@ def rotated_mean(
     positions: Int[Array, "B T"],
     frequencies: Float[np.ndarray, " H/2"],
 ) -> Float[Array, "*L B T K H"]:
-    """The mean as keys at these positions would have it, float32.
+    """Rotates the mean as keys at these positions would have it, float32.
 
     Angles are those that attention adds the mean with, not those of `rotary.cos_sin`:
     these are off by up to 0.004 at position 131,072, which a mean of 100 would show.
@@ -157,7 +157,7 @@ def write_residual(
     layer: Int[Array, ""] | int | None = None,
     live: Bool[Array, " B"] | None = None,
 ) -> Quantized:
-    """`write` of entries whose mean is out already (`residual`)."""
+    """Writes entries whose mean is out already (`residual`)."""
     values, scale = quantize(new)
     put = functools.partial(write_rows, start=start, layer=layer, live=live)
     put_scale = functools.partial(put, slots=1)
@@ -169,7 +169,7 @@ def write_residual(
 
 
 def take(buffer: Quantized, slots: Int[Array, "B n"]) -> Quantized:
-    """These slots of every row, as a buffer of n slots."""
+    """Takes these slots of every row, as a buffer of n slots."""
     return buffer.replace(
         values=jnp.take_along_axis(buffer.values, slots[None, :, :, None, None], 2),
         scale=jnp.take_along_axis(buffer.scale, slots[None, :, None], 3),
