@@ -74,13 +74,16 @@ CASES = {
     "ragged": Case(20, 61, 4, 2, 16, (41, 13, 20), (3, 20, 17)),
 }
 FEW = ("one-query", "wide", "ragged")
+CORE = ("gqa", "ragged", "one-query")  # the other cases are `slow`
 
 
 def each_on(*cases):
     """Every implementation on these cases, decoders where queries are few."""
     pairs = [(name, case) for name in IMPLEMENTATIONS for case in cases]
     pairs += [(name, case) for name in DECODERS for case in cases if case in FEW]
-    return pytest.mark.parametrize(("name", "case"), pairs)
+    mark = lambda case: [] if case in CORE else pytest.mark.slow
+    params = [pytest.param(*pair, marks=mark(pair[1])) for pair in pairs]
+    return pytest.mark.parametrize(("name", "case"), params)
 
 
 def arrays(case: Case, dtype: Any = jnp.float32):

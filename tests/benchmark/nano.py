@@ -6,20 +6,16 @@ from absl import flags
 
 from beacon_jax.benchmark import runner
 from beacon_jax.cli import bench
-from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.config import BeaconConfig
+from tests.tiny import tiny
 
-NANO = ModelConfig(
-    family="llama",
+NANO = tiny(
     vocab_size=64,
-    hidden_size=16,
     intermediate_size=16,
-    num_layers=2,
     num_heads=2,
     num_kv_heads=1,
     head_dim=8,
     max_position=64,
-    bos_ids=(1,),
-    eos_ids=(2,),
     beacon=BeaconConfig(window=8, ratios=(2,)),
 )
 assert NANO.beacon is not None

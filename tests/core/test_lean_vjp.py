@@ -15,25 +15,20 @@ from beacon_jax.attention.pallas_gpu import pallas_gpu
 from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.beacon import init_beacon
-from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.decoder import init_variables
+from tests.tiny import tiny
 
 pytestmark = pytest.mark.optimized
 
 N, B, W = 4, 2, 8
-MODEL = ModelConfig(
+MODEL = tiny(
     family="qwen2",
     vocab_size=17,
-    hidden_size=16,
     intermediate_size=20,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
     max_position=128,
-    eos_ids=(2,),
-    bos_ids=(1,),
     qkv_bias=True,
+    beacon=None,
 )
 
 
@@ -128,7 +123,21 @@ def plain(case):
     return jax.jit(jax.value_and_grad(lambda own: loss(own, batch(), "window")[0]))(own)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[4]}")
+# A case is three or four programs that take ten seconds each to compile.
+some = lambda *core: pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=f"{case[0]}-{case[1]}-{case[4]}",
+            marks=[] if i in core else pytest.mark.slow,
+        )
+        for i, case in enumerate(CASES)
+    ],
+)
+
+
+@some(2, 5)
 def test_the_product_of_options_has_the_bits_of_plain_reverse_mode(case):
     loss, own = loss_and_own(case)
     expected, gradients = plain(case)
@@ -145,7 +154,7 @@ def test_the_product_of_options_has_the_bits_of_plain_reverse_mode(case):
             np.testing.assert_array_equal(named(ours)[name], x, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[4]}")
+@some(2)
 def test_the_product_of_options_under_shard_map_has_the_gradients_of_one_device(case):
     """A row per device. Sums over rows are split, so that the last bits may differ."""
     loss, own = loss_and_own(case)

@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 
 from beacon_jax.core import move
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
+from beacon_jax.model.config import BeaconConfig, RopeConfig
 from beacon_jax.model.rotary import inverse_frequencies
+from tests.tiny import tiny
 
 L, B, S, K, H, W = 2, 3, 40, 2, 8, 8
-BASE = ModelConfig(
-    family="llama",
+BASE = tiny(
     vocab_size=32,
-    hidden_size=16,
     intermediate_size=16,
     num_layers=L,
     num_heads=K,
     num_kv_heads=K,
     head_dim=H,
-    max_position=256,
     beacon=BeaconConfig(window=W, ratios=(2, 4), sink=2),
+    eos_ids=(),
+    bos_ids=(),
 )
 YARN = RopeConfig(kind="yarn", factor=4.0, original_max_position=64)
 CONFIGS = [BASE, dataclasses.replace(BASE, rope=YARN)]

@@ -25,26 +25,13 @@ from beacon_jax.core.memory import CapacityError, init_memory
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.core.windows import capacity, draw_ratios, split_windows
 from beacon_jax.model.beacon import init_beacon
-from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import init_variables
+from tests.tiny import TINY
 
 W, T = 8, 40
 PROPERTY = settings(
     max_examples=8, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TINY = ModelConfig(
-    family="llama",
-    vocab_size=31,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    max_position=256,
-    eos_ids=(2,),
-    bos_ids=(1,),
-    beacon=BeaconConfig(window=W, ratios=(2, 4)),
 )
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,6 +41,7 @@ def test_there_and_back_on_the_command_line_with_progress(
     assert result.returncode == 1 and "use from-hf or to-hf" in result.stderr
 
 
+@pytest.mark.slow
 def test_memory_stays_at_the_largest_tensor_plus_a_constant(tmp_path):
     """319 MB in 363 tensors, the largest 33 MB; the limit leaves 4 blocks of 17 MB."""
     script = ROOT / "tests" / "hf" / "synthetic_checkpoint.py"

@@ -11,23 +11,11 @@ from beacon_jax.hf import Identity
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.prefill import prefill
-from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.config import ModelConfig
+from tests.tiny import tiny
 
 W = 8
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position=256,
-    bos_ids=(1,),
-    eos_ids=(2,),
-    beacon=BeaconConfig(window=W, ratios=(2, 4)),
-)
+CONFIG = tiny(vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8)
 
 
 def tokens_of(count: int, seed: int = 0) -> np.ndarray:

@@ -6,20 +6,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from beacon_jax.inference.ledger import Ledger
-from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.config import BeaconConfig
+from tests.tiny import tiny
 
 W = 8
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_position=256,
-    beacon=BeaconConfig(window=W, ratios=(2, 4)),
+CONFIG = tiny(
+    vocab_size=64, num_heads=2, num_kv_heads=1, head_dim=8, eos_ids=(), bos_ids=()
 )
 PLAIN = dataclasses.replace(CONFIG, beacon=None)
 

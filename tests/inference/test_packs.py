@@ -433,6 +433,7 @@ print(memory.nbytes, status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak of Linux")
 def test_loading_takes_less_than_twice_the_memory(tmp_path):
     small, large = tmp_path / "small.beacon", tmp_path / "large.beacon"

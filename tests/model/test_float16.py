@@ -11,27 +11,21 @@ from beacon_jax.attention.api import IMPLEMENTATIONS, prefix_attention
 from beacon_jax.core import loop
 from beacon_jax.core.memory import init_memory
 from beacon_jax.core.train_loss import train_loss
-from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import Decoder, apply, residual_dtype
 from beacon_jax.model.layout import Layout
 from beacon_jax.training.initial import random_variables
+from tests.tiny import tiny
 
 W, CHANNEL = 8, 3
-CONFIG = ModelConfig(
-    family="llama",
+CONFIG = tiny(
     vocab_size=29,
     hidden_size=32,
-    intermediate_size=24,
     num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=8,
-    max_position=256,
-    eos_ids=(2,),
     o_bias=True,
     mlp_bias=True,
     qkv_bias=True,
-    beacon=BeaconConfig(window=W, ratios=(2, 4)),
+    bos_ids=(),
 )
 
 

@@ -130,9 +130,9 @@ def test_the_stages_have_the_data_of_the_paper(model):
 @pytest.mark.parametrize(
     ("recipe", "family", "beacons"),
     [
-        ("llama2_7b_pretrain", "llama", True),
         ("qwen2_7b_finetune", "qwen2", True),
-        ("llama2_7b_full_ft", "llama", False),
+        pytest.param("llama2_7b_pretrain", "llama", True, marks=pytest.mark.slow),
+        pytest.param("llama2_7b_full_ft", "llama", False, marks=pytest.mark.slow),
     ],
 )
 def test_smoke_trains_and_exports(recipe, family, beacons, text, tmp_path):
