@@ -1,12 +1,12 @@
 """Activation Beacon in JAX: compresses the KV cache of long contexts.
 
-    model = beacon_jax.load("assets/tiny-beacon")
+    model = beacon_jax.load("tiny-beacon")  # comes with the package
     memory = model.compress(text, ratio=4)
     print(model.generate("What is the pass key?", memory=memory))
 
 `compress`, `complete` and `generate` are also functions that take the model first;
 `Chat` holds a conversation. The command lines (train, convert, compress, generate,
-evaluate) are run with `python -m`, they are not imported.
+evaluate) are `beacon-jax COMMAND`, they are not imported.
 
 Axes, the same letters everywhere:
     B batch             T query length      S key length, slots of the buffer

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from beacon_jax.cli.options import Group
+from beacon_jax.resources import asset
 
 if TYPE_CHECKING:
     from beacon_jax.data.prepared import Prepared
@@ -55,7 +56,7 @@ def from_flags(values: Any, folder: Path) -> "Prepared":
 def tokenizer_folder(config: Any, workdir: Path) -> Path:
     """That of the config; one that training would train is trained in `workdir`."""
     if not config.tokenizer.train:
-        return Path(config.tokenizer.path or config.init_from)
+        return Path(asset(config.tokenizer.path or config.init_from))
     from beacon_jax.data.text import load_documents
     from beacon_jax.training.initial import make_tokenizer  # imports jax: seconds
 

@@ -42,6 +42,7 @@ from beacon_jax.data.readers import (
     tfds_size,
     unusable,
 )
+from beacon_jax.resources import asset
 
 __all__ = [
     "Dropped",
@@ -240,7 +241,7 @@ def _named_files(uri: Uri, root: str) -> list[tuple[str, Path]]:
     if uri.scheme == "stdlib":
         files = _walk(Path(sysconfig.get_paths()["stdlib"]), STDLIB_SKIP)
         return [(name, path) for name, path in files if path.suffix == ".py"]
-    path = Path(uri.path).expanduser()
+    path = Path(asset(uri.path)).expanduser()
     if uri.scheme == "long-llm":
         if not root:
             raise ValueError(

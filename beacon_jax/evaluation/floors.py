@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from beacon_jax import resources
 from beacon_jax.evaluation.report import table
 
 KEYS = frozenset(["name", "task", "metric", "method", "min", "length", "rows"])
@@ -23,7 +24,7 @@ def read_floors(name: str) -> dict[str, Any]:
     """
     path = Path(name)
     if path.suffix != ".json":
-        path = Path("configs") / f"{name}_floors.json"
+        path = resources.floors(name)
     if not path.is_file():
         raise FileNotFoundError(
             f"--floors={name}: {path} does not exist; name a JSON file, or X for "

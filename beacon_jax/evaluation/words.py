@@ -10,10 +10,13 @@ from importlib import resources
 
 import numpy as np
 
+from beacon_jax.resources import require
+
 
 @functools.cache
 def _read(name: str) -> tuple[str, ...]:
     """The single words of a list, sorted ("dust storm" and the like are left out)."""
+    require("wonderwords", extra="ruler", for_="a task of RULER")
     file = resources.files("wonderwords").joinpath("assets", name)
     lines = file.read_text(encoding="utf-8").splitlines()
     return tuple(sorted({line.strip() for line in lines if len(line.split()) == 1}))

@@ -30,6 +30,7 @@ from beacon_jax.hf.reader import TreeReader, open_hf
 from beacon_jax.hf.writer import copy_small_files, new_folder
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.resources import asset
 
 SHARD_BYTES = 5_000_000_000  # per file of a saved checkpoint, as transformers does
 
@@ -77,7 +78,7 @@ def load(
     """Reads an HF folder or a converted folder into memory.
 
     Args:
-      path: a folder with config.json and weights.
+      path: a folder with config.json and weights, or a name (`resources.asset`).
       dtype: cast everything to "float32", "bfloat16" or "float16"; None: as stored.
       beacon: replaces the beacon settings of config.json. Parts that the checkpoint
         does not have start from the base, so a plain model gets fresh beacons.
@@ -88,7 +89,7 @@ def load(
     Raises:
       ValueError, FileNotFoundError: naming the tensors or the file that do not fit.
     """
-    path, cast = Path(path), check_dtype(dtype)
+    path, cast = Path(asset(path)), check_dtype(dtype)
     converted = is_converted(path)
     manifest = read_manifest(path) if converted else {}
     ignore = ignore_sliding_window or manifest.get("ignore_sliding_window", False)
@@ -256,8 +257,9 @@ def load_tokenizer(path: str | Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
+    path = Path(asset(path))
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((Path(path) / name).exists() for name in names):
+    if not any((path / name).exists() for name in names):
         raise FileNotFoundError(
             f"path={path} has no tokenizer files ({', '.join(names)}): copy them from "
             "the base model."

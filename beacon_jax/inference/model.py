@@ -53,6 +53,7 @@ from beacon_jax.inference.text import Streamer, finisher
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import variable_axes
 from beacon_jax.model.partition import Partition, make_partition, partitioned
+from beacon_jax.resources import asset
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -484,7 +485,8 @@ def load(
     """A model from an HF folder or a converted folder.
 
     Args:
-      path: a folder with config.json, weights and tokenizer files.
+      path: a folder with config.json, weights and tokenizer files; "tiny-beacon", a
+        small model that comes with the package, is found by its name.
       dtype: "float32", "bfloat16" or "float16"; None: as stored.
       beacon: other beacon settings; a plain model gets untrained beacons.
       ignore_sliding_window: attend to everything although config.json has a window.
@@ -495,6 +497,7 @@ def load(
     Raises:
       ValueError, FileNotFoundError: what is missing or does not fit, by name.
     """
+    path = asset(path)
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(
             f"path={path} is not a model folder: it has no config.json."

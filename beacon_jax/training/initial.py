@@ -14,6 +14,7 @@ from beacon_jax import hf
 from beacon_jax.data.tokenizer import train_tokenizer
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig, param_shapes
+from beacon_jax.resources import asset
 from beacon_jax.training.config import Config
 from beacon_jax.training.processes import is_lead, wait
 from beacon_jax.training.sharding import Placement, put
@@ -25,7 +26,7 @@ def make_tokenizer(
     """The tokenizer and its folder; trained on the text once per workdir if asked."""
     settings = config.tokenizer
     if not settings.train:
-        folder = Path(settings.path or config.init_from)
+        folder = Path(asset(settings.path or config.init_from))
         return hf.load_tokenizer(folder), folder
     folder = workdir / "tokenizer"
     if is_lead() and not (folder / "tokenizer_config.json").exists():
@@ -144,7 +145,7 @@ def export(
     """
     variables, source = dict(variables), None
     if config.init_from:
-        source = Path(config.init_from)
+        source = Path(asset(config.init_from))
         stored = hf.load(source).variables["params"]
         variables.setdefault("params", stored)
         dtype = stored["embed"]["embedding"].dtype
