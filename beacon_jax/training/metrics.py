@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from beacon_jax.resources import has
 from beacon_jax.training.hardware import memory_gib
 
 
@@ -56,12 +57,15 @@ class Metrics:
         """
         self._path = self._board = None
         if workdir is not None:
-            from tensorboardX import SummaryWriter  # 0.6 s, and only a run needs it
-
             self._path = workdir / "metrics.jsonl"
             _drop_after(self._path, start)  # a resumed run says every step once
-            folder = str(workdir / "tensorboard")
-            self._board = SummaryWriter(folder, purge_step=start + 1)
+            if has("tensorboardX"):
+                from tensorboardX import SummaryWriter  # 0.6 s, and only a run needs it
+
+                folder = str(workdir / "tensorboard")
+                self._board = SummaryWriter(folder, purge_step=start + 1)
+            else:
+                print('no TensorBoard files: pip install "beacon_jax[tensorboard]"')
         self._first, self._steps = start, steps
         self._peak = peak
         self._devices = jax.local_devices() if devices is None else devices
@@ -124,11 +128,11 @@ class Metrics:
             "seconds": now - self._begin,
             **extra,
         }
-        if self._path is not None and self._board is not None:
+        if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
             for key, value in result.items():
-                if key != "step":
+                if self._board is not None and key != "step":
                     self._board.add_scalar(key, value, step)
             print(self._line(result, len(self._pending) / elapsed), flush=True)
         self._pending, self._last = [], now
