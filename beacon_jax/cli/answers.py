@@ -169,7 +169,7 @@ def talk(
             print(flush=True)
             context.say("stopped: that turn is not part of the conversation")
         except (ValueError, OSError) as error:
-            context.say(f"error: {error}")
+            context.say(f"error: {context.in_flags(error)}")
 
 
 def _obey(chat: "Chat", line: str) -> bool:

@@ -54,10 +54,15 @@ def main(
         sys.exit(f"error: unexpected {argv[1:]}: quote texts with spaces.")
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda text, *_: say(f"warning: {text}")
+            warnings.showwarning = lambda text, *_: say(f"warning: {in_flags(text)}")
             run(values)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {in_flags(error)}")
+
+
+def in_flags(said: Warning | Exception | str) -> str:
+    """A warning or an error about an argument, in the words of a command line."""
+    return getattr(said, "in_flags", str(said))
 
 
 def say(line: str) -> None:

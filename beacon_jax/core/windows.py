@@ -109,8 +109,8 @@ def draw_ratios(
     if config.beacon is None:
         if ratios is not None and any(r != 0 for r in ratios):
             raise ValueError(
-                f"ratios={list(ratios)} need beacons, but this model has none: train "
-                f"them, load it with beacon=BeaconConfig(...), or use ratio 0."
+                f"ratios={list(ratios)} need beacons, but this model has none: use "
+                "ratio 0, which keeps everything, or train beacons first."
             )
         return np.zeros(windows, np.int32)
     choices = [int(r) for r in (config.beacon.ratios if ratios is None else ratios)]

@@ -3,12 +3,12 @@
 import bisect
 import dataclasses
 import re
-import warnings
 
 import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.inference.row import Row
+from beacon_jax.inference.validate import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +88,11 @@ def spend(row: Row, budget: Budget) -> tuple[Int[np.ndarray, " n"], str]:
     ratio = ladder[step]
     if trained and ratio > trained[-1]:
         enough = budget.enough(held(row.uniform(trained[-1])))
-        warnings.warn(
-            f"{budget.name}: no trained ratio of {', '.join(map(str, trained))} fits, "
-            f"x{ratio} is used, expect worse text. {enough} allows x{trained[-1]}.",
-            stacklevel=5,
+        said = f"no trained ratio of {', '.join(map(str, trained))} fits, "
+        said += f"x{ratio} is used, expect worse text."
+        warn(
+            f"{budget.name}: {said} {enough} allows x{trained[-1]}.",
+            f"--{budget.name}: {said} --{enough} allows x{trained[-1]}.",
         )
     bytes_too = f" ({budget.name})" if budget.nbytes else ""
     note = f"budget of {budget.slots:,} slots{bytes_too}: "

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Unpack
 import jinja2
 import numpy as np
 
+from beacon_jax.inference import validate
+from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.options import CompleteOptions, Completion, collect
 
 if TYPE_CHECKING:
-    from beacon_jax.inference.memory import Memory
     from beacon_jax.inference.model import Generation, Model
 
 
@@ -50,7 +51,8 @@ class Chat:
             seed + i, and `on_text` is given to `say`.
 
         Raises:
-          ValueError: no tokenizer, no chat template, or a memory of several rows.
+          TypeError, ValueError: no tokenizer, no chat template, a memory of several
+            rows, or an option out of range.
         """
         tokenizer = model.tokenizer
         if tokenizer is None:
@@ -64,11 +66,14 @@ class Chat:
                 "models have none: give the jinja text by chat_template=... "
                 "(--chat_template=FILE), or add a chat_template.jinja to its folder."
             )
+        validate.memory(memory, Memory)
         if memory is not None and len(memory) != 1:
             raise ValueError(
                 f"memory has {len(memory)} rows: a conversation has one (memory[i])."
             )
         asked = collect(Completion, "Chat", {"max_new_tokens": 512, **options})
+        validate.options(asked, 1)
+        validate.ratio(asked.ratio, model.config)
         ends = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop)
         # Chat models end a turn by a token that config.json may not name.
         if tokenizer.eos_token_id not in (None, *model.config.eos_ids):

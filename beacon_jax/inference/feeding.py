@@ -20,6 +20,7 @@ from beacon_jax.inference.memory import Memory, join_rows, take_rows
 from beacon_jax.inference.options import OnProgress
 from beacon_jax.inference.plan import Plan, group_rows, stack_ratios
 from beacon_jax.inference.prefill import buffer_size, compute_dtype, prefill
+from beacon_jax.inference.room import check_buffer
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import partitioned
 
@@ -56,6 +57,8 @@ def feed_rows(
     state = memory.state if memory else fresh_state(model, len(rows), 1, dtype)
     lengths, done = np.asarray([len(r) for r in fed]), 0
     size = _room(model.config, state, ratios, lengths + new, capacity, plans)
+    if size > state.capacity:
+        check_buffer(model, len(rows), size, choose_dtype(model, memory, dtype))
     groups = _groups(model.config, rows, plans, ledgers)
     outs, states = [], []
     for group in groups:

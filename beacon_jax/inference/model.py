@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -17,6 +17,7 @@ from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf import checkpoint
 from beacon_jax.hf.identify import Identity
 from beacon_jax.hf.placement import Place
+from beacon_jax.inference import room, validate
 from beacon_jax.inference.decode import Decoded, decode
 from beacon_jax.inference.feeding import (
     check_memory,
@@ -45,6 +46,7 @@ from beacon_jax.inference.plan import (
     make_plan,
     stack_ratios,
     warn_beyond_training,
+    warn_of_ratios,
 )
 from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, make_sampling, seen_tokens
@@ -138,7 +140,11 @@ class Model:
           CapacityError: `capacity` is too small; it states what is needed.
         """
         asked = collect(Reading, "compress", {"ratio": ratio, **options})
-        contexts, _ = as_batch(context)
+        contexts, _ = validate.texts("context", context)
+        validate.options(asked, len(contexts))
+        validate.numbers("reserve", reserve)
+        validate.callback("on_note", on_note)
+        validate.memory(memory, Memory)
         dtype = choose_dtype(self, memory, asked.memory_dtype)
         rows = [self.encode(c, "context", first=memory is None) for c in contexts]
         marked = [self._spans(asked.spans, c, memory is None) for c in contexts]
@@ -217,6 +223,10 @@ class Model:
           CapacityError: `capacity` is too small; it states what is needed.
         """
         asked = collect(Completion, "complete", options)
+        prompts, single = validate.texts("prompt", prompt)
+        count = len(prompts)
+        validate.options(asked, count)
+        validate.memory(memory, Memory)
         sampling = make_sampling(
             asked.temperature,
             asked.top_k,
@@ -224,11 +234,7 @@ class Model:
             asked.min_p,
             asked.repetition_penalty,
         )
-        prompts, single = as_batch(prompt)
-        count = len(prompts)
         new = np.broadcast_to(np.asarray(asked.max_new_tokens, int), (count,))
-        if new.min(initial=1) < 1:
-            raise ValueError(f"max_new_tokens={new.min()} must be at least 1.")
         show = [_shown(asked.on_text, None if single else i) for i in range(count)]
         streams = [Streamer(self.tokenizer, s, asked.stop) for s in show]
         start = time.perf_counter()
@@ -347,7 +353,7 @@ class Model:
         """[context | prompt] of each row, and the token ranges of its spans."""
         contexts: list[Any] = [None] * len(prompts)
         if context is not None:
-            given, single = as_batch(context)
+            given, single = validate.texts("context", context)
             contexts = given * len(prompts) if single else given
             if len(contexts) != len(prompts):
                 raise ValueError(
@@ -384,7 +390,9 @@ class Model:
         new: int,
     ) -> list[Plan]:
         check_memory(self, memory, len(rows))
-        ledgers = ledgers_of(memory, len(rows))
+        validate.ratio(asked.ratio, self.config)
+        ledgers, lengths = ledgers_of(memory, len(rows)), [len(row) for row in rows]
+        room.check_request(self, asked, lengths, new, ledgers, dtype)
         slot = slot_nbytes(self.config, dtype)
         plans = []
         for row, ledger, marked in zip(rows, ledgers, spans, strict=True):
@@ -403,6 +411,7 @@ class Model:
             )
             warn_beyond_training(self.config, plan, len(row) + new, ledger)
             plans.append(plan)
+        warn_of_ratios(self.config, asked.ratio, plans, lengths, ledgers, new)
         return plans
 
     def _decode(
@@ -442,21 +451,6 @@ class Model:
                 "they were not kept: save with tokens=True, or leave the penalty at 1."
             )
         return seen_tokens(known, self.config.vocab_size)
-
-
-def as_batch(texts: Any) -> tuple[list[Any], bool]:
-    """Texts as a list, and whether it was a single one.
-
-    Raises:
-      ValueError: an empty list of texts.
-    """
-    if isinstance(texts, str):
-        return [texts], True
-    if isinstance(texts, np.ndarray) or not isinstance(texts, Sequence):
-        return [texts], True
-    if len(texts) and isinstance(texts[0], str | Sequence | np.ndarray):
-        return list(texts), False
-    return [texts], True
 
 
 def _rows_for(memory: Memory | None, count: int) -> Memory | None:

@@ -14,9 +14,9 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-from beacon_jax.inference.plan import Ratio
 from beacon_jax.inference.spans import Spans
 
+type Ratio = int | Sequence[int] | Callable[[int, int, int], int] | str | None
 type Text = str | Sequence[int] | np.ndarray  # a text, or the token ids [n] of one
 # Lists, not sequences, of which a str is one: a type checker tells one text from many.
 type Batch = (

@@ -8,8 +8,7 @@ import dataclasses
 import functools
 import operator
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ from jaxtyping import Int
 from beacon_jax.core.windows import draw_ratios
 from beacon_jax.inference.budget import Budget, spend
 from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.options import Ratio
 from beacon_jax.inference.prefill import power_of_two
 from beacon_jax.inference.row import Row
+from beacon_jax.inference.validate import warn, warn_about_ratios
 from beacon_jax.model.config import ModelConfig
-
-type Ratio = int | Sequence[int] | Callable[[int, int, int], int] | str | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -261,12 +260,34 @@ def warn_beyond_training(
     fits = fitting_ratio(config, length, before)
     tokens = length + (before.length if before else 0)
     _warned(key).append(most)
-    warnings.warn(
-        f"{tokens} tokens take {most} positions, the model was trained for "
-        f"{config.trained_positions}: it extrapolates, expect worse text. "
-        + (f"ratio={fits} would fit." if fits else "No ratio would fit."),
-        stacklevel=4,
-    )
+    said = f"{tokens} tokens take {most} positions, the model was trained for "
+    said += f"{config.trained_positions}: it extrapolates, expect worse text. "
+    fit = f"ratio={fits} would fit." if fits else "No ratio would fit."
+    warn(said + fit, said + (f"--{fit}" if fits else fit))
+
+
+def warn_of_ratios(
+    config: ModelConfig,
+    asked: Ratio,
+    plans: Sequence[Plan],
+    lengths: Sequence[int],
+    before: Sequence[Ledger],
+    new_tokens: int,
+) -> None:
+    """Warns of ratios that were not trained, and of a list that is too short or long.
+
+    Args:
+      asked: as the user gave it; None: nothing was asked for.
+      plans, lengths, before: of each row, as in `group_rows`.
+    """
+    used, windows = set(), []
+    for plan, length, ledger in zip(plans, lengths, before, strict=True):
+        row = Row(config, length, new_tokens, ledger)
+        used.update(_from(plan.ratios, row.first, row.count).tolist())
+        text = row.first + max(-(-row.text // row.window), 1)
+        windows.append((row.first, text, row.first + row.count))
+    longest = max(windows, key=lambda each: each[1])
+    warn_about_ratios(asked, config.beacon, used, longest)
 
 
 @functools.cache

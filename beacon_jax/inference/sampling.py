@@ -3,8 +3,7 @@
 The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-Numbers = float | Sequence[float] | np.ndarray
-SEEDS = 2**32  # seeds are 32-bit words
+from beacon_jax.inference.options import Integers, Numbers
+from beacon_jax.inference.validate import SEEDS, numbers
 
 
 @flax.struct.dataclass
@@ -49,7 +48,7 @@ class Sampling:
 
 def make_sampling(
     temperature: Numbers = 0.0,
-    top_k: int | Sequence[int] | np.ndarray = 0,
+    top_k: Integers = 0,
     top_p: Numbers = 1.0,
     min_p: Numbers = 0.0,
     repetition_penalty: Numbers = 1.0,
@@ -57,23 +56,17 @@ def make_sampling(
     """Checks the values, numbers or one per row (`Sampling` says what they do).
 
     Raises:
-      ValueError: naming the one that is out of range.
+      TypeError, ValueError: naming the one that is no number or out of range.
     """
-    _check(
-        "temperature",
-        temperature,
-        lambda x: math.isfinite(x) and x >= 0,
-        "must be 0 (greedy) or a positive number",
-    )
-    _check("top_k", top_k, lambda x: x >= 0, "must be positive, or 0 for all tokens")
-    _check("top_p", top_p, lambda x: 0 < x <= 1, "must be above 0 and at most 1 (all)")
-    _check("min_p", min_p, lambda x: 0 <= x <= 1, "must be between 0 (all) and 1")
-    _check(
-        "repetition_penalty",
-        repetition_penalty,
-        lambda x: math.isfinite(x) and x > 0,
-        "must be a positive number (1 changes nothing)",
-    )
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    for name, value in given.items():
+        numbers(name, value)
     return Sampling(
         jnp.asarray(temperature, jnp.float32),
         jnp.asarray(np.minimum(top_k, 2**31 - 1), jnp.int32),
@@ -83,29 +76,21 @@ def make_sampling(
     )
 
 
-def _check(name: str, value: Numbers, fits: Callable[[float], bool], rule: str) -> None:
-    for x in np.atleast_1d(np.asarray(value)).tolist():
-        if not fits(x):
-            raise ValueError(f"{name}={x} {rule}.")
-
-
-def row_seeds(seed: int | Sequence[int] | np.ndarray, rows: int) -> UInt32[Array, " B"]:
+def row_seeds(seed: Integers, rows: int) -> UInt32[Array, " B"]:
     """One seed per row. From one number s, row i gets s + i: rows draw independently,
     and row i can be drawn again alone with seed=s+i.
 
     Raises:
       ValueError: not one per row, or not a 32-bit word.
     """
+    numbers("seed", seed)
     given = np.asarray(seed)
     if given.ndim and given.shape != (rows,):
         raise ValueError(f"seed has shape {given.shape} for {rows} rows: one per row.")
-    numbers = [int(x) for x in np.atleast_1d(given)]
-    for x in numbers:
-        if not 0 <= x < SEEDS:
-            raise ValueError(f"seed={x} must be between 0 and {SEEDS - 1}.")
+    words = [int(x) for x in np.atleast_1d(given)]
     if not given.ndim:
-        numbers = [(numbers[0] + i) % SEEDS for i in range(rows)]
-    return jnp.asarray(np.asarray(numbers, np.uint32))
+        words = [(words[0] + i) % SEEDS for i in range(rows)]
+    return jnp.asarray(np.asarray(words, np.uint32))
 
 
 def row_keys(seeds: UInt32[Array, " B"], number: int | Int[Array, ""]) -> PRNGKeyArray:

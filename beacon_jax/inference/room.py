@@ -1,0 +1,173 @@
+"""Whether a buffer can be made at all: its bytes against those that devices have.
+
+Looked at twice before anything is fed: with the fewest slots that a request can come
+to, before a plan of its windows is made (a plan of 10^9 tokens takes minutes), and with
+the exact number behind it.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from beacon_jax.core.memory import default_window, slot_nbytes
+from beacon_jax.core.windows import open_room
+from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.options import Reading
+from beacon_jax.inference.validate import ArgumentError
+
+if TYPE_CHECKING:
+    from beacon_jax.inference.model import Model
+
+_GIB = 2**30
+_ROUNDED = 0.8  # a buffer is up to 25 % larger than what is needed (`buffer_size`)
+
+
+def check_request(
+    model: "Model",
+    asked: Reading,
+    lengths: Sequence[int],
+    new: int,
+    before: Sequence[Ledger],
+    dtype: str,
+) -> None:
+    """Raises ArgumentError if not even the highest ratio that may be meant fits.
+
+    Args:
+      lengths: tokens of each row; new: that may follow; before: the rows' accounts.
+      dtype: of the memory.
+    """
+    w, rows = default_window(model.config), len(lengths)
+    free = free_slots(model, rows, dtype)
+    if free is None:
+        return
+    if asked.capacity and asked.capacity > free:
+        raise _too_large(
+            "capacity", asked.capacity, asked.capacity, free, rows, model, dtype
+        )
+    for length, ledger in zip(lengths, before, strict=True):
+        per = _highest(asked, ledger, model) or 1
+        total = ledger.raw + length + new
+        slots = ledger.slots + total // w * (w // per)
+        if slots <= free:
+            continue
+        held = ledger.slots + open_room(model.config, [per], w)
+        fit = int((free * _ROUNDED - held) // (w // per) * w) - ledger.raw - length
+        if new > length and fit > 0:
+            name = "max_new_tokens" if hasattr(asked, "max_new_tokens") else "reserve"
+            raise _too_large(name, new, slots, free, rows, model, dtype, fit)
+        raise _too_large("ratio", asked.ratio, slots, free, rows, model, dtype)
+
+
+def check_buffer(model: "Model", rows: int, slots: int, dtype: str) -> None:
+    """Raises ArgumentError if a buffer of `slots` per row cannot be made."""
+    free = free_slots(model, rows, dtype)
+    if free is not None and slots > free:
+        raise _too_large("capacity", slots, slots, free, rows, model, dtype)
+
+
+def free_slots(model: "Model", rows: int, dtype: str) -> int | None:
+    """Slots per row of the largest buffer; None: nothing is known of the devices."""
+    free = _free_bytes(model)
+    if free is None:
+        return None
+    return int(free / (rows * slot_nbytes(model.config, dtype) * _share(model, rows)))
+
+
+def _highest(asked: Reading, ledger: Ledger, model: "Model") -> int:
+    """The highest ratio that the request can come to: the fewest slots."""
+    beacon, ratio = model.config.beacon, asked.ratio
+    if beacon is None or (isinstance(ratio, str) and ratio == "full"):
+        return 0
+    if callable(ratio) or asked.max_slots is not None or asked.max_bytes is not None:
+        return beacon.window
+    if isinstance(ratio, str):
+        number = ratio.removeprefix("auto-")
+        return int(number) if number.isdigit() else max(beacon.ratios)
+    if ratio is None:
+        return max(*beacon.ratios, *ledger.ratios.tolist(), ledger.ratio)
+    given = np.atleast_1d(np.asarray(ratio))
+    # Any number of a list may come up; 0 is the lowest of all, not the highest.
+    return min(int(given.max()), beacon.window)
+
+
+def _too_large(
+    name: str,
+    value: Any,
+    slots: int,
+    free: int,
+    rows: int,
+    model: "Model",
+    dtype: str,
+    fit: int = 0,
+) -> ArgumentError:
+    slot = slot_nbytes(model.config, dtype)
+    each = "1 row" if rows == 1 else f"{rows} rows"
+    why = (
+        f"needs a buffer of {rows * slots * slot / _GIB:,.1f} GiB ({each} of {slots:,} "
+        f"slots of {slot:,} bytes), {rows * free * slot / _GIB:,.1f} GiB are free"
+    )
+    if fit:
+        return ArgumentError(name, value, why, remedy=f"at most {fit:,} fit")
+    most = f"at most {int(free * _ROUNDED):,} slots per row fit; a shorter text, fewer "
+    most += "rows, a higher ratio or "
+    return ArgumentError(
+        name,
+        value,
+        why,
+        remedy=most + "memory_dtype='int8' helps",
+        flags=most + "--memory_dtype=int8 helps",
+    )
+
+
+def _share(model: "Model", rows: int) -> float:
+    """The part of a buffer that one device holds."""
+    if model.partition is None:
+        return 1.0
+    rules, sizes = dict(model.partition.rules), model.partition.mesh.shape
+    share = 1.0
+    for axis, count in (("batch", rows), ("kv_heads", model.config.num_kv_heads)):
+        split = math.prod(sizes[m] for m in rules.get(axis, ()))
+        share /= split if count % split == 0 else 1
+    return share
+
+
+def _free_bytes(model: "Model") -> int | None:
+    """Bytes that one device has for a buffer."""
+    leaf = jax.tree.leaves(model.variables)[0]
+    device = next(iter(leaf.devices()))
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        # Not what is in use at the moment: other memories may be gone by then.
+        weights = sum(
+            x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+            for x in jax.tree.leaves(model.variables)
+        )
+        return max(stats["bytes_limit"] - weights, 0)
+    if device.platform != "cpu":
+        return None
+    host = _free_host_bytes()
+    devices = model.partition.mesh.size if model.partition else 1
+    return None if host is None else host // devices
+
+
+def _free_host_bytes() -> int | None:
+    """Of the machine and of the container, whichever is less; None: not known."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            found.append(int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    if not found and hasattr(os, "sysconf"):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(found, default=None)
