@@ -1,7 +1,7 @@
 """The compressed context as a value: what `compress` returns."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from beacon_jax.hf.identify import Identity
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import Partition
+from beacon_jax.runtime import launched
 
 if TYPE_CHECKING:
     from beacon_jax.inference.packs import ModelLike
@@ -217,7 +218,7 @@ def batch_axis(leaf: Any) -> int:
 def take_rows(state: MemoryState, index: Int[np.ndarray, " b"]) -> MemoryState:
     """The state of the rows of `index`, which may repeat."""
     rows = jnp.asarray(index)
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=batch_axis(x)), state)
+    return _by_leaf(lambda x: jnp.take(x, rows, axis=batch_axis(x)), state)
 
 
 def join_rows(states: Sequence[MemoryState]) -> MemoryState:
@@ -225,7 +226,19 @@ def join_rows(states: Sequence[MemoryState]) -> MemoryState:
     size = max(state.capacity for state in states)
     states = [state.resized(size) for state in states]
     join = lambda *leaves: jnp.concatenate(leaves, axis=batch_axis(leaves[0]))
-    return jax.tree.map(join, *states)
+    return _by_leaf(join, *states)
+
+
+def _by_leaf(move: Callable[..., jax.Array], *states: MemoryState) -> MemoryState:
+    """`move` of each leaf, which is a launch of its own: rows that are split over
+    devices move between them."""
+
+    def one(*leaves: jax.Array) -> jax.Array:
+        moved = move(*leaves)
+        launched(moved)
+        return moved
+
+    return jax.tree.map(one, *states)
 
 
 def _peak(devices: Iterable[Any]) -> list[str]:
