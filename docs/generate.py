@@ -112,7 +112,7 @@ def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 def config_meanings(source: str) -> dict[str, str]:
     """What the comments of `default_config` say of each key.
 
-    A comment stands above its key or behind it. One above several keys that have none
+    A comment stands behind its key or above it. One above several keys that have none
     of their own is that of all of them.
     """
     comments = {}
@@ -128,7 +128,7 @@ def config_meanings(source: str) -> dict[str, str]:
             above.insert(0, comments[n][0])
             n -= 1
         behind = comments[line][0] if line in comments and line not in alone else ""
-        text = " ".join([*above, behind]).strip()
+        text = behind or " ".join(above)
         if above:
             shared = " ".join(above) if not behind else ""
         elif not text and line == last + 1:

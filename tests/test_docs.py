@@ -58,6 +58,12 @@ def test_the_readme_fits_and_begins_with_a_short_snippet():
     assert len(snippet.splitlines()) <= 13 and not others
 
 
+def test_the_readme_links_to_files_that_are_there():
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README.read_text("utf-8"))
+    assert len(links) > 20
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
 def test_every_command_has_the_flags_that_a_page_gives_it(monkeypatch):
     """Parsed as the command would, config files and their keys too."""
     monkeypatch.chdir(ROOT)
