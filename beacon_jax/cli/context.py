@@ -114,9 +114,10 @@ def check_new(flag: str, name: str | None, *, overwrite: bool) -> None:
 
 
 def load_model(o: flags.FlagValues) -> "Model":
+    from beacon_jax.hf import hub
     from beacon_jax.inference.model import load
 
-    return load(o.model, dtype=o.dtype, mesh=o.mesh)
+    return load(hub.find(o.model, "--model"), dtype=o.dtype, mesh=o.mesh)
 
 
 def load_memory(flag: str, path: str | None, model: "Model") -> "Memory | None":

@@ -15,7 +15,6 @@ from pathlib import Path
 from absl import flags
 
 from beacon_jax.cli.options import Group
-from beacon_jax.resources import asset
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -37,10 +36,15 @@ def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
     if len(argv) != 2 or argv[1] not in ("from-hf", "to-hf"):
         sys.exit(f"error: command={argv[1:]}: use from-hf or to-hf.")
-    from beacon_jax.hf import conversion, verify  # after the flags: jax takes seconds
+    from beacon_jax.hf import (  # after the flags: jax takes seconds
+        conversion,
+        hub,
+        verify,
+    )
 
-    src, dst = Path(asset(options.src)), Path(options.dst)
+    dst = Path(options.dst)
     try:
+        src = hub.find(options.src, "--src")
         if argv[1] == "to-hf" and (src / "checkpoints").is_dir():
             from beacon_jax.training.trainer import export_checkpoint  # takes seconds
 

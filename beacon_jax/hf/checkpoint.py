@@ -46,6 +46,7 @@ class Checkpoint:
       known_hashes: hashes that the manifest of a converted folder already has.
       identity: the same hashes, computed from the folder when they are asked for; it
         does not keep the variables alive.
+      untrained: no part of the beacons is in the files, all are copies of the base.
     """
 
     config: ModelConfig
@@ -53,6 +54,7 @@ class Checkpoint:
     path: Path
     known_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     identity: Identity = dataclasses.field(default_factory=Identity)
+    untrained: bool = False
 
     @functools.cached_property
     def base_hash(self) -> str:
@@ -98,9 +100,12 @@ def load(
         config = dataclasses.replace(config, beacon=beacon)
     if converted:
         leaves, hashes = _read_converted(path, config, manifest, cast, place)
+        copied = set(manifest["beacon_from_base"])
+        stored = {beacon_part(name) for name in open_converted(path).tensors} - copied
     else:
         source = HfSource(config, open_hf(path), cast)
         leaves, hashes = {}, {}
+        stored = {beacon_part(e.name) for e in source.entries} - set(source.from_base)
         for name, tensor in source.tensors.items():
             if place is None:
                 leaves[name] = source.array(name)
@@ -109,9 +114,9 @@ def load(
                 pieces, kind = source.blocks(name), kind or cast or tensor.dtype
                 leaves[name] = put_blocks(tensor.shape, kind, sharding, pieces)
     variables = {"params": {}, "beacon": {}} | unflatten(leaves)
-    return Checkpoint(
-        config, variables, path, hashes, _identity(path, config, leaves, cast, hashes)
-    )
+    identity = _identity(path, config, leaves, cast, hashes)
+    untrained = config.beacon is not None and not stored - {None}
+    return Checkpoint(config, variables, path, hashes, identity, untrained)
 
 
 def _identity(

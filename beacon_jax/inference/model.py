@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from beacon_jax import runtime
 from beacon_jax.core.memory import slot_nbytes
-from beacon_jax.hf import checkpoint
+from beacon_jax.hf import checkpoint, hub
 from beacon_jax.hf.identify import Identity
 from beacon_jax.hf.placement import Place
 from beacon_jax.inference import room, validate
@@ -55,7 +55,6 @@ from beacon_jax.inference.text import Streamer, finisher
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import variable_axes
 from beacon_jax.model.partition import Partition, make_partition, partitioned
-from beacon_jax.resources import asset
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -476,11 +475,12 @@ def load(
     ignore_sliding_window: bool = False,
     mesh: str | Mesh | None = None,
 ) -> Model:
-    """A model from an HF folder or a converted folder.
+    """Loads a model, with its tokenizer, from an HF or a converted folder.
 
     Args:
-      path: a folder with config.json, weights and tokenizer files; "tiny-beacon", a
-        small model that comes with the package, is found by its name.
+      path: a folder with config.json, weights and tokenizer files; "tiny-beacon", which
+        comes with the package; or the id of a model on the hub, "org/name", which is
+        downloaded into the cache of huggingface_hub.
       dtype: "float32", "bfloat16" or "float16"; None: as stored.
       beacon: other beacon settings; a plain model gets untrained beacons.
       ignore_sliding_window: attend to everything although config.json has a window.
@@ -490,9 +490,12 @@ def load(
 
     Raises:
       ValueError, FileNotFoundError: what is missing or does not fit, by name.
+
+    Warns:
+      UserWarning: the model's beacons are untrained.
     """
-    path = asset(path)
-    if not (Path(path) / "config.json").is_file():
+    path = hub.find(path)
+    if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"path={path} is not a model folder: it has no config.json."
         )
@@ -506,6 +509,11 @@ def load(
         ignore_sliding_window=ignore_sliding_window,
         place=place,
     )
+    if found.untrained:
+        said = f"the beacons of {path} are untrained, copies of the base model: text "
+        said += "that is compressed is not understood. Train them (python -m "
+        said += "beacon_jax.train), or keep everything with "
+        validate.warn(f"{said}ratio=0.", f"{said}--ratio=full.")
     try:
         tokenizer = checkpoint.load_tokenizer(path)
     except FileNotFoundError:

@@ -264,7 +264,8 @@ def test_other_bad_arguments_are_named(model, plain):
 
 def test_a_plain_model_gets_untrained_beacons_when_asked_to(make_folder):
     settings = beacon_jax.BeaconConfig(window=8, ratios=(2,))
-    model = beacon_jax.load(make_folder(beacons=False), beacon=settings)
+    with pytest.warns(UserWarning, match="beacons of .* are untrained.*with ratio=0"):
+        model = beacon_jax.load(make_folder(beacons=False), beacon=settings)
     assert int(model.compress("x" * 16, ratio=2).slots[0]) == 8
 
 

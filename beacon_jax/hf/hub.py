@@ -1,0 +1,112 @@
+"""Finds a model: a folder on this machine, one of the package, or one on the hub."""
+
+import os
+import re
+from pathlib import Path
+
+from beacon_jax import resources
+
+TIMEOUT = 5.0  # seconds until the hub counts as not reachable
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SMALL = re.compile(r"[\w.-]+\.(json|jinja)|tokenizer\.model")
+_SAFE = re.compile(r"model[\w.-]*\.safetensors")
+_TORCH = re.compile(r"pytorch_model[\w.-]*\.bin")
+
+
+def find(path: str | Path, name: str = "path") -> Path:
+    """The folder of a model.
+
+    Args:
+      path: a folder; the name of a model of the package (`resources.asset`); or the id
+        of one on the hub, "org/name": what is needed of it is downloaded into the cache
+        of huggingface_hub, once.
+      name: of the argument, for messages.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or the hub cannot be reached; says
+        which, and the command that downloads it.
+    """
+    found = Path(resources.asset(path))
+    if found.is_dir():
+        return found
+    if found.exists():
+        raise FileNotFoundError(
+            f"{name}={path} is a file: give the folder that has config.json and the "
+            "weights."
+        )
+    text = str(path)
+    # Of out/model with a folder out here, the name was misspelt.
+    if not _ID.fullmatch(text) or found.parent.is_dir():
+        raise FileNotFoundError(
+            f"{name}={path}: there is no such folder. Give a folder with config.json "
+            "and weights, or the id of a model on the hub, org/name."
+        )
+    return download(text, name)
+
+
+def download(id: str, name: str = "path", cache: Path | None = None) -> Path:
+    """Downloads a model's config, tokenizer and weights; no file that it has already.
+
+    Args:
+      id: "org/name". The hub is the one of HF_ENDPOINT.
+      cache: a folder in place of the cache of huggingface_hub.
+
+    Raises:
+      FileNotFoundError: as `find`.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    endpoint = os.environ.get("HF_ENDPOINT")
+    by_hand = (
+        f"Download it where there is a network, `hf download {id} --local-dir "
+        f"{id.split('/')[1]}`, and give that folder."
+    )
+    why = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            info = HfApi(endpoint=endpoint).model_info(id, timeout=TIMEOUT)
+            names = [file.rfilename for file in info.siblings or []]
+            return Path(
+                snapshot_download(
+                    id,
+                    allow_patterns=needed_files(names),
+                    etag_timeout=TIMEOUT,
+                    cache_dir=cache,
+                    endpoint=endpoint,
+                )
+            )
+        except RepositoryNotFoundError:
+            raise FileNotFoundError(
+                f"{name}={id} is no folder here, and the hub has no such model, or "
+                "only for users with access: check the name, or log in with `hf auth "
+                "login`."
+            ) from None
+        except HfHubHTTPError as error:
+            why = f"the hub refuses it ({error.response.status_code})"
+        except Exception as error:
+            # The HTTP library below, and so its errors, change from release to release.
+            why = f"the hub cannot be reached ({type(error).__name__})"
+    for weights in ("*.safetensors", "*.bin"):
+        try:
+            return Path(
+                snapshot_download(
+                    id,
+                    allow_patterns=["*.json", "*.jinja", "tokenizer.model", weights],
+                    local_files_only=True,
+                    cache_dir=cache,
+                )
+            )
+        except Exception:  # not in the cache, or only a part of it
+            continue
+    raise FileNotFoundError(
+        f"{name}={id} is no folder here, and {why}. {by_hand}"
+    ) from None
+
+
+def needed_files(names: list[str]) -> list[str]:
+    """Of a repository's files those that `checkpoint.load` reads: no weights twice, and
+    nothing of other libraries."""
+    safe = [n for n in names if _SAFE.fullmatch(n)]
+    weights = safe or [n for n in names if _TORCH.fullmatch(n)]
+    return [n for n in names if _SMALL.fullmatch(n)] + weights
