@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from beacon_jax import hf
+from beacon_jax.training import inputs, trainer
+from tests.training import one_process
 
 
 def run(configs, workdir, *, devices, environment=()):
@@ -48,26 +50,28 @@ def run(configs, workdir, *, devices, environment=()):
     return [process.returncode for process in running], outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plans", ["drawn", "adversarial"])
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1)], ids=["fast", "lean"])
-def test_two_processes_train_as_one(config, tmp_path, mesh, plans):
+def test_two_processes_train_as_one(config, tmp_path, monkeypatch, mesh, plans):
     environment = {}
     if plans == "adversarial":
         environment = {"ADVERSARIAL_PLANS": "1"}
+        draw = one_process.adversarial(inputs.draw_plans)
+        for module in (inputs, trainer):
+            monkeypatch.setattr(module, "draw_plans", draw)
         config.beacon.ratios = (0, 2, 4)
     config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
     config.data.stages.stage1.update({"batch_size": 8, "steps": 4})
+    trainer.train(config, tmp_path / "one")  # this process has eight devices too
     config.compilation_cache = "off"
+    codes, outputs = run(
+        [config] * 2, tmp_path / "two", devices=4, environment=environment
+    )
+    assert codes == [0, 0], outputs
+    assert "step 4/4" not in outputs[1]
     weights = []
-    for name, count in (("one", 1), ("two", 2)):
-        codes, outputs = run(
-            [config] * count,
-            tmp_path / name,
-            devices=8 // count,
-            environment=environment,
-        )
-        assert codes == [0] * count, outputs
-        assert all("step 4/4" not in output for output in outputs[1:])
+    for name in ("one", "two"):
         weights.append(hf.load(tmp_path / name / "export").variables["beacon"])
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]

@@ -11,26 +11,19 @@ from ml_collections import ConfigDict
 
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.beacon import init_beacon
-from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.decoder import init_variables
 from beacon_jax.model.partition import RULES, Partition
 from beacon_jax.training.config import default_config
 from beacon_jax.training.optim import make_optimizer
 from beacon_jax.training.sharding import make_placement, make_value_and_grad, put
+from tests.tiny import tiny
 
 N, B, W = 3, 8, 4
-MODEL = ModelConfig(
-    family="llama",
+MODEL = tiny(
     vocab_size=14,
-    hidden_size=16,
     intermediate_size=12,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
     max_position=64,
-    eos_ids=(2,),
-    bos_ids=(1,),
     beacon=BeaconConfig(window=W, ratios=(2, 4)),
 )
 
@@ -57,18 +50,6 @@ def loss_of(average, remat="lean"):
     return loss
 
 
-def quick(function):
-    """jit; compiling is what these tests cost, and this takes a third off it."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.cache
-def alone(average, remat="lean"):
-    """((loss, aux), gradients) of (trained, frozen, batch, plan) on one device."""
-    loss = functools.partial(loss_of(average, remat), partition=None)
-    return quick(jax.value_and_grad(loss, has_aux=True))
-
-
 @functools.cache
 def inputs():
     variables = nn.unbox(init_variables(MODEL, jax.random.key(0)))
@@ -87,32 +68,65 @@ def inputs():
     return {"beacon": beacon, "params": params}, batch
 
 
-def on_mesh(placement, trained_names, average, plans, parts=1, changed=None, **options):
-    """(loss, aux, gradients) computed with everything where the placement wants it."""
+# --- what is expected: every row alone, on one device, by plain reverse mode ---------
+
+
+@functools.cache
+def alone():
+    """((loss, aux), gradients) of a row: one program for all that is expected here."""
+    loss = functools.partial(loss_of("token", "none"), partition=None)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@functools.cache
+def row_alone(row, plan):
+    """(loss, label count, sum of losses per window [N], gradients) of one row."""
     variables, batch = inputs()
-    batch = {**batch, **(changed or {})}
-    trained = {n: variables[n] for n in trained_names}
+    rows = {name: value[:, row : row + 1] for name, value in batch.items()}
+    plan = np.asarray(plan, np.int32)
+    (loss, aux), gradients = alone()(variables, {}, rows, plan)
+    return loss, float(aux["row_count"][0]), aux["window_loss"], gradients
+
+
+def expected(average, plans, rows=B):
+    """(loss, window losses [N, rows], gradients) of the batch's first rows.
+
+    plans: [N, P], of as many rows of the batch each.
+    """
+    plans = np.repeat(plans, B // plans.shape[1], axis=1)
+    found = [row_alone(r, tuple(plans[:, r].tolist())) for r in range(rows)]
+    losses, counts, windows, gradients = zip(*found, strict=True)
+    shares = np.asarray(counts) if average == "token" else np.ones(rows)
+    shares = shares / shares.sum()
+    mean = lambda *parts: sum(s * x for s, x in zip(shares, parts, strict=True))
+    return mean(*losses), np.stack(windows, 1), jax.tree.map(mean, *gradients)
+
+
+# --- what is tested: programs of a mesh, compiled once for all tests -----------------
+
+
+@functools.cache
+def on(mesh, trained_names, average, parts):
+    placement, (variables, _) = place(*mesh), inputs()
+    trained = {name: variables[name] for name in trained_names}
     frozen = {n: x for n, x in variables.items() if n not in trained}
     shardings = placement.trained(MODEL, trained)
-    run = make_value_and_grad(
-        loss_of(average, **options),
-        placement,
-        shardings,
-        average=average,
-        parts=parts,
+    run = jax.jit(
+        make_value_and_grad(
+            loss_of(average), placement, shardings, average=average, parts=parts
+        )
     )
-    (loss, aux), gradients = quick(run)(
-        jax.tree.map(put, trained, shardings),
-        jax.tree.map(put, frozen, placement.frozen(MODEL, frozen)),
-        placement.batch(batch),
-        placement.plan(plans),
-    )
+    trained = jax.tree.map(put, trained, shardings)
+    frozen = jax.tree.map(put, frozen, placement.frozen(MODEL, frozen))
+    return placement, functools.partial(run, trained, frozen)
+
+
+def on_mesh(mesh, trained_names, average, plans, parts=1, changed=None):
+    """(loss, aux, gradients) computed with everything where the placement wants it."""
+    placement, run = on(mesh, trained_names, average, parts)
+    batch = {**inputs()[1], **(changed or {})}
+    (loss, aux), gradients = run(placement.batch(batch), placement.plan(plans))
     return loss, aux, gradients
-
-
-def rows_of(batch, part, parts):
-    size = B // parts
-    return {k: v[:, part * size : (part + 1) * size] for k, v in batch.items()}
 
 
 def assert_close(tree, expected):
@@ -120,97 +134,102 @@ def assert_close(tree, expected):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6 * float(jnp.abs(y).max()))
 
 
-@pytest.mark.parametrize("average", ["token", "row"])
-@pytest.mark.parametrize("devices", [1, 2, 8])
+def chosen(gradients, names):
+    return {name: gradients[name] for name in names}
+
+
+BEACON, BOTH = ("beacon",), ("params", "beacon")
+PLAN = np.asarray([[2], [4], [2]], np.int32)
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("devices", "average"),
+    [
+        (4, "row"),
+        (8, "token"),
+        pytest.param(1, "row", marks=slow),
+        pytest.param(1, "token", marks=slow),
+        pytest.param(4, "token", marks=slow),
+        pytest.param(8, "row", marks=slow),
+    ],
+)
 def test_every_device_its_own_plan(devices, average):
-    variables, batch = inputs()
     plans = np.random.default_rng(devices).choice([2, 4], (N, devices)).astype(np.int32)
-    loss, aux, gradients = on_mesh(place(devices), ["beacon"], average, plans)
-
-    shares, wanted = [], []
-    for part in range(devices):
-        (own, own_aux), own_gradients = alone(average)(
-            {"beacon": variables["beacon"]},
-            {"params": variables["params"]},
-            rows_of(batch, part, devices),
-            plans[:, part],
-        )
-        count = float(own_aux["row_count"].sum()) if average == "token" else 1.0
-        shares.append(count)
-        wanted.append((own, own_gradients))
-        np.testing.assert_allclose(
-            aux["window_loss"][:, part], own_aux["window_loss"], rtol=1e-5, atol=1e-6
-        )
-    total = sum(shares)
-    mean = lambda *parts: sum(s / total * x for s, x in zip(shares, parts, strict=True))
-    np.testing.assert_allclose(loss, mean(*(w[0] for w in wanted)), rtol=1e-5)
-    assert_close(gradients, jax.tree.map(mean, *(w[1] for w in wanted)))
+    loss, aux, gradients = on_mesh((devices, 1, 1), BEACON, average, plans)
+    wanted, windows, theirs = expected(average, plans)
+    windows = windows.reshape(N, devices, -1).sum(-1)
+    np.testing.assert_allclose(aux["window_loss"], windows, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    assert_close(gradients, chosen(theirs, BEACON))
 
 
-@functools.cache
-def five_rows(average):
-    variables, batch = inputs()
-    (loss, _), gradients = alone(average)(
-        {"beacon": variables["beacon"]},
-        {"params": variables["params"]},
-        {name: value[:, :5] for name, value in batch.items()},
-        np.asarray([2, 4, 2], np.int32),
-    )
-    return loss, gradients
-
-
-@pytest.mark.parametrize("average", ["token", "row"])
-@pytest.mark.parametrize("mesh", [(4, 1, 1), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "average"),
+    [
+        ((4, 1, 1), "row"),
+        pytest.param((4, 1, 1), "token", marks=slow),
+        pytest.param((1, 2, 2), "row", marks=slow),
+        pytest.param((1, 2, 2), "token", marks=slow),
+    ],
+    ids=str,
+)
 def test_empty_rows_of_a_batch_weigh_nothing(mesh, average):
     """A `pad` batch of five rows: of four devices one has one of them, one has none."""
     _, batch = inputs()
-    placement = place(*mesh)
-    plans = np.repeat([[2], [4], [2]], placement.plans, axis=1).astype(np.int32)
+    plans = np.repeat(PLAN, place(*mesh).plans, axis=1)
     valid = np.where(np.arange(B) < 5, batch["valid"], 0)
     labels = np.where(np.arange(B)[:, None] < 5, batch["labels"], -100)
     changed = {"valid": valid, "labels": labels}
-    loss, _, gradients = on_mesh(placement, ["beacon"], average, plans, changed=changed)
-    wanted, expected = five_rows(average)
+    loss, _, gradients = on_mesh(mesh, BEACON, average, plans, changed=changed)
+    wanted, _, theirs = expected(average, PLAN, rows=5)
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
-    assert_close(gradients, expected)
+    assert_close(gradients, chosen(theirs, BEACON))
 
 
-@functools.cache
-def one_device(trained):
-    variables, batch = inputs()
-    plan = np.asarray([2, 4, 2], np.int32)
-    chosen = {n: variables[n] for n in trained}
-    rest = {n: x for n, x in variables.items() if n not in trained}
-    (loss, _), gradients = alone("token", "none")(chosen, rest, batch, plan)
-    return loss, gradients
-
-
-@pytest.mark.parametrize("trained", [("beacon",), ("params", "beacon")])
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "trained"),
+    [
+        ((8, 1, 1), BEACON),
+        ((2, 2, 2), BOTH),
+        pytest.param((8, 1, 1), BOTH, marks=slow),
+        pytest.param((1, 8, 1), BEACON, marks=slow),
+        pytest.param((1, 8, 1), BOTH, marks=slow),
+        pytest.param((2, 2, 2), BEACON, marks=slow),
+        pytest.param((1, 4, 2), BEACON, marks=slow),
+        pytest.param((1, 4, 2), BOTH, marks=slow),
+    ],
+    ids=str,
+)
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(mesh, trained):
-    placement = place(*mesh)
-    plans = np.repeat(np.asarray([[2], [4], [2]], np.int32), placement.plans, axis=1)
-    loss, _, gradients = on_mesh(placement, trained, "token", plans)
-    wanted, expected = one_device(trained)
+    plans = np.repeat(PLAN, place(*mesh).plans, axis=1)
+    loss, _, gradients = on_mesh(mesh, trained, "token", plans)
+    wanted, _, theirs = expected("token", PLAN)
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
-    assert_close(gradients, expected)
+    assert_close(gradients, chosen(theirs, trained))
 
 
-@pytest.mark.parametrize("average", ["token", "row"])
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 1), (1, 2, 2)], ids=str)
-def test_accumulated_parts_give_the_gradients_of_the_whole_batch(mesh, average):
-    placement = place(*mesh)
-    plan = np.asarray([[2], [4], [2]], np.int32)
-    repeat = lambda n: np.repeat(plan, n, axis=1)
-    whole = on_mesh(placement, ["beacon"], average, repeat(placement.plans))
-    parts = on_mesh(
-        placement, ["beacon"], average, repeat(4 * placement.plans), parts=4
-    )
-    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
-    assert_close(parts[2], whole[2])
-    assert parts[1]["window_loss"].shape == (N, 4 * placement.plans)
-    sums = [aux["window_loss"].sum(1) for aux in (parts[1], whole[1])]
-    np.testing.assert_allclose(*sums, rtol=1e-5)
+@pytest.mark.parametrize(
+    ("mesh", "average", "parts"),
+    [
+        ((4, 1, 1), "token", 2),
+        pytest.param((1, 1, 1), "row", 4, marks=slow),
+        pytest.param((1, 1, 1), "token", 4, marks=slow),
+        pytest.param((4, 1, 1), "row", 2, marks=slow),
+        pytest.param((1, 2, 2), "row", 4, marks=slow),
+        pytest.param((1, 2, 2), "token", 4, marks=slow),
+    ],
+    ids=str,
+)
+def test_accumulated_parts_give_the_gradients_of_the_whole_batch(mesh, average, parts):
+    pieces = parts * place(*mesh).plans
+    plans = np.repeat(PLAN, pieces, axis=1)
+    loss, aux, gradients = on_mesh(mesh, BEACON, average, plans, parts=parts)
+    wanted, windows, theirs = expected(average, PLAN)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    assert_close(gradients, chosen(theirs, BEACON))
+    assert aux["window_loss"].shape == (N, pieces)
+    np.testing.assert_allclose(aux["window_loss"].sum(1), windows.sum(1), rtol=1e-5)
 
 
 def test_the_optimizers_state_is_split_and_nothing_frozen_has_one():
