@@ -46,11 +46,16 @@ def run(configs, workdir, *, devices, environment=()):
                 text=True,
             )
         )
-    outputs = [process.communicate(timeout=240)[0] for process in running]
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in running]
+    finally:
+        for process in running:  # none goes on when another one hangs
+            process.kill()
     return [process.returncode for process in running], outputs
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three programs of 30 s each on a quiet core
 @pytest.mark.parametrize("plans", ["drawn", "adversarial"])
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1)], ids=["fast", "lean"])
 def test_two_processes_train_as_one(config, tmp_path, monkeypatch, mesh, plans):
