@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: unexpected arguments {argv[1:]}: every option has --.")
     logging.set_verbosity(logging.WARNING)
     from beacon_jax.training import processes  # after the flags: jax takes seconds
+    from beacon_jax.training.console import drop_unread
     from beacon_jax.training.trainer import train
 
     if flags.FLAGS.distributed:
@@ -36,3 +37,5 @@ def main(argv: Sequence[str]) -> None:
         train(flags.FLAGS.config, flags.FLAGS.workdir)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")
+    finally:
+        drop_unread()

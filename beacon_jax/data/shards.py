@@ -7,6 +7,7 @@ Nothing is collected but the index (14 bytes an example) and a bounded report.
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +145,7 @@ def start_worker(tokenizer_folder: str, rules: Rules, counters: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     _worker = Worker(load_tokenizer(tokenizer_folder), rules, counters)
 
 

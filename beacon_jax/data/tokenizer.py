@@ -21,6 +21,8 @@ from beacon_jax.data.passkey import NEEDLE, QUESTION, draw_key
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 
+SMALLEST_VOCABULARY = 259  # 256 bytes, 2 specials and a merge
+
 
 def train_tokenizer(
     documents: Sequence[str],
@@ -40,9 +42,10 @@ def train_tokenizer(
     Raises:
       ValueError: vocab_size leaves no merges above the 256 bytes and 2 special tokens.
     """
-    if vocab_size < 259:
+    if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
-            f"vocab_size={vocab_size} must be at least 259 (256 bytes, 2 specials)"
+            f"vocab_size={vocab_size} must be at least {SMALLEST_VOCABULARY} (256 "
+            "bytes, 2 specials)"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,6 +1,12 @@
 """Reading, writing and checking HF checkpoints (docs/design.md section 2)."""
 
-from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer, save_hf
+from beacon_jax.hf.checkpoint import (
+    Checkpoint,
+    has_tokenizer,
+    load,
+    load_tokenizer,
+    save_hf,
+)
 from beacon_jax.hf.hashing import tree_hash
 from beacon_jax.hf.identify import Identity, identity
 from beacon_jax.hf.writer import copy_tokenizer
@@ -9,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "Identity",
     "copy_tokenizer",
+    "has_tokenizer",
     "identity",
     "load",
     "load_tokenizer",

@@ -76,6 +76,7 @@ def load(
     beacon: BeaconConfig | None = None,
     ignore_sliding_window: bool = False,
     place: Place | None = None,
+    quiet: bool = False,
 ) -> Checkpoint:
     """Reads an HF folder or a converted folder into memory.
 
@@ -87,6 +88,7 @@ def load(
       ignore_sliding_window: attend to everything although config.json has a window.
       place: says of every tensor on which devices it goes and in which dtype; the
         variables are jax arrays then, and no host ever holds more than one of them.
+      quiet: no warning about beacons that start from the base.
 
     Raises:
       ValueError, FileNotFoundError: naming the tensors or the file that do not fit.
@@ -103,7 +105,7 @@ def load(
         copied = set(manifest["beacon_from_base"])
         stored = {beacon_part(name) for name in open_converted(path).tensors} - copied
     else:
-        source = HfSource(config, open_hf(path), cast)
+        source = HfSource(config, open_hf(path), cast, quiet=quiet)
         leaves, hashes = {}, {}
         stored = {beacon_part(e.name) for e in source.entries} - set(source.from_base)
         for name, tensor in source.tensors.items():
@@ -256,6 +258,20 @@ def save_hf(
             write_index(folder / "model.safetensors.index.json", plan)
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tokenizer_config.json",
+)
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a folder has files that `load_tokenizer` can begin with."""
+    folder = Path(asset(path))
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """The fast tokenizer of an HF or converted folder; nothing is downloaded or run."""
     # Without it transformers prints, on import, that PyTorch is not there.
@@ -263,11 +279,10 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = Path(asset(path))
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((path / name).exists() for name in names):
+    if not has_tokenizer(path):
         raise FileNotFoundError(
-            f"path={path} has no tokenizer files ({', '.join(names)}): copy them from "
-            "the base model."
+            f"path={path} has no tokenizer files ({', '.join(TOKENIZER_FILES)}): copy "
+            "them from the base model."
         )
     return AutoTokenizer.from_pretrained(
         str(path), local_files_only=True, use_fast=True, trust_remote_code=False

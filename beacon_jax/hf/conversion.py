@@ -123,9 +123,11 @@ class HfSource:
         config: ModelConfig,
         reader: Reader,
         dtype: np.dtype | None = None,
+        *,
+        quiet: bool = False,
     ):
         found = {name: tensor.shape for name, tensor in reader.tensors.items()}
-        self.entries, self.from_base = resolve(config, found)
+        self.entries, self.from_base = resolve(config, found, quiet=quiet)
         self._reader, self._config = reader, config
         self._by_name = {e.name: e for e in self.entries}
         self.tensors = {

@@ -104,13 +104,17 @@ def table(config: ModelConfig) -> list[Entry]:
 
 
 def resolve(
-    config: ModelConfig, found: Mapping[str, tuple[int, ...]]
+    config: ModelConfig,
+    found: Mapping[str, tuple[int, ...]],
+    *,
+    quiet: bool = False,
 ) -> tuple[list[Entry], list[str]]:
     """Checks a checkpoint's tensors and says where each of ours comes from.
 
     Args:
       config: the model.
       found: HF name -> shape of every tensor in the checkpoint.
+      quiet: no warning about parts of the beacons that start from the base.
 
     Returns:
       The table, in which the parts of the beacon that any layer lacks point to the
@@ -154,6 +158,8 @@ def resolve(
     for part, keys in parts.items():
         if absent := [k for k in keys if k not in found]:
             from_base.append(part)
+            if quiet:
+                continue
             logger.warning(
                 "beacon %s starts from the base model: %d of its %d tensors are not in "
                 "the checkpoint (the first is %s).",

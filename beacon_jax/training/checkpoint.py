@@ -1,15 +1,28 @@
-"""Checkpoints of a run: state, resolved config and a hash that proves them whole."""
+"""Checkpoints of a run: state, resolved config and a hash that proves them whole.
+
+What can be wrong with one, and what happens:
+  not finished       orbax gives a save its name when it is whole: ignored
+  other bytes        it can be read, with another hash: moved aside, never deleted, and
+                     the one before is used
+  cannot be read     a missing file, no permission, an unknown format: the run stops
+  other parameters   its tree is not that of this run: the run stops
+A run that stops changes no file. Of several processes all do the same.
+"""
 
 import json
 import logging
+import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from beacon_jax.hf.hashing import tree_hash
+from beacon_jax.training.console import say
+from beacon_jax.training.processes import is_lead, wait, worst
 
 # May differ between the run that wrote a checkpoint and the one that goes on from it:
 # they change what is reported and kept, not a single number of the training.
@@ -28,103 +41,344 @@ FREE_KEYS = (
 )
 
 
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written, read or used; files are as they were."""
+
+
+class Restored(NamedTuple):
+    """A state that was saved.
+
+    Attributes:
+      state: in the structure of the fresh one.
+      optimizer: False if it was another one, and the fresh one is used.
+    """
+
+    state: Any
+    optimizer: bool
+
+
 class Checkpoints:
-    """The checkpoints under `folder`, newest last; each is a step of one run."""
+    """The checkpoints under `folder`; each is a step of one run.
+
+    Args:
+      folder: of the checkpoints and nothing else.
+      keep: how many; the oldest is deleted when a newer one is whole.
+
+    Raises:
+      CheckpointError: the folder cannot be read or made.
+    """
 
     def __init__(self, folder: Path, keep: int):
-        logging.getLogger("absl").setLevel(logging.WARNING)  # a dozen lines per save
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True
-            ),
+        # A dozen lines per save, and a traceback where we have one line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._folder = folder.absolute()
+        self._saving: int | None = None
+        self._half: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True
         )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=options,
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "record": ocp.JsonCheckpointHandler(),
+                },
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} cannot be used: {_cause(error)}"
+            ) from error
+
+    def newest(self) -> int:
+        """The step of the newest one on the disk, 0 without one."""
+        try:
+            names = [path.name for path in self._folder.iterdir()]
+        except OSError:
+            return 0
+        return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Writes a checkpoint as a whole or not at all; a second one of a step is
-        skipped."""
+        """Begins to write a checkpoint, as a whole or not at all; a second one of a
+        step is skipped.
+
+        Raises:
+          CheckpointError: it cannot be written, or the one before could not.
+        """
+        self.wait()
         if step in self._manager.all_steps():
             return
         leaves = _leaves(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(leaves),
-                record=ocp.args.JsonSave({**record, "hash": _hash(leaves)}),
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(leaves),
+            record=ocp.args.JsonSave({**record, "hash": _hash(leaves)}),
         )
+        self._saving = step
+        try:
+            self._manager.save(step, args=args)
+        except Exception as error:
+            self._failed(error)
 
-    def restore(self, state: Any, record: dict[str, Any], allow: bool) -> Any | None:
-        """The newest whole checkpoint in the structure of `state`, or None.
+    def check(self) -> None:
+        """Raises what went wrong with a save in the background, without waiting."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
-        A checkpoint that cannot be read, or whose bytes are not those that were
-        written, is reported and deleted, and the one before it is taken.
+    def wait(self) -> None:
+        """Until the last save is on the disk.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+        self._saving = None
+
+    def close(self) -> None:
+        """Waits for the last save, and removes what is there of one that failed.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            if self._half is not None and is_lead():  # a full disk needs the room
+                for path in self._folder.glob(f"{self._half}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _failed(self, error: Exception) -> None:
+        """Whatever it was: older checkpoints are deleted only after a newer one is
+        whole, so they are all there."""
+        step, self._saving = self._saving, None
+        self._half = step
+        last = self.newest()
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {self._folder}: "
+            f"{_cause(error)}. "
+            + (f"That of step {last} is whole: " if last else "There is none before: ")
+            + f"make room, and the same command goes on from step {last}."
+        ) from error
+
+    def record(self) -> dict[str, Any] | None:
+        """What the newest checkpoint says of its run, None without one.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
+        steps = sorted(self._manager.all_steps())
+        return self._record(steps[-1])[0] if steps else None
+
+    def restore(
+        self, state: Any, record: dict[str, Any], allow: bool
+    ) -> Restored | None:
+        """The newest whole checkpoint, or None without one.
 
         Args:
-          state: the fresh state; gives structure, shapes and dtypes.
+          state: the fresh state; gives structure, shapes, dtypes and places.
           record: {"config": resolved, ...} of this run.
-          allow: go on although the record is another one.
+          allow: go on although the record is another one. If then only the optimiser's
+            part of the state differs, the rest of it is taken.
 
         Raises:
           ValueError: the run of these checkpoints had another config.
+          CheckpointError: one cannot be read, or what it trains is something else.
         """
+        damaged = 0
         for step in sorted(self._manager.all_steps(), reverse=True):
+            # One answer of all processes: each reads files of its own.
+            bad, failure, found = 0, None, None
             try:
-                saved = self._manager.restore(
-                    step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-                )["record"]
-                expected = saved.pop("hash")
-            except Exception as error:
-                self._discard(step, error)
+                saved, expected = self._record(step)
+                if not allow:
+                    check_unchanged(saved, record)
+                found = self._read(step, state, allow, saved, record)
+                bad = int(_hash(found.leaves) != expected)
+            except (CheckpointError, ValueError) as error:
+                bad, failure = 2, error
+            bad = worst(bad)
+            if failure is not None:
+                raise failure
+            if bad == 2:
+                raise CheckpointError(
+                    f"another process cannot use the checkpoint of step {step}: see "
+                    "its message."
+                )
+            if bad == 1:
+                damaged += 1
+                self._move_aside(step)
                 continue
-            if not allow:
-                check_unchanged(saved, json.loads(json.dumps(record)))
-            try:
-                target = _leaves(state)
-                leaves = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(
-                            jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-                        )
-                    ),
-                )["state"]
-                if (found := _hash(leaves)) != expected:
-                    raise ValueError(f"hash {found[:12]} instead of {expected[:12]}")
-            except Exception as error:
-                self._discard(step, error)
-                continue
-            values = [leaves[name] for name in target]
-            return jax.tree.unflatten(jax.tree.structure(state), values)
+            assert found is not None
+            return Restored(_merged(state, found), found.same_optimizer)
+        if damaged and is_lead():
+            say("no whole checkpoint is left: the run starts at step 0")
         return None
 
-    def _discard(self, step: int, error: Exception) -> None:
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        print(
-            f"checkpoint of step {step} is damaged ({reason}): it is deleted, falling "
-            "back to the one before",
-            flush=True,
-        )
-        self._manager.delete(step)
+    def _record(self, step: int) -> tuple[dict[str, Any], str]:
+        """What a checkpoint says of its run, and its hash."""
+        try:
+            args = ocp.args.Composite(record=ocp.args.JsonRestore())
+            saved = dict(self._manager.restore(step, args=args)["record"])
+            return saved, saved.pop("hash")
+        except Exception as error:
+            raise self._unreadable(step, error) from error
 
-    def close(self) -> None:
-        self._manager.close()
+    def _read(
+        self,
+        step: int,
+        state: Any,
+        allow: bool,
+        saved: dict[str, Any],
+        record: dict[str, Any],
+    ) -> "_Found":
+        """All arrays of a checkpoint, in the places of `state`."""
+        target = _leaves(state)
+        try:
+            stored = self._manager.item_metadata(step)["state"].tree
+            stored = {name: (tuple(x.shape), x.dtype) for name, x in stored.items()}
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        wanted = {name: (x.shape, x.dtype) for name, x in target.items()}
+        other = [
+            name
+            for name in sorted({*stored, *wanted})
+            if stored.get(name) != wanted.get(name)
+        ]
+        own = all(name.startswith(OPTIMIZER) for name in other)
+        if other and not (own and allow):
+            raise self._other_tree(step, other, stored, wanted, own, saved, record)
+        # Moments of another optimiser lie where their parameters do.
+        places = {name: x.sharding for name, x in target.items()}
+        trained = {
+            name.removeprefix(TRAINED): x
+            for name, x in target.items()
+            if name.startswith(TRAINED)
+        }
+        asked = {}
+        for name, (shape, dtype) in stored.items():
+            place = places[STEP]
+            if wanted.get(name) == (shape, dtype):
+                place = places[name]
+            else:
+                for path, x in trained.items():
+                    if name.endswith(path) and x.shape == shape:
+                        place = x.sharding
+            asked[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(asked))
+            leaves = self._manager.restore(step, args=args)["state"]
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        return _Found(leaves, not other)
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        older = [s for s in self._manager.all_steps() if s < step]
+        return CheckpointError(
+            f"the checkpoint of step {step} cannot be read: {_cause(error)}. No file "
+            f"was changed. Repair {self._folder / str(step)}, or move it away to go on "
+            f"from step {max(older, default=0)}."
+        )
+
+    def _other_tree(
+        self, step, names, stored, wanted, own, saved, record
+    ) -> CheckpointError:
+        show = lambda at: f"{list(at[0])} {jnp.dtype(at[1]).name}" if at else "nothing"
+        rows = [
+            f"  {name}: {show(stored.get(name))} in the checkpoint, "
+            f"{show(wanted.get(name))} in this run"
+            for name in names
+        ]
+        if len(rows) > 8:
+            rows = [*rows[:8], f"  and {len(rows) - 8} more"]
+        cause = changes(saved, record)
+        if cause:
+            rows += ["Settings that changed:", *(f"  {line}" for line in cause)]
+        remedy = "Use another --workdir, or the settings and the base it was made with."
+        if own:
+            remedy = (
+                "Pass --config.allow_config_change to keep what was trained and to "
+                "start the optimiser anew, or use another --workdir."
+            )
+        what = "optimiser state" if own else "parameters"
+        return CheckpointError(
+            f"the checkpoint of step {step} has other {what} than this run:\n"
+            + "\n".join(rows)
+            + f"\nNo file was changed. {remedy}"
+        )
+
+    def _move_aside(self, step: int) -> None:
+        """All processes, of which the first one moves."""
+        aside = self._folder.with_name(f"{self._folder.name}-damaged")
+        target, count = aside / str(step), 1
+        while target.exists():
+            target, count = aside / f"{step}.{count}", count + 1
+        wait("found a damaged checkpoint")
+        try:
+            if is_lead():
+                aside.mkdir(exist_ok=True)
+                (self._folder / str(step)).rename(target)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} is damaged and cannot be moved to "
+                f"{target}: {_cause(error)}. No file was changed."
+            ) from error
+        wait("moved a damaged checkpoint")
+        self._manager.reload()
+        if is_lead():
+            say(
+                f"checkpoint of step {step} is damaged (it reads back with another "
+                f"hash): moved to {target}, using the one before"
+            )
+
+
+# How the names of `_leaves` begin.
+TRAINED, OPTIMIZER, STEP = "['trained']", "['optimizer']", "['step']"
+# Of any optimiser: kept when another one goes on.
+SKIPPED = f"{OPTIMIZER}.total_notfinite"
+
+
+class _Found(NamedTuple):
+    leaves: dict[str, Any]
+    same_optimizer: bool
+
+
+def _merged(state: Any, found: _Found) -> Any:
+    """The fresh state with what was found."""
+    target = _leaves(state)
+    kept = (TRAINED, STEP) if not found.same_optimizer else ("",)
+    for name in target:
+        if name.startswith(kept) or name == SKIPPED:
+            target[name] = found.leaves[name]
+    return jax.tree.unflatten(jax.tree.structure(state), [*target.values()])
 
 
 def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:
     """ValueError naming every setting in which two records differ."""
-    before, after = _flat(old), _flat(new)
-    changed = [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and key.split(".")[-1] not in FREE_KEYS
-    ]
-    if changed:
+    if changed := changes(old, new):
         raise ValueError(
             "the checkpoints in --workdir come from a run with other settings:\n  "
             + "\n  ".join(changed)
             + "\nUse another --workdir, or --config.allow_config_change to go on."
         )
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """ "key: old -> new" of every setting that changes numbers of the training.
+
+    Args:
+      old: as read from a checkpoint.
+      new: of this run.
+    """
+    before, after = _flat(old), _flat(json.loads(json.dumps(new)))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and key.split(".")[-1] not in FREE_KEYS
+    ]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -147,3 +401,16 @@ def _leaves(state: Any) -> dict[str, Any]:
 
 def _hash(leaves: dict[str, Any]) -> str:
     return tree_hash({name: jnp.atleast_1d(x) for name, x in leaves.items()})
+
+
+def _cause(error: BaseException) -> str:
+    """The reason at the bottom of an error, in one line."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}"
+    text = " ".join((str(error) or repr(error)).split())
+    # TensorStore says the file first, then the reason, then its whole specification.
+    text = re.split(r" \[(?:tensorstore_spec|os_error_code)", text)[0]
+    return text if len(text) <= 240 else f"... {text[-240:]}"

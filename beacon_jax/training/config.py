@@ -27,7 +27,9 @@ def default_config() -> Config:
     # Of computing; or "bfloat16", "float16". Masters are always float32.
     config.dtype = "float32"
     config.allow_config_change = False  # resume although the config is another one
-    config.log_every = 50  # steps
+    # Steps between lines of metrics.jsonl and TensorBoard. The console gets them too,
+    # the first step, and a line at least every 15 seconds.
+    config.log_every = 50
     config.save_every = 500  # steps between checkpoints
     config.keep = 2  # checkpoints that are kept
     config.profile_steps = ()  # first and last step to trace, as 10,13; (): none

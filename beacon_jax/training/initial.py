@@ -45,10 +45,14 @@ def make_tokenizer(
 
 
 def make_model(
-    config: Config, tokenizer: Any, placement: Placement
+    config: Config, tokenizer: Any, placement: Placement, *, quiet: bool = False
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
     """The model, float32 masters of what is trained, and the frozen rest in the
-    computing dtype, all where the placement wants them."""
+    computing dtype, all where the placement wants them.
+
+    Args:
+      quiet: beacons that start from the base are no news.
+    """
     settings = config.beacon.to_dict()
     beacon = BeaconConfig(**settings) if settings.pop("use") else None
     names = ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
@@ -59,7 +63,7 @@ def make_model(
         return placement.variable(model, name, shape, trained=own), dtype
 
     if config.init_from:
-        checkpoint = hf.load(config.init_from, beacon=beacon, place=place)
+        checkpoint = hf.load(config.init_from, beacon=beacon, place=place, quiet=quiet)
         model, variables = checkpoint.config, checkpoint.variables
         if beacon is None:
             model = dataclasses.replace(model, beacon=None)

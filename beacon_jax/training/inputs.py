@@ -50,6 +50,28 @@ class StepInputs(NamedTuple):
     flops: int
 
 
+def check_data(config: Config) -> None:
+    """ValueError for settings of the data that cannot work; reads nothing."""
+    data = config.data
+    if data.sources:
+        GroupConfig.of(config)
+        Settings.of(data, "")
+        return
+    if data.prepared:
+        raise ValueError(
+            f"data.prepared={data.prepared!r} without data.sources: name the sources "
+            "it was made of as well."
+        )
+    batch_config(config)
+
+
+def batch_sizes(config: Config) -> dict[str, int]:
+    """Rows of a step, for each stage or for `data`."""
+    if config.data.sources:
+        return {"data": config.data.batch_size}
+    return {name: stage.batch_size for name, stage in config.data.stages.items()}
+
+
 def make_batches(
     config: Config,
     documents: Sequence[str],

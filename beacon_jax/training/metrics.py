@@ -1,4 +1,9 @@
-"""Progress line, metrics.jsonl and TensorBoard.
+"""Progress lines, metrics.jsonl and TensorBoard.
+
+metrics.jsonl and TensorBoard get a line every log_every steps, counted from 0, and at
+the end. The console gets the same, and between them a shorter line after the first step
+and whenever 15 seconds have passed: see `Metrics.due`. Compiling is no part of any time
+or speed.
 
 What a line of metrics.jsonl holds, each as a mean since the line before:
 
@@ -11,7 +16,8 @@ What a line of metrics.jsonl holds, each as a mean since the line before:
                         `Metrics.timing`
   memory_gib            of the fullest device of this process, also memory_peak_gib and
                         memory_limit_gib
-  seconds               since this process began to train
+  compile_seconds       of the steps that were compiled, if any were
+  seconds               since this process began to train, with compiling
 
 What is not known (the peak of a CPU, the memory of one) is left out.
 """
@@ -28,7 +34,11 @@ import jax
 import numpy as np
 
 from beacon_jax.resources import has
+from beacon_jax.training.board import Board
+from beacon_jax.training.console import say, write_whole
 from beacon_jax.training.hardware import memory_gib
+
+LINE_SECONDS = 15.0  # the longest silence
 
 
 class Metrics:
@@ -60,13 +70,13 @@ class Metrics:
             self._path = workdir / "metrics.jsonl"
             _drop_after(self._path, start)  # a resumed run says every step once
             if has("tensorboardX"):
-                from tensorboardX import SummaryWriter  # 0.6 s, and only a run needs it
-
-                folder = str(workdir / "tensorboard")
-                self._board = SummaryWriter(folder, purge_step=start + 1)
+                self._board = Board(workdir / "tensorboard", start)
             else:
-                print('no TensorBoard files: pip install "beacon_jax[tensorboard]"')
-        self._first, self._steps = start, steps
+                say('no TensorBoard files: pip install "beacon_jax[tensorboard]"')
+        self._steps, self._broken = steps, False
+        self._shown: float | None = None
+        self._result: dict[str, float] = {}
+        self._rate = self._compiled = 0.0
         self._peak = peak
         self._devices = jax.local_devices() if devices is None else devices
         self._begin = self._last = time.perf_counter()
@@ -104,17 +114,49 @@ class Metrics:
         finally:
             self._times[name] += time.perf_counter() - began
 
+    def compiled(self, seconds: float) -> None:
+        """The step to come was compiled, if `seconds` are more than 0; the time counts
+        as nothing else."""
+        if seconds:
+            self._times["compile"] += seconds
+            self._compiled = seconds
+
+    def due(self) -> bool:
+        """Whether the console is to get a line: after the first step, after one that
+        was compiled, and after 15 seconds without a line."""
+        if self._shown is None or self._compiled:
+            return True
+        return time.perf_counter() - self._shown >= LINE_SECONDS
+
+    def progress(self, step: int) -> None:
+        """Prints the loss since the last report, the speed and the time that is left;
+        waits for the step."""
+        rows = jax.device_get([values["loss"] for _, _, values in self._pending])
+        now = time.perf_counter()
+        busy = max(now - self._last - self._times.get("compile", 0.0), 1e-9)
+        self._print(step, f"loss {np.mean(rows):.3f}", len(rows) / busy, [])
+
     def report(self, step: int, extra: dict[str, float]) -> dict[str, float]:
-        """Writes and prints the mean since the last report; returns it.
+        """`write` and `show`."""
+        result = self.write(step, extra)
+        self.show()
+        return result
+
+    def write(self, step: int, extra: dict[str, float]) -> dict[str, float]:
+        """Writes the mean since the last report to the files; returns it.
 
         loss_x4 is the mean loss of the windows whose previous window was compressed at
         ratio 4: what a beacon of that ratio is worth where it matters most.
+
+        Raises:
+          OSError: a file cannot be written.
         """
+        compiling = self._times.pop("compile", 0.0)
         timed = bool(self._times)
         with self.timing("step"):
             rows = jax.device_get([values for _, _, values in self._pending])
         now = time.perf_counter()
-        elapsed = now - self._last
+        elapsed = max(now - self._last - compiling, 1e-9)
         tokens = sum(tokens for _, tokens, _ in self._pending)
         result = {
             "step": step,
@@ -125,20 +167,65 @@ class Metrics:
             **self._speed(elapsed),
             **(self._shares(elapsed) if timed else {}),
             **memory_gib(self._devices),
+            **({"compile_seconds": compiling} if compiling else {}),
             "seconds": now - self._begin,
             **extra,
         }
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            for key, value in result.items():
-                if self._board is not None and key != "step":
-                    self._board.add_scalar(key, value, step)
-            print(self._line(result, len(self._pending) / elapsed), flush=True)
+        self._result, self._rate = result, len(self._pending) / elapsed
         self._pending, self._last = [], now
         self._flops, self._counted = 0.0, 0
         self._times.clear()
+        if self._path is not None and not self._broken:
+            self._broken = True  # half of a line may be there: no other behind it
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            values = {key: value for key, value in result.items() if key != "step"}
+            if self._board is not None:
+                self._board.add(step, values)
+            self._broken = False
         return result
+
+    def show(self) -> None:
+        """Prints what was written last.
+
+        Raises:
+          OutputClosed: nobody reads it.
+        """
+        result = self._result
+        ratios = " ".join(
+            f"{key[5:]} {value:.3f}"
+            for key, value in result.items()
+            if key.startswith("loss_x") and key != "loss_x0"
+        )
+        loss = f"loss {result['loss']:.3f}" + (f" ({ratios})" if ratios else "")
+        parts = []
+        if "flops_per_second" in result:
+            utilisation = f" (MFU {result['mfu']:.1%})" if "mfu" in result else ""
+            parts.append(f"{_si(result['flops_per_second'])}FLOP/s" + utilisation)
+        if result.get("time_data", 0.0) >= 0.05:
+            parts.append(f"data {result['time_data']:.0%}")
+        if "memory_peak_gib" in result:
+            limit = result.get("memory_limit_gib")
+            parts.append(
+                f"{result['memory_peak_gib']:.1f}"
+                + (f"/{limit:.1f}" if limit else "")
+                + " GiB"
+            )
+        if result.get("skipped"):
+            parts.append(f"skipped {result['skipped']:.0f}")
+        speed = f"{result['tokens_per_second']:.0f} tok/s"
+        self._print(int(result["step"]), f"{loss}  {speed}", self._rate, parts)
+
+    def _print(self, step: int, loss: str, rate: float, parts: list[str]) -> None:
+        self._shown = time.perf_counter()
+        if self._path is None:
+            return
+        if self._compiled:
+            parts = [f"compiled in {self._compiled:.1f} s", *parts]
+            self._compiled = 0.0
+        left = f"ETA {_clock((self._steps - step) / rate)}"
+        speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+        say("  ".join([f"step {step}/{self._steps}", loss, speed, *parts, left]))
 
     def _by_ratio(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         sums: dict[int, float] = defaultdict(float)
@@ -168,36 +255,6 @@ class Metrics:
         times = {**self._times, "other": self._times["other"] + other}
         return {f"time_{name}": spent / elapsed for name, spent in times.items()}
 
-    def _line(self, result: dict[str, float], rate: float) -> str:
-        step = int(result["step"])
-        ratios = " ".join(
-            f"{key[5:]} {value:.3f}"
-            for key, value in result.items()
-            if key.startswith("loss_x") and key != "loss_x0"
-        )
-        parts = [
-            f"step {step}/{self._steps}",
-            f"loss {result['loss']:.3f}" + (f" ({ratios})" if ratios else ""),
-            f"{result['tokens_per_second']:.0f} tok/s",
-            f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step",
-        ]
-        if "flops_per_second" in result:
-            utilisation = f" (MFU {result['mfu']:.1%})" if "mfu" in result else ""
-            parts.append(f"{_si(result['flops_per_second'])}FLOP/s" + utilisation)
-        if result.get("time_data", 0.0) >= 0.05:
-            parts.append(f"data {result['time_data']:.0%}")
-        if "memory_peak_gib" in result:
-            limit = result.get("memory_limit_gib")
-            parts.append(
-                f"{result['memory_peak_gib']:.1f}"
-                + (f"/{limit:.1f}" if limit else "")
-                + " GiB"
-            )
-        parts.append(f"ETA {_clock((self._steps - step) / rate)}")
-        if result.get("skipped"):
-            parts.append(f"skipped {result['skipped']:.0f}")
-        return "  ".join(parts)
-
     @property
     def pending(self) -> int:
         """Steps since the last report."""
@@ -219,7 +276,7 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    write_whole(path, "".join(kept))
 
 
 def _clock(seconds: float) -> str:

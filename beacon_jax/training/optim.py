@@ -107,6 +107,22 @@ def matrix_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def starting_at(state: Any, updates: int) -> Any:
+    """A fresh optimiser state whose learning rates are those after `updates` updates;
+    moments, and what corrects their bias, start at 0."""
+
+    def count(node: Any) -> Any:
+        if not isinstance(node, optax.ScaleByScheduleState):
+            return node
+        old: Any = node.count
+        return node._replace(
+            count=jax.device_put(jnp.full_like(old, updates), old.sharding)
+        )
+
+    known = lambda node: isinstance(node, optax.ScaleByScheduleState)
+    return jax.tree.map(count, state, is_leaf=known)
+
+
 def skipped(state: Any) -> tuple[int, int]:
     """Updates skipped as not finite: in a row up to now, and in all."""
     return int(state.notfinite_count), int(state.total_notfinite)

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import signal
-import threading
 from typing import Any
 
 import jax
@@ -65,40 +63,8 @@ def check_agreement(what: str, value: Any) -> None:
         )
 
 
-class Signals:
-    """Notes SIGTERM and SIGINT instead of dying; a second one of them kills.
-
-    With several processes SIGTERM belongs to jax's preemption service, which makes all
-    of them stop at the same step.
-    """
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-
-    def __enter__(self):
-        self._old = {}
-        numbers = [signal.SIGINT]
-        if jax.process_count() == 1:
-            numbers.append(signal.SIGTERM)
-        if threading.current_thread() is threading.main_thread():
-            for number in numbers:
-                self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def after(self, step: int) -> signal.Signals | None:
-        """The signal because of which the run ends after this step, if any."""
-        if jax.process_count() == 1:
-            return self.received
-        stop = multihost_utils.reached_preemption_sync_point(step)
-        return signal.SIGTERM if stop else None
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+def worst(value: int) -> int:
+    """The largest value of all processes."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.asarray(value))))

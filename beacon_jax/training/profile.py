@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import jax
 
+from beacon_jax.training.console import say
+
 
 class Profiler:
     """Traces the steps from the first to the last of `steps`, once per process.
@@ -67,7 +69,7 @@ class Profiler:
     def _stop(self) -> None:
         self._running, self._steps = False, None
         jax.profiler.stop_trace()
-        print(f"wrote a trace to {self._folder}", flush=True)
+        say(f"wrote a trace to {self._folder}")
 
 
 def parse_steps(steps: Sequence[int] | str) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ and number are all that a checkpoint needs for a bit-identical continuation.
 
 import contextlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from beacon_jax.core.train_loss import train_loss
 from beacon_jax.data.batches import StepBatches
 from beacon_jax.data.text import load_documents
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.training.checkpoint import Checkpoints
+from beacon_jax.training.check import check_settings
+from beacon_jax.training.checkpoint import Checkpoints, Restored, check_unchanged
 from beacon_jax.training.config import Config
+from beacon_jax.training.console import OutputClosed, say, write_whole
 from beacon_jax.training.hardware import peak_flops
 from beacon_jax.training.initial import (
     export,
@@ -40,23 +43,22 @@ from beacon_jax.training.inputs import (
 )
 from beacon_jax.training.memory import choose_remat, step_bytes
 from beacon_jax.training.metrics import Metrics
-from beacon_jax.training.optim import learning_rate, make_optimizer, skipped
-from beacon_jax.training.processes import (
-    Signals,
-    check_agreement,
-    fetch,
-    is_lead,
-    wait,
+from beacon_jax.training.optim import (
+    learning_rate,
+    make_optimizer,
+    skipped,
+    starting_at,
 )
-from beacon_jax.training.profile import Profiler, parse_steps
+from beacon_jax.training.processes import check_agreement, fetch, is_lead, wait
+from beacon_jax.training.profile import Profiler
 from beacon_jax.training.sharding import (
     Placement,
     make_placement,
     make_value_and_grad,
     put,
 )
-
-DTYPES = ("float32", "bfloat16", "float16")
+from beacon_jax.training.signals import Signals
+from beacon_jax.training.steps import Flight, Programs
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -72,14 +74,32 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
     Raises:
       ValueError, FileNotFoundError: a setting, text or model that does not work.
-      FloatingPointError: too many updates in a row were not finite.
+      CheckpointError: a checkpoint cannot be written, read or used.
+      OSError: a disk is full, or stdout is closed; what can be saved is.
+      FloatingPointError: too many updates in a row, or all of them, were not finite;
+        nothing is exported.
       SystemExit: SIGTERM or SIGINT arrived; the state is saved.
     """
-    _check(config)
     runtime.prepare()
+    check_settings(config, workdir)
     runtime.enable_compilation_cache(config.compilation_cache)
-    began, workdir = time.perf_counter(), Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = Path(workdir)
+    with (
+        contextlib.closing(Checkpoints(workdir / "checkpoints", config.keep)) as saved,
+        Signals(saved.newest) as signals,
+    ):
+        return _train(config, workdir, saved, signals)
+
+
+def _train(
+    config: Config, workdir: Path, checkpoints: Checkpoints, signals: Signals
+) -> dict[str, Any]:
+    began = time.perf_counter()
+
+    # ---- Data. A config that cannot go on from here is refused before.
+    before = checkpoints.record()
+    if before is not None and not config.allow_config_change:
+        check_unchanged({"config": before["config"]}, {"config": config.to_dict()})
     text, documents = config.text, []
     if config.tokenizer.train or not config.data.sources:
         documents = load_documents(text.uri, "train", text.heldout_fraction)
@@ -87,87 +107,116 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     batches = make_batches(config, documents, tokenizer, tokenizer_folder, workdir)
     del documents
     steps, rows = batches.steps, [rows for rows, _ in batches.shapes]
+
+    # ---- Model and optimiser, every array where it belongs.
     placement = make_placement(
         config.mesh, config.rules, [n // config.accumulate for n in rows]
     )
     count = placement.plans * config.accumulate  # ratio plans per step
-    model, trained, frozen = make_model(config, tokenizer, placement)
+    model, trained, frozen = make_model(
+        config, tokenizer, placement, quiet=before is not None
+    )
     base_hash = hf.tree_hash(frozen["params"]) if frozen else None
-
     optimizer = make_optimizer(config.optimizer, steps)
     state = _state(placement, optimizer, trained)
     del trained
+
+    # ---- The newest checkpoint, if there is one.
     record = {"config": config.to_dict(), "base_hash": base_hash}
     if batches.fingerprint:
         record["data"] = batches.fingerprint
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
     restored = checkpoints.restore(state, record, config.allow_config_change)
     if restored is not None:
-        state = restored
+        state = _going_on(restored)
     start = int(state["step"])
     ahead = range(start, min(start + 10, steps))
     drawn = [draw_plans(config, model, batches, i, count).tolist() for i in ahead]
     check_agreement("config, step or ratio plan", [record, start, drawn])
     if is_lead():
-        _write_json(workdir / "config.json", record["config"])
+        write_whole(workdir / "config.json", _json(record["config"]))
         _announce(
             config, model, state["trained"], frozen, batches, start, placement.mesh
         )
 
+    # ---- Steps. Each ends with a line in the files, then a checkpoint, then a line for
+    # the user: a kill leaves no step without its line, and whatever becomes of the
+    # user's terminal the state is saved before.
     remat = _remat(config, model, placement, state["trained"], frozen, batches)
-    update = make_update(config, model, optimizer, placement, state, remat)
+    update = Programs(make_update(config, model, optimizer, placement, state, remat))
     share = learning_rate(config.optimizer, steps)
     peak = peak_flops(placement.mesh.devices.flat, config.peak_tflops)
     metrics = Metrics(workdir if is_lead() else None, start, steps, peak=peak)
     profiler = Profiler(workdir / "profile", config.profile_steps)
+    flight, most = Flight(skipped(state["optimizer"])), config.optimizer.max_nonfinite
     last: dict[str, float] = {}
+    done, received = start, None
     held = placement.rows(rows[0])
     inputs = Inputs(config, model, batches, count, held).ahead(start, steps)
-    with Signals() as signals, profiler, contextlib.closing(inputs):
+    with contextlib.closing(metrics), profiler, contextlib.closing(inputs):
         for step in range(start, steps):
-            done = step + 1
-            profiler.before(done, state)
+            profiler.before(step + 1, state)
             with metrics.timing("data"):
                 given = next(inputs)
                 placed = placement.batch(given.batch), placement.plan(given.plans)
+            metrics.compiled(update.prepare(state, frozen, *placed))
             with metrics.timing("step"):
                 state, values = update(state, frozen, *placed)
-                runtime.launched(values["loss"])
+            done = step + 1
+            signals.running(done)
             metrics.add(given.plans, given.tokens, values, flops=given.flops)
             profiler.after(done, state)
+            report = done == steps or done % config.log_every == 0
+            with metrics.timing("step"):
+                flight.add(values)
+                flight.land(all_of_them=report or metrics.due())
             received = signals.after(done)
             stop = done == steps or received is not None
-            if metrics.pending >= config.log_every or stop:
-                with metrics.timing("step"):  # waits for the devices
-                    in_a_row, total = skipped(state["optimizer"])
+            if stop and not report:
+                report = True
+                with metrics.timing("step"):
+                    flight.land(all_of_them=True)
+            failed = flight.in_a_row >= most or flight.skipped == steps
+            if report or failed:
                 rate = config.optimizer.lr * float(jnp.asarray(share(step)))
-                last = metrics.report(done, {"lr": rate, "skipped": total})
-                if in_a_row >= config.optimizer.max_nonfinite:
-                    raise FloatingPointError(
-                        f"the last {in_a_row} updates up to step {done} were not "
-                        f"finite and skipped (optimizer.max_nonfinite="
-                        f"{config.optimizer.max_nonfinite}): lower optimizer.lr="
-                        f"{config.optimizer.lr}"
-                        + (" or loss.scale" if config.dtype == "float16" else "")
-                        + ", or use dtype='float32'."
-                    )
-            if done % config.save_every == 0 or stop:
+                extra = {"lr": rate, "skipped": flight.skipped}
+                with signals.stop_after(OSError):
+                    last = metrics.write(done, extra)
+            if not failed and (stop or done % config.save_every == 0):
                 with metrics.timing("step"):
                     jax.block_until_ready(state)
                 with metrics.timing("checkpoint"):
                     checkpoints.save(done, state, record)
-            if received is not None and done < steps:
-                metrics.close()
-                checkpoints.close()
-                print(
-                    f"{received.name}: step {done} is saved; the same command goes on "
-                    "from there.",
-                    flush=True,
-                )
-                raise SystemExit(128 + received)
-    metrics.close()
-    checkpoints.close()
+            if stop and not failed:
+                checkpoints.wait()
+                signals.safe()
+            checkpoints.check()
+            with signals.stop_after(OutputClosed):
+                if report or failed:
+                    metrics.show()
+                elif metrics.due():
+                    metrics.progress(done)
+            if failed:
+                raise FloatingPointError(_not_finite(config, done, flight.in_a_row))
+            if stop:
+                break
+            signals.running(done + 1)
+    checkpoints.wait()
+    if signals.failure is not None:
+        raise OSError(
+            f"{signals.failure}; step {done} is saved, the same command goes on from "
+            "there."
+        ) from signals.failure
+    if received is not None and done < steps:
+        if is_lead():
+            _last_words(
+                f"{received.name}: step {done} is saved; the same command goes on from "
+                "there."
+            )
+        raise SystemExit(128 + received)
+    if start == steps == flight.skipped:
+        raise FloatingPointError(_not_finite(config, steps, flight.in_a_row))
 
+    # ---- Export.
     base_hash_after = hf.tree_hash(frozen["params"]) if frozen else None
     if base_hash_after != base_hash:
         raise RuntimeError(
@@ -176,16 +225,6 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         )
     variables = state["trained"] if config.init_from else {**frozen, **state["trained"]}
     variables = fetch(variables)
-    if is_lead():
-        export(
-            workdir / "export",
-            config,
-            model,
-            variables,
-            tokenizer_folder,
-            overwrite=True,
-        )
-    wait("export")
     summary = {
         "steps": steps,
         "steps_of_this_process": steps - start,
@@ -196,9 +235,63 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         "last": last,
     }
     if is_lead():
-        _write_json(workdir / "summary.json", summary)
-        print(f"wrote {workdir / 'export'}", flush=True)
+        folder = workdir / "export"
+        try:
+            export(folder, config, model, variables, tokenizer_folder, overwrite=True)
+            summary["seconds"] = time.perf_counter() - began
+            write_whole(workdir / "summary.json", _json(summary))
+        except OSError as error:
+            raise OSError(
+                f"the export could not be written to {folder} ({error}); step {steps} "
+                "is saved: make room, and the same command writes it."
+            ) from error
+        say(f"wrote {folder}")
+    wait("export")
     return summary
+
+
+def _going_on(restored: Restored) -> dict[str, Any]:
+    """The restored state; a fresh optimiser gets the learning rate of its step."""
+    state = restored.state
+    if restored.optimizer:
+        return state
+    step = int(state["step"])
+    updates = step - skipped(state["optimizer"])[1]
+    if is_lead():
+        say(
+            f"another optimiser than in the checkpoint: it starts anew at step {step} "
+            "(its moments are zero, the learning rate is that of the step); what was "
+            "trained is kept"
+        )
+    return {**state, "optimizer": starting_at(state["optimizer"], updates)}
+
+
+def _not_finite(config: Config, step: int, in_a_row: int) -> str:
+    most = config.optimizer.max_nonfinite
+    what = (
+        f"the last {in_a_row} updates up to step {step} were not finite and skipped "
+        f"(optimizer.max_nonfinite={most})"
+    )
+    if in_a_row >= step:
+        what = (
+            f"all {step} updates were not finite and skipped, so nothing was learned "
+            "and nothing is exported"
+        )
+    return (
+        f"{what}: lower optimizer.lr={config.optimizer.lr}"
+        + (" or loss.scale" if config.dtype == "float16" else "")
+        + ("" if config.dtype == "float32" else ", or use dtype='float32'")
+        + "; if the loss is nan from the first step on, check that init_from and its "
+        "tokenizer belong together. Use another --workdir for other settings."
+    )
+
+
+def _last_words(text: str) -> None:
+    """To stdout, or to stderr if the reader of stdout has gone."""
+    try:
+        say(text)
+    except OutputClosed:
+        print(text, file=sys.stderr, flush=True)
 
 
 def export_checkpoint(
@@ -219,17 +312,17 @@ def export_checkpoint(
     model, trained, frozen = make_model(config, tokenizer, placement)
     optimizer = make_optimizer(config.optimizer, 1)  # the structure of its state
     state = _state(placement, optimizer, trained)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep)
-    restored = checkpoints.restore(state, {}, allow=True)
-    checkpoints.close()
+    saved = Checkpoints(workdir / "checkpoints", config.keep)
+    with contextlib.closing(saved):
+        restored = saved.restore(state, {}, allow=True)
     if restored is None:
         raise FileNotFoundError(f"--src={workdir} has no checkpoint yet: train first.")
-    variables = restored["trained"]
+    variables = restored.state["trained"]
     if not config.init_from:
         variables = {**frozen, **variables}
     trained = fetch(variables)
     export(Path(dst), config, model, trained, tokenizer_folder, overwrite=overwrite)
-    return int(restored["step"])
+    return int(restored.state["step"])
 
 
 def _state(placement: Placement, optimizer: Any, trained: Any) -> dict[str, Any]:
@@ -295,12 +388,19 @@ def make_update(
         updates, optimizer_state = optimizer.update(
             gradients, state["optimizer"], state["trained"]
         )
+        counts: Any = optimizer_state
         new = {
             "trained": optax.apply_updates(state["trained"], updates),
             "optimizer": optimizer_state,
             "step": state["step"] + 1,
         }
-        values = {"loss": value, "grad_norm": optax.tree.norm(gradients), **aux}
+        values = {
+            "loss": value,
+            "grad_norm": optax.tree.norm(gradients),
+            "nonfinite_in_a_row": counts.notfinite_count,
+            "nonfinite": counts.total_notfinite,
+            **aux,
+        }
         return new, values
 
     return jax.jit(
@@ -341,58 +441,6 @@ def _remat(
     return choose_remat(max(needs, key=lambda need: need["lean"]))
 
 
-def _check(config: Config) -> None:
-    """ValueError for settings that would fail late or unclearly."""
-    if config.trainable not in ("beacon", "all"):
-        raise ValueError(
-            f"trainable={config.trainable!r} is unknown: use 'beacon' or 'all'."
-        )
-    if config.dtype not in DTYPES:
-        raise ValueError(
-            f"dtype={config.dtype!r} is unknown: use {' or '.join(DTYPES)}."
-        )
-    if config.trainable == "beacon" and not config.beacon.use:
-        raise ValueError(
-            "trainable='beacon' with beacon.use=False leaves nothing to train: set "
-            "trainable='all' or beacon.use=True."
-        )
-    if not config.init_from and not config.model:
-        raise ValueError(
-            "init_from='' and an empty `model`: name a checkpoint in init_from, or "
-            "give the fields of ModelConfig in `model`."
-        )
-    if not (config.init_from or config.tokenizer.path or config.tokenizer.train):
-        raise ValueError(
-            "init_from='' has no tokenizer: set tokenizer.path or tokenizer.train."
-        )
-    if not 0.0 <= config.uniform_plans <= 1.0:
-        raise ValueError(
-            f"uniform_plans={config.uniform_plans} is a share of the steps: use a "
-            "number from 0 to 1."
-        )
-    for name in ("log_every", "save_every", "keep", "accumulate"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1.")
-    if config.data.prepared and not config.data.sources:
-        raise ValueError(
-            f"data.prepared={config.data.prepared!r} without data.sources: name the "
-            "sources it was made of as well."
-        )
-    if config.loss.scale <= 0:
-        raise ValueError(f"loss.scale={config.loss.scale} must be greater than 0.")
-    stages = {name: s.batch_size for name, s in config.data.stages.items()}
-    if config.data.sources:
-        stages = {"data": config.data.batch_size}
-    for name, rows in stages.items():
-        if rows % config.accumulate:
-            raise ValueError(
-                f"accumulate={config.accumulate} does not divide batch_size={rows} of "
-                f"{name}: make it a multiple."
-            )
-    parse_steps(config.profile_steps)
-    peak_flops((), config.peak_tflops)
-
-
 def _announce(
     config: Config,
     model: ModelConfig,
@@ -402,19 +450,18 @@ def _announce(
     start: int,
     mesh: Mesh,
 ) -> None:
-    print(
+    say(
         f"training {_count(trained):,} parameters ({config.trainable}), "
         f"{_count(frozen):,} frozen, {config.dtype} on {mesh.size} x "
         f"{mesh.devices.flat[0].device_kind}; "
         + (f"windows of {model.beacon.window}; " if model.beacon else "")
         + describe(config, batches)
-        + (f"; going on from step {start}" if start else ""),
-        flush=True,
+        + (f"; going on from step {start}" if start else "")
     )
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _count(tree: Any) -> int:

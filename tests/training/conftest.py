@@ -46,9 +46,8 @@ def base(text, tmp_path_factory):
     return workdir
 
 
-@pytest.fixture
-def config(base, text):
-    """Six steps of beacons on the base."""
+@pytest.fixture(scope="session")
+def six_steps(base, text):
     config = default_config()
     config.init_from = str(base / "export")
     config.text.uri = str(text)
@@ -56,4 +55,18 @@ def config(base, text):
     config.data.stages.stage1 = stage(6, 24, 2)
     config.optimizer.update({"lr": 1e-3, "warmup": 2, "decay_start": 0.5})
     config.update({"log_every": 1, "save_every": 2, "keep": 3})
-    return copy.deepcopy(config)
+    return config
+
+
+@pytest.fixture
+def config(six_steps):
+    """Six steps of beacons on the base."""
+    return copy.deepcopy(six_steps)
+
+
+@pytest.fixture(scope="session")
+def finished(six_steps, tmp_path_factory):
+    """The workdir of these steps, with checkpoints of 2, 4 and 6: not to be changed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    train(copy.deepcopy(six_steps), workdir)
+    return workdir

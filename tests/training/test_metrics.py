@@ -38,7 +38,8 @@ def clock(monkeypatch):
 
 
 def lines(workdir):
-    text = (workdir / "metrics.jsonl").read_text(encoding="utf-8")
+    file = workdir / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -77,11 +78,58 @@ def test_utilisation_is_flops_by_time_and_peak(tmp_path, clock, capsys):
     assert result["flops_per_second"] == 2.05e15
     assert result["mfu"] == 2.05 / 8
     out = capsys.readouterr().out
-    assert "2.05 PFLOP/s (MFU 25.6%)" in out and out.endswith("skipped 3\n")
+    assert "2.05 PFLOP/s (MFU 25.6%)  skipped 3  ETA" in out
     # The next report starts from nothing.
     metrics.add(PLANS, 64, VALUES, flops=1e12)
     clock.now += 1
     assert metrics.report(3, {})["flops_per_second"] == 1e12
+    metrics.close()
+
+
+def test_compiling_is_said_once_and_is_part_of_no_speed(tmp_path, clock, capsys):
+    metrics = Metrics(tmp_path, 0, 10)
+    with metrics.timing("data"):
+        clock.now += 1
+    clock.now += 30
+    metrics.compiled(30.0)
+    metrics.add(PLANS, 64, VALUES)
+    clock.now += 3
+    assert metrics.due()
+    metrics.progress(1)
+    line = "step 1/10  loss 2.000  4.0 s/step  compiled in 30.0 s  ETA 0:36\n"
+    assert capsys.readouterr().out == line
+    result = metrics.report(1, {})
+    assert result["compile_seconds"] == 30 and result["tokens_per_second"] == 16
+    assert result["time_data"] == 0.25
+    assert "compiled" not in capsys.readouterr().out
+    assert "compile_seconds" not in metrics_after_one_more_step(metrics, clock)
+    metrics.close()
+
+
+def metrics_after_one_more_step(metrics, clock):
+    metrics.add(PLANS, 64, VALUES)
+    clock.now += 1
+    return metrics.report(2, {})
+
+
+def test_the_console_is_never_silent_for_longer_than_15_seconds(tmp_path, clock):
+    metrics = Metrics(tmp_path, 0, 10)
+    assert metrics.due()  # the first step, at once
+    for step, seconds, due in ((1, 1, False), (2, 13, False), (3, 1, True)):
+        metrics.add(PLANS, 64, VALUES)
+        if step == 1:
+            clock.now += 1
+            metrics.progress(1)
+        clock.now += seconds
+        assert metrics.due() is due
+    metrics.progress(3)
+    assert not metrics.due()
+    # These lines are for the eye: the files have their own steps.
+    assert lines(tmp_path) == []
+    metrics.add(PLANS, 64, VALUES)
+    clock.now += 1
+    metrics.report(4, {})
+    assert [line["step"] for line in lines(tmp_path)] == [4]
     metrics.close()
 
 

@@ -12,6 +12,7 @@ import pytest
 from beacon_jax import hf
 from beacon_jax.data.prepared import Prepared
 from beacon_jax.training import inputs, trainer
+from beacon_jax.training.steps import Programs
 from beacon_jax.training.trainer import train
 from tests.data.source_files import WRITERS, write_csv
 from tests.data.test_sources import TINY
@@ -155,7 +156,7 @@ def test_one_compiled_step_serves_batches_of_any_number_of_windows(
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     config.data.update({"sources": (str(tmp_path / "a.jsonl"),), "max_length": 60})
     config.data.update({"batch_size": 2, "group": "strict"})
-    made, make = [], trainer.make_update
+    made = []
     plans, draw = [], inputs.draw_plans
 
     def keep(*arguments):
@@ -164,11 +165,11 @@ def test_one_compiled_step_serves_batches_of_any_number_of_windows(
 
     monkeypatch.setattr(inputs, "draw_plans", keep)
     monkeypatch.setattr(
-        trainer, "make_update", lambda *a: made.append(make(*a)) or made[0]
+        trainer, "Programs", lambda *a: made.append(Programs(*a)) or made[0]
     )
     train(config, tmp_path / "run")
     assert len({len(plan) for plan in plans}) > 3
-    assert [update._cache_size() for update in made] == [1]
+    assert [len(programs) for programs in made] == [1]
 
 
 def test_a_plain_model_trains_on_sources(config, base, tmp_path):

@@ -1,0 +1,213 @@
+"""All settings of a run, checked before its data is prepared: that may take hours."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from beacon_jax import hf
+from beacon_jax.attention.api import IMPLEMENTATIONS
+from beacon_jax.core.lean_vjp import REMAT
+from beacon_jax.core.windows import memory_slots
+from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
+from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
+from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
+from beacon_jax.resources import asset
+from beacon_jax.training.config import Config
+from beacon_jax.training.hardware import peak_flops
+from beacon_jax.training.inputs import batch_sizes, check_data
+from beacon_jax.training.optim import make_optimizer
+from beacon_jax.training.profile import parse_steps
+from beacon_jax.training.sharding import make_placement
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_settings(config: Config, workdir: str | Path) -> None:
+    """Raises the error of the first setting that cannot work.
+
+    Nothing is read but the config.json of `init_from`, and nothing is written but
+    `workdir`, which is made.
+
+    Raises:
+      ValueError: a setting; names its key, its value and the remedy.
+      FileNotFoundError: a folder that is not there.
+      OSError: `workdir` cannot be written.
+    """
+    _check_choices(config)
+    _check_numbers(config)
+    _check_folders(config)
+    model = _model(config)
+    _check_optimizer(config.optimizer)
+    parse_steps(config.profile_steps)
+    peak_flops((), config.peak_tflops)
+    check_data(config)
+    sizes = batch_sizes(config)
+    for name, rows in sizes.items():
+        if rows % config.accumulate:
+            raise ValueError(
+                f"accumulate={config.accumulate} does not divide batch_size={rows} of "
+                f"{name}: make it a multiple."
+            )
+    rows = [rows // config.accumulate for rows in sizes.values()]
+    make_placement(config.mesh, config.rules, rows)
+    if model.beacon and config.memory_slots:
+        least = memory_slots(_highest_ratio(model), 2)
+        if config.memory_slots < least:
+            raise ValueError(
+                f"memory_slots={config.memory_slots} does not hold one window at the "
+                f"highest ratio, {least} slots: raise it, or set it to 0."
+            )
+    _check_workdir(Path(workdir))
+
+
+def _check_choices(config: Config) -> None:
+    choices = {
+        "trainable": ("beacon", "all"),
+        "dtype": DTYPES,
+        "remat": ("auto", *REMAT),
+        "attention": ("", *IMPLEMENTATIONS),
+        "loss.average": ("token", "row"),
+    }
+    for key, allowed in choices.items():
+        value = _get(config, key)
+        if value not in allowed:
+            names = [repr(name) for name in allowed]
+            raise ValueError(f"{key}={value!r} is unknown: use {' or '.join(names)}.")
+    if config.trainable == "beacon" and not config.beacon.use:
+        raise ValueError(
+            "trainable='beacon' with beacon.use=False leaves nothing to train: set "
+            "trainable='all' or beacon.use=True."
+        )
+    if not config.init_from and not config.model:
+        raise ValueError(
+            "init_from='' and an empty `model`: name a checkpoint in init_from, or "
+            "give the fields of ModelConfig in `model`."
+        )
+    if not (config.init_from or config.tokenizer.path or config.tokenizer.train):
+        raise ValueError(
+            "init_from='' has no tokenizer: set tokenizer.path or tokenizer.train."
+        )
+
+
+def _check_numbers(config: Config) -> None:
+    if not 0.0 <= config.uniform_plans <= 1.0:
+        raise ValueError(
+            f"uniform_plans={config.uniform_plans} is a share of the steps: use a "
+            "number from 0 to 1."
+        )
+    for key in ("log_every", "save_every", "keep", "accumulate"):
+        if config[key] < 1:
+            raise ValueError(f"{key}={config[key]} must be at least 1.")
+    for key in ("window", "memory_slots", "seed"):
+        if config[key] < 0:
+            raise ValueError(f"{key}={config[key]} must not be negative.")
+    if config.loss.scale <= 0:
+        raise ValueError(f"loss.scale={config.loss.scale} must be greater than 0.")
+    size = config.tokenizer.vocab_size
+    if config.tokenizer.train and size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"tokenizer.vocab_size={size} must be at least {SMALLEST_VOCABULARY}."
+        )
+
+
+def _check_optimizer(optimizer: Config) -> None:
+    for key in ("lr", "adam_lr", "eps"):
+        if not optimizer[key] > 0:
+            raise ValueError(f"optimizer.{key}={optimizer[key]} must be more than 0.")
+    for key in ("b1", "b2"):
+        if not 0 <= optimizer[key] < 1:
+            raise ValueError(f"optimizer.{key}={optimizer[key]} must lie in [0, 1).")
+    for key in ("weight_decay", "clip", "warmup"):
+        if not optimizer[key] >= 0:
+            raise ValueError(f"optimizer.{key}={optimizer[key]} must not be negative.")
+    if optimizer.max_nonfinite < 1:
+        raise ValueError(
+            f"optimizer.max_nonfinite={optimizer.max_nonfinite} must be at least 1."
+        )
+    make_optimizer(optimizer, 1)  # its name and its schedule
+
+
+def _check_folders(config: Config) -> None:
+    for key in ("init_from", "tokenizer.path"):
+        value = _get(config, key)
+        if not value or (key == "tokenizer.path" and config.tokenizer.train):
+            continue
+        folder = Path(asset(value))
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise FileNotFoundError(
+                f"{key}={value!r} {what}: give the folder of a model (Hugging Face's "
+                "files, or converted by beacon_jax.convert). A model of the hub has to "
+                "be downloaded first."
+            )
+    if (
+        config.init_from
+        and not (Path(asset(config.init_from)) / "config.json").exists()
+    ):
+        raise FileNotFoundError(
+            f"init_from={config.init_from!r} has no config.json: give the folder that "
+            "holds the model's files."
+        )
+    if not config.tokenizer.train:
+        key = "tokenizer.path" if config.tokenizer.path else "init_from"
+        if not hf.has_tokenizer(_get(config, key)):
+            raise FileNotFoundError(
+                f"{key}={_get(config, key)!r} has no tokenizer files: copy them from "
+                "the base model, or set tokenizer.path."
+            )
+
+
+def _model(config: Config) -> ModelConfig:
+    """What will be trained, from config.json alone; sizes that a tokenizer decides are
+    guessed."""
+    beacon = None
+    settings = config.beacon.to_dict()
+    if settings.pop("use"):
+        try:
+            beacon = BeaconConfig(**settings)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"config.beacon: {error}") from error
+    if config.init_from:
+        folder = Path(asset(config.init_from))
+        ignore = is_converted(folder) and read_manifest(folder).get(
+            "ignore_sliding_window", False
+        )
+        model = ModelConfig.from_hf(read_config(folder), ignore_sliding_window=ignore)
+        return dataclasses.replace(model, beacon=beacon)
+    fields = config.model.to_dict()
+    try:
+        rope = RopeConfig(**fields.pop("rope", {}))
+        vocab = fields.pop("vocab_size", config.tokenizer.vocab_size)
+        return ModelConfig(**fields, vocab_size=vocab, rope=rope, beacon=beacon)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"config.model: {error}") from error
+
+
+def _highest_ratio(model: ModelConfig) -> ModelConfig:
+    assert model.beacon is not None
+    ratios = (max(model.beacon.ratios),)
+    return dataclasses.replace(
+        model, beacon=dataclasses.replace(model.beacon, ratios=ratios)
+    )
+
+
+def _check_workdir(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.write_bytes(b"1")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"--workdir={workdir} cannot be written ({error.strerror}): use another "
+            "folder, or make room."
+        ) from error
+    if not os.access(workdir, os.R_OK):
+        raise PermissionError(f"--workdir={workdir} cannot be read.")
+
+
+def _get(config: Config, key: str) -> Any:
+    for name in key.split("."):
+        config = config[name]
+    return config

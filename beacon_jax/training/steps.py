@@ -1,0 +1,72 @@
+"""Steps between the host, which starts them, and the devices, which take their time."""
+
+import time
+from collections import deque
+from typing import Any
+
+import jax
+
+SLOW_STEP = 1.0  # seconds
+
+
+class Programs:
+    """The compiled update, one for each shape of the batches.
+
+    Args:
+      update: of `make_update`.
+    """
+
+    def __init__(self, update: Any):
+        self._update = update
+        self._made: dict[Any, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def prepare(self, state, frozen, batch, plans) -> float:
+        """Compiles what these arguments need; the seconds it took, 0.0 if it is there
+        already."""
+        key = _shapes(batch, plans)
+        if key in self._made:
+            return 0.0
+        began = time.perf_counter()
+        self._made[key] = self._update.lower(state, frozen, batch, plans).compile()
+        return time.perf_counter() - began
+
+    def __call__(self, state, frozen, batch, plans) -> Any:
+        return self._made[_shapes(batch, plans)](state, frozen, batch, plans)
+
+
+def _shapes(batch: dict[str, jax.Array], plans: jax.Array) -> Any:
+    return plans.shape, *((name, x.shape) for name, x in sorted(batch.items()))
+
+
+class Flight:
+    """Steps that were started and may not have ended.
+
+    Two at most, so that a signal is answered soon and the devices do not wait for the
+    host; one if steps take more than a second, when a moment of waiting is nothing.
+
+    Attributes:
+      in_a_row, skipped: updates that were not finite, of the steps that have ended.
+    """
+
+    def __init__(self, skipped: tuple[int, int]):
+        self.in_a_row, self.skipped = skipped
+        self._started: deque[dict[str, Any]] = deque()
+        self._slow, self._landed = False, time.perf_counter()
+
+    def add(self, values: dict[str, Any]) -> None:
+        """What the update returned."""
+        self._started.append(values)
+
+    def land(self, *, all_of_them: bool) -> None:
+        """Waits for the steps before the last one, or for all of them."""
+        while len(self._started) > (0 if all_of_them or self._slow else 1):
+            values = self._started.popleft()
+            self.in_a_row, self.skipped = (
+                int(values["nonfinite_in_a_row"]),
+                int(values["nonfinite"]),
+            )
+            now = time.perf_counter()
+            self._slow, self._landed = now - self._landed > SLOW_STEP, now
