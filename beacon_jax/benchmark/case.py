@@ -11,7 +11,9 @@ from beacon_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """key: what is measured (JSON values). run: measures it; see `records.guarded`."""
+    """A thing to measure: its key (JSON values), and what measures it.
+
+    See `records.guarded`."""
 
     key: Row
     run: Callable[[], Row]

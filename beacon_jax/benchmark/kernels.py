@@ -87,7 +87,7 @@ def _cases(
 
 
 def useful_flops(s: Settings, way: str, batch: int, pairs: int) -> int:
-    """Of `pairs` of a query and a key that it sees, per row."""
+    """Counts the FLOPs of `pairs` of a query and a key that it sees, per row."""
     forward = 4 * s.config.num_heads * s.config.head_dim * pairs * batch
     return 2 * forward if way == "backward" else forward
 

@@ -96,7 +96,7 @@ def load(preset: str, length: int, ratio: int) -> Load:
 
 @dataclasses.dataclass(frozen=True)
 class Roof:
-    """Of a load on `chips` of a kind: seconds to the first token, and per token."""
+    """A load on `chips` of a kind: seconds to the first token, and per token."""
 
     chips: int
     prefill_s: float
@@ -116,8 +116,9 @@ def roof(work: Load, chip: Chip) -> Roof:
 
 
 def break_even(config: ModelConfig, ratios: Sequence[int]) -> dict[int, int | None]:
-    """By ratio, the shortest prompt that compression costs no more FLOPs for; None if
-    it is longer than 1M tokens."""
+    """Returns the shortest prompt, by ratio, that compression costs no more FLOPs for.
+
+    None if it is longer than 1M tokens."""
     return {r: flops.break_even(config, r, LONGEST) for r in ratios}
 
 

@@ -103,7 +103,7 @@ class Records:
 
     @property
     def rows(self) -> list[Row]:
-        """Those of the versions given, in the order of their first measurement."""
+        """The rows of the versions given, in the order of their first measurement."""
         return list(self._rows.values())
 
     def measure(self, key: Row, run: Callable[[], Row]) -> tuple[Row, bool]:
@@ -148,7 +148,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def guarded(run: Callable[[], Row]) -> Row:
-    """`run()` with its status; errors that are results become rows."""
+    """Calls `run()` and adds its status; errors that are results become rows."""
     try:
         return {"status": "ok", "reason": ""} | run()
     except NotImplementedError as error:

@@ -87,7 +87,7 @@ class Group:
         self._found: dict[str, tuple[Timing, Compiled] | Exception] = {}
 
     def measure(self, method: str) -> tuple[Timing, Compiled]:
-        """Raises what making or running the method raised."""
+        """Returns a method's times and program; raises what it raised."""
         if not self._found:
             self._measure()
         found = self._found[method]

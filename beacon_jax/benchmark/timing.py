@@ -28,7 +28,7 @@ class Timing:
     calls: int = 1
 
     def scaled(self, share: float) -> "Timing":
-        """Of a part of the call: a call that does n things lasts n times as long."""
+        """The timing of a part: a call that does n things lasts n times as long."""
         times = (self.median_s * share, self.min_s * share, self.max_s * share)
         return Timing(*times, self.repeats, self.calls)
 

@@ -30,7 +30,7 @@ def library() -> str:
 
 
 class TorchModel:
-    """Runs on the CPU.
+    """A model of `transformers` on torch, on the CPU.
 
     Args:
       variables: of this package; {"params"} is copied, beacons have no part in it.

@@ -56,7 +56,9 @@ def check_floors(
     first_length: int,
     summary: str | None,
 ) -> list[tuple[str, bool, str]]:
-    """(name, reached, what was found) of every floor; what was not run is missed.
+    """Returns (name, reached, what was found) of every floor.
+
+    What was not run is missed.
 
     summary: the training run's summary.json with base_hash_before / _after.
     """

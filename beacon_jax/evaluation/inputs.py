@@ -35,7 +35,7 @@ class Inputs:
 
     @functools.cached_property
     def stream(self) -> np.ndarray:
-        """Their tokens, int32 [n], end tokens between documents."""
+        """The tokens of the documents, int32 [n], with end tokens between them."""
         return encode_stream(self.documents, self.tokenizer)
 
     @functools.cached_property

@@ -27,14 +27,14 @@ from beacon_jax.model.partition import partitioned
 
 
 class Pair(NamedTuple):
-    """Token ids: what is given, at least one, and what is to be predicted behind it."""
+    """Token ids that are given, at least one, and those to predict behind them."""
 
     context: Int[np.ndarray, " C"]
     continuation: Int[np.ndarray, " n"]
 
 
 class Score(NamedTuple):
-    """Sum of log probabilities in nats; whether greedy decoding gives these tokens."""
+    """The log probability in nats, and whether greedy decoding gives these tokens."""
 
     loglikelihood: float
     greedy: bool

@@ -100,7 +100,7 @@ def budget_slots(config: ModelConfig, tokens: int, ratio: int) -> int:
 def remember(
     model: Model, method: Method, past: Rows, following: Rows
 ) -> tuple[MemoryState, list[int]]:
-    """`Method.remember`, and the bytes that each row keeps of its past.
+    """Calls `Method.remember`; returns also the bytes that each row keeps.
 
     Methods of one ratio are compared at the bytes that its beacons take; a method that
     keeps another number is a fault of ours, hence the assertion. Slots are never larger
@@ -128,7 +128,7 @@ def remember(
 def remember_prompts(
     model: Model, method: Method, prompts: Rows
 ) -> tuple[MemoryState, list[np.ndarray], list[int]]:
-    """`remember` of prompts but for their last windows.
+    """Remembers prompts but for their last windows.
 
     Returns:
       the memory, the rest of each prompt, which is to be fed next, and the bytes.
@@ -151,7 +151,7 @@ class Reader(Method):
     dtype: Any = None
 
     def empty(self, model: Model, rows: int) -> MemoryState:
-        """The memory of nothing."""
+        """Makes an empty memory."""
         return model.new_memory(rows, self.live_ratio, self.dtype)
 
     def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:

@@ -21,7 +21,7 @@ EPSILON = 1e-8  # of `rouge`: a perfect answer scores 1 - 5e-9
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's: lower case, without punctuation and articles, single spaces."""
+    """Normalises as SQuAD: lower case, no punctuation or articles, single spaces."""
     plain = ARTICLES.sub(" ", text.lower().translate(PUNCTUATION))
     return " ".join(plain.split())
 
@@ -38,7 +38,7 @@ def qa_f1(prediction: str, reference: str) -> float:
 
 
 def rouge_l(prediction: str, reference: str) -> tuple[float, float]:
-    """(F, recall) of ROUGE-L as `rouge` 1.0.1 has it; (0, 0) of an empty text.
+    """Returns (F, recall) of ROUGE-L as `rouge` 1.0.1 has it; (0, 0) of an empty text.
 
     "Summary level": sentences end at every full stop, words are split at spaces and
     counted once, and the words of the longest common subsequences of all pairs of

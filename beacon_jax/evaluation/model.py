@@ -69,7 +69,7 @@ class Model:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the parameters, and so of the computation and of the memory."""
+        """The dtype of the parameters, and so of the computation and the memory."""
         return compute_dtype(self.variables)
 
     def new_memory(self, batch: int, ratio: int, dtype: Any = None) -> MemoryState:
@@ -122,7 +122,7 @@ class Model:
         ratio: int,
         stop: Sequence[str] = (),
     ) -> Answers:
-        """Greedy answers; `logits` are those of each prompt's end.
+        """Decodes greedy answers; `logits` are those of each prompt's end.
 
         A row ends at an end token, in front of a stop string or after `new_tokens`.
         `memory` stays usable.
@@ -228,7 +228,7 @@ def load_model(
 
 
 def pad(rows: Rows, size: int, fill: int) -> np.ndarray:
-    """Right-padded int32 [B, size]."""
+    """Pads rows at the right to int32 [B, size]."""
     out = np.full((len(rows), size), fill, np.int32)
     for line, row in zip(out, rows, strict=True):
         line[: len(row)] = row

@@ -174,7 +174,7 @@ class Inputs:
         return StepInputs(batch, plans, int(lengths.sum()), flops)
 
     def ahead(self, start: int, stop: int) -> grain.DatasetIterator[StepInputs]:
-        """Those of steps start to stop - 1, made before they are asked for."""
+        """Iterates over the inputs of steps [start, stop), prefetching in threads."""
         steps = grain.MapDataset.range(start, stop).map(self.__getitem__)
         options = grain.ReadOptions(self._threads, AHEAD)
         return iter(steps.to_iter_dataset(options))

@@ -28,13 +28,13 @@ def is_lead() -> bool:
 
 
 def wait(name: str) -> None:
-    """Until every process is here."""
+    """Waits until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays that may be spread over processes, whole, on every host."""
+    """Fetches arrays that may be spread over processes, whole, to every host."""
 
     def whole(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:

@@ -57,7 +57,7 @@ class Placement:
 
     @property
     def plan_sharding(self) -> NamedSharding:
-        """Of plans [N, P]: a column per device, or all of them on every one."""
+        """Sharding of plans [N, P]: a column per device, or all on every device."""
         columns = NamedSharding(self.mesh, PartitionSpec(None, "data"))
         return columns if self.own_plans else self.everywhere
 
@@ -70,7 +70,7 @@ class Placement:
         return {k: put(x, self._batch_sharding(x.shape)) for k, x in arrays.items()}
 
     def rows(self, count: int) -> list[int]:
-        """Those of a batch of `count` rows that devices of this process hold."""
+        """The rows of a batch of `count` that devices of this process hold."""
         shape = (1, count)
         where = self._batch_sharding(shape).addressable_devices_indices_map(shape)
         indices = [index for index in where.values() if index is not None]
@@ -192,7 +192,7 @@ def _sizes(asked: dict[str, int], rows: Sequence[int], devices: int) -> tuple[in
 
 
 def put(x: Any, sharding: NamedSharding) -> jax.Array:
-    """A host array as a global one: each device gets its part and nothing else."""
+    """Makes a host array a global one: each device gets its part, nothing else."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

@@ -19,7 +19,7 @@ class Sampling(Budgeted):
     """Keeps the tokens `choose(row, k)`, the same ones in all layers and heads."""
 
     def choose(self, row: Int[np.ndarray, " n"], k: int) -> Int[np.ndarray, " k"]:
-        """Rising places of the k tokens of a row that are kept."""
+        """Returns the rising places of the k tokens of a row that are kept."""
         raise NotImplementedError
 
     def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
@@ -34,7 +34,7 @@ class Sampling(Budgeted):
 
 
 class Random(Sampling):
-    """k tokens at random; what x8 keeps, x4 keeps too.
+    """Keeps k tokens at random; what x8 keeps, x4 keeps too.
 
     The draw is seeded by the row's own tokens: it does not depend on the batch, and a
     run that is continued draws the same.
@@ -49,7 +49,7 @@ class Random(Sampling):
 
 
 class Strided(Sampling):
-    """Every ratio-th token, where a beacon would stand: the last one of each group.
+    """Keeps every ratio-th token, the last of its group, where a beacon would stand.
 
     A model whose beacons have sinks keeps that many more: its first tokens, and the
     stride is over the others.

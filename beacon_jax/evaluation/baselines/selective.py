@@ -31,7 +31,7 @@ class Selective(Budgeted):
 
 
 def self_information(model: Model, rows: Rows) -> list[np.ndarray]:
-    """-log p of each token given the row before it, in nats; inf of the first one."""
+    """Computes -log p of each token given those before it, in nats; inf at first."""
     shifted = [row[1:] for row in rows]
     read_rows = [row[:-1] for row in rows]
     out, _ = model.feed(
@@ -44,5 +44,5 @@ def self_information(model: Model, rows: Rows) -> list[np.ndarray]:
 
 
 def most_informative(information: np.ndarray, k: int) -> Int[np.ndarray, " k"]:
-    """Rising places of the k highest; of equal ones the first."""
+    """Returns the rising places of the k highest; of equal ones the first."""
     return np.sort(np.argsort(-information, kind="stable")[:k])

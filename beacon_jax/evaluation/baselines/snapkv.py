@@ -110,7 +110,7 @@ def window_queries(
     dtype: Any,
     partition: Partition | None,
 ) -> Float[Array, "L B T N H"]:
-    """Rotated queries of tokens that stand at prefix[row] of the memory."""
+    """Computes rotated queries of tokens that stand at prefix[row] of the memory."""
     size = tokens.shape[1]
     model = Decoder(config, Layout(1, size, 0), dtype=dtype)
     projection = lambda module, method: module.name == "q_proj"
@@ -137,7 +137,7 @@ def pooled_votes(
     counts: Bool[Array, "B T"],
     candidates: Int[Array, " B"],
 ) -> Float[Array, "L B K S"]:
-    """Attention that the slots get from the queries that count, mean-pooled.
+    """Mean-pools the attention that the slots get from the queries that count.
 
     place: of the queries, which see the slots up to it. candidates: slots in front that
     are voted for; the others are -inf.

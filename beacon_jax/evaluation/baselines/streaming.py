@@ -17,7 +17,7 @@ SINKS = 4
 
 
 def kept_slots(slots: int, budget: int) -> Int[np.ndarray, " n"]:
-    """Of a cache of `slots`, the first 4 and the last ones, `budget` in all.
+    """Picks the first 4 of a cache's `slots` and the last, `budget` in all.
 
     Of a budget below 8 the sinks take half (rounded down).
     """

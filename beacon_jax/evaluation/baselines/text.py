@@ -54,7 +54,7 @@ class TextCompressor(Budgeted):
     def shorten(
         self, model: Model, row: Int[np.ndarray, " n"], k: int
     ) -> Int[np.ndarray, " m"]:
-        """At most k tokens for the n of a row.
+        """Shortens the n tokens of a row to at most k.
 
         Raises:
           TypeError: `compress` gave something else than text.
@@ -75,7 +75,7 @@ class TextCompressor(Budgeted):
 
 
 def text_compressor(spelling: str) -> tuple[Compress, str]:
-    """(function, name) of "text:package.module.function".
+    """Returns (function, name) of "text:package.module.function".
 
     Raises:
       ValueError: it cannot be imported; says what was tried.
@@ -92,7 +92,7 @@ def text_compressor(spelling: str) -> tuple[Compress, str]:
 
 
 def imported(spelling: str, module: str, name: str, form: str) -> Any:
-    """`name` of a module.
+    """Imports `name` of a module.
 
     Raises:
       ValueError: there is none; `spelling` is what --methods says, `form` how it goes.

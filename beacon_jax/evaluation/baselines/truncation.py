@@ -27,14 +27,14 @@ class Truncation(Budgeted):
 
 
 class KeepHead(Truncation):
-    """The first k tokens of the past; its tail is dropped."""
+    """Keeps the first k tokens of the past; its tail is dropped."""
 
     family = "keep_head"
     cut = staticmethod(lambda row, k: row[:k])
 
 
 class KeepTail(Truncation):
-    """The last k tokens of the past; its head is dropped.
+    """Keeps the last k tokens of the past; its head is dropped.
 
     Unlike streaming, these tokens were computed without anything in front of them.
     """
@@ -44,7 +44,7 @@ class KeepTail(Truncation):
 
 
 class KeepEnds(Truncation):
-    """The first k / 2 (rounded up) and the last k / 2 tokens; the middle is dropped.
+    """Keeps the first k / 2 (rounded up) and the last k / 2 tokens of the past.
 
     How LongBench cuts prompts that are too long (Bai et al. 2023).
     """

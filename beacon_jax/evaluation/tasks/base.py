@@ -49,13 +49,13 @@ class Task(Protocol):
     def examples(
         self, model: Model, settings: Settings, inputs: Inputs
     ) -> list[Example]:
-        """All examples, those of one length together."""
+        """Makes all examples, those of one length together."""
         ...
 
     def run(
         self, model: Model, method: Method, batch: Sequence[Example]
     ) -> list[dict[str, Any]]:
-        """The answers of a batch, incl. `kv_bytes`, the past's bytes of each row.
+        """Answers a batch; `kv_bytes` are the bytes of each row's past.
 
         `seconds`, if there, is taken out: times are kept apart from predictions, which
         are the same in every run.
@@ -63,9 +63,9 @@ class Task(Protocol):
         ...
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
-        """Numbers with intervals, from the predictions of all methods."""
+        """Computes numbers with intervals from the predictions of all methods."""
         ...
 
     def report(self, metrics: Sequence[Metric], folder: Path) -> str:
-        """This task's section of report.md; its plots go to `folder`."""
+        """Writes this task's section of report.md; its plots go to `folder`."""
         ...

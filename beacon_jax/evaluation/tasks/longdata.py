@@ -62,7 +62,7 @@ class TopicRetrieval(OnFiles):
         return f"{prediction['topics']} topics"
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
-        """The base's, and the release's other number, QA F1, as a detail."""
+        """Adds the release's other number, QA F1, to the base's as a detail."""
         metrics = super().score(predictions)
         for m in [m for m in metrics if m["metric"] == self.metric]:
             values = [

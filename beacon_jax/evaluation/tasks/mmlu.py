@@ -127,7 +127,7 @@ class Mmlu(OnFiles):
         return CATEGORY.get(prediction["subject"], "others")
 
     def weights(self, found: Sequence[Prediction]) -> np.ndarray:
-        """So that every subject counts the same."""
+        """Weighs rows so that every subject counts the same."""
         rows = Counter(p["subject"] for p in found)
         share = len(found) / len(rows)
         return np.asarray([share / rows[p["subject"]] for p in found])

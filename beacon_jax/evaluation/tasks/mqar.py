@@ -76,7 +76,7 @@ class Mqar(Synthetic):
         length: int,
         depth: float,
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """The tokens have the last value too: it is never fed."""
+        """Draws an example; its tokens have the last value too, which is never fed."""
         first = source.first
         end = (length - 2 * QUERIES) // model.window * model.window
         room = end - len(first)
@@ -128,7 +128,7 @@ class Mqar(Synthetic):
         return float(np.mean(prediction["hits"]))
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
-        """The base's, and accuracy by place in the unit, of methods with a ratio."""
+        """Adds accuracy by place in the unit, of methods with a ratio."""
         return super().score(predictions) + places.score(
             self.name, predictions, lambda p: p["hits"]
         )

@@ -90,7 +90,7 @@ class MultiNeedle(Synthetic):
         }
 
     def turns(self, model: Model, chat: str, length: int) -> int:
-        """Three, or as many as `length` has room for with the longest names."""
+        """Counts the turns: three, or as many as fit into `length`."""
         city = max(CITIES, key=lambda c: len(prompts.ids(model.tokenizer, c)))
         question, prefix = _question(city)
         needle = _needle(city, "1234567")
@@ -172,7 +172,7 @@ class MultiNeedle(Synthetic):
         return float(np.mean(self.hits(prediction)))
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
-        """The base's, and the accuracy of each turn as a detail."""
+        """Adds the accuracy of each turn to the base's as a detail."""
         metrics = super().score(predictions)
         cells: dict[tuple[str, int], list[list[bool]]] = {}
         for p in predictions:

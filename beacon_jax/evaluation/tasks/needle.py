@@ -102,7 +102,7 @@ class Needle(Synthetic):
         return scores.rouge_l_recall(line, self.needle.strip())
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
-        """The base's, and the other score over all depths as a detail."""
+        """Adds the other score over all depths to the base's as a detail."""
         metrics = super().score(predictions)
         cells: dict[tuple[str, int], list[float]] = {}
         for p in predictions:

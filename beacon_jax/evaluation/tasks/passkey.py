@@ -67,7 +67,7 @@ class Passkey(Generation):
         return Example(f"{length}/{index}", length, sample.tokens[:-count], info)
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
-        """The base's, and single digits of the second mention by place in a unit."""
+        """Adds single digits of the second mention by place in a unit."""
         return super().score(predictions) + places.score(
             self.name, predictions, _digits
         )

@@ -27,13 +27,13 @@ class Records(Synthetic):
     """Draws records one by one; the asked one stands at its depth among them."""
 
     def record(self, rng: np.random.Generator) -> tuple[str, str]:
-        """(key, value) of one more record."""
+        """Draws (key, value) of one more record."""
         raise NotImplementedError
 
     def prompt(
         self, records: list[tuple[str, str]], key: str, length: int
     ) -> tuple[str, str]:
-        """(text, beginning of the answer)."""
+        """Returns (text, beginning of the answer)."""
         raise NotImplementedError
 
     def example(

@@ -191,7 +191,7 @@ def chain_example(rng: np.random.Generator, hops: int) -> Callable[[int], str]:
 
 
 class Counts(NamedTuple):
-    """Of common-word extraction: `common` words `often` times, all others `rarely`.
+    """How often words occur: `common` words `often` times, all others `rarely`.
 
     example: (words, often, rarely) of the worked example; None: there is none.
     """

@@ -32,7 +32,7 @@ class Synthetic(Generation):
         length: int,
         depth: float,
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """(prompt, info); prompt + new_tokens <= length."""
+        """Makes (prompt, info) with prompt + new_tokens <= length."""
         raise NotImplementedError
 
     def examples(
