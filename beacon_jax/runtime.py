@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 POOL = "PJRT_NPROC"  # read once, when the CPU backend starts
 THREADS_PER_DEVICE = 2  # measured: 3 threads for 2 devices hang, 4 do not
 IN_FLIGHT = 16  # launches; beyond 32 XLA's own dispatch threads begin to wait
+# XLA aborts a program whose devices do not meet in a collective within 40 s. Two devices
+# at nice 19 beside a load of 24 on two cores needed 25 s. With threads for all of them
+# nothing hangs, so that waiting longer costs nothing.
+TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
+TIMEOUT_SECONDS = 600
 MIN_COMPILE_SECONDS = 1.0  # what compiles faster is not worth a file
 
 
@@ -33,11 +38,13 @@ MIN_COMPILE_SECONDS = 1.0  # what compiles faster is not worth a file
 
 
 def prepare() -> None:
-    """Gives the CPU backend two threads per device, if it has several devices.
+    """Gives the CPU backend, if it has several devices, two threads for each and
+    patience on a busy machine.
 
     Costs microseconds; call it before whatever may start the backend. The number of
     devices comes from JAX_NUM_CPU_DEVICES, jax.config.jax_num_cpu_devices or
-    XLA_FLAGS=--xla_force_host_platform_device_count. A larger PJRT_NPROC stays.
+    XLA_FLAGS=--xla_force_host_platform_device_count. A larger PJRT_NPROC stays, and so
+    does a timeout of collectives in XLA_FLAGS.
 
     Warns:
       RuntimeWarning: once, if PJRT_NPROC was set to less, which is raised; or if the
@@ -46,6 +53,8 @@ def prepare() -> None:
     started = _started_devices()
     devices = _asked_devices() if started is None else started
     least, has = THREADS_PER_DEVICE * devices, _pool_size()
+    if devices > 1 and started is None and TIMEOUT not in _flags():
+        os.environ["XLA_FLAGS"] = f"{_flags()} {TIMEOUT}={TIMEOUT_SECONDS}".strip()
     if devices < 2 or has >= least:
         return
     if started is not None:
@@ -71,9 +80,12 @@ def _asked_devices() -> int:
         asked = _integer("JAX_NUM_CPU_DEVICES")
     if asked is not None and asked > 0:
         return asked
-    flags = os.environ.get("XLA_FLAGS", "")
-    forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", _flags())
     return int(forced[-1]) if forced else 1
+
+
+def _flags() -> str:
+    return os.environ.get("XLA_FLAGS", "")
 
 
 def _started_devices() -> int | None:

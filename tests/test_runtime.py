@@ -56,6 +56,23 @@ def test_devices_of_the_environment_get_two_threads_each(fresh):
     assert pool() == "4"
 
 
+def test_several_devices_wait_for_each_other_on_a_busy_machine(fresh):
+    runtime.prepare()
+    assert "XLA_FLAGS" not in os.environ
+    fresh.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    for _ in range(2):
+        runtime.prepare()
+        assert os.environ["XLA_FLAGS"] == (
+            "--xla_force_host_platform_device_count=2 "
+            "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+        )
+    own = "--xla_cpu_collective_call_terminate_timeout_seconds=5"
+    fresh.setenv("XLA_FLAGS", own)
+    fresh.setenv("JAX_NUM_CPU_DEVICES", "2")
+    runtime.prepare()
+    assert os.environ["XLA_FLAGS"] == own
+
+
 def test_devices_of_jax_config_count_once_jax_is_imported(fresh):
     fresh.setenv("JAX_NUM_CPU_DEVICES", "2")
     config = types.SimpleNamespace(jax_num_cpu_devices=4)
