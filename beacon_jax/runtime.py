@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 POOL = "PJRT_NPROC"  # read once, when the CPU backend starts
 THREADS_PER_DEVICE = 2  # measured: 3 threads for 2 devices hang, 4 do not
 IN_FLIGHT = 16  # launches; beyond 32 XLA's own dispatch threads begin to wait
-# XLA aborts a program whose devices do not meet in a collective within 40 s. Two devices
-# at nice 19 beside a load of 24 on two cores needed 25 s. With threads for all of them
+# XLA aborts a program whose devices do not meet in a collective within 40 s. Two at
+# nice 19 beside a load of 24 on two cores needed 25 s. With threads for all of them
 # nothing hangs, so that waiting longer costs nothing.
 TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
 TIMEOUT_SECONDS = 600
