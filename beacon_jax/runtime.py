@@ -33,6 +33,32 @@ TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
 TIMEOUT_SECONDS = 600
 MIN_COMPILE_SECONDS = 1.0  # what compiles faster is not worth a file
 
+# Loggers of other libraries, and what of theirs is not for the user of a command.
+QUIET = {
+    "jax": logging.WARNING,  # looks for a TPU where there is none
+    "matplotlib.font_manager": logging.ERROR,  # builds its cache once
+    "orbax": logging.ERROR,
+    # "Token indices sequence length is longer than ...": long texts are the point.
+    "transformers.tokenization_utils_base": logging.ERROR,
+    "absl": logging.WARNING,
+}
+
+
+# --- command lines ---------------------------------------------------------------
+
+
+def for_command() -> None:
+    """What a command line wants before it computes: compiled programs of earlier runs,
+    and no line of other libraries that is not for its user."""
+    quiet()
+    enable_compilation_cache()
+
+
+def quiet() -> None:
+    """Raises the log levels of other libraries; errors of theirs still appear."""
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
+
 
 # --- threads of CPU devices ------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The attention op and the choice of its implementation."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,23 +11,33 @@ from beacon_jax.attention import library
 from beacon_jax.attention.blockwise import LSE, OUT, blockwise
 from beacon_jax.attention.blockwise_cpu import blockwise_cpu
 from beacon_jax.attention.decode import decode_xla
-from beacon_jax.attention.decode_gpu import decode_gpu
-from beacon_jax.attention.decode_tpu import decode_tpu
 from beacon_jax.attention.device import target
 from beacon_jax.attention.mean import mean_term
-from beacon_jax.attention.pallas_gpu import pallas_gpu
-from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import WEIGHTS, reference
+
+
+def _kernel(name: str) -> Callable:
+    """A kernel of the module of its name, which is imported at the first call.
+
+    Pallas is half as much to import as jax itself (0.7 s), and a CPU needs none of it.
+    """
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        module = importlib.import_module(f"beacon_jax.attention.{name}")
+        return getattr(module, name)(*args, **options)
+
+    return kernel
+
 
 # In a program for another platform, a kernel's name stands for `blockwise`.
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
     "blockwise": blockwise,
     "blockwise_cpu": blockwise_cpu,
-    "pallas_gpu": pallas_gpu,
-    "pallas_tpu": pallas_tpu,
-    "decode_gpu": decode_gpu,
-    "decode_tpu": decode_tpu,
+    "pallas_gpu": _kernel("pallas_gpu"),
+    "pallas_tpu": _kernel("pallas_tpu"),
+    "decode_gpu": _kernel("decode_gpu"),
+    "decode_tpu": _kernel("decode_tpu"),
     "decode_xla": decode_xla,
     "cudnn": library.cudnn,
     "tokamax": library.tokamax,

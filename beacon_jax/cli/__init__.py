@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from beacon_jax import __version__
+from beacon_jax import __version__, runtime
 
 COMMANDS = {
     "generate": "Generate text after a context, compressed by a ratio.",
@@ -25,6 +25,11 @@ COMMANDS = {
     "convert": "Convert checkpoints from and to Hugging Face folders.",
     "bench": "Measure speed and memory.",
 }
+# What the user of a command can do after Ctrl-C.
+AFTERWARDS: dict[str, str] = dict.fromkeys(
+    ["train", "prepare", "synthesize", "evaluate", "bench"],
+    "the same command goes on where it stopped",
+)
 
 
 def overview() -> str:
@@ -69,8 +74,13 @@ def start(name: str, arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Flags of configs (ml_collections) and lm_eval read them there.
     sys.argv = [f"beacon-jax {name}", *words]
-    module = importlib.import_module(f"beacon_jax.cli.{name}")
-    try:
+    from beacon_jax.cli.ending import PATIENCE, ended
+
+    runtime.quiet()
+    # Training answers a signal by itself, with the state saved.
+    patience = None if name == "train" else PATIENCE
+    with ended(name, AFTERWARDS.get(name, ""), patience=patience):
+        module = importlib.import_module(f"beacon_jax.cli.{name}")
         if not hasattr(module, "define_flags"):
             return module.main()
         from absl import app, flags
@@ -80,6 +90,3 @@ def start(name: str, arguments: Sequence[str] | None = None) -> None:
         module.define_flags(flags.FLAGS)
         parse = lambda given: options.parse(given, flags.FLAGS, module.__doc__ or "")
         app.run(module.main, argv=sys.argv, flags_parser=parse)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped\n")
-        sys.exit(130)  # 128 + SIGINT, as shells say it

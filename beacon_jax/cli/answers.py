@@ -2,12 +2,14 @@
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from beacon_jax.cli import context
+from beacon_jax.cli import context, ending
+from beacon_jax.progress import Progress, Stage
 
 if TYPE_CHECKING:
     from beacon_jax.inference.chat import Chat
@@ -24,7 +26,7 @@ def read_prompts(o: flags.FlagValues) -> list[str]:
     """
     stdin = [n for n in (o.context or []) if n == "-"]
     if o.chat:
-        for name in ("prompt", "prompt_file", "json"):
+        for name in ("prompt", "prompt_file", "json", "instruct"):
             if getattr(o, name):
                 raise ValueError(
                     f"--{name}={getattr(o, name)} together with --chat, which reads "
@@ -73,11 +75,27 @@ def sampling(o: flags.FlagValues) -> dict[str, Any]:
     return {name: getattr(o, name) for name in names} | {"stop": o.stop or ()}
 
 
+def written(
+    model: "Model", prompts: Sequence[str], *, instruct: bool
+) -> list[Sequence[int]]:
+    """The token ids of each prompt, in the chat template if `instruct`.
+
+    Raises:
+      ValueError: `instruct`, and the tokenizer has no template.
+    """
+    if not instruct:
+        return [model.encode(p, "prompt", first=False).tolist() for p in prompts]
+    from beacon_jax.inference.template import encode_question
+
+    return [encode_question(model, p, behind=True).tolist() for p in prompts]
+
+
 def answer(
     model: "Model",
     read: context.Context,
     prompts: list[str],
     options: dict[str, Any],
+    progress: Progress,
     *,
     as_json: bool = False,
 ) -> None:
@@ -85,14 +103,16 @@ def answer(
 
     A single text is shown while it comes, several in order when all are done.
     """
-    made = model.complete(
-        prompts if len(prompts) > 1 else prompts[0],
-        memory=read.memory,
-        on_text=_show if len(prompts) == 1 and not as_json else None,
-        on_progress=context.Progress(),
-        **read.ratio,
-        **options,
-    )
+    with progress.stage("reading", "tokens") as stage:
+        made = model.complete(
+            prompts if len(prompts) > 1 else prompts[0],
+            memory=read.memory,
+            on_text=_shown(stage) if len(prompts) == 1 and not as_json else None,
+            on_tokens=stage.add,
+            on_progress=_read(stage),
+            **read.ratio,
+            **options,
+        )
     several = made if isinstance(made, list) else [made]
     for prompt, each in zip(prompts, several, strict=True):
         if as_json:
@@ -100,44 +120,81 @@ def answer(
             print(json.dumps(line, ensure_ascii=False), flush=True)
         else:
             print(each.text if len(prompts) > 1 else "", flush=True)
-    _account(read, several)
+    _account(model, read, several)
 
 
-def _show(text: str) -> None:
-    print(text, end="", flush=True)
+def _shown(stage: Stage) -> Callable[[str], None]:
+    """Shows a text while it comes."""
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+        stage.alive()
+
+    return show
+
+
+def _read(stage: Stage) -> Callable[[int, int], None]:
+    """Reports how far the prompts are read; then come the answers."""
+
+    def report(fed: int, total: int) -> None:
+        stage(fed, total)
+        if fed >= total:
+            stage.becomes("answering")
+
+    return report
 
 
 def _object(
     model: "Model", read: context.Context, prompt: str, made: "Generation"
 ) -> dict[str, Any]:
-    """One line of --json; seconds are those of the whole batch, with compilation."""
+    """One line of --json; seconds are those of the whole batch."""
+    timing, rate = made.timing, made.timing.tokens_per_second
     return {
         "prompt": prompt,
         "text": made.text,
         "tokens": made.tokens.tolist(),
         "finish": made.finish,
         "note": "; ".join([*read.notes, *([made.note] if made.note else [])]),
+        "context_tokens": read.tokens,
         "prompt_tokens": made.prompt_tokens,
+        "answer_tokens": len(made.tokens),
         "seconds": {
+            "compile": round(read.compiled + timing.compile, 3),
             "context": round(read.seconds, 3),
-            "prompt": round(made.prefill_seconds, 3),
-            "decode": round(made.decode_seconds, 3),
+            "first_token": round(timing.first_token, 3),
+            "later_tokens": round(timing.later, 3),
         },
+        "tokens_per_second": rate and round(rate, 2),
         "memory": context.figures(model, made.batch, made.row),
     }
 
 
-def _account(read: context.Context, made: list["Generation"]) -> None:
+def _account(
+    model: "Model", read: context.Context, made: Sequence["Generation"]
+) -> None:
+    """Notes, what was read and made, what the memory holds, and how long it took."""
     for note in dict.fromkeys(each.note for each in made if each.note):
         context.say(note)
-    tokens = read.tokens + sum(each.prompt_tokens for each in made)
-    new = sum(len(each.tokens) for each in made)
-    seconds = read.seconds + made[0].prefill_seconds
+    total = lambda name, counts: f"{sum(counts):,} {name} tokens"
+    parts = [total("context", [read.tokens])] if read.tokens else []
+    parts.append(total("prompt", [each.prompt_tokens for each in made]))
+    parts.append(total("answer", [len(each.tokens) for each in made]))
+    rows = f" in {len(made)} rows" if len(made) > 1 else ""
+    context.say(f"{', '.join(parts)}{rows}")
     context.say(
-        f"{made[0].batch.describe()}\nwith compilation: "
-        f"prefill {tokens} tokens, {tokens / seconds:.1f} tokens/s; "
-        f"decode {new} tokens, {new / made[0].decode_seconds:.1f} tokens/s"
+        context.summary(model, made[0].batch)
+        if len(made) == 1
+        else made[0].batch.describe()
     )
+    timing = made[0].timing
+    times = [f"compiled in {read.compiled + timing.compile:,.1f} s"]
+    if read.tokens:
+        rate = read.tokens / max(read.seconds, 1e-9)
+        times.append(f"context {read.seconds:,.2f} s ({rate:,.0f} tokens/s)")
+    times.append(f"first token {timing.first_token:,.2f} s")
+    if timing.tokens_per_second:
+        times.append(f"then {timing.tokens_per_second:,.1f} tokens/s")
+    context.say("; ".join(times))
 
 
 def talk(
@@ -146,6 +203,7 @@ def talk(
     system: str | None,
     template: str | None,
     options: dict[str, Any],
+    progress: Progress,
 ) -> None:
     """A conversation on stdin and stdout, until /exit or the end of stdin."""
     from beacon_jax.inference.chat import Chat
@@ -153,6 +211,7 @@ def talk(
     chat = Chat(
         model, read.memory, system, chat_template=template, **read.ratio, **options
     )
+    ending.wait_for_python()  # Ctrl-C ends a turn, not the conversation
     context.say(f"commands: {COMMANDS} (or Ctrl-D)")
     while (line := _ask()) is not None:
         if not line.strip():
@@ -162,12 +221,17 @@ def talk(
                 if not _obey(chat, line):
                     return
             else:
-                made = chat.say(line, on_text=_show)
+                with progress.stage("answering") as stage:
+                    made = chat.say(line, on_text=_shown(stage))
                 print(flush=True)
+                for text in filter(None, [made.note]):
+                    context.say(text)
                 context.say(context.summary(model, made.memory))
         except KeyboardInterrupt:
             print(flush=True)
             context.say("stopped: that turn is not part of the conversation")
+        except BrokenPipeError:
+            raise  # nobody reads the answers any more
         except (ValueError, OSError) as error:
             context.say(f"error: {context.in_flags(error)}")
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from absl import flags
 
+from beacon_jax import runtime
+from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
 from beacon_jax.resources import require
 
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         o = flags.FLAGS
         (_readme if o.readme else _plan if o.plan else _measure)(o)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 def _readme(o: flags.FlagValues) -> None:
@@ -79,6 +81,8 @@ def _measure(o: flags.FlagValues) -> None:
     require("matplotlib", extra="plots", for_="bench")
     from beacon_jax.benchmark import report, runner
 
+    # It measures compilation too, so programs of earlier runs are of no use.
+    runtime.quiet()
     rows = runner.run_all(o, ["kernels"] if o.kernels else o.parts)
     print("\n\n".join(report.sections(rows)))
     if failed := [report.line(row) for row in rows if row["status"] == "failed"]:

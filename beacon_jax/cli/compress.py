@@ -15,6 +15,7 @@ from absl import flags
 
 from beacon_jax.cli import context
 from beacon_jax.cli.options import Group
+from beacon_jax.progress import Progress
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -32,16 +33,16 @@ def run(o: flags.FlagValues) -> None:
     context.check_new("out", o.out, overwrite=o.overwrite)
     context.parse_ratio(o.ratio)
     text = context.read_context(o)
-    model = context.load_model(o)
+    progress = Progress()
+    model = context.load_model(o, progress)
     memory = context.load_memory("memory", o.memory, model)
-    read = context.read(model, o, text, memory)
+    read = context.read(model, o, text, memory, progress)
     assert read.memory is not None
     context.say(
-        f"read {read.tokens:,} tokens in {read.seconds:,.1f} s with compilation, "
-        f"{read.tokens / read.seconds:,.1f} tokens/s"
+        f"compiled in {read.compiled:,.1f} s; read {read.tokens:,} tokens in "
+        f"{read.seconds:,.1f} s, {read.tokens / read.seconds:,.1f} tokens/s"
     )
     read.memory.save(o.out, tokens=not o.no_tokens)
-    print(read.memory.describe())
     print(context.summary(model, read.memory))
     print(f"wrote {o.out}, {Path(o.out).stat().st_size / context.MIB:.3f} MiB")
 

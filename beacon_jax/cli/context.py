@@ -4,7 +4,6 @@ stdout is for text and JSON; everything here that is shown goes to stderr.
 """
 
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
+from beacon_jax import runtime
+from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.progress import Progress, say
 
 if TYPE_CHECKING:  # jax takes seconds to import: after the flags
     from beacon_jax.inference.memory import Memory
@@ -57,16 +59,12 @@ def main(
             warnings.showwarning = lambda text, *_: say(f"warning: {in_flags(text)}")
             run(values)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {in_flags(error)}")
+        fail(error)
 
 
 def in_flags(said: Warning | Exception | str) -> str:
     """A warning or an error about an argument, in the words of a command line."""
     return getattr(said, "in_flags", str(said))
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 # --- what the flags say ----------------------------------------------------------
@@ -113,11 +111,14 @@ def check_new(flag: str, name: str | None, *, overwrite: bool) -> None:
         )
 
 
-def load_model(o: flags.FlagValues) -> "Model":
-    from beacon_jax.hf import hub
-    from beacon_jax.inference.model import load
+def load_model(o: flags.FlagValues, progress: Progress) -> "Model":
+    """The model of --model, with compiled programs of earlier runs at hand."""
+    with progress.stage("loading", note=o.model):
+        runtime.for_command()
+        from beacon_jax.hf import hub
+        from beacon_jax.inference.model import load
 
-    return load(hub.find(o.model, "--model"), dtype=o.dtype, mesh=o.mesh)
+        return load(hub.find(o.model, "--model"), dtype=o.dtype, mesh=o.mesh)
 
 
 def load_memory(flag: str, path: str | None, model: "Model") -> "Memory | None":
@@ -146,7 +147,8 @@ class Context(NamedTuple):
     Attributes:
       memory: None if there is neither a context nor a loaded memory.
       notes: what was decided about ratios.
-      tokens, seconds: of the text that was compressed here.
+      tokens, seconds: of the text that was compressed here, without compilation.
+      compiled: seconds of that.
       ratio: options of `Model.complete` for what follows.
     """
 
@@ -154,6 +156,7 @@ class Context(NamedTuple):
     notes: list[str]
     tokens: int
     seconds: float
+    compiled: float
     ratio: dict[str, Any]
 
 
@@ -162,6 +165,7 @@ def read(
     o: flags.FlagValues,
     text: str | None,
     memory: "Memory | None",
+    progress: Progress,
     reserve: int = 0,
 ) -> Context:
     """Compresses the context behind the memory, as the flags say.
@@ -176,8 +180,10 @@ def read(
         "memory_dtype": o.memory_dtype,
     }
     if text is None:
-        return Context(memory, [], 0, 0.0, ratio)
+        return Context(memory, [], 0, 0.0, 0.0, ratio)
     import jax
+
+    from beacon_jax.inference.timing import Stopwatch
 
     notes: list[str] = []
 
@@ -186,82 +192,60 @@ def read(
         say(text)
 
     before = int(memory.lengths[0]) if memory else 0
-    start = time.perf_counter()
-    memory = model.compress(
-        text,
-        memory=memory,
-        spans=o.spans,
-        lossless=o.lossless,
-        reserve=reserve,
-        seed=o.seed,
-        on_note=note,
-        on_progress=Progress(),
-        **ratio,
-    )
-    jax.block_until_ready(memory.state)
-    seconds = time.perf_counter() - start
+    watch = Stopwatch()
+    with progress.stage("reading", "tokens") as stage:
+        memory = model.compress(
+            text,
+            memory=memory,
+            spans=o.spans,
+            lossless=o.lossless,
+            reserve=reserve,
+            seed=o.seed,
+            on_note=note,
+            on_progress=stage,
+            **ratio,
+        )
+        jax.block_until_ready(memory.state)
+    seconds, compiled = watch.read()
     given = ratio["ratio"]
     stated = given if given == "full" or isinstance(given, list) else None
     tokens = int(memory.lengths[0]) - before
-    return Context(memory, notes, tokens, seconds, {"ratio": stated})
-
-
-class Progress:
-    """Shows the tokens per second and the time left, for texts of several pieces."""
-
-    def __init__(self, every: float = 2.0):
-        """every: seconds between two lines."""
-        self._every = every
-        self._start = self._shown = time.monotonic()
-        self._first: tuple[int, float] | None = None
-
-    def __call__(self, fed: int, total: int) -> None:
-        now = time.monotonic()
-        if self._first is None or fed < self._first[0]:
-            # The first piece contains the compilation: rates are counted behind it.
-            self._first = (fed, now)
-            return
-        if fed < total and now - self._shown < self._every:
-            return
-        self._shown = now
-        rate = (fed - self._first[0]) / max(now - self._first[1], 1e-9)
-        left = (total - fed) / rate
-        say(
-            f"read {fed:,} of {total:,} tokens, {rate:,.1f} tokens/s, "
-            + (f"{left:,.0f} s left" if fed < total else f"{now - self._start:,.1f} s")
-        )
+    return Context(memory, notes, tokens, seconds, compiled, {"ratio": stated})
 
 
 # --- figures ---------------------------------------------------------------------
 
 
 def figures(model: "Model", memory: "Memory", row: int = 0) -> dict[str, Any]:
-    """Of one row: tokens, slots, bytes, and what full attention would have taken.
-
-    `ratio` is the tokens per entry held, those of the open window included (its beacons
-    are not).
-    """
-    from beacon_jax.core.memory import slot_nbytes
-    from beacon_jax.inference.prefill import compute_dtype
-
-    ledger = memory.rows[row]
-    # Full attention keeps the dtype of the activations, whatever the memory is kept in.
-    whole = slot_nbytes(model.config, compute_dtype(model.variables))
+    """Of one row: what it holds, in entries and bytes, the open window included, and
+    what full attention would have taken."""
+    account = memory.account(row)
     return {
-        "tokens": ledger.length,
-        "slots": ledger.slots,
-        "open_window": ledger.raw,
-        "bytes": ledger.slots * memory.slot_nbytes,
-        "full_attention_bytes": ledger.length * whole,
-        "ratio": round(ledger.fed / max(ledger.slots + ledger.raw, 1), 2),
+        "tokens": account.tokens,
+        "slots": account.slots,
+        "open_window": account.open_tokens,
+        "entries": account.entries,
+        "bytes": account.nbytes,
+        "full_attention_bytes": account.tokens * _whole_nbytes(model),
+        "ratio": round(account.ratio, 2),
+        "planned_ratios": list(account.ratios),
     }
 
 
 def summary(model: "Model", memory: "Memory") -> str:
     """The figures of row 0 on one line."""
-    f = figures(model, memory)
+    account = memory.account(0)
+    whole = account.tokens * _whole_nbytes(model) / MIB
     return (
-        f"memory: {f['slots']:,} slots, {f['bytes'] / MIB:.3f} MiB (full attention: "
-        f"{f['full_attention_bytes'] / MIB:.3f} MiB), {f['tokens']:,} tokens, "
-        f"x{f['ratio']:.2f}"
+        f"memory: {account.tokens:,} tokens in {account.holds()}, {account.worth()}; "
+        f"full attention: {whole:,.3f} MiB"
     )
+
+
+def _whole_nbytes(model: "Model") -> int:
+    """Bytes per token of full attention, which keeps the dtype of the activations,
+    whatever the memory is kept in."""
+    from beacon_jax.core.memory import slot_nbytes
+    from beacon_jax.inference.prefill import compute_dtype
+
+    return slot_nbytes(model.config, compute_dtype(model.variables))

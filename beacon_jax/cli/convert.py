@@ -14,7 +14,10 @@ from pathlib import Path
 
 from absl import flags
 
+from beacon_jax import runtime
+from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.progress import Progress
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -60,10 +63,12 @@ def main(argv: Sequence[str]) -> None:
                 ignore_sliding_window=options.ignore_sliding_window,
             )
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     print(f"wrote {dst}")
     if options.verify and argv[1] == "from-hf":
-        result = verify.compare(src, dst)
+        runtime.for_command()
+        with Progress().stage("verifying"):
+            result = verify.compare(src, dst)
         print(result.table())
         if not result.passed:
             sys.exit(f"error: --verify: {dst} does not compute what {src} does.")

@@ -16,7 +16,10 @@ from typing import Any
 
 from absl import flags
 
+from beacon_jax import runtime
+from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.progress import Progress
 from beacon_jax.resources import require
 
 DEFAULTS = {"tasks": ["perplexity", "passkey"], "methods": ["beacon", "full", "window"]}
@@ -78,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         elif missed := run(o):
             sys.exit(f"error: floors missed: {missed} (see {o.out}/report.md)")
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
 
 def run(o: Any) -> str:
@@ -113,9 +116,11 @@ def run(o: Any) -> str:
     used = sorted({int(m.ratio) for m in methods if isinstance(m.ratio, int)})
     # "adapt" takes the model's own ratios; 1 only says that beacons are needed.
     beacons = (used or [1]) if any(m.live_ratio for m in methods) else []
-    model = load_model(
-        o.model, longest, beacons, window=o.window, dtype=o.dtype, mesh=o.mesh
-    )
+    with Progress().stage("loading", note=o.model):
+        runtime.for_command()
+        model = load_model(
+            o.model, longest, beacons, window=o.window, dtype=o.dtype, mesh=o.mesh
+        )
     missed, folders = [], []
     for one in settings:
         folder = out / f"seed{one.seed}" if len(seeds) > 1 else out

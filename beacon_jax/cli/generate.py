@@ -15,6 +15,7 @@ from absl import flags
 
 from beacon_jax.cli import answers, context
 from beacon_jax.cli.options import Group
+from beacon_jax.progress import Progress
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -22,6 +23,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f = Group(values, "Text")
     f.texts("prompt", None, "Text to continue; repeated: several, in one batch.")
     f.text("prompt_file", None, "Its text is the prompt; - is stdin.")
+    f.switch("instruct", False, "Ask --prompt in the tokenizer's chat template.")
     f.switch("chat", False, "Talk to the model, in the tokenizer's chat template.")
     f.text("system", None, "--chat: the system message.")
     f.text("chat_template", None, "--chat: jinja file in place of the tokenizer's.")
@@ -50,20 +52,23 @@ def run(o: flags.FlagValues) -> None:
         )
     context.parse_ratio(o.ratio)
     text, template = context.read_context(o), answers.read_template(o)
-    model = context.load_model(o)
+    progress = Progress()
+    model = context.load_model(o, progress)
     memory = context.load_memory("load_memory", o.load_memory, model)
     new = o.max_new_tokens
     new = (512 if o.chat else 64) if new is None else new
-    sizes = [len(model.encode(p, "prompt", first=False)) for p in prompts]
-    read = context.read(model, o, text, memory, max(sizes, default=0) + new)
+    rows = answers.written(model, prompts, instruct=o.instruct)
+    reserve = max(map(len, rows), default=0) + new
+    read = context.read(model, o, text, memory, progress, reserve)
     if o.save_memory and read.memory is not None:
         read.memory.save(o.save_memory)
         context.say(f"wrote {o.save_memory}")
     sampling = answers.sampling(o) | {"max_new_tokens": new}
     if o.chat:
-        answers.talk(model, read, o.system, template, sampling)
+        answers.talk(model, read, o.system, template, sampling, progress)
     else:
-        answers.answer(model, read, prompts, sampling, as_json=o.json)
+        options = sampling | {"instruct": o.instruct}
+        answers.answer(model, read, prompts, options, progress, as_json=o.json)
 
 
 main = functools.partial(context.main, run)

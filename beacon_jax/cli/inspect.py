@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from beacon_jax.cli import prepare
+from beacon_jax.cli.ending import fail
 from beacon_jax.cli.prepare import from_flags, tokenizer_folder
 from beacon_jax.resources import require
 
@@ -57,4 +58,4 @@ def main(argv: Sequence[str]) -> None:
         print(marked(data.read(index), tokenizer))
         print(f"\nwrote {out / 'lengths.png'}", flush=True)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
 from beacon_jax.resources import asset
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         data = from_flags(values, Path(out).expanduser())
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     from beacon_jax.data.tally import drop_table
 
     for source in data.manifest["sources"]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
 
 if TYPE_CHECKING:  # they load numpy and pyarrow
@@ -103,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"no key in {flags.FLAGS.api_key_env}: asking without one")
         report = synthesize(settings, show=lambda line: print(line, flush=True))
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     print(describe(report), flush=True)
     if report.stopped or report.failed:
         sys.exit(1)

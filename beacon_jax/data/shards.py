@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from beacon_jax import runtime
 from beacon_jax.data.examples import Example, Rules, make_example
 from beacon_jax.data.prepared import (
     INDEX,
@@ -137,6 +138,8 @@ class Worker:
 def start_worker(tokenizer_folder: str, rules: Rules, counters: Any) -> None:
     """Sets up a worker process, which ends when its parent does."""
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    runtime.quiet()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

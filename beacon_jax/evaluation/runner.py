@@ -19,8 +19,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,9 +32,9 @@ from beacon_jax.evaluation.methods import Method
 from beacon_jax.evaluation.model import Model
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.tasks.base import Example, Metric, Task
+from beacon_jax.progress import Progress, Stage
 from beacon_jax.stopwatch import Stopwatch
 
-PROGRESS_SECONDS = 5.0
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 
 
@@ -63,27 +61,32 @@ def evaluate(
     run = describe_run(model, settings)
     inputs = Inputs(settings, model.tokenizer)
     # Before the folder is touched: missing data or too little text is found here.
-    examples = {
-        task.name: limit(task.examples(model, settings, inputs), settings.limit)
-        for task in tasks
-    }
+    progress, examples = Progress(), {}
+    with progress.stage("making examples") as stage:
+        for task in tasks:
+            stage.note = task.name
+            made = task.examples(model, settings, inputs)
+            examples[task.name] = limit(made, settings.limit)
     prepare_folder(out, run, overwrite=overwrite)
-    progress = Progress(
-        len(methods) * sum(e.length for found in examples.values() for e in found)
-    )
+    total = len(methods) * sum(e.length for made in examples.values() for e in made)
     metrics: list[Metric] = []
     sections, times = [], []
-    for task in tasks:
-        predictions = []
-        for method in methods:
-            name = f"{task.name}.{method.name}.jsonl"
-            files = out / "predictions" / name, out / "timings" / name
-            predict(task, method, model, examples[task.name], files, settings, progress)
-            predictions += read_lines(files[0])
-            times += read_lines(files[1])
-        scored = task.score(predictions)
-        metrics += scored
-        sections.append(task.report(scored, out))
+    with progress.stage("evaluating", "tokens") as stage:
+        stage.begin(0, total)
+        for task in tasks:
+            predictions = []
+            for method in methods:
+                stage.note = f"{task.name} {method.name}"
+                name = f"{task.name}.{method.name}.jsonl"
+                files = out / "predictions" / name, out / "timings" / name
+                predict(
+                    task, method, model, examples[task.name], files, settings, stage
+                )
+                predictions += read_lines(files[0])
+                times += read_lines(files[1])
+            scored = task.score(predictions)
+            metrics += scored
+            sections.append(task.report(scored, out))
     found = groups.means(metrics)
     metrics += found
     sections.append(groups.section(found))
@@ -155,12 +158,12 @@ def predict(
     examples: Sequence[Example],
     files: tuple[Path, Path],
     settings: Settings,
-    progress: "Progress",
+    stage: Stage,
 ) -> None:
     """Completes one file of predictions, and notes how long each batch took."""
     done = repair(files[0], [e.id for e in examples])
     times = timing.Times(files[1], task.name, method.name)
-    progress.skip(sum(e.length for e in examples[:done]))
+    stage.skip(sum(e.length for e in examples[:done]))
     at, size = 0, min(settings.batch_size, len(examples))
     with files[0].open("a", encoding="utf-8") as lines:
         for resolved, batch in batches(examples, size, model, method):
@@ -188,7 +191,7 @@ def predict(
             new = min(len(batch), at - done)
             lines.writelines(line + "\n" for line in text[-new:])
             lines.flush()
-            progress.add(sum(e.length for e in batch[-new:]), task.name, method.name)
+            stage.add(sum(e.length for e in batch[-new:]))
 
 
 def repair(file: Path, ids: Sequence[str]) -> int:
@@ -289,30 +292,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-class Progress:
-    """A line on stderr every few seconds; ETA by tokens, which cost alike."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.fresh = total, 0, 0
-        self.start = self.last = time.monotonic()
-
-    def skip(self, tokens: int) -> None:
-        """Tokens of predictions that were there already."""
-        self.done += tokens
-
-    def add(self, tokens: int, task: str, method: str) -> None:
-        self.done, self.fresh = self.done + tokens, self.fresh + tokens
-        now = time.monotonic()
-        if now - self.last < PROGRESS_SECONDS and self.done < self.total:
-            return
-        self.last = now
-        speed = self.fresh / max(now - self.start, 1e-9)
-        eta = (self.total - self.done) / max(speed, 1e-9)
-        print(
-            f"evaluate {self.done / self.total:4.0%}  {task} {method}  "
-            f"{speed:,.0f} tokens/s  ETA {eta // 60:.0f}m{eta % 60:02.0f}s",
-            file=sys.stderr,
-            flush=True,
-        )

@@ -170,7 +170,7 @@ def _read_converted(
     leaves = {}
     for name, tensor in stored.items():
         if place is None:
-            leaves[name] = reader.read(name).astype(cast or tensor.dtype)
+            leaves[name] = reader.read(name).astype(cast or tensor.dtype, copy=False)
         else:
             sharding, kind = place(config, name, tensor.shape)
             kind = kind or cast or tensor.dtype

@@ -21,18 +21,19 @@ from beacon_jax.hf.reader import (
     Reader,
     SafetensorsReader,
     Tensor,
+    aligned_empty,
     open_hf,
     row_blocks,
 )
 from beacon_jax.hf.writer import (
     MANIFEST,
-    Progress,
     copy_small_files,
     new_folder,
     write_safetensors,
 )
 from beacon_jax.model.beacon import beacon_token
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.progress import Progress
 
 VERSION = 1
 
@@ -57,21 +58,23 @@ def from_hf(
     reader = open_hf(src)
     source = HfSource(config, reader, check_dtype(dtype))
     hashes = {"params": TreeHash(), "beacon": TreeHash()}
-    keys = [key for e in source.entries for key in e.keys]
-    total = sum(reader.tensors[key].nbytes for key in keys)
-    progress = Progress("from-hf", len(keys), total)
 
     def blocks(name: str) -> Iterable[np.ndarray]:
         part, path = name.split("/", 1)
-        tensor, pieces = source.tensors[name], source.blocks(name, progress)
+        tensor, pieces = source.tensors[name], source.blocks(name)
         return hashes[part].add(path, tensor.shape, tensor.dtype, pieces)
 
-    with new_folder(dst, overwrite=overwrite) as folder:
+    with (
+        new_folder(dst, overwrite=overwrite) as folder,
+        Progress().stage("converting", "MB") as stage,
+    ):
+        stage.begin(0, sum(t.nbytes for t in source.tensors.values()) / 1e6)
         copy_small_files(src, folder)
         for part in hashes:
             tensors = {k: t for k, t in source.tensors.items() if k.startswith(part)}
             if tensors:
-                write_safetensors(folder / f"{part}.safetensors", tensors, blocks)
+                path = folder / f"{part}.safetensors"
+                write_safetensors(path, tensors, blocks, stage=stage)
         has_beacon = config.beacon is not None
         manifest = {
             "format": "beacon_jax",
@@ -136,7 +139,7 @@ class HfSource:
         if config.tie_embeddings and LM_HEAD in found:
             self._check_tied()
 
-    def blocks(self, name: str, progress: Progress | None = None) -> Iterator[Any]:
+    def blocks(self, name: str) -> Iterator[Any]:
         """The bytes of one of our tensors in order, in pieces, already cast."""
         entry, dtype = self._by_name[name], self.tensors[name].dtype
         for key in entry.keys:
@@ -149,12 +152,10 @@ class HfSource:
                 pieces = row_blocks(self._reader, key)
             for piece in pieces:
                 yield piece.astype(dtype, copy=False)
-            if progress:
-                progress.add(self._reader.tensors[key].nbytes)
 
     def array(self, name: str) -> np.ndarray:
         """One of our tensors as a whole."""
-        result = np.empty(self.tensors[name].shape, self.tensors[name].dtype)
+        result = aligned_empty(self.tensors[name].shape, self.tensors[name].dtype)
         flat, at = result.reshape(-1), 0
         for piece in self.blocks(name):
             flat[at : at + piece.size] = piece.reshape(-1)
@@ -199,8 +200,6 @@ def write_hf_weights(
         for keys, _ in plan.values()
         for key in keys
     }
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    progress = Progress("to-hf", len(tensors), total)
 
     def blocks(key: str) -> Iterator[np.ndarray]:
         entry, layer = where[key]
@@ -212,11 +211,12 @@ def write_hf_weights(
             yield reader.read(entry.name, layer, layer + 1)
         else:
             yield from row_blocks(reader, entry.name)
-        progress.add(tensors[key].nbytes)
 
-    for name, (keys, metadata) in plan.items():
-        chosen = {key: tensors[key] for key in keys}
-        write_safetensors(folder / name, chosen, blocks, metadata)
+    with Progress().stage("writing", "MB") as stage:
+        stage.begin(0, sum(t.nbytes for t in tensors.values()) / 1e6)
+        for name, (keys, metadata) in plan.items():
+            chosen = {key: tensors[key] for key in keys}
+            write_safetensors(folder / name, chosen, blocks, metadata, stage)
 
 
 def write_index(path: Path, files: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from beacon_jax.hf.keys import flatten
 
+ALIGNMENT = 64  # bytes
 BLOCK_BYTES = 16 << 20  # what is transposed, cast, hashed and written at a time
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -43,6 +44,14 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that starts where XLA wants it: a CPU device uses it without a copy."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + nbytes].view(dtype).reshape(shape)
 
 
 class Reader(Protocol):
@@ -98,15 +107,18 @@ class SafetensorsReader:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         tensor = self.tensors[name]
         rows = range(*slice(start, stop).indices(tensor.shape[0]))
-        row = math.prod(tensor.shape[1:])
-        with self._paths[tensor.file].open("rb") as file:
-            values = np.fromfile(
-                file,
-                tensor.dtype,
-                len(rows) * row,
-                offset=tensor.offset + start * row * tensor.dtype.itemsize,
-            )
-        return values.reshape(len(rows), *tensor.shape[1:])
+        values = aligned_empty((len(rows), *tensor.shape[1:]), tensor.dtype)
+        row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        path = self._paths[tensor.file]
+        with path.open("rb", buffering=0) as file:
+            file.seek(tensor.offset + start * row)
+            into = memoryview(values.reshape(-1).view(np.uint8))
+            while len(into):  # the system reads at most 2 GiB at once
+                count = file.readinto(into)
+                if not count:
+                    raise ValueError(f"{path} became shorter while it was read.")
+                into = into[count:]
+        return values
 
     def read_columns(self, name: str, row: int, start: int, stop: int) -> np.ndarray:
         """[start:stop] of axis 1 of one row; no other bytes are read."""

@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from beacon_jax.hf.reader import ALL_DTYPES, Tensor
+from beacon_jax.progress import Stage
 
 MANIFEST = "beacon_jax.json"
 DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
@@ -24,30 +23,6 @@ _TOKENIZER = (
     "chat_template",
 )
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-
-
-class Progress:
-    """Prints tensors, GB and MB/s at most every two seconds, and at the end."""
-
-    def __init__(self, label: str, tensors: int, nbytes: int):
-        self._label, self._tensors, self._nbytes = label, tensors, nbytes
-        self._done = self._bytes = 0
-        self._start = self._shown = time.perf_counter()
-
-    def add(self, nbytes: int) -> None:
-        """One more tensor of `nbytes` is done."""
-        self._done += 1
-        self._bytes += nbytes
-        now = time.perf_counter()
-        if now - self._shown > 2 or self._done == self._tensors:
-            self._shown = now
-            print(
-                f"{self._label}: {self._done}/{self._tensors} tensors, "
-                f"{self._bytes / 1e9:.2f}/{self._nbytes / 1e9:.2f} GB, "
-                f"{self._bytes / 1e6 / max(now - self._start, 1e-9):.0f} MB/s",
-                file=sys.stderr,
-                flush=True,
-            )
 
 
 def safetensors_header(
@@ -76,14 +51,20 @@ def write_safetensors(
     tensors: Mapping[str, Tensor],
     blocks: Callable[[str], Iterable[np.ndarray]],
     metadata: Mapping[str, str] | None = None,
+    stage: Stage | None = None,
 ) -> None:
-    """Writes tensors one after the other, each as the blocks of its bytes."""
+    """Writes tensors one after the other, each as the blocks of its bytes.
+
+    stage: is told the megabytes that were written.
+    """
     with path.open("wb") as file:
         file.write(safetensors_header(tensors, metadata))
         for name, tensor in tensors.items():
             start = file.tell()
             for block in blocks(name):
                 file.write(np.ascontiguousarray(block).view(np.uint8).data)
+                if stage is not None:
+                    stage.add(block.nbytes / 1e6)
             assert file.tell() - start == tensor.nbytes, name
         file.flush()
         os.fsync(file.fileno())

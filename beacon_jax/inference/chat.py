@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Unpack
 
-import jinja2
 import numpy as np
 
 from beacon_jax.inference import validate
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.options import CompleteOptions, Completion, collect
+from beacon_jax.inference.template import check_template, encode_turns, turn_ends
 
 if TYPE_CHECKING:
     from beacon_jax.inference.model import Generation, Model
@@ -54,18 +54,7 @@ class Chat:
           TypeError, ValueError: no tokenizer, no chat template, a memory of several
             rows, or an option out of range.
         """
-        tokenizer = model.tokenizer
-        if tokenizer is None:
-            raise ValueError(
-                "tokenizer=None: a conversation is text. Put the tokenizer files into "
-                "the model's folder."
-            )
-        if not (chat_template or tokenizer.chat_template):
-            raise ValueError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template, base "
-                "models have none: give the jinja text by chat_template=... "
-                "(--chat_template=FILE), or add a chat_template.jinja to its folder."
-            )
+        check_template(model.tokenizer, chat_template)
         validate.memory(memory, Memory)
         if memory is not None and len(memory) != 1:
             raise ValueError(
@@ -74,10 +63,6 @@ class Chat:
         asked = collect(Completion, "Chat", {"max_new_tokens": 512, **options})
         validate.options(asked, 1)
         validate.ratio(asked.ratio, model.config)
-        ends = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop)
-        # Chat models end a turn by a token that config.json may not name.
-        if tokenizer.eos_token_id not in (None, *model.config.eos_ids):
-            ends.append(tokenizer.eos_token)
         self.memory = memory
         self.messages: list[dict[str, str]] = []
         if system:
@@ -86,7 +71,7 @@ class Chat:
         self._options: CompleteOptions = {
             "max_new_tokens": 512,
             **options,
-            "stop": ends,
+            "stop": turn_ends(model, asked.stop),
         }
         self._seed = int(np.asarray(asked.seed).reshape(()))
         self._base = int(memory.lengths[0]) if memory is not None else 0
@@ -142,21 +127,9 @@ class Chat:
 
     def encode(self, messages: list[dict[str, str]]) -> np.ndarray:
         """The tokens [n] of a conversation up to where the next answer begins."""
-        tokenizer = self._model.tokenizer
-        try:
-            text = tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses this: {error}") from None
-        # The template writes the special tokens itself.
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if self._base and ids and ids[0] == tokenizer.bos_token_id:
-            ids = ids[1:]
-        return self._model.encode(ids, "the conversation", first=False)
+        return encode_turns(
+            self._model, messages, template=self._template, behind=bool(self._base)
+        )
 
     def _cut(self, tokens: int) -> "tuple[Memory | None, int]":
         """The memory of the first `tokens` of the conversation, or of fewer if it has

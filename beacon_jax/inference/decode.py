@@ -20,7 +20,9 @@ from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, row_keys, row_seeds, sample
 from beacon_jax.model.config import ModelConfig
 
-BLOCK = 16  # tokens per call of the loop: text appears that often, one compile for all
+# Tokens per call of the loop: text appears that often, one compile for all. The first
+# call makes one token, which nobody has to wait for 15 others for.
+BLOCK = 16
 
 # (row, its new tokens [n] so far) -> how many of them to keep if it is done, or None.
 Finished = Callable[[int, Int[np.ndarray, " n"]], int | None]
@@ -54,8 +56,8 @@ class Loop(NamedTuple):
     """What goes from block to block, besides the memory: all that `sample` needs."""
 
     logits: Float[Array, "B V"]
-    active: Bool[Array, " B"]
-    seen: Bool[Array, "B V"] | None
+    active: Bool[Array, " B"] | Bool[np.ndarray, " B"]
+    seen: Bool[Array, "B V"] | Bool[np.ndarray, "B V"] | None
 
 
 @functools.partial(
@@ -169,38 +171,42 @@ def decode(
     static = static_ratios(memory, plans)
     if not donate:
         memory = memory.copy()
-    loop = Loop(
-        logits, jnp.ones(rows, bool), None if seen is None else jnp.asarray(seen)
-    )
+    # Small arguments stay numpy: each operation on the device is a program of its own.
+    loop = Loop(logits, np.ones(rows, bool), None if seen is None else seen)
     words = row_seeds(seeds, rows)
     fed = np.full((rows, 0), -1, np.int32)
     keep = np.full(rows, -1)  # of a row that `finished` ended
-    for start in range(0, int(limits.max()), BLOCK):
+    most, start, stop = int(limits.max()), 0, 1
+    while start < most:
         block, loop, memory = decode_block(
             config,
             variables,
             memory,
             loop,
-            jnp.asarray(plans),
+            plans,
             sampling,
             words,
-            jnp.int32(start),
-            jnp.asarray(limits),
+            np.int32(start),
+            np.minimum(limits, stop) if start == 0 else limits,
             eos_ids=ends,
             static=static,
         )
         # A loop's last block has empty columns behind the largest limit.
-        block = np.asarray(block)[:, : int(limits.max()) - start]
+        block = np.asarray(block)[:, : min(stop, most) - start]
         fed = np.concatenate([fed, block], axis=1)
         active = np.array(loop.active)
+        if start == 0:  # its limit stopped rows that go on
+            active = (block[:, 0] >= 0) & (limits > stop)
+            loop = loop._replace(active=active)
         if finished:
             _ask(finished, fed, start, keep)
             active &= keep < 0
-            loop = loop._replace(active=jnp.asarray(active))
+            loop = loop._replace(active=active)
         if on_tokens:
             on_tokens(_kept(fed, keep)[:, start:])
         if not active.any():
             break
+        start, stop = stop, stop + BLOCK
     return _decoded(fed, keep, loop.logits, memory)
 
 

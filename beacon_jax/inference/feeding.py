@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax.core.loop import needed_slots
-from beacon_jax.core.memory import CapacityError, MemoryState
+from beacon_jax.core.memory import CapacityError, MemoryState, init_memory
 from beacon_jax.core.move import keep_entries
 from beacon_jax.inference import leaves
 from beacon_jax.inference.compatible import check_same_model
@@ -54,7 +54,7 @@ def feed_rows(
     ledgers = ledgers_of(memory, len(rows))
     fed = [np.concatenate([x.pending, r]) for x, r in zip(ledgers, rows, strict=True)]
     ratios = stack_ratios(plans)
-    state = memory.state if memory else fresh_state(model, len(rows), 1, dtype)
+    state = memory.state if memory else _nothing(model, len(rows), dtype)
     lengths, done = np.asarray([len(r) for r in fed]), 0
     size = _room(model.config, state, ratios, lengths + new, capacity, plans)
     if size > state.capacity:
@@ -224,6 +224,13 @@ def fresh_state(
     """An empty memory, split over the devices of the model."""
     dtype = choose_dtype(model, None, dtype)
     return leaves.empty(model.config, rows, capacity, dtype, model.partition)
+
+
+def _nothing(model: "Model", rows: int, dtype: str | None) -> MemoryState:
+    """A memory of one slot on the host, which only says that it is empty."""
+    dtype = choose_dtype(model, None, dtype)
+    shape = jax.eval_shape(lambda: init_memory(model.config, rows, 1, dtype))
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shape)
 
 
 def _room(

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.timing import Timing
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -18,10 +19,12 @@ class Generation:
         model without tokenizer).
       tokens: its token ids, int32 [n].
       finish: "stop" (an end token or a stop string) or "length" (max_new_tokens).
-      note: what was decided about ratios, "" if nothing was.
+      note: what was decided about ratios, and why there is no text if the model ended
+        at once; "" if there is nothing to say.
       prompt_tokens: tokens read, context and prompt.
       prefill_seconds, decode_seconds: wall time of the batch, compilation included.
       batch, row: the memory of the batch and this prompt's row of it.
+      timing: time to the first token and speed of those after it, compilation apart.
     """
 
     text: str
@@ -33,6 +36,7 @@ class Generation:
     decode_seconds: float
     batch: Memory
     row: int = 0
+    timing: Timing = dataclasses.field(default_factory=Timing)
 
     @functools.cached_property
     def memory(self) -> Memory:

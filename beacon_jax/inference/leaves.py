@@ -167,9 +167,13 @@ def empty(
     """An empty memory, made on the devices that it is split over."""
     make = functools.partial(init_memory, config, rows, capacity, dtype)
     if partition is None:
-        return make()
+        return _empty(config, rows, capacity, dtype)
     where = shardings(partition, jax.eval_shape(make))
     return jax.jit(make, out_shardings=where)()
+
+
+# One program: each array by itself would be compiled, in every process anew.
+_empty = jax.jit(init_memory, static_argnums=(0, 1, 2, 3))
 
 
 def shardings(partition: Partition, state: Any) -> Any:

@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf.identify import Identity
+from beacon_jax.inference.account import Account
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import Partition
@@ -110,17 +111,19 @@ class Memory:
             + (f", {pending:,} tokens still to be fed)" if pending else ")")
         )
 
+    def account(self, row: int = 0) -> Account:
+        """What a row holds: tokens, entries, bytes and ratio, open window included."""
+        return Account.of(self.config, self.rows[row], self.slot_nbytes)
+
     def describe(self) -> str:
-        """One line per row (tokens, slots, bytes in use), one for the buffer (what JAX
-        has allocated for it, used or not) and, on devices that keep count (not CPUs),
-        one with the most bytes that JAX has had there so far, weights and all."""
+        """One line per row (tokens, what holds them, bytes in use, ratio), one for the
+        buffer (what JAX has allocated for it, used or not) and, on devices that keep
+        count (not CPUs), one with the most bytes that JAX has had there so far, weights
+        and all."""
         lines = []
         for i, row in enumerate(self.rows):
-            used = row.slots * self.slot_nbytes / 2**20
-            line = (
-                f"row {i}: {row.length} tokens -> {row.slots} memory slots "
-                f"({used:.3f} MiB) + {row.raw} in the open window"
-            )
+            held = self.account(i)
+            line = f"row {i}: {held.tokens} tokens -> {held.holds()}, {held.worth()}"
             if len(row.pending):
                 line += f", {len(row.pending)} still to be fed"
             lines.append(line)

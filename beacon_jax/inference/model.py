@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -51,7 +50,9 @@ from beacon_jax.inference.plan import (
 from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, make_sampling, seen_tokens
 from beacon_jax.inference.spans import Spans, token_spans
+from beacon_jax.inference.template import encode_question, ended_at_once, turn_ends
 from beacon_jax.inference.text import Streamer, finisher
+from beacon_jax.inference.timing import Stopwatch
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import variable_axes
 from beacon_jax.model.partition import Partition, make_partition, partitioned
@@ -213,12 +214,16 @@ class Model:
           stop: strings that end the text, which does not contain them.
           seed: of sampling, one per prompt (row i of one seed gets seed + i), and of a
             random ratio mix.
+          instruct: each prompt is a question, written in the tokenizer's chat template
+            behind the context, as `Chat` does; instruct models expect it.
           on_text: called with each piece of the text as it is ready; for a list of
             prompts with (row, piece).
+          on_tokens: called with the number of new tokens of all rows as they come.
           on_progress: as in `compress`, while the context and the prompts are read.
 
         Raises:
-          ValueError: a prompt of 0 tokens, or an argument out of range (named).
+          ValueError: a prompt of 0 tokens, an argument out of range (named), or
+            `instruct` with a tokenizer that has no template.
           CapacityError: `capacity` is too small; it states what is needed.
         """
         asked = collect(Completion, "complete", options)
@@ -235,34 +240,37 @@ class Model:
         )
         new = np.broadcast_to(np.asarray(asked.max_new_tokens, int), (count,))
         show = [_shown(asked.on_text, None if single else i) for i in range(count)]
-        streams = [Streamer(self.tokenizer, s, asked.stop) for s in show]
-        start = time.perf_counter()
+        stop = turn_ends(self, asked.stop) if asked.instruct else asked.stop
+        streams = [Streamer(self.tokenizer, s, stop) for s in show]
+        start, watch = time.perf_counter(), Stopwatch(asked.on_tokens)
         dtype = choose_dtype(self, memory, asked.memory_dtype)
         memory = _rows_for(memory, count)
-        rows, marked = self._prompt_rows(prompts, context, memory, asked.spans)
+        rows, marked = self._prompt_rows(prompts, context, memory, asked)
         plans = self._plans(rows, marked, memory, asked, dtype, int(new.max()))
         logits, after = feed_rows(
             self, rows, plans, memory, asked.capacity, new, asked.on_progress, dtype
         )
         jax.block_until_ready(logits)
         middle = time.perf_counter()
-        result = self._decode(after, logits, plans, sampling, streams, new, asked.seed)
+        result = self._decode(
+            after, logits, plans, sampling, streams, new, asked.seed, watch.block
+        )
         after = decoded_memory(after, plans, result)
         texts = [stream.finish() for stream in streams]
-        end = time.perf_counter()
+        end, timing = time.perf_counter(), watch.timing(result.lengths)
+        ended = (result.lengths < new) | [s.keep is not None for s in streams]
         made = [
             Generation(
                 text=texts[i],
                 tokens=result.tokens[i, : result.lengths[i]],
-                finish="stop"
-                if streams[i].keep is not None or result.lengths[i] < new[i]
-                else "length",
-                note=plans[i].note,
+                finish="stop" if ended[i] else "length",
+                note=self._note(plans[i], streams[i], asked.instruct),
                 prompt_tokens=len(rows[i]),
                 prefill_seconds=middle - start,
                 decode_seconds=end - middle,
                 batch=after,
                 row=i,
+                timing=timing,
             )
             for i in range(count)
         ]
@@ -347,7 +355,7 @@ class Model:
         prompts: list[Text],
         context: Any,
         memory: Memory | None,
-        spans: Spans | None,
+        asked: Completion,
     ) -> tuple[list[np.ndarray], list[Any]]:
         """[context | prompt] of each row, and the token ranges of its spans."""
         contexts: list[Any] = [None] * len(prompts)
@@ -359,18 +367,30 @@ class Model:
                     f"context has {len(contexts)} texts for {len(prompts)} prompts: "
                     "give one for all, or one for each."
                 )
-        elif spans is not None:
+        elif asked.spans is not None:
             raise ValueError("spans mark parts of the context: give context=...")
         rows, marked, first = [], [], memory is None
         for prompt, before in zip(prompts, contexts, strict=True):
-            tokens = self.encode(prompt, "prompt", first=first and before is None)
+            alone = first and before is None
+            if asked.instruct:
+                tokens = encode_question(self, prompt, behind=not alone)
+            else:
+                tokens = self.encode(prompt, "prompt", first=alone)
             if before is not None:
                 tokens = np.concatenate(
                     [self.encode(before, "context", first=first), tokens]
                 )
             rows.append(tokens)
-            marked.append(self._spans(spans, before, first))
+            marked.append(self._spans(asked.spans, before, first))
         return rows, marked
+
+    def _note(self, plan: Plan, stream: Streamer, instruct: bool) -> str:
+        """What there is to say about one row."""
+        notes = [plan.note] if plan.note else []
+        # A stop string of the user may come first too; that needs no explanation.
+        if not len(stream) and (stream.keep is None or instruct):
+            notes.append(ended_at_once(self, instruct=instruct))
+        return "; ".join(notes)
 
     def _spans(self, spans: Spans | None, text: Any, first: bool) -> Any:
         """Token ranges of what `spans` marks in a text."""
@@ -422,6 +442,7 @@ class Model:
         streams: list[Streamer],
         new: np.ndarray,
         seed: Integers,
+        on_tokens: Callable[[np.ndarray], None],
     ) -> Decoded:
         seen = None
         if (np.asarray(sampling.repetition_penalty) != 1).any():
@@ -438,6 +459,7 @@ class Model:
                 seeds=seed,
                 seen=seen,
                 finished=finisher(streams) if self.tokenizer else None,
+                on_tokens=on_tokens,
                 donate=True,
             )
 
@@ -518,7 +540,8 @@ def load(
         tokenizer = checkpoint.load_tokenizer(path)
     except FileNotFoundError:
         tokenizer = None
-    variables = jax.tree.map(jnp.asarray, found.variables)
+    # A CPU device takes these arrays over as they are: half the memory, half the time.
+    variables = jax.device_put(found.variables)
     return Model(found.config, variables, tokenizer, found.identity, partition)
 
 

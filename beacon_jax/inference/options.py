@@ -57,7 +57,9 @@ class CompleteOptions(ReadOptions, total=False):
     min_p: Numbers
     repetition_penalty: Numbers
     stop: str | Sequence[str]
+    instruct: bool
     on_text: Callable[..., None] | None
+    on_tokens: Callable[[int], None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Completion(Reading):
     min_p: Numbers = 0.0
     repetition_penalty: Numbers = 1.0
     stop: str | Sequence[str] = ()
+    instruct: bool = False
     on_text: Callable[..., None] | None = None
+    on_tokens: Callable[[int], None] | None = None
 
 
 # What other libraries call it.

@@ -176,6 +176,7 @@ def options(asked: Reading, rows: int) -> None:
     if not isinstance(asked, Completion):
         return
     callback("on_text", asked.on_text)
+    callback("on_tokens", asked.on_tokens)
     for name in (
         "max_new_tokens",
         "temperature",

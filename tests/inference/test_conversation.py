@@ -202,3 +202,50 @@ def test_what_a_conversation_needs_is_named(model):
     two = model.compress(["a", "b"], ratio=4)
     with pytest.raises(ValueError, match=r"memory has 2 rows.*memory\[i\]"):
         Chat(model, two, chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def instruct(model, monkeypatch):
+    """The tiny model as if its tokenizer had a template."""
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    return model
+
+
+def test_instruct_asks_in_the_template_behind_the_context_as_a_chat_does(instruct):
+    memory = instruct.compress(CONTEXT, ratio=4, capacity=320)
+    turn = Chat(instruct, memory, **OPTIONS).say(MESSAGES[0])
+    asked = {"instruct": True} | OPTIONS
+    behind = instruct.complete(MESSAGES[0], memory=memory, **asked)
+    whole = instruct.complete([MESSAGES[0]] * 2, context=CONTEXT, **asked)
+    for made in (behind, *whole):
+        assert made.tokens.tolist() == turn.tokens.tolist()
+    assert behind.prompt_tokens == turn.prompt_tokens
+    with pytest.raises(ValueError, match="instruct=True with a prompt of type list"):
+        instruct.complete([1, 2], **asked)
+
+
+def test_an_answer_without_a_token_says_why(model, instruct):
+    free = model.complete("At dawn", **OPTIONS)
+    end = int(free.tokens[0])
+    config = dataclasses.replace(instruct.config, eos_ids=(end,))
+    ended = dataclasses.replace(instruct, config=config).complete("At dawn", **OPTIONS)
+    assert (ended.text, ended.finish) == ("", "stop")
+    assert ended.note == (
+        "the model ended at once: its first token was an end token. Instruct models "
+        "expect --instruct (instruct=True)"
+    )
+    # A stop string that the user gave explains itself.
+    assert model.complete("At dawn", **OPTIONS | {"stop": free.text[0]}).note == ""
+
+
+def test_time_to_the_first_token_and_the_rate_behind_it_leave_compilation_out(model):
+    counts = []
+    made = model.complete("At dawn", **OPTIONS, on_tokens=counts.append)
+    assert counts == [1, 8]
+    timing = made.timing
+    assert timing.later_tokens == 8 and timing.tokens_per_second > 0
+    total = made.prefill_seconds + made.decode_seconds
+    parts = timing.compile + timing.first_token + timing.later
+    assert parts == pytest.approx(total, rel=0.05, abs=0.05)
+    one = model.complete("At dawn", **OPTIONS | {"max_new_tokens": 1})
+    assert one.timing.tokens_per_second is None

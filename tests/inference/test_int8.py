@@ -103,8 +103,8 @@ def test_bytes_are_values_and_scales(model):
     mean = layers * heads * width * 4
     assert sum(x.nbytes for x in leaves) == memory.nbytes
     assert memory.nbytes == memory.capacity * memory.slot_nbytes + mean
-    slots = int(memory.slots[0])
-    assert f"({slots * memory.slot_nbytes / 2**20:.3f} MiB)" in memory.describe()
+    entries = int(memory.entries[0])
+    assert f"({entries * memory.slot_nbytes / 2**20:.3f} MiB)" in memory.describe()
 
 
 def test_budgets_count_its_bytes(model):

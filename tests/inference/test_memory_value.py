@@ -175,7 +175,11 @@ def test_describe_and_bytes_are_those_of_the_arrays(model):
     assert memory.nbytes == held == 2 * 64 * memory.slot_nbytes
     assert memory.slot_nbytes == 2 * 2 * 1 * 8 * 4  # k and v, L, K, H, bytes
     text = memory.describe()
-    assert f"row 0: 30 tokens -> 12 memory slots ({12 * 128 / 2**20:.3f} MiB)" in text
+    held0 = (12 + 6 + 3) * 128 / 2**20
+    assert (
+        "row 0: 30 tokens -> 12 memory slots + 6 in the open window with 3 beacons "
+        f"({held0:.3f} MiB), x2 planned; x1.4 with the open window"
+    ) in text
     assert "row 1: 9 tokens -> 4 memory slots" in text
     assert (
         f"buffer: 64 slots per row of 128 bytes (float32), {held / 2**20:.3f} MiB"

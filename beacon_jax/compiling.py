@@ -1,0 +1,58 @@
+"""How long JAX compiles: what a program costs once, apart from what it computes.
+
+JAX reports how long each tracing, lowering and compiling (or reading from the
+compilation cache) took when it ends. One may lie inside of another, so the time is that
+of their union.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from jax import monitoring
+
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # XLA's part begins
+COMPILED = "/jax/core/compile/backend_compile_duration"
+EVENTS = ("/jax/core/compile/jaxpr_trace_duration", LOWERED, COMPILED)
+REMEMBERED = 1_000  # intervals that a later one may still enclose
+
+
+class Watch:
+    """Adds up what it hears; `clock` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock, self._lock = clock, threading.Lock()
+        self._past = 0.0  # seconds of intervals that are no longer kept
+        self._kept: list[tuple[float, float]] = []
+        self._begun: float | None = None
+
+    def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
+        """A listener of `jax.monitoring`: `event` has ended; it took so long."""
+        if event not in EVENTS:
+            return
+        now = self._clock()
+        with self._lock:
+            start = now - duration_secs
+            while self._kept and self._kept[-1][0] >= start:
+                self._kept.pop()
+            if self._kept:
+                start = max(start, self._kept[-1][1])
+            self._kept.append((start, now))
+            if len(self._kept) > REMEMBERED:
+                old, self._kept = self._kept[:-1], self._kept[-1:]
+                self._past += sum(end - begin for begin, end in old)
+            self._begun = now if event == LOWERED else None
+
+    def seconds(self) -> float:
+        """Of all compilation so far, in this process."""
+        with self._lock:
+            return self._past + sum(end - start for start, end in self._kept)
+
+    def running(self) -> float | None:
+        """Seconds since XLA began to compile what is not finished yet, else None."""
+        begun = self._begun
+        return None if begun is None else self._clock() - begun
+
+
+watch = Watch()
+monitoring.register_event_duration_secs_listener(watch)

@@ -1,0 +1,95 @@
+"""Conversations as the model's chat template writes them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+
+if TYPE_CHECKING:
+    from beacon_jax.inference.model import Model
+
+
+def check_template(tokenizer: Any, template: str | None = None) -> None:
+    """Raises ValueError, with what to do, if there is nothing to write turns with.
+
+    Args:
+      template: jinja text in place of the tokenizer's own.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "tokenizer=None: a conversation is text. Put the tokenizer files into "
+            "the model's folder."
+        )
+    if not (template or tokenizer.chat_template):
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template, base "
+            "models have none: give the prompt as it is, without instruct=True "
+            "(--instruct), or the jinja text by chat_template=... "
+            "(--chat_template=FILE), or add a chat_template.jinja to its folder."
+        )
+
+
+def encode_turns(
+    model: "Model",
+    messages: Sequence[dict[str, str]],
+    *,
+    template: str | None = None,
+    behind: bool = False,
+) -> np.ndarray:
+    """The tokens [n] of a conversation up to where the next answer begins.
+
+    Args:
+      messages: [{"role": ..., "content": ...}].
+      template: jinja text in place of the tokenizer's own.
+      behind: a context comes in front. It has a bos, so the template's is left out.
+
+    Raises:
+      ValueError: no template, or one that refuses the conversation.
+    """
+    tokenizer = model.tokenizer
+    check_template(tokenizer, template)
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses this: {error}") from None
+    # The template writes the special tokens itself.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if behind and ids and ids[0] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    return model.encode(ids, "the conversation", first=False)
+
+
+def encode_question(model: "Model", text: Any, *, behind: bool) -> np.ndarray:
+    """The tokens [n] of one question, in the template, that the answer goes on from.
+
+    Raises:
+      ValueError: not a text, no template, or one that refuses it.
+    """
+    if not isinstance(text, str):
+        raise ValueError(
+            f"instruct=True with a prompt of type {type(text).__name__}: the chat "
+            "template is for text. Give a str, or leave instruct out."
+        )
+    return encode_turns(model, [{"role": "user", "content": text}], behind=behind)
+
+
+def turn_ends(model: "Model", stop: str | Sequence[str] = ()) -> list[str]:
+    """`stop`, and the end of a turn: chat models end one by a token that config.json
+    may not name."""
+    ends = [stop] if isinstance(stop, str) else list(stop)
+    tokenizer = model.tokenizer
+    if tokenizer.eos_token_id not in (None, *model.config.eos_ids):
+        ends.append(tokenizer.eos_token)
+    return ends
+
+
+def ended_at_once(model: "Model", *, instruct: bool) -> str:
+    """Why an answer has no token, and what to do."""
+    text = "the model ended at once: its first token was an end token"
+    has = model.tokenizer is not None and model.tokenizer.chat_template
+    if has and not instruct:
+        return f"{text}. Instruct models expect --instruct (instruct=True)"
+    return text

@@ -1,0 +1,82 @@
+"""Commands that are interrupted or lose their reader, as processes without jax."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from beacon_jax.cli import ending
+
+START = "from beacon_jax.cli.ending import ended, fail\nimport sys, time\n"
+
+
+def start(body: str, **options) -> subprocess.Popen:
+    code = START + "\n".join(
+        f"    {line}" if i else line for i, line in enumerate(body)
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def interrupted(body: list[str]) -> tuple[int, str]:
+    """The exit code and stderr of code that says "ready" and then gets Ctrl-C."""
+    process = start(body, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    return process.returncode, err
+
+
+def test_ctrl_c_is_one_line_that_says_what_goes_on():
+    body = [
+        'with ended("evaluate", "the same command goes on"):',
+        'print("ready", flush=True)',
+        "time.sleep(60)",
+    ]
+    code, err = interrupted(body)
+    assert code == 130
+    assert err == "\nevaluate: stopped by Ctrl-C; the same command goes on\n"
+
+
+def test_ctrl_c_ends_a_command_that_python_cannot_answer_for():
+    """As while XLA compiles: one call of C that no signal ends."""
+    body = [
+        'with ended("generate", patience=0.2):',
+        "import ctypes",
+        "libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)",
+        "libc.pthread_mutex_lock(mutex)",
+        'print("ready", flush=True)',
+        "libc.pthread_mutex_lock(mutex)",
+    ]
+    begun = time.monotonic()
+    code, err = interrupted(body)
+    assert (code, err) == (130, "\ngenerate: stopped by Ctrl-C\n")
+    assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_closed_stdout_ends_a_command_without_a_word(wrapped):
+    body = [
+        'with ended("inspect"):',
+        "try:",
+        "    for i in range(100_000): print(i, flush=True)",
+        "except OSError as error: fail(error)",
+    ]
+    if not wrapped:
+        body = [body[0], "for i in range(100_000): print(i, flush=True)"]
+    process = start(body, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=20) == 141
+
+
+def test_what_the_user_can_mend_is_one_line():
+    with pytest.raises(SystemExit) as ended:
+        ending.fail(ValueError("--ratio=x: use 8."))
+    assert ended.value.code == "error: --ratio=x: use 8."
