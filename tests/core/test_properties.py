@@ -131,9 +131,16 @@ def assert_equal_memories(config, ours, expected):
         )
 
 
-@pytest.mark.parametrize("placement", ["interleave", "append"])
-@pytest.mark.parametrize("sink", [0, 3])
-def test_token_by_token_gives_what_feeding_gives(placement, sink):
+@pytest.mark.parametrize(
+    ("sink", "placement"),
+    [
+        (0, "interleave"),
+        (3, "append"),
+        pytest.param(3, "interleave", marks=pytest.mark.slow),
+        pytest.param(0, "append", marks=pytest.mark.slow),
+    ],
+)
+def test_token_by_token_gives_what_feeding_gives(sink, placement):
     config = config_with(sink=sink, placement=placement)
     tokens, ratios = text(3), np.asarray([4, 2, 0, 2], np.int32)
     whole, expected = run(config, tokens, [T, T - 9], ratios)
@@ -210,7 +217,7 @@ def loss_of(config, beacon, tokens, lengths, plan, **options):
     )
 
 
-@pytest.mark.parametrize("sink", [0, 3])
+@pytest.mark.parametrize("sink", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_short_row_trains_as_alone_while_others_go_on(sink):
     config = config_with(sink=sink)
     tokens, lengths, plan = text(11), [T, 19], [2, 4, 2, 4, 2]
@@ -230,7 +237,9 @@ def test_a_short_row_trains_as_alone_while_others_go_on(sink):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), da, db)
 
 
-@pytest.mark.parametrize("remat", ["lean", "lean-layer"])
+@pytest.mark.parametrize(
+    "remat", ["lean", pytest.param("lean-layer", marks=pytest.mark.slow)]
+)
 def test_a_batch_of_mixed_lengths_has_the_gradients_of_its_rows_alone(remat):
     config, lengths, plan = config_with(sink=3), [T, 19, 2 * W], [2, 4, 2, 4, 2]
     tokens = np.concatenate([text(16), text(17)[:1]])
@@ -281,7 +290,16 @@ def test_a_batch_without_labels_has_loss_0_and_no_gradient():
     assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("remat", ["lean", "lean-layer", "layer", "window"])
+# `lean` and `lean-layer` also have the bits of `window`: test_lean_vjp.
+@pytest.mark.parametrize(
+    "remat",
+    [
+        "lean",
+        "layer",
+        pytest.param("lean-layer", marks=pytest.mark.slow),
+        pytest.param("window", marks=pytest.mark.slow),
+    ],
+)
 def test_recomputing_changes_neither_loss_nor_gradients(remat):
     tokens, plan = text(14), [2, 4, 2, 4, 2]
     f = lambda b, r: loss_of(TINY, b, tokens, [T, T], plan, remat=r)[0]
