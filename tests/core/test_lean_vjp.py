@@ -137,7 +137,7 @@ some = lambda *core: pytest.mark.parametrize(
 )
 
 
-@some(2, 5)
+@some(2)
 def test_the_product_of_options_has_the_bits_of_plain_reverse_mode(case):
     loss, own = loss_and_own(case)
     expected, gradients = plain(case)

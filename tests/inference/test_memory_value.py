@@ -379,7 +379,9 @@ def test_a_memory_of_another_model_or_batch_is_refused(model, make_folder):
         model.complete("a", spans="b")
 
 
-@pytest.mark.parametrize("mesh", ["tensor:8", "data:2,tensor:4"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("tensor:8", marks=pytest.mark.slow), "data:2,tensor:4"]
+)
 def test_a_model_split_over_devices_gives_what_one_gives(make_folder, mesh):
     shape = {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 264}
     folder, heads = make_folder(**shape), int(mesh[-1])

@@ -78,7 +78,15 @@ def conversations(folder):
     yield str(folder / "booksum.csv")
 
 
-@pytest.mark.parametrize("make", [json_files, tables, texts, conversations])
+@pytest.mark.parametrize(
+    "make",
+    [
+        json_files,
+        pytest.param(tables, marks=pytest.mark.slow),
+        pytest.param(texts, marks=pytest.mark.slow),
+        pytest.param(conversations, marks=pytest.mark.slow),
+    ],
+)
 def test_every_kind_of_source_trains(config, tmp_path, make):
     config.data.sources = (*make(tmp_path), *config.data.sources)
     config.data.root = str(tmp_path)
@@ -149,6 +157,7 @@ def test_a_run_does_not_go_on_with_other_data(config, tmp_path):
         train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_one_compiled_step_serves_batches_of_any_number_of_windows(
     config, tmp_path, monkeypatch
 ):
@@ -172,6 +181,7 @@ def test_one_compiled_step_serves_batches_of_any_number_of_windows(
     assert [len(programs) for programs in made] == [1]
 
 
+@pytest.mark.slow
 def test_a_plain_model_trains_on_sources(config, base, tmp_path):
     config.trainable, config.beacon.use = "all", False
     config.window = 8

@@ -110,6 +110,7 @@ def test_resume_after_sigterm_is_bit_identical(config, tmp_path, monkeypatch, ca
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(config, tmp_path, monkeypatch):
     """Everything split, so that all meshes draw the same plans."""
     config.data.stages.stage1.batch_size = 4
@@ -130,6 +131,7 @@ def test_a_run_goes_on_on_another_mesh(config, tmp_path, monkeypatch):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stages_of_any_length_and_all_plans_share_one_compiled_step(
     config, tmp_path, monkeypatch
 ):
@@ -152,6 +154,7 @@ def test_stages_of_any_length_and_all_plans_share_one_compiled_step(
     assert [len(programs) for programs in made] == [1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_exported_before_the_run_ends(config, tmp_path):
     train(config, tmp_path)
     command = [sys.executable, "-m", "beacon_jax.convert", "to-hf", f"--src={tmp_path}"]

@@ -227,6 +227,7 @@ def test_a_full_disk_at_a_save_leaves_the_one_before(
     assert weights(tmp_path) == weights(finished)
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_metrics_ends_the_run_with_its_state_saved(
     config, finished, tmp_path, monkeypatch
 ):
@@ -250,6 +251,7 @@ def test_a_full_disk_at_the_metrics_ends_the_run_with_its_state_saved(
     assert weights(tmp_path) == weights(finished)
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_export_leaves_the_state(
     config, finished, tmp_path, monkeypatch
 ):
