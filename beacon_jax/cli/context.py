@@ -64,7 +64,8 @@ def main(
 
 def in_flags(said: Warning | Exception | str) -> str:
     """A warning or an error about an argument, in the words of a command line."""
-    return getattr(said, "in_flags", str(said))
+    text = getattr(said, "in_flags", str(said))
+    return f"--{text}" if text.partition("=")[0] in flags.FLAGS else text
 
 
 # --- what the flags say ----------------------------------------------------------

@@ -37,7 +37,8 @@ class ArgumentError(ValueError):
         shown, end = _shown(value), f": {remedy}." if remedy else "."
         super().__init__(f"{name}={shown} {why}{end}")
         end = f": {flags or remedy}." if remedy or flags else "."
-        self.in_flags = f"--{name}={shown} {why}{end}"
+        several = value if isinstance(value, list | tuple) else [value]
+        self.in_flags = f"--{name}={','.join(map(str, several))} {why}{end}"
 
 
 class ArgumentWarning(UserWarning):
