@@ -30,6 +30,7 @@ from beacon_jax.model.decoder import init_variables
 from tests.tiny import TINY
 
 W, T = 8, 40
+pytestmark = pytest.mark.optimized  # tolerances of what users run
 PROPERTY = settings(
     max_examples=8, deadline=None, suppress_health_check=list(HealthCheck)
 )
