@@ -30,6 +30,7 @@ def get_config(arg: str = "") -> Config:
     # of one ratio, and text behind the last question, make training reach both: before,
     # x2 recalled 92 % with a last window without beacons and 0 % with one.
     config.uniform_plans = 0.5
+    config.data.sources = ("stdlib",)
     config.data.passkey_tail = 64
     config.data.passkey_questions = 4
     config.data.answer_weight = 20.0

@@ -5,8 +5,8 @@ python -m beacon_jax.train --config=configs/qwen2_0_5b_colab.py \
 
 Trains 25M beacon parameters (q, k, v) on a frozen Qwen2-0.5B (or its -Instruct) in
 HF_DIR, windows of 1024 tokens, ratios 2, 4, 8, on the standard library of the running
-Python with passkeys inserted, or on the text of --config.text.uri=FOLDER. Few steps, so
-the rate is higher than the paper's; 2e-4 is a guess that no run has checked.
+Python with passkeys inserted, or on the text of --config.data.sources=FOLDER. Few
+steps, so the rate is higher than the paper's; 2e-4 is a guess that no run has checked.
 
 Hardware: one device of 16 GB. 16.4M tokens, 1,600 steps of 2 rows of 4096, then 8192.
 Arguments and temporaries of the gradient at 2 x 8192 take 6.1 GiB (XLA's analysis of a
@@ -29,6 +29,7 @@ def get_config(arg: str = "") -> Config:
     config = recipes.start(PRESET)
     config.beacon.window = 1024
     config.beacon.ratios = (2, 4, 8)
+    config.data.sources = ("stdlib",)
     config.data.passkey_questions = 4
     t4 = arg == "t4"
     if t4:

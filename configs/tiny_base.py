@@ -6,11 +6,11 @@ python -m beacon_jax.train --config=configs/tiny_base.py:loose --workdir=out/tin
 cp -r out/tiny-loose/export assets/tiny-base
 
 A Llama-shaped model of 0.44M non-embedding parameters and a BPE of 512 tokens, both
-trained on the text of the running Python (or --config.text.uri=FOLDER). Repeated random
-segments come first: recall emerges from them in a minute or two, and without them not
-at all. Then lengths grow to 512; `:more` goes on with more text and copied passages.
-`:loose` interleaves 30 % of the rows with eos tokens that mean nothing: without it,
-beacons in the window that is predicted cost 0.1 nats/token at x4 (64 rows).
+trained on the text of the running Python (or --config.data.sources=FOLDER). Repeated
+random segments come first: recall emerges from them in a minute or two, and without
+them not at all. Then lengths grow to 512; `:more` goes on with more text and copied
+passages. `:loose` interleaves 30 % of the rows with eos tokens that mean nothing:
+without it, beacons in the window that is predicted cost 0.1 nats/token at x4 (64 rows).
 
 Hardware: two CPU cores, 19 + 17 + 10 minutes. Measured on held-out files: 5-digit
 passkeys recalled at 128, 256 and 512 tokens: 100 % (64 rows each). Loss of the last 32
@@ -53,6 +53,7 @@ def get_config(arg: str = "") -> Config:
             "rms_norm_eps": 1e-5,
         }
     )
+    config.data.sources = ("stdlib",)
     config.data.passkey_questions = 3
     stages = config.data.stages
     # Small batches and many steps: batch 8 beat 16 at equal tokens by 0.2 nats.

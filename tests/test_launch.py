@@ -98,19 +98,19 @@ def test_a_missing_workdir_is_an_error_with_the_usage(name):
 def test_slurm_shows_all_gpus_of_a_node_to_its_one_process(remote):
     assert "#SBATCH" in source("slurm.sh")
     assert "--ntasks-per-node=1 " in source("slurm.sh")
-    words = remote("slurm.sh", "configs/x.py", "a folder", "--config.text.uri=b c")
+    words = remote("slurm.sh", "configs/x.py", "a folder", "--config.data.sources=b c")
     assert words[-1] == "ids=0,1,2,3"
     assert words[-5:-1] == [
         "--config=configs/x.py",
         "--workdir=a folder",
         "--distributed",
-        "--config.text.uri=b c",
+        "--config.data.sources=b c",
     ]
 
 
 @pytest.mark.parametrize("name", ["tpu_vm.sh", "gke_xpk.sh"])
 def test_the_command_survives_the_shell_of_the_other_machine(name, remote):
-    words = remote(name, "configs/x.py", "a folder", "--config.text.uri=b 'c'")
+    words = remote(name, "configs/x.py", "a folder", "--config.data.sources=b 'c'")
     (line,) = [w for w in words if w.startswith("--command=")]
     sent = line.removeprefix("--command=").split("&& ")[-1]
     other = subprocess.run(
@@ -122,7 +122,7 @@ def test_the_command_survives_the_shell_of_the_other_machine(name, remote):
         "--config=configs/x.py",
         "--workdir=a folder",
         "--distributed",
-        "--config.text.uri=b 'c'",
+        "--config.data.sources=b 'c'",
     ]
 
 

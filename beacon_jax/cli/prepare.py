@@ -1,13 +1,14 @@
 """Tokenises sources once: text and conversations become a prepared folder.
 
-Reads what config.data names (sources, root, min_length, max_length, chat_template) with
-the tokenizer of the config, and writes shards, an index and a manifest to --out.
---out=WORKDIR/data is where training in WORKDIR looks for it; without it training
-prepares by itself. The same command goes on with a folder that is not finished; one
-that was made with other settings is refused unless --overwrite.
+Reads what config.data names (sources, root, heldout, min_length, max_length, long,
+chat_template) with the tokenizer of the config, writes shards, an index and a manifest
+to --out, and says what share of the tokens is used. --out=WORKDIR/data is where
+training in WORKDIR looks for it; without it training prepares by itself. The same
+command goes on with a folder that is not finished; one that was made with other
+settings is refused unless --overwrite.
 
 Example:
-  beacon-jax prepare --config=llama2_7b_pretrain --config.data.sources="('books',)" \\
+  beacon-jax prepare --config=llama2_7b_pretrain --config.data.sources=books \\
     --out=out/run/data
 """
 
@@ -41,8 +42,16 @@ def define_flags(
 def from_flags(values: Any, folder: Path) -> "Prepared":
     """Prepares what the flags say, with progress; names the folder of the tokenizer."""
     from beacon_jax.data.prepare import Settings, prepare
+    from beacon_jax.training.check_data import check_data
 
     config = values.config
+    check_data(config)
+    if config.data.stages:
+        raise ValueError(
+            f"data.stages has {', '.join(config.data.stages)}, whose rows are cut from "
+            "the text while a run trains: there is nothing to prepare. Train at once, "
+            "or use a config without stages."
+        )
     settings = Settings.of(config.data, tokenizer_folder(config, folder.parent))
     return prepare(
         settings,
@@ -58,12 +67,10 @@ def tokenizer_folder(config: Any, workdir: Path) -> Path:
     """That of the config; one that training would train is trained in `workdir`."""
     if not config.tokenizer.train:
         return Path(asset(config.tokenizer.path or config.init_from))
-    from beacon_jax.data.text import load_documents
-    from beacon_jax.training.initial import make_tokenizer  # imports jax: seconds
+    from beacon_jax.data.text import run_documents
+    from beacon_jax.data.tokenizer import ensure_tokenizer
 
-    text = config.text
-    documents = load_documents(text.uri, "train", text.heldout_fraction)
-    return make_tokenizer(config, documents, workdir)[1]
+    return ensure_tokenizer(config, lambda: run_documents(config), workdir)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -77,11 +84,12 @@ def main(argv: Sequence[str]) -> None:
         data = from_flags(values, Path(out).expanduser())
     except (ValueError, OSError, ImportError) as error:
         fail(error)
-    from beacon_jax.data.tally import drop_table
+    from beacon_jax.data.tally import drop_table, usage
 
     for source in data.manifest["sources"]:
         print(
             f"{source['examples']:>10,} examples  {source['tokens']:>14,} tokens  of "
             f"{source['rows']:,} rows in {source['uri']}"
         )
+    print(usage(data.manifest))
     print(drop_table(data.manifest) or "no row was left out", flush=True)

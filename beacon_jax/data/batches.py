@@ -24,6 +24,7 @@ window-only on a base without dummies, 0.071 on one that trained 1,200 steps mor
 them in 30 % of the rows; passkeys at x2 and x4 .98 and .84 against .94 and .81.)
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,6 +40,16 @@ from beacon_jax.data.passkey import (
 )
 
 KINDS = ("text", "passkey", "repeat", "copy")
+# Keys of config.data that only stages read.
+STAGE_KEYS = (
+    "answer_weight",
+    "second_weight",
+    "passkey_questions",
+    "passkey_window",
+    "passkey_tail",
+    "copy_weight",
+    "dummy_every",
+)
 IGNORE = -100
 
 
@@ -49,8 +60,7 @@ class StepBatches(Protocol):
     Attributes:
       steps: of the run.
       shapes: (B, T) of all batches there are.
-      fingerprint: of the data, "" if they follow from the config: a run resumes with
-        equal data or not at all.
+      fingerprint: of the data: a run resumes with equal data or not at all.
     """
 
     @property
@@ -135,6 +145,18 @@ class BatchConfig:
     copy_weight: float = 1.0
     dummy_every: tuple[int, ...] = (2, 4, 8)
 
+    @classmethod
+    def of(cls, config: Any) -> "BatchConfig":
+        """From a whole config (`training.config`)."""
+        data = config.data
+        stages = []
+        for name in sorted(data.stages):
+            given = data.stages[name].to_dict()
+            mix = tuple((k, w) for k, w in sorted(given.pop("mix").items()) if w)
+            stages.append(Stage(**given, mix=mix))
+        settings = {key: data[key] for key in STAGE_KEYS}
+        return cls(stages=tuple(stages), seed=config.seed, **settings)
+
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages=() is empty; give at least one Stage")
@@ -184,7 +206,7 @@ class Batches:
 
     @property
     def fingerprint(self) -> str:
-        return ""
+        return hashlib.sha256(np.ascontiguousarray(self.stream)).hexdigest()
 
     def width(self, step: int) -> int:
         return self.config.stage_at(step).length

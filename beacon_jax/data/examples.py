@@ -12,16 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from beacon_jax.data import chat
+from beacon_jax.data.heldout import HELD_OUT
 from beacon_jax.data.sources import Record
 
-# Why a record becomes no example. Those that begin with "shorter than" or "longer than"
-# are length rules, expected and harmless; all others count as bad rows.
+# Why a record becomes no example. Those of EXPECTED are harmless; all others count as
+# bad rows.
 SHORTER = "shorter than min_length"
 LONGER = "longer than max_length"
 EMPTY = "empty"
 LABELS_LENGTH = "labels and tokens differ in length"
 OTHER_LABELS = "labels are other ids than the tokens"
 OTHER_VOCABULARY = "token ids outside the tokenizer's vocabulary"
+# What becomes of text above max_length.
+LONG = ("split", "cut", "drop")
 REASONS = (
     SHORTER,
     LONGER,
@@ -32,6 +35,8 @@ REASONS = (
     *chat.REASONS,
 )
 
+EXPECTED = (SHORTER, LONGER, HELD_OUT)
+
 IGNORED = -100  # the label of a token that is not a target
 
 
@@ -41,14 +46,17 @@ class Rules:
 
     min_length, max_length: tokens of an example, both included. chat_template: how
     conversations are written, a name of `chat.TEMPLATES`, or "" if there are none.
-    cut_long: text above max_length is cut, as in the release, or left out, as in the
-    paper (appendix A).
+    long: what becomes of text above max_length: "split" into examples of max_length
+      tokens, the last one shorter; "cut" after max_length, as in the release; or
+      "drop", as in the paper (appendix A).
+    heldout: share of the documents that are kept for evaluation (`data.heldout`).
     """
 
     min_length: int = 0
     max_length: int = 20480
     chat_template: str = ""
-    cut_long: bool = True
+    long: str = "split"
+    heldout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.min_length < 0 or self.max_length < max(1, self.min_length):
@@ -60,6 +68,15 @@ class Rules:
             raise ValueError(
                 f"data.chat_template={self.chat_template!r} is unknown; use one of "
                 f"{', '.join(chat.TEMPLATES)}"
+            )
+        if self.long not in LONG:
+            raise ValueError(
+                f"data.long={self.long!r} is unknown: use {', '.join(LONG)}."
+            )
+        if not 0.0 <= self.heldout < 1.0:
+            raise ValueError(
+                f"data.heldout={self.heldout} is a share of the documents: use a "
+                "number from 0 to below 1."
             )
 
 
@@ -74,12 +91,26 @@ class Example(NamedTuple):
     labelled: np.ndarray
 
 
-def make_example(record: Record, tokenizer: Any, rules: Rules) -> Example | str:
-    """The example of a record, or the reason (one of `REASONS`) why there is none.
+class Made(NamedTuple):
+    """What a record became.
 
-    Text: all tokens are targets. It is dropped below min_length; it gets an eos, if it
-    does not end in one, when it has fewer than max_length tokens, and is cut to
-    max_length, without eos, otherwise (or dropped, if rules.cut_long is off).
+    examples: none if there is a reason. reason: one of `REASONS`, or "". lost: tokens
+    of the record that are in no example, as far as they were counted.
+    """
+
+    examples: tuple[Example, ...] = ()
+    reason: str = ""
+    lost: int = 0
+
+
+def make_examples(record: Record, tokenizer: Any, rules: Rules) -> Made:
+    """The examples of a record, or the reason why there is none.
+
+    Text: all tokens are targets. It is dropped below min_length. With fewer than
+    max_length tokens it gets an eos, if it does not end in one. Above max_length it is
+    cut, without eos, dropped, or split (`Rules.long`): each piece begins with the
+    tokenizer's bos if the text does, the last one ends in an eos, and is left out below
+    min_length.
     Conversations are never cut: outside [min_length, max_length] they are dropped; only
     the assistant's answers and their end markers are targets. Tokenised rows are taken
     as they are inside [min_length, max_length]; without labels all are targets.
@@ -96,7 +127,12 @@ def make_example(record: Record, tokenizer: Any, rules: Rules) -> Example | str:
     else:
         assert record.tokens is not None
         example = _of_tokens(*record.tokens, tokenizer)
-    return example if isinstance(example, str) else _within(example, rules)
+    if isinstance(example, str):
+        return Made(reason=example)
+    n = len(example.tokens)
+    if n < rules.min_length:
+        return Made(reason=SHORTER, lost=n)
+    return Made(reason=LONGER, lost=n) if n > rules.max_length else Made((example,))
 
 
 def shift(tokens: np.ndarray, labelled: np.ndarray) -> np.ndarray:
@@ -110,20 +146,48 @@ def shift(tokens: np.ndarray, labelled: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _of_text(text: str, tokenizer: Any, rules: Rules) -> Example | str:
+def _of_text(text: str, tokenizer: Any, rules: Rules) -> Made:
     if not text.strip():
-        return EMPTY
+        return Made(reason=EMPTY)
     # verbose=False: a text longer than the model's positions is no reason to warn.
     tokens = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
-    if len(tokens) < rules.min_length:
-        return SHORTER
-    if len(tokens) > rules.max_length and not rules.cut_long:
-        return LONGER
-    if len(tokens) >= rules.max_length:
-        tokens = tokens[: rules.max_length]
-    elif not len(tokens) or tokens[-1] != chat.eos_of(tokenizer):
-        # Some tokenizers, and some texts, bring their own eos: one is enough.
-        tokens = np.append(tokens, np.int32(chat.eos_of(tokenizer)))
+    n, size = len(tokens), rules.max_length
+    if n < rules.min_length:
+        return Made(reason=SHORTER, lost=n)
+    if n <= size or rules.long == "cut":
+        return Made(
+            (_all_targets(_ended(tokens[:size], tokenizer, size)),),
+            "",
+            n - min(n, size),
+        )
+    if rules.long == "drop":
+        return Made(reason=LONGER, lost=n)
+    pieces = [_ended(x, tokenizer, size) for x in _pieces(tokens, tokenizer, size)]
+    lost = 0
+    if len(pieces[-1]) < rules.min_length:
+        lost = len(pieces.pop())
+    return Made(tuple(map(_all_targets, pieces)), "", lost)
+
+
+def _pieces(tokens: np.ndarray, tokenizer: Any, size: int) -> list[np.ndarray]:
+    """Cuts tokens [n] into pieces of at most `size`, each with the bos of the first."""
+    bos = tokens[:1]
+    if tokenizer.bos_token_id is None or bos[0] != tokenizer.bos_token_id or size < 2:
+        return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+    starts = range(1, len(tokens), size - 1)
+    return [np.concatenate([bos, tokens[i : i + size - 1]]) for i in starts]
+
+
+def _ended(tokens: np.ndarray, tokenizer: Any, size: int) -> np.ndarray:
+    """With an eos behind them, if there is room and none yet: some tokenizers, and some
+    texts, bring their own."""
+    eos = np.int32(chat.eos_of(tokenizer)) if len(tokens) < size else None
+    if eos is None or (len(tokens) and tokens[-1] == eos):
+        return tokens
+    return np.append(tokens, eos)
+
+
+def _all_targets(tokens: np.ndarray) -> Example:
     return Example(tokens, np.ones(len(tokens), bool))
 
 
@@ -143,9 +207,3 @@ def _of_tokens(
     if not np.array_equal(tokens[labelled], np.asarray(labels)[labelled]):
         return OTHER_LABELS
     return Example(tokens, labelled) if labelled.any() else chat.NO_LABELS
-
-
-def _within(example: Example, rules: Rules) -> Example | str:
-    if len(example.tokens) < rules.min_length:
-        return SHORTER
-    return LONGER if len(example.tokens) > rules.max_length else example

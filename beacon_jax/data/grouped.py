@@ -248,6 +248,12 @@ class GroupedBatches:
         return rows, left
 
     @property
+    def tokens_read(self) -> int:
+        """Tokens of all examples that some batch holds."""
+        rows = np.unique(self.rows[self.rows != EMPTY])
+        return int(self.data.lengths[rows].sum())
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         return ((self.config.batch_size, self.longest),)
 

@@ -16,7 +16,7 @@ import numpy as np
 from beacon_jax.data.examples import Example
 from beacon_jax.data.grouped import EMPTY, GroupConfig, GroupedBatches, windows_of
 from beacon_jax.data.prepared import Prepared
-from beacon_jax.data.tally import drop_table
+from beacon_jax.data.tally import drop_table, usage
 
 OPEN, CLOSE = "⟦", "⟧"
 SHOWN = 600  # characters of a stretch of a decoded example
@@ -47,7 +47,13 @@ def report(data: Prepared, config: GroupConfig) -> str:
             f"{source['tokens']:>16,}  {_share(source['tokens'], total['tokens']):>6}  "
             f"{source['examples']:>10,} of {source['rows']:,} rows  {source['uri']}"
         )
-    lines += ["", "left out", drop_table(data.manifest) or "nothing", ""]
+    lines += [
+        "",
+        usage(data.manifest),
+        "left out",
+        drop_table(data.manifest) or "nothing",
+        "",
+    ]
     return "\n".join(lines + _batches(data, config))
 
 

@@ -3,8 +3,9 @@
 python -m beacon_jax.data.prepare --config=configs/X.py --out=DIR [--workers=N]
   [--overwrite] [--config.key=value ...]
 
-Reads what config.data names (sources, root, min_length, max_length, chat_template) with
-the tokenizer of the config, and writes shards, an index and a manifest to DIR
+Reads what config.data names (sources, root, heldout, min_length, max_length, long,
+chat_template) with the tokenizer of the config, and writes shards, an index and a
+manifest to DIR
 (`data.prepared`). --out=WORKDIR/data is where training in WORKDIR looks for it; without
 it training prepares by itself. The same command goes on with a folder that is not
 finished; one that was made with other settings is refused unless --overwrite.
@@ -82,7 +83,8 @@ class Settings:
             min_length=data.min_length,
             max_length=data.max_length,
             chat_template=data.chat_template,
-            cut_long=data.cut_long,
+            long=data.long,
+            heldout=data.heldout,
         )
         return cls(tuple(data.sources), str(tokenizer), rules, data.root)
 
@@ -147,7 +149,12 @@ def prepare(
             return done
         identity = _identity(settings, source_bytes(settings.sources, settings.root))
         _begin(folder, identity, overwrite)
-        parts = open_parts(settings.sources, settings.root, seed=SUBSET_SEED)
+        parts = open_parts(
+            settings.sources,
+            settings.root,
+            seed=SUBSET_SEED,
+            heldout=settings.rules.heldout,
+        )
         jobs = _jobs(parts, folder)
         tally = Tally(settings.sources, max_drop_fraction)
         began = time.monotonic()
@@ -176,7 +183,7 @@ def finished(
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    made = manifest["settings"]
+    made = _of_now(manifest["settings"])
     wanted = _identity(settings, None)
     bare = {**made, "sources": [{"uri": s["uri"]} for s in made["sources"]]}
     changed = differences(bare, wanted)
@@ -244,6 +251,15 @@ def _identity(settings: Settings, sizes: Sequence[int] | None) -> dict[str, Any]
     }
 
 
+def _of_now(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a folder that an earlier version prepared, as this one has it."""
+    rules = dict(identity["rules"])
+    if "cut_long" in rules:
+        rules["long"] = "cut" if rules.pop("cut_long") else "drop"
+        rules["heldout"] = 0.0
+    return {**identity, "rules": rules}
+
+
 def _jobs(parts: Sequence[Part], folder: Path) -> list[Job]:
     """Consecutive parts, put together until they have SHARD_BYTES."""
     groups: list[list[Part]] = []
@@ -272,7 +288,7 @@ def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
     unfinished = folder / "unfinished.json"
     manifest = folder / "manifest.json"
     if unfinished.exists() and not manifest.exists():
-        old = json.loads(unfinished.read_text(encoding="utf-8"))
+        old = _of_now(json.loads(unfinished.read_text(encoding="utf-8")))
         changed = differences(old, identity)
         if changed and not overwrite:
             raise ValueError(_refusal(folder, changed))

@@ -19,6 +19,7 @@ import pyarrow.parquet
 from jaxtyping import Int64
 
 from beacon_jax.data.fields import COLUMNS
+from beacon_jax.data.heldout import kept_runs
 from beacon_jax.data.streams import (
     Bad,
     chunks,
@@ -228,6 +229,11 @@ def _read_text(part: Part) -> Iterator[tuple[int, Value]]:
             file.seek(begin)
             if data := file.read(end - begin):
                 yield i + 1, _text(data)
+
+
+def _read_kept(part: Part) -> Iterator[tuple[int, Value]]:
+    """A lone file without its held-out blocks; detail: (share that is held out,)."""
+    return kept_runs(part.path, part.name, float(part.detail[0]), TEXT_BYTES)
 
 
 def _text(data: bytes) -> str | Bad:
@@ -518,6 +524,7 @@ _READERS: dict[str, Callable[[Part], Iterator[tuple[int, Value]]]] = {
     "lines": _read_lines,
     "array": _read_array,
     "text": _read_text,
+    "kept": _read_kept,
     "csv": _read_csv,
     "parquet": _read_parquet,
     "arrow": _read_arrow,

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from beacon_jax import runtime
-from beacon_jax.data.examples import Example, Rules, make_example
+from beacon_jax.data.examples import EXPECTED, Example, Made, Rules, make_examples
+from beacon_jax.data.heldout import HELD_OUT
 from beacon_jax.data.prepared import (
     INDEX,
     encode,
@@ -24,12 +25,10 @@ from beacon_jax.data.prepared import (
     shard_name,
     write_json,
 )
-from beacon_jax.data.sources import Dropped, Part, Record, read_part
+from beacon_jax.data.sources import Dropped, Part, Record, held_out, read_part
 
 FIRST = 5  # places that a report names for every reason
 BAD_ROWS = 1_000  # bad rows of a shard that dropped.jsonl may hold
-# Left out because of their length: expected, and never a reason to stop.
-LENGTH_RULES = ("shorter than", "longer than")
 
 
 class Job(NamedTuple):
@@ -92,29 +91,26 @@ class Worker:
         writer = ArrayRecordWriter(str(partial), "group_size:1")
         for part in job.parts:
             for row in self._counted(part):
-                example = self._example(row)
-                if isinstance(example, Example):
+                made = self._made(part, row)
+                for example in made.examples:
                     data = encode(example)
                     writer.write(data)
                     index.add(len(example.tokens), part.source, example_hash(data))
-                    report.add(part.source, example)
-                else:
-                    report.drop(part.source, row.where, *example)
+                report.add(part.source, row.where, made)
         writer.close()
         partial.rename(job.path)
         _save(job.index_path, index.array())
         write_json(job.report_path, report.value)
         return job.index
 
-    def _example(self, row: Record | Dropped) -> Example | tuple[str, bool]:
-        """An example, or why there is none and whether the row is bad."""
+    def _made(self, part: Part, row: Record | Dropped) -> Made:
         if isinstance(row, Dropped):
-            return row.reason, True
-        made = make_example(row, self.tokenizer, self.rules)
-        if isinstance(made, str):
-            return made, not made.startswith(LENGTH_RULES)
-        self._count(EXAMPLES, 1)
-        self._count(TOKENS, len(made.tokens))
+            return Made(reason=row.reason)
+        if held_out(part, row, self.rules.heldout):
+            return Made(reason=HELD_OUT)
+        made = make_examples(row, self.tokenizer, self.rules)
+        self._count(EXAMPLES, len(made.examples))
+        self._count(TOKENS, _tokens(made.examples))
         return made
 
     def _counted(self, part: Part) -> Iterator[Record | Dropped]:
@@ -170,6 +166,10 @@ def load_tokenizer(folder: str | Path) -> Any:
     )
 
 
+def _tokens(examples: tuple[Example, ...]) -> int:
+    return sum(len(example.tokens) for example in examples)
+
+
 def _size(row: Record | Dropped) -> int:
     """About the bytes of a row."""
     if isinstance(row, Dropped):
@@ -209,23 +209,32 @@ class _Report:
         self.value: dict[str, Any] = {"sources": {}, "bad": []}
 
     def _source(self, source: int) -> dict[str, Any]:
-        new = {"examples": 0, "tokens": 0, "labelled": 0, "drops": {}}
+        keys = ("rows", "examples", "tokens", "labelled", "cut")
+        new = {**dict.fromkeys(keys, 0), "drops": {}}
         return self.value["sources"].setdefault(str(source), new)
 
-    def add(self, source: int, example: Example) -> None:
+    def add(self, source: int, where: str, made: Made) -> None:
+        """A row and what became of it."""
         counts = self._source(source)
-        counts["examples"] += 1
-        counts["tokens"] += len(example.tokens)
-        counts["labelled"] += int(example.labelled.sum())
+        counts["rows"] += 1
+        if made.reason:
+            self._drop(counts["drops"], where, made)
+            return
+        counts["examples"] += len(made.examples)
+        counts["tokens"] += _tokens(made.examples)
+        counts["labelled"] += sum(int(x.labelled.sum()) for x in made.examples)
+        counts["cut"] += made.lost
 
-    def drop(self, source: int, where: str, reason: str, bad: bool) -> None:
-        new = {"rows": 0, "bad": bad, "first": []}
-        drop = self._source(source)["drops"].setdefault(reason, new)
+    def _drop(self, drops: dict[str, Any], where: str, made: Made) -> None:
+        bad = made.reason not in EXPECTED
+        new = {"rows": 0, "tokens": 0, "bad": bad, "first": []}
+        drop = drops.setdefault(made.reason, new)
         drop["rows"] += 1
+        drop["tokens"] += made.lost
         if len(drop["first"]) < FIRST:
             drop["first"].append(where)
         if bad and len(self.value["bad"]) < BAD_ROWS:
-            self.value["bad"].append([where, reason])
+            self.value["bad"].append([where, made.reason])
 
 
 def _save(path: Path, array: np.ndarray) -> None:

@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from beacon_jax.data.fields import Dropped, Record, parse, record
+from beacon_jax.data.heldout import is_heldout, row_name
 from beacon_jax.data.readers import (
     ENDINGS,
     PART_BYTES,
     ROW_LIMIT,
+    TEXT_ENDINGS,
     Bad,
     Part,
     Subset,
@@ -129,6 +131,7 @@ def open_parts(
     *,
     row_limit: int = ROW_LIMIT,
     part_bytes: int = PART_BYTES,
+    heldout: float = 0.0,
 ) -> list[Part]:
     """All parts of all sources; reading them in this order gives the rows in order.
 
@@ -140,6 +143,8 @@ def open_parts(
       root: folder of `long-llm:`, and of `tfds:` data sets that lie in it.
       seed: of the subsets; 42 gives those of the release.
       row_limit: bytes; longer lines are dropped without being held in memory.
+      heldout: share of the documents that `held_out` will name; a lone file of text is
+        then one part, which leaves its held-out blocks out by itself.
 
     Raises:
       ValueError: a malformed URI, `long-llm:` without a root, an unknown split.
@@ -148,13 +153,27 @@ def open_parts(
     parts: list[Part] = []
     for index, text in enumerate(uris):
         uri = parse_uri(text)
+        files = _files(uri, root, index)
+        if heldout and _lone_text(uri):
+            files = [files[0]._replace(kind="kept", detail=(repr(heldout),))]
         pieces = [
             piece
-            for file in _files(uri, root, index)
+            for file in files
             for piece in cut(file._replace(limit=row_limit), part_bytes)
         ]
         parts += pieces if uri.count is None else _subset(uri, pieces, seed)
     return parts
+
+
+def held_out(part: Part, row: Record | Dropped, heldout: float) -> bool:
+    """Whether a row of a part belongs to the held-out documents (`data.heldout`).
+
+    Files of text are one document each, others one per row.
+    """
+    if not heldout or part.kind == "kept" or isinstance(row, Dropped):
+        return False
+    name = part.name if part.kind == "text" else row_name(row.where)
+    return is_heldout(name, heldout)
 
 
 def source_bytes(uris: Sequence[str], root: str = "") -> list[int]:
@@ -190,6 +209,12 @@ def read_part(part: Part) -> Iterator[Record | Dropped]:
             yield parse(where, value)
         else:
             yield record(where, {"text": value} if isinstance(value, str) else value)
+
+
+def _lone_text(uri: Uri) -> bool:
+    """Whether it names one file of text, not a folder or a glob of them."""
+    path = Path(uri.text).expanduser()
+    return ending(uri.text) in TEXT_ENDINGS and path.is_file()
 
 
 def _subset(uri: Uri, parts: list[Part], seed: int) -> list[Part]:

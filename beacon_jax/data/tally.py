@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from beacon_jax.data.examples import LONGER, SHORTER
+from beacon_jax.data.heldout import HELD_OUT
 from beacon_jax.data.prepared import DROPPED_LINES
 from beacon_jax.data.shards import BYTES, EXAMPLES, FIRST, TOKENS, Job
 
+COUNTS = ("rows", "examples", "tokens", "labelled", "cut")
 EARLY_ROWS = 1_000  # after so many a run that drops too many stops at once
 
 
@@ -19,10 +22,7 @@ class Tally:
 
     def __init__(self, sources: Sequence[str], limit: float):
         self.limit = limit
-        self.sources = [
-            {"uri": uri, "rows": 0, "examples": 0, "tokens": 0, "labelled": 0}
-            for uri in sources
-        ]
+        self.sources = [{"uri": uri, **dict.fromkeys(COUNTS, 0)} for uri in sources]
         self.drops: list[dict[str, Any]] = [{} for _ in sources]
         self.bad_rows: list[dict[str, str]] = []
         self._reports: dict[int, Path] = {}
@@ -41,14 +41,13 @@ class Tally:
     def _merge(self, report: dict[str, Any]) -> None:
         for source, counts in report["sources"].items():
             total = self.sources[int(source)]
-            for key in ("examples", "tokens", "labelled"):
+            for key in COUNTS:
                 total[key] += counts[key]
-            total["rows"] += counts["examples"]
             for reason, drop in counts["drops"].items():
-                new = {"rows": 0, "bad": drop["bad"], "first": []}
+                new = {"rows": 0, "tokens": 0, "bad": drop["bad"], "first": []}
                 merged = self.drops[int(source)].setdefault(reason, new)
                 merged["rows"] += drop["rows"]
-                total["rows"] += drop["rows"]
+                merged["tokens"] += drop["tokens"]
                 merged["first"] = (merged["first"] + drop["first"])[:FIRST]
         room = DROPPED_LINES - len(self.bad_rows)
         for where, reason in report["bad"][:room]:
@@ -95,9 +94,71 @@ class Tally:
             {**source, "drops": drops}
             for source, drops in zip(self.sources, self.drops, strict=True)
         ]
-        keys = ("rows", "examples", "tokens", "labelled")
-        total = {key: sum(source[key] for source in sources) for key in keys}
+        total = {key: sum(source[key] for source in sources) for key in COUNTS}
         return {"total": {**total, "bad": self.bad}, "sources": sources}
+
+
+def usage(manifest: dict[str, Any]) -> str:
+    """What share of rows and tokens is used, and how to use more of them.
+
+    Args:
+      manifest: of a prepared folder; an earlier version's does not count what was cut.
+    """
+    total, rules = manifest["total"], manifest["settings"]["rules"]
+    drops: dict[str, list[int]] = {}
+    for source in manifest["sources"]:
+        for reason, drop in source["drops"].items():
+            counts = drops.setdefault(reason, [0, 0])
+            counts[0] += drop["rows"]
+            counts[1] += drop.get("tokens", 0)
+    used = total["rows"] - sum(rows for rows, _ in drops.values())
+    if "cut" not in total:
+        return f"rows: {used:,} of {total['rows']:,}; tokens: {si(total['tokens'])}"
+    cut = total["cut"]
+    seen = total["tokens"] + cut + sum(tokens for _, tokens in drops.values())
+    share = f" ({percent(total['tokens'], seen)})" if seen else ""
+    lines = [
+        f"rows: {used:,} of {total['rows']:,}; "
+        f"tokens: {si(total['tokens'])} of {si(seen)}{share}"
+    ]
+    if cut and rules["long"] == "split":
+        lines.append(
+            f"{si(cut)} in ends of long texts shorter than min_length="
+            f"{rules['min_length']:,}: data.min_length=0 keeps them"
+        )
+    elif cut:
+        lines.append(
+            f"{si(cut)} cut off beyond max_length={rules['max_length']:,}: "
+            "data.long='split' keeps them"
+        )
+    for reason, key in ((LONGER, "max_length"), (SHORTER, "min_length")):
+        if reason in drops:
+            rows, tokens = drops[reason]
+            lines.append(
+                f"{si(tokens)} in {rows:,} rows {reason}={rules[key]:,}, left out"
+            )
+    if HELD_OUT in drops:
+        lines.append(
+            f"{drops[HELD_OUT][0]:,} rows {HELD_OUT} (data.heldout={rules['heldout']})"
+        )
+    return "; ".join(lines)
+
+
+def si(count: int) -> str:
+    """A count of tokens as people read it: 812, 36k, 2.1M."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit * 0.9995:
+            value = count / unit
+            return f"{value:.1f}{name}" if value < 9.95 else f"{value:.0f}{name}"
+    return str(count)
+
+
+def percent(part: int, whole: int) -> str:
+    """Never 100 % or 0 % of what is not all or nothing."""
+    percent = round(100 * part / whole)
+    if 0 < part < whole:
+        percent = min(max(percent, 1), 99)
+    return f"{percent} %"
 
 
 def drop_table(manifest: dict[str, Any]) -> str:

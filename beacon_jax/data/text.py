@@ -1,30 +1,26 @@
 """Text as a list of documents, split into train and held-out.
 
 A URI is one of `data.sources`, most often `"stdlib"` (real text that exists on every
-machine without a download), a folder or a file. Everything is read into memory.
-
-Whether a document is held out depends on a hash of its relative name and on nothing
-else: the same file lands on the same side on every machine, for the base model, for the
-beacons and for the evaluation, however many other files there are.
+machine without a download), a folder or a file. Everything is read into memory. Which
+documents are held out: `data.heldout`.
 """
 
-import hashlib
 import itertools
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from beacon_jax.data.heldout import block_name, blocks, is_heldout, row_name
 from beacon_jax.data.readers import Bad, Part, read
 from beacon_jax.data.sources import Dropped, open_parts, read_part
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout", "all")
-
-# A lone file is cut into documents of this many characters (at line ends), because a
-# split by file name would leave nothing on one side.
-FILE_BLOCK = 16_384
+NO_TEXT = "no text"
 
 
 @dataclass(frozen=True)
@@ -36,11 +32,20 @@ class Corpus:
 
 
 def load_documents(
-    uri: str, split: str = "train", heldout_fraction: float = 0.1
+    uri: str,
+    split: str = "train",
+    heldout_fraction: float = 0.1,
+    *,
+    root: str = "",
+    turns: bool = False,
 ) -> list[str]:
     """Texts of one split of a source, in a fixed order.
 
     Rows and files that hold no text or are damaged are skipped, counted and logged.
+
+    Args:
+      root: what `long-llm:` URIs are relative to.
+      turns: whether conversations are documents too, without marks of their roles.
 
     Raises:
       ValueError: unknown split, fraction outside (0, 1), or a split with no document.
@@ -50,7 +55,7 @@ def load_documents(
         raise ValueError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
     if not 0.0 < heldout_fraction < 1.0:
         raise ValueError(f"heldout_fraction={heldout_fraction} must lie in (0, 1)")
-    corpus = read_corpus(uri)
+    corpus = read_corpus(uri, root=root, turns=turns)
     for reason, count in corpus.skipped:
         log.warning("%s: skipped %d: %s", uri, count, reason)
     chosen = [
@@ -61,39 +66,64 @@ def load_documents(
     if not chosen:
         raise ValueError(
             f"uri={uri!r}: none of its {len(corpus.documents)} documents falls into "
-            f"split={split!r} at heldout_fraction={heldout_fraction}; add files or "
-            "change the fraction"
+            f"split={split!r} at heldout_fraction={heldout_fraction}; add files, or "
+            "change the fraction (of a run: data.heldout), or name a single file "
+            "itself: it is then cut into documents"
         )
     return chosen
 
 
-def is_heldout(name: str, heldout_fraction: float) -> bool:
-    """Whether the document of this relative name belongs to the held-out split."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2.0**64 < heldout_fraction
+def training_documents(
+    sources: Sequence[str], heldout: float, *, root: str = "", turns: bool = False
+) -> list[str]:
+    """Texts of all sources, one source after the other, without what is held out.
+
+    Raises: as `load_documents`.
+    """
+    split = ("train", heldout) if heldout else ("all", 0.5)
+    return [
+        text
+        for uri in sources
+        for text in load_documents(uri, *split, root=root, turns=turns)
+    ]
 
 
-def read_corpus(uri: str) -> Corpus:
+def run_documents(config: Any) -> list[str]:
+    """The texts that a run cuts rows from, or trains its tokenizer on; for the latter
+    conversations are texts, too."""
+    data = config.data
+    return training_documents(
+        data.sources, data.heldout, root=data.root, turns=not data.stages
+    )
+
+
+def read_corpus(uri: str, *, root: str = "", turns: bool = False) -> Corpus:
     """All documents of a source, before any split.
 
     Files of text are one document each, by their name (a lone one is cut into blocks);
     others one per row with a text, by file and row, so that rows split independently.
     """
-    parts = open_parts([uri])
+    parts = open_parts([uri], root)
     files = [list(file) for _, file in itertools.groupby(parts, lambda part: part.name)]
     alone = Path(uri).expanduser().is_file()
     skipped: Counter[str] = Counter()
     documents: list[tuple[str, str]] = []
     for file in files:
         if file[0].kind != "text":
-            documents += _rows(file, skipped)
+            documents += _rows(file, skipped, turns)
         elif (text := _whole(file, skipped)) is not None:
             name = file[0].name
             documents += _blocks(name, text) if alone else [(name, text)]
     if not documents:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
         raise ValueError(
             f"uri={uri!r}: every one of its {len(files)} files was skipped "
-            f"({dict(skipped)}); name a source with UTF-8 text"
+            f"({reasons}); name a source with UTF-8 text"
+            + (
+                ", or, for conversations, train on whole rows: leave data.stages empty"
+                if any(reason.startswith(NO_TEXT) for reason in skipped)
+                else ""
+            )
         )
     return Corpus(tuple(sorted(documents)), tuple(sorted(skipped.items())))
 
@@ -114,28 +144,25 @@ def _whole(file: list[Part], skipped: Counter[str]) -> str | None:
     return text
 
 
-def _rows(file: list[Part], skipped: Counter[str]) -> list[tuple[str, str]]:
+def _rows(
+    file: list[Part], skipped: Counter[str], turns: bool
+) -> list[tuple[str, str]]:
     """Documents of a file of rows; a name has the row's number from 0."""
     rows: list[tuple[str, str]] = []
     for row in itertools.chain.from_iterable(map(read_part, file)):
         if isinstance(row, Dropped):
             kind = "file" if file[0].kind == "unusable" else "row"
             skipped[f"{row.reason} ({kind})"] += 1
-        elif row.text is None:
-            skipped["no text (row)"] += 1
+        elif row.text is not None:
+            rows.append((row_name(row.where), row.text))
+        elif turns and row.turns is not None:
+            text = "\n".join(content for _, content in row.turns)
+            rows.append((row_name(row.where), text))
         else:
-            name, _, number = row.where.rpartition(":")
-            rows.append((f"{name}:{int(number) - 1:09d}", row.text))
+            skipped[f"{NO_TEXT} (row)"] += 1
     return rows
 
 
 def _blocks(name: str, text: str) -> list[tuple[str, str]]:
-    blocks, block, size = [], [], 0
-    for line in text.splitlines(keepends=True):
-        block.append(line)
-        size += len(line)
-        if size >= FILE_BLOCK:
-            blocks.append("".join(block))
-            block, size = [], 0
-    blocks.append("".join(block))
-    return [(f"{name}:{i:09d}", b) for i, b in enumerate(blocks) if b.strip()]
+    cut = blocks(text.splitlines(keepends=True))
+    return [(block_name(name, i), b) for i, b in enumerate(cut) if b.strip()]

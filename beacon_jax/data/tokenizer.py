@@ -5,7 +5,8 @@ that `transformers.AutoTokenizer` and everything else loads it like any other.
 """
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,30 @@ def train_tokenizer(
     settings.pop("model_max_length", None)  # "unlimited" is written as 1e30
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return fast
+
+
+def ensure_tokenizer(
+    config: Any, documents: Callable[[], Sequence[str]], workdir: Path
+) -> Path:
+    """Trains the tokenizer of a run once; the folder `tokenizer` in its workdir.
+
+    Args:
+      config: a whole config; its `tokenizer` and `seed` count.
+      documents: gives the texts, if there is no tokenizer yet.
+    """
+    folder, settings = workdir / "tokenizer", config.tokenizer
+    if not (folder / "tokenizer_config.json").exists():
+        partial = workdir / "tokenizer.partial"  # a kill must not leave half of one
+        shutil.rmtree(partial, ignore_errors=True)
+        train_tokenizer(
+            documents(),
+            partial,
+            vocab_size=settings.vocab_size,
+            passkey_fraction=settings.passkey_fraction,
+            seed=config.seed,
+        )
+        partial.rename(folder)
+    return folder
 
 
 def encode_stream(documents: Sequence[str], tokenizer: Any) -> np.ndarray:

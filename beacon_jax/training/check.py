@@ -13,9 +13,10 @@ from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
 from beacon_jax.resources import asset
+from beacon_jax.training.check_data import check_data
 from beacon_jax.training.config import Config
 from beacon_jax.training.hardware import peak_flops
-from beacon_jax.training.inputs import batch_sizes, check_data
+from beacon_jax.training.inputs import batch_sizes
 from beacon_jax.training.optim import make_optimizer
 from beacon_jax.training.profile import parse_steps
 from beacon_jax.training.sharding import make_placement

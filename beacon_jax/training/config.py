@@ -1,7 +1,8 @@
 """Every setting of a training run, with its default; experiments change some of them.
 
 A config file imports `default_config`, so that a key exists in exactly one place and a
-typo, in a file or on the command line, is an error.
+typo, in a file or on the command line, is an error. So is a key of an earlier version:
+the error names the key that took its place (`MOVED`).
 """
 
 from typing import Any
@@ -13,13 +14,44 @@ from beacon_jax.model.partition import RULES
 # A ConfigDict; Any, because a type checker knows nothing of its keys.
 Config = Any
 
+# Keys of earlier versions and what to write instead; "data.": those of config.data.
+MOVED = {
+    "text": "config.text.uri is now config.data.sources, which takes the same URIs "
+    "(--config.data.sources=FOLDER, or several times), and "
+    "config.text.heldout_fraction is now config.data.heldout",
+    "data.cut_long": "config.data.cut_long is now config.data.long: 'cut' for True, "
+    "'drop' for False, or 'split', which keeps all of a long text",
+}
+
+
+class _Run(ConfigDict):
+    """A ConfigDict that says where a key of an earlier version went."""
+
+    _prefix = ""
+
+    def __getitem__(self, key):
+        self._refuse(key)
+        return super().__getitem__(key)
+
+    def __setitem__(self, key, value):
+        self._refuse(key)
+        super().__setitem__(key, value)
+
+    def _refuse(self, key):
+        if (moved := MOVED.get(f"{self._prefix}{key}")) is not None:
+            raise AttributeError(moved)
+
+
+class _Data(_Run):
+    _prefix = "data."
+
 
 def default_config() -> Config:
     """The optimiser and loss of the released recipe, and no data.
 
     docs/specification.md section 3.
     """
-    config: Config = ConfigDict()
+    config: Config = _Run()
     config.init_from = ""  # HF or converted folder; "": `model`, at random
     config.model = ConfigDict()  # fields of ModelConfig, for random initialisation
     config.trainable = "beacon"  # what is trained; or "all": every parameter
@@ -82,46 +114,60 @@ def default_config() -> Config:
             "scale": 4096.0,
         }
     )
-    config.text = ConfigDict({"uri": "stdlib", "heldout_fraction": 0.1})
     config.tokenizer = ConfigDict(
         {
-            "path": "",  # "": the one of init_from
-            "train": False,  # a small BPE on the text, for a model from scratch
-            "vocab_size": 512,
+            "path": "",  # folder of the tokenizer; "": the one of init_from
+            # Trains a small BPE on the text of data.sources, for a model from scratch.
+            "train": False,
+            "vocab_size": 512,  # tokens of a tokenizer that is trained
+            # Share of passkey sentences in the text that the tokenizer is trained on.
             "passkey_fraction": 0.03,
         }
     )
-    config.data = ConfigDict(
+    # What a run reads, and in which order: see docs/data.md.
+    config.data = _Data(
         {
-            # URIs of `data.sources`: whole rows, tokenised once (`data.prepare`) and
-            # grouped by windows (`data.grouped`). (): rows cut from config.text.
+            # URIs of `data.sources`: files, folders, globs, "stdlib", "tfds:name", ...
             "sources": (),
+            "root": "",  # folder that long-llm: URIs are relative to
+            # Share of the documents that is kept for evaluation, by a hash of their
+            # names; `evaluate` measures on those of 0.1. 0: trains on all of them.
+            "heldout": 0.1,
+            # Rows of `length` tokens, cut at random from the text of all sources, in
+            # stages that run in the order of their names (`training.config.stage`).
+            # Empty: whole rows, in epochs.
+            "stages": ConfigDict(),
+            # Only for stages: label weights and shape of passkeys and copies.
+            "answer_weight": 10.0,  # of the digits of a passkey's answers
+            "second_weight": 3.0,  # of the key's second mention
+            "passkey_questions": 1,  # most times that a key is asked for
+            # Tokens of a window; above 0 the key stands before the row's last window.
+            "passkey_window": 0,
+            "passkey_tail": 0,  # most tokens of text that follow the last question
+            "copy_weight": 1.0,  # of the tokens of a copied passage
+            "dummy_every": (2, 4, 8),  # spacings of a stage's dummies
+            # Only for whole rows, which are tokenised once, into a prepared folder.
+            "prepared": "",  # that folder; "": `data` in the workdir
             "weights": (),  # a number per source; (): every row once per epoch
-            "root": "",  # what long-llm: URIs are relative to
-            "prepared": "",  # folder; "": `data` in the workdir
             "min_length": 0,  # tokens; shorter rows are left out
-            "max_length": 20480,  # longer conversations are left out
-            "cut_long": True,  # longer text is cut; False: left out, as in the paper
-            # "", qwen, llama-2, llama-3, mistral, hf or no: see `data.chat`
+            "max_length": 20480,  # tokens; longer conversations are left out
+            # What becomes of longer text: "split" into rows of max_length, all of it
+            # kept; "cut" after max_length, as the release does; or left out ("drop"),
+            # as the paper says.
+            "long": "split",
+            # How conversations are written: qwen, llama-2, llama-3, mistral, hf or no,
+            # see `data.chat`; "": there are none.
             "chat_template": "",
-            "group": "strict",  # or "relaxed", "pad"
-            "batch_size": 8,
+            # Batches hold rows of one number of windows ("strict"), of several
+            # ("relaxed"), or of several with the last batch filled up ("pad").
+            "group": "strict",
+            "batch_size": 8,  # rows of a step, of all devices together
             # The run ends at whichever comes first; 0: no such limit.
             "epochs": 1,
             "steps": 0,
             "tokens": 0,
             "max_drop_fraction": 0.05,  # of bad rows, above which preparing stops
             "workers": 0,  # processes that tokenise; 0: one per core
-            # The rest is for rows cut from config.text (`data.batches.BatchConfig`);
-            # stages run in the order of their names.
-            "stages": ConfigDict(),
-            "answer_weight": 10.0,
-            "second_weight": 3.0,
-            "passkey_questions": 1,
-            "passkey_window": 0,
-            "passkey_tail": 0,
-            "copy_weight": 1.0,
-            "dummy_every": (2, 4, 8),
         }
     )
     config.optimizer = ConfigDict(
@@ -155,7 +201,14 @@ def stage(
     copy: float = 0.0,
     dummies: float = 0.0,
 ) -> Config:
-    """One stage (`data.batches.Stage`), with the weights of its kinds of rows."""
+    """One stage of config.data.stages, with the weights of its kinds of rows.
+
+    Args:
+      steps: how many batches. length: tokens of a row. batch_size: rows of a batch.
+      text, passkey, repeat, copy: weights of the kinds (`data.batches`); a row is of
+        each kind with probability weight / sum.
+      dummies: share of the rows that are interleaved with eos.
+    """
     mix = {"text": text, "passkey": passkey, "repeat": repeat, "copy": copy}
     return ConfigDict(
         {

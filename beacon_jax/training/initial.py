@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax import hf
-from beacon_jax.data.tokenizer import train_tokenizer
+from beacon_jax.data.tokenizer import ensure_tokenizer
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig, param_shapes
 from beacon_jax.resources import asset
@@ -21,7 +21,7 @@ from beacon_jax.training.sharding import Placement, put
 
 
 def make_tokenizer(
-    config: Config, documents: list[str], workdir: Path
+    config: Config, documents: Callable[[], Sequence[str]], workdir: Path
 ) -> tuple[Any, Path]:
     """The tokenizer and its folder; trained on the text once per workdir if asked."""
     settings = config.tokenizer
@@ -29,17 +29,8 @@ def make_tokenizer(
         folder = Path(asset(settings.path or config.init_from))
         return hf.load_tokenizer(folder), folder
     folder = workdir / "tokenizer"
-    if is_lead() and not (folder / "tokenizer_config.json").exists():
-        partial = workdir / "tokenizer.partial"  # a kill must not leave half of one
-        shutil.rmtree(partial, ignore_errors=True)
-        train_tokenizer(
-            documents,
-            partial,
-            vocab_size=settings.vocab_size,
-            passkey_fraction=settings.passkey_fraction,
-            seed=config.seed,
-        )
-        partial.rename(folder)
+    if is_lead():
+        folder = ensure_tokenizer(config, documents, workdir)
     wait("tokenizer")
     return hf.load_tokenizer(folder), folder
 

@@ -20,14 +20,17 @@ from beacon_jax.core.windows import (
     plan_slots,
     split_windows,
 )
-from beacon_jax.data.batches import BatchConfig, Batches, Stage, StepBatches
+from beacon_jax.data.batches import BatchConfig, Batches, StepBatches
 from beacon_jax.data.grouped import GroupConfig, GroupedBatches
 from beacon_jax.data.prepare import Settings, finished, prepare
 from beacon_jax.data.prepared import Prepared
+from beacon_jax.data.tally import percent, si, usage
+from beacon_jax.data.text import run_documents
 from beacon_jax.data.tokenizer import encode_stream
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.flops import training_step
 from beacon_jax.training.config import Config
+from beacon_jax.training.initial import make_tokenizer
 from beacon_jax.training.processes import is_lead
 
 AHEAD = 8  # batches that wait for their step: at 8 rows of 20,480 tokens 1.3 MB each
@@ -50,48 +53,34 @@ class StepInputs(NamedTuple):
     flops: int
 
 
-def check_data(config: Config) -> None:
-    """ValueError for settings of the data that cannot work; reads nothing."""
-    data = config.data
-    if data.sources:
-        GroupConfig.of(config)
-        Settings.of(data, "")
-        return
-    if data.prepared:
-        raise ValueError(
-            f"data.prepared={data.prepared!r} without data.sources: name the sources "
-            "it was made of as well."
-        )
-    batch_config(config)
-
-
 def batch_sizes(config: Config) -> dict[str, int]:
     """Rows of a step, for each stage or for `data`."""
-    if config.data.sources:
-        return {"data": config.data.batch_size}
-    return {name: stage.batch_size for name, stage in config.data.stages.items()}
+    stages = config.data.stages.items()
+    sizes = {name: stage.batch_size for name, stage in stages}
+    return sizes or {"data": config.data.batch_size}
 
 
-def make_batches(
-    config: Config,
-    documents: Sequence[str],
-    tokenizer: Any,
-    tokenizer_folder: Path,
-    workdir: Path,
-) -> StepBatches:
-    """The data of a run; prepares config.data.sources if that was not done before.
+def make_data(config: Config, workdir: Path) -> tuple[Any, Path, StepBatches]:
+    """The tokenizer of a run, its folder, and the run's batches.
+
+    Rows are cut from the text of config.data.sources if there are stages. Without them
+    the sources are prepared if that was not done before.
 
     Raises:
       ValueError, FileNotFoundError: settings or sources that do not work.
     """
     data = config.data
-    if not data.sources:
-        return Batches(
-            encode_stream(documents, tokenizer), tokenizer, batch_config(config)
-        )
+    documents = functools.cache(lambda: run_documents(config))
+    tokenizer, tokenizer_folder = make_tokenizer(config, documents, workdir)
+    if data.stages:
+        stream = encode_stream(documents(), tokenizer)
+        batches = Batches(stream, tokenizer, BatchConfig.of(config))
+        return tokenizer, tokenizer_folder, batches
     folder = Path(data.prepared or workdir / "data").expanduser()
     made = _prepared(config, tokenizer_folder, folder)
-    return GroupedBatches(made, GroupConfig.of(config))
+    if is_lead():
+        print(usage(made.manifest), flush=True)
+    return tokenizer, tokenizer_folder, GroupedBatches(made, GroupConfig.of(config))
 
 
 def _prepared(config: Config, tokenizer_folder: Path, folder: Path) -> Prepared:
@@ -115,22 +104,31 @@ def _prepared(config: Config, tokenizer_folder: Path, folder: Path) -> Prepared:
 
 def describe(config: Config, batches: StepBatches) -> str:
     """Data and size of a run, for its first line."""
+    sources = ", ".join(config.data.sources)
     if isinstance(batches, Batches):
-        stages = ", ".join(
-            f"{s.steps} x {s.batch_size} x {s.length}" for s in batches.config.stages
-        )
+        stages = batches.config.stages
+        drawn = sum(s.steps * s.batch_size * s.length for s in stages)
         return (
-            f"{len(batches.stream):,} tokens of {config.text.uri}; "
-            f"steps x batch x length: {stages}"
+            f"{len(batches.stream):,} tokens of {sources}; steps x batch x length: "
+            + ", ".join(f"{s.steps} x {s.batch_size} x {s.length}" for s in stages)
+            + f", cut at random: {si(drawn)} tokens, "
+            f"{drawn / len(batches.stream):.2g} x the text"
         )
     assert isinstance(batches, GroupedBatches)
     left, total = sum(batches.left_out.values()), batches.data.manifest["total"]
+    read = batches.tokens_read
     return (
         f"{total['examples']:,} examples, {total['tokens']:,} tokens of "
-        f"{', '.join(batches.data.uris)}; {batches.steps:,} steps of "
+        f"{sources}; {batches.steps:,} steps of "
         f"{batches.config.batch_size} rows ({batches.config.group}) in "
         f"{batches.epochs} epoch{'s' if batches.epochs > 1 else ''}"
         + (f", each without {left} rows of incomplete groups" if left else "")
+        + (
+            f"; {si(read)} of the {si(total['tokens'])} tokens are read "
+            f"({percent(read, total['tokens'])})"
+            if read < total["tokens"]
+            else ""
+        )
     )
 
 
@@ -230,26 +228,3 @@ def slots(config: Config, model: ModelConfig, windows: int) -> int:
     assert model.beacon is not None
     drawn = model.beacon.ratio_mix == "step-random" and not config.uniform_plans
     return config.memory_slots or memory_slots(model, windows, likely=drawn)
-
-
-STAGE_KEYS = (
-    "answer_weight",
-    "second_weight",
-    "passkey_questions",
-    "passkey_window",
-    "passkey_tail",
-    "copy_weight",
-    "dummy_every",
-)
-
-
-def batch_config(config: Config) -> BatchConfig:
-    """Of rows cut from config.text."""
-    data = config.data.to_dict()
-    stages = []
-    for name in sorted(data["stages"]):
-        given = config.data.stages[name].to_dict()
-        mix = tuple((k, w) for k, w in sorted(given.pop("mix").items()) if w)
-        stages.append(Stage(**given, mix=mix))
-    settings = {key: data[key] for key in STAGE_KEYS}
-    return BatchConfig(stages=tuple(stages), seed=config.seed, **settings)

@@ -8,7 +8,7 @@ row compute. Windows and sinks are those of `model.presets`.
 Data: the sources of the release under its names (docs/evaluation-protocols.md section
 4.1), relative to `config.data.root`, one epoch in batches of equal numbers of windows
 (`data.grouped`, strict). Stage 1: RedPajama documents of 2,400 to 20,480 tokens,
-longer ones cut as in the release (`data.cut_long=False` leaves them out, as the paper
+longer ones cut as in the release (`data.long="drop"` leaves them out, as the paper
 says), up to 1B tokens. Stage 2: rows of 7,200 to 20,480 tokens from 16,000 synthetic
 questions, 5,000 LongAlpaca, 2,000 BookSum and 5,000 stage-1 rows, counted before the
 length rules, longer conversations left out. The release's command also names
@@ -60,7 +60,13 @@ def pretrain(preset: str, arg: str = "") -> Config:
     """Stage 1: beacons on a frozen base. `preset`: a name of `model.presets`."""
     config = start(preset)
     config.data.update(
-        {"sources": PRETRAIN_SOURCES, "min_length": 2400, "tokens": PRETRAIN_TOKENS}
+        {
+            "sources": PRETRAIN_SOURCES,
+            "heldout": 0.0,
+            "min_length": 2400,
+            "long": "cut",
+            "tokens": PRETRAIN_TOKENS,
+        }
     )
     return finish(config, preset, f"{_file(preset)}_pretrain", arg, REPLICATED)
 
@@ -125,6 +131,8 @@ def _finetuning_rows(config: Config, preset: str) -> None:
     config.data.update(
         {
             "sources": FINETUNE_SOURCES,
+            "heldout": 0.0,
+            "long": "cut",
             "min_length": 7200,
             "chat_template": CHAT_TEMPLATES.get(family, "qwen"),
         }
@@ -159,7 +167,7 @@ def _shrink(config: Config, preset: str) -> None:
         config.window = 32
     for name in config.data.stages:
         config.data.stages[name].update({"steps": 2, "length": 112})
-    if config.data.sources:
+    if not config.data.stages:
         sources = ["assets/smoke/text.jsonl"]
         if config.data.chat_template:
             sources.append("assets/smoke/chat.jsonl")

@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from beacon_jax import hf, runtime
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.data.batches import StepBatches
-from beacon_jax.data.text import load_documents
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.training.check import check_settings
 from beacon_jax.training.checkpoint import Checkpoints, Restored, check_unchanged
@@ -38,7 +37,7 @@ from beacon_jax.training.inputs import (
     Inputs,
     describe,
     draw_plans,
-    make_batches,
+    make_data,
     slots,
 )
 from beacon_jax.training.memory import choose_remat, step_bytes
@@ -100,12 +99,7 @@ def _train(
     before = checkpoints.record()
     if before is not None and not config.allow_config_change:
         check_unchanged({"config": before["config"]}, {"config": config.to_dict()})
-    text, documents = config.text, []
-    if config.tokenizer.train or not config.data.sources:
-        documents = load_documents(text.uri, "train", text.heldout_fraction)
-    tokenizer, tokenizer_folder = make_tokenizer(config, documents, workdir)
-    batches = make_batches(config, documents, tokenizer, tokenizer_folder, workdir)
-    del documents
+    tokenizer, tokenizer_folder, batches = make_data(config, workdir)
     steps, rows = batches.steps, [rows for rows, _ in batches.shapes]
 
     # ---- Model and optimiser, every array where it belongs.
@@ -307,7 +301,7 @@ def export_checkpoint(
     settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     config: Config = ConfigDict(settings)
     config.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "accumulate": 1})
-    tokenizer, tokenizer_folder = make_tokenizer(config, [], workdir)
+    tokenizer, tokenizer_folder = make_tokenizer(config, list, workdir)
     placement = make_placement(config.mesh, config.rules, [1])
     model, trained, frozen = make_model(config, tokenizer, placement)
     optimizer = make_optimizer(config.optimizer, 1)  # the structure of its state

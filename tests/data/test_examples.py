@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from beacon_jax.data import chat, examples
-from beacon_jax.data.examples import Rules, make_example, shift
+from beacon_jax.data.examples import Made, Rules, make_examples, shift
 from beacon_jax.data.sources import Record
 from tests.data import chat_tokenizers as tiny
 
@@ -19,14 +19,15 @@ def row(**kind) -> Record:
 
 
 def reason_of(record, tokenizer, rules) -> str:
-    reason = make_example(record, tokenizer, rules)
-    assert isinstance(reason, str), reason
-    return reason
+    made = make_examples(record, tokenizer, rules)
+    assert made.reason and not made.examples
+    return made.reason
 
 
 def made(record, tokenizer, **rules):
-    example = make_example(record, tokenizer, Rules(**rules))
-    assert not isinstance(example, str), example
+    found = make_examples(record, tokenizer, Rules(**rules))
+    assert not found.reason
+    (example,) = found.examples
     return example
 
 
@@ -50,7 +51,7 @@ def test_text_that_is_too_long_is_cut_and_gets_no_eos(tokenizer):
     tokenizer = tokenizer()
     ids = tokenizer(TEXT)["input_ids"]
     for high in (5, len(ids) - 1, len(ids)):
-        example = made(row(text=TEXT), tokenizer, max_length=high)
+        example = made(row(text=TEXT), tokenizer, max_length=high, long="cut")
         assert list(example.tokens) == ids[:high]
         assert example.labelled.all() and len(example.labelled) == high
 
@@ -58,11 +59,30 @@ def test_text_that_is_too_long_is_cut_and_gets_no_eos(tokenizer):
 def test_text_that_is_too_long_can_be_left_out_as_in_the_paper():
     tokenizer = tiny.qwen()
     n = len(tokenizer(TEXT)["input_ids"])
-    reason = reason_of(
-        row(text=TEXT), tokenizer, Rules(max_length=n - 1, cut_long=False)
-    )
-    assert reason == examples.LONGER
-    assert len(made(row(text=TEXT), tokenizer, max_length=n, cut_long=False)[0]) == n
+    rules = Rules(max_length=n - 1, long="drop")
+    found = make_examples(row(text=TEXT), tokenizer, rules)
+    assert found == Made(reason=examples.LONGER, lost=n)
+    assert len(made(row(text=TEXT), tokenizer, max_length=n, long="drop")[0]) == n
+
+
+@any_tokenizer
+@pytest.mark.parametrize("high", [5, 7, 1000])
+def test_text_that_is_too_long_is_split_and_all_of_it_kept(tokenizer, high):
+    tokenizer = tokenizer()
+    ids = tokenizer(TEXT)["input_ids"]
+    found = make_examples(row(text=TEXT), tokenizer, Rules(max_length=high))
+    head = [ids[0]] if ids[0] == tokenizer.bos_token_id else []
+    pieces = [list(example.tokens) for example in found.examples]
+    assert all(piece[: len(head)] == head for piece in pieces)
+    joined = head + [t for piece in pieces for t in piece[len(head) :]]
+    assert joined in (ids, [*ids, tokenizer.eos_token_id])
+    assert found.lost == 0 and all(len(piece) == high for piece in pieces[:-1])
+    assert all(example.labelled.all() for example in found.examples)
+    # An end below min_length is left out, and counted.
+    least = len(pieces[-1]) + 1
+    if least <= high < len(ids):
+        short = make_examples(row(text=TEXT), tokenizer, Rules(least, high))
+        assert (len(short.examples), short.lost) == (len(pieces) - 1, least - 1)
 
 
 @any_tokenizer
@@ -71,7 +91,6 @@ def test_text_that_is_too_short_is_dropped_counting_no_eos(tokenizer):
     n = len(tokenizer(TEXT)["input_ids"])
     reason = reason_of(row(text=TEXT), tokenizer, Rules(min_length=n + 1))
     assert reason == examples.SHORTER
-    assert reason.startswith("shorter than")
 
 
 def test_text_that_brings_its_own_eos_gets_no_second_one():
@@ -82,14 +101,14 @@ def test_text_that_brings_its_own_eos_gets_no_second_one():
 
 
 def test_text_of_spaces_is_dropped_as_empty():
-    assert make_example(row(text=" \n"), tiny.llama_2(), Rules()) == examples.EMPTY
+    assert reason_of(row(text=" \n"), tiny.llama_2(), Rules()) == examples.EMPTY
 
 
 def test_text_with_a_tokenizer_without_eos_is_an_error_that_names_it():
     tokenizer = tiny.qwen.__wrapped__()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="tiny-qwen.*eos_token"):
-        make_example(row(text=TEXT), tokenizer, Rules())
+        make_examples(row(text=TEXT), tokenizer, Rules())
 
 
 def test_conversations_are_never_cut_and_get_no_eos():
@@ -104,7 +123,6 @@ def test_conversations_are_never_cut_and_get_no_eos():
     longer = reason_of(record, tokenizer, Rules(0, n - 1, template))
     shorter = reason_of(record, tokenizer, Rules(n + 1, chat_template=template))
     assert (longer, shorter) == (examples.LONGER, examples.SHORTER)
-    assert longer.startswith("longer than")
 
 
 def test_conversation_that_cannot_be_written_passes_its_reason_on():
@@ -115,7 +133,7 @@ def test_conversation_that_cannot_be_written_passes_its_reason_on():
 
 def test_conversation_without_a_template_stops_instead_of_being_dropped():
     with pytest.raises(ValueError, match=r"data\.chat_template"):
-        make_example(row(turns=TALK), tiny.qwen(), Rules())
+        make_examples(row(turns=TALK), tiny.qwen(), Rules())
 
 
 def test_tokenised_rows_are_taken_as_they_are_inside_the_lengths():
@@ -128,8 +146,8 @@ def test_tokenised_rows_are_taken_as_they_are_inside_the_lengths():
     given = made(row(tokens=(ids, labels)), tokenizer)
     assert list(given.labelled) == [False] * 4 + [True] * 6
     record = row(tokens=(ids, None))
-    assert make_example(record, tokenizer, Rules(max_length=9)) == examples.LONGER
-    assert make_example(record, tokenizer, Rules(min_length=11)) == examples.SHORTER
+    assert reason_of(record, tokenizer, Rules(max_length=9)) == examples.LONGER
+    assert reason_of(record, tokenizer, Rules(min_length=11)) == examples.SHORTER
 
 
 @pytest.mark.parametrize(
@@ -147,13 +165,8 @@ def test_tokenised_rows_are_taken_as_they_are_inside_the_lengths():
 def test_tokenised_row_that_cannot_be_right_has_a_reason(tokens, labels, reason):
     labels = None if labels is None else np.asarray(labels)
     record = row(tokens=(np.asarray(tokens, np.int64), labels))
-    assert make_example(record, tiny.qwen(), Rules()) == reason
+    assert reason_of(record, tiny.qwen(), Rules()) == reason
     assert reason in examples.REASONS
-
-
-def test_only_length_rules_begin_like_length_rules():
-    harmless = [r for r in examples.REASONS if r.startswith(("shorter than", "longer"))]
-    assert harmless == [examples.SHORTER, examples.LONGER]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +175,8 @@ def test_only_length_rules_begin_like_length_rules():
         ({"min_length": -1}, "min_length=-1"),
         ({"min_length": 9, "max_length": 8}, "min_length=9, max_length=8"),
         ({"max_length": 0}, "max_length=0"),
+        ({"long": "keep"}, "data.long='keep' is unknown: use split, cut, drop"),
+        ({"heldout": 1.0}, r"data\.heldout=1.0 is a share"),
         ({"chat_template": "vicuna"}, r"data\.chat_template='vicuna'.*qwen"),
     ],
 )

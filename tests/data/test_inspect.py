@@ -37,7 +37,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(sources, tmp_path_factory):
-    settings = Settings(sources, TOKENIZER, Rules(10, 200, "no"))
+    settings = Settings(sources, TOKENIZER, Rules(10, 200, "no", "cut"))
     return prepare(settings, tmp_path_factory.mktemp("data"), workers=1)
 
 

@@ -17,7 +17,7 @@ from absl import flags
 from beacon_jax.cli import options
 from beacon_jax.cli import prepare as command
 from beacon_jax.data import prepare as module
-from beacon_jax.data.examples import Rules, make_example
+from beacon_jax.data.examples import Rules, make_examples
 from beacon_jax.data.prepare import Settings, prepare, tokenizer_hash
 from beacon_jax.data.prepared import Prepared
 from beacon_jax.data.shards import load_tokenizer
@@ -49,7 +49,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def settings(source):
-    return Settings((str(source),), TOKENIZER, Rules(20, 100))
+    return Settings((str(source),), TOKENIZER, Rules(20, 100, long="cut"))
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,11 @@ def content(folder):
     }
 
 
+def texts(source):
+    lines = [x for f in sorted(source.iterdir()) for x in f.read_text().splitlines()]
+    return [json.loads(line)["text"] for line in lines if '"text"' in line]
+
+
 def test_examples_are_those_of_the_rules_in_the_order_of_the_rows(
     settings, source, tmp_path
 ):
@@ -76,8 +81,7 @@ def test_examples_are_those_of_the_rules_in_the_order_of_the_rows(
         for line in file.read_text().splitlines():
             if '"text"' in line:
                 record = Record("", json.loads(line)["text"])
-                made = make_example(record, tokenizer, settings.rules)
-                expected += [] if isinstance(made, str) else [made]
+                expected += make_examples(record, tokenizer, settings.rules).examples
     assert len(data) == len(expected) > 200
     for i, example in enumerate(expected):
         assert data.read(i).tokens.tolist() == example.tokens.tolist()
@@ -87,12 +91,17 @@ def test_examples_are_those_of_the_rules_in_the_order_of_the_rows(
     assert set(data.sources) == {0} and len(set(data.hashes)) == len(data)
 
 
-def test_the_manifest_counts_everything_and_names_the_first_places(settings, tmp_path):
+def test_the_manifest_counts_everything_and_names_the_first_places(
+    settings, source, tmp_path
+):
     manifest = prepare(settings, tmp_path, workers=1).manifest
     total, (source,) = manifest["total"], manifest["sources"]
     assert total["rows"] == 300 and total["bad"] == 2
     drops = source["drops"]
     assert total["examples"] + sum(d["rows"] for d in drops.values()) == 300
+    seen = [len(load_tokenizer(TOKENIZER)(text)["input_ids"]) for text in texts(source)]
+    assert total["cut"] == sum(max(n - 100, 0) for n in seen) > 0
+    assert drops["shorter than min_length"]["tokens"] == sum(n for n in seen if n < 20)
     assert [d["first"] for d in drops.values() if d["bad"]] == [
         ["2.jsonl:11"],
         ["2.jsonl:21"],
@@ -226,7 +235,7 @@ def test_a_script_without_a_main_guard_is_an_error_not_a_deadlock(source, tmp_pa
 
 def test_other_settings_are_refused_and_all_named(settings, source, tmp_path):
     data = prepare(settings, tmp_path, workers=1)
-    other = dataclasses.replace(settings, rules=Rules(20, 90, "qwen"))
+    other = dataclasses.replace(settings, rules=Rules(20, 90, "qwen", "cut"))
     with pytest.raises(ValueError, match="was made with other settings") as error:
         prepare(other, tmp_path, workers=1)
     text = str(error.value)
@@ -261,7 +270,7 @@ def test_an_unfinished_folder_of_other_settings_is_refused(
         patch.setattr(module.Worker, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(settings, tmp_path, workers=1)
-    other = dataclasses.replace(settings, rules=Rules(30, 100))
+    other = dataclasses.replace(settings, rules=Rules(30, 100, long="cut"))
     with pytest.raises(ValueError, match="rules.min_length: 20 -> 30"):
         prepare(other, tmp_path, workers=1)
     assert len(prepare(other, tmp_path, workers=1, overwrite=True)) > 200

@@ -15,7 +15,7 @@ import pytest
 from beacon_jax.cli.synthesize import describe
 from beacon_jax.data.answers import Answers, parse_pairs
 from beacon_jax.data.endpoint import Endpoint, Pace, retry_after
-from beacon_jax.data.examples import Rules, make_example
+from beacon_jax.data.examples import Rules, make_examples
 from beacon_jax.data.segments import token_counter
 from beacon_jax.data.sources import Record, open_parts, read_part
 from beacon_jax.data.synthesize import (
@@ -147,8 +147,7 @@ def test_no_conversation_is_too_long_for_training(books, tmp_path, template):
     for part in open_parts([str(settings.out)]):
         for row in read_part(part):
             assert isinstance(row, Record)
-            example = make_example(row, tokenizer, rules)
-            assert not isinstance(example, str), example
+            (example,) = make_examples(row, tokenizer, rules).examples
             lengths.append(len(example.tokens))
     assert max(lengths) > settings.max_tokens / 2  # nor needlessly short
 

@@ -122,5 +122,5 @@ def test_errors_name_the_source_and_the_remedy(tmp_path, folder):
         load_documents(str(folder), "test")
     with pytest.raises(ValueError, match="heldout_fraction=1.0"):
         load_documents(str(folder), "train", 1.0)
-    with pytest.raises(ValueError, match="add files or change"):
+    with pytest.raises(ValueError, match="add files, or change"):
         load_documents(str(folder), "heldout", 1e-12)

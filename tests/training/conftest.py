@@ -24,7 +24,7 @@ def base(text, tmp_path_factory):
     config = default_config()
     config.trainable = "all"
     config.beacon.use = False
-    config.text.uri = str(text)
+    config.data.sources = (str(text),)
     config.tokenizer.update({"train": True, "vocab_size": 300})
     config.model = ConfigDict(
         {
@@ -50,7 +50,7 @@ def base(text, tmp_path_factory):
 def six_steps(base, text):
     config = default_config()
     config.init_from = str(base / "export")
-    config.text.uri = str(text)
+    config.data.sources = (str(text),)
     config.beacon.update({"window": 8, "ratios": (2, 4)})
     config.data.stages.stage1 = stage(6, 24, 2)
     config.optimizer.update({"lr": 1e-3, "warmup": 2, "decay_start": 0.5})

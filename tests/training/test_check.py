@@ -41,7 +41,7 @@ from beacon_jax.training.trainer import train
 def test_a_wrong_setting_is_named_before_data_is_read(
     config, tmp_path, monkeypatch, key, value, message
 ):
-    monkeypatch.setattr(trainer, "make_batches", lambda *_: pytest.fail("data is read"))
+    monkeypatch.setattr(trainer, "make_data", lambda *_: pytest.fail("data is read"))
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path)

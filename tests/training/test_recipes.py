@@ -79,7 +79,7 @@ def test_the_command_in_the_docstring_is_accepted(recipe, monkeypatch):
     assert values["workdir"].value == f"out/{recipe}"
     # What cannot have a default is named in the command.
     assert config.init_from
-    assert config.data.root == ("DIR" if config.data.sources else "")
+    assert config.data.root == ("" if config.data.stages else "DIR")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -124,6 +124,7 @@ def test_the_stages_have_the_data_of_the_paper(model):
     assert second.chat_template == TEMPLATES.get(name, name)
     for data in (first, second):
         assert (data.batch_size, data.group, data.epochs) == (8, "strict", 1)
+        assert (data.long, data.heldout) == ("cut", 0.0)
         assert not data.stages and not data.weights
 
 
@@ -135,9 +136,8 @@ def test_the_stages_have_the_data_of_the_paper(model):
         pytest.param("llama2_7b_full_ft", "llama", False, marks=pytest.mark.slow),
     ],
 )
-def test_smoke_trains_and_exports(recipe, family, beacons, text, tmp_path):
+def test_smoke_trains_and_exports(recipe, family, beacons, tmp_path):
     config = config_of(recipe, "smoke")
-    config.text.uri = str(text)
     config.beacon.ratios = (4,)  # each ratio is a branch that takes 4 s to compile
     summary = train(config, tmp_path)
     assert summary["steps_of_this_process"] == 6

@@ -31,7 +31,8 @@ def config(config, text):
     the folder are cut to 24 tokens, so that all runs have one shape."""
     config.beacon.ratios = (4,)  # each ratio is a branch that takes seconds to compile
     del config.data.stages["stage1"]
-    config.data.update({"sources": (str(text),), "max_length": 24, "group": "pad"})
+    config.data.update({"max_length": 24, "long": "cut", "heldout": 0.0})
+    config.data.group = "pad"
     config.data.update({"chat_template": "no", "workers": 1})
     config.save_every = 100
     return config
@@ -93,16 +94,16 @@ def test_every_kind_of_source_trains(config, tmp_path, make):
     if make is conversations:  # BookSum's question alone is longer
         config.data.max_length = 64
     made = []
-    make_batches = inputs.make_batches
+    make_data = inputs.make_data
 
     def keep(*arguments):
-        made.append(make_batches(*arguments))
+        made.append(make_data(*arguments))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "make_batches", keep)
+        patch.setattr(trainer, "make_data", keep)
         summary = train(config, tmp_path / "run")
-    (batches,) = made
+    ((_, _, batches),) = made
     used = batches.rows[batches.rows >= 0]
     assert sorted(used) == list(range(len(batches.data)))
     assert set(batches.data.sources[used]) == set(range(len(config.data.sources)))

@@ -218,7 +218,7 @@ def test_updates_that_are_not_finite_stop_the_run(config, tmp_path):
 
 def test_an_empty_text_folder_is_an_error(config, tmp_path):
     (tmp_path / "text").mkdir()
-    config.text.uri = str(tmp_path / "text")
+    config.data.sources = (str(tmp_path / "text"),)
     with pytest.raises(FileNotFoundError, match="holds no text"):
         train(config, tmp_path / "run")
 
