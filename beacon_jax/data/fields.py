@@ -3,7 +3,7 @@
 | fields                           | record                                            |
 |----------------------------------|---------------------------------------------------|
 | input_ids [, labels]             | tokens                                            |
-| conversations: [{role, content}] | turns                                             |
+| conversations: [{role, content}] | turns; messages is another name of it             |
 | conversations: [{from, value}]   | turns (ShareGPT: human is user, gpt is assistant) |
 | text                             | text                                              |
 | instruction, output [, input]    | two turns (LongAlpaca); input on a line of its own|
@@ -87,7 +87,7 @@ def record(where: str, row: Any) -> Record | Dropped:
                 return Dropped(where, str(error))
     if any(set(fields) <= row.keys() for fields, _ in _FORMS):
         return Dropped(where, "wrong type")
-    return Dropped(where, "unknown fields")
+    return Dropped(where, UNKNOWN)
 
 
 def _tokens(where: str, row: dict) -> Record:
@@ -121,7 +121,7 @@ def _integers(value: Any) -> np.ndarray:
 
 
 def _conversation(where: str, row: dict) -> Record:
-    turns = row["conversations"]
+    turns = row["conversations" if row.get("conversations") is not None else "messages"]
     if isinstance(turns, dict):
         turns = _transposed(turns)
     if not isinstance(turns, list | tuple | np.ndarray):
@@ -207,9 +207,13 @@ def _filled(value: Any) -> str:
 _FORMS: tuple[tuple[tuple[str, ...], Callable[[str, dict], Record]], ...] = (
     (("input_ids",), _tokens),
     (("conversations",), _conversation),
+    (("messages",), _conversation),
     (("text",), _text),
     (("instruction", "output"), _instruction),
     (("chapter", "summary_text"), _booksum),
+)
+UNKNOWN = "unknown fields (known: {})".format(
+    ", ".join(" + ".join(fields) for fields, _ in _FORMS)
 )
 # Columns that are read from files that hold columns.
 COLUMNS = frozenset(field for fields, _ in _FORMS for field in fields) | {

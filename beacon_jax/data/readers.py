@@ -18,7 +18,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 from jaxtyping import Int64
 
-from beacon_jax.data.fields import COLUMNS
+from beacon_jax.data.fields import COLUMNS, UNKNOWN
 from beacon_jax.data.heldout import kept_runs
 from beacon_jax.data.streams import (
     Bad,
@@ -331,7 +331,7 @@ def _read_parquet(part: Part) -> Iterator[tuple[int, Value]]:
         ) as file:
             names = [name for name in file.schema_arrow.names if name in COLUMNS]
             if not names:
-                yield part.first, Bad("unknown fields", whole=True)
+                yield part.first, Bad(UNKNOWN, whole=True)
                 return
             groups = list(range(part.start, part.stop or file.num_row_groups))
             batches = file.iter_batches(BATCH, row_groups=groups, columns=names)

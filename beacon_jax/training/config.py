@@ -8,6 +8,7 @@ the error names the key that took its place (`MOVED`).
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from beacon_jax.model.partition import RULES
 
@@ -188,6 +189,33 @@ def default_config() -> Config:
         }
     )
     return config
+
+
+# What `training.own` chooses for a model, a text and a device.
+OPEN = (
+    "dtype",
+    "remat",
+    "beacon.window",
+    "data.stages.stage1.length",
+    "data.stages.stage1.batch_size",
+    "data.stages.stage1.steps",
+    "optimizer.lr",
+    "optimizer.warmup",
+)
+
+
+def leave_open(config: Config) -> None:
+    """Sets the keys of OPEN to None: they are chosen when a run starts.
+
+    They keep their types, so that the command line can set them. config.data.stages
+    must have a stage1.
+    """
+    for key in OPEN:
+        *path, last = key.split(".")
+        parent = config
+        for name in path:
+            parent = parent[name]
+        parent[last] = placeholder(type(parent[last]))
 
 
 def stage(

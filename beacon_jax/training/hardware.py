@@ -9,6 +9,7 @@ half of that.
 import dataclasses
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -128,6 +129,26 @@ def memory_gib(devices: Iterable[Any]) -> dict[str, float]:
         for name, key in names.items()
         if any(key in s for s in stats)
     }
+
+
+def device_bytes(device: Any) -> int | None:
+    """Memory that a device has for arrays; None if the platform does not tell.
+
+    Of a CPU: what this computer, or the container it runs in, has left now, for all CPU
+    devices together.
+    """
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    found = []
+    if (path := Path("/proc/meminfo")).exists():
+        fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
+        if "MemAvailable" in fields:
+            found.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return min(found) if found else None
 
 
 def _words(text: str) -> set[str]:

@@ -30,6 +30,7 @@ from beacon_jax.data.tokenizer import encode_stream
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.flops import training_step
 from beacon_jax.training.config import Config
+from beacon_jax.training.console import say
 from beacon_jax.training.initial import make_tokenizer
 from beacon_jax.training.processes import is_lead
 
@@ -79,7 +80,7 @@ def make_data(config: Config, workdir: Path) -> tuple[Any, Path, StepBatches]:
     folder = Path(data.prepared or workdir / "data").expanduser()
     made = _prepared(config, tokenizer_folder, folder)
     if is_lead():
-        print(usage(made.manifest), flush=True)
+        say(usage(made.manifest))
     return tokenizer, tokenizer_folder, GroupedBatches(made, GroupConfig.of(config))
 
 

@@ -48,6 +48,7 @@ from beacon_jax.training.optim import (
     skipped,
     starting_at,
 )
+from beacon_jax.training.own import choose, next_commands
 from beacon_jax.training.processes import check_agreement, fetch, is_lead, wait
 from beacon_jax.training.profile import Profiler
 from beacon_jax.training.sharding import (
@@ -79,10 +80,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         nothing is exported.
       SystemExit: SIGTERM or SIGINT arrived; the state is saved.
     """
+    workdir = Path(workdir)
     runtime.prepare()
+    config = choose(config, workdir, say)
     check_settings(config, workdir)
     runtime.enable_compilation_cache(config.compilation_cache)
-    workdir = Path(workdir)
     with (
         contextlib.closing(Checkpoints(workdir / "checkpoints", config.keep)) as saved,
         Signals(saved.newest) as signals,
@@ -240,6 +242,8 @@ def _train(
                 "is saved: make room, and the same command writes it."
             ) from error
         say(f"wrote {folder}")
+        if model.beacon is not None:
+            say(next_commands(config, folder))
     wait("export")
     return summary
 

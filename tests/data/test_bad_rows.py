@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from beacon_jax.data.fields import BOOKSUM
+from beacon_jax.data.fields import BOOKSUM, UNKNOWN, record
 from beacon_jax.data.sources import Dropped, Record
 from tests.data.source_files import (
     WRITERS,
@@ -29,9 +29,9 @@ BAD_ROWS = {
     b'"text"': "not an object",
     b'[{"text": "a"}]': "not an object",
     b"null": "not an object",
-    b"{}": "unknown fields",
-    b'{"title": "a"}': "unknown fields",
-    b'{"instruction": "a"}': "unknown fields",
+    b"{}": UNKNOWN,
+    b'{"title": "a"}': UNKNOWN,
+    b'{"instruction": "a"}': UNKNOWN,
     b'{"text": 3}': "wrong type",
     b'{"text": ["a"]}': "wrong type",
     b'{"text": null}': "wrong type",
@@ -175,7 +175,7 @@ def test_files_without_rows_give_none_and_texts_without_text_are_dropped(tmp_pat
         Dropped("b.txt:1", "empty"),
         Dropped("c.md:1", "empty"),
         Dropped("d.txt:1", "invalid UTF-8"),
-        Dropped("e.parquet:1", "unknown fields"),
+        Dropped("e.parquet:1", UNKNOWN),
     ]
 
 
@@ -207,3 +207,15 @@ def test_invalid_utf8_in_a_column_is_dropped(tmp_path):
         Record("a.parquet:1", "good"),
         Dropped("a.parquet:2", "invalid UTF-8"),
     ]
+
+
+def test_unknown_fields_are_answered_with_the_known_ones():
+    for fields in ("text", "conversations", "messages", "instruction + output"):
+        assert fields in UNKNOWN
+
+
+def test_messages_are_a_conversation():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    found = record("a.jsonl:1", {"messages": turns, "id": 7})
+    assert isinstance(found, Record)
+    assert found.turns == (("user", "a"), ("assistant", "b"))

@@ -95,9 +95,9 @@ def test_the_manifest_counts_everything_and_names_the_first_places(
     settings, source, tmp_path
 ):
     manifest = prepare(settings, tmp_path, workers=1).manifest
-    total, (source,) = manifest["total"], manifest["sources"]
+    total, (counts,) = manifest["total"], manifest["sources"]
     assert total["rows"] == 300 and total["bad"] == 2
-    drops = source["drops"]
+    drops = counts["drops"]
     assert total["examples"] + sum(d["rows"] for d in drops.values()) == 300
     seen = [len(load_tokenizer(TOKENIZER)(text)["input_ids"]) for text in texts(source)]
     assert total["cut"] == sum(max(n - 100, 0) for n in seen) > 0
@@ -183,7 +183,7 @@ from beacon_jax.data import prepare, shards
 from beacon_jax.data.examples import Rules
 if __name__ == "__main__":
     prepare.SHARD_BYTES = 10_000
-    settings = prepare.Settings((sys.argv[1],), sys.argv[2], Rules(20, 100))
+    settings = prepare.Settings((sys.argv[1],), sys.argv[2], Rules(20, 100, long="cut"))
     prepare.prepare(settings, sys.argv[3], workers=2)
 """
 

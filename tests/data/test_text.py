@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from beacon_jax.data.fields import UNKNOWN
 from beacon_jax.data.text import is_heldout, load_documents, read_corpus
 
 
@@ -44,7 +45,7 @@ def test_bad_files_and_rows_are_skipped_and_counted(folder):
     assert corpus.skipped == (
         ("invalid UTF-8 (file)", 1),
         ("not JSON (row)", 1),
-        ("unknown fields (row)", 1),
+        (f"{UNKNOWN} (row)", 1),
     )
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 from absl import flags
 
-from beacon_jax import train as command
+from beacon_jax.cli import train as command
 from beacon_jax.data.batches import STAGE_KEYS
 from beacon_jax.training.check_data import ROW_KEYS, check_data
 from beacon_jax.training.config import default_config, stage

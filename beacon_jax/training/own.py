@@ -1,0 +1,378 @@
+"""Choices for a model and a text of the user: fills in what a config leaves open.
+
+configs/own.py leaves the keys of OPEN at None. Before anything is read into memory they
+are chosen from config.json, the size of the text and the memory of the device, one
+printed line each; what the command line sets stays. A run that goes on takes the
+choices that its workdir recorded.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beacon_jax import hf
+from beacon_jax.core.windows import open_room
+from beacon_jax.data.sources import open_parts, source_bytes
+from beacon_jax.data.tally import clock, si
+from beacon_jax.data.text import run_documents
+from beacon_jax.hf.conversion import read_config
+from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
+from beacon_jax.model.flops import training_step
+from beacon_jax.training.config import OPEN, Config
+from beacon_jax.training.hardware import device_bytes, find_chip
+from beacon_jax.training.inputs import slots
+from beacon_jax.training.memory import step_bytes
+from beacon_jax.training.sharding import make_placement
+
+STAGE = "data.stages.stage1"
+WINDOWS = (1024, 512, 256, 128, 64, 32)
+# A CPU computes a window of 256 about as fast per token as one of 1024, and rows of six
+# of them take seconds a step on a model of 0.1B, not minutes.
+CPU_WINDOW = 256
+ROW_WINDOWS = (8, 6, 4, 3)  # windows of a row; the last one has no beacons in training
+STEP_TOKENS = {"cpu": 2048, "other": 16384}
+SHARE = 0.8  # of the device's memory that a step may take by the estimate
+PASSES = 2  # over the text, at most
+STEPS = (20, 2000)
+HOUR = 3600
+# A process with jax, its compiled programs and what the compiler needs meanwhile,
+# on a CPU, where all of it is in the memory that the arrays are in.
+PROCESS_BYTES = int(1.5e9)
+UTILISATION = {"cpu": 0.4, "other": 0.3}  # of the peak
+SAMPLE_BYTES = 4_000_000  # larger texts are counted by their size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What is known before anything is loaded. tokens: of the text, about."""
+
+    model: ModelConfig
+    tokens: int
+    devices: list[Any]
+
+    @property
+    def kind(self) -> str:
+        return "cpu" if self.devices[0].platform == "cpu" else "other"
+
+
+def choose(
+    config: Config, workdir: Path, show: Callable[[str], None] = print
+) -> Config:
+    """The config with a value for every key of OPEN; itself if none is None.
+
+    Raises:
+      ValueError, FileNotFoundError: no model or text, a text that is too short, too few
+        positions, a device that is too small, or several processes.
+    """
+    missing = [key for key in OPEN if _get(config, key, "") is None]
+    if not missing:
+        return config
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{', '.join(missing)} are left open, which several processes would choose "
+            "differently: set them."
+        )
+    config = copy.deepcopy(config)
+    if (workdir / "config.json").exists():
+        text = (workdir / "config.json").read_text(encoding="utf-8")
+        _fill(config, {key: _get(json.loads(text), key) for key in missing})
+        show(f"going on with what was chosen for {workdir}")
+        return config
+    facts = _facts(config)
+    show(
+        f"model {config.init_from}: {facts.model.family}, {facts.model.num_layers} "
+        f"layers of {facts.model.hidden_size}, {si(_size(facts.model))} parameters, "
+        f"{facts.model.trained_positions:,} positions"
+    )
+    show(
+        f"text {', '.join(config.data.sources)}: about {si(facts.tokens)} tokens to "
+        f"train on, {config.data.heldout:.0%} of the documents held out for evaluation"
+    )
+    show("chosen for them; --config.KEY=VALUE chooses otherwise:")
+    for step in (_dtype, _shape, _steps, _rates):
+        for key, value, why in step(config, facts):
+            if key in missing:
+                _fill(config, {key: value})
+                show(f"  {key}={value}: {why}")
+    return config
+
+
+def next_commands(config: Config, export: Path) -> str:
+    """What to type after a run: ask the model, and measure it."""
+    data, ratios = config.data, sorted(r for r in config.beacon.ratios if r)
+    ratio = 4 if 4 in ratios else ratios[-1]
+    out = export.parent / "evaluation"
+    return (
+        "next:\n"
+        f"  python -m beacon_jax.generate --model={export} "
+        f"--context={_file(data.sources, data.root)} "
+        f'--prompt="What is this text about?" --ratio={ratio}\n'
+        f"  python -m beacon_jax.evaluate --model={export} --text={data.sources[0]} "
+        f"--tasks=perplexity,passkey --ratios={','.join(map(str, ratios))} --out={out}"
+    )
+
+
+def _file(sources: Sequence[str], root: str) -> str:
+    """A file of text to ask about: the largest of up to 256 KiB."""
+    with contextlib.suppress(OSError, ValueError):
+        parts = [p for p in open_parts(sources[:1], root) if p.kind == "text"]
+        sizes = [(p.size, p.path) for p in parts if p.size <= 2**18]
+        return max(sizes)[1]
+    return "FILE"
+
+
+def _facts(config: Config) -> _Facts:
+    if not config.init_from:
+        raise ValueError(
+            "init_from='': name a folder with a model: --config.init_from=HF_DIR"
+        )
+    if not config.data.sources:
+        raise ValueError(
+            "data.sources=(): name a folder or file of text: "
+            "--config.data.sources=FOLDER"
+        )
+    folder = Path(config.init_from)
+    model = ModelConfig.from_hf(read_config(folder))
+    size = sum(source_bytes(config.data.sources, config.data.root))
+    tokenizer = hf.load_tokenizer(config.tokenizer.path or folder)
+    if size <= SAMPLE_BYTES:
+        texts = tokenizer(
+            run_documents(config), add_special_tokens=False, verbose=False
+        )
+        tokens = sum(map(len, texts["input_ids"]))
+    else:
+        # Bytes of a token of English and code: 3.5 with 49,152 tokens, 2 with 512.
+        tokens = int(size / (3.5 if len(tokenizer) > 8192 else 2.0))
+    return _Facts(model, tokens, jax.devices())
+
+
+def _dtype(config: Config, facts: _Facts):
+    if facts.kind == "cpu":
+        yield "dtype", "float32", "a CPU computes bfloat16 no faster"
+        return
+    device = facts.devices[0]
+    capability = float(getattr(device, "compute_capability", 8.0) or 8.0)
+    if capability < 8:
+        yield "dtype", "float16", f"{device.device_kind} has no bfloat16 units"
+    else:
+        yield "dtype", "bfloat16", f"{device.device_kind} computes it fastest"
+
+
+def _shape(config: Config, facts: _Facts):
+    """Window, length, batch size and remat: the largest window that fits."""
+    positions = facts.model.trained_positions
+    if positions < 4 * WINDOWS[-1]:
+        raise ValueError(
+            f"init_from={config.init_from} has {positions} positions: beacons need at "
+            f"least {4 * WINDOWS[-1]}, four windows of {WINDOWS[-1]}: use another one."
+        )
+    most = CPU_WINDOW if facts.kind == "cpu" else WINDOWS[0]
+    asked, length = config.beacon.window, _get(config, f"{STAGE}.length")
+    limit = f"the largest for a {facts.kind} device" if facts.kind == "cpu" else ""
+    for w in [asked] if asked else [w for w in WINDOWS if w <= most]:
+        model = _with_beacons(config, facts.model, w)
+        for t in [length] if length else [n * w for n in ROW_WINDOWS]:
+            refused = _limit(config, facts, model, t, free=not asked)
+            if refused:
+                limit = refused
+                continue
+            rows = _rows(config, facts, model, t)
+            need, remat = _need(config, facts, model, rows, t)
+            yield "beacon.window", w, limit or "the largest that is tried"
+            yield f"{STAGE}.length", t, f"{-(-t // w)} windows"
+            yield f"{STAGE}.batch_size", rows, f"{rows * t:,} tokens a step"
+            yield "remat", remat, _memory(need, device_bytes(facts.devices[0]))
+            return
+    raise ValueError(
+        f"init_from={config.init_from} and data.sources={tuple(config.data.sources)}: "
+        f"no window and row fit: {limit}. Rows of {ROW_WINDOWS[-1]} windows of "
+        f"{WINDOWS[-1]} tokens are the least: use more text, a smaller model or "
+        "another device."
+    )
+
+
+def _limit(
+    config: Config, facts: _Facts, model: ModelConfig, length: int, *, free: bool
+) -> str:
+    """Why rows of `length` are too much, "" if they are not.
+
+    Args:
+      free: the window was not asked for, and is to leave room for eight of its kind.
+    """
+    assert model.beacon is not None
+    w, positions = model.beacon.window, facts.model.trained_positions
+    used = slots(config, model, -(-length // w)) + open_room(
+        model, model.beacon.ratios, w
+    )
+    if used > positions or (free and w > max(positions // 8, WINDOWS[-1])):
+        return f"{positions:,} positions allow no larger one"
+    if facts.tokens < (2 if length == ROW_WINDOWS[-1] * WINDOWS[-1] else 8) * length:
+        return f"about {si(facts.tokens)} tokens of text allow no larger one"
+    room = device_bytes(facts.devices[0])
+    need, _ = _need(config, facts, model, len(facts.devices), length)
+    if room is not None and need > SHARE * room:
+        return f"the device's {room / 2**30:.1f} GiB allow no larger one"
+    return ""
+
+
+def _rows(config: Config, facts: _Facts, model: ModelConfig, length: int) -> int:
+    """Rows of a step: a multiple of the devices, up to STEP_TOKENS and the memory."""
+    asked, count = _get(config, f"{STAGE}.batch_size"), len(facts.devices)
+    if asked:
+        return asked
+    rows, room = count, device_bytes(facts.devices[0])
+    while (
+        2 * rows * length <= STEP_TOKENS[facts.kind] * count and 2 * rows <= 8 * count
+    ):
+        if room is not None and _need(config, facts, model, 2 * rows, length)[0] > (
+            SHARE * room
+        ):
+            break
+        rows *= 2
+    return rows
+
+
+def _steps(config: Config, facts: _Facts):
+    stage = config.data.stages.stage1
+    tokens = stage.batch_size * stage.length
+    seconds = _step_seconds(config, facts)
+    passes = max(1, PASSES * facts.tokens // tokens)
+    hour = max(1, int(HOUR / seconds))
+    steps = min(max(min(passes, hour), STEPS[0]), STEPS[1])
+    steps = _rounded(steps)
+    why = (
+        f"{steps * tokens / facts.tokens:.2g} x the text"
+        if passes <= hour
+        else "about an hour"
+    )
+    steps = _get(config, f"{STAGE}.steps") or steps
+    yield (
+        f"{STAGE}.steps",
+        steps,
+        f"{why}; about {clock(seconds * steps)} by the FLOPs, the ETA in the first "
+        "lines below is measured",
+    )
+
+
+def _rates(config: Config, facts: _Facts):
+    # Rates that trained well: 3e-3 at 96 wide, 2e-4 at 896, 5e-5 (paper) at 4096.
+    rate = float(f"{min(3e-3, 0.2 / facts.model.hidden_size):.1e}")
+    yield "optimizer.lr", rate, f"0.2 / hidden_size {facts.model.hidden_size}"
+    steps = config.data.stages.stage1.steps
+    yield "optimizer.warmup", max(1, steps // 20), "a twentieth of the steps"
+
+
+def _step_seconds(config: Config, facts: _Facts) -> float:
+    """Of a step, by its FLOPs and the peak of the devices."""
+    stage, w = config.data.stages.stage1, config.beacon.window
+    model = _with_beacons(config, facts.model, w)
+    windows = -(-stage.length // w)
+    valid = np.full((windows, stage.batch_size), w)
+    plans = np.full((windows, 1), min(r for r in config.beacon.ratios if r))
+    flops = training_step(model, plans, valid, trainable=config.trainable)
+    chip = find_chip(facts.devices[0].device_kind)
+    peak = len(facts.devices) * chip.tflops * 1e12 if chip else _measured()
+    return flops / (UTILISATION[facts.kind] * peak)
+
+
+def _measured() -> float:
+    """FLOP/s of this computer's processor: the best of some products of 5 ms."""
+    x, best = np.ones((768, 768), np.float32), float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        np.dot(x, x)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 768**3 / best
+
+
+def _need(
+    config: Config, facts: _Facts, model: ModelConfig, rows: int, length: int
+) -> tuple[float, str]:
+    """Bytes of a step on a device (on a CPU: in all), and with which remat."""
+    assert model.beacon is not None
+    placement = make_placement(config.mesh, config.rules, [rows])
+    names = ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
+    dtype = jnp.dtype(config.dtype)
+    shapes = param_shapes(model)
+
+    def tree(own: bool) -> dict[str, Any]:
+        make = lambda x: jax.ShapeDtypeStruct(x, jnp.float32 if own else dtype)
+        chosen = {name: shapes[name] for name in shapes if (name in names) == own}
+        return jax.tree.map(make, chosen, is_leaf=lambda x: isinstance(x, tuple))
+
+    trained, frozen = tree(True), tree(False)
+    trained = _placed(trained, placement.trained(model, trained))
+    frozen = _placed(frozen, placement.frozen(model, frozen))
+    shares = placement.mesh.shape["data"] * placement.mesh.shape["fsdp"]
+    windows = -(-length // model.beacon.window)
+    needs = step_bytes(
+        model,
+        placement,
+        trained,
+        frozen,
+        rows=max(rows // shares, 1),
+        windows=windows,
+        slots=slots(config, model, windows),
+        dtype=dtype,
+        offload=config.offload,
+    )
+    room, asked = device_bytes(facts.devices[0]), config.remat
+    for remat in [asked] if asked in needs else ["lean", "lean-layer"]:
+        need = needs[remat]
+        if facts.kind == "cpu":
+            need = PROCESS_BYTES + len(facts.devices) * need
+        if room is None or need <= SHARE * room:
+            return need, remat
+    return need, remat
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(place, tree, shardings)
+
+
+def _memory(need: float, room: int | None) -> str:
+    of = f"{room / 2**30:.1f} GiB are there" if room else "the device does not say"
+    return f"a step needs about {need / 2**30:.1f} GiB by the estimate, {of}"
+
+
+def _with_beacons(config: Config, model: ModelConfig, window: int) -> ModelConfig:
+    settings = {**config.beacon.to_dict(), "window": window}
+    settings.pop("use")
+    return dataclasses.replace(model, beacon=BeaconConfig(**settings))
+
+
+def _size(model: ModelConfig) -> int:
+    leaves = jax.tree.leaves(
+        param_shapes(model)["params"], is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return sum(int(np.prod(shape)) for shape in leaves)
+
+
+def _rounded(steps: int) -> int:
+    """To two digits, so that it reads as what it is: an estimate."""
+    unit = 10 ** max(len(str(steps)) - 2, 0)
+    return steps // unit * unit
+
+
+def _get(config: Any, key: str, absent: Any = None) -> Any:
+    """The value of a dotted key, or `absent` if there is no such key."""
+    *path, last = key.split(".")
+    for part in path:
+        if part not in config:
+            return absent
+        config = config[part]
+    return config.get(last, absent)
+
+
+def _fill(config: Config, values: dict[str, Any]) -> None:
+    config.update_from_flattened_dict(values)
