@@ -25,7 +25,7 @@ MOVED = {
 }
 
 
-class _Run(ConfigDict):
+class _RunConfigDict(ConfigDict):
     """A ConfigDict that says where a key of an earlier version went."""
 
     _prefix = ""
@@ -43,7 +43,7 @@ class _Run(ConfigDict):
             raise AttributeError(moved)
 
 
-class _Data(_Run):
+class _DataConfigDict(_RunConfigDict):
     _prefix = "data."
 
 
@@ -52,7 +52,7 @@ def default_config() -> Config:
 
     docs/specification.md section 3.
     """
-    config: Config = _Run()
+    config: Config = _RunConfigDict()
     config.init_from = ""  # HF or converted folder; "": `model`, at random
     config.model = ConfigDict()  # fields of ModelConfig, for random initialisation
     config.trainable = "beacon"  # what is trained; or "all": every parameter
@@ -126,7 +126,7 @@ def default_config() -> Config:
         }
     )
     # What a run reads, and in which order: see docs/data.md.
-    config.data = _Data(
+    config.data = _DataConfigDict(
         {
             # URIs of `data.sources`: files, folders, globs, "stdlib", "tfds:name", ...
             "sources": (),

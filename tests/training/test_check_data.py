@@ -5,6 +5,7 @@ import sys
 import pytest
 from absl import flags
 
+from beacon_jax.cli import options
 from beacon_jax.cli import train as command
 from beacon_jax.data.batches import STAGE_KEYS
 from beacon_jax.training.check_data import ROW_KEYS, check_data
@@ -103,7 +104,7 @@ def test_a_key_of_an_earlier_version_names_the_new_one(
         values = flags.FlagValues()
         command.define_flags(values)
         with pytest.raises(SystemExit) as stopped:
-            command.parse(argv, values)
+            options.parse(argv, values)
         assert message in str(stopped.value.code)
         assert '"' not in str(stopped.value.code)
 
@@ -114,5 +115,5 @@ def test_a_folder_is_named_on_the_command_line_without_quotes(monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
     command.define_flags(values)
-    command.parse(argv, values)
+    options.parse(argv, values)
     assert values["config"].value.data.sources == ("my-docs/2024", "b.jsonl")
