@@ -1,0 +1,123 @@
+"""Choices for a user's model and text: from facts, printed, overridable, recorded."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from beacon_jax.training import own
+from beacon_jax.training.check_data import check_data
+from beacon_jax.training.config import OPEN
+
+ROOT = Path(__file__).parents[2]
+BASE = str(ROOT / "assets/tiny-base")
+
+
+@pytest.fixture
+def config(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(20):
+        line = f"Line {i} of a text about rivers and stones.\n"
+        (text / f"{i}.txt").write_text(line * 100)
+    config = runpy.run_path(str(ROOT / "configs/own.py"))["get_config"]()
+    config.init_from, config.data.sources = BASE, (str(text),)
+    return config.lock()
+
+
+def chosen(config, tmp_path):
+    lines = []
+    made = own.choose(config, tmp_path / "run", lines.append)
+    return made, lines
+
+
+def test_every_open_key_is_chosen_and_printed_with_its_reason(config, tmp_path):
+    made, lines = chosen(config, tmp_path)
+    check_data(made)
+    for key in OPEN:
+        assert own._get(made, key) is not None
+        assert sum(line.startswith(f"  {key}=") for line in lines) == 1
+    assert all(own._get(config, key) is None for key in OPEN)
+    assert any("512 positions" in line for line in lines)
+    window, length = made.beacon.window, made.data.stages.stage1.length
+    assert all(window % ratio == 0 for ratio in made.beacon.ratios)
+    assert length % window == 0 and length >= 3 * window
+
+
+def test_what_is_set_by_hand_stays_and_the_rest_suits_it(config, tmp_path):
+    config.beacon.window = 32
+    config.data.stages.stage1.steps = 7
+    made, lines = chosen(config, tmp_path)
+    assert (made.beacon.window, made.data.stages.stage1.steps) == (32, 7)
+    assert made.data.stages.stage1.length % 32 == 0
+    assert not any("stage1.steps=" in line for line in lines)
+
+
+def test_less_memory_means_smaller_rows_and_then_an_error(
+    config, tmp_path, monkeypatch
+):
+    whole, _ = chosen(config, tmp_path)
+    monkeypatch.setattr(own, "PROCESS_BYTES", 0)
+    tokens = lambda c: c.data.stages.stage1.length * c.data.stages.stage1.batch_size
+    monkeypatch.setattr(own, "device_bytes", lambda device: int(30e6))
+    assert tokens(chosen(config, tmp_path)[0]) < tokens(whole)
+    monkeypatch.setattr(own, "device_bytes", lambda device: int(1e6))
+    with pytest.raises(ValueError, match="no window and row fit: the device's 0.0 GiB"):
+        chosen(config, tmp_path)
+
+
+def test_a_run_that_goes_on_takes_what_it_recorded(config, tmp_path):
+    made, _ = chosen(config, tmp_path)
+    record = made.to_dict()
+    record["data"]["stages"]["stage1"]["steps"] = 123
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    again, lines = chosen(config, tmp_path)
+    assert again.data.stages.stage1.steps == 123
+    assert len(lines) == 1 and "going on" in lines[0]
+
+
+def test_a_config_without_open_keys_is_left_alone(config, tmp_path):
+    made, _ = chosen(config, tmp_path)
+    assert own.choose(made, tmp_path / "run") is made
+
+
+def test_what_is_missing_is_named(config, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("A short text.\n" * 5)
+    config.data.heldout = 0.0
+    for key, value, error, message in (
+        ("init_from", "", ValueError, "init_from='': name a folder with a model"),
+        ("init_from", str(tmp_path / "no"), FileNotFoundError, "config.json"),
+        ("data.sources", (), ValueError, "--config.data.sources=FOLDER"),
+        ("data.sources", (str(short),), ValueError, "name more text"),
+        ("data.sources", (BASE,), FileNotFoundError, "holds no text among its"),
+    ):
+        wrong = config.copy_and_resolve_references()
+        wrong.update_from_flattened_dict({key: value})
+        with pytest.raises(error, match=message):
+            chosen(wrong, tmp_path)
+
+
+def test_a_model_with_too_few_positions_is_an_error(config, tmp_path):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for file in Path(BASE).glob("*"):
+        (folder / file.name).symlink_to(file)
+    (folder / "config.json").unlink()
+    fields = json.loads((Path(BASE) / "config.json").read_text())
+    fields["max_position_embeddings"] = 64
+    (folder / "config.json").write_text(json.dumps(fields))
+    config.init_from = str(folder)
+    with pytest.raises(ValueError, match="has 64 positions: beacons need at least 128"):
+        chosen(config, tmp_path)
+
+
+def test_the_next_commands_have_real_paths(config, tmp_path):
+    made, _ = chosen(config, tmp_path)
+    text = own.next_commands(made, tmp_path / "run" / "export")
+    words = text.split()
+    (context,) = [w for w in words if w.startswith("--context=")]
+    assert Path(context.removeprefix("--context=")).is_file()
+    assert f"--text={made.data.sources[0]}" in words and "--ratios=2,4,8" in words
