@@ -60,11 +60,11 @@ def test_less_memory_means_smaller_rows_and_then_an_error(
     whole, _ = chosen(config, tmp_path)
     monkeypatch.setattr(own, "PROCESS_BYTES", 0)
     tokens = lambda c: c.data.stages.stage1.length * c.data.stages.stage1.batch_size
-    room = 2**40
+    room = [2**40]
+    monkeypatch.setattr(own, "device_bytes", lambda device: room[0])
     while tokens(chosen(config, tmp_path)[0]) == tokens(whole):
-        room //= 2
-        monkeypatch.setattr(own, "device_bytes", lambda device: room)
-    assert room > 1e6
+        room[0] //= 2
+    assert room[0] > 1e6
     monkeypatch.setattr(own, "device_bytes", lambda device: int(1e6))
     with pytest.raises(ValueError, match="no window and row fit: the device's 0.0 GiB"):
         chosen(config, tmp_path)
