@@ -89,13 +89,15 @@ def test_a_config_without_open_keys_is_left_alone(config, tmp_path):
 def test_what_is_missing_is_named(config, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("A short text.\n" * 5)
+    empty = tmp_path / "empty"
+    empty.mkdir()
     config.data.heldout = 0.0
     for key, value, error, message in (
         ("init_from", "", ValueError, "init_from='': name a folder with a model"),
         ("init_from", str(tmp_path / "no"), FileNotFoundError, "config.json"),
         ("data.sources", (), ValueError, "--config.data.sources=FOLDER"),
         ("data.sources", (str(short),), ValueError, "tokens of text allow no larg"),
-        ("data.sources", (BASE,), FileNotFoundError, "holds no text among its"),
+        ("data.sources", (str(empty),), FileNotFoundError, "no text among its 0"),
     ):
         wrong = config.copy_and_resolve_references()
         wrong.update_from_flattened_dict({key: value})
