@@ -100,6 +100,7 @@ def run(o: Any) -> str:
     from beacon_jax.evaluation.runner import evaluate, integers
     from beacon_jax.evaluation.settings import Settings
     from beacon_jax.evaluation.tasks import make_tasks
+    from beacon_jax.hf import hub
 
     if not o.model:
         raise ValueError("--model is not given: name an HF folder or a converted one.")
@@ -119,7 +120,12 @@ def run(o: Any) -> str:
     with Progress().stage("loading", note=o.model):
         runtime.for_command()
         model = load_model(
-            o.model, longest, beacons, window=o.window, dtype=o.dtype, mesh=o.mesh
+            str(hub.find(o.model, "--model")),
+            longest,
+            beacons,
+            window=o.window,
+            dtype=o.dtype,
+            mesh=o.mesh,
         )
     missed, folders = [], []
     for one in settings:

@@ -21,6 +21,7 @@ from absl import flags
 
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.hf import hub
 from beacon_jax.resources import asset
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def from_flags(values: Any, folder: Path) -> "Prepared":
 def tokenizer_folder(config: Any, workdir: Path) -> Path:
     """That of the config; one that training would train is trained in `workdir`."""
     if not config.tokenizer.train:
-        return Path(asset(config.tokenizer.path or config.init_from))
+        if config.tokenizer.path:
+            return Path(asset(config.tokenizer.path))
+        return hub.find(config.init_from, "init_from")
     from beacon_jax.data.text import run_documents
     from beacon_jax.data.tokenizer import ensure_tokenizer
 

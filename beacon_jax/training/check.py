@@ -12,10 +12,10 @@ from beacon_jax.core.windows import memory_slots
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
-from beacon_jax.resources import asset
 from beacon_jax.training.check_data import check_data
 from beacon_jax.training.config import Config
 from beacon_jax.training.hardware import peak_flops
+from beacon_jax.training.initial import base_folder, tokenizer_folder
 from beacon_jax.training.inputs import batch_sizes
 from beacon_jax.training.optim import make_optimizer
 from beacon_jax.training.profile import parse_steps
@@ -130,29 +130,21 @@ def _check_optimizer(optimizer: Config) -> None:
 
 
 def _check_folders(config: Config) -> None:
-    for key in ("init_from", "tokenizer.path"):
-        value = _get(config, key)
-        if not value or (key == "tokenizer.path" and config.tokenizer.train):
-            continue
-        folder = Path(asset(value))
-        if not folder.is_dir():
-            what = "is a file" if folder.exists() else "does not exist"
-            raise FileNotFoundError(
-                f"{key}={value!r} {what}: give the folder of a model (Hugging Face's "
-                "files, or converted by beacon_jax.convert). A model of the hub has to "
-                "be downloaded first."
-            )
-    if (
-        config.init_from
-        and not (Path(asset(config.init_from)) / "config.json").exists()
-    ):
+    if config.init_from and not (base_folder(config) / "config.json").exists():
         raise FileNotFoundError(
             f"init_from={config.init_from!r} has no config.json: give the folder that "
             "holds the model's files."
         )
     if not config.tokenizer.train:
         key = "tokenizer.path" if config.tokenizer.path else "init_from"
-        if not hf.has_tokenizer(_get(config, key)):
+        folder = tokenizer_folder(config)
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise FileNotFoundError(
+                f"{key}={_get(config, key)!r} {what}: give the folder of a tokenizer. "
+                "One of the hub has to be downloaded first."
+            )
+        if not hf.has_tokenizer(folder):
             raise FileNotFoundError(
                 f"{key}={_get(config, key)!r} has no tokenizer files: copy them from "
                 "the base model, or set tokenizer.path."
@@ -170,7 +162,7 @@ def _model(config: Config) -> ModelConfig:
         except (ValueError, TypeError) as error:
             raise ValueError(f"config.beacon: {error}") from error
     if config.init_from:
-        folder = Path(asset(config.init_from))
+        folder = base_folder(config)
         ignore = is_converted(folder) and read_manifest(folder).get(
             "ignore_sliding_window", False
         )

@@ -12,6 +12,7 @@ import numpy as np
 
 from beacon_jax import hf
 from beacon_jax.data.tokenizer import ensure_tokenizer
+from beacon_jax.hf import hub
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig, param_shapes
 from beacon_jax.resources import asset
@@ -20,13 +21,29 @@ from beacon_jax.training.processes import is_lead, wait
 from beacon_jax.training.sharding import Placement, put
 
 
+def base_folder(config: Config) -> Path:
+    """The folder of `init_from`: a folder, a model of the package or one of the hub.
+
+    Raises:
+      FileNotFoundError: as `hf.hub.find`.
+    """
+    return hub.find(config.init_from, "init_from")
+
+
+def tokenizer_folder(config: Config) -> Path:
+    """The folder of a tokenizer that is not trained: its own, or the base's."""
+    if config.tokenizer.path:
+        return Path(asset(config.tokenizer.path))
+    return base_folder(config)
+
+
 def make_tokenizer(
     config: Config, documents: Callable[[], Sequence[str]], workdir: Path
 ) -> tuple[Any, Path]:
     """The tokenizer and its folder; trained on the text once per workdir if asked."""
     settings = config.tokenizer
     if not settings.train:
-        folder = Path(asset(settings.path or config.init_from))
+        folder = tokenizer_folder(config)
         return hf.load_tokenizer(folder), folder
     folder = workdir / "tokenizer"
     if is_lead():
@@ -54,7 +71,9 @@ def make_model(
         return placement.variable(model, name, shape, trained=own), dtype
 
     if config.init_from:
-        checkpoint = hf.load(config.init_from, beacon=beacon, place=place, quiet=quiet)
+        checkpoint = hf.load(
+            base_folder(config), beacon=beacon, place=place, quiet=quiet
+        )
         model, variables = checkpoint.config, checkpoint.variables
         if beacon is None:
             model = dataclasses.replace(model, beacon=None)
@@ -140,7 +159,7 @@ def export(
     """
     variables, source = dict(variables), None
     if config.init_from:
-        source = Path(asset(config.init_from))
+        source = base_folder(config)
         stored = hf.load(source).variables["params"]
         variables.setdefault("params", stored)
         dtype = stored["embed"]["embedding"].dtype

@@ -29,6 +29,7 @@ from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
 from beacon_jax.model.flops import training_step
 from beacon_jax.training.config import OPEN, Config
 from beacon_jax.training.hardware import device_bytes, find_chip
+from beacon_jax.training.initial import base_folder, tokenizer_folder
 from beacon_jax.training.inputs import slots
 from beacon_jax.training.memory import step_bytes
 from beacon_jax.training.sharding import make_placement
@@ -140,10 +141,10 @@ def _facts(config: Config) -> _Facts:
             "data.sources=(): name a folder or file of text: "
             "--config.data.sources=FOLDER"
         )
-    folder = Path(config.init_from)
+    folder = base_folder(config)
     model = ModelConfig.from_hf(read_config(folder))
     size = sum(source_bytes(config.data.sources, config.data.root))
-    tokenizer = hf.load_tokenizer(config.tokenizer.path or folder)
+    tokenizer = hf.load_tokenizer(tokenizer_folder(config))
     if size <= SAMPLE_BYTES:
         texts = tokenizer(
             run_documents(config), add_special_tokens=False, verbose=False

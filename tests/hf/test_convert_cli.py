@@ -20,7 +20,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_there_and_back_on_the_command_line_with_progress(
+def test_there_and_back_on_the_command_line(
     tmp_path, make_checkpoint, config_of, beacon_fields
 ):
     src = make_checkpoint(config_of("qwen2", **beacon_fields))
@@ -28,7 +28,7 @@ def test_there_and_back_on_the_command_line_with_progress(
     convert = "-m", "beacon_jax.convert"
     result = run(*convert, "from-hf", f"--src={src}", f"--dst={ours}", "--verify")
     assert result.returncode == 0, result.stderr
-    assert "58/58 tensors" in result.stderr and "MB/s" in result.stderr
+    assert result.stderr == ""  # progress is for what takes more than three seconds
     assert "ok: KL per token" in result.stdout
     result = run(*convert, "to-hf", f"--src={ours}", f"--dst={back}")
     assert result.returncode == 0, result.stderr

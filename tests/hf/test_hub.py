@@ -12,6 +12,7 @@ import pytest
 import beacon_jax
 from beacon_jax.cli import context
 from beacon_jax.hf import hub
+from beacon_jax.progress import Progress
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -151,4 +152,7 @@ def test_load_and_the_commands_name_their_own_argument(monkeypatch):
     with pytest.raises(FileNotFoundError, match="^path=org/absent is no folder here"):
         beacon_jax.load("org/absent")
     with pytest.raises(FileNotFoundError, match="^--model=org/absent is no folder"):
-        context.load_model(SimpleNamespace(model="org/absent"))  # type: ignore
+        context.load_model(
+            SimpleNamespace(model="org/absent"),  # type: ignore
+            Progress(),
+        )

@@ -51,7 +51,7 @@ def test_a_folder_that_is_not_there_is_named_with_its_key(config, tmp_path):
     good = config.init_from
     (tmp_path / "empty").mkdir()
     for key, value, message in (
-        ("init_from", "/nope", "init_from='/nope' does not exist: give the folder"),
+        ("init_from", "/nope", "init_from=/nope: there is no such folder. Give a fol"),
         ("init_from", str(tmp_path / "empty"), "has no config.json"),
         ("tokenizer.path", "meta/llama", "tokenizer.path='meta/llama' does not exist"),
         ("tokenizer.path", str(tmp_path / "empty"), "has no tokenizer files"),
