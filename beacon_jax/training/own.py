@@ -23,7 +23,7 @@ from beacon_jax import hf
 from beacon_jax.core.windows import open_room
 from beacon_jax.data.sources import open_parts, source_bytes
 from beacon_jax.data.tally import clock, si
-from beacon_jax.data.text import run_documents
+from beacon_jax.data.text import load_documents, run_documents
 from beacon_jax.hf.conversion import read_config
 from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
 from beacon_jax.model.flops import training_step
@@ -49,6 +49,7 @@ HOUR = 3600
 # on a CPU, where all of it is in the memory that the arrays are in.
 PROCESS_BYTES = int(1.5e9)
 UTILISATION = {"cpu": 0.4, "other": 0.3}  # of the peak
+SAMPLES = 128  # rows that `evaluate` takes, whose last windows do not overlap
 SAMPLE_BYTES = 4_000_000  # larger texts are counted by their size
 
 
@@ -94,9 +95,16 @@ def choose(
         f"layers of {facts.model.hidden_size}, {si(_size(facts.model))} parameters, "
         f"{facts.model.trained_positions:,} positions"
     )
+    held = _heldout(config)
     show(
         f"text {', '.join(config.data.sources)}: about {si(facts.tokens)} tokens to "
-        f"train on, {config.data.heldout:.0%} of the documents held out for evaluation"
+        "train on; "
+        + (
+            f"{si(held)} characters of held-out documents for the evaluation"
+            if held
+            else f"none of its documents is held out (data.heldout="
+            f"{config.data.heldout:g}; a hash of the file's name decides)"
+        )
     )
     show("chosen for them; --config.KEY=VALUE chooses otherwise:")
     for step in (_dtype, _shape, _steps, _rates):
@@ -112,14 +120,36 @@ def next_commands(config: Config, export: Path) -> str:
     data, ratios = config.data, sorted(r for r in config.beacon.ratios if r)
     ratio = 4 if 4 in ratios else ratios[-1]
     out = export.parent / "evaluation"
+    text = ""  # the standard library, where the text's own held-out part is too short
+    window, length = config.beacon.window, data.stages.stage1.length
+    lengths = sorted({2 * window, max(2, length // window) * window})
+    if _heldout(config) >= 4 * (lengths[-1] + SAMPLES * window):
+        text = f"--text={data.sources[0]} "
     return (
         "next:\n"
         f"  python -m beacon_jax.generate --model={export} "
         f"--context={_file(data.sources, data.root)} "
         f'--prompt="What is this text about?" --ratio={ratio}\n'
-        f"  python -m beacon_jax.evaluate --model={export} --text={data.sources[0]} "
-        f"--tasks=perplexity,passkey --ratios={','.join(map(str, ratios))} --out={out}"
+        f"  python -m beacon_jax.evaluate --model={export} {text}"
+        f"--tasks=perplexity,passkey --ratios={','.join(map(str, ratios))} "
+        f"--lengths={','.join(map(str, lengths))} --out={out}"
     )
+
+
+def _heldout(config: Config) -> int:
+    """Characters of the first source's documents that are held out."""
+    if not config.data.heldout:
+        return 0
+    try:
+        texts = load_documents(
+            config.data.sources[0],
+            "heldout",
+            config.data.heldout,
+            root=config.data.root,
+        )
+    except (OSError, ValueError):  # none of them is
+        return 0
+    return sum(map(len, texts))
 
 
 def _file(sources: Sequence[str], root: str) -> str:

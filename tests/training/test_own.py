@@ -125,4 +125,24 @@ def test_the_next_commands_have_real_paths(config, tmp_path):
     words = text.split()
     (context,) = [w for w in words if w.startswith("--context=")]
     assert Path(context.removeprefix("--context=")).is_file()
-    assert f"--text={made.data.sources[0]}" in words and "--ratios=2,4,8" in words
+    assert "--ratios=2,4,8" in words
+    (lengths,) = [w for w in words if w.startswith("--lengths=")]
+    window = made.beacon.window
+    for length in map(int, lengths.removeprefix("--lengths=").split(",")):
+        assert length % window == 0 and length >= 2 * window  # what `evaluate` asks
+
+
+def test_evaluation_is_of_the_text_only_if_enough_of_it_is_held_out(config, tmp_path):
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text("A line of text.\n" * 10_000)
+    made, _ = chosen(config, tmp_path)
+    text = own.next_commands(made, tmp_path / "run" / "export")
+    assert f"--text={made.data.sources[0]} " in text
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in ("argparse", "inspect"):  # neither name is in the held-out tenth
+        (few / f"{name}.txt").write_text("A line of text.\n" * 20_000)
+    config.data.sources = (str(few),)
+    made, shown = chosen(config, tmp_path)
+    assert any("none of its documents is held out" in line for line in shown)
+    assert "--text=" not in own.next_commands(made, tmp_path / "run" / "export")
