@@ -121,7 +121,8 @@ def next_commands(config: Config, export: Path) -> str:
     ratio = 4 if 4 in ratios else ratios[-1]
     out = export.parent / "evaluation"
     text = ""  # the standard library, where the text's own held-out part is too short
-    window, length = config.beacon.window, data.stages.stage1.length
+    window = config.beacon.window
+    length = max((s.length for s in data.stages.values()), default=data.max_length)
     lengths = sorted({2 * window, max(2, length // window) * window})
     if _heldout(config) >= 4 * (lengths[-1] + SAMPLES * window):
         text = f"--text={data.sources[0]} "
@@ -137,16 +138,16 @@ def next_commands(config: Config, export: Path) -> str:
 
 
 def _heldout(config: Config) -> int:
-    """Characters of the first source's documents that are held out."""
-    if not config.data.heldout:
+    """Characters of the first source's documents that are held out; of much text about
+    as many."""
+    data = config.data
+    if not data.heldout:
         return 0
     try:
-        texts = load_documents(
-            config.data.sources[0],
-            "heldout",
-            config.data.heldout,
-            root=config.data.root,
-        )
+        size = sum(source_bytes(data.sources[:1], data.root))
+        if size > SAMPLE_BYTES:
+            return int(size * data.heldout)
+        texts = load_documents(data.sources[0], "heldout", data.heldout, root=data.root)
     except (OSError, ValueError):  # none of them is
         return 0
     return sum(map(len, texts))

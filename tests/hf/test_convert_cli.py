@@ -28,7 +28,6 @@ def test_there_and_back_on_the_command_line(
     convert = "-m", "beacon_jax.convert"
     result = run(*convert, "from-hf", f"--src={src}", f"--dst={ours}", "--verify")
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""  # progress is for what takes more than three seconds
     assert "ok: KL per token" in result.stdout
     result = run(*convert, "to-hf", f"--src={ours}", f"--dst={back}")
     assert result.returncode == 0, result.stderr
