@@ -21,7 +21,6 @@ from absl import flags
 
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
-from beacon_jax.hf import hub
 from beacon_jax.resources import asset
 
 if TYPE_CHECKING:
@@ -69,6 +68,8 @@ def tokenizer_folder(config: Any, workdir: Path) -> Path:
     if not config.tokenizer.train:
         if config.tokenizer.path:
             return Path(asset(config.tokenizer.path))
+        from beacon_jax.hf import hub  # after the flags: jax takes seconds
+
         return hub.find(config.init_from, "init_from")
     from beacon_jax.data.text import run_documents
     from beacon_jax.data.tokenizer import ensure_tokenizer

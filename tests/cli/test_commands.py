@@ -154,7 +154,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.start("lm_eval", [])
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "\nstopped\n"
+    assert capsys.readouterr().err == "\nlm_eval: stopped by Ctrl-C\n"
 
 
 # --- files that come with the package ----------------------------------------------
