@@ -10,6 +10,8 @@ numbers has `pytestmark = pytest.mark.optimized` and is compiled as users compil
 import gc
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -60,6 +62,20 @@ def programs(request):
     if (optimized and before) or maps() > MAX_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """A command that ran in this process has an answer of its own to Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    yield
+    signal.signal(signal.SIGINT, before)
+    signal.set_wakeup_fd(wakeup)
 
 
 def maps() -> int:
