@@ -35,7 +35,9 @@ def check_data(config: Config) -> None:
     Settings.of(data, "")  # checks lengths, long, heldout and chat_template
     unused = ROW_KEYS if data.stages else STAGE_KEYS
     defaults = default_config().data
-    changed = [key for key in unused if data[key] != defaults[key]]
+    # A config that was read from JSON has lists where the defaults have tuples.
+    plain = lambda value: tuple(value) if isinstance(value, list) else value
+    changed = [key for key in unused if plain(data[key]) != defaults[key]]
     if changed:
         given = ", ".join(f"data.{key}={data[key]!r}" for key in changed)
         raise ValueError(
