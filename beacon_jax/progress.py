@@ -114,8 +114,9 @@ class Stage:
         self._start = self.quiet_since = self._clock()
 
     def alive(self) -> None:
-        """Something else was shown to the user just now."""
-        self.quiet_since = self._clock()
+        """Something else was shown to the user just now, an answer for example: its
+        line is not to be written into."""
+        self.quiet_since, self.shown = self._clock(), False
 
     def line(self, *, ended: bool = False) -> str:
         """What is shown now."""

@@ -8,6 +8,7 @@ arguments of the process. Nothing that takes long to import is imported at its t
 """
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -84,9 +85,13 @@ def start(name: str, arguments: Sequence[str] | None = None) -> None:
         if not hasattr(module, "define_flags"):
             return module.main()
         from absl import app, flags
+        from absl import logging as absl_logging
 
         from beacon_jax.cli import options
 
+        # A line is for the user: without level, time, process and file.
+        plain = logging.Formatter("%(message)s")
+        absl_logging.get_absl_handler().setFormatter(plain)
         module.define_flags(flags.FLAGS)
         parse = lambda given: options.parse(given, flags.FLAGS, module.__doc__ or "")
         app.run(module.main, argv=sys.argv, flags_parser=parse)

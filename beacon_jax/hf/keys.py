@@ -154,20 +154,18 @@ def resolve(
     for e in entries:
         if part := beacon_part(e.name):
             parts.setdefault(part, []).extend(e.keys)
-    from_base = []
-    for part, keys in parts.items():
-        if absent := [k for k in keys if k not in found]:
-            from_base.append(part)
-            if quiet:
-                continue
-            logger.warning(
-                "beacon %s starts from the base model: %d of its %d tensors are not in "
-                "the checkpoint (the first is %s).",
-                part,
-                len(absent),
-                len(keys),
-                absent[0],
-            )
+    absent = {part: [k for k in keys if k not in found] for part, keys in parts.items()}
+    from_base = [part for part, keys in absent.items() if keys]
+    if from_base and not quiet:
+        missing = [k for part in from_base for k in absent[part]]
+        logger.warning(
+            "beacon %s: start from the base model, since %d of %d tensors are not in "
+            "the checkpoint (the first is %s).",
+            ", ".join(from_base),
+            len(missing),
+            sum(len(parts[part]) for part in from_base),
+            missing[0],
+        )
     base_keys = {e.name: e.keys for e in entries if e.name.startswith("params/")}
     resolved = [
         dataclasses.replace(e, keys=base_keys[e.name.replace("beacon/", "params/", 1)])

@@ -113,7 +113,7 @@ def test_a_letter_that_one_layer_lacks_starts_from_the_base_in_all(
         from_hf(path, tmp_path / "ours")
         path = tmp_path / "ours"
     model = load(path)
-    assert "beacon k starts from the base model: 1 of its 6 tensors" in caplog.text
+    assert "beacon k: start from the base model, since 1 of 6 tensors" in caplog.text
     assert "beacon q" not in caplog.text
     beacon = model.variables["beacon"]["layers"]["attention"]
     base = model.variables["params"]["layers"]["attention"]

@@ -67,7 +67,7 @@ def test_one_that_reads_back_with_another_hash_is_moved_aside(
     out = capsys.readouterr().out
     target = workdir / "checkpoints-damaged" / "6"
     assert re.search(rf"step 6 is damaged \(.*hash\): moved to {target}, using", out)
-    assert "starts from the base model" not in out
+    assert "start from the base model" not in out
     assert files(target) == damaged
     assert summary["steps_of_this_process"] == 2
     assert weights(workdir) == weights(finished)
