@@ -162,7 +162,7 @@ def _assignments(source: str) -> Iterator[tuple[str, int, int]]:
 
 def generated() -> dict[str, Callable[[str], str]]:
     """For each file, what makes its new text from its old one."""
-    return dict.fromkeys(PAGES, with_outputs)
+    return {"docs/config.md": with_config_keys} | dict.fromkeys(PAGES, with_outputs)
 
 
 def main() -> None:

@@ -148,3 +148,17 @@ def test_every_section_of_the_docs_that_the_code_cites_is_there():
                 heading = rf"^#+ {re.escape(section)}\b" if section else "^# "
                 assert re.search(heading, text, re.MULTILINE), (path, page, section)
     assert count > 40
+
+
+def test_the_table_of_config_keys_is_that_of_the_code():
+    page = (ROOT / "docs" / "config.md").read_text(
+        "utf-8"
+    )  # a key without meaning raises
+    again = GENERATE.with_config_keys(page)
+    assert again == page, "run: python docs/generate.py docs/config.md"
+    assert page.count("\n| `") > 70
+
+
+def test_a_key_without_a_comment_is_named():
+    source = "def default_config():\n    config.a = 1  # one\n    config.b = 2\n"
+    assert GENERATE.config_meanings(source) == {"a": "One"}
