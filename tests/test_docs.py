@@ -162,3 +162,14 @@ def test_the_table_of_config_keys_is_that_of_the_code():
 def test_a_key_without_a_comment_is_named():
     source = "def default_config():\n    config.a = 1  # one\n    config.b = 2\n"
     assert GENERATE.config_meanings(source) == {"a": "One"}
+
+
+@pytest.mark.slow  # six processes: asks, trains, stops, goes on, evaluates
+@pytest.mark.timeout(1200)
+def test_a_new_users_first_commands_end_as_the_page_shows(tmp_path):
+    script = load(ROOT / "docs" / "first_contact.py")
+    text = script.transcript(tmp_path)  # raises where a command ends otherwise
+    page = script.PAGE.read_text("utf-8")
+    for step in script.STEPS:
+        assert f"```sh\n{step.command}\n```" in page, "run it with --install --write"
+        assert f"```sh\n{step.command}\n```" in text
