@@ -77,7 +77,7 @@ STEPS = (
     Step(
         "Evaluate what was trained",
         "beacon-jax evaluate --model=out/own/export --tasks=perplexity --ratios=4 \\\n"
-        "  --methods=beacon,full,window --text=texts --limit=4 --out=out/report",
+        "  --methods=beacon,full,window --limit=4 --out=out/report",
         shows=("beacon_x4", "window"),
     ),
 )
