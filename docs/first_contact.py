@@ -127,7 +127,7 @@ def transcript(folder: Path, *, install: bool = False) -> str:
 
 
 def make_texts(folder: Path) -> None:
-    """Writes texts/ (eight files of the standard library) and note.txt, with a key."""
+    """Writes texts/ (seven files of the standard library) and note.txt, with a key."""
     (folder / "texts").mkdir()
     for module in (argparse, inspect, subprocess, tempfile, dataclasses, json, signal):
         name = f"{module.__name__}.txt"
@@ -142,12 +142,12 @@ def _install(folder: Path) -> str:
     wheel = [sys.executable, "-m", "uv", "build", "--wheel", "--quiet"]
     subprocess.run([*wheel, "--out-dir", str(folder), str(ROOT)], check=True)
     name = next(folder.glob("*.whl")).name
-    command = f"python3 -m venv .venv\n.venv/bin/pip install {name}"
+    command = f"python3 -m venv .venv\n.venv/bin/pip install '{name}[plots]'"
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "venv", ".venv"], cwd=folder, check=True)
     python = str(folder / ".venv" / "bin" / "python")
     install = ["pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
-    subprocess.run([python, "-m", *install, name], cwd=folder, check=True)
+    subprocess.run([python, "-m", *install, f"{name}[plots]"], cwd=folder, check=True)
     seconds = time.perf_counter() - began
     size = sum(f.stat().st_size for f in (folder / ".venv").rglob("*") if f.is_file())
     told = f"(installed in {seconds:.0f} s, {size / 2**30:.1f} GiB)"
