@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 
 from beacon_jax import cli
+from beacon_jax.cli import options
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -81,8 +82,8 @@ def test_every_command_has_the_flags_that_a_page_gives_it(monkeypatch):
         values = flags.FlagValues()
         command.define_flags(values)
         try:
-            values(argv)
-        except (flags.Error, AttributeError, ValueError) as error:
+            options.parse(argv, values)  # a name of a config is found here
+        except (SystemExit, flags.Error, AttributeError, ValueError) as error:
             pytest.fail(f"{page}: beacon-jax {name} {rest}: {error}")
         checked[name] += 1
     assert checked["generate"] >= 6 and checked["train"] >= 5
