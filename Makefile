@@ -23,7 +23,7 @@ setup:  ## .venv with beacon_jax and its tools; every target does this first
 # Convert the tiny base model, train beacons on it, measure them: minutes on two cores.
 # Two CPU devices share a batch 1.45 times as fast as two threads of one.
 OUT := out/quickstart
-quickstart: setup  ## Convert, train beacons and measure them: about 15 minutes on two cores
+quickstart: setup  ## Convert, train beacons and measure them: 15 to 30 minutes on two cores
 	$(PY) -m beacon_jax.convert from-hf --src=assets/tiny-base --dst=$(OUT)/base --overwrite
 	JAX_NUM_CPU_DEVICES=2 $(PY) -m beacon_jax.train --config=configs/quickstart.py \
 	  --workdir=$(OUT)/train --config.init_from=$(OUT)/base
