@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,10 @@ def _highest_ratio(model: ModelConfig) -> ModelConfig:
 def _check_workdir(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.write_bytes(b"1")
-        probe.unlink()
+        # Of a name of its own: all processes of a run look at the same time.
+        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".writable-") as probe:
+            probe.write(b"1")
+            probe.flush()
     except OSError as error:
         raise OSError(
             f"--workdir={workdir} cannot be written ({error.strerror}): use another "
