@@ -57,7 +57,7 @@ notebook: setup  ## Execute the Colab notebook, small, on the CPU
 AOT_KERNELS ?=
 AOT_STEPS ?=
 aot:  ## Compile kernels and 7B steps for GPUs and TPUs that are not here: about an hour
-	@VENV=.venv-aot EXTRAS=aot PYTHON="$(PYTHON)" bash launch/setup.sh
+	@VENV=.venv-aot EXTRAS=aot,plots PYTHON="$(PYTHON)" bash launch/setup.sh
 	.venv-aot/bin/python -m benchmarks.aot_kernels --cases=$(AOT_KERNELS) --out=out/aot
 	.venv-aot/bin/python -m benchmarks.aot --cases=$(AOT_STEPS) --out=out/aot
 
