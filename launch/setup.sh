@@ -7,8 +7,9 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 python=$venv/bin/python
 stamp=$venv/.installed
-# The folder is part of the stamp: an editable install holds its path.
-state=$(echo "$PWD" | cat - pyproject.toml constraints.txt launch/setup.sh | cksum)
+# The folder is part of the stamp: an editable install holds its path. So are the extras
+# of another environment, which nobody chooses by hand.
+state=$(echo "$PWD ${VENV:+${EXTRAS:-}}" | cat - pyproject.toml constraints.txt launch/setup.sh | cksum)
 extras=${EXTRAS:-test,docs}
 
 identity='import sys, pip; assert sys.version_info >= (3, 12)
