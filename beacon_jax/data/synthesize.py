@@ -1,18 +1,7 @@
-"""Makes questions and answers about long texts with any OpenAI-compatible endpoint.
+"""Questions and answers about long texts, asked of an OpenAI-compatible endpoint.
 
-python -m beacon_jax.data.synthesize --sources='books/*.jsonl' --out=FILE.jsonl \\
-    --endpoint=http://localhost:8000/v1 --model=NAME [--tokenizer=DIR] \\
-    [--api_key_env=OPENAI_API_KEY] [--segment_tokens=4096] [--pairs=4] \\
-    [--max_tokens=20480] [--concurrency=8] [--requests_per_minute=0] [--limit=0]
-
-As the paper's appendix A: each text is split into segments of at most segment_tokens,
-the model writes `pairs` questions and answers about each, and neighbouring segments
-become one conversation of at most max_tokens, the first turn of which is the text with
-the first question. One {"conversations": [...]} a line, as `data.sources` reads it.
-
-Every answer is kept in FILE.jsonl.answers as soon as it comes. Interrupted, or with an
-endpoint that fails, the command writes what it has; the same command goes on and asks
-only what has no answer. Without --tokenizer a token is guessed as 3 bytes.
+What becomes of a text, and how a run goes on, is said where users read it: in
+`beacon_jax.cli.synthesize` (paper, appendix A).
 """
 
 import concurrent.futures
