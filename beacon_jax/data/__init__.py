@@ -1,4 +1,4 @@
-"""From sources of text and conversations to batches of windows (host side, numpy)."""
+"""Turns sources of text and conversations into batches of windows (on host, numpy)."""
 
 import os
 

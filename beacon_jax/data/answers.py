@@ -1,4 +1,4 @@
-"""Answers of a model: the pairs in them, and the file that keeps them."""
+"""Finds question-answer pairs in a model's answers, and keeps them in a file."""
 
 import fcntl
 import json
@@ -13,10 +13,10 @@ Pair = tuple[str, str]
 
 
 class Answers:
-    """The file of answers: {"key", "pairs"} a line, only ever appended to.
+    """The file that keeps answers: one JSON line {"key", "pairs"} for each.
 
-    Holds their places, not the answers. An incomplete last line, of a process that was
-    killed, is cut off.
+    Lines are only ever appended. Memory holds the places of the lines, not the answers.
+    An incomplete last line, left by a process that was killed, is cut off.
     """
 
     def __init__(self, path: Path):
@@ -59,7 +59,7 @@ class Answers:
         return set(self._places)
 
     def add(self, key: str, pairs: Sequence[Pair]) -> None:
-        """Keeps an answer; on the disk when this returns. Thread-safe."""
+        """Keeps an answer, which is on the disk when this returns. Thread-safe."""
         line = json.dumps({"key": key, "pairs": pairs}, ensure_ascii=True) + "\n"
         with self._lock:
             place = self._file.seek(0, os.SEEK_END)
@@ -69,7 +69,10 @@ class Answers:
             self._places[key] = place
 
     def get(self, key: str) -> list[Pair]:
-        """The pairs of a segment; none if it has no answer, or a useless one."""
+        """Returns the pairs of a segment.
+
+        The list is empty if the segment has no answer, or an answer without any pair.
+        """
         if key not in self._places:
             return []
         with self._lock:
@@ -78,11 +81,11 @@ class Answers:
 
 
 def parse_pairs(answer: str) -> list[Pair]:
-    """Questions and answers in what a model wrote.
+    """Returns the questions and answers in what a model wrote.
 
-    Takes JSON lists and objects, nested or one a line, inside code fences or prose, and
-    cut off in the middle (what is complete before counts). Pairs with an empty or
-    missing side are left out, repeated questions too.
+    Takes JSON lists and objects: nested or one a line, inside code fences or prose, and
+    cut off in the middle (what is complete before the cut counts). Leaves out pairs
+    with an empty or missing side, and repeated questions.
     """
     decoder = json.JSONDecoder(strict=False)  # line ends inside strings are forgiven
     found: dict[str, str] = {}

@@ -54,13 +54,15 @@ IGNORE = -100
 
 
 class StepBatches(Protocol):
-    """What the trainer reads: rows cut from a text (`Batches`), or whole examples of a
-    prepared folder (`grouped.GroupedBatches`).
+    """The interface through which the trainer reads batches.
+
+    `Batches` cuts rows from a text. `grouped.GroupedBatches` takes whole examples of a
+    prepared folder.
 
     Attributes:
-      steps: of the run.
-      shapes: (B, T) of all batches there are.
-      fingerprint: of the data: a run resumes with equal data or not at all.
+      steps: number of steps of the run.
+      shapes: (B, T) of all batches that occur.
+      fingerprint: identifies the data: a run resumes with equal data or not at all.
     """
 
     @property
@@ -73,27 +75,35 @@ class StepBatches(Protocol):
     def fingerprint(self) -> str: ...
 
     def width(self, step: int) -> int:
-        """T of a step."""
+        """Returns the width T of the batch of a step."""
         ...
 
     def lengths(self, step: int) -> Int[np.ndarray, " B"]:
-        """Real tokens of every row, known without reading one; 0: no row."""
+        """Returns the number of real tokens of every row, known without reading one.
+
+        0 stands for a place without a row.
+        """
         ...
 
     def batch(
         self, step: int, rows: Sequence[int] | None = None
     ) -> dict[str, np.ndarray]:
-        """tokens and labels int32 [B, T], perhaps weights float32 [B, T], of at least
-        the rows asked for (all if None)."""
+        """Returns tokens and labels int32 [B, T], perhaps weights float32 [B, T].
+
+        Args:
+          rows: the rows that are needed. The others may be left empty. None: all are
+            needed.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` batches of `batch_size` rows of `length` tokens; mix: (kind, weight)
-    pairs.
+    """A stage of training: `steps` batches of `batch_size` rows of `length` tokens.
 
-    dummies: share of the rows that are interleaved with eos (inside `length`).
+    Attributes:
+      mix: (kind, weight) pairs.
+      dummies: share of the rows that are interleaved with eos (inside `length`).
     """
 
     steps: int
@@ -123,16 +133,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """What `Batches` draws. Weights multiply the cross entropy of single labels.
+    """The settings of `Batches`. Weights multiply the cross entropy of single labels.
 
-    answer_weight: the digits of every answer; second_weight: the key's second mention
-    in the needle (predictable from the first); the first mention is random and weighs
-    0.
-    passkey_window: if > 0 the needle ends before the last window (see make_passkey).
-    passkey_tail: up to this many tokens of text, at most half of the row, follow the
-      final question. In training the last window has no beacons, at inference it has:
-      with 0, no final answer is given next to beacons.
-    dummy_every: the spacings of dummies, one drawn per interleaved row.
+    Attributes:
+      answer_weight: weight of the digits of every answer.
+      second_weight: weight of the key's second mention in the needle, which is
+        predictable from the first. The first mention is random and weighs 0.
+      passkey_window: if > 0, the needle ends before the last window (see make_passkey).
+      passkey_tail: up to this many tokens of text, at most half of the row, follow the
+        final question. In training the last window has no beacons, at inference it has:
+        with 0, no final answer is given next to beacons.
+      dummy_every: the spacings of dummies, one drawn per interleaved row.
     """
 
     stages: tuple[Stage, ...]
@@ -147,7 +158,7 @@ class BatchConfig:
 
     @classmethod
     def of(cls, config: Any) -> "BatchConfig":
-        """From a whole config (`training.config`)."""
+        """Makes the settings from a whole config (`training.config`)."""
         data = config.data
         stages = []
         for name in sorted(data.stages):
@@ -170,7 +181,7 @@ class BatchConfig:
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> Stage:
-        """The stage of a step; steps past the end belong to the last stage."""
+        """Returns the stage of a step; steps past the end belong to the last stage."""
         if step < 0:
             raise ValueError(f"step={step} must be >= 0")
         for stage in self.stages:
@@ -218,11 +229,12 @@ class Batches:
     def batch(
         self, step: int, rows: Sequence[int] | None = None
     ) -> dict[str, np.ndarray]:
-        """tokens, labels int32 [B, T], weights float32 [B, T], kind int32 [B] (KINDS).
+        """Returns tokens, labels int32 [B, T], weights float32 [B, T], kind int32 [B].
 
-        labels[:, t] is tokens[:, t + 1]; the last one, and every label of weight 0, is
-        -100, so that counting labels counts what is trained on. All rows, whatever
-        `rows` says: one generator draws them one after the other.
+        `kind` is an index into KINDS. labels[:, t] is tokens[:, t + 1]. The last label,
+        and every label of weight 0, is -100, so that counting labels counts what is
+        trained on. All rows are filled, whatever `rows` says: one generator draws them
+        one after the other.
         """
         stage = self.config.stage_at(step)
         rng = np.random.default_rng([self.config.seed, step])
@@ -236,7 +248,7 @@ class Batches:
         return {"tokens": tokens, "labels": labels, "weights": weights, "kind": kind}
 
     def _row(self, rng: np.random.Generator, stage: Stage, kind: str):
-        """Tokens, labels, weights [T] of one row."""
+        """Draws the tokens, labels and weights [T] of one row."""
         every = 0
         if rng.uniform() < stage.dummies:
             every = int(rng.choice(self.config.dummy_every))
@@ -308,7 +320,7 @@ class Batches:
         tokens: np.ndarray,
         weights: np.ndarray,
     ) -> None:
-        """Overwrite text between needle and final question with earlier questions."""
+        """Overwrites text between needle and final question with earlier questions."""
         question, (span,) = encode_with_key(QUESTION, sample.key, self.tokenizer)
         extra = int(rng.integers(0, self.config.passkey_questions))
         low, high = sample.needle[1], len(tokens) - len(question)
@@ -320,8 +332,9 @@ class Batches:
 
 
 def heldout_rows(stream: np.ndarray, length: int, count: int) -> np.ndarray:
-    """`count` rows [count, length] of contiguous text, evenly spread, never
-    overlapping.
+    """Returns `count` rows [count, length] of contiguous text.
+
+    The rows are spread evenly and never overlap.
 
     Raises:
       ValueError: the stream is too short for that many rows.

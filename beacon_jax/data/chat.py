@@ -1,4 +1,4 @@
-"""Conversations as tokens, with the assistant's answers marked.
+"""Turns conversations into tokens and marks the assistant's answers.
 
 The rules are those of docs/specification.md section 6.
 
@@ -15,16 +15,17 @@ release (fastchat's, with its system prompts and separators):
   no       Q[ A eos]: one question and one answer without any marker
   hf       the tokenizer's own template, which must mark answers by {% generation %}
 
-(line breaks above are not part of them, brackets around the targets neither). The
-tokenizer adds its own bos, as everywhere.
+The line breaks above, and the brackets around the targets, are not part of the
+templates. The tokenizer adds its own bos, as everywhere.
 
-A token that straddles the start of an answer: the release counts tokens of the text up
-to the answer, so a token that begins in front of the answer ("\\n\\n" of a header's
-"\\n" and an answer's "\\n") is no target, and in `no`, where it counts those of the
-answer, a token with the first character of the answer is one (" A"). So it is here.
-Where the release's counting drifts because pieces tokenise differently alone (a
-question that begins with a newline under qwen shifts its masks by one), the masks here
-stay right.
+A token may straddle the start of an answer, and is then treated as in the release. The
+release counts the tokens of the text up to the answer. A token that begins in front of
+the answer is therefore no target: for example "\\n\\n", made of a header's "\\n" and an
+answer's "\\n". In `no` the release counts the tokens of the answer. There a token with
+the first character of the answer is a target: for example " A".
+
+The release's counting drifts where pieces tokenise differently alone: a question that
+begins with a newline under qwen shifts its masks by one. The masks here stay right.
 """
 
 import functools
@@ -59,9 +60,11 @@ REASONS = (
 
 
 class Format(NamedTuple):
-    """How a template writes a conversation, and which tokens it cannot do without.
+    """The way a template writes a conversation, and the tokens it cannot do without.
 
-    answer: (in front, labelled in front, labelled behind, behind) of its text.
+    Attributes:
+      answer: the four texts around that of an answer: in front and unlabelled, in front
+        and labelled, behind and labelled, behind and unlabelled.
     """
 
     system: str
@@ -96,7 +99,7 @@ Span = tuple[int, int]
 def encode(
     turns: Sequence[tuple[str, str]], tokenizer: Any, template: str
 ) -> tuple[np.ndarray, np.ndarray] | str:
-    """(tokens int32 [n], labelled bool [n]), or a reason to drop the conversation.
+    """Tokenises a conversation and marks its targets, or says why it is dropped.
 
     Args:
       turns: (role, content) in order; those in front of the first of the user are left
@@ -105,8 +108,9 @@ def encode(
       template: one of TEMPLATES.
 
     Returns:
-      The tokens, and which are targets: the assistant's text and its end marker; or one
-      of REASONS.
+      The tokens int32 [n], and labelled bool [n], which marks the targets: the
+      assistant's text and its end marker. One of REASONS if the conversation is to be
+      dropped.
 
     Raises:
       ValueError: no template or an unknown one, or a tokenizer without its markers,
@@ -126,7 +130,10 @@ def encode(
 
 
 def render(turns: Sequence[tuple[str, str]], template: str) -> tuple[str, list[Span]]:
-    """The text of a conversation and the character ranges [start, stop) of targets."""
+    """Returns a conversation's text and the character ranges of its targets.
+
+    A range is [start, stop).
+    """
     form = FORMATS[template]
     text, spans = form.system, []
     for role, content in turns:
@@ -142,7 +149,7 @@ def render(turns: Sequence[tuple[str, str]], template: str) -> tuple[str, list[S
 
 
 def eos_of(tokenizer: Any) -> int:
-    """The id of the eos token.
+    """Returns the id of the eos token.
 
     Raises:
       ValueError: the tokenizer has none.
@@ -201,7 +208,7 @@ def _from_first_question(turns: Sequence[tuple[str, str]]) -> list[tuple[str, st
 
 
 def _fault(turns: list[tuple[str, str]], template: str) -> str:
-    """Why these turns cannot be written, or ""."""
+    """Returns the reason why these turns cannot be written, or ""."""
     roles = [role for role, _ in turns]
     known = ("user", "assistant", "system") if template == "hf" else TURN_ROLES
     if any(role not in known for role in roles):
@@ -282,9 +289,10 @@ def _tokenise(
     from_start: bool = False,
     add_special_tokens: bool = True,
 ) -> tuple[np.ndarray, np.ndarray] | str:
-    """Tokens of the text, targets where they overlap a span.
+    """Tokenises the text; targets are the tokens that overlap a span.
 
-    from_start: a token that begins in front of a span is no target.
+    Args:
+      from_start: a token that begins in front of a span is no target.
     """
     encoded = tokenizer(
         text,

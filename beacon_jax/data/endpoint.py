@@ -19,19 +19,19 @@ LONGEST_HOLD = 600.0  # seconds that a Retry-After is believed
 
 
 class Failed(Exception):
-    """One question has no answer, after all tries."""
+    """Raised when one question has no answer after all tries, or is refused."""
 
 
 class Hopeless(Exception):
-    """No question will have an answer: wrong key, address or model."""
+    """Raised when no question will have an answer: wrong key, address or model."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop while this question waited for its turn."""
+    """Raised when the run is asked to stop while a question waits for its turn."""
 
 
 class Pace:
-    """When requests may start: evenly spaced, and not while the server said to wait."""
+    """The pace of requests: evenly spaced, and none while the server said to wait."""
 
     def __init__(self, requests_per_minute: float = 0.0):
         if requests_per_minute < 0:
@@ -51,25 +51,28 @@ class Pace:
             rest(held, stop)
 
     def hold(self, seconds: float) -> None:
-        """No request starts for so long."""
+        """Lets no request start for so many seconds."""
         with self._lock:
             self._held = max(self._held, time.monotonic() + seconds)
 
 
 def rest(seconds: float, stop: threading.Event) -> None:
-    """Sleeps; raises Stopped as soon as `stop` is set."""
+    """Sleeps for so many seconds; raises Stopped as soon as `stop` is set."""
     if stop.wait(max(0.0, seconds)):
         raise Stopped
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where questions go.
+    """The address that questions go to, and how patiently they are asked.
 
-    url: up to and with /v1. key: sent as bearer token, to that address only; "": none.
-    timeout: seconds without a byte of answer. tries: of one question; between them
-    first_wait seconds, twice as long each time, at most longest_wait, or what the
-    server's Retry-After says if that is longer.
+    Attributes:
+      url: the address up to and with /v1.
+      key: sent as bearer token, to that address only; "": none.
+      timeout: seconds without a byte of answer.
+      tries: tries of one question. Between tries it waits for first_wait seconds, twice
+        as long each time, at most longest_wait; or for what the server's Retry-After
+        says if that is longer.
     """
 
     url: str
@@ -94,7 +97,7 @@ class Endpoint:
             )
 
     def ask(self, messages: Sequence[dict[str, str]], stop: threading.Event) -> str:
-        """The answer's text.
+        """Asks a question and returns the text of the answer.
 
         Raises:
           Failed: no answer after all tries, or the server refuses this question.
@@ -154,7 +157,7 @@ class Endpoint:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another address."""
+    """Follows no redirect, which would carry the key to another address."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -165,7 +168,10 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def retry_after(header: str | None) -> float:
-    """Seconds of a Retry-After header (a number or a date); 0 if there is none."""
+    """Returns the seconds that a Retry-After header asks for; 0 if there is none.
+
+    The header holds a number or a date.
+    """
     if not header:
         return 0.0
     try:

@@ -1,4 +1,4 @@
-"""Records become examples: tokens, and which of them are targets.
+"""Turns records into examples: tokens, and which of them are targets.
 
 The rules are those of docs/specification.md sections 3 and 6.
 
@@ -42,14 +42,16 @@ IGNORED = -100  # the label of a token that is not a target
 
 @dataclass(frozen=True)
 class Rules:
-    """Which records become examples, and how.
+    """The rules by which records become examples.
 
-    min_length, max_length: tokens of an example, both included. chat_template: how
-    conversations are written, a name of `chat.TEMPLATES`, or "" if there are none.
-    long: what becomes of text above max_length: "split" into examples of max_length
-      tokens, the last one shorter; "cut" after max_length, as in the release; or
-      "drop", as in the paper (appendix A).
-    heldout: share of the documents that are kept for evaluation (`data.heldout`).
+    Attributes:
+      min_length, max_length: least and most tokens of an example.
+      chat_template: how conversations are written: a name of `chat.TEMPLATES`, or "" if
+        there are none.
+      long: what becomes of text above max_length: "split" into examples of max_length
+        tokens, the last one shorter; "cut" after max_length, as in the release; or
+        "drop", as in the paper (appendix A).
+      heldout: share of the documents that are kept for evaluation (`data.heldout`).
     """
 
     min_length: int = 0
@@ -83,8 +85,10 @@ class Rules:
 class Example(NamedTuple):
     """One row of training.
 
-    tokens: int32 [n]. labelled: bool [n], whether token t is a target, that is whether
-    its own id is predicted (from token t - 1; `shift` does that).
+    Attributes:
+      tokens: int32 [n].
+      labelled: bool [n], whether token t is a target, that is whether its own id is
+        predicted. Token t - 1 predicts it; `shift` moves the labels there.
     """
 
     tokens: np.ndarray
@@ -92,10 +96,12 @@ class Example(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a record became.
+    """The result of a record: its examples, or the reason why there are none.
 
-    examples: none if there is a reason. reason: one of `REASONS`, or "". lost: tokens
-    of the record that are in no example, as far as they were counted.
+    Attributes:
+      examples: none if there is a reason.
+      reason: one of `REASONS`, or "".
+      lost: tokens of the record that are in no example, as far as they were counted.
     """
 
     examples: tuple[Example, ...] = ()
@@ -104,16 +110,19 @@ class Made(NamedTuple):
 
 
 def make_examples(record: Record, tokenizer: Any, rules: Rules) -> Made:
-    """The examples of a record, or the reason why there is none.
+    """Returns the examples of a record, or the reason why there is none.
 
-    Text: all tokens are targets. It is dropped below min_length. With fewer than
-    max_length tokens it gets an eos, if it does not end in one. Above max_length it is
-    cut, without eos, dropped, or split (`Rules.long`): each piece begins with the
-    tokenizer's bos if the text does, the last one ends in an eos, and is left out below
-    min_length.
-    Conversations are never cut: outside [min_length, max_length] they are dropped; only
-    the assistant's answers and their end markers are targets. Tokenised rows are taken
-    as they are inside [min_length, max_length]; without labels all are targets.
+    Text: all tokens are targets. Text below min_length is dropped. Text with fewer than
+    max_length tokens gets an eos, if it does not end in one. Text above max_length is
+    cut, without eos, dropped, or split (`Rules.long`). Each piece of split text begins
+    with the tokenizer's bos if the text does. The last piece gets an eos if there is
+    room and none yet; it is left out if it is below min_length.
+
+    Conversations are never cut: outside [min_length, max_length] they are dropped. Only
+    the assistant's answers and their end markers are targets.
+
+    Tokenised rows are taken as they are inside [min_length, max_length]; without labels
+    all tokens are targets.
 
     Raises:
       ValueError: a conversation without rules.chat_template, or a tokenizer that lacks
@@ -136,10 +145,11 @@ def make_examples(record: Record, tokenizer: Any, rules: Rules) -> Made:
 
 
 def shift(tokens: np.ndarray, labelled: np.ndarray) -> np.ndarray:
-    """Labels int32 [n]: what token t predicts, `tokens[t + 1]` if that is a target.
+    """Returns labels int32 [n]: what each token is to predict.
 
-    -100 where it is not, and at the last token, which predicts nothing
-    (docs/specification.md section 3). The only place where labels are shifted.
+    Token t predicts `tokens[t + 1]` if that is a target. Its label is -100 otherwise,
+    and at the last token, which predicts nothing (docs/specification.md section 3).
+    Labels of examples are shifted only here.
     """
     labels = np.full(len(tokens), IGNORED, np.int32)
     labels[:-1] = np.where(labelled[1:], tokens[1:], IGNORED)
@@ -179,8 +189,10 @@ def _pieces(tokens: np.ndarray, tokenizer: Any, size: int) -> list[np.ndarray]:
 
 
 def _ended(tokens: np.ndarray, tokenizer: Any, size: int) -> np.ndarray:
-    """With an eos behind them, if there is room and none yet: some tokenizers, and some
-    texts, bring their own."""
+    """Returns the tokens with an eos behind them, if there is room and none yet.
+
+    Some tokenizers, and some texts, bring their own eos.
+    """
     eos = np.int32(chat.eos_of(tokenizer)) if len(tokens) < size else None
     if eos is None or (len(tokens) and tokens[-1] == eos):
         return tokens

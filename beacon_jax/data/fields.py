@@ -1,4 +1,4 @@
-"""What a row of a source means: its fields become text, turns or tokens.
+"""Makes records of the rows of a source: fields become text, turns or tokens.
 
 | fields                           | record                                            |
 |----------------------------------|---------------------------------------------------|
@@ -9,8 +9,8 @@
 | instruction, output [, input]    | two turns (LongAlpaca); input on a line of its own|
 | chapter, summary_text            | two turns (BookSum); the user's: BOOKSUM, chapter |
 
-Other fields are ignored. The first line of the table that has all its fields, none of
-them null, decides.
+Other fields are ignored. The first line of the table whose fields are all in the row,
+none of them null, decides.
 """
 
 import json
@@ -33,10 +33,13 @@ ROLES = {
 class Record(NamedTuple):
     """One usable row; exactly one of text, turns and tokens is not None.
 
-    where: "folder/file.jsonl:17", the 1-based line or row of a file, relative to the
-      source. turns: (role, content) in order; roles are "user", "assistant", "system".
-      tokens: int32 [n] of a row that is tokenised, and its labels int32 [n] (-100:
-      none; labels[t] belongs to token t, as in transformers: not shifted) or None.
+    Attributes:
+      where: "folder/file.jsonl:17", the 1-based line or row of a file, relative to the
+        source.
+      turns: (role, content) in order; roles are "user", "assistant", "system".
+      tokens: int32 [n] of a row that is tokenised, and its labels int32 [n] or None. A
+        label of -100 is none. labels[t] belongs to token t, as in transformers: not
+        shifted.
     """
 
     where: str
@@ -46,24 +49,24 @@ class Record(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A row, or a file, that was left out, and why in a few words."""
+    """A row, or a file, that was left out, and the reason in a few words."""
 
     where: str
     reason: str
 
 
 class _BadField(Exception):
-    """Its message is the reason of a Dropped."""
+    """Raised for a field that cannot be used; its message is a Dropped's reason."""
 
 
 def parse(where: str, data: bytes) -> Record | Dropped:
-    """The record of a row that is UTF-8 JSON; a reason if it is none."""
+    """Returns the record of a row that is UTF-8 JSON, or the reason if it is none."""
     row = decoded(data)
     return Dropped(where, row) if isinstance(row, str) else record(where, row)
 
 
 def decoded(data: bytes) -> dict[str, Any] | str:
-    """The object of a row that is UTF-8 JSON; a reason if it is none."""
+    """Returns the object of a row that is UTF-8 JSON, or the reason if it is none."""
     try:
         # Not json.loads(bytes), which guesses UTF-16 and UTF-32.
         row = json.loads(data.decode("utf-8"))
@@ -75,7 +78,10 @@ def decoded(data: bytes) -> dict[str, Any] | str:
 
 
 def record(where: str, row: Any) -> Record | Dropped:
-    """The record of a row as a dict of fields (strings may be bytes, lists arrays)."""
+    """Returns the record of a row, given as a dict of fields, or why it is dropped.
+
+    Strings may be bytes, and lists may be arrays.
+    """
     if not isinstance(row, dict):
         return Dropped(where, "not an object")
     present = {key for key, value in row.items() if value is not None}
@@ -105,7 +111,7 @@ def _tokens(where: str, row: dict) -> Record:
 
 
 def _integers(value: Any) -> np.ndarray:
-    """int32 [n]."""
+    """Returns a list of integers as int32 [n]."""
     try:
         array = np.asarray(value)
     except ValueError:  # ragged
@@ -130,7 +136,10 @@ def _conversation(where: str, row: dict) -> Record:
 
 
 def _transposed(columns: dict) -> list[dict]:
-    """TFDS and older Arrow files hold a list of turns as a dict of lists."""
+    """Turns a dict of lists into a list of turns.
+
+    TFDS and older Arrow files hold turns as a dict of lists.
+    """
     lists = [
         value for value in columns.values() if isinstance(value, list | np.ndarray)
     ]

@@ -1,21 +1,21 @@
 """Batches of whole examples, grouped by their number of windows.
 
-An example of n tokens has ceil(n / W) windows. What is in a batch:
-  strict   rows of one number of windows: shuffled, sorted by it (stable), cut; what is
-           left of a number when it changes is left out; the batches are shuffled. This
-           is the release's StrideGroupedSampler (docs/evaluation-protocols.md
-           section 4.1), its order included: `random.seed(seed)` before it gives the
-           batches of epoch 0.
+An example of n tokens has ceil(n / W) windows. The group decides what is in a batch:
+  strict   rows of one number of windows. Rows are shuffled, sorted by that number
+           (stable) and cut into batches. What is left of a number when it changes is
+           left out. Then the batches are shuffled. This is the release's
+           StrideGroupedSampler (docs/evaluation-protocols.md section 4.1), its order
+           included: `random.seed(seed)` before it gives the batches of epoch 0.
   relaxed  the same, but a batch may hold rows of several numbers; only the last,
            incomplete batch is left out (the release keeps it).
-  pad      the same, and the incomplete batch is filled with empty rows: every row is
-           used.
+  pad      the same as relaxed, but the incomplete batch is filled with empty rows:
+           every row is used.
 Rows are aligned at their last windows, which makes mixed batches right
 (docs/specification.md section 3).
 
 The whole order is drawn from (seed, epoch) and the lengths alone, so that it is the
-same on any number of processes and devices, and batch i needs no batch before it: the
-data position of a run is its step.
+same on any number of processes and devices. Batch i needs no batch before it: the data
+position of a run is its step.
 """
 
 import random
@@ -36,14 +36,14 @@ EMPTY = -1  # a row without an example
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """What `GroupedBatches` draws.
+    """The settings of `GroupedBatches`.
 
     Attributes:
       window: tokens of a window; 0: rows are not grouped (one window each).
       batch_size: rows of a step, of all devices together.
-      weights: a number per source, how its rows are to be represented; (): every row
-        once.
-      epochs, steps, tokens: where it ends, whichever comes first; 0: no such limit.
+      weights: a number per source, its share among the rows; (): every row once.
+      epochs, steps, tokens: limits of the run, which ends at the first that is reached;
+        0: no such limit.
     """
 
     window: int
@@ -57,7 +57,7 @@ class GroupConfig:
 
     @classmethod
     def of(cls, config: Any) -> "GroupConfig":
-        """From a whole config (`training.config`)."""
+        """Makes the settings from a whole config (`training.config`)."""
         data = config.data
         return cls(
             window=config.beacon.window if config.beacon.use else config.window,
@@ -90,8 +90,10 @@ class GroupConfig:
 
 
 def windows_of(lengths: Int[np.ndarray, " n"], window: int) -> Int[np.ndarray, " n"]:
-    """Windows of rows of these lengths; the release counts (length - W) / W + 1,
-    rounded up."""
+    """Returns the number of windows of rows of these lengths.
+
+    The release counts the same number as (length - W) / W + 1, rounded up.
+    """
     if not window:
         return np.ones_like(lengths)
     return -(-lengths // window)
@@ -100,15 +102,14 @@ def windows_of(lengths: Int[np.ndarray, " n"], window: int) -> Int[np.ndarray, "
 def order(
     windows: Int[np.ndarray, " n"], batch_size: int, group: str, seed: int
 ) -> tuple[Int[np.ndarray, "S B"], dict[int, int]]:
-    """The batches of one epoch, and how many rows of each number of windows are left
-    out.
+    """Returns the batches of one epoch, and how many rows are left out.
 
     Args:
-      windows: of every row.
-      seed: of Python's generator, whose shuffle the release uses.
+      windows: number of windows of every row.
+      seed: seed of Python's generator, whose shuffle the release uses.
 
     Returns:
-      Row numbers, EMPTY where a batch has no row.
+      Row numbers, EMPTY where a batch has no row; and {windows: rows left out}.
     """
     draw = random.Random(seed)
     shuffled = list(range(len(windows)))
@@ -137,8 +138,10 @@ def order(
 def mixture(
     sources: Int[np.ndarray, " n"], weights: Sequence[float], seed: Sequence[int]
 ) -> Int[np.ndarray, " m"]:
-    """Row numbers, ascending, of the largest choice that has `weights` as the shares of
-    the sources and no row twice.
+    """Chooses rows so that the sources have the shares `weights`.
+
+    Returns:
+      Row numbers, ascending, of the largest such choice that has no row twice.
 
     Raises:
       ValueError: weights that do not fit the sources; a source without a row.
@@ -173,15 +176,16 @@ def mixture(
 
 
 class GroupedBatches:
-    """Batches over a prepared folder; `data.batches.StepBatches` says what is what.
+    """Batches over a prepared folder, with the interface `data.batches.StepBatches`.
 
     Attributes:
       left_out: {windows: rows} of epoch 0 that no batch holds.
-      epochs: how many are begun.
+      epochs: number of epochs that are begun.
     """
 
     def __init__(self, data: Prepared, config: GroupConfig):
-        """
+        """Draws the order of the rows of all steps.
+
         Raises:
           ValueError: not one whole batch, weights that do not fit, or more steps than
             the epochs have.
@@ -197,7 +201,7 @@ class GroupedBatches:
         self.longest = int(self.data.lengths.max())
 
     def _order(self) -> tuple[np.ndarray, dict[int, int], int]:
-        """Row numbers [steps, B] of all epochs."""
+        """Returns the row numbers [steps, B] of all epochs, `left_out` and `epochs`."""
         config, lengths = self.config, self.data.lengths
         parts, left_out, epoch = [], {}, 0
         steps, tokens = 0, 0
@@ -249,7 +253,7 @@ class GroupedBatches:
 
     @property
     def tokens_read(self) -> int:
-        """Tokens of all examples that some batch holds."""
+        """The number of tokens of all examples that some batch holds."""
         rows = np.unique(self.rows[self.rows != EMPTY])
         return int(self.data.lengths[rows].sum())
 
@@ -270,9 +274,10 @@ class GroupedBatches:
     def batch(
         self, step: int, rows: Sequence[int] | None = None
     ) -> dict[str, np.ndarray]:
-        """tokens, labels int32 [B, T], right-padded with 0 and -100; lengths int32 [B].
+        """Returns tokens and labels int32 [B, T], and lengths int32 [B].
 
-        labels[:, t] is tokens[:, t + 1], or -100 where that is not to be learnt.
+        Rows are padded on the right, tokens with 0 and labels with -100. labels[:, t]
+        is tokens[:, t + 1], or -100 where that is not to be learnt.
 
         Args:
           rows: the rows to read, all by default; others are empty, but have their

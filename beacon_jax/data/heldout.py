@@ -1,7 +1,7 @@
-"""Which documents are held out for evaluation.
+"""Decides which documents are held out for evaluation.
 
-It depends on a hash of a document's name and on nothing else: the same file lands on
-the same side on every machine, for the base model, for the beacons and for the
+The decision depends on a hash of a document's name and on nothing else: the same file
+lands on the same side on every machine, for the base model, for the beacons and for the
 evaluation, however many other files there are.
 """
 
@@ -18,23 +18,23 @@ HELD_OUT = "held out for evaluation"
 
 
 def is_heldout(name: str, heldout: float) -> bool:
-    """Whether the document of this relative name belongs to the held-out split.
+    """Tells whether the document of this relative name belongs to the held-out split.
 
     Args:
-      heldout: share of the documents that does; 0: none.
+      heldout: share of the documents that belong to it; 0: none.
     """
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2.0**64 < heldout
 
 
 def row_name(where: str) -> str:
-    """The name of a row as a document, from "file:NUMBER" counted from 1."""
+    """Returns the name of a row as a document, given "file:NUMBER" counted from 1."""
     name, _, number = where.rpartition(":")
     return block_name(name, int(number) - 1)
 
 
 def block_name(file: str, number: int) -> str:
-    """The name of a row or block of a file, counted from 0."""
+    """Returns the name of a row or block of a file as a document; counted from 0."""
     return f"{file}:{number:09d}"
 
 
@@ -55,11 +55,11 @@ def kept_runs(
 ) -> Iterator[tuple[int, str | Bad]]:
     """Reads a lone file without its held-out blocks.
 
-    Neighbouring blocks are put together until they have `size` characters, so that
-    rows are long; a held-out block is a Bad that says so.
+    Neighbouring blocks are put together until they have `size` characters, so that rows
+    are long. A held-out block is a Bad that says so.
 
     Yields:
-      (number of the first block, from 1; text).
+      (number of the first block, from 1; text or Bad).
     """
     run, first, length = [], 1, 0
     try:

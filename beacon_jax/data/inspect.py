@@ -1,4 +1,4 @@
-"""What a prepared folder holds, before a run spends hours on it.
+"""Shows what a prepared folder holds, before a run spends hours on it.
 
 python -m beacon_jax.data.inspect --config=configs/X.py --out=DIR [--config.key=value]
 
@@ -23,7 +23,7 @@ SHOWN = 600  # characters of a stretch of a decoded example
 
 
 def report(data: Prepared, config: GroupConfig) -> str:
-    """Counts per source, lengths, drops, and what the batches of a run look like."""
+    """Returns a text: counts per source, lengths, drops, and the batches of a run."""
     total, lengths = data.manifest["total"], data.lengths
     quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int)
     repeats = len(data) - len(np.unique(data.hashes))
@@ -83,7 +83,11 @@ def _batches(data: Prepared, config: GroupConfig) -> list[str]:
 
 
 def histogram(data: Prepared, window: int, path: Path) -> None:
-    """Lengths of all examples, stacked by source, a bin per window."""
+    """Draws the lengths of all examples, stacked by source, into an image file.
+
+    A bin is a window. Without windows, or with over 200 of them in the longest example,
+    there are about 40 bins.
+    """
     from matplotlib.figure import Figure
 
     longest = int(data.lengths.max())
@@ -103,7 +107,7 @@ def histogram(data: Prepared, window: int, path: Path) -> None:
 
 
 def marked(example: Example, tokenizer: Any, shown: int = SHOWN) -> str:
-    """The example as text, labelled stretches between ⟦ and ⟧.
+    """Returns the example as text, labelled stretches between ⟦ and ⟧.
 
     Args:
       shown: characters of each stretch; the middle of longer ones is left out.
@@ -121,8 +125,11 @@ def marked(example: Example, tokenizer: Any, shown: int = SHOWN) -> str:
 
 
 def sample(data: Prepared) -> int:
-    """The example to show: the first with tokens of both kinds (a conversation), or the
-    first."""
+    """Returns the number of the example to show.
+
+    It is the first with tokens of both kinds, labelled and not (a conversation), among
+    the first 1000; else the first.
+    """
     for i in range(min(len(data), 1000)):
         labelled = data.read(i).labelled
         if labelled.any() and not labelled.all():

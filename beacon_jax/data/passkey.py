@@ -1,7 +1,7 @@
 """Passkey samples: a 5-digit key hidden in real text, asked for at the end.
 
-One construction for training and evaluation. The wording is the usual one (Landmark
-Attention, LongLLaMA, RULER niah_single); the haystack is real text, not the repeated
+Training and evaluation share one construction. The wording is the usual one (Landmark
+Attention, LongLLaMA, RULER niah_single). The haystack is real text, not the repeated
 sentences of the original, which any compressor passes (docs/evaluation-protocols.md
 section 2.3).
 """
@@ -21,9 +21,11 @@ Span = tuple[int, int]
 class Passkey:
     """One sample. Spans are half-open token ranges.
 
-    tokens: int32 [length]; the answer is its end: `answer == (length - digits,
-    length)`.
-    needle: the whole inserted sentence; mentions: the key's two places inside it.
+    Attributes:
+      tokens: int32 [length].
+      answer: the end of the tokens: `answer == (length - digits, length)`.
+      needle: the whole inserted sentence.
+      mentions: the key's two places inside the needle.
     """
 
     tokens: np.ndarray
@@ -34,15 +36,18 @@ class Passkey:
 
 
 def draw_key(rng: np.random.Generator) -> int:
-    """A uniform 5-digit key without a leading zero."""
+    """Draws a uniform 5-digit key without a leading zero."""
     return int(rng.integers(10_000, 100_000))
 
 
 def encode_with_key(template: str, key: int, tokenizer: Any) -> tuple[np.ndarray, list]:
-    """Token ids [n] of the template with the key filled in, and the key's token spans.
+    """Tokenises the template with the key filled in.
 
-    A token that covers any digit of the key belongs to its span (tokenizers that glue a
-    space to the first digit).
+    A token that covers any digit of the key belongs to the key's span: some tokenizers
+    glue a space to the first digit.
+
+    Returns:
+      Token ids [n], and the token spans of the key.
     """
     text = template.format(key=key)
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -58,7 +63,7 @@ def encode_with_key(template: str, key: int, tokenizer: Any) -> tuple[np.ndarray
 
 
 def contains(tokens: np.ndarray, part: np.ndarray) -> bool:
-    """Whether `part` [n] occurs as a contiguous run of `tokens` [m]."""
+    """Tells whether `part` [n] occurs as a contiguous run of `tokens` [m]."""
     if len(tokens) < len(part):
         return False
     views = np.lib.stride_tricks.sliding_window_view(tokens, len(part))
@@ -66,7 +71,7 @@ def contains(tokens: np.ndarray, part: np.ndarray) -> bool:
 
 
 def last_window_start(length: int, window: int) -> int:
-    """First token of the last (full or partial) window of a text of `length` tokens."""
+    """Returns where the last (full or partial) window of `length` tokens begins."""
     return (length - 1) // window * window
 
 
@@ -78,12 +83,12 @@ def make_passkey(
     tokenizer: Any,
     window: int = 0,
 ) -> Passkey:
-    """A sample of exactly `length` tokens with the needle at `depth`.
+    """Makes a sample of exactly `length` tokens with the needle at `depth`.
 
     Args:
       text_tokens: int [>= length] haystack; its first tokens are used.
-      depth: 0 puts the needle first, 1 last; in between its first token is
-        `round(depth * room)`, where room is the largest start that is allowed.
+      depth: 0 puts the needle first, 1 last; in between its first token is `round(depth
+        * room)`, where room is the largest start that is allowed.
       window: if > 0, the needle ends before the last window starts, so that answering
         needs the (compressed) past at every depth. 0: anywhere before the question.
 

@@ -5,10 +5,10 @@ python -m beacon_jax.data.prepare --config=configs/X.py --out=DIR [--workers=N]
 
 Reads what config.data names (sources, root, heldout, min_length, max_length, long,
 chat_template) with the tokenizer of the config, and writes shards, an index and a
-manifest to DIR
-(`data.prepared`). --out=WORKDIR/data is where training in WORKDIR looks for it; without
-it training prepares by itself. The same command goes on with a folder that is not
-finished; one that was made with other settings is refused unless --overwrite.
+manifest to DIR (`data.prepared`). Training in WORKDIR looks for the folder
+WORKDIR/data; without it training prepares by itself. The same command goes on with a
+folder that is not finished. A folder that was made with other settings is refused
+unless --overwrite.
 """
 
 import concurrent.futures
@@ -65,10 +65,13 @@ TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a prepared folder is made of.
+    """The settings that a prepared folder is made with.
 
-    sources: URIs (`data.sources`); tokenizer: its folder; rules: which rows become
-    examples (`data.examples`); root: what `long-llm:` URIs are relative to.
+    Attributes:
+      sources: URIs (`data.sources`).
+      tokenizer: folder of the tokenizer.
+      rules: which rows become examples (`data.examples`).
+      root: what `long-llm:` URIs are relative to.
     """
 
     sources: tuple[str, ...]
@@ -78,7 +81,7 @@ class Settings:
 
     @classmethod
     def of(cls, data: Any, tokenizer: str | Path) -> "Settings":
-        """From config.data."""
+        """Makes the settings from config.data."""
         rules = Rules(
             min_length=data.min_length,
             max_length=data.max_length,
@@ -100,16 +103,16 @@ def prepare(
 ) -> Prepared:
     """Tokenises everything into `folder`, or finishes what an interrupted run left.
 
-    Does nothing if the folder is finished and made with these settings. Parts of the
-    sources are tokenised by processes that write a shard each; the result does not
-    depend on their number. They are spawned, so a script that calls this needs `if
-    __name__ == "__main__":`.
+    Does nothing if the folder is finished and made with these settings. Processes
+    tokenise parts of the sources and write one shard after another; the result does not
+    depend on their number. The processes are spawned, so a script that calls this needs
+    `if __name__ == "__main__":`.
 
     Args:
       workers: processes; 0: one per core; 1, or a single shard: this process.
       max_drop_fraction: the share of bad rows (unreadable or malformed; not those that
-        are too short or too long) above which the run stops with a table of reasons.
-        It stops early if the share is exceeded among the first rows.
+        are too short or too long) above which the run stops with a table of reasons. It
+        stops early if the share is exceeded among the first rows.
       overwrite: whether a folder made with other settings is replaced.
       show: receives progress lines; nothing is shown if not given.
 
@@ -172,13 +175,13 @@ def prepare(
 def finished(
     settings: Settings, folder: Path, *, overwrite: bool = False
 ) -> Prepared | None:
-    """The folder's data if it is finished and made with these settings, else None.
+    """Returns the folder's data if finished and made with these settings, else None.
 
     The sources themselves need not be there any more: their sizes are compared if they
     are.
 
     Raises:
-      ValueError: it was made with other settings, and `overwrite` is not given.
+      ValueError: the folder was made with other settings, and `overwrite` is not given.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -199,7 +202,7 @@ def finished(
 
 
 def tokenizer_hash(folder: str | Path) -> str:
-    """sha256 of a tokenizer's files and their names.
+    """Returns the sha256 of a tokenizer's files and their names.
 
     Raises:
       FileNotFoundError: the folder has none of them.
@@ -220,7 +223,7 @@ def tokenizer_hash(folder: str | Path) -> str:
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Every setting in which two identities differ, as "name: old -> new"."""
+    """Returns every setting in which two identities differ, as "name: old -> new"."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted({*old, *new}):
@@ -237,8 +240,10 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def _identity(settings: Settings, sizes: Sequence[int] | None) -> dict[str, Any]:
-    """Everything that decides about the bytes of the folder; with the bytes of each
-    source if they are given."""
+    """Returns everything that decides about the bytes of the folder.
+
+    The bytes of each source are part of it if `sizes` gives them.
+    """
     sources: list[dict[str, Any]] = [{"uri": uri} for uri in settings.sources]
     for source, size in zip(sources, sizes or (), strict=bool(sizes)):
         source["bytes"] = size
@@ -252,7 +257,7 @@ def _identity(settings: Settings, sizes: Sequence[int] | None) -> dict[str, Any]
 
 
 def _of_now(identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a folder that an earlier version prepared, as this one has it."""
+    """Returns an identity, perhaps of an earlier version, in the form of this one."""
     rules = dict(identity["rules"])
     if "cut_long" in rules:
         rules["long"] = "cut" if rules.pop("cut_long") else "drop"
@@ -261,7 +266,7 @@ def _of_now(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _jobs(parts: Sequence[Part], folder: Path) -> list[Job]:
-    """Consecutive parts, put together until they have SHARD_BYTES."""
+    """Puts consecutive parts together until they have SHARD_BYTES: a job each time."""
     groups: list[list[Part]] = []
     room = 0
     for part in parts:
@@ -284,7 +289,10 @@ def _refusal(folder: Path, changed: list[str]) -> str:
 
 
 def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Takes over what an interrupted run with the same settings left."""
+    """Begins a run in the folder, or takes over what an interrupted one left.
+
+    Shards are kept if the interrupted run had the same settings; else they are removed.
+    """
     unfinished = folder / "unfinished.json"
     manifest = folder / "manifest.json"
     if unfinished.exists() and not manifest.exists():
@@ -403,7 +411,7 @@ def _finish(
 
 
 def _clean(folder: Path) -> None:
-    """Removes what only a run that goes on needs."""
+    """Removes what only an unfinished run needs."""
     for pattern in ("shard-*.json", "shard-*.index.npy", "unfinished.json"):
         for file in folder.glob(pattern):
             file.unlink()
@@ -411,7 +419,10 @@ def _clean(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path, show: Callable[[str], None]) -> Iterator[None]:
-    """One process at a time works on a folder; the kernel frees it if one is killed."""
+    """Lets one process at a time work on a folder.
+
+    If that process is killed, the kernel frees the folder.
+    """
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -423,7 +434,7 @@ def _lock(folder: Path, show: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tokenizer_threads_off() -> Iterator[None]:
-    """Of the worker processes: they are the parallelism."""
+    """Turns off the tokenizer's threads: the worker processes are the parallelism."""
     old = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -27,9 +27,10 @@ DROPPED_LINES = 10_000
 
 
 def encode(example: Example) -> bytes:
-    """n as int32, the tokens as int32 [n], a bit per token: whether it is labelled.
+    """Returns an example as bytes.
 
-    All of it little endian.
+    They are n as int32, the tokens as int32 [n], and a bit per token: whether it is
+    labelled. All of it is little endian.
     """
     tokens = np.ascontiguousarray(example.tokens, "<i4")
     head = np.asarray([len(tokens)], "<i4")
@@ -38,7 +39,7 @@ def encode(example: Example) -> bytes:
 
 
 def decode(data: bytes) -> Example:
-    """Inverse of `encode`.
+    """Returns the example of which `encode` made these bytes.
 
     Raises:
       ValueError: the bytes are not one example.
@@ -52,7 +53,7 @@ def decode(data: bytes) -> Example:
 
 
 def example_hash(data: bytes) -> int:
-    """uint64 of an encoded example: equal examples have equal ones."""
+    """Returns the uint64 hash of an encoded example: equal examples have equal ones."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -61,7 +62,7 @@ def shard_name(index: int, count: int) -> str:
 
 
 class _Shard(NamedTuple):
-    """What array_record wants to know of a file: its protocol `FileInstruction`."""
+    """The description of a file for array_record: its protocol `FileInstruction`."""
 
     filename: str
     skip: int
@@ -73,12 +74,16 @@ class Prepared:
     """The examples of a finished folder.
 
     Attributes:
-      folder, manifest: where, and manifest.json as it is.
-      lengths int32 [n], sources int16 [n], hashes uint64 [n]: of all examples.
+      folder: where the examples are.
+      manifest: the content of manifest.json.
+      lengths: int32 [n], tokens of every example.
+      sources: int16 [n], number of the source of every example.
+      hashes: uint64 [n], hash of every example.
     """
 
     def __init__(self, folder: str | Path):
-        """
+        """Opens the folder and reads its index.
+
         Raises:
           FileNotFoundError: the folder is not prepared, or misses a file.
           ValueError: it has another format, or files that do not belong together.
@@ -122,14 +127,14 @@ class Prepared:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all examples and their order: equal ones give equal batches."""
+        """A hash of all examples and their order: equal ones give equal batches."""
         digest = hashlib.sha256(self.lengths.tobytes())
         digest.update(self.sources.tobytes())
         digest.update(self.hashes.tobytes())
         return digest.hexdigest()
 
     def read(self, index: int) -> Example:
-        """One example; safe to call from several threads.
+        """Reads one example; safe to call from several threads.
 
         Raises:
           ValueError: its bytes are not those that were written.
@@ -149,7 +154,7 @@ class Prepared:
         return example
 
     def rows_of(self, source: int) -> Int[np.ndarray, " n"]:
-        """The examples of one source."""
+        """Returns the numbers of the examples of one source."""
         return np.flatnonzero(self.sources == source)
 
     @cached_property
@@ -170,13 +175,13 @@ class Prepared:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """manifest.json, or None if the folder is not finished."""
+    """Returns the content of manifest.json, or None if the folder is not finished."""
     path = folder / "manifest.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """All of it or nothing, whenever the process is killed."""
+    """Writes all of the file or nothing, whenever the process is killed."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         file.write(data)

@@ -1,6 +1,7 @@
-"""Parts of sources and how the rows of each kind of file are read, not yet understood.
+"""Cuts sources into parts and reads the rows of each kind of file.
 
-Every reader yields (number, value): the 1-based line or row of its file, and bytes
+What the fields of a row mean is decided elsewhere (`fields`). Every reader yields
+(number, value). The number is the 1-based line or row of its file. The value is bytes
 (JSON), a dict of fields, a str (text) or a `Bad`. Memory is one row, one record batch
 or one block, whatever the size of the file.
 """
@@ -53,7 +54,7 @@ type Value = bytes | dict[str, Any] | str | Bad
 
 
 class Subset(NamedTuple):
-    """`count` of `rows` rows, drawn with `seed`."""
+    """A choice of `count` of `rows` rows, drawn with `seed`."""
 
     rows: int
     count: int
@@ -61,15 +62,19 @@ class Subset(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one process reads at a time: a file or a piece of one. Picklable.
+    """A file, or a piece of one, that one process reads at a time. Picklable.
 
-    source: index of the URI. name: the file, relative to the source. size: bytes of the
-      source that it covers (compressed ones; 0: unknown).
-    kind, path: which reader, and its file. start, stop: the piece, in bytes (lines),
-      blocks (text), row groups (parquet), batches (arrow) or rows; None: to the end.
-    first: number of its first line or row. before: rows of the source before it, known
-      if there is a subset. limit: bytes of the longest line. detail: what else the
-      reader needs.
+    Attributes:
+      source: index of the URI.
+      name: the file, relative to the source.
+      size: bytes of the source that the part covers (compressed ones; 0: unknown).
+      kind, path: which reader, and its file.
+      start, stop: the piece, in bytes (lines), blocks (text), row groups (parquet),
+        batches (arrow) or rows; None: to the end.
+      first: number of the first line or row of the part.
+      before: rows of the source in front of the part, known if there is a subset.
+      limit: bytes of the longest line.
+      detail: what else the reader needs.
     """
 
     source: int
@@ -87,12 +92,15 @@ class Part(NamedTuple):
 
 
 def ending(name: str) -> str:
-    """The supported ending of a file name, else ""."""
+    """Returns the supported ending of a file name, else ""."""
     return next((e for e in ENDINGS if name.lower().endswith(e)), "")
 
 
 def cut(part: Part, part_bytes: int = PART_BYTES) -> list[Part]:
-    """The parts of a whole file (its kind "" is found from its name) or data set."""
+    """Cuts a whole file or data set into parts.
+
+    The kind of a whole file is ""; it is found from the name.
+    """
     if part.kind:
         return _cut_tfds(part, part_bytes) if part.kind == "tfds" else [part]
     end = ending(part.name)
@@ -119,21 +127,21 @@ def _cut_other(part: Part, part_bytes: int) -> list[Part]:
 
 
 def read(part: Part) -> Iterator[tuple[int, Value]]:
-    """The rows of a part, in order."""
+    """Yields the rows of a part, in order."""
     yield from _READERS[part.kind](part)
 
 
 def count(part: Part) -> int:
-    """How many rows `read` gives; without parsing a row."""
+    """Returns how many rows `read` gives, without parsing a row."""
     return sum(1 for _, row in read(part) if not (isinstance(row, Bad) and row.whole))
 
 
 def chosen(part: Part) -> Int64[np.ndarray, " n"] | None:
-    """The rows of the part's subset that may be in it, as sorted numbers from 0 after
-    its first row; None: there is no subset.
+    """Returns the rows of the part's subset that may be in it; None without a subset.
 
-    Which rows: those that the release's `file[COUNT]` takes (train_test_split of
-    `datasets`). Needs 8 bytes per row of the source for a moment.
+    They are sorted numbers, counted from 0 at the part's first row. The subset has the
+    rows that the release's `file[COUNT]` takes (train_test_split of `datasets`). Needs
+    8 bytes per row of the source for a moment.
     """
     if part.subset is None:
         return None
@@ -148,7 +156,7 @@ def _drawn(subset: Subset) -> Int64[np.ndarray, " n"]:
 
 
 def unusable(part: Part, reason: str) -> Part:
-    """A part that is only reported."""
+    """Returns the part as one that is only reported."""
     return part._replace(kind="unusable", detail=(reason,))
 
 
@@ -157,7 +165,11 @@ def _read_unusable(part: Part) -> Iterator[tuple[int, Value]]:
 
 
 def _pieces(part: Part, sizes: list[tuple[int, int]], part_bytes: int) -> list[Part]:
-    """Consecutive units of a file, each with its (rows, bytes), put together."""
+    """Puts consecutive units of a file together until they have `part_bytes`.
+
+    Args:
+      sizes: (rows, bytes) of each unit.
+    """
     parts: list[Part] = []
     start = size = rows = 0
     first = 1
@@ -215,8 +227,11 @@ def _cut_text(part: Part, part_bytes: int) -> list[Part]:
 
 
 def _read_text(part: Part) -> Iterator[tuple[int, Value]]:
-    """Blocks of a text; block i reaches from the first line end after i * TEXT_BYTES to
-    that of the next, so that blocks can be read in any order."""
+    """Yields the blocks of a text.
+
+    Block i reaches from the first line end after i * TEXT_BYTES to that of the next, so
+    that blocks can be read in any order.
+    """
     with open(part.path, "rb") as file:
         size = file.seek(0, 2)
         blocks = -(-size // TEXT_BYTES) if part.stop is None else part.stop
@@ -232,7 +247,11 @@ def _read_text(part: Part) -> Iterator[tuple[int, Value]]:
 
 
 def _read_kept(part: Part) -> Iterator[tuple[int, Value]]:
-    """A lone file without its held-out blocks; detail: (share that is held out,)."""
+    """Reads a lone file without its held-out blocks.
+
+    Args:
+      part: its detail is (share that is held out,).
+    """
     return kept_runs(part.path, part.name, float(part.detail[0]), TEXT_BYTES)
 
 
@@ -249,7 +268,10 @@ def _text(data: bytes) -> str | Bad:
 
 
 def _read_csv(part: Part) -> Iterator[tuple[int, Value]]:
-    """Rows by the names in the first; numbered by the line that they begin on."""
+    """Yields rows as dicts by the names in the first row.
+
+    A row has the number of the line that it begins on.
+    """
     csv.field_size_limit(part.limit)  # the default, 131,072, is less than a chapter
     source = _CsvLines(part)
     reader = csv.reader(source)
@@ -278,7 +300,12 @@ def _read_csv(part: Part) -> Iterator[tuple[int, Value]]:
 
 
 class _CsvLines:
-    """Decoded lines for csv.reader; remembers if one of the present row is bad."""
+    """Decoded lines for csv.reader.
+
+    Attributes:
+      bad: what is wrong with a line of the present row; None if nothing is.
+      ended: what is wrong with the file, if reading it ended early.
+    """
 
     def __init__(self, part: Part):
         self.bad: Bad | None = None
@@ -346,7 +373,10 @@ def _cut_arrow(part: Part, part_bytes: int) -> list[Part]:
 
 
 def _arrow(path: str) -> Iterator[pyarrow.RecordBatch]:
-    """Batches of a stream (what `datasets` saves) or file; memory-mapped, not read."""
+    """Yields the record batches of an Arrow stream (what `datasets` saves) or file.
+
+    The file is memory-mapped, not read.
+    """
     with pyarrow.memory_map(path) as source:
         if source.read(6) == b"ARROW1":
             file = pyarrow.ipc.open_file(source)
@@ -372,7 +402,7 @@ def _read_arrow(part: Part) -> Iterator[tuple[int, Value]]:
 
 
 def _broken(error: Exception, reason: str) -> Bad:
-    """What to say of it, unless it is the disk that failed."""
+    """Returns a Bad for a damaged file; raises the error if the disk failed."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return Bad(reason, whole=True)
@@ -397,7 +427,10 @@ def _batches(
 
 
 def _cell(scalar: Any) -> Any:
-    """A Python value; an array where it is a list of integers, 100 times as fast."""
+    """Returns a Python value.
+
+    It is an array for a list of integers, which is 100 times as fast.
+    """
     kind = scalar.type
     if (
         pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
@@ -426,7 +459,7 @@ def _cut_records(part: Part, part_bytes: int) -> list[Part]:
 
 
 def _cut_rows(part: Part, rows: int, part_bytes: int) -> list[Part]:
-    """Equal ranges of rows."""
+    """Cuts a part into equal ranges of rows."""
     pieces = max(1, min(rows, -(-part.size // part_bytes)))
     edges = [rows * i // pieces for i in range(pieces + 1)]
     return [
@@ -454,7 +487,9 @@ def _read_records(part: Part) -> Iterator[tuple[int, Value]]:
 
 
 def tfds_size(path: str, root: str) -> tuple[int, tuple[str, ...]]:
-    """Bytes of a `name/config:split`, about, and its (name, split, data_dir).
+    """Returns the size of a `name/config:split`, and its (name, split, data_dir).
+
+    The size is in bytes, and approximate.
 
     Raises:
       ValueError: no split in it, or one that the data set does not have.

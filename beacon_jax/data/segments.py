@@ -1,4 +1,4 @@
-"""Long texts in segments that end where paragraphs, sentences or words end."""
+"""Cuts long texts into segments that end where paragraphs, sentences or words end."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +21,10 @@ Count = Callable[[Sequence[str]], list[int]]
 
 
 def token_counter(tokenizer: str | Path | None = None) -> Count:
-    """A function that counts the tokens of texts, without specials.
+    """Returns a function that counts the tokens of texts, without specials.
 
-    tokenizer: a folder; without one, tokens are guessed as BYTES_PER_TOKEN of UTF-8.
+    Args:
+      tokenizer: a folder; without one, tokens are guessed as BYTES_PER_TOKEN of UTF-8.
 
     Raises:
       ValueError: there is no tokenizer in the folder.
@@ -53,7 +54,7 @@ def token_counter(tokenizer: str | Path | None = None) -> Count:
 
 
 def split(text: str, size: int, count: Count) -> list[str]:
-    """Pieces of at most `size` tokens that joined are the text.
+    """Cuts a text into pieces of at most `size` tokens that joined are the text.
 
     A piece ends at the best boundary that lets it fit: a paragraph's if its paragraphs
     fit, else a line's, a sentence's, a word's. A word is only cut if it alone is longer
@@ -78,7 +79,10 @@ def split(text: str, size: int, count: Count) -> list[str]:
 
 
 def _units(text: str, size: int, count: Count, level: int) -> Iterator[tuple[str, int]]:
-    """Smallest necessary pieces and their tokens, each at most size."""
+    """Yields pieces of at most `size` tokens, and their tokens.
+
+    A piece is cut at the next boundary of BOUNDARIES only if it is longer.
+    """
     pieces = list(_cut(text, level, size))
     for piece, tokens in zip(pieces, count(pieces), strict=True):
         if tokens <= size or len(piece) == 1:

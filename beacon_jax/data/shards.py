@@ -1,8 +1,9 @@
-"""One shard of a prepared folder: reads its parts, tokenises, writes, reports.
+"""Writes one shard of a prepared folder: reads its parts, tokenises, reports.
 
-Runs in worker processes. What a shard holds depends on its job alone, so that a folder
-is the same whatever number of processes made it, and however often it was interrupted.
-Nothing is collected but the index (14 bytes an example) and a bounded report.
+The code runs in worker processes, or in the main process if that works alone. What a
+shard holds depends on its job alone, so that a folder is the same whatever number of
+processes made it, and however often it was interrupted. Only the index (14 bytes an
+example) and a bounded report are kept in memory.
 """
 
 import multiprocessing
@@ -53,17 +54,17 @@ class Job(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the sources."""
+        """Bytes of the sources that the shard is made from."""
         return sum(part.size for part in self.parts)
 
     def finished(self) -> bool:
-        """The report is written last."""
+        """Tells whether the shard is complete. The report is written last."""
         files = (self.report_path, self.index_path, self.path)
         return all(file.exists() for file in files)
 
 
 class Stopped(Exception):
-    """The main process wants no more of this."""
+    """Raised when the main process wants no more shards."""
 
 
 # Slots of the array that workers and main process share.
@@ -71,7 +72,7 @@ EXAMPLES, TOKENS, BYTES, STOP = range(4)
 
 
 class Worker:
-    """What a process needs for any job: tokenizer, rules, and the shared counters."""
+    """The things a process needs for any job: tokenizer, rules, and shared counters."""
 
     def __init__(self, tokenizer: Any, rules: Rules, counters: Any):
         self.tokenizer, self.rules, self.counters = tokenizer, rules, counters
@@ -114,8 +115,11 @@ class Worker:
         return made
 
     def _counted(self, part: Part) -> Iterator[Record | Dropped]:
-        """The rows of a part; counts its bytes, between rows by the length of what
-        they hold, at the end exactly."""
+        """Yields the rows of a part and counts its bytes.
+
+        Between rows, bytes are estimated by the length of what the rows hold; at the
+        end they are exact.
+        """
         done = 0
         for row in read_part(part):
             if self.counters[STOP]:
@@ -149,7 +153,7 @@ def start_worker(tokenizer_folder: str, rules: Rules, counters: Any) -> None:
 
 
 def run_job(job: Job) -> int:
-    """A job in a process that `start_worker` set up."""
+    """Runs a job in a process that `start_worker` set up."""
     assert _worker is not None
     return _worker.write(job)
 
@@ -158,7 +162,7 @@ _worker: Worker | None = None
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """As hf.load_tokenizer does, without importing jax."""
+    """Loads a tokenizer as hf.load_tokenizer does, without importing jax."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
@@ -171,7 +175,7 @@ def _tokens(examples: tuple[Example, ...]) -> int:
 
 
 def _size(row: Record | Dropped) -> int:
-    """About the bytes of a row."""
+    """Returns the approximate bytes of a row."""
     if isinstance(row, Dropped):
         return 0
     if row.text is not None:
@@ -182,7 +186,10 @@ def _size(row: Record | Dropped) -> int:
 
 
 class _Index:
-    """Grows in blocks: 14 bytes an example, where a list of tuples takes 200."""
+    """The index of a shard, which grows in blocks.
+
+    It takes 14 bytes an example, where a list of tuples takes 200.
+    """
 
     def __init__(self):
         self._blocks: list[np.ndarray] = []
@@ -214,7 +221,7 @@ class _Report:
         return self.value["sources"].setdefault(str(source), new)
 
     def add(self, source: int, where: str, made: Made) -> None:
-        """A row and what became of it."""
+        """Counts a row and what became of it."""
         counts = self._source(source)
         counts["rows"] += 1
         if made.reason:

@@ -83,8 +83,12 @@ HF_FILES = frozenset({"dataset_info.json", "state.json", "dataset_dict.json"})
 
 
 class Uri(NamedTuple):
-    """A parsed URI. scheme: "" (a path) or one of SCHEMES. count: rows of the subset;
-    None: all."""
+    """A parsed URI.
+
+    Attributes:
+      scheme: "" (a path) or one of SCHEMES.
+      count: rows of the subset; None: all.
+    """
 
     text: str
     scheme: str
@@ -93,7 +97,7 @@ class Uri(NamedTuple):
 
 
 def parse_uri(uri: str) -> Uri:
-    """The pieces of `[scheme:]path[COUNT]`.
+    """Returns the pieces of `[scheme:]path[COUNT]`.
 
     A path that looks like a scheme or ends in a number in brackets can be written as
     ./path or with a glob.
@@ -133,15 +137,16 @@ def open_parts(
     part_bytes: int = PART_BYTES,
     heldout: float = 0.0,
 ) -> list[Part]:
-    """All parts of all sources; reading them in this order gives the rows in order.
+    """Returns all parts of all sources; reading them in order gives the rows in order.
 
-    A file of lines over `part_bytes` is read once to find the line that each part
-    begins with (GB/s), one with a COUNT to count its rows. Files of text, columns and
-    records are cut without reading; compressed files, CSV and JSON arrays are one part.
+    A file of lines over `part_bytes` is read once (GB/s) to find the line that each
+    part begins with. A source with a COUNT is read once to count its rows. Files of
+    text, columns and records are cut without reading. Compressed files, CSV and JSON
+    arrays are one part.
 
     Args:
       root: folder of `long-llm:`, and of `tfds:` data sets that lie in it.
-      seed: of the subsets; 42 gives those of the release.
+      seed: seed of the subsets; 42 gives those of the release.
       row_limit: bytes; longer lines are dropped without being held in memory.
       heldout: share of the documents that `held_out` will name; a lone file of text is
         then one part, which leaves its held-out blocks out by itself.
@@ -166,9 +171,9 @@ def open_parts(
 
 
 def held_out(part: Part, row: Record | Dropped, heldout: float) -> bool:
-    """Whether a row of a part belongs to the held-out documents (`data.heldout`).
+    """Tells whether a row belongs to the held-out documents (`data.heldout`).
 
-    Files of text are one document each, others one per row.
+    A file of text is one document; other files have one document per row.
     """
     if not heldout or part.kind == "kept" or isinstance(row, Dropped):
         return False
@@ -177,8 +182,11 @@ def held_out(part: Part, row: Record | Dropped, heldout: float) -> bool:
 
 
 def source_bytes(uris: Sequence[str], root: str = "") -> list[int]:
-    """Bytes of the files of each source, without reading them; about the sum of its
-    parts' sizes. Raises as `open_parts`."""
+    """Returns the bytes of the files of each source, without reading them.
+
+    They are about the sum of the sizes of the source's parts. Raises the same errors as
+    `open_parts`.
+    """
     return [
         sum(file.size for file in _files(parse_uri(text), root, index))
         for index, text in enumerate(uris)
@@ -186,10 +194,10 @@ def source_bytes(uris: Sequence[str], root: str = "") -> list[int]:
 
 
 def read_part(part: Part) -> Iterator[Record | Dropped]:
-    """The rows of a part, in order.
+    """Yields the rows of a part, in order.
 
-    Raises nothing for bad data. A file that is damaged or cut off gives what is before
-    the damage and then one Dropped that says so.
+    Bad data raises nothing. A file that is damaged or cut off gives what is before the
+    damage and then one Dropped that says so.
     """
     numbers = chosen(part)
     at, row = 0, 0  # the next of `numbers`; rows so far
@@ -212,13 +220,13 @@ def read_part(part: Part) -> Iterator[Record | Dropped]:
 
 
 def _lone_text(uri: Uri) -> bool:
-    """Whether it names one file of text, not a folder or a glob of them."""
+    """Tells whether a URI names one file of text, not a folder or a glob of them."""
     path = Path(uri.text).expanduser()
     return ending(uri.text) in TEXT_ENDINGS and path.is_file()
 
 
 def _subset(uri: Uri, parts: list[Part], seed: int) -> list[Part]:
-    """The same parts, each with the subset and the number of rows before it."""
+    """Returns the same parts, each with the subset and the number of rows before it."""
     assert uri.count is not None
     befores, rows = [], 0
     for part in parts:
@@ -234,7 +242,7 @@ def _subset(uri: Uri, parts: list[Part], seed: int) -> list[Part]:
 
 
 def _files(uri: Uri, root: str, source: int) -> list[Part]:
-    """One part per file, of kind "" until it is cut, in order."""
+    """Returns one part per file, in order; its kind is "" until it is cut."""
     if uri.scheme == "tfds":
         size, detail = tfds_size(uri.path, root)
         return [Part(source, uri.path, size, "tfds", "", detail=detail)]
@@ -262,7 +270,7 @@ def _file(source: int, name: str, path: Path) -> Part:
 
 
 def _named_files(uri: Uri, root: str) -> list[tuple[str, Path]]:
-    """(name relative to the source, path) of every file, in order."""
+    """Returns (name relative to the source, path) of every file, in order."""
     if uri.scheme == "stdlib":
         files = _walk(Path(sysconfig.get_paths()["stdlib"]), STDLIB_SKIP)
         return [(name, path) for name, path in files if path.suffix == ".py"]
@@ -288,8 +296,10 @@ def _named_files(uri: Uri, root: str) -> list[tuple[str, Path]]:
 
 
 def _glob(uri: Uri, pattern: Path) -> list[tuple[str, Path]]:
-    """What a pattern matches, folders with all their files; names are relative to the
-    part of the pattern that has no wildcard."""
+    """Returns the files that a pattern matches; of a folder it matches, all files.
+
+    Names are relative to the part of the pattern that has no wildcard.
+    """
     wild = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
     base = Path(*pattern.parts[:wild])
     found: dict[Path, str] = {}
@@ -311,7 +321,7 @@ def _glob(uri: Uri, pattern: Path) -> list[tuple[str, Path]]:
 
 
 def _walk(root: Path, skip: frozenset[str]) -> Iterator[tuple[str, Path]]:
-    """Files below a folder; of a `datasets` folder only those with its rows."""
+    """Yields the files below a folder; of a `datasets` folder only those with rows."""
     for folder, folders, files in os.walk(root):
         here = Path(folder)
         folders[:] = sorted(name for name in folders if name not in skip)
@@ -329,7 +339,11 @@ def _is_saved_dataset(files: Sequence[str]) -> bool:
 
 
 def _rows_of_saved_dataset(files: Sequence[str]) -> list[str]:
-    """Not the caches (cache-*.arrow) that `map` and `filter` leave beside the rows."""
+    """Returns the files that hold the rows of a `datasets` folder.
+
+    These are not the caches (cache-*.arrow) that `map` and `filter` leave beside the
+    rows.
+    """
     return [
         name
         for name in files
@@ -338,7 +352,7 @@ def _rows_of_saved_dataset(files: Sequence[str]) -> list[str]:
 
 
 def _holds_no_rows(path: Path) -> bool:
-    """Whether it is a file of a `datasets` folder that describes or caches its rows."""
+    """Tells whether a file of a `datasets` folder only describes or caches its rows."""
     if path.name not in HF_FILES and not path.name.startswith("cache-"):
         return False
     files = os.listdir(path.parent)

@@ -1,7 +1,7 @@
-"""Bytes in constant memory: lines, and the elements of one JSON array.
+"""Reads bytes in constant memory: lines, and the elements of one JSON array.
 
-Everything works on chunks, keeps at most one row, and no more than `limit` bytes of
-it: a longer row is skipped and said so.
+Everything works on chunks, keeps at most one row, and no more than `limit` bytes of it.
+A longer row is skipped, and a `Bad` in its place says so.
 """
 
 import contextlib
@@ -18,14 +18,18 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Bad(NamedTuple):
-    """In place of a row that cannot be used. whole: not a row, but about the file."""
+    """A mark in place of a row that cannot be used.
+
+    Attributes:
+      whole: whether the mark is about the file, and stands for no row.
+    """
 
     reason: str
     whole: bool = False
 
 
 def longer(what: str, limit: int) -> Bad:
-    """A row beyond the limit of `open_parts`."""
+    """Returns the mark for a row beyond the limit of `open_parts`."""
     for unit, name in ((2**20, "MiB"), (2**10, "KiB"), (1, "bytes")):
         if limit % unit == 0:
             return Bad(f"{what} longer than {limit // unit} {name}")
@@ -33,10 +37,10 @@ def longer(what: str, limit: int) -> Bad:
 
 
 def chunks(path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes | Bad]:
-    """Content of a file from byte `start` to `stop`, without a byte order mark.
+    """Yields the content of a file from byte `start` to `stop`.
 
-    .gz and .zst files are decompressed (and read whole). One that is damaged or cut off
-    ends with a Bad, after what could be read of it.
+    A byte order mark is left out. .gz and .zst files are decompressed (and read whole).
+    One that is damaged or cut off ends with a Bad, after what could be read of it.
     """
     first = start == 0
     for chunk in _raw_chunks(path, start, stop):
@@ -102,7 +106,7 @@ def _zstd_reason(message: str) -> str:
 
 
 def lines(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]:
-    """Lines without their end; blank ones too, so that they can be counted."""
+    """Yields lines without their end; blank ones too, so that they can be counted."""
     held: list[bytes] = []
     size = 0
     for chunk in source:
@@ -128,7 +132,7 @@ def lines(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]:
 
 
 def is_array(path: str) -> bool:
-    """Whether a JSON file is one array (and not JSON lines): it starts with "["."""
+    """Tells whether a JSON file is one array, not JSON lines: it starts with "["."""
     for chunk in chunks(path):
         if isinstance(chunk, Bad):
             return False
@@ -138,11 +142,12 @@ def is_array(path: str) -> bool:
 
 
 def elements(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]:
-    """The elements of a JSON array, not parsed.
+    """Yields the elements of a JSON array, not parsed.
 
-    Finds their ends by quotes and brackets alone, so one that is not JSON or not UTF-8
-    costs only itself. With json.loads 109 MB/s of CPU time on rows of 45 KB; ijson
-    (yajl2_c) makes 101 and ends at the first error, json.load holds everything.
+    Their ends are found by quotes and brackets alone, so an element that is not JSON or
+    not UTF-8 costs only itself. With json.loads this makes 109 MB/s of CPU time on rows
+    of 45 KB. ijson (yajl2_c) makes 101 and ends at the first error; json.load holds
+    everything.
     """
     scanner = _Elements(limit)
     for chunk in source:
@@ -158,7 +163,7 @@ def elements(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]
 
 
 class _Elements:
-    """State of `elements` between chunks."""
+    """The state of `elements` between chunks."""
 
     _TOP = re.compile(rb'["{}\[\],]')  # at depth 1 a comma ends an element
     _INNER = re.compile(rb'["{}\[\]]')
@@ -176,7 +181,7 @@ class _Elements:
         self._size = 0
 
     def feed(self, data: bytes) -> Iterator[bytes | Bad]:
-        """The elements that end in this chunk."""
+        """Yields the elements that end in this chunk."""
         if self.closed:
             if data.strip():
                 yield Bad("data after the array", whole=True)
@@ -211,7 +216,10 @@ class _Elements:
         self._hold(data[begin:])
 
     def _end_of_string(self, data: bytes, at: int) -> int:
-        """Index after the quote that ends the string, or the end of the chunk."""
+        """Returns the index after the quote that ends the string.
+
+        If the string goes on behind the chunk, it is the end of the chunk.
+        """
         match = self._BODY.match(data, at + self._escaped)
         end = match.end() if match else len(data)
         self._escaped = data[end:] == b"\\"
@@ -240,8 +248,11 @@ class _Elements:
 
 
 def newlines(path: str, every: int) -> Iterator[tuple[int, int, int]]:
-    """Cuts a file at line ends into pieces of about `every` bytes: (start, stop, number
-    of the first line, from 1). Reads it once."""
+    """Cuts a file at line ends into pieces of about `every` bytes. Reads it once.
+
+    Yields:
+      (start, stop, number of the first line, from 1).
+    """
     start, line, seen, at = 0, 1, 0, 0
     for chunk in _raw_chunks(path, 0, None):
         assert isinstance(chunk, bytes)
@@ -262,8 +273,10 @@ def newlines(path: str, every: int) -> Iterator[tuple[int, int, int]]:
 
 
 def first_after(file: Any, at: int, reach: int) -> int:
-    """Where a text may be cut at or after byte `at`: after a line end within `reach`
-    bytes, else before a character."""
+    """Returns where a text may be cut at or after byte `at`.
+
+    That is after a line end within `reach` bytes, else before a character.
+    """
     if at <= 0:
         return 0
     file.seek(at - 1)

@@ -1,7 +1,7 @@
-"""Questions and answers about long texts, asked of an OpenAI-compatible endpoint.
+"""Asks an OpenAI-compatible endpoint for questions and answers about long texts.
 
-What becomes of a text, and how a run goes on, is said where users read it: in
-`beacon_jax.cli.synthesize` (paper, appendix A).
+`beacon_jax.cli.synthesize` tells users what becomes of a text, and how a run goes on
+(paper, appendix A).
 """
 
 import concurrent.futures
@@ -38,8 +38,8 @@ ASK_AGAIN = (
     '"question" and "answer", both texts. Reply with that list and nothing else.'
 )
 SHORTEST_SEGMENT = 32  # tokens; a chapter's last line is not worth four questions
-# Of a chat template around a turn, and of its system prompt: at most 6 and 11 for the
-# templates of data.chat.
+# Room for the tokens of a chat template around a turn, and of its system prompt: at
+# most 6 and 11 for the templates of data.chat.
 TURN_TOKENS = 8
 TALK_TOKENS = 16
 FAILURES = 8  # questions that fail one after the other before the endpoint is dead
@@ -48,9 +48,11 @@ SHOW_EVERY = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked about which texts.
+    """The settings of a run: what is asked about which texts.
 
-    limit: documents at most; 0: all. concurrency: requests under way at a time.
+    Attributes:
+      limit: documents at most; 0: all.
+      concurrency: requests under way at a time.
     """
 
     sources: tuple[str, ...]
@@ -80,8 +82,13 @@ class Settings:
 
 
 class Segment(NamedTuple):
-    """A piece of a document: characters [start, stop), tokens, what its answer is
-    filed under ("": too short to be asked about)."""
+    """A piece of a document.
+
+    Attributes:
+      start, stop: the characters [start, stop) of the document.
+      tokens: number of its tokens.
+      key: what its answer is filed under; "": too short to be asked about.
+    """
 
     start: int
     stop: int
@@ -91,7 +98,11 @@ class Segment(NamedTuple):
 
 @dataclass
 class Report:
-    """What a run did. stopped: why it did not finish, or ""."""
+    """The counts of a run.
+
+    Attributes:
+      stopped: why the run did not finish, or "".
+    """
 
     documents: int = 0
     skipped: int = 0  # rows that are not text
@@ -116,7 +127,7 @@ def synthesize(
     """Asks what has no answer yet and writes all conversations to settings.out.
 
     The output depends on the sources and the answers only: not on the order in which
-    they came, nor on how often the run was interrupted.
+    the answers came, nor on how often the run was interrupted.
 
     Args:
       stop: set it to end early; requests under way are waited for.
@@ -156,7 +167,7 @@ def synthesize(
 
 
 def documents(settings: Settings, report: Report | None = None) -> Iterator[str]:
-    """The texts of the sources in their order, at most settings.limit."""
+    """Yields the texts of the sources in their order, at most settings.limit."""
     parts = open_parts(list(settings.sources), root=settings.root)
     rows = itertools.chain.from_iterable(read_part(part) for part in parts)
     taken = 0
@@ -171,7 +182,7 @@ def documents(settings: Settings, report: Report | None = None) -> Iterator[str]
 
 
 def _plan(settings: Settings, count: Count, report: Report) -> list[list[Segment]]:
-    """The segments of every document: places only, texts are read again."""
+    """Returns the segments of every document: places only, texts are read again."""
     plan = []
     for text in documents(settings, report):
         pieces = split(text, settings.segment_tokens, count)
@@ -191,7 +202,7 @@ def _plan(settings: Settings, count: Count, report: Report) -> list[list[Segment
 
 
 def _key(settings: Settings, piece: str) -> str:
-    """What decides an answer: who is asked, and about what."""
+    """Returns a hash of what decides an answer: who is asked, and about what."""
     asked = [settings.endpoint.model, settings.pairs, INSTRUCTIONS, piece]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
@@ -240,7 +251,7 @@ def _ask_all(
 def _open_questions(
     settings: Settings, plan: list[list[Segment]], known: set[str]
 ) -> Iterator[tuple[str, str]]:
-    """(key, text) of each segment without an answer; equal texts once."""
+    """Yields (key, text) of each segment without an answer; equal texts once."""
     seen = set(known)
     for text, segments in zip(documents(settings), plan, strict=True):
         for segment in segments:
@@ -252,7 +263,10 @@ def _open_questions(
 def _ask(
     settings: Settings, key: str, piece: str, answers: Answers, stop: threading.Event
 ) -> list[Pair]:
-    """Pairs about a segment, kept; asked a second time if they are not all there."""
+    """Asks for pairs about a segment and keeps them.
+
+    The model is asked a second time if not all pairs are there.
+    """
     wanted = settings.pairs
     messages = [
         {"role": "system", "content": INSTRUCTIONS.format(pairs=wanted)},
@@ -277,7 +291,7 @@ def _ask(
 
 
 def _count(job: "concurrent.futures.Future[list[Pair]]", report: Report) -> str:
-    """Enters a finished job; how it failed, or ""."""
+    """Enters a finished job into the report; returns how it failed, or ""."""
     try:
         pairs = job.result()
     except Stopped:
@@ -308,7 +322,7 @@ def _progress(report: Report, total: int, seconds: float) -> str:
 
 @contextlib.contextmanager
 def _stopping(stop: threading.Event) -> Iterator[None]:
-    """Makes the first Ctrl-C or SIGTERM set `stop`; a second one is as always."""
+    """Makes the first Ctrl-C or SIGTERM set `stop`; a second one acts as always."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -359,7 +373,7 @@ Part = tuple[Segment, list[Pair], list[int]]
 
 
 def _groups(parts: Iterable[Part], room: int) -> Iterator[list[Part]]:
-    """Runs of neighbours that fit into `room` tokens with their pairs."""
+    """Yields runs of neighbours that fit into `room` tokens with their pairs."""
     group: list[Part] = []
     left = 0
     for part in parts:
@@ -376,7 +390,7 @@ def _groups(parts: Iterable[Part], room: int) -> Iterator[list[Part]]:
 
 
 def _tokens(pairs: Sequence[Pair], count: Count) -> list[int]:
-    """Tokens of each pair as two turns of a conversation."""
+    """Returns the tokens of each pair as two turns of a conversation."""
     counts = count([text for pair in pairs for text in pair])
     return [
         counts[i] + counts[i + 1] + 2 * TURN_TOKENS for i in range(0, len(counts), 2)
@@ -395,7 +409,10 @@ def _turns(context: str, pairs: Sequence[Pair]) -> list[dict[str, str]]:
 
 
 def _write(path: Path, conversations: Iterable[list[dict[str, str]]]) -> None:
-    """All of it or nothing: what was there before stays until this is complete."""
+    """Writes all conversations or nothing.
+
+    What was there before stays until the new file is complete.
+    """
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         for turns in conversations:

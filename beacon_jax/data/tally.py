@@ -1,4 +1,4 @@
-"""What a run of `data.prepare` counts, and the line that shows how far it is."""
+"""Counts what a run of `data.prepare` makes, and shows how far the run is."""
 
 import contextlib
 import json
@@ -29,8 +29,11 @@ class Tally:
         self._next = 0
 
     def add(self, job: Job) -> None:
-        """A finished shard; they are counted in order, so that where a run stops does
-        not depend on which worker was faster."""
+        """Adds a finished shard.
+
+        Shards are counted in order, so that where a run stops does not depend on which
+        worker was faster.
+        """
         self._reports[job.index] = job.report_path
         while self._next in self._reports:
             path = self._reports.pop(self._next)
@@ -71,7 +74,7 @@ class Tally:
         return sum(drop["rows"] for drop in drops if drop["bad"])
 
     def check(self, *, final: bool) -> None:
-        """ValueError with the table if too many rows are bad, or none is left."""
+        """Raises ValueError with the table if too many rows are bad or none is left."""
         enough = final or self.rows >= EARLY_ROWS
         if enough and self.bad > self.limit * self.rows:
             raise ValueError(
@@ -89,7 +92,7 @@ class Tally:
             )
 
     def manifest(self) -> dict[str, Any]:
-        """The part of manifest.json that counts."""
+        """Returns the counts that become part of manifest.json."""
         sources = [
             {**source, "drops": drops}
             for source, drops in zip(self.sources, self.drops, strict=True)
@@ -99,10 +102,11 @@ class Tally:
 
 
 def usage(manifest: dict[str, Any]) -> str:
-    """What share of rows and tokens is used, and how to use more of them.
+    """Says what share of rows and tokens is used, and how to use more of them.
 
     Args:
-      manifest: of a prepared folder; an earlier version's does not count what was cut.
+      manifest: manifest of a prepared folder; an earlier version's does not count what
+        was cut.
     """
     total, rules = manifest["total"], manifest["settings"]["rules"]
     drops: dict[str, list[int]] = {}
@@ -145,7 +149,7 @@ def usage(manifest: dict[str, Any]) -> str:
 
 
 def si(count: int) -> str:
-    """A count of tokens as people read it: 812, 36k, 2.1M."""
+    """Returns a count of tokens as people read it: 812, 36k, 2.1M."""
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= unit * 0.9995:
             value = count / unit
@@ -154,7 +158,7 @@ def si(count: int) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    """Never 100 % or 0 % of what is not all or nothing."""
+    """Returns a share in percent, never 100 % or 0 % of what is not all or nothing."""
     percent = round(100 * part / whole)
     if 0 < part < whole:
         percent = min(max(percent, 1), 99)
@@ -162,7 +166,7 @@ def percent(part: int, whole: int) -> str:
 
 
 def drop_table(manifest: dict[str, Any]) -> str:
-    """Rows left out by source and reason, most first, with the first places."""
+    """Lists rows left out by source and reason, most first, with the first places."""
     lines = []
     for source in manifest["sources"]:
         drops = source["drops"].items()
@@ -174,7 +178,7 @@ def drop_table(manifest: dict[str, Any]) -> str:
 
 
 class Progress:
-    """A line every `interval` seconds: examples, tokens and their rate, MB, ETA."""
+    """Shows a line every `interval` seconds: examples, tokens, rate, MB, ETA."""
 
     def __init__(
         self,

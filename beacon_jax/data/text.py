@@ -1,8 +1,8 @@
-"""Text as a list of documents, split into train and held-out.
+"""Reads text as a list of documents, split into train and held-out.
 
 A URI is one of `data.sources`, most often `"stdlib"` (real text that exists on every
-machine without a download), a folder or a file. Everything is read into memory. Which
-documents are held out: `data.heldout`.
+machine without a download), a folder or a file. Everything is read into memory.
+`data.heldout` decides which documents are held out.
 """
 
 import itertools
@@ -25,7 +25,12 @@ NO_TEXT = "no text"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as (name, text), sorted by name, and what was left out, by reason."""
+    """The documents of a source, and what was left out.
+
+    Attributes:
+      documents: (name, text) pairs, sorted by name.
+      skipped: (reason, count) pairs of what was left out.
+    """
 
     documents: tuple[tuple[str, str], ...]
     skipped: tuple[tuple[str, int], ...]
@@ -39,7 +44,7 @@ def load_documents(
     root: str = "",
     turns: bool = False,
 ) -> list[str]:
-    """Texts of one split of a source, in a fixed order.
+    """Returns the texts of one split of a source, in a fixed order.
 
     Rows and files that hold no text or are damaged are skipped, counted and logged.
 
@@ -76,9 +81,9 @@ def load_documents(
 def training_documents(
     sources: Sequence[str], heldout: float, *, root: str = "", turns: bool = False
 ) -> list[str]:
-    """Texts of all sources, one source after the other, without what is held out.
+    """Returns the texts of all sources, one after the other, without held-out ones.
 
-    Raises: as `load_documents`.
+    Raises the same errors as `load_documents`.
     """
     split = ("train", heldout) if heldout else ("all", 0.5)
     return [
@@ -89,8 +94,10 @@ def training_documents(
 
 
 def run_documents(config: Any) -> list[str]:
-    """The texts that a run cuts rows from, or trains its tokenizer on; for the latter
-    conversations are texts, too."""
+    """Returns the texts that a run cuts rows from, or trains its tokenizer on.
+
+    For the tokenizer, conversations are texts, too.
+    """
     data = config.data
     return training_documents(
         data.sources, data.heldout, root=data.root, turns=not data.stages
@@ -98,10 +105,11 @@ def run_documents(config: Any) -> list[str]:
 
 
 def read_corpus(uri: str, *, root: str = "", turns: bool = False) -> Corpus:
-    """All documents of a source, before any split.
+    """Returns all documents of a source, before any split.
 
-    Files of text are one document each, by their name (a lone one is cut into blocks);
-    others one per row with a text, by file and row, so that rows split independently.
+    A file of text is one document, by its name (a lone one is cut into blocks). Other
+    files have one document per row with a text, by file and row, so that rows split
+    independently.
     """
     parts = open_parts([uri], root)
     files = [list(file) for _, file in itertools.groupby(parts, lambda part: part.name)]
@@ -129,7 +137,7 @@ def read_corpus(uri: str, *, root: str = "", turns: bool = False) -> Corpus:
 
 
 def _whole(file: list[Part], skipped: Counter[str]) -> str | None:
-    """A file of text, unless any of it is unusable."""
+    """Returns a file of text, or None if it is empty or any of it is unusable."""
     pieces: list[str] = []
     for _, piece in itertools.chain.from_iterable(map(read, file)):
         if not isinstance(piece, str):
@@ -147,7 +155,7 @@ def _whole(file: list[Part], skipped: Counter[str]) -> str | None:
 def _rows(
     file: list[Part], skipped: Counter[str], turns: bool
 ) -> list[tuple[str, str]]:
-    """Documents of a file of rows; a name has the row's number from 0."""
+    """Returns the documents of a file of rows; a name has the row's number from 0."""
     rows: list[tuple[str, str]] = []
     for row in itertools.chain.from_iterable(map(read_part, file)):
         if isinstance(row, Dropped):

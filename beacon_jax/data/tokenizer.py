@@ -1,7 +1,8 @@
 """The tokenizer of the tiny base model: byte-level BPE, digits one by one.
 
-Written as an ordinary Hugging Face folder (tokenizer.json, tokenizer_config.json), so
-that `transformers.AutoTokenizer` and everything else loads it like any other.
+It is written as an ordinary Hugging Face folder (tokenizer.json,
+tokenizer_config.json), so that `transformers.AutoTokenizer` and everything else loads
+it like any other.
 """
 
 import json
@@ -32,11 +33,11 @@ def train_tokenizer(
     passkey_fraction: float = 0.03,
     seed: int = 0,
 ) -> Any:
-    """Train on the documents, save to `folder`, return the loaded fast tokenizer.
+    """Trains on the documents, saves to `folder`, returns the loaded fast tokenizer.
 
     Digits are tokens of their own, so that a 5-digit key is 5 tokens wherever it
-    stands. Passkey sentences make up `passkey_fraction` of the training characters:
-    with none a needle takes 39 tokens and a question 26, with 0.03 they take 30 and 19
+    stands. Passkey sentences make up `passkey_fraction` of the training characters.
+    With none a needle takes 39 tokens and a question 26. With 0.03 they take 30 and 19
     (vocab 512, standard library), so that either fits a window of 32; other text costs
     the same.
 
@@ -91,7 +92,9 @@ def train_tokenizer(
 def ensure_tokenizer(
     config: Any, documents: Callable[[], Sequence[str]], workdir: Path
 ) -> Path:
-    """Trains the tokenizer of a run once; the folder `tokenizer` in its workdir.
+    """Trains the tokenizer of a run once and returns its folder.
+
+    The folder is `tokenizer` in the workdir of the run.
 
     Args:
       config: a whole config; its `tokenizer` and `seed` count.
@@ -113,7 +116,7 @@ def ensure_tokenizer(
 
 
 def encode_stream(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
-    """All documents as one int32 stream [n], each followed by eos."""
+    """Returns all documents as one int32 stream [n], each followed by eos."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError(

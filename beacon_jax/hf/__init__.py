@@ -1,4 +1,4 @@
-"""Reading, writing and checking HF checkpoints (docs/design.md section 2)."""
+"""Reads, writes and checks HF checkpoints (docs/design.md section 2)."""
 
 from beacon_jax.hf.checkpoint import (
     Checkpoint,

@@ -42,11 +42,12 @@ class Checkpoint:
     Attributes:
       config: the model and its beacons.
       variables: {"params": tree, "beacon": tree} of numpy arrays (see `param_shapes`).
-      path: the folder it was read from.
+      path: the folder that the model was read from.
       known_hashes: hashes that the manifest of a converted folder already has.
       identity: the same hashes, computed from the folder when they are asked for; it
         does not keep the variables alive.
-      untrained: no part of the beacons is in the files, all are copies of the base.
+      untrained: whether no part of the beacons is in the files, so that all are copies
+        of the base.
     """
 
     config: ModelConfig
@@ -58,12 +59,12 @@ class Checkpoint:
 
     @functools.cached_property
     def base_hash(self) -> str:
-        """`tree_hash` of the base parameters as loaded."""
+        """The `tree_hash` of the base parameters as loaded."""
         return self.known_hashes.get("base") or tree_hash(self.variables["params"])
 
     @functools.cached_property
     def beacon_hash(self) -> str | None:
-        """`tree_hash` of the beacon parameters as loaded, None if there are none."""
+        """The `tree_hash` of the beacon parameters as loaded; None without any."""
         if self.config.beacon is None:
             return None
         return self.known_hashes.get("beacon") or tree_hash(self.variables["beacon"])
@@ -91,7 +92,8 @@ def load(
       quiet: no warning about beacons that start from the base.
 
     Raises:
-      ValueError, FileNotFoundError: naming the tensors or the file that do not fit.
+      ValueError, FileNotFoundError: tensors or a file do not fit; the message names
+        them.
     """
     path, cast = Path(asset(path)), check_dtype(dtype)
     converted = is_converted(path)
@@ -128,11 +130,14 @@ def _identity(
     cast: np.dtype | None,
     hashes: Mapping[str, str],
 ) -> Identity:
-    """Of the model as it was loaded, from the folder wherever that can say it."""
+    """Returns the identity of the model as it was loaded.
+
+    Its hashes come from the folder wherever that has the weights.
+    """
     dtypes = {name: np.dtype(x.dtype) for name, x in leaves.items()}
     known: dict[str, Any] = dict(hashes)
     if is_converted(path) and config.beacon and "beacon" not in hashes:
-        # Fresh beacons are in no file. Few ask for them, and those need them hashed.
+        # Fresh beacons are in no file: hashed from memory, when somebody asks.
         part = unflatten({k: x for k, x in leaves.items() if k.startswith("beacon/")})
         known["beacon"] = lambda: tree_hash(part["beacon"])
     return folder_identity(path, config, cast=cast, dtypes=dtypes, known=known)
@@ -145,7 +150,7 @@ def _read_converted(
     cast: np.dtype | None,
     place: Place | None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors by name, and those hashes of the manifest that hold for them."""
+    """Reads the tensors by name, and the hashes of the manifest that hold for them."""
     reader = open_converted(path)
     expected = {e.name: e.shape for e in table(config)}
     # Parts that are copies of the base are made again: the settings may have changed.
@@ -189,7 +194,7 @@ def _read_converted(
 
 
 def _placed(x: Any, config: ModelConfig, name: str, place: Place) -> Any:
-    """An array on the devices, moved to where `place` wants it."""
+    """Moves an array on the devices to where `place` wants it."""
     sharding, kind = place(config, name, x.shape)
     return jax.jit(lambda x: x.astype(kind or x.dtype), out_shardings=sharding)(x)
 
@@ -267,13 +272,16 @@ TOKENIZER_FILES = (
 
 
 def has_tokenizer(path: str | Path) -> bool:
-    """Whether a folder has files that `load_tokenizer` can begin with."""
+    """Tells whether a folder has files that `load_tokenizer` can begin with."""
     folder = Path(asset(path))
     return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The fast tokenizer of an HF or converted folder; nothing is downloaded or run."""
+    """Loads the fast tokenizer of an HF or converted folder.
+
+    Nothing is downloaded, and no code of the folder is run.
+    """
     # Without it transformers prints, on import, that PyTorch is not there.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
@@ -290,5 +298,5 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def _natural(key: str) -> list[Any]:
-    """Sorts layer 2 before layer 10."""
+    """Returns a key that sorts layer 2 before layer 10."""
     return [(part.isdigit(), part.zfill(4)) for part in re.split(r"(\d+)", key)]

@@ -1,4 +1,4 @@
-"""HF folder -> converted folder and back, as streams.
+"""Converts an HF folder to a converted folder and back, as streams.
 
 A converted folder holds `params.safetensors` (and `beacon.safetensors`) with our names
 and stacked shapes, config.json and the tokenizer files as they were, and the manifest
@@ -48,8 +48,10 @@ def from_hf(
 ) -> None:
     """Converts the HF folder `src` into a new folder `dst`, cast to `dtype` if given.
 
-    Raises ValueError (config or tensors that do not fit, listed), FileExistsError
-    (`dst` is not empty), FileNotFoundError (no config.json or weights).
+    Raises:
+      ValueError: config or tensors do not fit; the message lists them.
+      FileExistsError: `dst` is not empty.
+      FileNotFoundError: no config.json or weights.
     """
     src, dst = Path(src), Path(dst)
     _check_different(src, dst)
@@ -92,7 +94,7 @@ def from_hf(
 def to_hf(src: Path, dst: Path, *, overwrite: bool = False) -> None:
     """Writes the HF folder that the converted folder `src` was made of.
 
-    Same tensors in the same files, bit-identical unless --dtype was given; a
+    The same tensors are in the same files, bit-identical unless --dtype was given. A
     pytorch_model.bin comes back as model.safetensors.
     """
     src, dst = Path(src), Path(dst)
@@ -140,7 +142,7 @@ class HfSource:
             self._check_tied()
 
     def blocks(self, name: str) -> Iterator[Any]:
-        """The bytes of one of our tensors in order, in pieces, already cast."""
+        """Yields the bytes of one of our tensors in order, in pieces, already cast."""
         entry, dtype = self._by_name[name], self.tensors[name].dtype
         for key in entry.keys:
             if name == "beacon/embed/embedding" and "embed" in self.from_base:
@@ -154,7 +156,7 @@ class HfSource:
                 yield piece.astype(dtype, copy=False)
 
     def array(self, name: str) -> np.ndarray:
-        """One of our tensors as a whole."""
+        """Returns one of our tensors as a whole."""
         result = aligned_empty(self.tensors[name].shape, self.tensors[name].dtype)
         flat, at = result.reshape(-1), 0
         for piece in self.blocks(name):
@@ -191,7 +193,11 @@ def write_hf_weights(
     reader: Reader,
     plan: Mapping[str, tuple[list[str], Mapping[str, str] | None]],
 ) -> None:
-    """Writes HF tensors from ours. `plan`: file -> (HF keys in order, metadata)."""
+    """Writes HF tensors from ours.
+
+    Args:
+      plan: file -> (HF keys in order, metadata).
+    """
     where = {k: (e, i) for e in table(config) for i, k in enumerate(e.keys)}
     if config.tie_embeddings:
         where[LM_HEAD] = where[EMBEDDING]
@@ -245,7 +251,7 @@ def transposed_blocks(matrix: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def open_converted(folder: Path) -> SafetensorsReader:
-    """Our tensors in a converted folder, named "params/..." and "beacon/..."."""
+    """Opens our tensors in a converted folder, named "params/..." and "beacon/..."."""
     params, beacon = folder / "params.safetensors", folder / "beacon.safetensors"
     if not params.exists():
         raise FileNotFoundError(f"{params} is not there: convert the model again.")
@@ -304,7 +310,7 @@ def _check_different(src: Path, dst: Path) -> None:
 def _original_files(
     src: Path, reader: Any, config: ModelConfig, dtype: str | None
 ) -> dict[str, Any]:
-    """What `to_hf` needs to write the same files again."""
+    """Returns what `to_hf` needs to write the same files again."""
     known = {key for e in table(config) for key in e.keys} | {LM_HEAD}
     files: dict[str, Any] = {}
     for name, metadata in reader.metadata.items():

@@ -37,10 +37,10 @@ class TreeHash:
 
 
 def tree_hash(tree: Mapping[str, Any]) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of nested dicts of arrays.
+    """Returns the SHA-256 over names, shapes, dtypes and bytes of a tree of arrays.
 
-    Independent of the order of the dicts and of where the arrays live; at most a block
-    of one tensor is on the host at a time.
+    The tree is nested dicts. The hash is independent of the order of the dicts and of
+    where the arrays live. At most a block of one tensor is on the host at a time.
     """
     reader, result = TreeReader(tree), TreeHash()
     for name, _ in flatten(tree):

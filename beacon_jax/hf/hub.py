@@ -14,17 +14,17 @@ _TORCH = re.compile(r"pytorch_model[\w.-]*\.bin")
 
 
 def find(path: str | Path, name: str = "path") -> Path:
-    """The folder of a model.
+    """Returns the folder of a model, which is downloaded if it is on the hub only.
 
     Args:
       path: a folder; the name of a model of the package (`resources.asset`); or the id
         of one on the hub, "org/name": what is needed of it is downloaded into the cache
         of huggingface_hub, once.
-      name: of the argument, for messages.
+      name: name of the argument, for messages.
 
     Raises:
-      FileNotFoundError: there is no such folder, or the hub cannot be reached; says
-        which, and the command that downloads it.
+      FileNotFoundError: there is no such folder, or the hub cannot be reached. The
+        message says which, and the command that downloads the model.
     """
     found = Path(resources.asset(path))
     if found.is_dir():
@@ -35,7 +35,7 @@ def find(path: str | Path, name: str = "path") -> Path:
             "weights."
         )
     text = str(path)
-    # Of out/model with a folder out here, the name was misspelt.
+    # out/model, where a folder `out` is here, is a misspelt path and no id.
     if not _ID.fullmatch(text) or found.parent.is_dir():
         raise FileNotFoundError(
             f"{name}={path}: there is no such folder. Give a folder with config.json "
@@ -45,14 +45,14 @@ def find(path: str | Path, name: str = "path") -> Path:
 
 
 def download(id: str, name: str = "path", cache: Path | None = None) -> Path:
-    """Downloads a model's config, tokenizer and weights; no file that it has already.
+    """Downloads a model's config, tokenizer and weights; no file that is there already.
 
     Args:
       id: "org/name". The hub is the one of HF_ENDPOINT.
       cache: a folder in place of the cache of huggingface_hub.
 
     Raises:
-      FileNotFoundError: as `find`.
+      FileNotFoundError: for the same reasons as in `find`.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -105,8 +105,10 @@ def download(id: str, name: str = "path", cache: Path | None = None) -> Path:
 
 
 def needed_files(names: list[str]) -> list[str]:
-    """Of a repository's files those that `checkpoint.load` reads: no weights twice, and
-    nothing of other libraries."""
+    """Returns those of a repository's files that `checkpoint.load` reads.
+
+    No weights are among them twice, and nothing of other libraries.
+    """
     safe = [n for n in names if _SAFE.fullmatch(n)]
     weights = safe or [n for n in names if _TORCH.fullmatch(n)]
     return [n for n in names if _SMALL.fullmatch(n)] + weights

@@ -1,8 +1,8 @@
-"""Which weights: hashes of the base and of the beacons, known or computed when needed.
+"""Tells which weights a model has, by hashes of the base and of the beacons.
 
 A hash covers our names, shapes, dtypes and bytes of a model's tensors (`tree_hash`), so
 it does not depend on how many files they are in, nor on the format. A converted folder
-has its hashes in its manifest; those of an HF folder are computed from its files when
+has its hashes in its manifest. Those of an HF folder are computed from its files when
 somebody asks, a block of 16 MB at a time, once per process.
 """
 
@@ -31,12 +31,12 @@ Hash = str | Callable[[], str | None] | None
 
 
 class Identity:
-    """Which weights wrote a memory. Two are equal if both hashes are.
+    """The weights that wrote a memory. Two identities are equal if both hashes are.
 
     Args:
-      base: hash of the base; a function is called when the hash is first asked for;
-        None: of a model that was made in memory, which nothing can be checked against.
-      beacon: of the beacons; None also for a model that has none.
+      base: hash of the base; a function is called when the hash is first asked for.
+        None: the model was made in memory, and nothing can be checked against it.
+      beacon: hash of the beacons; None also for a model that has none.
     """
 
     def __init__(self, base: Hash = None, beacon: Hash = None):
@@ -75,12 +75,13 @@ class Identity:
 
 
 def identity(source: "str | Path | Checkpoint") -> Identity:
-    """The identity of a folder's model as it is stored, or of a loaded checkpoint.
+    """Returns the identity of a folder's model as stored, or of a loaded checkpoint.
 
     Nothing is read but config.json and the manifest until a hash is asked for.
 
     Raises:
-      ValueError, FileNotFoundError: naming the file that is missing or does not fit.
+      ValueError, FileNotFoundError: a file is missing or does not fit; the message
+        names it.
     """
     if not isinstance(source, str | Path):
         return source.identity
@@ -100,12 +101,12 @@ def folder_identity(
     dtypes: Mapping[str, np.dtype] | None = None,
     known: Mapping[str, str] | None = None,
 ) -> Identity:
-    """The identity of a folder's model as it was loaded from it.
+    """Returns the identity of a folder's model as it was loaded from it.
 
     Args:
-      config: with the beacons it was loaded with.
+      config: the model, with the beacons it was loaded with.
       cast: dtype that every tensor was cast to, if any.
-      dtypes: of each tensor in the end; None: as stored (or cast).
+      dtypes: dtype of each tensor in the end; None: as stored (or cast).
       known: hashes that need not be computed, "base" and "beacon".
     """
     known, stamp = known or {}, _stamp(path)
@@ -126,7 +127,7 @@ def folder_identity(
 
 
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of the folder's weights."""
+    """Returns names, sizes and times of the folder's weights."""
     files = [p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")]
     stats = [(p.name, p.stat()) for p in sorted(files)]
     return tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats)
@@ -134,7 +135,7 @@ def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
 
 @functools.lru_cache(maxsize=64)
 def _folder_hash(path, stamp, config, part, cast, dtypes) -> str:
-    """`tree_hash` of one part of a folder's model, as a stream."""
+    """Computes `tree_hash` of one part of a folder's model, as a stream."""
     del stamp  # only a part of the key
     source = _Folder(path, config, cast)
     final, result = dict(dtypes or ()), TreeHash()

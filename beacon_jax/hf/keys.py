@@ -73,7 +73,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Returns the nested dicts of which `flatten` gives these leaves."""
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
         *parents, last = path.split("/")
@@ -85,7 +85,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(config: ModelConfig) -> list[Entry]:
-    """All tensors of the model, derived from `param_shapes`."""
+    """Lists all tensors of the model, derived from `param_shapes`."""
     entries = []
     for name, shape in flatten(param_shapes(config)):
         module, leaf = name.rsplit("/", 1)
@@ -117,12 +117,13 @@ def resolve(
       quiet: no warning about parts of the beacons that start from the base.
 
     Returns:
-      The table, in which the parts of the beacon that any layer lacks point to the
-      base's keys (docs/specification.md section 1), and those parts: of ["embed", "q",
-      "k", "v", "o"].
+      The table, and the parts of the beacon that any layer lacks: of ["embed", "q",
+      "k", "v", "o"]. In the table these parts point to the base's keys
+      (docs/specification.md section 1).
 
     Raises:
-      ValueError: lists all missing, unknown and wrongly shaped tensors.
+      ValueError: some tensors are missing, unknown or wrongly shaped; lists all of
+        them.
     """
     entries = table(config)
     shapes = {key: e.hf_shape for e in entries for key in e.keys}
@@ -177,7 +178,7 @@ def resolve(
 
 
 def beacon_part(name: str) -> str | None:
-    """Our name -> "embed", "q", "k", "v" or "o" if it is a beacon's, else None."""
+    """Returns "embed", "q", "k", "v" or "o" if our name is a beacon's, else None."""
     if name.startswith("beacon/embed"):
         return "embed"
     match = re.match(r"beacon/layers/attention/(\w)_proj/", name)

@@ -1,4 +1,4 @@
-"""Tensors from files straight into the shards of a mesh.
+"""Puts tensors from files straight into the shards of a mesh.
 
 A host holds the parts of one tensor that its own devices need, never a model.
 """
@@ -19,7 +19,10 @@ Place = Callable[[ModelConfig, str, tuple[int, ...]], tuple[Any, np.dtype | None
 def put_blocks(
     shape: tuple[int, ...], dtype: Any, sharding: Any, blocks: Iterable[np.ndarray]
 ) -> jax.Array:
-    """A sharded array from its elements in row-major order, in pieces of any size."""
+    """Makes a sharded array from pieces of its elements, in row-major order.
+
+    The pieces may have any size.
+    """
     where = sharding.addressable_devices_indices_map(shape)
     boxes = {device: _box(index, shape) for device, index in where.items()}
     parts = {
@@ -42,8 +45,11 @@ def put_blocks(
 def read_parts(
     reader: SafetensorsReader, name: str, dtype: Any, sharding: Any
 ) -> jax.Array:
-    """A sharded array of a file in our layout. Of every row (layer), only the range of
-    columns that devices of this process need is read."""
+    """Reads a sharded array from a file in our layout.
+
+    Of every row (layer), only the range of columns that devices of this process need is
+    read.
+    """
     shape = reader.tensors[name].shape
     if len(shape) < 2:
         return put_blocks(shape, dtype, sharding, [reader.read(name)])
@@ -67,14 +73,14 @@ def read_parts(
 
 
 def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple:
-    """((start, stop), ...) of a shard's slices."""
+    """Returns ((start, stop), ...) of a shard's slices."""
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
 def _rows(
     shape: tuple[int, ...], blocks: Iterable[np.ndarray]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, whole rows [n, ...]) of a stream of elements."""
+    """Yields (first row, whole rows [n, ...]) of a stream of elements."""
     size = int(np.prod(shape[1:], dtype=np.int64)) or 1
     rest, at = None, 0
     for block in blocks:

@@ -1,7 +1,8 @@
 """Reads tensors, or rows of them, from files without holding more than was asked for.
 
-Plain reads at offsets, not memory maps: mapped pages count as resident memory until
-they are dropped, so a 140 GB checkpoint would look like (and be limited as) 140 GB.
+Safetensors files are read at offsets, not mapped. Mapped pages count as resident memory
+until they are dropped, so a 140 GB checkpoint would look like (and be limited as) 140
+GB.
 """
 
 import dataclasses
@@ -47,7 +48,10 @@ class Tensor:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that starts where XLA wants it: a CPU device uses it without a copy."""
+    """Returns an empty array that starts where XLA wants it.
+
+    A CPU device uses such an array without a copy.
+    """
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
@@ -55,7 +59,10 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 class Reader(Protocol):
-    """Tensors by name. `read` gives rows start:stop of axis 0 as a numpy array."""
+    """The interface to tensors by name.
+
+    `read` gives rows start:stop of axis 0 as a numpy array.
+    """
 
     tensors: dict[str, Tensor]
 
@@ -121,7 +128,7 @@ class SafetensorsReader:
         return values
 
     def read_columns(self, name: str, row: int, start: int, stop: int) -> np.ndarray:
-        """[start:stop] of axis 1 of one row; no other bytes are read."""
+        """Reads [start:stop] of axis 1 of one row, and no other bytes."""
         tensor = self.tensors[name]
         inner = math.prod(tensor.shape[2:])
         first = (row * tensor.shape[1] + start) * inner
@@ -136,7 +143,7 @@ class SafetensorsReader:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and the offset at which the data begins."""
+    """Returns the header of a safetensors file and the offset where the data begins."""
     actual = path.stat().st_size
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -160,8 +167,11 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 class TorchReader:
-    """The tensors of pytorch_model*.bin files. A file is mapped only while it is read,
-    so that the pages of earlier tensors do not stay resident."""
+    """The tensors of pytorch_model*.bin files.
+
+    A file is mapped only while it is read, so that the pages of earlier tensors do not
+    stay resident.
+    """
 
     def __init__(self, files: list[Path]):
         if importlib.util.find_spec("torch") is None:

@@ -2,7 +2,7 @@
 
 The second path is plain numpy in float32 and shares nothing with the decoder but the
 config: full causal attention, no windows, no beacons, HF tensors as they lie in the
-file. Both need the whole model in float32, so this is for models that fit.
+file. Both paths need the whole model in float32, so this is for models that fit.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ TOP = 5
 def numpy_logits(
     config: ModelConfig, reader: Reader, tokens: Int[np.ndarray, " T"]
 ) -> Float[np.ndarray, "T V"]:
-    """Logits of a plain causal forward pass on HF tensors, in float32."""
+    """Returns logits of a plain causal forward pass on HF tensors, in float32."""
 
     def get(name: str) -> np.ndarray:
         return reader.read(name).astype(np.float32)
@@ -78,7 +78,10 @@ def numpy_logits(
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, " H/2"]:
-    """Angles per position in float32, all kinds of docs/specification.md section 5."""
+    """Returns angles per position in float32.
+
+    All kinds of docs/specification.md section 5 are supported.
+    """
     powers = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     kept = (1.0 / rope.theta**powers).astype(np.float32)
     divided = kept / np.float32(rope.factor)
@@ -113,7 +116,13 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Per-token KL(reference || ours) in nats [T], and both distributions [T, V]."""
+    """A comparison of the two paths on the same tokens.
+
+    Attributes:
+      kl: KL(reference || ours) of every token, in nats [T].
+      reference, ours: both distributions [T, V].
+      bound: the largest KL of a token that passes.
+    """
 
     kl: np.ndarray
     reference: np.ndarray
@@ -125,7 +134,10 @@ class Comparison:
         return bool(self.kl.max() <= self.bound)
 
     def table(self) -> str:
-        """KL per token with both top-1, agreement of the top k, the last token's."""
+        """Returns a text: KL and both top-1 per token, and how far the top k agree.
+
+        It ends with the top of both distributions at the last token, and the verdict.
+        """
         orders = [np.argsort(-p, axis=-1) for p in (self.reference, self.ours)]
         lines = ["token         KL  top-1 HF  top-1 ours"]
         lines += [
@@ -155,7 +167,7 @@ class Comparison:
 def jax_logits(
     config: ModelConfig, variables: Mapping[str, Any], tokens: Int[np.ndarray, " T"]
 ) -> Float[np.ndarray, "T V"]:
-    """Logits of the JAX decoder on the same tokens, full causal, without beacons."""
+    """Returns logits of the JAX decoder, full causal, without beacons."""
     from beacon_jax.model.decoder import Decoder
     from beacon_jax.model.layout import Layout
 
@@ -180,7 +192,7 @@ def compare(
     length: int = 32,
     seed: int = 0,
 ) -> Comparison:
-    """Runs both paths on `length` random tokens.
+    """Runs both paths on `length` random tokens and compares them.
 
     Args:
       src: the HF folder, read by the second path.

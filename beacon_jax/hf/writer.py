@@ -28,7 +28,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 def safetensors_header(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """Everything in front of the tensors' bytes.
+    """Returns everything in front of the tensors' bytes.
 
     It is what the safetensors library writes (compact JSON, padded to 8), so that a
     file read and written again is the same file.
@@ -55,7 +55,8 @@ def write_safetensors(
 ) -> None:
     """Writes tensors one after the other, each as the blocks of its bytes.
 
-    stage: is told the megabytes that were written.
+    Args:
+      stage: is told the megabytes that were written.
     """
     with path.open("wb") as file:
         file.write(safetensors_header(tensors, metadata))
@@ -71,8 +72,14 @@ def write_safetensors(
 
 
 def copy_small_files(src: Path, dst: Path, *, card: bool = True) -> None:
-    """Copies all but weights, indices and the manifest: tokenizer, templates, code; and
-    the model's card README.md, unless dst is another model."""
+    """Copies all files but weights, indices and the manifest.
+
+    These are the tokenizer, templates and code; and the model's card README.md, unless
+    dst is another model. Hidden files stay behind.
+
+    Args:
+      card: whether README.md is copied.
+    """
     for path in sorted(src.rglob("*")):
         relative = path.relative_to(src)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -84,7 +91,7 @@ def copy_small_files(src: Path, dst: Path, *, card: bool = True) -> None:
 
 
 def copy_tokenizer(src: Path, dst: Path) -> None:
-    """Copies the tokenizer's files and nothing else: src may be a whole model."""
+    """Copies the tokenizer's files and nothing else, even if src is a whole model."""
     for path in sorted(src.iterdir()):
         if path.is_file() and path.name.startswith(_TOKENIZER):
             shutil.copyfile(path, dst / path.name)
@@ -92,7 +99,7 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(dst: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Gives an empty folder that becomes `dst` when the block ends without an error.
+    """Yields an empty folder that becomes `dst` when the block ends without an error.
 
     A killed process leaves `.NAME.partial` beside `dst`, never half a checkpoint; the
     next run replaces it. With `overwrite` the old folder stays until the new is whole.
