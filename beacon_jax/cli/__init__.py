@@ -34,7 +34,7 @@ AFTERWARDS: dict[str, str] = dict.fromkeys(
 
 
 def overview() -> str:
-    """What `beacon-jax --help` prints: every command with one line."""
+    """Returns what `beacon-jax --help` prints: every command with one line."""
     lines = [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [

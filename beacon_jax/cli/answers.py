@@ -1,4 +1,4 @@
-"""What `generate` does with its prompts: a batch of answers, or a conversation."""
+"""Answers the prompts of `generate`: by a batch of answers, or in a conversation."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ COMMANDS = "/undo, /save FILE, /memory and /exit"
 
 
 def read_prompts(o: flags.FlagValues) -> list[str]:
-    """The prompts of the flags, none for a conversation.
+    """Reads the prompts of the flags; there are none for a conversation.
 
     Raises:
       ValueError: flags that exclude each other, no prompt, or a missing file.
@@ -59,7 +59,7 @@ def read_prompts(o: flags.FlagValues) -> list[str]:
 
 
 def read_template(o: flags.FlagValues) -> str | None:
-    """The text of --chat_template."""
+    """Reads the text of --chat_template."""
     if o.chat_template is None:
         return None
     if o.chat_template == "-":
@@ -70,7 +70,7 @@ def read_template(o: flags.FlagValues) -> str | None:
 
 
 def sampling(o: flags.FlagValues) -> dict[str, Any]:
-    """Options of `Model.complete` on drawing tokens and on where to stop."""
+    """Returns options of `Model.complete` on drawing tokens and on where to stop."""
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     return {name: getattr(o, name) for name in names} | {"stop": o.stop or ()}
 
@@ -78,7 +78,7 @@ def sampling(o: flags.FlagValues) -> dict[str, Any]:
 def written(
     model: "Model", prompts: Sequence[str], *, instruct: bool
 ) -> list[Sequence[int]]:
-    """The token ids of each prompt, in the chat template if `instruct`.
+    """Returns the token ids of each prompt, in the chat template if `instruct`.
 
     Raises:
       ValueError: `instruct`, and the tokenizer has no template.
@@ -124,7 +124,7 @@ def answer(
 
 
 def _shown(stage: Stage) -> Callable[[str], None]:
-    """Shows a text while it comes."""
+    """Makes a callback that shows a text while it comes."""
 
     def show(text: str) -> None:
         print(text, end="", flush=True)
@@ -134,7 +134,10 @@ def _shown(stage: Stage) -> Callable[[str], None]:
 
 
 def _read(stage: Stage) -> Callable[[int, int], None]:
-    """Reports how far the prompts are read; then come the answers."""
+    """Makes a callback that reports how far the prompts are read.
+
+    When all are read, it says that the answers come.
+    """
 
     def report(fed: int, total: int) -> None:
         stage(fed, total)
@@ -147,7 +150,7 @@ def _read(stage: Stage) -> Callable[[int, int], None]:
 def _object(
     model: "Model", read: context.Context, prompt: str, made: "Generation"
 ) -> dict[str, Any]:
-    """One line of --json; seconds are those of the whole batch."""
+    """Makes one line of --json; seconds are those of the whole batch."""
     timing, rate = made.timing, made.timing.tokens_per_second
     return {
         "prompt": prompt,
@@ -172,7 +175,7 @@ def _object(
 def _account(
     model: "Model", read: context.Context, made: Sequence["Generation"]
 ) -> None:
-    """Notes, what was read and made, what the memory holds, and how long it took."""
+    """Says the notes, what was read and made, what the memory holds, and the times."""
     for note in dict.fromkeys(each.note for each in made if each.note):
         context.say(note)
     total = lambda name, counts: f"{sum(counts):,} {name} tokens"
@@ -205,7 +208,7 @@ def talk(
     options: dict[str, Any],
     progress: Progress,
 ) -> None:
-    """A conversation on stdin and stdout, until /exit or the end of stdin."""
+    """Holds a conversation on stdin and stdout, until /exit or the end of stdin."""
     from beacon_jax.inference.chat import Chat
 
     chat = Chat(
@@ -262,7 +265,7 @@ def _obey(chat: "Chat", line: str) -> bool:
 
 
 def _ask() -> str | None:
-    """The next line of stdin; None at its end."""
+    """Reads the next line of stdin; None at its end."""
     try:
         if sys.stdin.isatty() and sys.stdout.isatty():
             import readline  # noqa: F401 - editing and history for `input`

@@ -1,4 +1,4 @@
-"""What `compress` and `generate` share: flags, texts, progress and figures.
+"""The parts that `compress` and `generate` share: flags, texts, progress, figures.
 
 stdout is for text and JSON; everything here that is shown goes to stderr.
 """
@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """The flags of both commands: the model, texts and how they are compressed."""
+    """Defines the flags of both commands: model, texts and how they are compressed."""
     f = Group(values, "Model")
     f.text("model", None, "HF or converted folder, or tiny-beacon.", required=True)
     f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Else as stored.")
@@ -63,7 +63,7 @@ def main(
 
 
 def in_flags(said: Warning | Exception | str) -> str:
-    """A warning or an error about an argument, in the words of a command line."""
+    """Returns what a warning or an error says, in the words of a command line."""
     text = getattr(said, "in_flags", str(said))
     return f"--{text}" if text.partition("=")[0] in flags.FLAGS else text
 
@@ -72,7 +72,7 @@ def in_flags(said: Warning | Exception | str) -> str:
 
 
 def read_text(flag: str, name: str) -> str:
-    """The text of a file or, for "-", of stdin; ValueError if there is none."""
+    """Reads the text of a file or, for "-", of stdin; ValueError if there is none."""
     if name != "-" and (not Path(name).exists() or Path(name).is_dir()):
         raise ValueError(f"--{flag}={name}: no such file (use - for stdin).")
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -82,7 +82,7 @@ def read_text(flag: str, name: str) -> str:
 
 
 def read_context(o: flags.FlagValues) -> str | None:
-    """The texts of all --context in order, as one; None: there are none."""
+    """Reads the texts of all --context in order, as one; None: there are none."""
     names = o.context or []
     if names.count("-") > 1:
         raise ValueError("--context=- is given twice: stdin can be read once.")
@@ -103,7 +103,11 @@ def parse_ratio(text: str | None) -> list[int] | str | None:
 
 
 def check_new(flag: str, name: str | None, *, overwrite: bool) -> None:
-    """A file to be written must not exist, before an hour is spent on what goes in."""
+    """Raises ValueError if a file to be written exists, unless `overwrite`.
+
+    It is called before an hour is spent on what goes into the file. A folder of that
+    name is an error, too.
+    """
     if name and Path(name).is_dir():
         raise ValueError(f"--{flag}={name} is a folder: name a file.")
     if name and Path(name).exists() and not overwrite:
@@ -113,7 +117,7 @@ def check_new(flag: str, name: str | None, *, overwrite: bool) -> None:
 
 
 def load_model(o: flags.FlagValues, progress: Progress) -> "Model":
-    """The model of --model, with compiled programs of earlier runs at hand."""
+    """Loads the model of --model, with compiled programs of earlier runs at hand."""
     with progress.stage("loading", note=o.model):
         runtime.for_command()
         from beacon_jax.hf import hub
@@ -123,7 +127,7 @@ def load_model(o: flags.FlagValues, progress: Progress) -> "Model":
 
 
 def load_memory(flag: str, path: str | None, model: "Model") -> "Memory | None":
-    """One context from a beacon pack; None if the flag was not given."""
+    """Loads one context from a beacon pack; None if the flag was not given."""
     if path is None:
         return None
     if not Path(path).is_file():
@@ -143,13 +147,13 @@ def load_memory(flag: str, path: str | None, model: "Model") -> "Memory | None":
 
 
 class Context(NamedTuple):
-    """What was read before any prompt.
+    """The context: what was read before any prompt.
 
     Attributes:
       memory: None if there is neither a context nor a loaded memory.
       notes: what was decided about ratios.
       tokens, seconds: of the text that was compressed here, without compilation.
-      compiled: seconds of that.
+      compiled: seconds of compilation.
       ratio: options of `Model.complete` for what follows.
     """
 
@@ -171,8 +175,8 @@ def read(
 ) -> Context:
     """Compresses the context behind the memory, as the flags say.
 
-    A budget or "auto" is spent on the context, with `reserve` tokens to follow; they go
-    on at the ratio that the memory ends with. Given ratios go on by themselves.
+    A budget or "auto" is spent on the context, with `reserve` tokens to follow. Those
+    go on at the ratio that the memory ends with. Given ratios go on by themselves.
     """
     ratio: dict[str, Any] = {
         "ratio": parse_ratio(o.ratio),
@@ -218,8 +222,10 @@ def read(
 
 
 def figures(model: "Model", memory: "Memory", row: int = 0) -> dict[str, Any]:
-    """Of one row: what it holds, in entries and bytes, the open window included, and
-    what full attention would have taken."""
+    """Returns the figures of one row: what it holds, in entries and bytes.
+
+    The open window is included. What full attention would have taken is there, too.
+    """
     account = memory.account(row)
     return {
         "tokens": account.tokens,
@@ -234,7 +240,7 @@ def figures(model: "Model", memory: "Memory", row: int = 0) -> dict[str, Any]:
 
 
 def summary(model: "Model", memory: "Memory") -> str:
-    """The figures of row 0 on one line."""
+    """Returns the figures of row 0 on one line."""
     account = memory.account(0)
     whole = account.tokens * _whole_nbytes(model) / MIB
     return (
@@ -244,8 +250,10 @@ def summary(model: "Model", memory: "Memory") -> str:
 
 
 def _whole_nbytes(model: "Model") -> int:
-    """Bytes per token of full attention, which keeps the dtype of the activations,
-    whatever the memory is kept in."""
+    """Counts the bytes per token of full attention.
+
+    It keeps the dtype of the activations, whatever the memory is kept in.
+    """
     from beacon_jax.core.memory import slot_nbytes
     from beacon_jax.inference.prefill import compute_dtype
 

@@ -1,4 +1,4 @@
-"""How a command ends that fails, is interrupted, or has no reader any more."""
+"""Ends a command that fails, is interrupted, or has no reader any more."""
 
 import contextlib
 import os
@@ -28,13 +28,14 @@ def fail(error: Exception) -> NoReturn:
 def ended(
     command: str, afterwards: str = "", *, patience: float | None = PATIENCE
 ) -> Iterator[None]:
-    """Around a command: Ctrl-C is one line and exit code 130, and a closed stdout (as
-    by `| head`) ends it without a word.
+    """Wraps a command: Ctrl-C ends it with one line and exit code 130.
+
+    A closed stdout (as by `| head`) ends it without a word.
 
     Args:
       afterwards: what the user can do then ("the same command goes on").
       patience: seconds after which the process ends where Python does not answer, as
-        while XLA compiles; None: it answers by itself.
+        while XLA compiles; None: the command answers Ctrl-C by itself.
     """
     line = f"\n{command}: stopped by Ctrl-C" + (f"; {afterwards}" if afterwards else "")
     if patience is not None and threading.current_thread() is threading.main_thread():
@@ -54,7 +55,7 @@ def ended(
 
 
 def wait_for_python() -> None:
-    """From now on Ctrl-C waits as long as it takes: somebody else answers it."""
+    """Lets Ctrl-C wait as long as it takes from now on: somebody else answers it."""
     signal.set_wakeup_fd(-1)
 
 

@@ -150,7 +150,7 @@ def run(o: Any) -> str:
 
 
 def _training(summary: str | None, folder: Path) -> list[str]:
-    """A section with the loss of the training run that wrote `summary`."""
+    """Makes a section with the loss of the training run that wrote `summary`."""
     lines = Path(summary).with_name("metrics.jsonl") if summary else None
     if lines is None or not lines.is_file():
         return []

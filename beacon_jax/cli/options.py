@@ -38,7 +38,7 @@ class Group:
         self.choice = self._definer("enum")  # the choices stand before the help
 
     def config(self) -> None:
-        """--config, a name or a file, and --config.key=value."""
+        """Defines --config, a name or a file, and --config.key=value."""
         from ml_collections import config_flags
 
         config_flags.DEFINE_config_file(
@@ -71,7 +71,7 @@ class Group:
 
 
 def describe(values: flags.FlagValues, doc: str) -> str:
-    """What --help prints: the docstring, and the flags of every group."""
+    """Returns what --help prints: the docstring, and the flags of every group."""
     parts, title = [textwrap.dedent(doc).strip()], None
     for flag in _own(values):
         if flag.group != title:
@@ -90,7 +90,7 @@ def describe(values: flags.FlagValues, doc: str) -> str:
 
 
 def _own(values: flags.FlagValues) -> Iterator[Any]:
-    """The command's flags, those of a group together, in the order of definition."""
+    """Yields the command's flags, group by group, in the order of definition."""
     own: list[Any] = [values[name] for name in values if hasattr(values[name], "group")]
     titles = list(dict.fromkeys(flag.group for flag in own))
     yield from sorted(own, key=lambda flag: titles.index(flag.group))
@@ -159,7 +159,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues, doc: str = "") -> list[
 
 
 def _with_config(words: list[str], values: flags.FlagValues) -> list[str]:
-    """The arguments with the path of --config in place of its name."""
+    """Returns the arguments with the path of --config in place of its name."""
     if "config" not in values:
         return words
     made: list[str] = []
@@ -182,7 +182,7 @@ def _config(name: str) -> str:
 
 
 def _keys(word: str, values: flags.FlagValues) -> str:
-    """All keys of a config with their values, as --config.KEY=VALUE takes them."""
+    """Lists all keys of a config with their values, as --config.KEY=VALUE has them."""
     try:
         values[values["config"].name].parse(word.partition("=")[2])
         config: Any = values["config"].value
@@ -215,7 +215,7 @@ def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
             return f"{names} {is_missing}."
         text = _last_line(str(error)) if "Traceback" in str(error) else str(error)
         return " ".join(text.split())
-    # Of a config: ml_collections quotes its message twice.
+    # An error of a config: ml_collections quotes its message twice.
     text = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")
     if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
         text = f'no such key: {near[2]}. Did you mean "{near[1]}"?'
@@ -225,7 +225,10 @@ def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
 
 
 def _last_line(text: str) -> str:
-    """Of a traceback in a message, what was raised; other messages as they are."""
+    """Returns what was raised, of a traceback in a message.
+
+    Other messages are returned as they are.
+    """
     if "Traceback" not in text:
         return text
     return re.sub(r"^[\w.]*(Error|Exception): ", "", text.strip().splitlines()[-1])

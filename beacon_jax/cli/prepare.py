@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def define_flags(
     values: flags.FlagValues = flags.FLAGS, out: str = "Folder to prepare."
 ) -> None:
-    """--config, --out, --workers and --overwrite, as `inspect` has them too."""
+    """Defines --config, --out, --workers and --overwrite; `inspect` has them, too."""
     f = Group(values, "Data")
     f.config()
     f.number("workers", -1, "Processes; 0: one per core; -1: config.data.workers.")
@@ -40,7 +40,7 @@ def define_flags(
 
 
 def from_flags(values: Any, folder: Path) -> "Prepared":
-    """Prepares what the flags say, with progress; names the folder of the tokenizer."""
+    """Prepares what the flags say into `folder`, and prints the progress."""
     from beacon_jax.data.prepare import Settings, prepare
     from beacon_jax.training.check_data import check_data
 
@@ -64,7 +64,10 @@ def from_flags(values: Any, folder: Path) -> "Prepared":
 
 
 def tokenizer_folder(config: Any, workdir: Path) -> Path:
-    """That of the config; one that training would train is trained in `workdir`."""
+    """Returns the folder of the config's tokenizer.
+
+    A tokenizer that training would train is trained in `workdir`.
+    """
     if not config.tokenizer.train:
         if config.tokenizer.path:
             return Path(asset(config.tokenizer.path))

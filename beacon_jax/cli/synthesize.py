@@ -50,7 +50,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def from_flags(values: Any) -> "Settings":
-    """Settings of a command line; the key comes from the environment."""
+    """Makes the settings of a command line; the key comes from the environment."""
     from beacon_jax.data.endpoint import Endpoint, Pace
     from beacon_jax.data.synthesize import Settings
 
@@ -72,7 +72,7 @@ def from_flags(values: Any) -> "Settings":
 
 
 def describe(report: "Report") -> str:
-    """What a run did, in a few lines."""
+    """Says what a run did, in a few lines."""
     unanswered = report.segments - report.known - report.asked
     lines = [
         f"{report.conversations:,} conversations with {report.pairs:,} pairs about "

@@ -1,4 +1,4 @@
-"""What a memory holds and what that is worth: the one account that all others show."""
+"""The account of what a memory holds and what that is worth; every report shows it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,18 +13,20 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """Of one row.
+    """The account of one row of a memory.
 
-    The open window, the last tokens that do not fill a window yet, is held raw, with
-    the beacons that stand among them: a short text takes more than its ratio says.
+    The open window holds the last tokens, which do not fill a window yet. It is held
+    raw, with the beacons that stand among its tokens. So a short text takes more than
+    its ratio says.
 
     Attributes:
       tokens: source tokens, those still to be fed included.
       slots: entries of closed windows, which never change again.
       open_tokens: raw tokens of the open window.
       entries: all that is held: slots, raw tokens and beacons of the open window.
-      nbytes: of the entries, keys and values of all layers.
-      ratios: planned for its windows, ascending, the open one included; 0: none.
+      nbytes: bytes of the entries: keys and values of all layers.
+      ratios: ratios planned for the row's windows, ascending, the open one included;
+        0: uncompressed.
       fed: tokens that the entries stand for.
     """
 
@@ -38,7 +40,8 @@ class Account:
 
     @classmethod
     def of(cls, config: ModelConfig, row: Ledger, slot_nbytes: int) -> "Account":
-        """
+        """Makes the account of a row.
+
         Args:
           slot_nbytes: bytes of one entry (`Memory.slot_nbytes`).
         """
@@ -63,11 +66,11 @@ class Account:
 
     @property
     def planned(self) -> str:
-        """The ratios that its windows are compressed by, in words."""
+        """The ratios that the row's windows are compressed by, in words."""
         return ratio_words(self.ratios)
 
     def worth(self) -> str:
-        """The ratio as planned and as it is."""
+        """Says which ratio was planned and, where it differs, what the row has now."""
         if not any(self.ratios):
             return self.planned
         held = f"x{self.ratio:.1f}"
@@ -78,7 +81,7 @@ class Account:
         return f"{self.planned} planned; {held} held"
 
     def holds(self) -> str:
-        """Slots, open window and bytes."""
+        """Says how many slots, open tokens and bytes the row holds."""
         text = f"{self.slots:,} memory slots + {self.open_tokens:,} in the open window"
         if beacons := self.entries - self.slots - self.open_tokens:
             text += f" with {beacons:,} beacon{'s' if beacons > 1 else ''}"
@@ -86,7 +89,7 @@ class Account:
 
 
 def ratio_words(ratios: Sequence[int]) -> str:
-    """ "x8", "uncompressed" or "mix of x2, x4 and x8"."""
+    """Names ratios: "x8", "uncompressed" or "mix of x2, x4 and x8"."""
     words = [f"x{r}" if r else "uncompressed" for r in ratios] or ["uncompressed"]
     if len(words) == 1:
         return words[0]

@@ -1,4 +1,4 @@
-"""The ratios that a number of slots or bytes buys."""
+"""Finds the ratios that a number of slots or bytes buys."""
 
 import bisect
 import dataclasses
@@ -13,8 +13,13 @@ from beacon_jax.inference.validate import warn
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """slots: allowed; name: the argument it came from; nbytes: of a slot, for
-    `max_bytes`."""
+    """The slots that a row may take, and the argument that allows them.
+
+    Attributes:
+      slots: how many are allowed.
+      name: the argument, with the value that was given.
+      nbytes: bytes of a slot, if the argument is `max_bytes`.
+    """
 
     slots: int
     name: str
@@ -27,7 +32,7 @@ class Budget:
         max_bytes: int | str | None,
         slot_nbytes: int | None,
     ) -> "Budget":
-        """The smaller of those that are given."""
+        """Returns the smaller of the budgets that are given."""
         found = []
         if max_slots is not None:
             if not isinstance(max_slots, int | np.integer) or max_slots < 1:
@@ -49,7 +54,7 @@ class Budget:
 
 
 def parse_bytes(size: int | str, name: str = "max_bytes") -> int:
-    """Bytes of a number or of text such as "512MiB", "2 GB" or "1.5GiB".
+    """Reads a number of bytes, or text such as "512MiB", "2 GB" or "1.5GiB".
 
     Raises:
       ValueError: another unit, or not even one byte.
@@ -72,7 +77,7 @@ def parse_bytes(size: int | str, name: str = "max_bytes") -> int:
 
 
 def spend(row: Row, budget: Budget) -> tuple[Int[np.ndarray, " n"], str]:
-    """The ratios that a budget buys, and which they are."""
+    """Returns the ratios that a budget buys, and a note that names them."""
     beacon = row.config.beacon
     trained = sorted({r for r in beacon.ratios if r}) if beacon else []
     divisors = [r for r in range(1, row.window + 1) if row.window % r == 0]

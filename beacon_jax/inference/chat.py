@@ -18,13 +18,14 @@ class Chat:
     """A conversation in the chat template of the model's tokenizer.
 
     Each turn writes the whole conversation by the template and compares its tokens with
-    those that the memory holds already. What is new is fed. If the template writes
-    something earlier differently now (some leave out old thoughts; text that is
-    tokenised anew may be cut elsewhere), the memory is truncated to what both begin
-    with and fed from there: the memory is always that of the conversation as written.
+    those that the memory holds already. What is new is fed. A template may write
+    earlier turns differently now: some leave out old thoughts, and text that is
+    tokenised anew may be cut elsewhere. Then the memory is truncated to what both begin
+    with, and fed from there. So it is always that of the conversation as written.
 
-    A context, compressed or loaded, comes first, in front of the template's first token
-    (whose bos is left out then: the context has one). It is never truncated.
+    A context, compressed or loaded, comes in front of the template's first token. The
+    template's bos is left out then, because the context has one. The context is never
+    truncated.
 
     Attributes:
       messages: [{"role": ..., "content": ...}], those of the system and of both sides.
@@ -40,13 +41,14 @@ class Chat:
         chat_template: str | None = None,
         **options: Unpack[CompleteOptions],
     ):
-        """
+        """Starts a conversation.
+
         Args:
-          memory: of one row: what the conversation is about.
+          memory: a memory of one row: what the conversation is about.
           system: the system message.
           chat_template: jinja text in place of the tokenizer's own.
           options: those of `Model.complete`, with 512 new tokens by default. `ratio` is
-            of the windows of the conversation (None: as the memory goes on), `stop`
+            that of the conversation's windows (None: as the memory goes on), `stop`
             ends an answer besides the tokenizer's end token, turn i draws with
             seed + i, and `on_text` is given to `say`.
 
@@ -89,7 +91,7 @@ class Chat:
     def say(
         self, text: str, on_text: Callable[[str], None] | None = None
     ) -> "Generation":
-        """The answer to a message; both become part of the conversation.
+        """Answers a message; message and answer become part of the conversation.
 
         An error or an interrupt leaves the conversation as it was.
 
@@ -116,7 +118,7 @@ class Chat:
         """Takes the last turn back, message and answer.
 
         Raises:
-          ValueError: there is none.
+          ValueError: no turn has been made yet.
         """
         if not self._starts:
             raise ValueError("nothing to undo: no turn has been made yet.")
@@ -132,8 +134,10 @@ class Chat:
         )
 
     def _cut(self, tokens: int) -> "tuple[Memory | None, int]":
-        """The memory of the first `tokens` of the conversation, or of fewer if it has
-        to go back further, and their number."""
+        """Returns the memory of the conversation's first `tokens`, and their number.
+
+        They are fewer where the memory has to go back further.
+        """
         memory = self.memory
         if memory is None or self._base + tokens == 0:
             return None, 0
@@ -151,7 +155,7 @@ class Chat:
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Tokens that both begin with."""
+    """Counts the tokens that both begin with."""
     size = min(len(a), len(b))
     differ = np.flatnonzero(a[:size] != b[:size])
     return int(differ[0]) if len(differ) else size

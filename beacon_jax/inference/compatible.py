@@ -1,4 +1,4 @@
-"""Whether a memory fits a model, or another memory: in words, field by field."""
+"""Tells in words, field by field, whether a memory fits a model or another memory."""
 
 import dataclasses
 from typing import Any

@@ -29,13 +29,13 @@ Finished = Callable[[int, Int[np.ndarray, " n"]], int | None]
 
 
 class Decoded(NamedTuple):
-    """What `decode` returns.
+    """The result of `decode`.
 
     Attributes:
       tokens: int32 [B, n], padded with -1 behind each row's end.
       lengths: [B] tokens per row; the end token is not among them.
-      logits: [B, V] after the last token that each row was fed: for a row that
-        `finished` ended, that one is behind the row's end.
+      logits: [B, V] after the last token that each row was fed. If `finished` ended a
+        row, that token lies behind the row's end.
       memory: holds the tokens above besides what it held, and `surplus` more.
       surplus: [B] tokens that the memory holds behind the end of a row. They are in it
         only if `finished` ended the row and a window was closed between there and the
@@ -53,7 +53,7 @@ class Decoded(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """What goes from block to block, besides the memory: all that `sample` needs."""
+    """The state that blocks pass on besides the memory: all that `sample` needs."""
 
     logits: Float[Array, "B V"]
     active: Bool[Array, " B"] | Bool[np.ndarray, " B"]
@@ -77,7 +77,9 @@ def decode_block(
     eos_ids: tuple[int, ...],
     static: tuple[int, ...],
 ) -> tuple[Int[Array, "B n"], Loop, MemoryState]:
-    """Up to BLOCK tokens per row, of a memory that it takes over (donated).
+    """Generates up to BLOCK tokens per row.
+
+    The memory is donated: its buffer is written in place.
 
     Args:
       start: number of each row's next token among its new ones.
@@ -175,7 +177,7 @@ def decode(
     loop = Loop(logits, np.ones(rows, bool), None if seen is None else seen)
     words = row_seeds(seeds, rows)
     fed = np.full((rows, 0), -1, np.int32)
-    keep = np.full(rows, -1)  # of a row that `finished` ended
+    keep = np.full(rows, -1)  # tokens to keep of a row that `finished` ended
     most, start, stop = int(limits.max()), 0, 1
     while start < most:
         block, loop, memory = decode_block(
@@ -222,7 +224,7 @@ def _limits(max_new_tokens: Any, rows: int) -> Int[np.ndarray, " B"]:
 
 
 def _settings(sampling: Sampling, seen: Any, rows: int) -> Sampling:
-    """Per row, checked against the batch."""
+    """Returns the settings as one per row, checked against the batch."""
     for name, value in vars(sampling).items():
         if value.ndim and value.shape != (rows,):
             raise ValueError(
@@ -246,7 +248,7 @@ def _ask(finished: Finished, fed: np.ndarray, start: int, keep: np.ndarray) -> N
 
 
 def _kept(fed: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """The tokens fed, -1 behind the end of each row."""
+    """Returns the tokens fed, -1 behind the end of each row."""
     column = np.arange(fed.shape[1])
     beyond = (keep[:, None] >= 0) & (column >= keep[:, None])
     return np.where(beyond, -1, fed)

@@ -1,4 +1,4 @@
-"""Feeds the rows of a batch into a memory: what needs a plan of its own by itself."""
+"""Feeds the rows of a batch into a memory; rows with the same plan go together."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ PIECE_WINDOWS = 16  # fed at a time where progress is to be shown
 
 
 def ledgers_of(memory: Memory | None, rows: int) -> Sequence[Ledger]:
-    """The rows' accounts so far."""
+    """Returns the rows' accounts so far; they are empty without a memory."""
     return memory.rows if memory is not None else [Ledger.empty()] * rows
 
 
@@ -46,10 +46,14 @@ def feed_rows(
     on_progress: OnProgress | None = None,
     dtype: str | None = None,
 ) -> tuple[jax.Array, Memory]:
-    """Feeds each row what is pending of it and its tokens; room for `new` more.
+    """Feeds each row what is pending of it and its tokens.
 
-    Rows whose plans agree in every step are fed by one call; with `on_progress`, by one
-    per `PIECE_WINDOWS` windows. `dtype`: of a new memory.
+    The memory has room for `new` more tokens. Rows whose plans agree in every step are
+    fed by one call or, with `on_progress`, by one call per `PIECE_WINDOWS` windows.
+    `dtype` is that of a new memory.
+
+    Returns:
+      The logits after each row's last token, and the new memory.
     """
     ledgers = ledgers_of(memory, len(rows))
     fed = [np.concatenate([x.pending, r]) for x, r in zip(ledgers, rows, strict=True)]
@@ -95,8 +99,11 @@ def feed_rows(
 
 
 def _own(part: MemoryState, state: MemoryState) -> MemoryState:
-    """`part`, which is donated if it is not `state`, without arrays of `state`: those
-    would be gone (a larger buffer shares the lengths with the smaller one)."""
+    """Returns `part` without arrays that belong to `state`, too.
+
+    `part` is donated if it is not `state`. Arrays of `state` would be gone then: a
+    larger buffer shares the lengths with the smaller one.
+    """
     if part is state:
         return part
     copied = lambda new, old: jnp.copy(new) if new is old else new
@@ -109,7 +116,7 @@ def _groups(
     plans: list[Plan],
     ledgers: Sequence[Ledger],
 ) -> list[list[int]]:
-    """Rows that are fed together; one that keeps raw entries is fed alone."""
+    """Groups rows that are fed together; one that keeps raw entries is fed alone."""
     alone = [i for i, plan in enumerate(plans) if plan.keep]
     rest = [i for i, plan in enumerate(plans) if not plan.keep]
     if not rest:
@@ -126,7 +133,10 @@ def _groups(
 def _counted(
     on_progress: OnProgress | None, lengths: np.ndarray, group: list[int], before: int
 ) -> Callable[[int], None] | None:
-    """Of a group: from the tokens fed per row to those of the whole batch."""
+    """Makes a group's callback: it gets the tokens fed per row of the group.
+
+    It passes on the tokens fed of the whole batch.
+    """
     if on_progress is None:
         return None
     total, mine = int(lengths.sum()), lengths[group]
@@ -143,8 +153,11 @@ def _feed_group(
     donate: bool,
     on_fed: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, MemoryState]:
-    """One call, and one more per window of which raw entries are kept beside the
-    beacons: it is left open when full, and closed with what is to stay."""
+    """Feeds a group by one call, and one more per window that keeps raw entries.
+
+    Such a window keeps them beside its beacons. It is left open when it is full, and
+    then closed with what is to stay.
+    """
     config, window = model.config, state.window
     lengths = np.asarray([len(r) for r in rows])
     tokens = np.zeros((len(rows), int(lengths.max())), np.int32)
@@ -196,7 +209,7 @@ def _behind(on_fed: Callable[[int], None], done: int) -> Callable[[int], None]:
 
 
 def choose_dtype(model: "Model", memory: Memory | None, asked: str | None) -> str:
-    """What keys and values are stored in, as `Model.compress` documents it.
+    """Chooses the dtype of keys and values, as `Model.compress` documents it.
 
     Raises:
       ValueError: a dtype that no memory has, or that the given one does not have.
@@ -268,7 +281,7 @@ def check_memory(model: "Model", memory: Memory | None, rows: int) -> None:
 
 
 def decoded_memory(memory: Memory, plans: list[Plan], result: Decoded) -> Memory:
-    """The memory after decoding: up to the end of each row's text."""
+    """Returns the memory after decoding: up to the end of each row's text."""
     rows = []
     for row, plan, fed, surplus in zip(
         memory.rows, plans, result.fed, result.surplus, strict=True

@@ -17,7 +17,7 @@ class Generation:
     Attributes:
       text: the new text, without the end token and in front of a stop string ("" for a
         model without tokenizer).
-      tokens: its token ids, int32 [n].
+      tokens: the token ids of the text, int32 [n].
       finish: "stop" (an end token or a stop string) or "length" (max_new_tokens).
       note: what was decided about ratios, and why there is no text if the model ended
         at once; "" if there is nothing to say.

@@ -26,9 +26,9 @@ AXES = {"k": ARRAY, "v": ARRAY, **PARTS}
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is stored as one tensor.
+    """A piece of a state that is stored as one tensor.
 
-    read: all of it, or, if it is `layered`, one layer (axis 0) at a time.
+    `read` gives all of it or, if it is `layered`, one layer (axis 0) at a time.
     """
 
     shape: tuple[int, ...]
@@ -37,36 +37,39 @@ class Part:
     layered: bool = False
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Its elements in row-major order."""
+        """Yields the elements in row-major order."""
         for layer in range(self.shape[0]) if self.layered else [None]:
             yield np.ascontiguousarray(self.read(layer))
 
 
 def whole(values: np.ndarray) -> Part:
-    """An array on the host."""
+    """Makes a part of an array on the host."""
     return Part(values.shape, values.dtype, lambda _: values)
 
 
 def names(state: MemoryState) -> dict[str, Any]:
-    """The leaves, "k" or "k.values"."""
+    """Returns the leaves by their names, such as "k" or "k.values"."""
     found = jax.tree_util.tree_leaves_with_path(state)
     return {".".join(key.name for key in path): leaf for path, leaf in found}
 
 
 def axes(name: str, ndim: int) -> tuple[str | None, ...]:
-    """Logical axes of a leaf."""
+    """Returns the logical axes of a leaf."""
     return AXES.get(name.rsplit(".", 1)[-1], ("batch", *(None,) * (ndim - 1)))
 
 
 def live_entries(config: ModelConfig, state: MemoryState) -> list[int]:
-    """Entries of each row that mean something: slots and open window."""
+    """Counts the entries of each row that mean something: slots and open window."""
     placement = config.beacon.placement if config.beacon else "interleave"
     return np.asarray(state.slots + state.open_entries(placement)).tolist()
 
 
 def parts(state: MemoryState, live: Sequence[int]) -> dict[str, Part]:
-    """What of a state is to be stored: "name/row" [..., live, ...] of a leaf with slots
-    (its batch axis is gone), "name" of others."""
+    """Returns the parts of a state that are to be stored, by name.
+
+    A leaf with slots has a part per row, "name/row" [..., live, ...], without the batch
+    axis. Any other leaf is one part, "name".
+    """
     found: dict[str, Part] = {}
     for name, leaf in names(state).items():
         kind = axes(name, leaf.ndim)
@@ -101,8 +104,11 @@ def build(
     part: Callable[[str], Part],
     partition: Partition | None,
 ) -> MemoryState:
-    """The inverse of `parts`, on the devices. Each device's share of a leaf is on the
-    host once while it is made, and one layer of a row of the file is mapped."""
+    """Makes a state on the devices from its parts: the inverse of `parts`.
+
+    While a leaf is made, each device's share of it is on the host once, and one layer
+    of a row of the file is mapped.
+    """
     rows, capacity = len(live), buffer_size(max(live), default_window(config))
     template = jax.eval_shape(lambda: init_memory(config, rows, capacity, dtype))
     made = {}
@@ -120,7 +126,7 @@ def build(
 
 
 def _share(sources: list[Part], slots: int, leaf: Any, index: Any) -> np.ndarray:
-    """One device's share [L, b, ...] of a leaf with slots: live entries, zeros."""
+    """Makes a device's share [L, b, ...] of a leaf with slots: live entries, zeros."""
     layers, rows, *rest = (
         range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)
     )
@@ -136,7 +142,10 @@ def _share(sources: list[Part], slots: int, leaf: Any, index: Any) -> np.ndarray
 
 
 def partition(mesh: str | Mesh | Partition | None) -> Partition | None:
-    """With `partition.RULES`, as far as the mesh has their axes."""
+    """Makes a partition by `partition.RULES`, as far as the mesh has their axes.
+
+    A partition, or None, is returned as it is.
+    """
     if isinstance(mesh, str):
         return make_partition(mesh)
     if not isinstance(mesh, Mesh):
@@ -177,8 +186,11 @@ _empty = jax.jit(init_memory, static_argnums=(0, 1, 2, 3))
 
 
 def shardings(partition: Partition, state: Any) -> Any:
-    """Where each leaf of a state (or its shape) lives: rows with the batch, keys and
-    values with their kv heads. What the devices do not divide is whole on each."""
+    """Returns where each leaf of a state (or its shape) lives.
+
+    Rows are split with the batch, keys and values with their kv heads. What the devices
+    do not divide is whole on each.
+    """
     found = [
         _sharding(partition, axes(name, len(leaf.shape)), leaf.shape)
         for name, leaf in names(state).items()

@@ -1,4 +1,4 @@
-"""What the slots of one row stand for: index arithmetic on the host.
+"""Keeps account of what the slots of one row stand for: index arithmetic on the host.
 
 The device holds keys and values only. Which source tokens a slot stands for follows
 from the ratios and the number of tokens fed, so the host keeps the account.
@@ -21,11 +21,11 @@ class Ledger:
     """The account of one row. A value: every change returns a new one.
 
     Attributes:
-      spans: source tokens [start, end) of each closed slot. Beacons see everything in
-        front of them; theirs are the tokens between them and the beacon before.
+      spans: source tokens [start, end) of each closed slot. A beacon sees everything
+        in front of it; its span is the tokens between it and the beacon before.
       ratios: tokens per slot as compressed, 0 for a raw entry that was kept.
-      marks: (tokens, slots) behind each closed window, the first row (0, 0). There a
-        memory can be cut.
+      marks: (tokens, slots) behind each closed window, the first row (0, 0). A memory
+        can be cut at them.
       fed: tokens that the device has seen.
       tokens: ids of everything fed and of what is still to be fed behind it (after
         `cut` inside a window); None: not kept.
@@ -89,7 +89,7 @@ class Ledger:
         *,
         keep: Mapping[int, Int[np.ndarray, " k"]] | None = None,
     ) -> "Ledger":
-        """After feeding `tokens`; the first of them must be what is pending.
+        """Returns the account after feeding `tokens`, which begin with what is pending.
 
         Args:
           plan: ratio of each window of the row by its number, the last one going on.
@@ -127,7 +127,7 @@ class Ledger:
     def closed(
         self, spans: Int[np.ndarray, "n 2"], ratios: Int[np.ndarray, " n"]
     ) -> "Ledger":
-        """The open window closed, with these slots instead of those of its ratio.
+        """Closes the open window with these slots instead of those of its ratio.
 
         Args:
           spans: source tokens of each slot, counted from the row's first.
@@ -141,8 +141,10 @@ class Ledger:
         )
 
     def cut(self, tokens: int) -> "Ledger":
-        """The first `tokens` tokens: windows that end there or before stay, as does the
-        front of the open window; tokens of a window that was closed become pending.
+        """Returns the account of the first `tokens` tokens.
+
+        Windows that end there or before stay, and so does the front of the open window.
+        Tokens of a window that was closed become pending.
 
         Raises:
           ValueError: more tokens than there are, or tokens that were not kept.
@@ -173,7 +175,7 @@ class Ledger:
         )
 
     def forget_tokens(self) -> "Ledger":
-        """Without token ids; needs none to be pending."""
+        """Returns the account without token ids; none of them may be pending."""
         if len(self.pending):
             raise ValueError(
                 f"tokens=False, but {len(self.pending)} tokens are still to be fed "
@@ -185,12 +187,13 @@ class Ledger:
 def closed_window(
     config: ModelConfig, ratio: int, start: int, *, first: bool
 ) -> tuple[Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
-    """Spans and ratios of the slots that a full window leaves (docs/specification.md
-    section 2).
+    """Returns the spans and ratios of the slots that a full window leaves.
+
+    See docs/specification.md section 2.
 
     Args:
-      start: its first token.
-      first: nothing is in front of it, so that sinks stay.
+      start: the window's first token.
+      first: nothing is in front of the window, so that sinks stay.
     """
     w = default_window(config)
     edges = np.arange(0, w + 1, ratio or 1, dtype=np.int32)
@@ -218,10 +221,10 @@ def closed_window(
 def kept_window(
     config: ModelConfig, ratio: int, offsets: Int[np.ndarray, " k"], *, first: bool
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
-    """What a full window leaves if some of its raw tokens stay beside the beacons.
+    """Returns what a full window leaves if some raw tokens stay beside its beacons.
 
     Args:
-      offsets: of those tokens in the window.
+      offsets: places of those tokens in the window.
 
     Returns:
       For each slot: its entry of the mixed window, its source tokens counted from the

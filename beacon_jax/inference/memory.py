@@ -44,7 +44,7 @@ class Memory:
         return len(self.rows)
 
     def __getitem__(self, row: int | slice | Sequence[int]) -> "Memory":
-        """Some of the contexts, as a memory of their own (a copy on the device)."""
+        """Returns some contexts, as a memory of their own (a copy on the device)."""
         numbers = np.arange(len(self))[row]
         index = np.atleast_1d(numbers)
         return dataclasses.replace(
@@ -70,7 +70,7 @@ class Memory:
 
     @property
     def spans(self) -> list[Int[np.ndarray, "M 2"]]:
-        """Per row the source tokens [start, end) of each slot."""
+        """The source tokens [start, end) of each slot, per row."""
         return [row.spans for row in self.rows]
 
     @property
@@ -80,7 +80,7 @@ class Memory:
 
     @property
     def dtype(self) -> str:
-        """Of keys and values: "float32", "bfloat16", "float16" or "int8"."""
+        """The dtype of keys and values: "float32", "bfloat16", "float16" or "int8"."""
         found = {x.dtype.name for x in jax.tree.leaves((self.state.k, self.state.v))}
         return "int8" if "int8" in found else "+".join(sorted(found))
 
@@ -112,14 +112,17 @@ class Memory:
         )
 
     def account(self, row: int = 0) -> Account:
-        """What a row holds: tokens, entries, bytes and ratio, open window included."""
+        """Counts a row's tokens, entries, bytes and ratio, with the open window."""
         return Account.of(self.config, self.rows[row], self.slot_nbytes)
 
     def describe(self) -> str:
-        """One line per row (tokens, what holds them, bytes in use, ratio), one for the
-        buffer (what JAX has allocated for it, used or not) and, on devices that keep
-        count (not CPUs), one with the most bytes that JAX has had there so far, weights
-        and all."""
+        """Describes the memory in lines of text.
+
+        Each row has a line: tokens, what holds them, bytes in use, ratio. The buffer
+        has one: what JAX has allocated for it, used or not. On devices that keep count
+        (not CPUs) there is one more, with the most bytes that JAX has had there so far,
+        weights and all.
+        """
         lines = []
         for i, row in enumerate(self.rows):
             held = self.account(i)
@@ -134,17 +137,17 @@ class Memory:
         return "\n".join([*lines, total, *_peak(self.state.slots.devices())])
 
     def fork(self) -> "Memory":
-        """The same memory again, to continue it in another direction.
+        """Returns the same memory again, to continue it in another direction.
 
-        Free: continuing writes into a copy, whichever of the two is continued.
+        It costs nothing: continuing either of the two writes into a copy.
         """
         return dataclasses.replace(self)
 
     def truncate(self, tokens: int) -> "Memory":
-        """The memory of each row's first `tokens` tokens.
+        """Returns the memory of each row's first `tokens` tokens.
 
         Windows that end there or before stay as they are, and so does the front of the
-        open window; tokens inside a window that was compressed, less than one window,
+        open window. Tokens inside a window that was compressed, less than one window,
         are fed again with whatever comes next.
 
         Raises:
@@ -154,7 +157,10 @@ class Memory:
         return self.with_rows(tuple(row.cut(tokens) for row in self.rows))
 
     def with_rows(self, rows: tuple[Ledger, ...]) -> "Memory":
-        """The memory where each row's account says, which is at or before its end."""
+        """Returns the memory as it was where each row's account says.
+
+        Each account is at or before the end of its row.
+        """
         number = lambda values: jnp.asarray(list(values), jnp.int32)
         sinks = jnp.where(number(r.slots for r in rows) > 0, self.state.sinks, 0)
         state = self.state.replace(
@@ -166,7 +172,7 @@ class Memory:
         return dataclasses.replace(self, state=state, rows=rows)
 
     def repeat(self, count: int) -> "Memory":
-        """`count` copies of a memory of one row, as a batch."""
+        """Returns `count` copies of a memory of one row, as a batch."""
         if len(self) != 1:
             raise ValueError(f"the memory has {len(self)} rows: only one is repeated.")
         return self[[0] * count]
@@ -186,12 +192,12 @@ class Memory:
         mesh: str | Mesh | Partition | None = None,
         allow_other_model: bool = False,
     ) -> "Memory":
-        """Reads a beacon pack; bit for bit the memory that was saved.
+        """Reads a beacon pack: bit for bit the memory that was saved.
 
         Args:
           path: of the file that `save` wrote.
-          model: that is to continue the memory: it is checked to be the one that wrote
-            it, and the memory goes to its devices. None: nothing is checked.
+          model: the model that is to continue the memory. It is checked to be the one
+            that wrote the memory, which goes to its devices. None: nothing is checked.
           mesh: other devices: "tensor:8", a `jax.sharding.Mesh`, or a partition with
             rules of its own. None: where the model is, without one the first device.
           allow_other_model: use a pack that other weights of the same shape wrote.
@@ -214,7 +220,7 @@ class Memory:
 
 
 def batch_axis(leaf: Any) -> int:
-    """Of a leaf of `MemoryState`: buffers are stacked over layers first."""
+    """Returns the batch axis of a leaf of `MemoryState`: buffers have layers first."""
     return 1 if leaf.ndim >= 4 else 0
 
 
@@ -225,7 +231,7 @@ def take_rows(state: MemoryState, index: Int[np.ndarray, " b"]) -> MemoryState:
 
 
 def join_rows(states: Sequence[MemoryState]) -> MemoryState:
-    """States of different rows as one batch, all with the largest capacity."""
+    """Joins states of different rows into one batch, all with the largest capacity."""
     size = max(state.capacity for state in states)
     states = [state.resized(size) for state in states]
     join = lambda *leaves: jnp.concatenate(leaves, axis=batch_axis(leaves[0]))
@@ -233,8 +239,10 @@ def join_rows(states: Sequence[MemoryState]) -> MemoryState:
 
 
 def _by_leaf(move: Callable[..., jax.Array], *states: MemoryState) -> MemoryState:
-    """`move` of each leaf, which is a launch of its own: rows that are split over
-    devices move between them."""
+    """Applies `move` to each leaf, as a launch of its own.
+
+    Rows that are split over devices move between them.
+    """
 
     def one(*leaves: jax.Array) -> jax.Array:
         moved = move(*leaves)
@@ -245,7 +253,7 @@ def _by_leaf(move: Callable[..., jax.Array], *states: MemoryState) -> MemoryStat
 
 
 def _peak(devices: Iterable[Any]) -> list[str]:
-    """The line of `describe` on what the fullest device had at once."""
+    """Returns the line of `describe` on what the fullest device had at once."""
     known = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in devices]
     peak = max((p for p in known if p is not None), default=None)
     if peak is None:

@@ -315,7 +315,7 @@ class Model:
         memory: Memory | None = None,
         **options: Unpack[CompleteOptions],
     ) -> str | list[str]:
-        """The text of `complete`, which documents the options; texts for a list."""
+        """Returns the text of `complete`, which has the options; texts for a list."""
         if self.tokenizer is None:
             raise ValueError(
                 "tokenizer=None: text cannot be returned. Use complete(...).tokens, or "
@@ -325,7 +325,7 @@ class Model:
         return [m.text for m in made] if isinstance(made, list) else made.text
 
     def encode(self, text: Text, name: str, *, first: bool) -> np.ndarray:
-        """Token ids [n]; `first` adds what the tokenizer puts before a text (bos)."""
+        """Returns token ids [n]; `first` adds the tokens in front of a text (bos)."""
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise ValueError(
@@ -357,7 +357,7 @@ class Model:
         memory: Memory | None,
         asked: Completion,
     ) -> tuple[list[np.ndarray], list[Any]]:
-        """[context | prompt] of each row, and the token ranges of its spans."""
+        """Returns each row's tokens [context | prompt], and the ranges of its spans."""
         contexts: list[Any] = [None] * len(prompts)
         if context is not None:
             given, single = validate.texts("context", context)
@@ -385,7 +385,7 @@ class Model:
         return rows, marked
 
     def _note(self, plan: Plan, stream: Streamer, instruct: bool) -> str:
-        """What there is to say about one row."""
+        """Says what there is to say about one row."""
         notes = [plan.note] if plan.note else []
         # A stop string of the user may come first too; that needs no explanation.
         if not len(stream) and (stream.keep is None or instruct):
@@ -475,7 +475,7 @@ class Model:
 
 
 def _rows_for(memory: Memory | None, count: int) -> Memory | None:
-    """A memory of one row is asked all of `count` prompts."""
+    """Repeats a memory of one row: all `count` prompts are asked against it."""
     if memory is None or len(memory) == count or len(memory) != 1:
         return memory
     return memory.repeat(count)
@@ -546,7 +546,7 @@ def load(
 
 
 def placed_on(partition: Partition) -> Place:
-    """Where `hf.checkpoint.load` puts each tensor: as its logical axes say."""
+    """Makes the function that places tensors by logical axes, for `checkpoint.load`."""
 
     def place(config: ModelConfig, name: str, shape: tuple[int, ...]) -> Any:
         axes: Any = variable_axes(config)

@@ -1,12 +1,14 @@
-"""Memories of documents that were compressed separately, mounted behind each other.
+"""Mounts memories behind each other, of documents that were compressed separately.
 
-No document has seen the others: what attention across them would have added is lost.
-On assets/tiny-beacon, halves of one text of 256 tokens: 0.000 to 0.001 nats per token
-of what follows, passkeys found as often (`benchmarks/mount_loss.py`; a model of 0.7 M
-parameters that gains at most 0.004 from the first half says little about large ones).
-A row's keys are turned to their new
-slots; of an open window the raw entries are kept, as if its ratio were 0, and its
-beacons go, because a beacon of a part of a window is nothing the model was trained on.
+No document has seen the others: what attention across them would have added is lost. On
+assets/tiny-beacon, with halves of one text of 256 tokens, this costs 0.000 to 0.001
+nats per token of what follows, and passkeys are found as often
+(`benchmarks/mount_loss.py`). A model of 0.7 M parameters that gains at most 0.004 from
+the first half says little about large ones.
+
+A row's keys are turned to their new slots. Of an open window the raw entries are kept,
+as if its ratio were 0. Its beacons go, because a beacon of a part of a window is
+nothing the model was trained on.
 """
 
 import dataclasses
@@ -26,7 +28,9 @@ from beacon_jax.model.config import ModelConfig
 
 
 def concatenate(memories: Sequence[Memory]) -> Memory:
-    """One memory with the slots of all, in this order; a new window begins behind them.
+    """Joins memories into one with the slots of all, in this order.
+
+    A new window begins behind them.
 
     Args:
       memories: of the same number of rows (row i goes behind row i), by the same model
@@ -56,8 +60,10 @@ def concatenate(memories: Sequence[Memory]) -> Memory:
 
 
 def closed(memory: Memory) -> Memory:
-    """With the raw tokens of every open window as slots, one each; its beacons are
-    dropped. A memory without open windows is returned as it is."""
+    """Closes every open window: its raw tokens become slots, one each.
+
+    Its beacons are dropped. A memory without open windows is returned as it is.
+    """
     raw = np.asarray([row.raw for row in memory.rows], np.int32)
     if not raw.any():
         return memory
@@ -70,7 +76,7 @@ def closed(memory: Memory) -> Memory:
 
 
 def raw_places(config: ModelConfig, state: MemoryState) -> Int[np.ndarray, "B W"]:
-    """Where the raw tokens lie among the entries of each row's open window."""
+    """Returns where the raw tokens lie among the entries of each row's open window."""
     token = np.arange(default_window(config), dtype=np.int32)
     if config.beacon is None or config.beacon.placement == "append":
         return np.broadcast_to(token, (len(state.ratio), len(token)))
@@ -79,7 +85,7 @@ def raw_places(config: ModelConfig, state: MemoryState) -> Int[np.ndarray, "B W"
 
 
 def _closed(row: Ledger) -> Ledger:
-    """The account of `closed`."""
+    """Returns the account of a row after `closed`."""
     if not row.raw:
         return row
     token = np.arange(int(row.marks[-1, 0]), row.fed, dtype=np.int32)
@@ -93,7 +99,7 @@ def _closed(row: Ledger) -> Ledger:
 
 
 def _joined(rows: Sequence[Ledger]) -> Ledger:
-    """The account of rows behind each other; spans count from the first one's start."""
+    """Joins the accounts of rows; spans count from the start of the first row."""
     starts = np.cumsum([0, *(row.fed for row in rows)]).astype(np.int32)
     slots = np.cumsum([0, *(row.slots for row in rows)]).astype(np.int32)
     marks = [
@@ -133,7 +139,7 @@ def _check(memories: list[Memory]) -> None:
 
 
 def _differences(a: Memory, b: Memory) -> list[str]:
-    """What keeps two memories from being mounted, in words."""
+    """Says in words what keeps two memories from being mounted."""
     found = [
         ("rows", len(a), len(b)),
         ("dtype", a.dtype, b.dtype),

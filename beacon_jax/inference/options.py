@@ -2,8 +2,8 @@
 
 A caller gives them as keywords. `ReadOptions` and `CompleteOptions` type the keywords,
 so that an editor and a type checker know every name; `collect` turns them into one
-frozen `Reading` or `Completion` at the door, and nothing behind it takes a keyword
-more. `documented` gives `help()` and a notebook the same names with their defaults.
+frozen `Reading` or `Completion` at the door, and nothing behind it takes them as
+keywords. `documented` gives `help()` and a notebook the same names with their defaults.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class CompleteOptions(ReadOptions, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How a text is read into a memory (`Model.compress` documents the fields)."""
+    """The options of reading a text into a memory; `Model.compress` documents them."""
 
     ratio: Ratio = None
     max_slots: int | None = None
@@ -79,7 +79,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Completion(Reading):
-    """How a prompt is read and continued (`Model.complete` documents the fields)."""
+    """The options of continuing a prompt; `Model.complete` documents them."""
 
     max_new_tokens: Integers = 64
     temperature: Numbers = 0.0
@@ -93,7 +93,7 @@ class Completion(Reading):
     on_tokens: Callable[[int], None] | None = None
 
 
-# What other libraries call it.
+# What other libraries call an option, and its name here.
 _ELSEWHERE = {
     "do_sample": "temperature",
     "eos": "stop",
@@ -107,14 +107,14 @@ _ELSEWHERE = {
 def collect[Options: Reading](
     kind: type[Options], function: str, given: Mapping[str, Any]
 ) -> Options:
-    """The options of a call as one value.
+    """Collects the options of a call into one value.
 
     Args:
       kind: `Reading` or `Completion`.
-      function: that was called, for the message.
+      function: the name of the one that was called, for the message.
 
     Raises:
-      TypeError: a keyword that there is not; names the nearest one.
+      TypeError: a keyword that does not exist; names the nearest one.
     """
     names = [field.name for field in dataclasses.fields(kind)]
     for name in given:
@@ -130,8 +130,11 @@ def collect[Options: Reading](
 
 
 def documented[F: Callable[..., Any]](kind: type[Reading]) -> Callable[[F], F]:
-    """Shows the fields of `kind` as keywords, with their defaults, in the signature of
-    a function that takes them as **options."""
+    """Makes a decorator that shows the fields of `kind` in a function's signature.
+
+    The function takes them as **options; they are shown as keywords, with their
+    defaults.
+    """
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)

@@ -28,8 +28,8 @@ Tensors, for B rows of L layers, K kv heads of H channels:
     row.marks/b           [P, 2]              (tokens, slots) behind each window
     row.tokens/b          [n]                 token ids, unless saved without
 
-The header is exactly what `write_safetensors` makes of the manifest, which has a
-checksum and those of the tensors, and the manifest leaves nothing out: a change of any
+The header is exactly what `write_safetensors` makes of the manifest. The manifest has a
+checksum of its own and those of the tensors, and leaves nothing out. So a change of any
 bit of the file is found.
 """
 
@@ -68,7 +68,7 @@ class PackError(ValueError):
 
 
 class ModelLike(Protocol):
-    """What a pack is checked against."""
+    """The part of a model that a pack is checked against."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -138,7 +138,7 @@ def load(
 
     Args:
       path: of the file.
-      model: that is to continue the memory; None: nothing is checked.
+      model: the model that is to continue the memory; None: nothing is checked.
       mesh: devices to spread the memory over by `partition.RULES`, as text
         ("tensor:8") or as a mesh, or a partition with other rules: rows over the data
         axes, kv heads over "tensor". An axis that they do not divide is whole on each
@@ -177,7 +177,7 @@ def load(
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a pack, checked; its tensors are not read.
+    """Returns the manifest of a pack, checked; its tensors are not read.
 
     Raises:
       PackError, FileNotFoundError: as `load`.
@@ -188,7 +188,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 class _Source:
     """The tensors of a memory, fetched from the devices one layer of a row at a time.
 
-    entries: live ones per row, slots and open window.
+    `entries` counts the live ones per row: slots and open window.
     """
 
     def __init__(self, memory: Memory, rows: tuple[Ledger, ...]):
@@ -213,7 +213,7 @@ class _Source:
 
 
 class _Pack:
-    """A pack whose header has been checked, its tensors only where they are read."""
+    """A pack whose header has been checked; `verify` checks its tensors."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -252,7 +252,7 @@ class _Pack:
             return start + file.read(length - len(start))
 
     def _manifest_text(self, header: bytes) -> str:
-        """The manifest, unchanged since it was written by this version."""
+        """Returns the manifest, unchanged since this format version wrote it."""
         try:
             metadata = json.loads(header[8:])["__metadata__"]
             version, text = metadata["beacon_pack"], metadata["manifest"]
@@ -275,7 +275,7 @@ class _Pack:
         return text
 
     def config(self) -> ModelConfig:
-        """The config of the model that wrote it."""
+        """Returns the config of the model that wrote the pack."""
         fields = dict(self.manifest["model"]["config"])
         try:
             rope, beacon = fields.pop("rope"), fields.pop("beacon")
@@ -301,13 +301,13 @@ class _Pack:
                     raise self._damaged(f"tensor {name} does not have its checksum")
 
     def part(self, name: str) -> leaves.Part:
-        """A tensor, mapped from the file while it is read."""
+        """Returns a tensor, mapped from the file while it is read."""
         tensor = self.tensors[name]
         read = functools.partial(_map, self.path, tensor)
         return leaves.Part(tensor.shape, tensor.dtype, read)
 
     def array(self, name: str) -> np.ndarray | None:
-        """A tensor in memory; None if the pack does not have it."""
+        """Reads a tensor into memory; None if the pack does not have it."""
         return np.array(self.part(name).read(None)) if name in self.tensors else None
 
     def _damaged(self, what: str) -> PackError:
@@ -390,7 +390,7 @@ def _file_blocks(file: Any, nbytes: int) -> Iterator[np.ndarray]:
 
 
 def _map(path: Path, tensor: Tensor, layer: int | None = None) -> np.ndarray:
-    """A tensor, or one layer of it, mapped until it is dropped."""
+    """Maps a tensor, or one layer of it, until the array is dropped."""
     shape, offset = tensor.shape, tensor.offset
     if layer is not None:
         shape = shape[1:]
@@ -402,7 +402,7 @@ def _map(path: Path, tensor: Tensor, layer: int | None = None) -> np.ndarray:
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """Gives a file beside `path` that takes its name when the block ends well.
+    """Yields a file beside `path` that takes its name when the block ends well.
 
     An error removes it; a killed process leaves `.NAME.*.partial`, never a broken pack
     under the name.

@@ -1,7 +1,7 @@
 """Decides, before anything is fed, at which ratio each window is compressed.
 
-Pure arithmetic on the host: a text's length, the memory it is put behind and what the
-user asks for (a ratio, a budget, spans to keep) become one ratio per window.
+This is pure arithmetic on the host. A text's length, the memory it is put behind and
+what the user asks for (a ratio, a budget, spans to keep) become one ratio per window.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from beacon_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """What one row's windows become.
+    """The plan of one row: what its windows become.
 
     Attributes:
       ratios: of each window of the row by its number from the row's first token, the
@@ -56,7 +56,7 @@ def make_plan(
     lossless: str = "windows",
     seed: int = 0,
 ) -> Plan:
-    """The plan of one row that gets `length` tokens and then generates.
+    """Makes the plan of one row that gets `length` tokens and then generates.
 
     An open window keeps the ratio it began with; closed windows are what they are.
 
@@ -74,16 +74,16 @@ def make_plan(
       max_slots: the most entries the row may hold, from the end of the text to that of
         the new tokens: slots, those of `before` too, and the open window with its
         beacons. While the text is read, the window at work takes W + W / ratio on top.
-        Chosen is the smallest ratio for all windows that fits (of the config's, with a
-        warning of larger divisors of W), then the next smaller one for as many of the
-        latest windows as fit. Never 0. No `ratio` may be given with it.
+        The smallest ratio for all windows that fits is chosen (of the config's, or
+        with a warning of larger divisors of W), then the next smaller one for as many
+        of the latest windows as fit. Never 0. No `ratio` may be given with it.
       max_bytes: the same as bytes of keys and values: a number or "512MiB".
       slot_nbytes: bytes of one slot (`Memory.slot_nbytes`); needed with `max_bytes`.
       spans: ranges [start, stop) of the `length` tokens that nothing may be lost of,
         see `spans.token_spans`.
       lossless: "windows": a window that a span touches is not compressed. "slots": it
-        is, and the span's raw entries stay beside the beacons; only a window that the
-        text does not fill is kept whole.
+        is compressed, and the span's raw entries stay beside the beacons; only a window
+        that the text does not fill is kept whole.
       seed: of the random mixes.
 
     Raises:
@@ -121,13 +121,13 @@ def plan_ratios(
     new_tokens: int = 0,
     seed: int = 0,
 ) -> Int[np.ndarray, " P"]:
-    """The ratios of `make_plan` for a new memory."""
+    """Returns the ratios of `make_plan` for a new memory."""
     plan = make_plan(config, ratio, length=length, new_tokens=new_tokens, seed=seed)
     return plan.ratios
 
 
 def _stated(row: Row, ratio: Ratio, seed: int) -> Int[np.ndarray, " n"]:
-    """Ratios given by the user, the memory or the config."""
+    """Returns ratios that the user, the memory or the config gives."""
     draw = functools.partial(draw_ratios, row.config, row.first + row.count)
     if ratio is None:
         ratio = _own_ratio(row.before)
@@ -155,7 +155,7 @@ def _whole(ratios: Sequence[Any]) -> list[int]:
 
 
 def _own_ratio(before: Ledger) -> int | None:
-    """The ratio that a memory goes on with; None if it has none yet.
+    """Returns the ratio that a memory goes on with; None if it has none yet.
 
     A window may have been lossless, so the last one that was compressed counts.
     """
@@ -168,7 +168,7 @@ def _own_ratio(before: Ledger) -> int | None:
 
 
 def _auto(row: Row, ratio: str) -> tuple[Int[np.ndarray, " n"], str]:
-    """Ratios of "auto" and "auto-N", and why."""
+    """Returns the ratios of "auto" and "auto-N", and why they were chosen."""
     named = re.fullmatch(r"auto(?:-([1-9]\d*))?", ratio)
     if not named:
         raise ValueError(
@@ -211,8 +211,9 @@ def positions(
     length: int,
     before: Ledger | None = None,
 ) -> int:
-    """The most positions that a row takes while `length` more tokens are fed, generated
-    ones among them (docs/specification.md section 2).
+    """Counts the most positions that a row takes while `length` more tokens are fed.
+
+    Generated tokens are among them (docs/specification.md section 2).
 
     Args:
       plan: of the row, or only its ratios; windows counted from the row's first token.
@@ -232,8 +233,10 @@ def positions(
 def fitting_ratio(
     config: ModelConfig, length: int, before: Ledger | None = None
 ) -> int | None:
-    """The smallest ratio for all further windows whose positions stay within those
-    trained; None if there is none."""
+    """Finds the smallest ratio whose positions stay within those trained.
+
+    It is one ratio for all further windows; None if there is none.
+    """
     row = Row(config, length, 0, before)
     divisors = (r for r in range(1, row.window + 1) if row.window % r == 0)
     for r in divisors if config.beacon else ():
@@ -301,14 +304,15 @@ def group_rows(
     lengths: Sequence[int] | Int[np.ndarray, " B"],
     before: Sequence[Ledger] | None = None,
 ) -> list[list[int]]:
-    """Rows that may share the calls of `feed`: equal ratios in every step both have.
+    """Groups rows that may share the calls of `feed`.
 
     Args:
       plans, before: of each row; before=None: all memories are empty.
       lengths: tokens to feed per row, without pending ones.
 
     Returns:
-      As few groups of row numbers as possible, ascending, by their first row.
+      As few groups of row numbers as possible, ascending, by their first row. Two rows
+      of a group have equal ratios in every step that both have.
     """
     steps = []
     for i, plan in enumerate(plans):
@@ -330,11 +334,11 @@ def group_rows(
 
 
 def stack_ratios(plans: Sequence[Plan]) -> Int[np.ndarray, "B P"]:
-    """The ratios of several rows, all as long as the longest."""
+    """Stacks the ratios of several rows, all as long as the longest."""
     size = max(len(plan.ratios) for plan in plans)
     return np.stack([_from(plan.ratios, 0, size) for plan in plans])
 
 
 def _from(ratios: Int[np.ndarray, " P"], first: int, count: int) -> np.ndarray:
-    """`count` ratios from window `first` on, the last going on."""
+    """Returns `count` ratios from window `first` on, the last going on."""
     return ratios[np.minimum(first + np.arange(count), len(ratios) - 1)]

@@ -15,14 +15,16 @@ from beacon_jax.model.config import ModelConfig
 
 
 def buffer_size(needed: int, window: int) -> int:
-    """Slots to allocate: `needed`, rounded up to 4 sizes per doubling (at most 25 %
-    more), so that sequences of similar length share a compiled program."""
+    """Returns the slots to allocate, so that similar lengths share a compiled program.
+
+    They are `needed`, rounded up to 4 sizes per doubling (at most 25 % more).
+    """
     step = max(2 ** (max(math.ceil(math.log2(max(needed, 1))), 3) - 3), 1)
     return max(-(-needed // step) * step, window)
 
 
 def compute_dtype(variables: dict[str, Any]) -> Any:
-    """Activations and memory take the dtype that the weights are stored in."""
+    """Returns the dtype of activations and memory: that of the stored weights."""
     return variables["params"]["embed"]["embedding"].dtype
 
 
@@ -41,8 +43,9 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], MemoryState]:
     """Feeds the tokens behind what the memory holds: one scan over all windows.
 
-    The scan's length is the next power of two of the windows, those past a row's end
-    cost nothing, and so one compiled program serves a doubling of lengths.
+    The scan's length is the number of windows, rounded up to a power of two, so one
+    compiled program serves a doubling of lengths. Windows past a row's end cost
+    nothing.
 
     Args:
       tokens: right padded; T is free.
@@ -106,5 +109,5 @@ def prefill(
 
 
 def power_of_two(n: int) -> int:
-    """The least one that is not below n."""
+    """Returns the least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()

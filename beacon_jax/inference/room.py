@@ -1,8 +1,8 @@
-"""Whether a buffer can be made at all: its bytes against those that devices have.
+"""Tells whether a buffer can be made at all: its bytes against those that devices have.
 
-Looked at twice before anything is fed: with the fewest slots that a request can come
-to, before a plan of its windows is made (a plan of 10^9 tokens takes minutes), and with
-the exact number behind it.
+It is looked at twice before anything is fed. The first time is before a plan of the
+windows is made, with the fewest slots that a request can come to: a plan of 10^9 tokens
+takes minutes. The second time is behind the plan, with the exact number.
 """
 
 import math
@@ -38,7 +38,9 @@ def check_request(
     """Raises ArgumentError if not even the highest ratio that may be meant fits.
 
     Args:
-      lengths: tokens of each row; new: that may follow; before: the rows' accounts.
+      lengths: tokens of each row.
+      new: tokens that may follow.
+      before: the rows' accounts.
       dtype: of the memory.
     """
     w, rows = default_window(model.config), len(lengths)
@@ -71,7 +73,7 @@ def check_buffer(model: "Model", rows: int, slots: int, dtype: str) -> None:
 
 
 def free_slots(model: "Model", rows: int, dtype: str) -> int | None:
-    """Slots per row of the largest buffer; None: nothing is known of the devices."""
+    """Counts the slots per row of the largest buffer; None: not known."""
     free = _free_bytes(model)
     if free is None:
         return None
@@ -79,7 +81,7 @@ def free_slots(model: "Model", rows: int, dtype: str) -> int | None:
 
 
 def _highest(asked: Reading, ledger: Ledger, model: "Model") -> int:
-    """The highest ratio that the request can come to: the fewest slots."""
+    """Returns the highest ratio that the request can come to: the fewest slots."""
     beacon, ratio = model.config.beacon, asked.ratio
     if beacon is None or (isinstance(ratio, str) and ratio == "full"):
         return 0
@@ -125,7 +127,7 @@ def _too_large(
 
 
 def _share(model: "Model", rows: int) -> float:
-    """The part of a buffer that one device holds."""
+    """Returns the part of a buffer that one device holds."""
     if model.partition is None:
         return 1.0
     rules, sizes = dict(model.partition.rules), model.partition.mesh.shape
@@ -137,7 +139,7 @@ def _share(model: "Model", rows: int) -> float:
 
 
 def _free_bytes(model: "Model") -> int | None:
-    """Bytes that one device has for a buffer."""
+    """Returns the bytes that one device has for a buffer; None: not known."""
     leaf = jax.tree.leaves(model.variables)[0]
     device = next(iter(leaf.devices()))
     stats = device.memory_stats() or {}
@@ -156,7 +158,10 @@ def _free_bytes(model: "Model") -> int | None:
 
 
 def _free_host_bytes() -> int | None:
-    """Of the machine and of the container, whichever is less; None: not known."""
+    """Returns the bytes that the machine or the container has left; None: not known.
+
+    The number is that of the one that has less.
+    """
     found = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

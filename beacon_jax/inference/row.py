@@ -1,4 +1,4 @@
-"""How the next windows of one row fill: slots, positions and FLOPs of given ratios."""
+"""Counts slots, positions and FLOPs of the next windows of one row at given ratios."""
 
 from typing import Any
 
@@ -18,7 +18,8 @@ class Row:
     """A row and its windows from the open one on, numbered 0 ... count - 1 here.
 
     Attributes:
-      first: number of window 0 in the row; start: its first token in the row.
+      first: number of window 0 in the row.
+      start: first token of window 0 in the row.
       text, total: tokens from there to the end of the text and of the new tokens.
       fixed: ratio of window 0 if it is open already, else None.
       lossless: windows that are not compressed, bool [count].
@@ -44,7 +45,7 @@ class Row:
         self.offsets: dict[int, Int[np.ndarray, " k"]] = {}
 
     def with_spans(self, spans: Any, lossless: str) -> "Row":
-        """This row, with what the spans ask for (`plan.make_plan`)."""
+        """Notes what the spans ask for (`plan.make_plan`); returns this row."""
         if lossless not in LOSSLESS:
             raise ValueError(
                 f"lossless={lossless!r} is unknown: use {' or '.join(LOSSLESS)}."
@@ -73,19 +74,24 @@ class Row:
         return np.full(self.count, ratio, np.int32)
 
     def applied(self, base: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """The ratios wished for, but for what is lossless or open already."""
+        """Returns the ratios wished for, but for what is lossless or open already."""
         ratios = np.where(self.lossless, 0, base).astype(np.int32)
         if self.fixed is not None:
             ratios[0] = self.fixed
         return ratios
 
     def raw(self, tokens: int) -> Int[np.ndarray, " n"]:
-        """Tokens in each window after `tokens` of them (int64: FLOPs are large)."""
+        """Counts the tokens in each window after `tokens` of them.
+
+        They are int64, because FLOPs are large.
+        """
         return np.clip(tokens - self.window * np.arange(self.count), 0, self.window)
 
     def slots(self, ratios: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n1"]:
-        """Slots in front of each window if all of them close, and behind the last
-        (docs/specification.md section 2)."""
+        """Counts the slots in front of each window if all close, and behind the last.
+
+        See docs/specification.md section 2.
+        """
         added = self.window // np.maximum(ratios, 1).astype(int)
         for i, at in self.offsets.items():
             added[i] += len(at)
@@ -97,19 +103,19 @@ class Row:
     def entries(
         self, ratios: Int[np.ndarray, " n"], raw: Int[np.ndarray, " n"]
     ) -> Int[np.ndarray, " n"]:
-        """Entries of each window before it closes: raw tokens and beacons."""
+        """Counts each window's entries before it closes: raw tokens and beacons."""
         append = self.config.beacon and self.config.beacon.placement == "append"
         under = np.where(raw == self.window, raw, 0) if append else raw
         return raw + np.where(ratios > 0, under // np.maximum(ratios, 1), 0)
 
     def positions(self, ratios: Int[np.ndarray, " n"]) -> int:
-        """The most positions taken at once (docs/specification.md section 2)."""
+        """Returns the most positions at once (docs/specification.md section 2)."""
         slots, raw = self.slots(ratios), self.raw(self.total)
         open_at = (slots[:-1] + self.entries(ratios, raw))[raw > 0]
         return int(max(slots[self.total // self.window], open_at.max(initial=0)))
 
     def held(self, ratios: Int[np.ndarray, " n"]) -> int:
-        """The most entries in the buffer from the end of the text on."""
+        """Returns the most entries in the buffer from the end of the text on."""
         slots, full = self.slots(ratios), self.text // self.window
         most = int(slots[self.total // self.window])
         if self.total > self.text or self.text % self.window:
@@ -118,7 +124,10 @@ class Row:
         return most
 
     def flops(self, ratios: Int[np.ndarray, " n"]) -> int:
-        """Of reading the text, the open window from its start as `feed` does."""
+        """Counts the FLOPs of reading the text.
+
+        The open window is read from its start, as `feed` does.
+        """
         steps = zip(ratios, self.slots(ratios), self.raw(self.text), strict=False)
         spent = sum(
             flops.window(self.config, int(r), int(m), raw=int(n)).total
@@ -128,7 +137,7 @@ class Row:
         return spent + flops.full_attention(self.config, 0).lm_head
 
     def cost(self, base: Int[np.ndarray, " n"], ratios: Int[np.ndarray, " n"]) -> str:
-        """What the spans cost once their windows are full, "" without spans."""
+        """Says what the spans cost once their windows are full; "" without spans."""
         windows = -(-self.text // self.window)
         touched = int(self.lossless.sum()) or len(self.offsets)
         if not touched:

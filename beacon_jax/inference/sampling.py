@@ -17,7 +17,9 @@ from beacon_jax.inference.validate import SEEDS, numbers
 
 @flax.struct.dataclass
 class Sampling:
-    """How to pick a token; arrays, so that changing a number compiles nothing anew.
+    """The settings by which a token is picked.
+
+    They are arrays, so that changing a number compiles nothing anew.
 
     Each setting is one number for all rows or one per row.
 
@@ -28,8 +30,8 @@ class Sampling:
         top_k) first reach p together, at least one; 1 keeps all.
       min_p: only tokens at least min_p times as likely as the most likely one, at the
         temperature; 0 keeps all. top_k and top_p keep the most likely token and the
-        ratios between tokens, so that before or after them is the same to min_p; they
-        come first, so that top_p counts what min_p would have taken away.
+        ratios between tokens, so min_p leaves the same whether it comes before or after
+        them. They come first, so that top_p counts what min_p would have taken away.
       repetition_penalty: logits of tokens that occurred in the row's prompt or output
         are divided by it where positive and multiplied where negative, before anything
         else and for greedy rows too; 1 changes nothing.
@@ -42,7 +44,10 @@ class Sampling:
     repetition_penalty: Float[Array, "*B"]
 
     def for_rows(self, rows: int) -> "Sampling":
-        """Every setting as [rows]: one program for shared and for own settings."""
+        """Returns every setting as [rows].
+
+        So one program serves settings that rows share and those of their own.
+        """
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows,)), self)
 
 
@@ -53,10 +58,10 @@ def make_sampling(
     min_p: Numbers = 0.0,
     repetition_penalty: Numbers = 1.0,
 ) -> Sampling:
-    """Checks the values, numbers or one per row (`Sampling` says what they do).
+    """Checks the settings, numbers or one per row, and makes arrays of them.
 
     Raises:
-      TypeError, ValueError: naming the one that is no number or out of range.
+      TypeError, ValueError: a setting is no number, or out of range; it is named.
     """
     given = {
         "temperature": temperature,
@@ -77,8 +82,10 @@ def make_sampling(
 
 
 def row_seeds(seed: Integers, rows: int) -> UInt32[Array, " B"]:
-    """One seed per row. From one number s, row i gets s + i: rows draw independently,
-    and row i can be drawn again alone with seed=s+i.
+    """Makes one seed per row.
+
+    From one number s, row i gets s + i: rows draw independently, and row i can be drawn
+    again alone with seed=s+i.
 
     Raises:
       ValueError: not one per row, or not a 32-bit word.
@@ -94,7 +101,7 @@ def row_seeds(seed: Integers, rows: int) -> UInt32[Array, " B"]:
 
 
 def row_keys(seeds: UInt32[Array, " B"], number: int | Int[Array, ""]) -> PRNGKeyArray:
-    """Keys [B] of each row's output token `number`, from its own seed alone.
+    """Makes keys [B] of each row's output token `number`, from its own seed alone.
 
     The generator is named: `rbg`, which may be a process's default, would make a row's
     numbers depend on the batch around it.
@@ -109,7 +116,7 @@ def row_keys(seeds: UInt32[Array, " B"], number: int | Int[Array, ""]) -> PRNGKe
 def seen_tokens(
     rows: Sequence[Sequence[int] | np.ndarray], vocab: int
 ) -> Bool[np.ndarray, "B V"]:
-    """Which tokens occur in each row: what `repetition_penalty` starts from."""
+    """Marks the tokens of each row, from which `repetition_penalty` starts."""
     seen = np.zeros((len(rows), vocab), bool)
     for i, tokens in enumerate(rows):
         seen[i, np.asarray(tokens, np.int64)] = True
@@ -119,7 +126,7 @@ def seen_tokens(
 def penalize(
     logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"]
 ) -> Float[Array, "B V"]:
-    """Logits after the repetition penalty, float32."""
+    """Returns the logits after the repetition penalty, float32."""
     logits = logits.astype(jnp.float32)
     by = _column(sampling.repetition_penalty)
     return jnp.where(seen, jnp.where(logits > 0, logits / by, logits * by), logits)
@@ -131,11 +138,11 @@ def sample(
     sampling: Sampling,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
-    """One token per row; what a row gets depends on its own key, logits and settings.
+    """Picks one token per row, by the row's own key, logits and settings alone.
 
     Args:
       keys: [B] (`row_keys`); rows at temperature 0 ignore theirs.
-      seen: of `repetition_penalty`; None: no penalty, and none is compiled.
+      seen: tokens of each row so far; None: no repetition penalty is compiled.
     """
     if seen is not None:
         logits = penalize(logits, sampling, seen)
@@ -165,12 +172,12 @@ def sample(
 
 
 def _column(x: Float[Array, "*B"]) -> Float[Array, "*B 1"]:
-    """A number per row, or one for all, against [B, V]."""
+    """Adds an axis, so that a number per row, or one for all, fits [B, V]."""
     return x[..., None]
 
 
 def _most_likely(logits: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
-    """What top_k, then top_p leave of logits at the temperature."""
+    """Marks what top_k, then top_p leave of logits at the temperature."""
     order = jnp.argsort(-logits, axis=-1)  # stable: ties keep the lower id
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     top_k, top_p = _column(sampling.top_k), _column(sampling.top_p)

@@ -17,14 +17,14 @@ def token_spans(
     *,
     first: bool = True,
 ) -> Int[np.ndarray, "S 2"]:
-    """Token ranges [start, stop) of a text.
+    """Finds the token ranges [start, stop) of a text that `spans` marks.
 
     Args:
-      spans: a regular expression, of whose matches every token is taken that shares a
-        character with them; ranges are returned as they are; None: none.
+      spans: a regular expression: every token is taken that shares a character with a
+        match. Ranges are returned as they are; None: none.
       text: what the expression is searched in; None: token ids were given.
       tokenizer: a fast tokenizer of transformers.
-      first: as the text was encoded: with the tokens put before a text (bos).
+      first: whether the text was encoded with the tokens put before a text (bos).
 
     Raises:
       ValueError: an expression without text or fast tokenizer, or not a valid one.
@@ -62,7 +62,7 @@ def token_spans(
 
 
 def marked_tokens(spans: Any, length: int) -> Bool[np.ndarray, " T"]:
-    """Which of `length` tokens lie in one of the ranges.
+    """Marks those of `length` tokens that lie in one of the ranges.
 
     Raises:
       ValueError: something else than ranges of at least one token within the text.
@@ -84,7 +84,7 @@ def marked_tokens(spans: Any, length: int) -> Bool[np.ndarray, " T"]:
 
 
 def _runs(marked: Bool[np.ndarray, " T"]) -> Int[np.ndarray, "S 2"]:
-    """Ranges of neighbours that are marked."""
+    """Returns the ranges of neighbours that are marked."""
     edges = np.diff(marked.astype(np.int8), prepend=0, append=0)
     return np.stack([np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)], axis=1)
 

@@ -1,4 +1,4 @@
-"""Conversations as the model's chat template writes them."""
+"""Writes conversations by the model's chat template."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ def encode_turns(
     template: str | None = None,
     behind: bool = False,
 ) -> np.ndarray:
-    """The tokens [n] of a conversation up to where the next answer begins.
+    """Returns the tokens [n] of a conversation up to where the next answer begins.
 
     Args:
       messages: [{"role": ..., "content": ...}].
@@ -63,7 +63,7 @@ def encode_turns(
 
 
 def encode_question(model: "Model", text: Any, *, behind: bool) -> np.ndarray:
-    """The tokens [n] of one question, in the template, that the answer goes on from.
+    """Returns the tokens [n] of one question in the template, up to its answer.
 
     Raises:
       ValueError: not a text, no template, or one that refuses it.
@@ -77,8 +77,10 @@ def encode_question(model: "Model", text: Any, *, behind: bool) -> np.ndarray:
 
 
 def turn_ends(model: "Model", stop: str | Sequence[str] = ()) -> list[str]:
-    """`stop`, and the end of a turn: chat models end one by a token that config.json
-    may not name."""
+    """Returns `stop` and the end of a turn.
+
+    Chat models end a turn by a token that config.json may not name.
+    """
     ends = [stop] if isinstance(stop, str) else list(stop)
     tokenizer = model.tokenizer
     if tokenizer.eos_token_id not in (None, *model.config.eos_ids):
@@ -87,7 +89,7 @@ def turn_ends(model: "Model", stop: str | Sequence[str] = ()) -> list[str]:
 
 
 def ended_at_once(model: "Model", *, instruct: bool) -> str:
-    """Why an answer has no token, and what to do."""
+    """Says why an answer has no token, and what to do."""
     text = "the model ended at once: its first token was an end token"
     has = model.tokenizer is not None and model.tokenizer.chat_template
     if has and not instruct:

@@ -1,4 +1,4 @@
-"""Tokens to text while they come: what can be shown already, and where to stop."""
+"""Turns tokens into text while they come: what can be shown already, where to stop."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +32,8 @@ class Streamer:
         on_text: Callable[[str], None] | None = None,
         stop: str | Sequence[str] = (),
     ):
-        """
+        """Starts without tokens.
+
         Args:
           tokenizer: a transformers tokenizer; None: the text stays "".
           on_text: called with each piece of text as it is ready.
@@ -61,7 +62,7 @@ class Streamer:
         self.keep: int | None = None
 
     def __len__(self) -> int:
-        """Tokens so far."""
+        """The number of tokens so far."""
         return len(self._tokens)
 
     def add(self, tokens: Sequence[int] | Int[np.ndarray, " n"]) -> int | None:
@@ -126,14 +127,16 @@ class Streamer:
 
 
 def first_stop(text: str, stop: Sequence[str], start: int = 0) -> int | None:
-    """Where the stop string begins whose end comes first in text[start:] (of several
-    that end there the longest); None: there is none."""
+    """Finds where the stop string begins whose end comes first in text[start:].
+
+    Of several that end there it is the longest; None: there is none.
+    """
     found = [(at + len(s), at) for s in stop if (at := text.find(s, start)) >= 0]
     return min(found)[1] if found else None
 
 
 def held_back(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end of `text` that may be the beginning of a stop string."""
+    """Counts the last characters of `text` that may begin a stop string."""
     most = min(max((len(s) - 1 for s in stop), default=0), len(text))
     for size in range(most, 0, -1):
         if any(s.startswith(text[-size:]) for s in stop):
@@ -144,7 +147,7 @@ def held_back(text: str, stop: Sequence[str]) -> int:
 def finisher(
     streamers: Sequence[Streamer],
 ) -> Callable[[int, Int[np.ndarray, " n"]], int | None]:
-    """The callback `finished` of `decode`, one streamer per row."""
+    """Makes the callback `finished` of `decode`, from one streamer per row."""
 
     def finished(row: int, tokens: np.ndarray) -> int | None:
         return streamers[row].add(tokens[len(streamers[row]) :])

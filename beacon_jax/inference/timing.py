@@ -28,7 +28,7 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all rows together, behind the first token; None: there are no others."""
+        """The speed of all rows together behind the first token; None: no more came."""
         if not self.later_tokens or self.later <= 0:
             return None
         return self.later_tokens / self.later
@@ -38,26 +38,29 @@ class Stopwatch:
     """Measures a call from now on: wall time, and how much of it was compilation."""
 
     def __init__(self, on_tokens: Callable[[int], None] | None = None):
-        """on_tokens: is told of every block, see `block`."""
+        """Starts the watch; `on_tokens` is told of every block, see `block`."""
         self._start, self._compiled = time.perf_counter(), watch.seconds()
         self._first: float | None = None
         self._on_tokens = on_tokens
 
     def read(self) -> tuple[float, float]:
-        """(seconds since the start without compilation, seconds of compilation)."""
+        """Returns the seconds since the start, and those of compilation.
+
+        The first number does not include the second.
+        """
         compiled = watch.seconds() - self._compiled
         passed = time.perf_counter() - self._start
         return max(passed - compiled, 0.0), compiled
 
     def block(self, tokens: Int[np.ndarray, "B n"]) -> None:
-        """New tokens [B, n] are there, -1 where a row has none."""
+        """Takes note that new tokens [B, n] are there, -1 where a row has none."""
         if self._first is None:
             self._first = self.read()[0]
         if self._on_tokens:
             self._on_tokens(int((tokens >= 0).sum()))
 
     def timing(self, lengths: Int[np.ndarray, " B"]) -> Timing:
-        """Of the call so far, which made so many tokens per row."""
+        """Returns the timing of the call so far; `lengths` are new tokens per row."""
         passed, compiled = self.read()
         first = passed if self._first is None else self._first
         later = int(np.maximum(np.asarray(lengths) - 1, 0).sum())

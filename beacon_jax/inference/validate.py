@@ -1,4 +1,4 @@
-"""What can be wrong with the arguments of the public functions, told at the door.
+"""Checks the arguments of the public functions at the door.
 
 Every check is here, and all of them come before any work on a device. A message names
 the argument, its value and the remedy. It does so in the words of the caller: Python's
@@ -29,10 +29,12 @@ class ArgumentError(ValueError):
     def __init__(
         self, name: str, value: Any, why: str, *, remedy: str = "", flags: str = ""
     ):
-        """
+        """Makes the message, and the same in the words of a command line.
+
         Args:
           why: in words that follow "name=value".
-          remedy: what to do, in Python; flags: on the command line, where it differs.
+          remedy: what to do, in Python.
+          flags: what to do on the command line, where it differs.
         """
         shown, end = _shown(value), f": {remedy}." if remedy else "."
         super().__init__(f"{name}={shown} {why}{end}")
@@ -58,7 +60,7 @@ def warn(text: str, in_flags: str = "") -> None:
 
 
 def texts(name: str, given: Any) -> tuple[list[Any], bool]:
-    """Texts as a list, and whether it was a single one.
+    """Returns the texts as a list, and whether a single one was given.
 
     Raises:
       TypeError: something that is neither text nor token ids.
@@ -101,7 +103,7 @@ def _hint_at_file(name: str, text: str) -> None:
 
 
 def memory(given: Any, kind: type) -> None:
-    """Raises TypeError unless it is None or of the class `Memory`."""
+    """Raises TypeError unless `given` is None or of the class `Memory`."""
     if given is None or isinstance(given, kind):
         return
     remedy = "give what model.compress returned"
@@ -196,7 +198,7 @@ def options(asked: Reading, rows: int) -> None:
 
 
 def callback(name: str, given: Any) -> None:
-    """Raises TypeError unless it is None or can be called."""
+    """Raises TypeError unless `given` is None or can be called."""
     if given is not None and not callable(given):
         raise TypeError(f"{name}={_shown(given)} is {_kind(given)}: give a function.")
 
@@ -294,7 +296,7 @@ def warn_about_ratios(
 
 
 def _several(given: Any) -> tuple[list[Any], tuple[int, ...]]:
-    """The numbers of one or of many, and their shape, () for one."""
+    """Returns the numbers of one or of many, and their shape, () for one."""
     if not (isinstance(given, list | tuple) or hasattr(given, "__array__")):
         return [given], ()
     array = np.asarray(given, object)

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard."""
+"""Writes scalars for TensorBoard."""
 
 import contextlib
 import time
@@ -14,7 +14,8 @@ class Board:
     """
 
     def __init__(self, folder: Path, start: int):
-        """
+        """Opens the file.
+
         Args:
           folder: receives the file.
           start: events of later steps, from a process before, are hidden.
@@ -22,7 +23,7 @@ class Board:
         Raises:
           OSError: the file cannot be written.
         """
-        # 0.6 s, and only a run needs it.
+        # The import takes 0.6 s, and only a run needs it.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
@@ -37,7 +38,7 @@ class Board:
         )
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """The values of a step, on disk when this returns.
+        """Writes the values of a step; they are on the disk when this returns.
 
         Raises:
           OSError: they cannot be written.

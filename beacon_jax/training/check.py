@@ -1,4 +1,4 @@
-"""All settings of a run, checked before its data is prepared: that may take hours."""
+"""Checks all settings of a run before its data is prepared, which may take hours."""
 
 import dataclasses
 import os
@@ -127,7 +127,7 @@ def _check_optimizer(optimizer: Config) -> None:
         raise ValueError(
             f"optimizer.max_nonfinite={optimizer.max_nonfinite} must be at least 1."
         )
-    make_optimizer(optimizer, 1)  # its name and its schedule
+    make_optimizer(optimizer, 1)  # checks its name and its schedule
 
 
 def _check_folders(config: Config) -> None:
@@ -153,8 +153,10 @@ def _check_folders(config: Config) -> None:
 
 
 def _model(config: Config) -> ModelConfig:
-    """What will be trained, from config.json alone; sizes that a tokenizer decides are
-    guessed."""
+    """Makes the config of what will be trained, without reading weights.
+
+    Sizes that a tokenizer decides are guessed.
+    """
     beacon = None
     settings = config.beacon.to_dict()
     if settings.pop("use"):
@@ -189,7 +191,7 @@ def _highest_ratio(model: ModelConfig) -> ModelConfig:
 def _check_workdir(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # Of a name of its own: all processes of a run look at the same time.
+        # It has a name of its own: all processes of a run look at the same time.
         with tempfile.NamedTemporaryFile(dir=workdir, prefix=".writable-") as probe:
             probe.write(b"1")
             probe.flush()

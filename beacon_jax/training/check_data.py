@@ -27,8 +27,8 @@ ROW_KEYS = (
 def check_data(config: Config) -> None:
     """Raises ValueError for a setting of config.data that cannot work.
 
-    It names the key, its value and the remedy. Nothing is read: that a file exists is
-    found when the sources are opened.
+    The error names the key, its value and the remedy. Nothing is read: that a file
+    exists is found when the sources are opened.
     """
     data = config.data
     _check_sources(data)

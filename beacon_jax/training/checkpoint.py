@@ -6,7 +6,7 @@ What can be wrong with one, and what happens:
                      the one before is used
   cannot be read     a missing file, no permission, an unknown format: the run stops
   other parameters   its tree is not that of this run: the run stops
-A run that stops changes no file. Of several processes all do the same.
+A run that stops changes no file. If there are several processes, all do the same.
 """
 
 import json
@@ -49,8 +49,9 @@ class Restored(NamedTuple):
     """A state that was saved.
 
     Attributes:
-      state: in the structure of the fresh one.
-      optimizer: False if it was another one, and the fresh one is used.
+      state: what was saved, in the structure of the fresh state.
+      optimizer: False if the saved optimiser was another one, and the fresh one is
+        used.
     """
 
     state: Any
@@ -69,7 +70,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int):
-        # A dozen lines per save, and a traceback where we have one line.
+        # orbax logs a dozen lines per save, and a traceback where we have one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._folder = folder.absolute()
         self._saving: int | None = None
@@ -92,7 +93,7 @@ class Checkpoints:
             ) from error
 
     def newest(self) -> int:
-        """The step of the newest one on the disk, 0 without one."""
+        """Returns the step of the newest checkpoint on the disk, 0 without one."""
         try:
             names = [path.name for path in self._folder.iterdir()]
         except OSError:
@@ -100,8 +101,9 @@ class Checkpoints:
         return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Begins to write a checkpoint, as a whole or not at all; a second one of a
-        step is skipped.
+        """Begins to write a checkpoint, as a whole or not at all.
+
+        If there is one of this step already, nothing is written.
 
         Raises:
           CheckpointError: it cannot be written, or the one before could not.
@@ -126,7 +128,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until the last save is on the disk.
+        """Waits until the last save is on the disk.
 
         Raises:
           CheckpointError: it cannot be written.
@@ -152,8 +154,11 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
 
     def _failed(self, error: Exception) -> None:
-        """Whatever it was: older checkpoints are deleted only after a newer one is
-        whole, so they are all there."""
+        """Raises CheckpointError for a save that failed, whatever the reason was.
+
+        Older checkpoints are deleted only after a newer one is whole, so they are all
+        there.
+        """
         step, self._saving = self._saving, None
         self._half = step
         last = self.newest()
@@ -165,7 +170,7 @@ class Checkpoints:
         ) from error
 
     def record(self) -> dict[str, Any] | None:
-        """What the newest checkpoint says of its run, None without one.
+        """Returns what the newest checkpoint says of its run, None without one.
 
         Raises:
           CheckpointError: it cannot be read.
@@ -176,7 +181,7 @@ class Checkpoints:
     def restore(
         self, state: Any, record: dict[str, Any], allow: bool
     ) -> Restored | None:
-        """The newest whole checkpoint, or None without one.
+        """Restores the newest whole checkpoint; None without one.
 
         Args:
           state: the fresh state; gives structure, shapes, dtypes and places.
@@ -190,7 +195,7 @@ class Checkpoints:
         """
         damaged = 0
         for step in sorted(self._manager.all_steps(), reverse=True):
-            # One answer of all processes: each reads files of its own.
+            # All processes agree on one answer: each reads files of its own.
             bad, failure, found = 0, None, None
             try:
                 saved, expected = self._record(step)
@@ -219,7 +224,7 @@ class Checkpoints:
         return None
 
     def _record(self, step: int) -> tuple[dict[str, Any], str]:
-        """What a checkpoint says of its run, and its hash."""
+        """Reads what a checkpoint says of its run, and its hash."""
         try:
             args = ocp.args.Composite(record=ocp.args.JsonRestore())
             saved = dict(self._manager.restore(step, args=args)["record"])
@@ -235,7 +240,7 @@ class Checkpoints:
         saved: dict[str, Any],
         record: dict[str, Any],
     ) -> "_Found":
-        """All arrays of a checkpoint, in the places of `state`."""
+        """Reads all arrays of a checkpoint to the places of `state`."""
         target = _leaves(state)
         try:
             stored = self._manager.item_metadata(step)["state"].tree
@@ -311,7 +316,10 @@ class Checkpoints:
         )
 
     def _move_aside(self, step: int) -> None:
-        """All processes, of which the first one moves."""
+        """Moves a damaged checkpoint aside.
+
+        All processes call this; the first one moves.
+        """
         aside = self._folder.with_name(f"{self._folder.name}-damaged")
         target, count = aside / str(step), 1
         while target.exists():
@@ -337,7 +345,7 @@ class Checkpoints:
 
 # How the names of `_leaves` begin.
 TRAINED, OPTIMIZER, STEP = "['trained']", "['optimizer']", "['step']"
-# Of any optimiser: kept when another one goes on.
+# Every optimiser has this counter: it is kept when another one goes on.
 SKIPPED = f"{OPTIMIZER}.total_notfinite"
 
 
@@ -347,7 +355,7 @@ class _Found(NamedTuple):
 
 
 def _merged(state: Any, found: _Found) -> Any:
-    """The fresh state with what was found."""
+    """Returns the fresh state with what was found."""
     target = _leaves(state)
     kept = (TRAINED, STEP) if not found.same_optimizer else ("",)
     for name in target:
@@ -357,7 +365,7 @@ def _merged(state: Any, found: _Found) -> Any:
 
 
 def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """ValueError naming every setting in which two records differ."""
+    """Raises ValueError, naming every setting in which two records differ."""
     if changed := changes(old, new):
         raise ValueError(
             "the checkpoints in --workdir come from a run with other settings:\n  "
@@ -367,7 +375,7 @@ def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """ "key: old -> new" of every setting that changes numbers of the training.
+    """Lists "key: old -> new" of every setting that changes numbers of the training.
 
     Args:
       old: as read from a checkpoint.
@@ -392,7 +400,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _leaves(state: Any) -> dict[str, Any]:
-    """Arrays by their path: independent of the container types of optax."""
+    """Returns arrays by their path: independent of the container types of optax."""
     return {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -404,7 +412,7 @@ def _hash(leaves: dict[str, Any]) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The reason at the bottom of an error, in one line."""
+    """Returns the reason at the bottom of an error, in one line."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     if isinstance(error, OSError) and error.strerror:

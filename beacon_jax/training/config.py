@@ -48,9 +48,9 @@ class _DataConfigDict(_RunConfigDict):
 
 
 def default_config() -> Config:
-    """The optimiser and loss of the released recipe, and no data.
+    """Makes a config with the optimiser and loss of the released recipe, and no data.
 
-    docs/specification.md section 3.
+    See docs/specification.md section 3.
     """
     config: Config = _RunConfigDict()
     config.init_from = ""  # HF or converted folder; "": `model`, at random
@@ -207,8 +207,8 @@ OPEN = (
 def leave_open(config: Config) -> None:
     """Sets the keys of OPEN to None: they are chosen when a run starts.
 
-    They keep their types, so that the command line can set them. config.data.stages
-    must have a stage1.
+    The keys keep their types, so that the command line can set them.
+    config.data.stages must have a stage1.
     """
     for key in OPEN:
         *path, last = key.split(".")
@@ -229,10 +229,12 @@ def stage(
     copy: float = 0.0,
     dummies: float = 0.0,
 ) -> Config:
-    """One stage of config.data.stages, with the weights of its kinds of rows.
+    """Makes one stage of config.data.stages, with the weights of its kinds of rows.
 
     Args:
-      steps: how many batches. length: tokens of a row. batch_size: rows of a batch.
+      steps: how many batches.
+      length: tokens of a row.
+      batch_size: rows of a batch.
       text, passkey, repeat, copy: weights of the kinds (`data.batches`); a row is of
         each kind with probability weight / sum.
       dummies: share of the rows that are interleaved with eos.

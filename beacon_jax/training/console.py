@@ -1,4 +1,4 @@
-"""Lines for the user, and files that are there as a whole or not at all."""
+"""Prints lines for the user, and writes files as a whole or not at all."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class OutputClosed(OSError):
-    """stdout takes no more lines: its reader has gone, or its disk is full."""
+    """An error of stdout: its reader has gone, or its disk is full."""
 
 
 def say(text: str) -> None:

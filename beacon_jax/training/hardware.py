@@ -1,9 +1,9 @@
 """Published peaks of accelerators, the denominators of utilisations.
 
-NVIDIA's data sheets (data center cards) and its Ada and GA102 whitepapers (RTX), Google
-Cloud's TPU documentation ("peak compute per chip"); H20 and H800 have no public sheet
-and are what resellers quote. NVIDIA prints most rates "with sparsity"; these are dense,
-half of that.
+The sources are NVIDIA's data sheets (data center cards), its Ada and GA102 whitepapers
+(RTX) and Google Cloud's TPU documentation ("peak compute per chip"). H20 and H800 have
+no public sheet: theirs are what resellers quote. NVIDIA prints most rates "with
+sparsity"; these are dense, half of that.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Chip:
     Attributes:
       tflops: dense bf16 matrix products with float32 accumulation, TFLOP/s; fp16 on
         chips without bf16 units (V100, T4).
-      bandwidth: of its memory, GB/s.
+      bandwidth: of the device's memory, GB/s.
       memory: GB as printed, about the GiB that the device reports.
     """
 
@@ -80,7 +80,7 @@ _OTHERS = {"mig", "laptop", "v4 lite"}
 
 
 def find_chip(kind: str) -> Chip | None:
-    """Peaks of a `device_kind`; None for what is not in the table (a CPU, say)."""
+    """Finds the peaks of a `device_kind`; None: not in the table (a CPU, say)."""
     words = _words(kind)
     if any(_words(other) <= words for other in _OTHERS):
         return None
@@ -88,7 +88,7 @@ def find_chip(kind: str) -> Chip | None:
 
 
 def peak_flops(devices: Iterable[Any], tflops: float = 0.0) -> float | None:
-    """FLOP/s that devices reach together at best.
+    """Returns the FLOP/s that devices reach together at best.
 
     Args:
       devices: jax devices, those of every process that share the work.
@@ -115,9 +115,11 @@ def peak_flops(devices: Iterable[Any], tflops: float = 0.0) -> float | None:
 
 
 def memory_gib(devices: Iterable[Any]) -> dict[str, float]:
-    """Memory of the fullest of this process's devices in GiB: in use, at its peak so
-    far, and there at all; without what the platform does not tell (a CPU tells
-    nothing)."""
+    """Returns the memory of the fullest of this process's devices, in GiB.
+
+    It is what is in use, the peak so far, and what is there at all. What the platform
+    does not tell is left out (a CPU tells nothing).
+    """
     names = {
         "memory_gib": "bytes_in_use",
         "memory_peak_gib": "peak_bytes_in_use",
@@ -132,10 +134,10 @@ def memory_gib(devices: Iterable[Any]) -> dict[str, float]:
 
 
 def device_bytes(device: Any) -> int | None:
-    """Memory that a device has for arrays; None if the platform does not tell.
+    """Returns the bytes a device has for arrays; None if the platform does not tell.
 
-    Of a CPU: what this computer, or the container it runs in, has left now, for all CPU
-    devices together.
+    For a CPU it is what this computer, or the container it runs in, has left now, for
+    all CPU devices together.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")

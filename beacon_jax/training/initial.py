@@ -1,4 +1,4 @@
-"""What a run starts from, and what it leaves behind: tokenizer, model, export."""
+"""Makes what a run starts from (tokenizer, model) and what it leaves: the export."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from beacon_jax.training.sharding import Placement, put
 
 
 def base_folder(config: Config) -> Path:
-    """The folder of `init_from`: a folder, a model of the package or one of the hub.
+    """Finds the folder of `init_from`: a folder, or a model of the package or the hub.
 
     Raises:
       FileNotFoundError: as `hf.hub.find`.
@@ -31,7 +31,7 @@ def base_folder(config: Config) -> Path:
 
 
 def tokenizer_folder(config: Config) -> Path:
-    """The folder of a tokenizer that is not trained: its own, or the base's."""
+    """Returns the folder of a tokenizer that is not trained: its own, or the base's."""
     if config.tokenizer.path:
         return Path(asset(config.tokenizer.path))
     return base_folder(config)
@@ -40,7 +40,10 @@ def tokenizer_folder(config: Config) -> Path:
 def make_tokenizer(
     config: Config, documents: Callable[[], Sequence[str]], workdir: Path
 ) -> tuple[Any, Path]:
-    """The tokenizer and its folder; trained on the text once per workdir if asked."""
+    """Returns the tokenizer and its folder.
+
+    If asked, the tokenizer is trained on the text, once per workdir.
+    """
     settings = config.tokenizer
     if not settings.train:
         folder = tokenizer_folder(config)
@@ -55,11 +58,13 @@ def make_tokenizer(
 def make_model(
     config: Config, tokenizer: Any, placement: Placement, *, quiet: bool = False
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
-    """The model, float32 masters of what is trained, and the frozen rest in the
-    computing dtype, all where the placement wants them.
+    """Makes the model, float32 masters of what is trained, and the frozen rest.
+
+    The frozen rest is in the computing dtype. All arrays are where the placement wants
+    them.
 
     Args:
-      quiet: beacons that start from the base are no news.
+      quiet: no warning about beacons that start from the base.
     """
     settings = config.beacon.to_dict()
     beacon = BeaconConfig(**settings) if settings.pop("use") else None
@@ -104,11 +109,12 @@ def make_model(
 
 
 def random_variables(model: ModelConfig, seed: int) -> dict[str, Any]:
-    """Random float32 parameters [numpy]: normal with 1/sqrt(fan in), norms at one.
+    """Draws random float32 parameters [numpy].
 
-    Projections that write into the residual stream are smaller by sqrt(2L), lm_head by
-    2 (a nearly uniform first prediction); embeddings have 0.02, as in GPT-2. Beacons
-    start from the base, as they do on a pretrained one.
+    Weights are normal with 1/sqrt(fan in), norms are one. Projections that write into
+    the residual stream are smaller by sqrt(2L), lm_head by 2 (a nearly uniform first
+    prediction). Embeddings have 0.02, as in GPT-2. Beacons start from the base, as they
+    do on a pretrained one.
     """
     rng = np.random.default_rng(seed)
     residual = math.sqrt(2 * model.num_layers)

@@ -1,4 +1,4 @@
-"""What goes into a step: its batch cut into windows, and a ratio for each of them.
+"""Makes what goes into a step: its batch cut into windows, and a ratio for each.
 
 Both are functions of the config and of the step's number alone, so they are made ahead
 of the step, in threads, while the devices work.
@@ -45,7 +45,8 @@ class StepInputs(NamedTuple):
         the run, so that all steps share one program: windows without tokens stand in
         front, and cost next to nothing.
       plans: int32 [N, P], a column for rows that share one.
-      tokens: real ones, of all rows. flops: `model.flops.training_step`.
+      tokens: number of real ones, of all rows.
+      flops: those of `model.flops.training_step`.
     """
 
     batch: dict[str, np.ndarray]
@@ -55,14 +56,14 @@ class StepInputs(NamedTuple):
 
 
 def batch_sizes(config: Config) -> dict[str, int]:
-    """Rows of a step, for each stage or for `data`."""
+    """Returns the rows of a step, for each stage or for `data`."""
     stages = config.data.stages.items()
     sizes = {name: stage.batch_size for name, stage in stages}
     return sizes or {"data": config.data.batch_size}
 
 
 def make_data(config: Config, workdir: Path) -> tuple[Any, Path, StepBatches]:
-    """The tokenizer of a run, its folder, and the run's batches.
+    """Returns the tokenizer of a run, its folder, and the run's batches.
 
     Rows are cut from the text of config.data.sources if there are stages. Without them
     the sources are prepared if that was not done before.
@@ -85,7 +86,7 @@ def make_data(config: Config, workdir: Path) -> tuple[Any, Path, StepBatches]:
 
 
 def _prepared(config: Config, tokenizer_folder: Path, folder: Path) -> Prepared:
-    """Made by the first process, awaited by the others."""
+    """Returns the prepared data: made by the first process, awaited by the others."""
     data = config.data
     settings = Settings.of(data, tokenizer_folder)
     if is_lead():
@@ -104,7 +105,7 @@ def _prepared(config: Config, tokenizer_folder: Path, folder: Path) -> Prepared:
 
 
 def describe(config: Config, batches: StepBatches) -> str:
-    """Data and size of a run, for its first line."""
+    """Describes the data and the size of a run, for its first line."""
     sources = ", ".join(config.data.sources)
     if isinstance(batches, Batches):
         stages = batches.config.stages
@@ -134,7 +135,7 @@ def describe(config: Config, batches: StepBatches) -> str:
 
 
 class Inputs:
-    """`inputs[step]` are the inputs of a step; `ahead` gives them one after the other.
+    """The inputs of all steps: `inputs[step]` are one step's, `ahead` iterates.
 
     Args:
       count: ratio plans per step.
@@ -180,15 +181,17 @@ class Inputs:
 
 
 def window(config: Config, model: ModelConfig, width: int) -> int:
-    """Tokens of a window, for rows of `width` tokens."""
+    """Returns the tokens of a window, for rows of `width` tokens."""
     return model.beacon.window if model.beacon else (config.window or width)
 
 
 def draw_plans(
     config: Config, model: ModelConfig, batches: StepBatches, step: int, count: int
 ) -> np.ndarray:
-    """int32 [N, P]: the ratios of a step's windows, a column for rows that share them;
-    N is that of the step's longest row, and all rows end together.
+    """Draws the ratios of a step's windows, int32 [N, P].
+
+    There is a column for rows that share their ratios. N is that of the step's longest
+    row, and all rows end together.
 
     A plan that would not fit into the memory's slots is drawn again.
     """
@@ -200,7 +203,8 @@ def draw_plans(
     if beacon is None:
         return np.zeros((windows, count), np.int32)
     room = slots(config, model, windows)
-    # Where ratio 0 is allowed depends on how full the last window is: of the emptiest.
+    # Where ratio 0 is allowed depends on how full the last window is; the emptiest one
+    # of all rows counts.
     length = (windows - 1) * size + int(((lengths - 1) % size + 1).min())
 
     def draw(seed: list[int]) -> np.ndarray:
@@ -225,7 +229,7 @@ def draw_plans(
 
 
 def slots(config: Config, model: ModelConfig, windows: int) -> int:
-    """Memory slots of a row: config.memory_slots, or as many as plans may need."""
+    """Returns a row's memory slots: config.memory_slots, or what plans may need."""
     assert model.beacon is not None
     drawn = model.beacon.ratio_mix == "step-random" and not config.uniform_plans
     return config.memory_slots or memory_slots(model, windows, likely=drawn)

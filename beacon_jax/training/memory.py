@@ -1,8 +1,8 @@
-"""How many bytes a training step needs on a device, from its shapes alone.
+"""Estimates the bytes that a training step needs on a device, from its shapes alone.
 
-The parts that grow with the model or the text; measured against XLA's own
-`memory_analysis()` for 8 x A100-80GB (docs/recipes.md). It chooses between recomputing
-layers and keeping the activations of a window.
+The estimate has the parts that grow with the model or the text. It was measured against
+XLA's own `memory_analysis()` for 8 x A100-80GB (docs/recipes.md). It decides between
+recomputing layers and keeping the activations of a window.
 """
 
 import math
@@ -33,7 +33,7 @@ def step_bytes(
     dtype: Any,
     offload: bool = False,
 ) -> dict[str, float]:
-    """Bytes per device with remat "lean" and "lean-layer".
+    """Estimates the bytes per device with remat "lean" and "lean-layer".
 
     Args:
       trained, frozen: arrays or shapes with shardings.
@@ -67,14 +67,17 @@ def step_bytes(
 
 
 def choose_remat(need: dict[str, float], device: Any = None) -> str:
-    """ "lean" if it fits into the device's memory, or if that is not known."""
+    """Chooses "lean" if it fits into the device's memory, or if that is not known.
+
+    Otherwise it chooses "lean-layer".
+    """
     limit = memory_gib([device or jax.local_devices()[0]]).get("memory_limit_gib")
     fits = limit is None or need["lean"] <= limit * 2**30
     return "lean" if fits else "lean-layer"
 
 
 def _activations(model: ModelConfig, size: int) -> float:
-    """Bytes per token that the backward pass of one layer keeps."""
+    """Counts the bytes per token that the backward pass of one layer keeps."""
     d, f = model.hidden_size, model.intermediate_size
     heads = (model.num_heads + model.num_kv_heads) * model.head_dim
     return size * (4 * d + 2 * heads + 4 * f) + 8 * d  # norms are in float32

@@ -1,13 +1,13 @@
-"""Progress lines, metrics.jsonl and TensorBoard.
+"""Reports progress: lines on the console, metrics.jsonl and TensorBoard.
 
 metrics.jsonl and TensorBoard get a line every log_every steps, counted from 0, and at
 the end. The console gets the same, and between them a shorter line after the first step
 and whenever 15 seconds have passed: see `Metrics.due`. Compiling is no part of any time
 or speed.
 
-What a line of metrics.jsonl holds, each as a mean since the line before:
+A line of metrics.jsonl holds these, each as a mean since the line before:
 
-  loss, loss_x4 ...     nats per label; see `Metrics.report`
+  loss, loss_x4 ...     nats per label; see `Metrics.write`
   grad_norm, lr, skipped
   tokens_per_second     of the batches, without padding
   flops_per_second      model FLOPs (`model.flops`): no padding, nothing twice
@@ -56,7 +56,8 @@ class Metrics:
         peak: float | None = None,
         devices: Sequence[Any] | None = None,
     ):
-        """
+        """Opens the files of a run.
+
         Args:
           workdir: of the run; None to write and print nothing, as all processes of a
             run but the first do.
@@ -92,8 +93,11 @@ class Metrics:
         *,
         flops: float | None = None,
     ) -> None:
-        """One step: its plans [N, devices], its tokens, what the update returned and
-        its model FLOPs (`model.flops.training_step`)."""
+        """Takes in one step.
+
+        These are its plans [N, devices], its tokens, what the update returned and its
+        model FLOPs (`model.flops.training_step`).
+        """
         self._pending.append((plans, tokens, values))
         if flops is not None:
             self._flops += flops
@@ -115,35 +119,42 @@ class Metrics:
             self._times[name] += time.perf_counter() - began
 
     def compiled(self, seconds: float) -> None:
-        """The step to come was compiled, if `seconds` are more than 0; the time counts
-        as nothing else."""
+        """Takes note that the step to come was compiled, if `seconds` are more than 0.
+
+        The time counts as nothing else.
+        """
         if seconds:
             self._times["compile"] += seconds
             self._compiled = seconds
 
     def due(self) -> bool:
-        """Whether the console is to get a line: after the first step, after one that
-        was compiled, and after 15 seconds without a line."""
+        """Tells whether the console is to get a line.
+
+        It gets one after the first step, after one that was compiled, and after 15
+        seconds without a line.
+        """
         if self._shown is None or self._compiled:
             return True
         return time.perf_counter() - self._shown >= LINE_SECONDS
 
     def progress(self, step: int) -> None:
-        """Prints the loss since the last report, the speed and the time that is left;
-        waits for the step."""
+        """Prints the loss since the last report, the speed and the time that is left.
+
+        It waits for the step.
+        """
         rows = jax.device_get([values["loss"] for _, _, values in self._pending])
         now = time.perf_counter()
         busy = max(now - self._last - self._times.get("compile", 0.0), 1e-9)
         self._print(step, f"loss {np.mean(rows):.3f}", len(rows) / busy, [])
 
     def report(self, step: int, extra: dict[str, float]) -> dict[str, float]:
-        """`write` and `show`."""
+        """Calls `write` and `show`."""
         result = self.write(step, extra)
         self.show()
         return result
 
     def write(self, step: int, extra: dict[str, float]) -> dict[str, float]:
-        """Writes the mean since the last report to the files; returns it.
+        """Writes the mean since the last report to the files, and returns it.
 
         loss_x4 is the mean loss of the windows whose previous window was compressed at
         ratio 4: what a beacon of that ratio is worth where it matters most.
@@ -257,7 +268,7 @@ class Metrics:
 
     @property
     def pending(self) -> int:
-        """Steps since the last report."""
+        """The number of steps since the last report."""
         return len(self._pending)
 
     def close(self) -> None:
@@ -286,7 +297,7 @@ def _clock(seconds: float) -> str:
 
 
 def _si(value: float) -> str:
-    """A number with three digits and the prefix of its thousands: "412 T"."""
+    """Writes a number with three digits and the prefix of its thousands: "412 T"."""
     prefixes = ["", "k", "M", "G", "T", "P", "E"]
     power = 0
     while value >= 999.5 and power < len(prefixes) - 1:

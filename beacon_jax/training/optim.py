@@ -1,4 +1,4 @@
-"""The optimiser: AdamW or Muon, one schedule for both, updates that must be finite."""
+"""Makes the optimiser: AdamW or Muon, one schedule for both, only finite updates."""
 
 from typing import Any
 
@@ -13,7 +13,9 @@ SCHEDULES = ("linear", "cosine")
 
 
 def learning_rate(config: Config, steps: int) -> optax.Schedule:
-    """Share of the peak rate at a step counted from 0: linear warm-up, constant, decay.
+    """Makes the schedule: the share of the peak rate at a step counted from 0.
+
+    It has a linear warm-up, a constant part and a decay.
 
     The decay begins after the share decay_start of the steps. "linear" aims at 0 and
     stops falling at `end`; while the rate still rises, the lower of both counts.
@@ -51,7 +53,9 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """The gradient transformation of a run; updates that are not finite are skipped.
+    """Makes the gradient transformation of a run.
+
+    Updates that are not finite are skipped.
 
     `max_nonfinite` of them in a row stop the run (`trainer`); optax itself would let
     them through after a number of errors, which is why that number is out of reach.
@@ -90,7 +94,7 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
 
 
 def matrix_axes(params: Any) -> Any:
-    """Which axes of a stacked parameter are a layer's matrix; None: not a matrix.
+    """Tells which axes of a stacked parameter are a layer's matrix; None: no matrix.
 
     Axis 0 is the layer and is never mixed. Embeddings and lm_head are left to Adam, as
     Muon's authors recommend.
@@ -108,8 +112,10 @@ def matrix_axes(params: Any) -> Any:
 
 
 def starting_at(state: Any, updates: int) -> Any:
-    """A fresh optimiser state whose learning rates are those after `updates` updates;
-    moments, and what corrects their bias, start at 0."""
+    """Returns a fresh optimiser state with the learning rates after `updates` updates.
+
+    Moments, and what corrects their bias, start at 0.
+    """
 
     def count(node: Any) -> Any:
         if not isinstance(node, optax.ScaleByScheduleState):
@@ -124,5 +130,5 @@ def starting_at(state: Any, updates: int) -> Any:
 
 
 def skipped(state: Any) -> tuple[int, int]:
-    """Updates skipped as not finite: in a row up to now, and in all."""
+    """Counts the updates skipped as not finite: in a row up to now, and in all."""
     return int(state.notfinite_count), int(state.total_notfinite)

@@ -1,4 +1,4 @@
-"""Choices for a model and a text of the user: fills in what a config leaves open.
+"""Fills in what a config leaves open, for a model and a text of the user.
 
 configs/own.py leaves the keys of OPEN at None. Before anything is read into memory they
 are chosen from config.json, the size of the text and the memory of the device, one
@@ -55,7 +55,10 @@ SAMPLE_BYTES = 4_000_000  # larger texts are counted by their size
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What is known before anything is loaded. tokens: of the text, about."""
+    """The facts that are known before anything is loaded.
+
+    `tokens` is the approximate number of tokens of the text.
+    """
 
     model: ModelConfig
     tokens: int
@@ -69,7 +72,7 @@ class _Facts:
 def choose(
     config: Config, workdir: Path, show: Callable[[str], None] = print
 ) -> Config:
-    """The config with a value for every key of OPEN; itself if none is None.
+    """Returns the config with a value for every key of OPEN; itself if none is None.
 
     Raises:
       ValueError, FileNotFoundError: no model or text, a text that is too short, too few
@@ -116,7 +119,7 @@ def choose(
 
 
 def next_commands(config: Config, export: Path) -> str:
-    """What to type after a run: ask the model, and measure it."""
+    """Says what to type after a run: ask the model, and measure it."""
     data, ratios = config.data, sorted(r for r in config.beacon.ratios if r)
     ratio = 4 if 4 in ratios else ratios[-1]
     out = export.parent / "evaluation"
@@ -138,8 +141,10 @@ def next_commands(config: Config, export: Path) -> str:
 
 
 def _heldout(config: Config) -> int:
-    """Characters of the first source's documents that are held out; of much text about
-    as many."""
+    """Counts the characters of the first source's documents that are held out.
+
+    For much text the number is estimated from its size.
+    """
     data = config.data
     if not data.heldout:
         return 0
@@ -148,13 +153,13 @@ def _heldout(config: Config) -> int:
         if size > SAMPLE_BYTES:
             return int(size * data.heldout)
         texts = load_documents(data.sources[0], "heldout", data.heldout, root=data.root)
-    except (OSError, ValueError):  # none of them is
+    except (OSError, ValueError):  # none of them is held out
         return 0
     return sum(map(len, texts))
 
 
 def _file(sources: Sequence[str], root: str) -> str:
-    """A file of text to ask about: the largest of up to 256 KiB."""
+    """Finds a file of text to ask about: the largest of up to 256 KiB."""
     with contextlib.suppress(OSError, ValueError):
         parts = [p for p in open_parts(sources[:1], root) if p.kind == "text"]
         sizes = [(p.size, p.path) for p in parts if p.size <= 2**18]
@@ -200,7 +205,7 @@ def _dtype(config: Config, facts: _Facts):
 
 
 def _shape(config: Config, facts: _Facts):
-    """Window, length, batch size and remat: the largest window that fits."""
+    """Yields window, length, batch size and remat: the largest window that fits."""
     positions = facts.model.trained_positions
     if positions < 4 * WINDOWS[-1]:
         raise ValueError(
@@ -235,7 +240,7 @@ def _shape(config: Config, facts: _Facts):
 def _limit(
     config: Config, facts: _Facts, model: ModelConfig, length: int, *, free: bool
 ) -> str:
-    """Why rows of `length` are too much, "" if they are not.
+    """Says why rows of `length` are too much; "" if they are not.
 
     Args:
       free: the window was not asked for, and is to leave room for eight of its kind.
@@ -257,7 +262,10 @@ def _limit(
 
 
 def _rows(config: Config, facts: _Facts, model: ModelConfig, length: int) -> int:
-    """Rows of a step: a multiple of the devices, up to STEP_TOKENS and the memory."""
+    """Chooses the rows of a step: a multiple of the devices.
+
+    There are as many as STEP_TOKENS and the memory allow.
+    """
     asked, count = _get(config, f"{STAGE}.batch_size"), len(facts.devices)
     if asked:
         return asked
@@ -304,7 +312,7 @@ def _rates(config: Config, facts: _Facts):
 
 
 def _step_seconds(config: Config, facts: _Facts) -> float:
-    """Of a step, by its FLOPs and the peak of the devices."""
+    """Estimates the seconds of a step by its FLOPs and the peak of the devices."""
     stage, w = config.data.stages.stage1, config.beacon.window
     model = _with_beacons(config, facts.model, w)
     windows = -(-stage.length // w)
@@ -317,7 +325,10 @@ def _step_seconds(config: Config, facts: _Facts) -> float:
 
 
 def _measured() -> float:
-    """FLOP/s of this computer's processor: the best of some products of 5 ms."""
+    """Measures the FLOP/s of this computer's processor.
+
+    The best of some products of 5 ms counts.
+    """
     x, best = np.ones((768, 768), np.float32), float("inf")
     for _ in range(20):
         began = time.perf_counter()
@@ -329,7 +340,7 @@ def _measured() -> float:
 def _need(
     config: Config, facts: _Facts, model: ModelConfig, rows: int, length: int
 ) -> tuple[float, str]:
-    """Bytes of a step on a device (on a CPU: in all), and with which remat."""
+    """Estimates the bytes of a step on a device (on a CPU: in all), and its remat."""
     assert model.beacon is not None
     placement = make_placement(config.mesh, config.rules, [rows])
     names = ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
@@ -391,13 +402,13 @@ def _size(model: ModelConfig) -> int:
 
 
 def _rounded(steps: int) -> int:
-    """To two digits, so that it reads as what it is: an estimate."""
+    """Rounds down to two digits, so that it reads as what it is: an estimate."""
     unit = 10 ** max(len(str(steps)) - 2, 0)
     return steps // unit * unit
 
 
 def _get(config: Any, key: str, absent: Any = None) -> Any:
-    """The value of a dotted key, or `absent` if there is no such key."""
+    """Returns the value of a dotted key, or `absent` if there is no such key."""
     *path, last = key.split(".")
     for part in path:
         if part not in config:

@@ -1,4 +1,4 @@
-"""Several processes as one run: who writes, who waits, and that all do the same."""
+"""Runs several processes as one: who writes, who waits, and that all do the same."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ def start() -> None:
     """Joins the processes of this run; every one of them calls it first.
 
     Clusters that jax knows (Slurm, Open MPI, TPU, GKE) need nothing else. Elsewhere
-    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it.
+    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe the
+    run.
     """
     number = lambda name: int(os.environ[name]) if name in os.environ else None
     jax.distributed.initialize(
@@ -23,7 +24,7 @@ def start() -> None:
 
 
 def is_lead() -> bool:
-    """Whether this process prints, and writes what one process has to write."""
+    """Tells whether this process prints, and writes what one process has to write."""
     return jax.process_index() == 0
 
 
@@ -45,10 +46,11 @@ def fetch(tree: Any) -> Any:
 
 
 def check_agreement(what: str, value: Any) -> None:
-    """ValueError unless all processes hold the same JSON value.
+    """Raises ValueError unless all processes hold the same JSON value.
 
-    Ratio plans above all: a step's branch has to be the same on every device that
-    shares its parameters, else collectives meet others and the run hangs.
+    This matters for ratio plans above all: a step's branch has to be the same on every
+    device that shares its parameters. Otherwise collectives meet others and the run
+    hangs.
     """
     if jax.process_count() == 1:
         return
@@ -64,7 +66,7 @@ def check_agreement(what: str, value: Any) -> None:
 
 
 def worst(value: int) -> int:
-    """The largest value of all processes."""
+    """Returns the largest value of all processes."""
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.asarray(value))))

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: traces of some steps.
+"""Traces some steps of a run, to show where its time goes.
 
 --config.profile_steps=10,13 writes a trace of steps 10 to 13 to WORKDIR/profile. Look
 at it with `xprof --logdir=WORKDIR/profile` (pip install xprof), or open its
@@ -22,7 +22,8 @@ class Profiler:
     """
 
     def __init__(self, folder: Path, steps: Sequence[int] | str):
-        """
+        """Reads which steps to trace.
+
         Args:
           folder: receives the trace.
           steps: see `parse_steps`.
@@ -33,8 +34,11 @@ class Profiler:
         self._annotation: Any = None
 
     def before(self, step: int, ready: Any) -> None:
-        """Starts the trace if `step` is in the range, once `ready` (the state) is
-        there, so that steps dispatched earlier are not part of it."""
+        """Starts the trace if `step` is in the range.
+
+        It waits for `ready` (the state), so that steps dispatched earlier are not part
+        of it.
+        """
         if self._steps is None or not self._steps[0] <= step <= self._steps[1]:
             return
         if not self._running:
@@ -73,7 +77,7 @@ class Profiler:
 
 
 def parse_steps(steps: Sequence[int] | str) -> tuple[int, int] | None:
-    """First and last step to trace, counted from 1.
+    """Reads the first and last step to trace, counted from 1.
 
     Args:
       steps: (first, last), (only,), the same as text ("10,13"), or nothing for None.

@@ -1,30 +1,32 @@
 """The paper's training settings (docs/specification.md section 3), for configs/.
 
-AdamW, linear decay, no warm-up, 8 rows per step (one per device), bfloat16, base
-frozen; stage 1: 1B tokens, ratios 2 to 32, lr 5e-5; stage 2: 28,000 rows, ratios 2, 4
-and 8, lr 1e-5. The loss is a mean of row means, which is what eight processes of one
-row compute. Windows and sinks are those of `model.presets`.
+Both stages have AdamW, linear decay, no warm-up, 8 rows per step (one per device),
+bfloat16 and a frozen base. Stage 1 has 1B tokens, ratios 2 to 32 and lr 5e-5; stage 2
+has 28,000 rows, ratios 2, 4 and 8 and lr 1e-5. The loss is a mean of row means, which
+is what eight processes of one row compute. Windows and sinks are those of
+`model.presets`.
 
-Data: the sources of the release under its names (docs/evaluation-protocols.md section
-4.1), relative to `config.data.root`, one epoch in batches of equal numbers of windows
-(`data.grouped`, strict). Stage 1: RedPajama documents of 2,400 to 20,480 tokens,
-longer ones cut as in the release (`data.long="drop"` leaves them out, as the paper
-says), up to 1B tokens. Stage 2: rows of 7,200 to 20,480 tokens from 16,000 synthetic
-questions, 5,000 LongAlpaca, 2,000 BookSum and 5,000 stage-1 rows, counted before the
-length rules, longer conversations left out. The release's command also names
+The data are the sources of the release under its names (docs/evaluation-protocols.md
+section 4.1), relative to `config.data.root`, read for one epoch in batches of equal
+numbers of windows (`data.grouped`, strict). Stage 1: RedPajama documents of 2,400 to
+20,480 tokens, longer ones cut as in the release (`data.long="drop"` leaves them out, as
+the paper says), up to 1B tokens. Stage 2: rows of 7,200 to 20,480 tokens from 16,000
+synthetic questions, 5,000 LongAlpaca, 2,000 BookSum and 5,000 stage-1 rows, counted
+before the length rules, longer conversations left out. The release's command also names
 needle/train.16K.json, which the paper does not: add it to `data.sources` to train as
 the release does.
 
 Estimates in the recipes (nothing has been run at these sizes, and none of the sources
 could be read here) assume lengths: stage 1 a third of the tokens each in documents of
 `PRETRAIN_LENGTHS`, stage 2 a third of the rows each of `FINETUNE_LENGTHS`. They count
-every product that is computed, the repeated ones too. Forward, a window costs linear 2
-P (W + b), P without embeddings and lm_head on raw tokens only, and attention 4 L N H (W
-+ b)(m + (W + b) / 2); b = W / ratio is averaged over the ratios (0 in the last window),
-m slots lie before it. Training costs 3 x linear + 4 x attention with a frozen base (two
-forwards; backward one linear and two attentions more), 4 x both with all weights. Hours
-assume 40 % of the peak of 8 A100 or A800, 312 TFLOP/s each: an MFU, which counts
-nothing twice (`model.flops`), of 27 %, or 30 % with all weights.
+every product that is computed, the repeated ones too. In the forward pass a window
+costs 2 P (W + b) in linear layers, P without embeddings and lm_head on raw tokens only,
+and 4 L N H (W + b)(m + (W + b) / 2) in attention. Here b = W / ratio is averaged over
+the ratios (0 in the last window), and m slots lie before the window. Training costs 3 x
+linear + 4 x attention with a frozen base (two forwards; backward one linear and two
+attentions more), 4 x both with all weights. Hours assume 40 % of the peak of 8 A100 or
+A800, 312 TFLOP/s each: an MFU, which counts nothing twice (`model.flops`), of 27 %, or
+30 % with all weights.
 """
 
 from ml_collections import ConfigDict
@@ -43,7 +45,7 @@ FINETUNE_SOURCES = (
 )
 MAX_LENGTH = 20480
 BATCH = 8
-# Of the estimates alone.
+# Only the estimates use these.
 FINETUNE_ROWS = 13000 + 3000 + 5000 + 2000 + 5000
 PRETRAIN_LENGTHS = (4096, 10240, 20480)
 FINETUNE_LENGTHS = (7200, 13840, 20480)
@@ -57,7 +59,10 @@ SHARDED = {"data": 1, "fsdp": 8, "tensor": 1}
 
 
 def pretrain(preset: str, arg: str = "") -> Config:
-    """Stage 1: beacons on a frozen base. `preset`: a name of `model.presets`."""
+    """Makes stage 1: beacons on a frozen base.
+
+    `preset` is a name of `model.presets`.
+    """
     config = start(preset)
     config.data.update(
         {
@@ -72,7 +77,7 @@ def pretrain(preset: str, arg: str = "") -> Config:
 
 
 def finetune(preset: str, arg: str = "") -> Config:
-    """Stage 2, from the export of stage 1."""
+    """Makes stage 2, which starts from the export of stage 1."""
     config = start(preset)
     config.init_from = f"out/{_file(preset)}_pretrain/export"
     config.beacon.ratios = (2, 4, 8)
@@ -81,7 +86,7 @@ def finetune(preset: str, arg: str = "") -> Config:
 
 
 def full_ft(preset: str, arg: str = "") -> Config:
-    """The paper's Full-FT baseline: all weights, no beacons, the rows of stage 2."""
+    """Makes the paper's Full-FT baseline: all weights, no beacons, rows of stage 2."""
     config = start(preset)
     config.trainable = "all"
     config.beacon.use = False
@@ -92,7 +97,10 @@ def full_ft(preset: str, arg: str = "") -> Config:
 
 
 def start(preset: str) -> Config:
-    """What all recipes share; `default_config` has the release's optimiser already."""
+    """Makes what all recipes share.
+
+    `default_config` has the release's optimiser already.
+    """
     config = default_config()
     config.dtype = "bfloat16"
     config.loss.average = "row"
@@ -140,8 +148,10 @@ def _finetuning_rows(config: Config, preset: str) -> None:
 
 
 def _shrink(config: Config, preset: str) -> None:
-    """A random model of the preset's kind, windows of 32 tokens, short rows: six steps
-    on those of assets/smoke, or two steps a stage."""
+    """Makes a random model of the preset's kind, windows of 32 tokens and short rows.
+
+    It trains six steps on the rows of assets/smoke, or two steps a stage.
+    """
     real = get_preset(preset)
     heads = 4
     config.init_from = ""
@@ -171,7 +181,7 @@ def _shrink(config: Config, preset: str) -> None:
         sources = ["assets/smoke/text.jsonl"]
         if config.data.chat_template:
             sources.append("assets/smoke/chat.jsonl")
-            # The real one's marks are no tokens of a tokenizer trained on text.
+            # Marks of the real template are no tokens of a tokenizer trained on text.
             config.data.chat_template = "no"
         limits = {"min_length": 16, "max_length": 112, "steps": 6, "epochs": 0}
         config.data.update({**limits, "sources": tuple(sources), "tokens": 0})

@@ -1,6 +1,6 @@
-"""Where the arrays of a training run live, and how its devices share a batch.
+"""Places the arrays of a training run, and shares a batch among its devices.
 
-Two settings (config.mesh), as in docs/recipes.md:
+There are two settings (config.mesh), as in docs/recipes.md:
   fast  fsdp = tensor = 1: every device holds the whole base, the optimiser's state is
         split over data, and every device draws its own ratio plan, as the release's
         eight processes do. The step is a shard_map.
@@ -48,7 +48,7 @@ class Placement:
 
     @property
     def plans(self) -> int:
-        """Ratio plans per step."""
+        """The number of ratio plans per step."""
         return self.mesh.shape["data"] if self.own_plans else 1
 
     @property
@@ -57,7 +57,7 @@ class Placement:
 
     @property
     def plan_sharding(self) -> NamedSharding:
-        """Sharding of plans [N, P]: a column per device, or all on every device."""
+        """The sharding of plans [N, P]: a column per device, or all on every device."""
         columns = NamedSharding(self.mesh, PartitionSpec(None, "data"))
         return columns if self.own_plans else self.everywhere
 
@@ -65,12 +65,14 @@ class Placement:
         return put(plans, self.plan_sharding)
 
     def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Host arrays [N, B, ...] as global ones; of every process only its `rows` have
-        to be filled in."""
+        """Makes global arrays of host arrays [N, B, ...].
+
+        Every process has to fill in only its `rows` of them.
+        """
         return {k: put(x, self._batch_sharding(x.shape)) for k, x in arrays.items()}
 
     def rows(self, count: int) -> list[int]:
-        """The rows of a batch of `count` that devices of this process hold."""
+        """Returns the rows of a batch of `count` that devices of this process hold."""
         shape = (1, count)
         where = self._batch_sharding(shape).addressable_devices_indices_map(shape)
         indices = [index for index in where.values() if index is not None]
@@ -81,17 +83,17 @@ class Placement:
         return self.partition.sharding((None, "batch"), shape, "the batch")
 
     def frozen(self, config: ModelConfig, tree: dict[str, Any]) -> dict[str, Any]:
-        """Shardings of parameters that are not trained."""
+        """Returns the shardings of parameters that are not trained."""
         return self._variables(config, tree, trained=False)
 
     def trained(self, config: ModelConfig, tree: dict[str, Any]) -> dict[str, Any]:
-        """Shardings of what is trained."""
+        """Returns the shardings of what is trained."""
         return self._variables(config, tree, trained=True)
 
     def variable(
         self, config: ModelConfig, name: str, shape: tuple[int, ...], *, trained: bool
     ) -> NamedSharding:
-        """The sharding of one variable, "params/..." or "beacon/..."."""
+        """Returns the sharding of one variable, "params/..." or "beacon/..."."""
         axes: Any = variable_axes(config)
         for key in name.split("/"):
             axes = axes[key]
@@ -111,8 +113,11 @@ class Placement:
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
     def optimizer(self, state: Any, trained: Any) -> Any:
-        """Shardings of an optimiser's state: moments are split as what they belong to,
-        whose path theirs ends with; counters are everywhere."""
+        """Returns the shardings of an optimiser's state.
+
+        Moments are split as what they belong to, whose path theirs ends with. Counters
+        are everywhere.
+        """
         owners = {
             tuple(path): sharding
             for path, sharding in jax.tree_util.tree_leaves_with_path(trained)
@@ -206,7 +211,9 @@ def make_value_and_grad(
     parts: int = 1,
     scale: float = 1.0,
 ) -> Callable[..., Any]:
-    """(trained, frozen, batch, plans [N, P]) -> ((loss, aux), gradients) of all rows.
+    """Makes the function that gives the loss and its gradients for all rows.
+
+    It is (trained, frozen, batch, plans [N, P]) -> ((loss, aux), gradients).
 
     Args:
       loss: (trained, frozen, batch, plan [N], partition) -> (loss, aux), as
@@ -239,7 +246,7 @@ def make_value_and_grad(
         total = jnp.where(total > 0, total, 1.0)
 
         def mean(part, spec):
-            """Over all devices; each gets the part that its optimiser needs."""
+            """Averages over all devices; each gets the part its optimiser needs."""
             if "data" not in spec:
                 return lax.psum(part / total, "data")
             return lax.psum_scatter(
@@ -276,10 +283,10 @@ def _value_and_grad(loss: Callable[..., Any], scale: float) -> Callable[..., Any
 
 
 def _sums(value_and_grad, average, parts, trained, frozen, batch, plans, partition):
-    """(loss * count, count, aux, gradients * count) of rows that are at hand, float32.
+    """Returns (loss * count, count, aux, gradients * count) of rows at hand, float32.
 
-    count: their labels' weights, or the share of rows that have a token (1 per part,
-    but for the empty rows of a `pad` batch), as `average` says.
+    `count` is the sum of their labels' weights, or the share of rows that have a token
+    (1 per part, but for the empty rows of a `pad` batch), as `average` says.
     """
 
     def one(batch, plan):

@@ -1,8 +1,9 @@
-"""What a run does when it is told to stop.
+"""Ends a run when it is told to stop.
 
 Python calls a signal's handler between two of its own instructions, so not while XLA
-compiles or a step is waited for: minutes, at times. A thread that reads the numbers of
-arriving signals from a pipe (`signal.set_wakeup_fd`) answers at once instead.
+compiles or a step is waited for, which at times takes minutes. A thread that reads the
+numbers of arriving signals from a pipe (`signal.set_wakeup_fd`) answers at once
+instead.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ GRACE = 3.0  # seconds for the main thread to leave by itself
 
 
 class Signals:
-    """SIGINT and SIGTERM while a run is prepared, trains and exports.
+    """Handles SIGINT and SIGTERM while a run is prepared, trains and exports.
 
     If something would be lost, the first signal lets the step in progress end, and
     `after` tells the loop to save. A second one, or a first one with nothing to lose,
@@ -75,15 +76,15 @@ class Signals:
         self._old = {}
 
     def running(self, step: int) -> None:
-        """Step `step` is on its way: from here on there is something to lose."""
+        """Notes that step `step` is on its way: from here on something can be lost."""
         self._step = step
 
     def safe(self) -> None:
-        """What was trained is saved."""
+        """Notes that what was trained is saved."""
         self._step = None
 
     def after(self, step: int) -> signal.Signals | None:
-        """The signal because of which the run ends after this step, if any."""
+        """Returns the signal because of which the run ends after this step, if any."""
         if jax.process_count() == 1:
             return self.received
         stop = multihost_utils.reached_preemption_sync_point(step)
@@ -91,8 +92,10 @@ class Signals:
 
     @contextlib.contextmanager
     def stop_after(self, kind: type[OSError]) -> Iterator[None]:
-        """An error of this kind in the body ends the run after its next step, in all
-        processes; it is kept as `failure`."""
+        """Ends the run after its next step if the body raises an error of this kind.
+
+        All processes end; the error is kept as `failure`.
+        """
         try:
             yield
         except kind as error:
@@ -103,7 +106,7 @@ class Signals:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _arrived(self, number: int, frame: Any) -> None:
-        """In the main thread, as soon as Python is back."""
+        """Handles a signal in the main thread, as soon as Python is back."""
         self._handled += 1
         if self._step is None or self._handled > 1:
             raise SystemExit(128 + number)
@@ -117,7 +120,7 @@ class Signals:
                 self._answer(signal.Signals(data[0]))
 
     def _answer(self, number: signal.Signals) -> None:
-        """In a thread of its own, when the signal arrives."""
+        """Answers a signal when it arrives, in a thread of its own."""
         self._seen += 1
         if self._step is not None and self._seen == 1:
             self._tell(
@@ -136,7 +139,10 @@ class Signals:
             os._exit(128 + number)  # the main thread is inside XLA, or in a full pipe
 
     def _tell(self, text: str) -> None:
-        """To stderr, past Python's buffers and locks: stdout may be a closed pipe."""
+        """Writes to stderr, past Python's buffers and locks.
+
+        It does not use stdout, which may be a closed pipe.
+        """
         if self._lead:
             with contextlib.suppress(OSError):  # nobody reads it
                 os.write(2, f"{text}\n".encode())

@@ -24,8 +24,10 @@ class Programs:
         return len(self._made)
 
     def prepare(self, state, frozen, batch, plans) -> float:
-        """Compiles what these arguments need; the seconds it took, 0.0 if it is there
-        already."""
+        """Compiles what these arguments need; returns the seconds that it took.
+
+        They are 0.0 if the program is there already.
+        """
         key = _shapes(batch, plans)
         if key in self._made:
             return 0.0
@@ -44,8 +46,9 @@ def _shapes(batch: dict[str, jax.Array], plans: jax.Array) -> Any:
 class Flight:
     """Steps that were started and may not have ended.
 
-    Two at most, so that a signal is answered soon and the devices do not wait for the
-    host; one if steps take more than a second, when a moment of waiting is nothing.
+    There are two at most, so that a signal is answered soon and the devices do not wait
+    for the host. If steps take more than a second there is one: a moment of waiting is
+    nothing then.
 
     Attributes:
       in_a_row, skipped: updates that were not finite, of the steps that have ended.
@@ -57,7 +60,7 @@ class Flight:
         self._slow, self._landed = False, time.perf_counter()
 
     def add(self, values: dict[str, Any]) -> None:
-        """What the update returned."""
+        """Takes in what the update of a step returned."""
         self._started.append(values)
 
     def land(self, *, all_of_them: bool) -> None:

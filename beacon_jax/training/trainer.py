@@ -249,7 +249,10 @@ def _train(
 
 
 def _going_on(restored: Restored) -> dict[str, Any]:
-    """The restored state; a fresh optimiser gets the learning rate of its step."""
+    """Returns the restored state.
+
+    A fresh optimiser gets the learning rate of its step.
+    """
     state = restored.state
     if restored.optimizer:
         return state
@@ -285,7 +288,7 @@ def _not_finite(config: Config, step: int, in_a_row: int) -> str:
 
 
 def _last_words(text: str) -> None:
-    """To stdout, or to stderr if the reader of stdout has gone."""
+    """Prints to stdout, or to stderr if the reader of stdout has gone."""
     try:
         say(text)
     except OutputClosed:
@@ -295,8 +298,9 @@ def _last_words(text: str) -> None:
 def export_checkpoint(
     workdir: str | Path, dst: str | Path, *, overwrite: bool = False
 ) -> int:
-    """Writes the newest checkpoint of a run as an HF folder, as `train` does at its
-    end, on one device; returns its step.
+    """Writes the newest checkpoint of a run as an HF folder; returns its step.
+
+    It does so on one device, as `train` does at its end.
 
     Raises:
       FileNotFoundError: `workdir` has no config.json, or no whole checkpoint.
@@ -324,7 +328,7 @@ def export_checkpoint(
 
 
 def _state(placement: Placement, optimizer: Any, trained: Any) -> dict[str, Any]:
-    """A fresh state: what is trained, and an optimiser state split in the same way."""
+    """Makes a fresh state: what is trained, and an optimiser state split likewise."""
     shardings = jax.tree.map(lambda x: x.sharding, trained)
     fresh = jax.eval_shape(optimizer.init, trained)
     where = placement.optimizer(fresh, shardings)
@@ -343,8 +347,11 @@ def make_update(
     state: dict[str, Any],
     remat: str,
 ):
-    """The jitted step: (state, frozen, batch, plans) -> (state, values); state is
-    donated and stays where `state` (arrays, or their shapes and shardings) is."""
+    """Makes the jitted step: (state, frozen, batch, plans) -> (state, values).
+
+    The state is donated, and stays where `state` (arrays, or their shapes and
+    shardings) is.
+    """
     dtype = jnp.dtype(config.dtype)
     half = dtype == jnp.float16
 
@@ -414,7 +421,7 @@ def _remat(
     frozen: Any,
     batches: StepBatches,
 ) -> str:
-    """config.remat, or what the largest batch leaves room for."""
+    """Returns config.remat, or what the largest batch leaves room for."""
     if config.remat != "auto":
         return config.remat
     if model.beacon is None:
