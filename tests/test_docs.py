@@ -41,7 +41,6 @@ def commands():
                 yield page.name, found[1], found[2]
 
 
-@pytest.mark.optimized  # as for a user
 @pytest.mark.parametrize(
     "page",
     [GENERATE.PAGES[0], *(pytest.param(p, marks=SLOW) for p in GENERATE.PAGES[1:])],

@@ -61,6 +61,7 @@ def test_a_method_that_fails_costs_the_others_nothing():
         group.measure("bad")
 
 
+@pytest.mark.slow
 def test_without_torch_its_rows_say_what_to_install(tmp_path, monkeypatch):
     real = importlib.import_module
 

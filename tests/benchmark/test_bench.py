@@ -40,7 +40,10 @@ FIELDS = {
     "train": {"tokens_per_second", "model_flops", "mfu", "remat", "plan"},
 }
 
+measuring = pytest.mark.slow  # all parts: half a minute
 
+
+@measuring
 def test_every_part_has_rows_and_none_failed(measured):
     assert {row["key"]["part"] for row in measured.rows} == set(FIELDS)
     assert [row for row in measured.rows if row["status"] == "failed"] == []
@@ -50,6 +53,7 @@ def test_every_part_has_rows_and_none_failed(measured):
     assert all(row["status"] == "ok" for row in models)
 
 
+@measuring
 def test_bench_json_has_its_schema(measured):
     content = records.read(measured.folder / "bench.json")
     assert set(content) == {"schema", "run", "rows"}
@@ -68,6 +72,7 @@ def test_bench_json_has_its_schema(measured):
             assert 0 < t["min_s"] <= t["median_s"] <= t["max_s"]
 
 
+@measuring
 def test_every_implementation_is_measured_at_every_fill_or_refuses(measured):
     found = {}
     for row in measured.rows:
@@ -95,6 +100,7 @@ def test_a_kernel_of_another_platform_is_refused_with_the_reason(monkeypatch):
     assert row["status"] == "refused" and "is for tpu, this is cpu" in row["reason"]
 
 
+@measuring
 def test_parity_holds_and_covers_gradients(measured):
     rows = [row for row in measured.rows if row["key"]["part"] == "parity"]
     good = [row for row in rows if row["status"] == "ok"]
@@ -121,6 +127,7 @@ def test_a_wrong_kernel_fails_its_parity(monkeypatch):
     assert row["status"] == "failed" and "ArithmeticError: errors" in row["reason"]
 
 
+@measuring
 def test_refused_implementations_are_listed_with_their_reason(measured):
     (text,) = [x for x in report.sections(measured.rows) if "**Attention**" in x]
     (line,) = [x for x in text.splitlines() if "decode_tpu: " in x]
@@ -129,6 +136,7 @@ def test_refused_implementations_are_listed_with_their_reason(measured):
     assert not any(x.startswith("|") and "decode_tpu " in x for x in text.splitlines())
 
 
+@measuring
 def test_useful_flops_count_what_each_query_sees(measured):
     for row in measured.rows:
         key = row["key"]
@@ -141,6 +149,7 @@ def test_useful_flops_count_what_each_query_sees(measured):
         assert row["useful_flops"] == forward * (2 if key["way"] == "backward" else 1)
 
 
+@measuring
 def test_the_same_command_measures_nothing_twice(measured, monkeypatch):
     def fail(*_):
         raise AssertionError("measured again")
@@ -289,6 +298,7 @@ def test_only_the_latest_thing_is_kept():
     assert len(made) == 3
 
 
+@measuring
 def test_figures_are_drawn_for_every_part(measured):
     for part in ("kernels", "prefill", "decode", "train"):
         png = (measured.folder / f"{part}.png").read_bytes()
@@ -311,6 +321,7 @@ def test_rates_are_told_in_the_unit_that_fits():
     assert plots._flops([2e10, 4e14]) == (1e12, "TFLOP/s")
 
 
+@measuring
 def test_the_readme_table_is_made_from_the_json(measured, tmp_path, monkeypatch):
     readme = tmp_path / "docs/benchmarks.md"
     readme.parent.mkdir()
@@ -347,6 +358,7 @@ def test_the_page_of_this_repository_has_room_for_the_table(tmp_path):
     assert page.read_text("utf-8") == before + table + after
 
 
+@measuring
 def test_a_page_without_markers_and_a_wrong_file_say_so(measured, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("nothing")

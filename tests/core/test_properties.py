@@ -218,7 +218,8 @@ def loss_of(config, beacon, tokens, lengths, plan, **options):
     )
 
 
-@pytest.mark.parametrize("sink", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow  # its gradients are in the sum that the next test compares
+@pytest.mark.parametrize("sink", [0, 3])
 def test_a_short_row_trains_as_alone_while_others_go_on(sink):
     config = config_with(sink=sink)
     tokens, lengths, plan = text(11), [T, 19], [2, 4, 2, 4, 2]
@@ -296,7 +297,7 @@ def test_a_batch_without_labels_has_loss_0_and_no_gradient():
     "remat",
     [
         "lean",
-        "layer",
+        pytest.param("layer", marks=pytest.mark.slow),
         pytest.param("lean-layer", marks=pytest.mark.slow),
         pytest.param("window", marks=pytest.mark.slow),
     ],

@@ -60,6 +60,7 @@ def test_a_batch_has_one_length_and_one_ratio(model):
     assert found == [(2, ["0", "1"]), (4, ["2", "3"]), (4, ["4"]), (4, ["5"])]
 
 
+@pytest.mark.slow
 def test_answers_of_ragged_rows_are_those_of_the_rows_alone(model):
     past, last = rows(model, 64, 0, 32), rows(model, 9, 32, 1)
     references = rows(model, 5, 40, 1)

@@ -88,6 +88,7 @@ def same_row(ours: MemoryState, i: int, theirs: MemoryState, j: int) -> None:
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_greedy_equals_feeding_the_argmax_step_by_step():
     (row,) = prompts(43)
     logits, memory = start([row], PLAN)

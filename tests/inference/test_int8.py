@@ -82,6 +82,7 @@ def test_it_holds_what_a_float_memory_holds(model, ratio):
     close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_outliers_in_the_keys_do_not_drown_the_rest(biased):
     """Rounded as they are, keys of 100 would leave steps of 0.8."""
     ours = biased.compress(TEXT, ratio=2, **INT8)

@@ -58,6 +58,7 @@ def test_rows_of_one_call_get_what_each_gets_alone(model):
     agrees(together[0].batch)
 
 
+@pytest.mark.slow
 def test_rows_with_plans_of_their_own_come_back_in_order(model):
     contexts = [TEXT[:64], TEXT[5:75], TEXT[:64], TEXT[9:50]]
     lists = [[2, 4, 0], [4], [2, 4, 0], [0, 2]]
@@ -381,7 +382,11 @@ def test_a_memory_of_another_model_or_batch_is_refused(model, make_folder):
 
 
 @pytest.mark.parametrize(
-    "mesh", [pytest.param("tensor:8", marks=pytest.mark.slow), "data:2,tensor:4"]
+    "mesh",
+    [
+        pytest.param("tensor:8", marks=pytest.mark.slow),
+        pytest.param("data:2,tensor:4", marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_split_over_devices_gives_what_one_gives(make_folder, mesh):
     shape = {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 264}

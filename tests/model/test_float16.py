@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from beacon_jax.attention.api import IMPLEMENTATIONS, prefix_attention
 from beacon_jax.core import loop
@@ -142,6 +143,7 @@ def gradient_error(scale, factor):
     return optax.tree.norm(apart) / optax.tree.norm(wanted)
 
 
+@pytest.mark.slow
 def test_gradients_through_the_lean_backward_pass_are_those_of_float32():
     exact, ours = (value_and_grad(d)(scale=1.0)[0] for d in ("float32", "float16"))
     np.testing.assert_allclose(ours, exact, rtol=2e-3)

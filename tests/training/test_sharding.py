@@ -146,9 +146,9 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "average"),
     [
-        (4, "row"),
         (8, "token"),
         pytest.param(1, "row", marks=slow),
+        pytest.param(4, "row", marks=slow),
         pytest.param(1, "token", marks=slow),
         pytest.param(4, "token", marks=slow),
         pytest.param(8, "row", marks=slow),
