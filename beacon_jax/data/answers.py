@@ -16,7 +16,8 @@ class Answers:
     """The file that keeps answers: one JSON line {"key", "pairs"} for each.
 
     Lines are only ever appended. Memory holds the places of the lines, not the answers.
-    An incomplete last line, left by a process that was killed, is cut off.
+    A damaged line, such as the last one of a process that was killed, stays where it is
+    and counts as no answer.
     """
 
     def __init__(self, path: Path):
@@ -35,13 +36,15 @@ class Answers:
             ) from None
         self._file.seek(0)
         place = 0
+        line = b"\n"
         for line in self._file:
-            key = self._read(line).get("key")
-            if not line.endswith(b"\n") or not isinstance(key, str):
-                break
-            self._places[key] = place
+            row = self._read(line)
+            if isinstance(row.get("key"), str) and isinstance(row.get("pairs"), list):
+                self._places[row["key"]] = place
             place += len(line)
-        self._file.truncate(place)
+        if not line.endswith(b"\n"):
+            self._file.write(b"\n")
+            self._file.flush()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -148,7 +148,6 @@ def start_worker(tokenizer_folder: str, rules: Rules, counters: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
     _worker = Worker(load_tokenizer(tokenizer_folder), rules, counters)
 
 

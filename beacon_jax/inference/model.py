@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -524,25 +525,33 @@ def load(
     runtime.prepare()
     partition = make_partition(mesh) if mesh is not None else None
     place = None if partition is None else placed_on(partition)
-    found = checkpoint.load(
-        path,
-        dtype=dtype,
-        beacon=beacon,
-        ignore_sliding_window=ignore_sliding_window,
-        place=place,
-    )
+    # Importing transformers takes 1 to 2 s: meanwhile the weights are read.
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(_tokenizer, path)
+        found = checkpoint.load(
+            path,
+            dtype=dtype,
+            beacon=beacon,
+            ignore_sliding_window=ignore_sliding_window,
+            place=place,
+        )
+        tokenizer = reading.result()
     if found.untrained:
         said = f"the beacons of {path} are untrained, copies of the base model: text "
         said += "that is compressed is not understood. Train them (python -m "
         said += "beacon_jax.train), or keep everything with "
         validate.warn(f"{said}ratio=0.", f"{said}--ratio=full.")
-    try:
-        tokenizer = checkpoint.load_tokenizer(path)
-    except FileNotFoundError:
-        tokenizer = None
     # A CPU device takes these arrays over as they are: half the memory, half the time.
     variables = jax.device_put(found.variables)
     return Model(found.config, variables, tokenizer, found.identity, partition)
+
+
+def _tokenizer(path: Path) -> Any:
+    """Loads the tokenizer of a folder, or None if it has none."""
+    try:
+        return checkpoint.load_tokenizer(path)
+    except FileNotFoundError:
+        return None
 
 
 def placed_on(partition: Partition) -> Place:

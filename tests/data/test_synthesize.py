@@ -342,7 +342,7 @@ def test_equal_segments_are_asked_about_once(tmp_path):
     assert report.conversations == 2 and len(server.bodies) == 1
 
 
-def test_answer_cut_off_by_a_kill_is_dropped_and_asked_again(books, tmp_path):
+def test_an_answer_damaged_by_a_kill_is_asked_again(books, tmp_path):
     with ChatServer().running() as server:
         settings = make(server, books, tmp_path)
         run(settings)
@@ -352,7 +352,7 @@ def test_answer_cut_off_by_a_kill_is_dropped_and_asked_again(books, tmp_path):
         report = run(settings)
     assert (report.known, report.asked) == (11, 1)
     assert settings.out.read_bytes() == whole
-    assert len(kept.read_text().splitlines()) == 12
+    assert len(kept.read_text().splitlines()) == 13  # nothing in it is ever cut
 
 
 def test_pairs_that_cannot_fit_are_left_out_and_counted(books, tmp_path):
@@ -402,6 +402,24 @@ def test_only_one_run_writes_a_file(books, tmp_path):
         ):
             run(settings)
         assert not server.bodies
+
+
+def test_damaged_lines_of_the_answers_cost_only_themselves(tmp_path):
+    path = tmp_path / "qa.jsonl.answers"
+    with Answers(path) as answers:
+        for key in "abc":
+            answers.add(key, [(f"{key}?", f"{key}!")])
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    damaged = first + b"\xff" + second[1:] + third + b'{"key": "d", "pa'
+    path.write_bytes(damaged)
+    with Answers(path) as answers:
+        assert answers.known() == {"a", "c"}
+        answers.add("d", [("d?", "d!")])
+    with Answers(path) as answers:
+        assert answers.known() == {"a", "c", "d"}
+        assert answers.get("c") == [("c?", "c!")] and answers.get("b") == []
+        assert answers.get("d") == [("d?", "d!")]
+    assert path.read_bytes().startswith(damaged)
 
 
 def test_file_of_something_else_is_not_overwritten(books, tmp_path):
