@@ -296,7 +296,7 @@ def test_a_batch_without_labels_has_loss_0_and_no_gradient():
 @pytest.mark.parametrize(
     "remat",
     [
-        "lean",
+        pytest.param("lean", marks=pytest.mark.slow),
         pytest.param("layer", marks=pytest.mark.slow),
         pytest.param("lean-layer", marks=pytest.mark.slow),
         pytest.param("window", marks=pytest.mark.slow),

@@ -207,7 +207,7 @@ def test_what_follows_sees_exactly_the_entries_that_the_method_leaves(
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["gqa", pytest.param("mha", marks=pytest.mark.slow)])
 def test_every_method_keeps_the_bytes_of_beacons_or_says_what_it_keeps(
     shape, models, rows
 ):

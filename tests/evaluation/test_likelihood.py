@@ -68,7 +68,7 @@ def all_logits(lm, pairs, ratio):
     return np.asarray(whole(lm.variables))
 
 
-@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("ratio", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_scores_are_those_of_all_logits_at_once(lm, pairs, ratio):
     found = likelihood.score(lm, pairs, ratio=ratio)
     for logits, pair, score in zip(

@@ -212,6 +212,7 @@ def test_a_file_without_tokens_says_so_when_they_are_needed(run):
     )
 
 
+@pytest.mark.slow
 def test_a_budget_and_lossless_spans_are_kept_and_accounted_for(run, model):
     prompt, new = "At dawn", 9
     ran = run(

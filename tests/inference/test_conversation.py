@@ -105,6 +105,7 @@ def test_undo_leaves_the_conversation_as_before_the_turn(plain_text):
         chat.undo()
 
 
+@pytest.mark.slow
 def test_a_context_without_tokens_can_be_talked_about_and_returned_to(model, tmp_path):
     memory = model.compress(CONTEXT, ratio=4, capacity=320)
     memory.save(tmp_path / "bare.beacon", tokens=False)

@@ -73,6 +73,7 @@ def test_a_memory_goes_on_with_its_own_ratio_unless_told_otherwise(model):
     assert int(model.compress("x" * 8, "full", memory=memory).slots[0]) == 64 // 4 + 8
 
 
+@pytest.mark.slow
 def test_continuing_the_returned_memory_equals_one_long_generation(model):
     whole = model.complete(CONTEXT, ratio=4, max_new_tokens=BLOCK + 9, **ROOM)
     # The second call starts from the logits of the prompt's last token, so the last
@@ -85,6 +86,7 @@ def test_continuing_the_returned_memory_equals_one_long_generation(model):
     assert second.tokens[: len(rest)].tolist() == rest.tolist()
 
 
+@pytest.mark.slow
 def test_rows_of_different_length_give_what_each_gives_alone(model):
     config, variables = model.config, model.variables
     rng = np.random.default_rng(1)

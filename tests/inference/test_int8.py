@@ -140,6 +140,7 @@ def test_slots_keep_their_bits(model):
         np.testing.assert_array_equal(a.scale[..., :n], b.scale[..., :n])
 
 
+@pytest.mark.slow
 def test_rows_forks_and_cuts_are_as_with_floats(model):
     texts = [TEXT[:90], TEXT[:21], TEXT[10:75]]
     batch = model.compress(texts, ratio=2, **INT8)
@@ -162,6 +163,7 @@ def test_packs_and_mounting(model, tmp_path):
     close(mounted, Memory.concatenate(float_ones))
 
 
+@pytest.mark.slow
 def test_split_over_devices(make_folder):
     shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258}
     folder = make_folder(**shape)

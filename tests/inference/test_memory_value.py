@@ -77,6 +77,7 @@ def test_rows_with_plans_of_their_own_come_back_in_order(model):
     assert [m.rows[0].length for m in memories] == [64, 70, 64, 41]
 
 
+@pytest.mark.slow
 def test_several_questions_are_asked_of_one_memory_in_one_batch(model):
     memory = model.compress(TEXT, ratio=4, **ROOM)
     before = jax.tree.map(np.array, memory.state)

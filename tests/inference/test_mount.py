@@ -267,6 +267,7 @@ def test_memories_differ_in_capacity_and_one_without_tokens_makes_all_without():
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
+@pytest.mark.slow
 def test_ledger_and_device_agree_after_any_mix_of_feeding_cutting_and_mounting(data):
     config, plan = CONFIGS["sinks"], (2, 4)
     lengths = st.integers(1, 16)

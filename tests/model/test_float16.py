@@ -150,6 +150,7 @@ def test_gradients_through_the_lean_backward_pass_are_those_of_float32():
     assert gradient_error(1.0, 4096.0) < 0.02
 
 
+@pytest.mark.slow
 def test_labels_that_count_little_lose_their_gradient_unless_the_loss_is_scaled():
     """A label of a row of 16,384 counts 2**-14."""
     assert gradient_error(2.0**-14, 1.0) > 0.1

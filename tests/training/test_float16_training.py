@@ -14,6 +14,7 @@ def history(workdir, name):
     return np.asarray([json.loads(line)[name] for line in lines])
 
 
+@pytest.mark.slow
 def test_float16_learns_as_float32_does(config, tmp_path):
     config.beacon.ratios = (4,)
     config.data.stages.stage1.steps = 12

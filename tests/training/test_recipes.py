@@ -131,7 +131,7 @@ def test_the_stages_have_the_data_of_the_paper(model):
 @pytest.mark.parametrize(
     ("recipe", "family", "beacons"),
     [
-        ("qwen2_7b_finetune", "qwen2", True),
+        pytest.param("qwen2_7b_finetune", "qwen2", True, marks=pytest.mark.slow),
         pytest.param("llama2_7b_pretrain", "llama", True, marks=pytest.mark.slow),
         pytest.param("llama2_7b_full_ft", "llama", False, marks=pytest.mark.slow),
     ],

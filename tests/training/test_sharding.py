@@ -146,7 +146,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "average"),
     [
-        (8, "token"),
+        pytest.param(8, "token", marks=slow),
         pytest.param(1, "row", marks=slow),
         pytest.param(4, "row", marks=slow),
         pytest.param(1, "token", marks=slow),
@@ -167,7 +167,7 @@ def test_every_device_its_own_plan(devices, average):
 @pytest.mark.parametrize(
     ("mesh", "average"),
     [
-        ((4, 1, 1), "row"),
+        pytest.param((4, 1, 1), "row", marks=slow),
         pytest.param((4, 1, 1), "token", marks=slow),
         pytest.param((1, 2, 2), "row", marks=slow),
         pytest.param((1, 2, 2), "token", marks=slow),

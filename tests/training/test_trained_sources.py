@@ -124,6 +124,7 @@ def test_a_tfds_data_set_trains(config, tmp_path):
     assert train(config, tmp_path / "run")["steps"] == 7  # 40 and 12 rows
 
 
+@pytest.mark.slow
 def test_a_run_on_sources_resumes_bit_for_bit(config, tmp_path, monkeypatch, capsys):
     for name in ("a.jsonl", "a.parquet"):
         WRITERS[name](tmp_path / name)
