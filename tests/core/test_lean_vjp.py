@@ -154,7 +154,7 @@ def test_the_product_of_options_has_the_bits_of_plain_reverse_mode(case):
             np.testing.assert_array_equal(named(ours)[name], x, err_msg=name)
 
 
-@some(2)
+@some()
 def test_the_product_of_options_under_shard_map_has_the_gradients_of_one_device(case):
     """A row per device. Sums over rows are split, so that the last bits may differ."""
     loss, own = loss_and_own(case)

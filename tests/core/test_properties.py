@@ -95,12 +95,22 @@ def test_slots_never_change_once_written(seed, more):
     np.testing.assert_array_equal(memory.v[:, :, :m], grown.v[:, :, :m])
 
 
+LAYOUTS = pytest.mark.parametrize(
+    ("sink", "placement"),
+    [
+        (0, "interleave"),
+        (3, "append"),
+        pytest.param(3, "interleave", marks=pytest.mark.slow),
+        pytest.param(0, "append", marks=pytest.mark.slow),
+    ],
+)
+
+
+@LAYOUTS
 @PROPERTY
 @given(
     seed=st.integers(0, 99),
     cuts=st.lists(st.integers(0, T), min_size=1, max_size=3),
-    sink=st.sampled_from([0, 3]),
-    placement=st.sampled_from(["interleave", "append"]),
     zero=st.booleans(),
 )
 def test_pieces_give_what_the_whole_gives(seed, cuts, sink, placement, zero):
@@ -132,15 +142,7 @@ def assert_equal_memories(config, ours, expected):
         )
 
 
-@pytest.mark.parametrize(
-    ("sink", "placement"),
-    [
-        (0, "interleave"),
-        (3, "append"),
-        pytest.param(3, "interleave", marks=pytest.mark.slow),
-        pytest.param(0, "append", marks=pytest.mark.slow),
-    ],
-)
+@LAYOUTS
 def test_token_by_token_gives_what_feeding_gives(sink, placement):
     config = config_with(sink=sink, placement=placement)
     tokens, ratios = text(3), np.asarray([4, 2, 0, 2], np.int32)
@@ -239,9 +241,8 @@ def test_a_short_row_trains_as_alone_while_others_go_on(sink):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), da, db)
 
 
-@pytest.mark.parametrize(
-    "remat", ["lean", pytest.param("lean-layer", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["lean", "lean-layer"])
 def test_a_batch_of_mixed_lengths_has_the_gradients_of_its_rows_alone(remat):
     config, lengths, plan = config_with(sink=3), [T, 19, 2 * W], [2, 4, 2, 4, 2]
     tokens = np.concatenate([text(16), text(17)[:1]])

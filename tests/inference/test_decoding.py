@@ -107,8 +107,8 @@ def test_greedy_equals_feeding_the_argmax_step_by_step():
 
 @pytest.mark.parametrize(
     "seeds",
-    [range(3), pytest.param(range(3, 64), marks=pytest.mark.slow)],
-    ids=["3", "61-more"],
+    [range(1), pytest.param(range(1, 64), marks=pytest.mark.slow)],
+    ids=["1", "63-more"],
 )
 def test_random_batches_give_each_row_what_it_gives_alone(seeds):
     """Rows of 1 to 60 tokens share the plan of what they are fed; from there on each

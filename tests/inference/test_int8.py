@@ -115,6 +115,7 @@ def test_budgets_count_its_bytes(model):
     assert small.slots[0] * small.slot_nbytes <= 40 * 128
 
 
+@pytest.mark.slow
 def test_decoding_writes_what_feeding_writes(model):
     memory = model.compress(TEXT[:60], ratio=2, **INT8)
     made = model.complete("The key is ", memory=memory, max_new_tokens=21, **ROOM)

@@ -217,6 +217,7 @@ def test_what_describe_counts_is_what_a_prompt_takes(model, dtype):
     assert used.temp_size_in_bytes < allowed
 
 
+@pytest.mark.slow
 def test_lossless_windows_are_kept_whole_and_the_cost_is_said(model):
     result = model.complete(
         "The key is ", context=TEXT[:72], ratio=4, spans=r"\d{5}", **OPTIONS

@@ -90,6 +90,7 @@ def test_the_residual_stream_is_float32_in_float16_and_as_it_was_otherwise():
         assert apply(model, tree, x, method="finish").dtype == dtype
 
 
+@pytest.mark.slow
 def test_outliers_beyond_float16_give_the_logits_of_float32():
     tokens = np.random.default_rng(0).integers(0, 29, (2, 3 * W + 8))
     tree = with_outliers()

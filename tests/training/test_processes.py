@@ -111,6 +111,7 @@ def test_a_killed_run_ends_as_if_it_never_was(config, tmp_path):
     assert steps == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_processes_that_differ_are_refused(config, tmp_path):
     config.data.stages.stage1.update({"batch_size": 8, "steps": 2})
     config.compilation_cache = "off"

@@ -148,6 +148,7 @@ def test_a_run_on_sources_resumes_bit_for_bit(config, tmp_path, monkeypatch, cap
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_data(config, tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("word1 and 2 " * 9)
