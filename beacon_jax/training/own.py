@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import jax
@@ -128,15 +129,15 @@ def next_commands(config: Config, export: Path) -> str:
     length = max((s.length for s in data.stages.values()), default=data.max_length)
     lengths = sorted({2 * window, max(2, length // window) * window})
     if _heldout(config) >= 4 * (lengths[-1] + SAMPLES * window):
-        text = f"--text={data.sources[0]} "
+        text = f"--text={quote(str(data.sources[0]))} "
     return (
         "next:\n"
-        f"  python -m beacon_jax.generate --model={export} "
-        f"--context={_file(data.sources, data.root)} "
+        f"  python -m beacon_jax.generate --model={quote(str(export))} "
+        f"--context={quote(str(_file(data.sources, data.root)))} "
         f'--prompt="What is this text about?" --ratio={ratio}\n'
-        f"  python -m beacon_jax.evaluate --model={export} {text}"
+        f"  python -m beacon_jax.evaluate --model={quote(str(export))} {text}"
         f"--tasks=perplexity,passkey --ratios={','.join(map(str, ratios))} "
-        f"--lengths={','.join(map(str, lengths))} --out={out}"
+        f"--lengths={','.join(map(str, lengths))} --out={quote(str(out))}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -121,8 +122,10 @@ def test_a_model_with_too_few_positions_is_an_error(config, tmp_path):
 
 def test_the_next_commands_have_real_paths(config, tmp_path):
     made, _ = chosen(config, tmp_path)
-    text = own.next_commands(made, tmp_path / "run" / "export")
-    words = text.split()
+    export = tmp_path / "a run" / "export"
+    words = shlex.split(own.next_commands(made, export))  # as a shell reads it
+    assert words.count(f"--model={export}") == 2
+    assert f"--out={export.parent / 'evaluation'}" in words
     (context,) = [w for w in words if w.startswith("--context=")]
     assert Path(context.removeprefix("--context=")).is_file()
     assert "--ratios=2,4,8" in words
