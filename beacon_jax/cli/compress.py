@@ -30,7 +30,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 def run(o: flags.FlagValues) -> None:
     if not o.context:
         raise ValueError("--context is missing: name a text file, or - for stdin.")
-    context.check_new("out", o.out, overwrite=o.overwrite)
+    context.check_new("out", o.out, overwrite=o.overwrite, texts=o.context)
     context.parse_ratio(o.ratio)
     text = context.read_context(o)
     progress = Progress()
@@ -42,7 +42,7 @@ def run(o: flags.FlagValues) -> None:
         f"compiled in {read.compiled:,.1f} s; read {read.tokens:,} tokens in "
         f"{read.seconds:,.1f} s, {read.tokens / read.seconds:,.1f} tokens/s"
     )
-    read.memory.save(o.out, tokens=not o.no_tokens)
+    read.memory.save(o.out, tokens=not o.no_tokens, overwrite=o.overwrite)
     print(context.summary(model, read.memory))
     print(f"wrote {o.out}, {Path(o.out).stat().st_size / context.MIB:.3f} MiB")
 

@@ -3,6 +3,7 @@
 stdout is for text and JSON; everything here that is shown goes to stderr.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -102,12 +103,31 @@ def parse_ratio(text: str | None) -> list[int] | str | None:
         ) from None
 
 
-def check_new(flag: str, name: str | None, *, overwrite: bool) -> None:
+def check_new(
+    flag: str, name: str | None, *, overwrite: bool, texts: Sequence[str] = ()
+) -> None:
     """Raises ValueError if a file to be written exists, unless `overwrite`.
 
     It is called before an hour is spent on what goes into the file. A folder of that
-    name is an error, too.
+    name is an error, and so is one of the texts that the command reads.
     """
+    if name is None:
+        return
+    if not name:
+        raise ValueError(f"--{flag}= is empty: name a file.")
+    for text in texts:
+        if text != "-" and os.path.realpath(text) == os.path.realpath(name):
+            raise ValueError(
+                f"--{flag}={name} is a text that this command reads, and would be "
+                "replaced: name another file."
+            )
+    beside = Path(name).absolute().parent
+    while not beside.exists():
+        beside = beside.parent
+    if not beside.is_dir():
+        raise ValueError(f"--{flag}={name}: {beside} is a file, not a folder.")
+    if Path(name).exists() and not (Path(name).is_dir() or Path(name).is_file()):
+        raise ValueError(f"--{flag}={name} is a device or pipe: name a file.")
     if name and Path(name).is_dir():
         raise ValueError(f"--{flag}={name} is a folder: name a file.")
     if name and Path(name).exists() and not overwrite:

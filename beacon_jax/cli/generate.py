@@ -44,7 +44,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def run(o: flags.FlagValues) -> None:
     prompts = answers.read_prompts(o)
-    context.check_new("save_memory", o.save_memory, overwrite=o.overwrite)
+    texts = [*(o.context or []), *([o.prompt_file] if o.prompt_file else [])]
+    context.check_new("save_memory", o.save_memory, overwrite=o.overwrite, texts=texts)
     if o.save_memory and not (o.context or o.load_memory):
         raise ValueError(
             f"--save_memory={o.save_memory} writes the memory of a context: give "
@@ -61,7 +62,7 @@ def run(o: flags.FlagValues) -> None:
     reserve = max(map(len, rows), default=0) + new
     read = context.read(model, o, text, memory, progress, reserve)
     if o.save_memory and read.memory is not None:
-        read.memory.save(o.save_memory)
+        read.memory.save(o.save_memory, overwrite=o.overwrite)
         context.say(f"wrote {o.save_memory}")
     sampling = answers.sampling(o) | {"max_new_tokens": new}
     if o.chat:

@@ -45,13 +45,13 @@ def from_flags(values: Any, folder: Path) -> "Prepared":
     from beacon_jax.training.check_data import check_data
 
     config = values.config
-    check_data(config)
     if config.data.stages:
         raise ValueError(
             f"data.stages has {', '.join(config.data.stages)}, whose rows are cut from "
             "the text while a run trains: there is nothing to prepare. Train at once, "
             "or use a config without stages."
         )
+    check_data(config)
     settings = Settings.of(config.data, tokenizer_folder(config, folder.parent))
     return prepare(
         settings,

@@ -102,7 +102,8 @@ def new_folder(dst: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yields an empty folder that becomes `dst` when the block ends without an error.
 
     A killed process leaves `.NAME.partial` beside `dst`, never half a checkpoint; the
-    next run replaces it. With `overwrite` the old folder stays until the new is whole.
+    next run replaces it. With `overwrite` the old folder stays until the new is whole,
+    and files that no checkpoint has, such as notes of the user, move to the new one.
     """
     used = dst.exists() and (not dst.is_dir() or any(dst.iterdir()))
     if used and not overwrite:
@@ -128,4 +129,18 @@ def new_folder(dst: Path, *, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and dst.exists():
+            _keep_others(old, dst)
             shutil.rmtree(old)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Moves what is no part of a checkpoint, and has no new version, to `new`."""
+    for path in sorted(old.rglob("*")):
+        target = new / path.relative_to(old)
+        weights = path.name.endswith((*_WEIGHTS, ".index.json"))
+        if not path.is_file() or weights or path.name == MANIFEST or target.exists():
+            continue
+        if path.name.startswith(_TOKENIZER):  # it would belong to another tokenizer
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)

@@ -177,11 +177,13 @@ class Memory:
             raise ValueError(f"the memory has {len(self)} rows: only one is repeated.")
         return self[[0] * count]
 
-    def save(self, path: str | Path, *, tokens: bool = True) -> None:
+    def save(
+        self, path: str | Path, *, tokens: bool = True, overwrite: bool = False
+    ) -> None:
         """Writes a beacon pack, see `packs.save`."""
         from beacon_jax.inference import packs
 
-        packs.save(self, path, tokens=tokens)
+        packs.save(self, path, tokens=tokens, overwrite=overwrite)
 
     @classmethod
     def load(

@@ -77,18 +77,23 @@ class ModelLike(Protocol):
     def identity(self) -> Identity: ...
 
 
-def save(memory: Memory, path: str | Path, *, tokens: bool = True) -> None:
+def save(
+    memory: Memory, path: str | Path, *, tokens: bool = True, overwrite: bool = False
+) -> None:
     """Writes a memory as a pack, as a whole or not at all.
 
     Args:
-      path: of the file, `.beacon` by custom. A file of that name is replaced when the
-        new one is complete.
+      path: of the file, `.beacon` by custom.
       tokens: with the token ids, which `truncate` inside a window needs. Without them
         the pack still has those of open windows (fewer than W), which go on.
+      overwrite: a file of that name is replaced when the new one is complete.
 
     Raises:
-      ValueError: tokens=False, and tokens are still to be fed.
+      ValueError: tokens=False, and tokens are still to be fed; or a path that is no
+        file.
+      FileExistsError: the file exists, without `overwrite`.
     """
+    target = _target(path, overwrite=overwrite)
     rows = memory.rows
     stored = rows if tokens else tuple(row.forget_tokens() for row in rows)
     source = _Source(memory, stored)
@@ -122,7 +127,7 @@ def save(memory: Memory, path: str | Path, *, tokens: bool = True) -> None:
             for name, tensor in source.tensors.items()
         },
     }
-    with _new_file(Path(path)) as partial:
+    with _new_file(target) as partial:
         text = json.dumps(manifest, separators=(",", ":"))
         write_safetensors(partial, source.tensors, source.blocks, _metadata(text))
 
@@ -400,6 +405,22 @@ def _map(path: Path, tensor: Tensor, layer: int | None = None) -> np.ndarray:
     return np.memmap(path, tensor.dtype, "r", offset, shape)
 
 
+def _target(path: str | Path, *, overwrite: bool) -> Path:
+    """Returns where a pack is written: behind links, and nothing but a file."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(f"path={path!r} names no file.")
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
+        raise ValueError(f"path={path} is a folder: name a file in it.")
+    if real.exists() and not real.is_file():
+        raise ValueError(f"path={path} is a device or pipe: name a file.")
+    if real.exists() and not overwrite:
+        raise FileExistsError(
+            f"path={path} exists: name another file, or pass overwrite=True."
+        )
+    return real
+
+
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
     """Yields a file beside `path` that takes its name when the block ends well.
@@ -407,8 +428,8 @@ def _new_file(path: Path) -> Iterator[Path]:
     An error removes it; a killed process leaves `.NAME.*.partial`, never a broken pack
     under the name.
     """
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = path.absolute().parent
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent
     handle, name = tempfile.mkstemp(".partial", f".{path.name}.", folder)
     os.close(handle)
     partial = Path(name)

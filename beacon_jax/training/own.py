@@ -87,10 +87,25 @@ def choose(
             f"{', '.join(missing)} are left open, which several processes would choose "
             "differently: set them."
         )
+    for name in ("steps", "length", "batch_size"):
+        value = _get(config, f"{STAGE}.{name}", None)
+        if value is not None and value < 1:
+            raise ValueError(
+                f"{STAGE}.{name}={value} must be at least 1; leave it out, and it is "
+                "chosen."
+            )
     config = copy.deepcopy(config)
     if (workdir / "config.json").exists():
         text = (workdir / "config.json").read_text(encoding="utf-8")
-        _fill(config, {key: _get(json.loads(text), key) for key in missing})
+        try:
+            chosen = json.loads(text)
+        except ValueError as error:
+            raise ValueError(
+                f"{workdir / 'config.json'} is damaged ({error}), and it says what was "
+                f"chosen for this run: repair it, set {', '.join(missing)} by hand, or "
+                "use another --workdir."
+            ) from None
+        _fill(config, {key: _get(chosen, key) for key in missing})
         show(f"going on with what was chosen for {workdir}")
         return config
     facts = _facts(config)

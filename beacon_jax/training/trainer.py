@@ -230,8 +230,11 @@ def _train(
         "trained_parameters": _count(state["trained"]),
         "last": last,
     }
-    if is_lead():
-        folder = workdir / "export"
+    folder = workdir / "export"
+    if start == steps and _exported(workdir, steps):
+        if is_lead():
+            say(f"{folder} has these {steps} steps already and stays as it is")
+    elif is_lead():
         try:
             export(folder, config, model, variables, tokenizer_folder, overwrite=True)
             summary["seconds"] = time.perf_counter() - began
@@ -285,6 +288,15 @@ def _not_finite(config: Config, step: int, in_a_row: int) -> str:
         + "; if the loss is nan from the first step on, check that init_from and its "
         "tokenizer belong together. Use another --workdir for other settings."
     )
+
+
+def _exported(workdir: Path, steps: int) -> bool:
+    """Tells whether a run of so many steps has written all of its export."""
+    try:
+        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        return summary["steps"] == steps and (workdir / "export/config.json").is_file()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _last_words(text: str) -> None:

@@ -383,7 +383,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_conversation(run, monkeypatch
         (["--prompt=x", "--save_memory=a"], "--save_memory=a writes the memory of a"),
         (
             ["--prompt=x", "--context=context.txt", "--save_memory=context.txt"],
-            "--save_memory=context.txt exists: name another file, or add --overwrite",
+            "--save_memory=context.txt is a text that this command reads",
         ),
     ],
 )
@@ -403,6 +403,12 @@ def test_compress_refuses_what_it_cannot_write_before_it_loads_the_model(run):
     options = ("--context=context.txt", "--ratio=4")
     fails(run(compress, *options, "--out=a.beacon"), "--out=a.beacon exists")
     fails(run(compress, *options, "--out=."), "--out=. is a folder")
+    fails(run(compress, *options, "--out="), "--out= is empty")
+    fails(run(compress, *options, "--out=a.beacon/b"), "--out=a.beacon/b: ")
+    text = Path("context.txt").read_bytes()
+    replaced = ("--out=./context.txt", "--overwrite")
+    fails(run(compress, *options, *replaced), "--out=./context.txt is a text")
+    assert Path("context.txt").read_bytes() == text
     fails(run(compress, *options, "--out=a.beacon", "--model=no"), "--out=a.beacon")
     assert Path("a.beacon").read_text() == "kept"
     assert run(compress, *options, "--out=a.beacon", "--overwrite").code == 0

@@ -48,7 +48,7 @@ def model(config=CONFIG, base="a" * 64, beacon="b" * 64):
 @pytest.mark.parametrize("lengths", [(24,), RAGGED], ids=["one row", "ragged"])
 def test_what_is_loaded_is_bit_identical(path, dtype, lengths):
     memory = random_memory(lengths, dtype=dtype)
-    memory.save(path)
+    memory.save(path, overwrite=True)
     again = Memory.load(path, model())
     assert_same_live(again, memory)
     assert again.config == memory.config and again.identity == memory.identity
@@ -70,21 +70,21 @@ def test_any_memory_survives_and_saves_to_the_same_bytes_again(
     config = dataclasses.replace(CONFIG, beacon=beacon)
     memory = random_memory(lengths, config=config, plan=plan, capacity=80)
     first, second = tmp_path / "first", tmp_path / "second"
-    memory.save(first, tokens=tokens)
+    memory.save(first, tokens=tokens, overwrite=True)
     again = packs.load(first)
     if not tokens:
         rows = tuple(row.forget_tokens() for row in memory.rows)
         memory = dataclasses.replace(memory, rows=rows)
     assert_same_live(again, memory)
     if tokens:
-        again.save(second)
+        again.save(second, overwrite=True)
         assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_loaded_memory_is_continued_like_the_one_that_was_saved(path):
     variables = jax.tree.map(jnp.asarray, random_variables(CONFIG, 0))
     _, memory = read(CONFIG, variables, [tokens_of(21), tokens_of(12)], (4,))
-    memory.save(path)
+    memory.save(path, overwrite=True)
     more = [tokens_of(5, 7), tokens_of(9, 8)]
     want, _ = read(CONFIG, variables, more, (4,), memory)
     got, after = read(CONFIG, variables, more, (4,), packs.load(path))
@@ -94,7 +94,7 @@ def test_a_loaded_memory_is_continued_like_the_one_that_was_saved(path):
 
 def test_the_manifest_says_what_the_pack_is_of(path):
     memory = random_memory(RAGGED)
-    memory.save(path)
+    memory.save(path, overwrite=True)
     manifest = packs.read_manifest(path)
     assert manifest["model"]["base"] == "a" * 64
     assert manifest["model"]["config"]["num_layers"] == CONFIG.num_layers
@@ -103,7 +103,7 @@ def test_the_manifest_says_what_the_pack_is_of(path):
     assert (row["tokens"], row["slots"], row["raw"], row["windows"]) == (37, 10, 5, 4)
     assert row["entries"] == 10 + 5 + 1  # one beacon behind 4 of the 5 raw tokens
     same = random_memory((37,), seed=0)
-    same.save(path)
+    same.save(path, overwrite=True)
     assert packs.read_manifest(path)["rows"][0]["text_sha256"] == row["text_sha256"]
     # Any safetensors reader finds the manifest, without the tensors.
     size = int.from_bytes(path.read_bytes()[:8], "little")
@@ -113,9 +113,9 @@ def test_the_manifest_says_what_the_pack_is_of(path):
 
 def test_unused_capacity_is_not_stored(path):
     small, large = random_memory((37,), capacity=40), random_memory((37,), capacity=400)
-    small.save(path)
+    small.save(path, overwrite=True)
     size = path.stat().st_size
-    large.save(path)
+    large.save(path, overwrite=True)
     assert path.stat().st_size == size
     live = 16 * small.slot_nbytes
     assert live < size < live + 6000
@@ -123,7 +123,7 @@ def test_unused_capacity_is_not_stored(path):
 
 def test_without_tokens_no_ids_are_stored_but_those_of_the_open_window(path):
     memory = random_memory((37, 16))
-    memory.save(path, tokens=False)
+    memory.save(path, tokens=False, overwrite=True)
     again = packs.load(path)
     assert [row.tokens for row in again.rows] == [None, None]
     manifest = packs.read_manifest(path)
@@ -136,12 +136,12 @@ def test_without_tokens_no_ids_are_stored_but_those_of_the_open_window(path):
 
 def test_pending_tokens_are_saved_and_needed(path):
     memory = random_memory((37,)).truncate(30)
-    memory.save(path)
+    memory.save(path, overwrite=True)
     again = packs.load(path)
     assert again.rows[0].pending.tolist() == memory.rows[0].pending.tolist()
     assert again.lengths.tolist() == [30]
     with pytest.raises(ValueError, match="6 tokens are still to be fed"):
-        memory.save(path, tokens=False)
+        memory.save(path, tokens=False, overwrite=True)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
@@ -149,7 +149,7 @@ def test_pending_tokens_are_saved_and_needed(path):
 def test_a_flipped_bit_anywhere_is_found(tmp_path, at, bit):
     path = tmp_path / "a.beacon"
     if not path.exists():
-        random_memory((13,)).save(path)
+        random_memory((13,)).save(path, overwrite=True)
     data = bytearray(path.read_bytes())
     data[int(at * len(data))] ^= 1 << bit
     broken = tmp_path / "broken.beacon"
@@ -160,7 +160,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path, at, bit):
 
 def test_every_bit_of_the_header_s_first_bytes_and_end_is_checked(tmp_path):
     path, broken = tmp_path / "a.beacon", tmp_path / "broken.beacon"
-    random_memory((13,)).save(path)
+    random_memory((13,)).save(path, overwrite=True)
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     for at in (*range(60), *range(end - 60, end)):
@@ -177,7 +177,7 @@ def test_every_bit_of_the_header_s_first_bytes_and_end_is_checked(tmp_path):
 def test_a_cut_file_is_found(tmp_path, left):
     path = tmp_path / "a.beacon"
     if not path.exists():
-        random_memory((13,)).save(path)
+        random_memory((13,)).save(path, overwrite=True)
     data = path.read_bytes()
     broken = tmp_path / "broken.beacon"
     broken.write_bytes(data[: int(left * len(data))])
@@ -188,7 +188,7 @@ def test_a_cut_file_is_found(tmp_path, left):
 
 
 def test_bytes_behind_the_end_are_found(path):
-    random_memory((13,)).save(path)
+    random_memory((13,)).save(path, overwrite=True)
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(PackError, match="too long"):
         packs.load(path)
@@ -213,7 +213,7 @@ def test_what_is_no_pack_is_said_to_be_none(tmp_path, path):
     ("version", "remedy"), [("2", "install a newer"), ("0", "compress the text again")]
 )
 def test_another_format_version_is_named_with_what_to_do(path, version, remedy):
-    random_memory((13,)).save(path)
+    random_memory((13,)).save(path, overwrite=True)
     data = path.read_bytes()
     path.write_bytes(
         data.replace(b'"beacon_pack":"1"', f'"beacon_pack":"{version}"'.encode())
@@ -227,7 +227,7 @@ def test_a_config_of_another_library_version_is_named(path, monkeypatch):
     plain = dataclasses.asdict
     added = lambda config: plain(config) | {"attention_sinks": 4}
     monkeypatch.setattr(packs.dataclasses, "asdict", added)
-    random_memory((13,)).save(path)
+    random_memory((13,)).save(path, overwrite=True)
     with pytest.raises(PackError, match="beacon_jax 9.0.*attention_sinks.*install"):
         packs.load(path)
 
@@ -254,13 +254,13 @@ def test_a_config_of_another_library_version_is_named(path, monkeypatch):
     ],
 )
 def test_another_model_is_refused_saying_what_differs(path, other, message):
-    random_memory((13,)).save(path)
+    random_memory((13,)).save(path, overwrite=True)
     with pytest.raises(PackError, match=f"(?s)text.beacon was written by.*{message}"):
         packs.load(path, other)
 
 
 def test_only_what_differs_is_named_and_other_weights_can_be_allowed(path):
-    random_memory((13,)).save(path)
+    random_memory((13,)).save(path, overwrite=True)
     with pytest.raises(PackError, match="allow_other_model=True") as error:
         packs.load(path, model(beacon="c" * 64))
     assert "base weights" not in str(error.value)
@@ -272,14 +272,14 @@ def test_only_what_differs_is_named_and_other_weights_can_be_allowed(path):
 
 
 def test_ratios_that_a_model_draws_from_and_its_end_tokens_do_not_matter(path):
-    random_memory((13,)).save(path)
+    random_memory((13,)).save(path, overwrite=True)
     beacon = dataclasses.replace(CONFIG.beacon, ratios=(8,), ratio_mix="sequence")
     other = dataclasses.replace(CONFIG, beacon=beacon, eos_ids=(2, 5))
     assert packs.load(path, model(other)).config == other
 
 
 def test_hashes_are_not_computed_without_a_model_to_compare_with(path):
-    random_memory((13,)).save(path)
+    random_memory((13,)).save(path, overwrite=True)
     never = Identity(lambda: pytest.fail("base"), lambda: pytest.fail("beacon"))
     assert packs.load(path).lengths.tolist() == [13]
     wide = dataclasses.replace(CONFIG, num_kv_heads=4)
@@ -292,7 +292,7 @@ def test_an_interrupted_save_leaves_the_old_pack_and_nothing_else(
     path, monkeypatch, stage
 ):
     old = random_memory((13,))
-    old.save(path)
+    old.save(path, overwrite=True)
     before = path.read_bytes()
 
     def stop(*_, **__):
@@ -310,7 +310,7 @@ def test_an_interrupted_save_leaves_the_old_pack_and_nothing_else(
     else:
         monkeypatch.setattr("pathlib.Path.replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        random_memory((30,)).save(path)
+        random_memory((30,)).save(path, overwrite=True)
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
@@ -320,7 +320,7 @@ def test_an_interrupted_save_leaves_the_old_pack_and_nothing_else(
 def test_a_pack_is_readable_by_those_whom_the_umask_lets(path):
     mask = os.umask(0o022)
     try:
-        random_memory((13,)).save(path)
+        random_memory((13,)).save(path, overwrite=True)
     finally:
         os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o644
@@ -341,7 +341,7 @@ def test_a_pack_is_readable_by_those_whom_the_umask_lets(path):
 )
 def test_a_pack_is_loaded_onto_any_mesh(path, shape, rows, spec):
     memory = random_memory(rows, dtype="bfloat16")
-    memory.save(path)
+    memory.save(path, overwrite=True)
     devices = np.asarray(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
     mesh = Mesh(devices, ("data", "tensor"))
     again = packs.load(path, mesh=mesh)
@@ -350,7 +350,7 @@ def test_a_pack_is_loaded_onto_any_mesh(path, shape, rows, spec):
     )
     assert len(again.state.slots.sharding.device_set) == devices.size
     assert_same_live(again, memory)
-    again.save(path)  # and back from there
+    again.save(path, overwrite=True)  # and back from there
     assert_same_live(packs.load(path), memory)
 
 
@@ -387,7 +387,7 @@ def quantized(memory, seed=0):
 def test_leaves_of_an_int8_memory_are_cut_and_put_back(path, monkeypatch, mesh):
     memory = random_memory((37, 16))
     memory = dataclasses.replace(memory, state=quantized(memory))
-    memory.save(path)
+    memory.save(path, overwrite=True)
     manifest = packs.read_manifest(path)
     assert manifest["dtype"] == "int8"
     assert manifest["tensors"]["state.k.values/0"]["shape"] == [2, 16, 2, 8]
@@ -413,7 +413,7 @@ def test_leaves_of_an_int8_memory_are_cut_and_put_back(path, monkeypatch, mesh):
 
 
 def test_the_header_is_what_the_library_would_write(path):
-    random_memory((13,)).save(path)
+    random_memory((13,)).save(path, overwrite=True)
     pack = packs._Pack(path)
     metadata = packs._metadata(json.dumps(pack.manifest, separators=(",", ":")))
     header = safetensors_header(pack.tensors, metadata)
@@ -437,9 +437,10 @@ print(memory.nbytes, status("VmHWM") - before)
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak of Linux")
 def test_loading_takes_less_than_twice_the_memory(tmp_path):
     small, large = tmp_path / "small.beacon", tmp_path / "large.beacon"
-    random_memory((13,)).save(small)
+    random_memory((13,)).save(small, overwrite=True)
     wide = dataclasses.replace(CONFIG, head_dim=64, num_kv_heads=4, num_layers=4)
-    random_memory((48_000,), config=wide, plan=(2,), capacity=24_100).save(large)
+    memory = random_memory((48_000,), config=wide, plan=(2,), capacity=24_100)
+    memory.save(large)
     assert large.stat().st_size > 190e6
     out = subprocess.run(
         [sys.executable, "-c", MEASURE, str(small), str(large)],
@@ -452,3 +453,21 @@ def test_loading_takes_less_than_twice_the_memory(tmp_path):
     # 1.69: one of two leaves is on the host while it is copied to the device, and of
     # the file one layer is mapped.
     assert peak < 1.85 * loaded
+
+
+def test_a_file_is_replaced_only_if_asked_and_nothing_but_a_file(tmp_path):
+    memory, path = random_memory((13,)), tmp_path / "a.beacon"
+    memory.save(path)
+    before = path.read_bytes()
+    link, pipe = tmp_path / "link.beacon", tmp_path / "pipe"
+    link.symlink_to(path)
+    os.mkfifo(pipe)
+    for taken in (path, link):
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            random_memory((7,)).save(taken)
+    assert path.read_bytes() == before
+    for bad, message in ((pipe, "pipe"), (tmp_path, "is a folder"), ("", "no file")):
+        with pytest.raises(ValueError, match=message):
+            memory.save(bad, overwrite=True)
+    random_memory((7,)).save(link, overwrite=True)  # behind the link
+    assert link.is_symlink() and path.read_bytes() != before

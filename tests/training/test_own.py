@@ -55,6 +55,20 @@ def test_what_is_set_by_hand_stays_and_the_rest_suits_it(config, tmp_path):
     assert not any("stage1.steps=" in line for line in lines)
 
 
+@pytest.mark.parametrize("name", ["steps", "length", "batch_size"])
+def test_a_number_that_cannot_work_is_named(config, tmp_path, name):
+    config.data.stages.stage1[name] = 0
+    with pytest.raises(ValueError, match=rf"stage1\.{name}=0 must be at least 1"):
+        chosen(config, tmp_path)
+
+
+def test_damaged_choices_of_a_run_are_named(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        chosen(config, tmp_path)
+
+
 def test_less_memory_means_smaller_rows_and_then_an_error(
     config, tmp_path, monkeypatch
 ):

@@ -200,6 +200,20 @@ def test_plans_that_do_not_fit_the_memory_are_drawn_again(config):
         drawn(config, 1)
 
 
+def test_a_finished_run_leaves_its_export_as_the_user_has_it(config, tmp_path, capsys):
+    train(config, tmp_path)
+    note, edited = tmp_path / "export/NOTES.txt", tmp_path / "export/config.json"
+    note.write_text("mine")
+    edited.write_text(edited.read_text() + "\n")
+    files = {p: p.read_bytes() for p in (note, edited, tmp_path / "summary.json")}
+    train(config, tmp_path)
+    assert "stays as it is" in capsys.readouterr().out
+    assert files == {p: p.read_bytes() for p in files}
+    (tmp_path / "summary.json").unlink()  # as if the export had been interrupted
+    train(config, tmp_path)
+    assert note.read_text() == "mine" and edited.read_bytes() != files[edited]
+
+
 def test_another_config_is_refused(config, tmp_path):
     train(config, tmp_path)
     config.optimizer.lr = 2e-3
