@@ -34,7 +34,7 @@ quickstart: setup  ## Convert, train beacons and measure them: 15 to 30 minutes 
 # Workers take tests from each other at the end, so that none is idle.
 WORKERS ?= 2
 PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n $(WORKERS) --dist worksteal
-test: setup  ## Tests of every part: nine minutes on two cores, less the second time
+test: setup  ## Tests of every part: nine minutes on two cores
 	$(PYTEST) tests
 
 # Also the ones marked `slow`: exhaustive grids, training runs, large files.

@@ -126,11 +126,11 @@ def check_new(
         beside = beside.parent
     if not beside.is_dir():
         raise ValueError(f"--{flag}={name}: {beside} is a file, not a folder.")
-    if Path(name).exists() and not (Path(name).is_dir() or Path(name).is_file()):
-        raise ValueError(f"--{flag}={name} is a device or pipe: name a file.")
-    if name and Path(name).is_dir():
+    if Path(name).is_dir():
         raise ValueError(f"--{flag}={name} is a folder: name a file.")
-    if name and Path(name).exists() and not overwrite:
+    if Path(name).exists() and not Path(name).is_file():
+        raise ValueError(f"--{flag}={name} is a device or pipe: name a file.")
+    if Path(name).exists() and not overwrite:
         raise ValueError(
             f"--{flag}={name} exists: name another file, or add --overwrite."
         )

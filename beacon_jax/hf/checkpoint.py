@@ -206,6 +206,7 @@ def save_hf(
     source: str | Path | None = None,
     *,
     overwrite: bool = False,
+    keep: bool = False,
 ) -> None:
     """Writes a model as an HF folder that the authors' release and `load` read.
 
@@ -216,6 +217,8 @@ def save_hf(
         saved; they are fetched one layer of one tensor at a time.
       source: an HF or converted folder whose tokenizer files are copied and whose
         other config.json keys are kept.
+      overwrite: a checkpoint that lies there is replaced when the new one is complete.
+      keep: other files of that checkpoint stay, as of an earlier export of one run.
     """
     dst, source = Path(dst), Path(source) if source else None
     reader = TreeReader(variables)
@@ -248,7 +251,7 @@ def save_hf(
             names if len(shards) > 1 else ["model.safetensors"], shards, strict=True
         )
     }
-    with new_folder(dst, overwrite=overwrite) as folder:
+    with new_folder(dst, overwrite=overwrite, keep=keep) as folder:
         base = None
         if source is not None:
             copy_small_files(source, folder, card=False)

@@ -83,9 +83,8 @@ def copy_small_files(src: Path, dst: Path, *, card: bool = True) -> None:
     for path in sorted(src.rglob("*")):
         relative = path.relative_to(src)
         hidden = any(part.startswith(".") for part in relative.parts)
-        weights = path.name.endswith((*_WEIGHTS, ".index.json"))
-        left = path.name == MANIFEST or (path.name == "README.md" and not card)
-        if path.is_file() and not (hidden or weights or left):
+        left = path.name == "README.md" and not card
+        if path.is_file() and not (hidden or left or _holds_weights(path)):
             (dst / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, dst / relative)
 
@@ -98,12 +97,15 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(dst: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_folder(dst: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Path]:
     """Yields an empty folder that becomes `dst` when the block ends without an error.
 
     A killed process leaves `.NAME.partial` beside `dst`, never half a checkpoint; the
-    next run replaces it. With `overwrite` the old folder stays until the new is whole,
-    and files that no checkpoint has, such as notes of the user, move to the new one.
+    next run replaces it. With `overwrite` the old folder stays until the new is whole.
+
+    Args:
+      keep: the old folder is of the same model, so that its files which are no weights
+        and have no new version, such as notes of the user, move to the new folder.
     """
     used = dst.exists() and (not dst.is_dir() or any(dst.iterdir()))
     if used and not overwrite:
@@ -129,18 +131,20 @@ def new_folder(dst: Path, *, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and dst.exists():
-            _keep_others(old, dst)
+            if keep:
+                _keep_others(old, dst)
             shutil.rmtree(old)
 
 
 def _keep_others(old: Path, new: Path) -> None:
-    """Moves what is no part of a checkpoint, and has no new version, to `new`."""
+    """Moves files to `new` that hold no weights and have no new version there."""
     for path in sorted(old.rglob("*")):
         target = new / path.relative_to(old)
-        weights = path.name.endswith((*_WEIGHTS, ".index.json"))
-        if not path.is_file() or weights or path.name == MANIFEST or target.exists():
-            continue
-        if path.name.startswith(_TOKENIZER):  # it would belong to another tokenizer
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
+        if path.is_file() and not (_holds_weights(path) or target.exists()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+
+
+def _holds_weights(path: Path) -> bool:
+    """Tells whether a file is one of weights, their index, or the manifest."""
+    return path.name == MANIFEST or path.name.endswith((*_WEIGHTS, ".index.json"))

@@ -156,6 +156,7 @@ def export(
     tokenizer_folder: Path,
     *,
     overwrite: bool,
+    keep: bool = False,
 ) -> None:
     """Writes an HF folder: tokenizer, config.json, weights incl. beacon keys.
 
@@ -173,6 +174,6 @@ def export(
     else:
         dtype = np.dtype(np.float32)
     variables = jax.tree.map(lambda x: np.asarray(x, dtype), variables)
-    hf.save_hf(folder, model, variables, source, overwrite=overwrite)
+    hf.save_hf(folder, model, variables, source, overwrite=overwrite, keep=keep)
     if tokenizer_folder != source:
         hf.copy_tokenizer(tokenizer_folder, folder)

@@ -228,15 +228,23 @@ def _train(
         "base_hash_before": base_hash,
         "base_hash_after": base_hash_after,
         "trained_parameters": _count(state["trained"]),
+        "trained_hash": hf.tree_hash(variables),
         "last": last,
     }
     folder = workdir / "export"
-    if start == steps and _exported(workdir, steps):
-        if is_lead():
-            say(f"{folder} has these {steps} steps already and stays as it is")
+    if is_lead() and _exported(workdir, summary["trained_hash"]):
+        say(f"{folder} has these {steps} steps already and stays as it is")
     elif is_lead():
         try:
-            export(folder, config, model, variables, tokenizer_folder, overwrite=True)
+            export(
+                folder,
+                config,
+                model,
+                variables,
+                tokenizer_folder,
+                overwrite=True,
+                keep=True,
+            )
             summary["seconds"] = time.perf_counter() - began
             write_whole(workdir / "summary.json", _json(summary))
         except OSError as error:
@@ -290,13 +298,14 @@ def _not_finite(config: Config, step: int, in_a_row: int) -> str:
     )
 
 
-def _exported(workdir: Path, steps: int) -> bool:
-    """Tells whether a run of so many steps has written all of its export."""
+def _exported(workdir: Path, trained_hash: str) -> bool:
+    """Tells whether the export is complete and of these very parameters."""
     try:
         summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-        return summary["steps"] == steps and (workdir / "export/config.json").is_file()
+        same = summary["trained_hash"] == trained_hash
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    return same and (workdir / "export" / "config.json").is_file()
 
 
 def _last_words(text: str) -> None:

@@ -209,7 +209,8 @@ def test_a_finished_run_leaves_its_export_as_the_user_has_it(config, tmp_path, c
     train(config, tmp_path)
     assert "stays as it is" in capsys.readouterr().out
     assert files == {p: p.read_bytes() for p in files}
-    (tmp_path / "summary.json").unlink()  # as if the export had been interrupted
+    # As if the export of these parameters had been interrupted, an older one there.
+    (tmp_path / "summary.json").write_text('{"trained_hash": "older"}')
     train(config, tmp_path)
     assert note.read_text() == "mine" and edited.read_bytes() != files[edited]
 
