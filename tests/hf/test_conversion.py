@@ -199,9 +199,9 @@ def test_a_full_destination_is_kept_unless_told_otherwise(
     with pytest.raises(FileExistsError, match=r"--dst=.*ours.*--overwrite"):
         from_hf(src, dst)
     assert files_of(dst) == before
-    (dst / "generation_config.json").write_text("{}")  # of another model, say
+    (dst / "modeling_other.py").write_text("")  # of another model
     from_hf(src, dst, dtype="float16", overwrite=True)
-    assert not (dst / "generation_config.json").exists()
+    assert not (dst / "modeling_other.py").exists()
     assert load(dst).variables["params"]["final_norm"]["scale"].dtype == np.float16
     home = tmp_path / "home"
     home.mkdir()
