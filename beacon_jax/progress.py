@@ -74,6 +74,11 @@ class Progress:
             self.look()
 
 
+def starting() -> contextlib.AbstractContextManager["Stage"]:
+    """Shows that a command's modules are imported, where that takes long."""
+    return Progress().stage("starting")
+
+
 class Stage:
     """One kind of work: how long it takes and, if it is counted, how far it is."""
 

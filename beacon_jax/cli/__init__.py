@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = words[0] if words else "--help"
     if name in ("--help", "-h", "help"):
         print(overview())
-    elif name == "--version":
+    elif name in ("--version", "version"):
         print(f"beacon-jax {__version__}")
     elif name in COMMANDS:
         start(name, words[1:])
@@ -63,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         import difflib
 
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = f"did you mean {near[0]}?" if near else "choose another."
         sys.exit(
-            f"error: there is no command {name!r}: {hint}"
-            f"Commands: {', '.join(COMMANDS)}."
+            f"error: there is no command {name!r}: {hint} The commands are "
+            f"{', '.join(COMMANDS)}."
         )
 
 
@@ -75,12 +75,10 @@ def start(name: str, arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Flags of configs (ml_collections) and lm_eval read them there.
     sys.argv = [f"beacon-jax {name}", *words]
-    from beacon_jax.cli.ending import PATIENCE, ended
+    from beacon_jax.cli.ending import ended
 
     runtime.quiet()
-    # Training answers a signal by itself, with the state saved.
-    patience = None if name == "train" else PATIENCE
-    with ended(name, AFTERWARDS.get(name, ""), patience=patience):
+    with ended(name, AFTERWARDS.get(name, "")):
         module = importlib.import_module(f"beacon_jax.cli.{name}")
         if not hasattr(module, "define_flags"):
             return module.main()

@@ -53,6 +53,8 @@ def read_prompts(o: flags.FlagValues) -> list[str]:
         text = context.read_text("prompt_file", o.prompt_file)
         # An editor's last line break is no part of the prompt.
         return [text.removesuffix("\n").removesuffix("\r")]
+    if o.prompt and not all(o.prompt):
+        raise ValueError("--prompt= is empty: give text to continue.")
     if not o.prompt:
         raise ValueError("--prompt is missing: give it, --prompt_file or --chat.")
     return o.prompt
@@ -203,7 +205,7 @@ def _account(
 def talk(
     model: "Model",
     read: context.Context,
-    system: str | None,
+    o: flags.FlagValues,
     template: str | None,
     options: dict[str, Any],
     progress: Progress,
@@ -212,7 +214,7 @@ def talk(
     from beacon_jax.inference.chat import Chat
 
     chat = Chat(
-        model, read.memory, system, chat_template=template, **read.ratio, **options
+        model, read.memory, o.system, chat_template=template, **read.ratio, **options
     )
     ending.wait_for_python()  # Ctrl-C ends a turn, not the conversation
     context.say(f"commands: {COMMANDS} (or Ctrl-D)")
@@ -236,7 +238,7 @@ def talk(
         except BrokenPipeError:
             raise  # nobody reads the answers any more
         except (ValueError, OSError) as error:
-            context.say(f"error: {context.in_flags(error)}")
+            context.say(f"error: {ending.in_flags(error, o)}")
 
 
 def _obey(chat: "Chat", line: str) -> bool:

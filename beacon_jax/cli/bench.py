@@ -20,6 +20,7 @@ from absl import flags
 from beacon_jax import runtime
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.progress import starting
 from beacon_jax.resources import require
 
 PAGE = Path("docs/benchmarks.md")  # of the repository, for --readme
@@ -57,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _readme(o: flags.FlagValues) -> None:
-    from beacon_jax.benchmark import records, report  # jax takes seconds
+    with starting():  # jax takes seconds
+        from beacon_jax.benchmark import records, report
 
     texts = [
         report.readme_text(records.read(Path(file)), f"../{Path(file).as_posix()}")
@@ -67,7 +69,8 @@ def _readme(o: flags.FlagValues) -> None:
 
 
 def _plan(o: flags.FlagValues) -> None:
-    from beacon_jax.benchmark import plan
+    with starting():
+        from beacon_jax.benchmark import plan
 
     made = plan.make(o.preset, o.lengths, o.ratios)
     print(plan.text(made))
@@ -79,7 +82,8 @@ def _plan(o: flags.FlagValues) -> None:
 
 def _measure(o: flags.FlagValues) -> None:
     require("matplotlib", extra="plots", for_="bench")
-    from beacon_jax.benchmark import report, runner
+    with starting():
+        from beacon_jax.benchmark import report, runner
 
     # It measures compilation too, so programs of earlier runs are of no use.
     runtime.quiet()

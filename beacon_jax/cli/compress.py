@@ -31,7 +31,7 @@ def run(o: flags.FlagValues) -> None:
     if not o.context:
         raise ValueError("--context is missing: name a text file, or - for stdin.")
     context.check_new("out", o.out, overwrite=o.overwrite, texts=o.context)
-    context.parse_ratio(o.ratio)
+    context.check_options(o, "memory", 1, seed=o.seed)
     text = context.read_context(o)
     progress = Progress()
     model = context.load_model(o, progress)

@@ -4,6 +4,7 @@ stdout is for text and JSON; everything here that is shown goes to stderr.
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 
 from beacon_jax import runtime
-from beacon_jax.cli.ending import fail
+from beacon_jax.cli.ending import fail, in_flags
 from beacon_jax.cli.options import Group
 from beacon_jax.progress import Progress, say
 
@@ -57,16 +58,12 @@ def main(
         sys.exit(f"error: unexpected {argv[1:]}: quote texts with spaces.")
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda text, *_: say(f"warning: {in_flags(text)}")
+            warnings.showwarning = lambda text, *_: say(
+                f"warning: {in_flags(text, values)}"
+            )
             run(values)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-
-
-def in_flags(said: Warning | Exception | str) -> str:
-    """Returns what a warning or an error says, in the words of a command line."""
-    text = getattr(said, "in_flags", str(said))
-    return f"--{text}" if text.partition("=")[0] in flags.FLAGS else text
+    except (TypeError, ValueError, OSError, ImportError) as error:
+        fail(error, values)
 
 
 # --- what the flags say ----------------------------------------------------------
@@ -74,12 +71,60 @@ def in_flags(said: Warning | Exception | str) -> str:
 
 def read_text(flag: str, name: str) -> str:
     """Reads the text of a file or, for "-", of stdin; ValueError if there is none."""
-    if name != "-" and (not Path(name).exists() or Path(name).is_dir()):
-        raise ValueError(f"--{flag}={name}: no such file (use - for stdin).")
+    if name != "-":
+        check_file(flag, name, " (use - for stdin)")
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     if not data.strip():
         raise ValueError(f"--{flag}={name} is empty: name a file with text.")
     return data.decode("utf-8", errors="replace")
+
+
+def check_file(flag: str, name: str, hint: str = "") -> None:
+    """Raises ValueError if there is no such file to read."""
+    if not name:
+        raise ValueError(f"--{flag}= is empty: name a file{hint}.")
+    if Path(name).is_dir():
+        raise ValueError(f"--{flag}={name} is a folder: name a file{hint}.")
+    if not Path(name).exists():
+        raise ValueError(f"--{flag}={name}: no such file{hint}.")
+
+
+def check_options(o: flags.FlagValues, memory: str, rows: int, **more: Any) -> None:
+    """Checks all that needs no model, before seconds are spent on loading one.
+
+    Args:
+      memory: the name of the flag of a pack to read.
+      rows: how many prompts there are.
+      more: options of `Model.complete`.
+
+    Raises:
+      ValueError, TypeError: a value that cannot be, by its flag.
+    """
+    from beacon_jax.inference import validate
+    from beacon_jax.inference.options import Completion
+
+    validate.options(Completion(**more), rows)
+    parse_ratio(o.ratio)
+    if o.max_slots is not None and o.max_slots < 1:
+        raise ValueError(f"--max_slots={o.max_slots} must be a number from 1 on.")
+    if o.max_bytes is not None:
+        from beacon_jax.inference.budget import parse_bytes  # imports jax
+
+        parse_bytes(o.max_bytes)
+    if o.ratio is not None and (o.max_slots is not None or o.max_bytes is not None):
+        raise ValueError(
+            f"--ratio={o.ratio} together with --max_slots or --max_bytes: a budget "
+            "chooses the ratio. Give one of them."
+        )
+    if o.spans is not None:
+        try:
+            re.compile(o.spans)
+        except re.error as error:
+            raise ValueError(
+                f"--spans={o.spans} is not a regular expression: {error}."
+            ) from None
+    if getattr(o, memory) is not None:
+        check_file(memory, getattr(o, memory))
 
 
 def read_context(o: flags.FlagValues) -> str | None:
@@ -93,14 +138,14 @@ def read_context(o: flags.FlagValues) -> str | None:
 
 
 def parse_ratio(text: str | None) -> list[int] | str | None:
-    if text is None or text == "full" or text.startswith("auto"):
+    """Reads --ratio; ValueError if it is none, a number below 0 for example."""
+    if text is None or re.fullmatch(r"full|auto(-\d+)?", text):
         return text
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
         raise ValueError(
             f"--ratio={text}: use 8, or 2,4,8 (per window), full, auto or auto-8."
-        ) from None
+        )
+    return [int(part) for part in text.split(",")]
 
 
 def check_new(
@@ -150,8 +195,6 @@ def load_memory(flag: str, path: str | None, model: "Model") -> "Memory | None":
     """Loads one context from a beacon pack; None if the flag was not given."""
     if path is None:
         return None
-    if not Path(path).is_file():
-        raise ValueError(f"--{flag}={path}: no such file.")
     from beacon_jax.inference.memory import Memory
 
     memory = Memory.load(path, model, mesh=model.partition)

@@ -17,7 +17,7 @@ from absl import flags
 from beacon_jax import runtime
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
-from beacon_jax.progress import Progress
+from beacon_jax.progress import Progress, starting
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -39,17 +39,15 @@ def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
     if len(argv) != 2 or argv[1] not in ("from-hf", "to-hf"):
         sys.exit(f"error: command={argv[1:]}: use from-hf or to-hf.")
-    from beacon_jax.hf import (  # after the flags: jax takes seconds
-        conversion,
-        hub,
-        verify,
-    )
+    with starting():  # after the flags: jax takes seconds
+        from beacon_jax.hf import conversion, hub, verify
 
     dst = Path(options.dst)
     try:
         src = hub.find(options.src, "--src")
         if argv[1] == "to-hf" and (src / "checkpoints").is_dir():
-            from beacon_jax.training.trainer import export_checkpoint  # takes seconds
+            with starting():
+                from beacon_jax.training.trainer import export_checkpoint
 
             export_checkpoint(src, dst, overwrite=options.overwrite)
         elif argv[1] == "to-hf":

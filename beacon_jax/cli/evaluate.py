@@ -19,7 +19,7 @@ from absl import flags
 from beacon_jax import runtime
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
-from beacon_jax.progress import Progress
+from beacon_jax.progress import Progress, starting
 from beacon_jax.resources import require
 
 DEFAULTS = {"tasks": ["perplexity", "passkey"], "methods": ["beacon", "full", "window"]}
@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         require("matplotlib", extra="plots", for_="the report of evaluate")
         if o.report:
-            from beacon_jax.evaluation import compare
+            with starting():
+                from beacon_jax.evaluation import compare
 
             print(compare.write([Path(d) for d in argv[1:]], Path(o.out)))
         elif missed := run(o):
@@ -93,17 +94,18 @@ def run(o: Any) -> str:
     Raises:
       ValueError, OSError: an option that cannot be, by name.
     """
-    from beacon_jax.evaluation import compare, floors  # after the flags: jax loads
-    from beacon_jax.evaluation.baselines import make_methods
-    from beacon_jax.evaluation.methods import ADAPT
-    from beacon_jax.evaluation.model import load_model
-    from beacon_jax.evaluation.runner import evaluate, integers
-    from beacon_jax.evaluation.settings import Settings
-    from beacon_jax.evaluation.tasks import make_tasks
-    from beacon_jax.hf import hub
-
     if not o.model:
         raise ValueError("--model is not given: name an HF folder or a converted one.")
+    with starting():  # after the flags: jax loads
+        from beacon_jax.evaluation import compare, floors
+        from beacon_jax.evaluation.baselines import make_methods
+        from beacon_jax.evaluation.methods import ADAPT
+        from beacon_jax.evaluation.model import load_model
+        from beacon_jax.evaluation.runner import evaluate, integers
+        from beacon_jax.evaluation.settings import Settings
+        from beacon_jax.evaluation.tasks import make_tasks
+        from beacon_jax.hf import hub
+
     out = Path(o.out)
     spec = floors.read_floors(o.floors) if o.floors else None
     lengths = integers("lengths", o.lengths)

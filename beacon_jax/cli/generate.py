@@ -51,22 +51,22 @@ def run(o: flags.FlagValues) -> None:
             f"--save_memory={o.save_memory} writes the memory of a context: give "
             "--context or --load_memory."
         )
-    context.parse_ratio(o.ratio)
+    new = o.max_new_tokens
+    new = (512 if o.chat else 64) if new is None else new
+    sampling = answers.sampling(o) | {"max_new_tokens": new}
+    context.check_options(o, "load_memory", max(len(prompts), 1), **sampling)
     text, template = context.read_context(o), answers.read_template(o)
     progress = Progress()
     model = context.load_model(o, progress)
     memory = context.load_memory("load_memory", o.load_memory, model)
-    new = o.max_new_tokens
-    new = (512 if o.chat else 64) if new is None else new
     rows = answers.written(model, prompts, instruct=o.instruct)
     reserve = max(map(len, rows), default=0) + new
     read = context.read(model, o, text, memory, progress, reserve)
     if o.save_memory and read.memory is not None:
         read.memory.save(o.save_memory, overwrite=o.overwrite)
         context.say(f"wrote {o.save_memory}")
-    sampling = answers.sampling(o) | {"max_new_tokens": new}
     if o.chat:
-        answers.talk(model, read, o.system, template, sampling, progress)
+        answers.talk(model, read, o, template, sampling, progress)
     else:
         options = sampling | {"instruct": o.instruct}
         answers.answer(model, read, prompts, options, progress, as_json=o.json)

@@ -18,6 +18,7 @@ from absl import flags
 from beacon_jax.cli import prepare
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.prepare import from_flags, tokenizer_folder
+from beacon_jax.progress import starting
 from beacon_jax.resources import require
 
 
@@ -35,16 +36,17 @@ def main(argv: Sequence[str]) -> None:
     out = Path(values.out).expanduser()
     try:
         require("matplotlib", extra="plots", for_="lengths.png of inspect")
-        from beacon_jax.data.grouped import GroupConfig  # numpy, after the flags
-        from beacon_jax.data.inspect import (
-            CLOSE,
-            OPEN,
-            histogram,
-            marked,
-            report,
-            sample,
-        )
-        from beacon_jax.data.shards import load_tokenizer
+        with starting():  # after the flags
+            from beacon_jax.data.grouped import GroupConfig
+            from beacon_jax.data.inspect import (
+                CLOSE,
+                OPEN,
+                histogram,
+                marked,
+                report,
+                sample,
+            )
+            from beacon_jax.data.shards import load_tokenizer
 
         folder = Path(config.data.prepared or out / "data").expanduser()
         data = from_flags(values, folder)

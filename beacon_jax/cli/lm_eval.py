@@ -13,6 +13,7 @@ import importlib
 import sys
 
 from beacon_jax import runtime
+from beacon_jax.progress import starting
 from beacon_jax.resources import has, require
 
 
@@ -25,5 +26,7 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f"error: {error}")
     runtime.for_command()
-    importlib.import_module("beacon_jax.evaluation.lm_eval")  # registers the model
-    importlib.import_module("lm_eval.__main__").cli_evaluate()
+    with starting():
+        importlib.import_module("beacon_jax.evaluation.lm_eval")  # registers the model
+        harness = importlib.import_module("lm_eval.__main__")
+    harness.cli_evaluate()

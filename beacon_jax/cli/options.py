@@ -154,7 +154,9 @@ def parse(argv: Sequence[str], values: flags.FlagValues, doc: str = "") -> list[
         sys.exit(0)
     try:
         return values(_with_config(words, values))
-    except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
+        sys.exit(f"error: {_reason(error, values, words[0])}")
+    except OSError as error:
         sys.exit(f"error: {_reason(error, values, words[0])}")
 
 
@@ -214,7 +216,9 @@ def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
             is_missing = f"is missing ({first})" if len(missing) == 1 else "are missing"
             return f"{names} {is_missing}."
         text = _last_line(str(error)) if "Traceback" in str(error) else str(error)
-        return " ".join(text.split())
+        return _typed(" ".join(text.split()), values)
+    if "does not take an argument" in str(error):
+        return _typed(str(error), values)
     # An error of a config: ml_collections quotes its message twice.
     text = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")
     if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
@@ -222,6 +226,27 @@ def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
     elif re.fullmatch(r"\w+", text):
         text = f"no such key: {text}; --config=NAME --help lists them"
     return f"--config: {' '.join(_last_line(text).split())}"
+
+
+def _typed(text: str, values: flags.FlagValues) -> str:
+    """Returns absl's message on a value of the wrong type in words of ours."""
+    found = re.match(r"flag --(\w+)=(.*?): ", text)
+    wanted = {
+        "int": "give a whole number",
+        "float": "give a number",
+        "bool": "give nothing, true or false",
+    }
+    if found and found[1] in values:
+        kind: Any = values[found[1]]
+        least = getattr(kind.parser, "lower_bound", None)
+        if kind.flag_type() in wanted:
+            above = "" if least is None else f" from {least} on"
+            return f"--{found[1]}={found[2]}: {wanted[kind.flag_type()]}{above}."
+    if missing := re.fullmatch(r"Missing value for flag --?(\w+)", text):
+        return f"--{missing[1]} has no value: give it as --{missing[1]}=..."
+    if missing := re.fullmatch(r"--?(\w+)=.* does not take an argument", text):
+        return f"--{missing[1]} takes no value: give --{missing[1]} alone."
+    return text.removeprefix("flag ")
 
 
 def _last_line(text: str) -> str:

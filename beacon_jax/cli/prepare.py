@@ -21,6 +21,7 @@ from absl import flags
 
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.progress import starting
 from beacon_jax.resources import asset
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ def define_flags(
 
 def from_flags(values: Any, folder: Path) -> "Prepared":
     """Prepares what the flags say into `folder`, and prints the progress."""
-    from beacon_jax.data.prepare import Settings, prepare
-    from beacon_jax.training.check_data import check_data
+    with starting():
+        from beacon_jax.data.prepare import Settings, prepare
+        from beacon_jax.training.check_data import check_data
 
     config = values.config
     if config.data.stages:

@@ -195,6 +195,13 @@ def options(asked: Reading, rows: int) -> None:
             f"stop={_shown(asked.stop)} is {_kind(asked.stop)}: give a string, or a "
             "list of strings, each of which ends every text."
         )
+    if not all(ends):
+        raise ArgumentError(
+            "stop",
+            asked.stop,
+            "has an empty string, which every text begins with",
+            remedy="leave it out",
+        )
 
 
 def callback(name: str, given: Any) -> None:

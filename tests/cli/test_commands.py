@@ -112,7 +112,12 @@ def test_help_with_a_config_shows_all_its_keys(capsys, monkeypatch):
         ("compress", ["--top_k=1"], "--top_k: no such flag"),
         ("compress", [], "--model, --out are missing."),
         ("generate", ["--model=x", "--dtype=f"], "--dtype=f: value should be one of"),
-        ("generate", ["--model=x", "--seed=-1"], "--seed=-1"),
+        ("generate", ["--model=x", "--seed=-1"], "--seed=-1: give a whole number from"),
+        ("generate", ["--top_k=1.5"], "--top_k=1.5: give a whole number."),
+        ("generate", ["--top_p=x"], "--top_p=x: give a number."),
+        ("generate", ["--json=maybe"], "--json=maybe: give nothing, true or false."),
+        ("generate", ["--nojson=1"], "--nojson takes no value: give --nojson alone."),
+        ("generate", ["--ratio"], "--ratio has no value: give it as --ratio=..."),
         ("train", ["--config=quikstart"], "did you mean quickstart?"),
         ("train", ["--config=no/such.py"], "The named ones are llama2_7b_finetune"),
         ("train", ["--config=quickstart:no"], "quickstart:no is unknown: use :long"),
@@ -137,7 +142,7 @@ def test_commands_are_found_by_name(capsys, monkeypatch):
         assert capsys.readouterr().out == cli.overview() + "\n"
     cli.main(["--version"])
     assert capsys.readouterr().out == f"beacon-jax {__version__}\n"
-    with pytest.raises(SystemExit, match="no command 'trian': did you mean train?"):
+    with pytest.raises(SystemExit, match="no command 'trian': did you mean train. The"):
         cli.main(["trian"])
     called = []
     monkeypatch.setattr(cli, "start", lambda *given: called.append(given))
@@ -145,7 +150,7 @@ def test_commands_are_found_by_name(capsys, monkeypatch):
     assert called == [("compress", ["--out=x"])]
 
 
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
+def test_ctrl_c_is_one_line(monkeypatch, capfd):
     def interrupt():
         raise KeyboardInterrupt
 
@@ -154,7 +159,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.start("lm_eval", [])
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "\nlm_eval: stopped by Ctrl-C\n"
+    assert capfd.readouterr().err == "\nlm_eval: stopped by Ctrl-C\n"
 
 
 # --- files that come with the package ----------------------------------------------

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from absl import flags
 
 from beacon_jax.cli import ending
 
@@ -57,6 +58,30 @@ def test_ctrl_c_ends_a_command_that_python_cannot_answer_for():
     assert time.monotonic() - begun < 15
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        # Python only prints what is raised there.
+        ["class Gone:", "    def __del__(self): say()", "Gone()", "time.sleep(60)"],
+        # numpy, while it is imported, makes another error of it.
+        ["try: say()", "except KeyboardInterrupt: raise ImportError('numpy')"],
+        ["try: say()", "except KeyboardInterrupt: fail(ImportError('numpy'))"],
+        # The user is impatient, and the command tidies up.
+        ["try: say()", "finally: say()"],
+    ],
+)
+def test_ctrl_c_ends_a_command_wherever_it_is(body):
+    say = ["def say():", "    print('ready', flush=True)", "    time.sleep(60)"]
+    body = ['with ended("train", patience=20):', *say, *body]
+    process = start(body, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    while process.stdout.readline():
+        process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert process.stderr.read() == "\ntrain: stopped by Ctrl-C\n"
+    assert process.wait(timeout=20) == 130
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_closed_stdout_ends_a_command_without_a_word(wrapped):
     body = [
@@ -80,3 +105,10 @@ def test_what_the_user_can_mend_is_one_line():
     with pytest.raises(SystemExit) as ended:
         ending.fail(ValueError("--ratio=x: use 8."))
     assert ended.value.code == "error: --ratio=x: use 8."
+
+
+def test_an_error_about_an_argument_names_the_flag_of_that_name():
+    flags.DEFINE_string("only_here", None, "", flag_values=flags.FLAGS)
+    assert ending.in_flags(ValueError("only_here=3 is no")) == "--only_here=3 is no"
+    assert ending.in_flags(ValueError("nowhere=3 is no")) == "nowhere=3 is no"
+    assert ending.in_flags(ValueError("only_here is no")) == "only_here is no"

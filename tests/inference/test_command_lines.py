@@ -366,18 +366,27 @@ def test_an_interrupt_stops_the_answer_and_not_the_conversation(run, monkeypatch
         (["--chat", "--chat_template=-"], "--chat_template=- reads stdin"),
         (["--prompt=x", "--system=y"], "--system=y is of --chat"),
         (["--prompt=x", "--ratio=many"], "--ratio=many: use 8"),
-        (["--prompt=x", "--ratio=3"], "ratio=.*3.* does not divide window=8: use one"),
-        (["--prompt=x", "--ratio=automatic"], "ratio='automatic' must be"),
-        (["--prompt=x", "--max_bytes=2 cups"], "max_bytes='2 cups' must be"),
-        (["--prompt=x", "--ratio=2", "--max_slots=9"], "ratio=.* together with max"),
+        (
+            ["--prompt=x", "--ratio=3"],
+            "--ratio=.*3.* does not divide window=8: use one",
+        ),
+        (["--prompt=x", "--ratio=automatic"], "--ratio=automatic: use 8"),
+        (["--prompt=x", "--ratio=-4"], "--ratio=-4: use 8"),
+        (["--prompt=x", "--max_bytes=2 cups"], "--max_bytes='2 cups' must be"),
+        (["--prompt=x", "--max_slots=0"], "--max_slots=0 must be"),
+        (["--prompt=x", "--ratio=2", "--max_slots=9"], "--ratio=2 together with --max"),
         (["--prompt=x", "--spans=a"], "--spans=a marks parts of --context"),
-        (["--prompt=x", "--context=context.txt", "--spans=("], "spans='('"),
-        (["--prompt="], "prompt has shape [0], 0 tokens"),
+        (["--prompt=x", "--context=context.txt", "--spans=("], "--spans=( is not a"),
+        (["--prompt="], "--prompt= is empty"),
+        (["--prompt=x", "--context=."], "--context=. is a folder"),
+        (["--prompt=x", "--context="], "--context= is empty: name a file"),
+        (["--prompt=x", "--load_memory=."], "--load_memory=. is a folder"),
+        (["--prompt=x", "--temperature=-1"], "--temperature=-1.0 must be"),
         (["--prompt=x", "--max_new_tokens=0"], "--max_new_tokens=0 must be"),
         (["--prompt=x", "--top_p=2"], "--top_p=2.0 must be"),
-        (["--prompt=x", "--stop="], "stop has an empty string"),
+        (["--prompt=x", "--stop="], "--stop= has an empty string"),
         (["--prompt=x", "--model=nowhere"], "--model=nowhere: there is no such folder"),
-        (["--prompt=x", "--mesh=tensor:99"], "mesh='tensor:99' needs 99 devices"),
+        (["--prompt=x", "--mesh=tensor:99"], "--mesh='tensor:99' needs 99 devices"),
         (["--prompt=x", "--load_memory=no"], "--load_memory=no: no such file"),
         (["--prompt=x", "--load_memory=context.txt"], "context.txt .*"),
         (["--prompt=x", "--save_memory=a"], "--save_memory=a writes the memory of a"),
@@ -395,6 +404,25 @@ def test_bad_input_ends_with_one_line_that_names_it(run, arguments, message):
         ran.err,
     ), ran.err
     assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *(
+            "--prompt=",
+            "--ratio=-4",
+            "--ratio=x",
+            "--max_slots=0",
+            "--max_bytes=2 cups",
+        ),
+        *("--max_new_tokens=0", "--temperature=-1", "--top_p=2", "--stop="),
+        *("--load_memory=gone", "--context=gone", "--spans=(", "--save_memory=."),
+    ],
+)
+def test_what_needs_no_model_is_checked_before_it_is_loaded(run, argument, monkeypatch):
+    monkeypatch.setattr("beacon_jax.cli.context.load_model", lambda *_: 1 / 0)
+    fails(run(generate, "--prompt=x", "--context=context.txt", argument), argument[:6])
 
 
 def test_compress_refuses_what_it_cannot_write_before_it_loads_the_model(run):
