@@ -75,12 +75,10 @@ def start(name: str, arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Flags of configs (ml_collections) and lm_eval read them there.
     sys.argv = [f"beacon-jax {name}", *words]
-    from beacon_jax.cli.ending import PATIENCE, ended
+    from beacon_jax.cli.ending import ended
 
     runtime.quiet()
-    # Training answers a signal by itself, with the state saved.
-    patience = None if name == "train" else PATIENCE
-    with ended(name, AFTERWARDS.get(name, ""), patience=patience):
+    with ended(name, AFTERWARDS.get(name, "")):
         module = importlib.import_module(f"beacon_jax.cli.{name}")
         if not hasattr(module, "define_flags"):
             return module.main()

@@ -5,10 +5,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import NoReturn
 
+from beacon_jax.interrupts import Insistent, leave
+
 PATIENCE = 3.0  # seconds that Ctrl-C waits for Python: XLA compiles for minutes
+CLEANING = 7.0  # seconds more for what a command does when it is interrupted
 INTERRUPTED = 128 + signal.SIGINT  # exit codes as shells know them
 UNREAD = 128 + signal.SIGPIPE
 
@@ -26,7 +30,7 @@ def fail(error: Exception) -> NoReturn:
 
 @contextlib.contextmanager
 def ended(
-    command: str, afterwards: str = "", *, patience: float | None = PATIENCE
+    command: str, afterwards: str = "", *, patience: float = PATIENCE
 ) -> Iterator[None]:
     """Wraps a command: Ctrl-C ends it with one line and exit code 130.
 
@@ -35,18 +39,19 @@ def ended(
     Args:
       afterwards: what the user can do then ("the same command goes on").
       patience: seconds after which the process ends where Python does not answer, as
-        while XLA compiles; None: the command answers Ctrl-C by itself.
+        while XLA compiles.
     """
     line = f"\n{command}: stopped by Ctrl-C" + (f"; {afterwards}" if afterwards else "")
-    if patience is not None and threading.current_thread() is threading.main_thread():
-        _watch(line, patience)
+    answer = _Answer(line)
+    if threading.current_thread() is threading.main_thread():
+        answer.watch(patience)
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print(line, file=sys.stderr, flush=True)
+        answer.arrived()
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # Python would fail again at what is left to write when it ends.
@@ -59,23 +64,51 @@ def wait_for_python() -> None:
     signal.set_wakeup_fd(-1)
 
 
-def _watch(line: str, patience: float) -> None:
-    """Ends the process if Python has not answered an interrupt after `patience`."""
-    answered = threading.Event()
+class _Answer:
+    """What Ctrl-C does: a line, once, and the end of the process."""
 
-    def answer(*_: object) -> None:
-        answered.set()
-        raise KeyboardInterrupt
+    def __init__(self, line: str):
+        self._line, self._lock = line, threading.Lock()
+        self._handled, self._arrived = threading.Event(), threading.Event()
+        self._insistent = Insistent()
 
-    signal.signal(signal.SIGINT, answer)
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    def watch(self, patience: float) -> None:
+        """Ends the process if Python has not ended it `patience` after an interrupt.
 
-    def wait() -> None:
-        while received := os.read(reader, 1):
-            if received[0] == signal.SIGINT and not answered.wait(patience):
-                print(line, file=sys.stderr, flush=True)
-                os._exit(INTERRUPTED)
+        While it cleans up (workers finish what they write) it has CLEANING more.
+        """
+        signal.signal(signal.SIGINT, self._handle)
+        self._insistent.install()
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
-    threading.Thread(target=wait, daemon=True).start()
+        def wait() -> None:
+            while received := os.read(reader, 1):
+                if received[0] != signal.SIGINT:
+                    continue
+                if not self._arrived.wait(patience):
+                    self._say()
+                if self._handled.is_set():
+                    time.sleep(CLEANING)
+                leave(INTERRUPTED)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def arrived(self) -> None:
+        """Says the line; the command is over, and another Ctrl-C changes nothing."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._arrived.set()
+        self._say()
+
+    def _handle(self, number: int, frame: object) -> None:
+        self._handled.set()
+        self._insistent.throw(number, KeyboardInterrupt())
+
+    def _say(self) -> None:
+        with self._lock:
+            if self._line:
+                with contextlib.suppress(OSError):  # nobody reads it
+                    os.write(2, f"{self._line}\n".encode())
+            self._line = ""

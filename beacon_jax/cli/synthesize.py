@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from beacon_jax.cli.ending import fail
+from beacon_jax.cli.ending import fail, wait_for_python
 from beacon_jax.cli.options import Group
 
 if TYPE_CHECKING:  # they load numpy and pyarrow
@@ -102,6 +102,7 @@ def main(argv: Sequence[str]) -> None:
         settings = from_flags(flags.FLAGS)
         if not settings.endpoint.key:
             print(f"no key in {flags.FLAGS.api_key_env}: asking without one")
+        wait_for_python()  # the first Ctrl-C lets the questions on their way end
         report = synthesize(settings, show=lambda line: print(line, flush=True))
     except (ValueError, OSError, ImportError) as error:
         fail(error)

@@ -57,6 +57,44 @@ def test_ctrl_c_ends_a_command_that_python_cannot_answer_for():
     assert time.monotonic() - begun < 15
 
 
+CALLBACKS = {
+    "gc": ["gc.callbacks.append(slow)", "gc.collect()", "gc.callbacks.clear()"],
+    "del": ["class A:", "    def __del__(self): slow()", "a = A()", "del a"],
+    "weakref": ["class A: pass", "a = A()", "r = weakref.ref(a, slow)", "del a"],
+}
+
+
+@pytest.mark.parametrize("where", CALLBACKS)
+def test_ctrl_c_inside_a_callback_that_ignores_exceptions_is_not_lost(where):
+    """As in that of jax, which the garbage collector calls."""
+    body = [
+        'with ended("train"):',
+        "import gc, weakref",
+        "def slow(*_):",
+        '    print("ready", flush=True)',
+        "    time.sleep(1)",
+        *CALLBACKS[where],
+        "while True: time.sleep(0.01)",
+    ]
+    begun = time.monotonic()
+    assert interrupted(body) == (130, "\ntrain: stopped by Ctrl-C\n")
+    assert time.monotonic() - begun < 10
+
+
+def test_ctrl_c_that_somebody_else_catches_still_ends_the_command():
+    body = [
+        'with ended("bench", patience=0.2):',
+        "from beacon_jax.cli import ending",
+        "ending.CLEANING = 0.2",
+        "while True:",
+        "    try:",
+        '        print("ready", flush=True)',
+        "        time.sleep(60)",
+        "    except BaseException: pass",
+    ]
+    assert interrupted(body) == (130, "\nbench: stopped by Ctrl-C\n")
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_closed_stdout_ends_a_command_without_a_word(wrapped):
     body = [

@@ -300,17 +300,33 @@ def test_sigint_twice_stops_without_saving_and_loses_nothing(
 
 
 SLEEPER = """
-import hashlib
+import gc, hashlib, time
 from beacon_jax.training.signals import Signals
 with Signals(lambda: 7) as signals:
+    {body}
+    time.sleep(60)
+"""
+DEAF = {
+    "in C": """
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as deaf as a compilation
-"""
+""",
+    # jax has such a callback, and Python ignores exceptions there.
+    "in a callback": """
+    def slow(*_):
+        print("ready", flush=True)
+        time.sleep(1)
+    gc.callbacks.append(slow)
+    gc.collect()
+    gc.callbacks.remove(slow)
+""",
+}
 
 
-def test_a_signal_is_answered_while_python_is_not_listening():
+@pytest.mark.parametrize("where", DEAF)
+def test_a_signal_is_answered_while_python_is_not_listening(where):
     process = subprocess.Popen(
-        [sys.executable, "-c", SLEEPER],
+        [sys.executable, "-c", SLEEPER.format(body=DEAF[where].strip())],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
