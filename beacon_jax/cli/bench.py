@@ -20,6 +20,7 @@ from absl import flags
 from beacon_jax import runtime
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.progress import Progress
 from beacon_jax.resources import require
 
 PAGE = Path("docs/benchmarks.md")  # of the repository, for --readme
@@ -67,9 +68,10 @@ def _readme(o: flags.FlagValues) -> None:
 
 
 def _plan(o: flags.FlagValues) -> None:
-    from beacon_jax.benchmark import plan
+    with Progress().stage("planning"):
+        from beacon_jax.benchmark import plan
 
-    made = plan.make(o.preset, o.lengths, o.ratios)
+        made = plan.make(o.preset, o.lengths, o.ratios)
     print(plan.text(made))
     if o.out:
         file = Path(o.out) / "plan.json"
@@ -79,7 +81,8 @@ def _plan(o: flags.FlagValues) -> None:
 
 def _measure(o: flags.FlagValues) -> None:
     require("matplotlib", extra="plots", for_="bench")
-    from beacon_jax.benchmark import report, runner
+    with Progress().stage("starting"):
+        from beacon_jax.benchmark import report, runner
 
     # It measures compilation too, so programs of earlier runs are of no use.
     runtime.quiet()

@@ -39,17 +39,15 @@ def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
     if len(argv) != 2 or argv[1] not in ("from-hf", "to-hf"):
         sys.exit(f"error: command={argv[1:]}: use from-hf or to-hf.")
-    from beacon_jax.hf import (  # after the flags: jax takes seconds
-        conversion,
-        hub,
-        verify,
-    )
+    with Progress().stage("starting"):  # after the flags: jax takes seconds
+        from beacon_jax.hf import conversion, hub, verify
 
     dst = Path(options.dst)
     try:
         src = hub.find(options.src, "--src")
         if argv[1] == "to-hf" and (src / "checkpoints").is_dir():
-            from beacon_jax.training.trainer import export_checkpoint  # takes seconds
+            with Progress().stage("starting"):
+                from beacon_jax.training.trainer import export_checkpoint
 
             export_checkpoint(src, dst, overwrite=options.overwrite)
         elif argv[1] == "to-hf":

@@ -75,9 +75,11 @@ def main(argv: Sequence[str]) -> None:
     try:
         require("matplotlib", extra="plots", for_="the report of evaluate")
         if o.report:
-            from beacon_jax.evaluation import compare
+            with Progress().stage("comparing"):
+                from beacon_jax.evaluation import compare
 
-            print(compare.write([Path(d) for d in argv[1:]], Path(o.out)))
+                text = compare.write([Path(d) for d in argv[1:]], Path(o.out))
+            print(text)
         elif missed := run(o):
             sys.exit(f"error: floors missed: {missed} (see {o.out}/report.md)")
     except (ValueError, OSError, ImportError) as error:
@@ -93,14 +95,15 @@ def run(o: Any) -> str:
     Raises:
       ValueError, OSError: an option that cannot be, by name.
     """
-    from beacon_jax.evaluation import compare, floors  # after the flags: jax loads
-    from beacon_jax.evaluation.baselines import make_methods
-    from beacon_jax.evaluation.methods import ADAPT
-    from beacon_jax.evaluation.model import load_model
-    from beacon_jax.evaluation.runner import evaluate, integers
-    from beacon_jax.evaluation.settings import Settings
-    from beacon_jax.evaluation.tasks import make_tasks
-    from beacon_jax.hf import hub
+    with Progress().stage("starting"):  # after the flags: jax takes seconds
+        from beacon_jax.evaluation import compare, floors
+        from beacon_jax.evaluation.baselines import make_methods
+        from beacon_jax.evaluation.methods import ADAPT
+        from beacon_jax.evaluation.model import load_model
+        from beacon_jax.evaluation.runner import evaluate, integers
+        from beacon_jax.evaluation.settings import Settings
+        from beacon_jax.evaluation.tasks import make_tasks
+        from beacon_jax.hf import hub
 
     if not o.model:
         raise ValueError("--model is not given: name an HF folder or a converted one.")
@@ -145,7 +148,9 @@ def run(o: Any) -> str:
         with (folder / "report.md").open("a", encoding="utf-8") as file:
             file.writelines(f"\n{section}" for section in sections)
     if len(seeds) > 1:
-        print(compare.write(folders, out))
+        with Progress().stage("comparing"):
+            text = compare.write(folders, out)
+        print(text)
     return "; ".join(missed)
 
 

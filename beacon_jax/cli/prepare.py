@@ -21,6 +21,7 @@ from absl import flags
 
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.progress import Progress
 from beacon_jax.resources import asset
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ def define_flags(
 
 def from_flags(values: Any, folder: Path) -> "Prepared":
     """Prepares what the flags say into `folder`, and prints the progress."""
-    from beacon_jax.data.prepare import Settings, prepare
-    from beacon_jax.training.check_data import check_data
+    with Progress().stage("starting"):
+        from beacon_jax.data.prepare import Settings, prepare
+        from beacon_jax.training.check_data import check_data
 
     config = values.config
     if config.data.stages:
@@ -52,15 +54,20 @@ def from_flags(values: Any, folder: Path) -> "Prepared":
             "or use a config without stages."
         )
     check_data(config)
-    settings = Settings.of(config.data, tokenizer_folder(config, folder.parent))
-    return prepare(
-        settings,
-        folder,
-        workers=config.data.workers if values.workers < 0 else values.workers,
-        max_drop_fraction=config.data.max_drop_fraction,
-        overwrite=values.overwrite,
-        show=lambda line: print(line, flush=True),
-    )
+    with Progress().stage("preparing") as stage:
+
+        def show(line: str) -> None:
+            stage.alive()
+            print(line, flush=True)
+
+        return prepare(
+            Settings.of(config.data, tokenizer_folder(config, folder.parent)),
+            folder,
+            workers=config.data.workers if values.workers < 0 else values.workers,
+            max_drop_fraction=config.data.max_drop_fraction,
+            overwrite=values.overwrite,
+            show=show,
+        )
 
 
 def tokenizer_folder(config: Any, workdir: Path) -> Path:

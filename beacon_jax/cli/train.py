@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from beacon_jax.cli.options import Group
+from beacon_jax.progress import Progress
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -27,12 +28,13 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected arguments {argv[1:]}: every option has --.")
     logging.set_verbosity(logging.WARNING)
-    from beacon_jax.training import processes  # after the flags: jax takes seconds
-    from beacon_jax.training.console import drop_unread
-    from beacon_jax.training.trainer import train
+    with Progress().stage("starting"):
+        from beacon_jax.training import processes  # after the flags: jax takes seconds
+        from beacon_jax.training.console import drop_unread
+        from beacon_jax.training.trainer import train
 
-    if flags.FLAGS.distributed:
-        processes.start()
+        if flags.FLAGS.distributed:
+            processes.start()
     try:
         train(flags.FLAGS.config, flags.FLAGS.workdir)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:

@@ -96,7 +96,8 @@ def evaluate(
     )
     found = timing.summary(times)
     (out / "timings" / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = report.write(run, metrics, sections, found, out)
+    with progress.stage("writing the report"):
+        text = report.write(run, metrics, sections, found, out)
     (out / "report.md").write_text(text, encoding="utf-8")
     return metrics, "\n".join(sections)
 

@@ -17,6 +17,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 from beacon_jax import hf
+from beacon_jax.progress import Progress
 from beacon_jax.training import trainer
 from beacon_jax.training.checkpoint import CheckpointError, Checkpoints
 from beacon_jax.training.console import OutputClosed
@@ -57,8 +58,15 @@ def at_step(monkeypatch, step, action):
 
 
 def test_one_that_reads_back_with_another_hash_is_moved_aside(
-    config, finished, workdir, capsys
+    config, finished, workdir, capsys, monkeypatch
 ):
+    stages, stage = [], Progress.stage
+
+    def noted(progress, doing, *arguments, **options):
+        stages.append(doing)
+        return stage(progress, doing, *arguments, **options)
+
+    monkeypatch.setattr(Progress, "stage", noted)
     state = workdir / "checkpoints" / "6" / "state"
     shutil.rmtree(state)
     shutil.copytree(workdir / "checkpoints" / "4" / "state", state)  # whole, but other
@@ -71,6 +79,11 @@ def test_one_that_reads_back_with_another_hash_is_moved_aside(
     assert files(target) == damaged
     assert summary["steps_of_this_process"] == 2
     assert weights(workdir) == weights(finished)
+    # Whatever takes long says so.
+    every = "choosing checking reading making restoring compiling computing saving"
+    found = [name.split()[0] for name in dict.fromkeys(stages)]
+    assert [name for name in found if name in every.split()] == every.split()
+    assert "fetching" in found
     # The place is taken: the next one gets another.
     shutil.rmtree(state)
     shutil.copytree(workdir / "checkpoints" / "4" / "state", state)
