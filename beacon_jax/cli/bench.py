@@ -20,6 +20,7 @@ from absl import flags
 from beacon_jax import runtime
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.outputs import check_folder
 from beacon_jax.progress import Progress
 from beacon_jax.resources import require
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: unknown arguments {argv[1:]}: options begin with --.")
     try:
         o = flags.FLAGS
+        if o.out:
+            check_folder("--out", Path(o.out))
         (_readme if o.readme else _plan if o.plan else _measure)(o)
     except (ValueError, OSError, ImportError) as error:
         fail(error)

@@ -97,12 +97,12 @@ class _Answer:
 
     def arrived(self) -> None:
         """Says the line; the command is over, and another Ctrl-C changes nothing."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._arrived.set()
         self._say()
 
     def _handle(self, number: int, frame: object) -> None:
+        if self._arrived.is_set():
+            return
         self._handled.set()
         self._insistent.throw(number, KeyboardInterrupt())
 
@@ -110,5 +110,5 @@ class _Answer:
         with self._lock:
             if self._line:
                 with contextlib.suppress(OSError):  # nobody reads it
-                    os.write(2, f"{self._line}\n".encode())
+                    print(self._line, file=sys.stderr, flush=True)
             self._line = ""

@@ -19,6 +19,7 @@ from absl import flags
 from beacon_jax import runtime
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.outputs import check_folder
 from beacon_jax.progress import Progress
 from beacon_jax.resources import require
 
@@ -74,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: unknown arguments {argv[1:]}: options begin with --.")
     try:
         require("matplotlib", extra="plots", for_="the report of evaluate")
+        check_folder("--out", Path(o.out))
         if o.report:
             with Progress().stage("comparing"):
                 from beacon_jax.evaluation import compare

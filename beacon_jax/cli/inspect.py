@@ -18,6 +18,7 @@ from absl import flags
 from beacon_jax.cli import prepare
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.prepare import from_flags, tokenizer_folder
+from beacon_jax.outputs import check_folder
 from beacon_jax.progress import Progress
 from beacon_jax.resources import require
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(values.out).expanduser()
     try:
         require("matplotlib", extra="plots", for_="lengths.png of inspect")
+        check_folder("--out", out)
         from beacon_jax.data.grouped import GroupConfig  # numpy, after the flags
         from beacon_jax.data.inspect import (
             CLOSE,

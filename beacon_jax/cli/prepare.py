@@ -21,6 +21,7 @@ from absl import flags
 
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.outputs import check_folder
 from beacon_jax.progress import Progress
 from beacon_jax.resources import asset
 
@@ -95,7 +96,10 @@ def main(argv: Sequence[str]) -> None:
     if not out:
         sys.exit("error: --out='' names no folder: use WORKDIR/data, say.")
     try:
-        data = from_flags(values, Path(out).expanduser())
+        folder = Path(out).expanduser()
+        if not (folder / "manifest.json").exists():  # a finished one may be read-only
+            check_folder("--out" if values.out else "--config.data.prepared", folder)
+        data = from_flags(values, folder)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     from beacon_jax.data.tally import drop_table, usage

@@ -23,6 +23,7 @@ from beacon_jax import hf, runtime
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.data.batches import StepBatches
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.outputs import check_folder
 from beacon_jax.progress import Progress
 from beacon_jax.training.check import check_settings
 from beacon_jax.training.checkpoint import Checkpoints, Restored, check_unchanged
@@ -84,6 +85,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     runtime.prepare()
     progress = Progress() if is_lead() else Progress(lambda line: None)
+    check_folder("--workdir", workdir)
     with progress.stage("choosing what is left open"):
         config = choose(config, workdir, say)
     with progress.stage("checking the settings"):

@@ -131,6 +131,34 @@ def test_wrong_flags_end_with_one_line(name, words, message, monkeypatch):
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "flag"),
+    [
+        ("evaluate", ["--model=tiny-beacon"], "out"),
+        ("evaluate", ["--report"], "out"),
+        ("bench", [], "out"),
+        ("bench", ["--plan"], "out"),
+        ("convert", ["--src=tiny-beacon", "from-hf"], "dst"),
+        ("convert", ["--src=tiny-beacon", "to-hf"], "dst"),
+        ("prepare", ["--config=llama2_7b_pretrain:smoke"], "out"),
+        ("inspect", ["--config=llama2_7b_pretrain:smoke"], "out"),
+        ("train", ["--config=llama2_7b_pretrain:smoke"], "workdir"),
+    ],
+)
+def test_what_cannot_be_written_is_named_before_anything_is_done(
+    name, words, flag, tmp_path, monkeypatch
+):
+    file, values = tmp_path / "file", defined(name)
+    file.write_text("kept")
+    words = [f"beacon-jax {name}", *words, f"--{flag}={file}"]
+    rest = options.parse(words, values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    with pytest.raises(SystemExit) as stopped:
+        module_of(name).main(rest)
+    assert stopped.value.code == f"error: --{flag}={file} is a file: name a folder."
+    assert file.read_text() == "kept"
+
+
 def test_commands_are_found_by_name(capsys, monkeypatch):
     for words in ([], ["--help"]):
         cli.main(words)

@@ -65,7 +65,7 @@ def test_a_folder_that_is_not_there_is_named_with_its_key(config, tmp_path):
 
 def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"--workdir=.*file cannot be written \(File ex"):
+    with pytest.raises(OSError, match=r"--workdir=.*file is a file: name a folder"):
         check_settings(config, tmp_path / "file")
     with pytest.raises(OSError, match="--workdir=/proc/run cannot be written"):
         check_settings(config, "/proc/run")
