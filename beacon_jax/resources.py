@@ -4,9 +4,10 @@ In a repository they are folders beside the package; a wheel has them inside it.
 that exists always wins over a name.
 """
 
-import difflib
 import importlib.util
 from pathlib import Path
+
+from beacon_jax.names import meant
 
 PACKAGE = Path(__file__).parent
 
@@ -35,10 +36,9 @@ def config(name: str) -> str:
     # "configs/X.py" is the name X, wherever the program is run.
     if own.is_file() and path in (own.stem, own.name, f"configs/{own.name}"):
         return f"{own}{colon}{argument}"
-    near = difflib.get_close_matches(Path(path).stem, config_names(), n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
     raise FileNotFoundError(
-        f"config={name}: no such file or named config; {hint}The named ones are "
+        f"config={name}: no such file or named config; "
+        f"{meant(Path(path).stem, config_names())}The named ones are "
         f"{', '.join(config_names())}."
     )
 

@@ -24,6 +24,7 @@ from beacon_jax.benchmark.records import Records, Row, describe, versions
 from beacon_jax.evaluation.runner import integers
 from beacon_jax.model.config import ModelConfig, check_ratio
 from beacon_jax.model.presets import get_preset
+from beacon_jax.names import meant
 from beacon_jax.progress import Progress
 
 PARTS = {
@@ -46,7 +47,10 @@ def make_settings(options: Any) -> list[Settings]:
     """
     unknown = [name for name in options.against if name not in serving.AGAINST]
     if unknown:
-        raise ValueError(f"--against has {unknown}: use {', '.join(serving.AGAINST)}.")
+        near = meant(unknown[0], serving.AGAINST)
+        raise ValueError(
+            f"--against has {unknown}: {near}use {', '.join(serving.AGAINST)}."
+        )
     made = []
     for preset in options.preset or ["tiny"]:
         config = _with_window(get_preset(preset), options.window)
@@ -115,7 +119,8 @@ def run(settings: Settings, parts: Sequence[str], out: Path) -> list[Row]:
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise ValueError(f"--parts has {unknown}: use {', '.join(PARTS)}.")
+        near = meant(unknown[0], PARTS)
+        raise ValueError(f"--parts has {unknown}: {near}use {', '.join(PARTS)}.")
     records = Records(out, versions(settings.device))
     peaks = lambda: device.measure_peaks(
         settings.device, settings.dtype, settings.repeats

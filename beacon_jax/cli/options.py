@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from beacon_jax import resources
+from beacon_jax.cli import config_errors
 
 WIDTH = 88
 HELP = ("--help", "-h", "-help", "--helpshort")
@@ -213,14 +214,18 @@ def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
             first = missing[0].help.split(":")[0].rstrip(".")
             is_missing = f"is missing ({first})" if len(missing) == 1 else "are missing"
             return f"{names} {is_missing}."
-        text = _last_line(str(error)) if "Traceback" in str(error) else str(error)
-        return " ".join(text.split())
+        text = str(error)
+        if "Traceback" in text:  # raised by the config's own code
+            return config_errors.of_argument(" ".join(_last_line(text).split()))
+        return config_errors.of_value(" ".join(text.split()))
     # An error of a config: ml_collections quotes its message twice.
     text = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")
-    if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
-        text = f'no such key: {near[2]}. Did you mean "{near[1]}"?'
-    elif re.fullmatch(r"\w+", text):
-        text = f"no such key: {text}; --config=NAME --help lists them"
+    near = re.search(
+        r'Did you mean "\w+" instead of "(\w+)"|to lookup: [\w.]+\.(\w+)$', text
+    )
+    if near or re.fullmatch(r"\w+", text):
+        missing = (near[1] or near[2]) if near else text
+        return config_errors.of_key(missing, _with_config(sys.argv, values))
     return f"--config: {' '.join(_last_line(text).split())}"
 
 

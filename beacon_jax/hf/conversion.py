@@ -33,6 +33,7 @@ from beacon_jax.hf.writer import (
 )
 from beacon_jax.model.beacon import beacon_token
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.names import meant
 from beacon_jax.progress import Progress
 
 VERSION = 1
@@ -298,7 +299,8 @@ def write_config(folder: Path, hf: Mapping[str, Any]) -> None:
 def check_dtype(dtype: str | None) -> np.dtype | None:
     names = [d.name for d in DTYPES.values() if d.itemsize < 8]
     if dtype is not None and dtype not in names:
-        raise ValueError(f"dtype={dtype!r} is unknown: use {', '.join(names)}.")
+        near = meant(dtype, names)
+        raise ValueError(f"dtype={dtype!r} is unknown: {near}use {', '.join(names)}.")
     return np.dtype(dtype) if dtype else None
 
 

@@ -11,6 +11,7 @@ from beacon_jax.core.windows import memory_slots
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
+from beacon_jax.names import meant
 from beacon_jax.outputs import check_folder
 from beacon_jax.training.check_data import check_data
 from beacon_jax.training.config import Config
@@ -47,8 +48,8 @@ def check_settings(config: Config, workdir: str | Path) -> None:
     for name, rows in sizes.items():
         if rows % config.accumulate:
             raise ValueError(
-                f"accumulate={config.accumulate} does not divide batch_size={rows} of "
-                f"{name}: make it a multiple."
+                f"accumulate={config.accumulate} does not divide {name}.batch_size="
+                f"{rows}: make it a multiple."
             )
     rows = [rows // config.accumulate for rows in sizes.values()]
     make_placement(config.mesh, config.rules, rows)
@@ -78,7 +79,10 @@ def _check_choices(config: Config) -> None:
         value = _get(config, key)
         if value not in allowed:
             names = [repr(name) for name in allowed]
-            raise ValueError(f"{key}={value!r} is unknown: use {' or '.join(names)}.")
+            raise ValueError(
+                f"{key}={value!r} is unknown: {meant(value, allowed)}use "
+                f"{' or '.join(names)}."
+            )
     if config.trainable == "beacon" and not config.beacon.use:
         raise ValueError(
             "trainable='beacon' with beacon.use=False leaves nothing to train: set "

@@ -57,9 +57,9 @@ class StepInputs(NamedTuple):
 
 
 def batch_sizes(config: Config) -> dict[str, int]:
-    """Returns the rows of a step, for each stage or for `data`."""
+    """Returns the rows of a step by the key of the stage, or of "data"."""
     stages = config.data.stages.items()
-    sizes = {name: stage.batch_size for name, stage in stages}
+    sizes = {f"data.stages.{name}": stage.batch_size for name, stage in stages}
     return sizes or {"data": config.data.batch_size}
 
 

@@ -115,12 +115,50 @@ def test_help_with_a_config_shows_all_its_keys(capsys, monkeypatch):
         ("generate", ["--model=x", "--seed=-1"], "--seed=-1"),
         ("train", ["--config=quikstart"], "did you mean quickstart?"),
         ("train", ["--config=no/such.py"], "The named ones are llama2_7b_finetune"),
-        ("train", ["--config=quickstart:no"], "quickstart:no is unknown: use :long"),
+        (
+            "train",
+            ["--config=quickstart:no"],
+            "=quickstart:no is unknown: use :long",
+        ),
+        (
+            "train",
+            ["--config=quickstart:smok"],
+            "did you mean smoke? use :long",
+        ),
+        (
+            "train",
+            ["--config=llama2_7b_pretrain:smok"],
+            "unknown: did you mean smoke?",
+        ),
         ("train", ["--config=quickstart"], "--workdir is missing (Folder of the run)"),
         (
             "train",
             ["--config=quickstart", "--workdir=x", "--config.xyzzy=1"],
-            "--config: no such key: xyzzy; --config=NAME --help lists them",
+            "--config.xyzzy: no such key; --config=NAME --help lists them",
+        ),
+        *(
+            ("train", ["--config=quickstart:smoke", f"--config.{given}"], message)
+            for given, message in (
+                (
+                    "optimizer.lrr=1",
+                    "lrr: no such key; did you mean --config.op",
+                ),
+                (
+                    "lr=1",
+                    "no such key; did you mean --config.optimizer.lr?",
+                ),
+                ("heldout=0", "did you mean --config.data.heldout?"),
+                ("batch_size=1", "did you mean --config.data.batch_size?"),
+                ("stages.stage1.steps=4", "mean --config.data.stages.stage1.steps?"),
+                ("optimizer.lr.x=1", "--config.optimizer.lr.x: no such key; did you"),
+                (
+                    "optimizer.lr=a:b",
+                    "optimizer.lr=a:b: the value must be a number.",
+                ),
+                ("seed=1.5", "--config.seed=1.5: the value must be a whole number."),
+                ("beacon.use=maybe", "beacon.use=maybe: the value must be True or Fal"),
+                ("mesh=data:1", "set one: --config.mesh.KEY=VALUE."),
+            )
         ),
     ],
 )

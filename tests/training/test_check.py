@@ -13,6 +13,10 @@ from beacon_jax.training.trainer import train
     ("key", "value", "message"),
     [
         ("trainable", "base", "trainable='base' is unknown: use 'beacon' or 'all'"),
+        ("trainable", "becon", "trainable='becon' is unknown: did you mean beacon"),
+        ("optimizer.name", "adam", "optimizer.name='adam' is .*did you mean adamw"),
+        ("optimizer.schedule", "cosin", "'cosin' is unknown: did you mean cosine"),
+        ("beacon.placement", "apend", "placement='apend' is .*did you mean append"),
         ("dtype", "float8", "dtype='float8' is unknown"),
         ("remat", "full", "remat='full' is unknown: use 'auto' or 'lean' or"),
         ("attention", "flash", "attention='flash' is unknown"),
@@ -34,8 +38,20 @@ from beacon_jax.training.trainer import train
         ("optimizer.max_nonfinite", 0, "optimizer.max_nonfinite=0 must be at least 1"),
         ("mesh.data", 99, "mesh=.*needs 99 devices, there are 8"),
         ("mesh.fsdp", 0, "mesh.fsdp=0 must be a number of devices"),
-        ("accumulate", 3, "accumulate=3 does not divide batch_size=2 of stage1"),
-        ("data.passkey_questions", 0, "passkey_questions=0 must be"),
+        ("accumulate", 3, "3 does not divide data.stages.stage1.batch_size=2"),
+        ("data.passkey_questions", 0, "data.passkey_questions=0 must be at least 1"),
+        ("data.passkey_tail", -1, "data.passkey_tail=-1 must not be negative"),
+        ("data.copy_weight", -1.0, "data.copy_weight=-1.0 must not be negative"),
+        ("data.dummy_every", (), r"data.dummy_every=\(\) must be numbers of at least"),
+        ("data.stages.stage1.steps", 0, "data.stages.stage1.steps=0 must be at least"),
+        ("data.stages.stage1.length", -8, "data.stages.stage1.length=-8 must be at"),
+        ("data.stages.stage1.batch_size", 0, "data.stages.stage1.batch_size=0 must be"),
+        ("data.stages.stage1.dummies", 2.0, "data.stages.stage1.dummies=2.0 must lie"),
+        (
+            "data.stages.stage1.mix.text",
+            -1.0,
+            "data.stages.stage1.mix=.* needs",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_before_data_is_read(
