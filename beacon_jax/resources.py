@@ -10,6 +10,23 @@ from pathlib import Path
 from beacon_jax.names import meant
 
 PACKAGE = Path(__file__).parent
+# Those that a tokenizer can be loaded from, and what may lie beside them; their bytes
+# in this order identify it.
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+TOKENIZER_FILES = (
+    *TOKENIZERS[:3],
+    "special_tokens_map.json",
+    "added_tokens.json",
+    *TOKENIZERS[3:],
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def folder(kind: str) -> Path:
