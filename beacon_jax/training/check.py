@@ -13,7 +13,7 @@ from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
 from beacon_jax.names import meant
 from beacon_jax.outputs import check_folder
-from beacon_jax.training.check_data import check_data
+from beacon_jax.training.check_data import check_data, check_numbers
 from beacon_jax.training.config import Config
 from beacon_jax.training.hardware import peak_flops
 from beacon_jax.training.initial import base_folder, tokenizer_folder
@@ -37,6 +37,8 @@ def check_settings(config: Config, workdir: str | Path) -> None:
       OSError: `workdir` cannot be written.
     """
     _check_choices(config)
+    check_numbers("beacon.ratios", config.beacon.ratios)
+    check_numbers("profile_steps", config.profile_steps)
     _check_numbers(config)
     _check_folders(config)
     model = _model(config)

@@ -20,13 +20,13 @@ Estimates in the recipes (nothing has been run at these sizes, and none of the s
 could be read here) assume lengths: stage 1 a third of the tokens each in documents of
 4,096, 10,240 and 20,480 tokens, stage 2 a third of the rows each of 7,200, 13,840 and
 20,480. They count every product that is computed, the repeated ones too. In the forward
-pass a window costs 2 P (W + b) in linear layers, P without embeddings and lm_head on raw tokens only,
-and 4 L N H (W + b)(m + (W + b) / 2) in attention. Here b = W / ratio is averaged over
-the ratios (0 in the last window), and m slots lie before the window. Training costs 3 x
-linear + 4 x attention with a frozen base (two forwards; backward one linear and two
-attentions more), 4 x both with all weights. Hours assume 40 % of the peak of 8 A100 or
-A800, 312 TFLOP/s each: an MFU, which counts nothing twice (`model.flops`), of 27 %, or
-30 % with all weights.
+pass a window costs 2 P (W + b) in linear layers, P without embeddings and lm_head on
+raw tokens only, and 4 L N H (W + b)(m + (W + b) / 2) in attention. Here b = W / ratio
+is averaged over the ratios (0 in the last window), and m slots lie before the window.
+Training costs 3 x linear + 4 x attention with a frozen base (two forwards; backward one
+linear and two attentions more), 4 x both with all weights. Hours assume 40 % of the
+peak of 8 A100 or A800, 312 TFLOP/s each: an MFU, which counts nothing twice
+(`model.flops`), of 27 %, or 30 % with all weights.
 """
 
 from ml_collections import ConfigDict

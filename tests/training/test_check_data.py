@@ -46,6 +46,8 @@ def test_every_key_of_data_is_for_stages_for_whole_rows_or_for_both():
         ("sources", ("long-llm:a.json",), "data.root='': set data.root"),
         ("heldout", 1.0, "data.heldout=1.0 is a share"),
         ("long", "keep", "data.long='keep' is unknown: use split, cut, drop"),
+        ("weights", ("a",), r"data.weights=\('a',\) has 'a': use numbers"),
+        ("weights", (-1.0,), r"data.weights=\(-1.0,\) must not be negative"),
         ("min_length", 30000, "data.min_length=30000, data.max_length=20480"),
         ("chat_template", "vicuna", "data.chat_template='vicuna'"),
         ("group", "none", "data.group='none'"),
