@@ -58,8 +58,9 @@ def from_hf(
     _check_different(src, dst)
     hf = read_config(src)
     config = ModelConfig.from_hf(hf, ignore_sliding_window=ignore_sliding_window)
-    reader = open_hf(src)
-    source = HfSource(config, reader, check_dtype(dtype))
+    with Progress().stage("looking at the tensors"):
+        reader = open_hf(src)
+        source = HfSource(config, reader, check_dtype(dtype))
     hashes = {"params": TreeHash(), "beacon": TreeHash()}
 
     def blocks(name: str) -> Iterable[np.ndarray]:
