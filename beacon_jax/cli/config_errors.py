@@ -80,14 +80,15 @@ def _keys(name: str) -> Iterator[str]:
     """Yields the keys of a config as it is without the flags' changes."""
     path, _, argument = name.partition(":")
     with contextlib.suppress(Exception):  # it was read before, so it is no error here
-        yield from _flat(runpy.run_path(path)["get_config"](argument))
+        made = runpy.run_path(path)["get_config"](argument)
+        yield from (key for key, _ in flat(made))
 
 
-def _flat(config: Any, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted names of all keys."""
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted names of all keys, and their values."""
     for key in config:
         value = config[key]
         if hasattr(value, "keys") and len(value):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value

@@ -187,18 +187,11 @@ def _keys(word: str, values: flags.FlagValues) -> str:
     try:
         values[values["config"].name].parse(word.partition("=")[2])
         config: Any = values["config"].value
-        return "\n".join(f"  {key}={value!r}" for key, value in _flat(config))
+        return "\n".join(
+            f"  {key}={value!r}" for key, value in config_errors.flat(config)
+        )
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"error: --config: {_last_line(str(error))}")
-
-
-def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key in config:
-        value = config[key]
-        if hasattr(value, "keys") and len(value):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
