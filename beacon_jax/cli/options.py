@@ -191,7 +191,7 @@ def _keys(word: str, values: flags.FlagValues) -> str:
             f"  {key}={value!r}" for key, value in config_errors.flat(config)
         )
     except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: --config: {_last_line(str(error))}")
+        sys.exit(f"error: {config_errors.of_argument(_last_line(str(error)))}")
 
 
 def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
