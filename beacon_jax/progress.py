@@ -16,7 +16,8 @@ LOOK = 0.25  # seconds between two looks at the clock
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it: no reason to stop the work
+        print(line, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -4,11 +4,29 @@ In a repository they are folders beside the package; a wheel has them inside it.
 that exists always wins over a name.
 """
 
-import difflib
 import importlib.util
 from pathlib import Path
 
+from beacon_jax.names import meant
+
 PACKAGE = Path(__file__).parent
+# Those that a tokenizer can be loaded from, and what may lie beside them; their bytes
+# in this order identify it.
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+TOKENIZER_FILES = (
+    *TOKENIZERS[:3],
+    "special_tokens_map.json",
+    "added_tokens.json",
+    *TOKENIZERS[3:],
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def folder(kind: str) -> Path:
@@ -35,10 +53,9 @@ def config(name: str) -> str:
     # "configs/X.py" is the name X, wherever the program is run.
     if own.is_file() and path in (own.stem, own.name, f"configs/{own.name}"):
         return f"{own}{colon}{argument}"
-    near = difflib.get_close_matches(Path(path).stem, config_names(), n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
     raise FileNotFoundError(
-        f"config={name}: no such file or named config; {hint}The named ones are "
+        f"config={name}: no such file or named config; "
+        f"{meant(Path(path).stem, config_names())}The named ones are "
         f"{', '.join(config_names())}."
     )
 

@@ -7,10 +7,10 @@ HF_DIR is a folder with config.json, weights and tokenizer; FOLDER a folder of .
 .md, .rst or .py files, or one such file, or a .jsonl file of {"text": ...} rows. The
 base stays frozen. Window, row length, batch, steps and rate are chosen from
 config.json, the size of the text and the memory of the device, and printed with the
-reason; each can be set by hand, as --config.data.stages.stage1.steps=20. The same
-command goes on after a stop. Passkeys and copied passages put into the text teach
-recall; a tenth of the documents is held out for the evaluation, whose command is
-printed at the end.
+reason; each can be set by hand, as --config.data.stages.stage1.steps=20, and so can the
+ratios, which are 2, 4 and 8: --config.beacon.ratios=4,8,16. The same command goes on
+after a stop. Passkeys and copied passages put into the text teach recall; a tenth of
+the documents is held out for the evaluation, whose command is printed at the end.
 
 Hardware: anything; on two CPU cores a model of 0.1B trains at about 100 tokens/s.
 """

@@ -14,6 +14,7 @@ from beacon_jax.attention.decode import decode_xla
 from beacon_jax.attention.device import target
 from beacon_jax.attention.mean import mean_term
 from beacon_jax.attention.reference import WEIGHTS, reference
+from beacon_jax.names import meant
 
 
 def _kernel(name: str) -> Callable:
@@ -114,7 +115,8 @@ def prefix_attention(
     for name in (names,) if isinstance(names, str) else names:
         if name not in IMPLEMENTATIONS:
             raise ValueError(
-                f"implementation={name!r} is unknown: use "
+                f"implementation={name!r} is unknown: "
+                f"{meant(name, IMPLEMENTATIONS)}use "
                 f"{' or '.join(sorted(IMPLEMENTATIONS))}."
             )
         try:

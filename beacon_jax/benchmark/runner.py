@@ -24,6 +24,8 @@ from beacon_jax.benchmark.records import Records, Row, describe, versions
 from beacon_jax.evaluation.runner import integers
 from beacon_jax.model.config import ModelConfig, check_ratio
 from beacon_jax.model.presets import get_preset
+from beacon_jax.names import meant
+from beacon_jax.progress import Progress
 
 PARTS = {
     "parity": parity.cases,
@@ -45,7 +47,10 @@ def make_settings(options: Any) -> list[Settings]:
     """
     unknown = [name for name in options.against if name not in serving.AGAINST]
     if unknown:
-        raise ValueError(f"--against has {unknown}: use {', '.join(serving.AGAINST)}.")
+        near = meant(unknown[0], serving.AGAINST)
+        raise ValueError(
+            f"--against has {unknown}: {near}use {', '.join(serving.AGAINST)}."
+        )
     made = []
     for preset in options.preset or ["tiny"]:
         config = _with_window(get_preset(preset), options.window)
@@ -114,27 +119,32 @@ def run(settings: Settings, parts: Sequence[str], out: Path) -> list[Row]:
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise ValueError(f"--parts has {unknown}: use {', '.join(PARTS)}.")
+        near = meant(unknown[0], PARTS)
+        raise ValueError(f"--parts has {unknown}: {near}use {', '.join(PARTS)}.")
     records = Records(out, versions(settings.device))
     peaks = lambda: device.measure_peaks(
         settings.device, settings.dtype, settings.repeats
     )
     key = {"part": "peaks", "dtype": settings.dtype}
-    _measure(records, [Case(key, peaks)])
+    progress = Progress()
+    _measure(records, [Case(key, peaks)], progress)
     for part in parts:
         # A list of its own: weights and programs of a part end with it.
-        _measure(records, list(PARTS[part](settings)))
+        _measure(records, list(PARTS[part](settings)), progress)
         records.write(describe(settings.device))
     path = records.write(describe(settings.device))
-    plots.draw(records.rows, out)
+    with progress.stage("drawing"):
+        plots.draw(records.rows, out)
     _say(f"wrote {path}")
     return records.rows
 
 
-def _measure(records: Records, cases: Sequence[Case]) -> None:
+def _measure(records: Records, cases: Sequence[Case], progress: Progress) -> None:
     for i, case in enumerate(cases):
         start = time.perf_counter()
-        row, new = records.measure(case.key, case.run)
+        name = " ".join(f"{k}={v}" for k, v in case.key.items() if v is not None)
+        with progress.stage(f"measuring {i + 1}/{len(cases)}", note=name):
+            row, new = records.measure(case.key, case.run)
         seconds = time.perf_counter() - start
         how = f"in {seconds:.1f} s" if new else "was there"
         _say(f"{i + 1}/{len(cases)} {report.line(row)} ({how})")

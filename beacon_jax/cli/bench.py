@@ -20,7 +20,8 @@ from absl import flags
 from beacon_jax import runtime
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
-from beacon_jax.progress import starting
+from beacon_jax.outputs import check_folder
+from beacon_jax.progress import Progress, starting
 from beacon_jax.resources import require
 
 PAGE = Path("docs/benchmarks.md")  # of the repository, for --readme
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: unknown arguments {argv[1:]}: options begin with --.")
     try:
         o = flags.FLAGS
+        if o.out:
+            check_folder("--out", Path(o.out))
         (_readme if o.readme else _plan if o.plan else _measure)(o)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
@@ -69,10 +72,10 @@ def _readme(o: flags.FlagValues) -> None:
 
 
 def _plan(o: flags.FlagValues) -> None:
-    with starting():
+    with Progress().stage("planning"):
         from beacon_jax.benchmark import plan
 
-    made = plan.make(o.preset, o.lengths, o.ratios)
+        made = plan.make(o.preset, o.lengths, o.ratios)
     print(plan.text(made))
     if o.out:
         file = Path(o.out) / "plan.json"

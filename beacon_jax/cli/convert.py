@@ -17,6 +17,7 @@ from absl import flags
 from beacon_jax import runtime
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.outputs import check_folder
 from beacon_jax.progress import Progress, starting
 
 
@@ -41,9 +42,12 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: command={argv[1:]}: use from-hf or to-hf.")
     with starting():  # after the flags: jax takes seconds
         from beacon_jax.hf import conversion, hub, verify
+        from beacon_jax.hf.writer import check_new
 
     dst = Path(options.dst)
     try:
+        check_folder("--dst", dst)
+        check_new(dst, overwrite=options.overwrite)
         src = hub.find(options.src, "--src")
         if argv[1] == "to-hf" and (src / "checkpoints").is_dir():
             with starting():

@@ -5,14 +5,18 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
+
+from beacon_jax.interrupts import Insistent, leave
 
 if TYPE_CHECKING:
     from absl import flags
 
 PATIENCE = 3.0  # seconds that Ctrl-C waits for Python: XLA compiles for minutes
+CLEANING = 7.0  # seconds more for what a command does when it is interrupted
 INTERRUPTED = 128 + signal.SIGINT  # exit codes as shells know them
 UNREAD = 128 + signal.SIGPIPE
 
@@ -60,9 +64,9 @@ def ended(
         while XLA compiles.
     """
     line = f"\n{command}: stopped by Ctrl-C" + (f"; {afterwards}" if afterwards else "")
-    interrupt = _Interrupt(line)
+    answer = _Answer(line)
     if threading.current_thread() is threading.main_thread():
-        interrupt.watch(patience)
+        answer.watch(patience)
     try:
         try:
             yield
@@ -73,12 +77,11 @@ def ended(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(UNREAD)
     except BaseException as error:
-        # A library may have made another error of it.
-        if isinstance(error, KeyboardInterrupt) or interrupt.arrived:
-            interrupt.say()
-            sys.exit(INTERRUPTED)  # what hangs on the way out is not waited for
+        # Somebody on the way may have made another error of it.
+        if isinstance(error, KeyboardInterrupt) or answer.handled:
+            answer.arrived()
+            sys.exit(INTERRUPTED)
         raise
-    interrupt.left.set()
 
 
 def wait_for_python() -> None:
@@ -87,64 +90,72 @@ def wait_for_python() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class _Interrupt:
-    """Turns Ctrl-C into a KeyboardInterrupt, and ends the process where that fails.
-
-    Attributes:
-      arrived: whether there was one.
-      left: set when the command has ended without one.
-    """
+class _Answer:
+    """What Ctrl-C does: a line, once, and the end of the process."""
 
     def __init__(self, line: str):
-        self.arrived = False
-        self.left = threading.Event()
-        self._line, self._said = line, False
+        self._line, self._lock = line, threading.Lock()
+        self._handled, self._arrived = threading.Event(), threading.Event()
+        self._insistent = Insistent()
 
     def watch(self, patience: float) -> None:
-        """Begins: an interrupt that has not ended the command after `patience` does."""
-        signal.signal(signal.SIGINT, self._answer)
+        """Ends the process if Python has not ended it `patience` after an interrupt.
+
+        While it cleans up (workers finish what they write) it has CLEANING more.
+        """
+        signal.signal(signal.SIGINT, self._handle)
+        self._insistent.install()
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
         def wait() -> None:
             while received := os.read(reader, 1):
-                if received[0] == signal.SIGINT and not self.left.wait(patience):
-                    self.end()
+                if received[0] != signal.SIGINT:
+                    continue
+                if not self._arrived.wait(patience):
+                    self._say()
+                if self._handled.is_set():
+                    time.sleep(CLEANING)
+                leave(INTERRUPTED)
 
         threading.Thread(target=wait, daemon=True).start()
 
-    def say(self) -> None:
-        """Writes the line, once, past Python's buffers and locks."""
-        if not self._said:
-            self._said = True
-            with contextlib.suppress(OSError):  # nobody reads it
-                os.write(2, f"{self._line}\n".encode())
+    def arrived(self) -> None:
+        """Says the line; the command is over, and another Ctrl-C changes nothing."""
+        self._arrived.set()
+        self._say()
 
-    def end(self) -> NoReturn:
-        """Ends the process, from any thread, without a word of Python's own."""
-        self.say()
-        os._exit(INTERRUPTED)
+    @property
+    def handled(self) -> bool:
+        """Whether Python has heard of an interrupt."""
+        return self._handled.is_set()
 
-    def _answer(self, number: int, frame: FrameType | None) -> None:
-        if self.arrived or _swallowed(frame):
-            self.end()
-        self.arrived = True
-        raise KeyboardInterrupt
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._arrived.is_set():
+            return
+        if _importing(frame):
+            self._say()
+            leave(INTERRUPTED)
+        self._handled.set()
+        self._insistent.throw(number, KeyboardInterrupt())
+
+    def _say(self) -> None:
+        with self._lock:
+            if self._line:
+                with contextlib.suppress(OSError):  # nobody reads it
+                    os.write(2, f"{self._line}\n".encode())
+            self._line = ""
 
 
-def _swallowed(frame: FrameType | None) -> bool:
-    """Tells whether an exception raised in this frame would not arrive as it is.
+def _importing(frame: FrameType | None) -> bool:
+    """Tells whether a module is being imported, when there is nothing to lose yet.
 
-    Modules written in C make an ImportError of it while they are imported; what the
-    garbage collector calls only prints it.
+    Modules written in C make an ImportError of an exception that is raised there, which
+    others take for a package that is missing.
     """
     while frame is not None:
-        code = frame.f_code
-        if code.co_filename.startswith("<frozen importlib") or code.co_name in (
-            "__del__",
-            "_xla_gc_callback",
-        ):
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
         frame = frame.f_back
     return False

@@ -19,6 +19,7 @@ from absl import flags
 from beacon_jax import runtime
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
+from beacon_jax.outputs import check_folder
 from beacon_jax.progress import Progress, starting
 from beacon_jax.resources import require
 
@@ -74,11 +75,13 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: unknown arguments {argv[1:]}: options begin with --.")
     try:
         require("matplotlib", extra="plots", for_="the report of evaluate")
+        check_folder("--out", Path(o.out))
         if o.report:
-            with starting():
+            with Progress().stage("comparing"):
                 from beacon_jax.evaluation import compare
 
-            print(compare.write([Path(d) for d in argv[1:]], Path(o.out)))
+                text = compare.write([Path(d) for d in argv[1:]], Path(o.out))
+            print(text)
         elif missed := run(o):
             sys.exit(f"error: floors missed: {missed} (see {o.out}/report.md)")
     except (ValueError, OSError, ImportError) as error:
@@ -115,6 +118,7 @@ def run(o: Any) -> str:
     tasks, methods = make_tasks(o.tasks), make_methods(o.methods, ratios)
     options = {name: getattr(o, name) for name in OPTIONS}
     settings = [Settings(tuple(lengths), seed=s, **options) for s in seeds]
+    _check_inputs(o)
     longest = max(task.longest(settings[0]) for task in tasks)
     used = sorted({int(m.ratio) for m in methods if isinstance(m.ratio, int)})
     # "adapt" takes the model's own ratios; 1 only says that beacons are needed.
@@ -147,8 +151,34 @@ def run(o: Any) -> str:
         with (folder / "report.md").open("a", encoding="utf-8") as file:
             file.writelines(f"\n{section}" for section in sections)
     if len(seeds) > 1:
-        print(compare.write(folders, out))
+        with Progress().stage("comparing"):
+            text = compare.write(folders, out)
+        print(text)
     return "; ".join(missed)
+
+
+def _check_inputs(o: Any) -> None:
+    """Raises the error of a flag that names a file which is not there."""
+    from beacon_jax.data.sources import source_bytes
+
+    for name in ("text", "haystack"):
+        uri = getattr(o, name)
+        try:
+            source_bytes([uri] if uri else [])
+        except (ValueError, OSError) as error:
+            text = str(error).replace(f"uri={uri!r}", f"--{name}={uri}")
+            raise type(error)(text) from error
+    if o.data and not Path(o.data).is_dir():
+        raise FileNotFoundError(
+            f"--data={o.data} is no folder: name the one that holds your data sets."
+        )
+    summary = Path(o.summary or ".")  # a run that has not ended has its metrics only
+    if o.summary and not (
+        summary.is_file() or summary.with_name("metrics.jsonl").is_file()
+    ):
+        raise FileNotFoundError(
+            f"--summary={o.summary} is no file: name summary.json of a training run."
+        )
 
 
 def _training(summary: str | None, folder: Path) -> list[str]:

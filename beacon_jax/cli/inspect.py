@@ -18,7 +18,8 @@ from absl import flags
 from beacon_jax.cli import prepare
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.prepare import from_flags, tokenizer_folder
-from beacon_jax.progress import starting
+from beacon_jax.outputs import check_folder
+from beacon_jax.progress import Progress, starting
 from beacon_jax.resources import require
 
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(values.out).expanduser()
     try:
         require("matplotlib", extra="plots", for_="lengths.png of inspect")
+        check_folder("--out", out)
         with starting():  # after the flags
             from beacon_jax.data.grouped import GroupConfig
             from beacon_jax.data.inspect import (
@@ -52,10 +54,12 @@ def main(argv: Sequence[str]) -> None:
         data = from_flags(values, folder)
         grouping = GroupConfig.of(config)
         out.mkdir(parents=True, exist_ok=True)
-        histogram(data, grouping.window, out / "lengths.png")
-        print(report(data, grouping))
-        tokenizer = load_tokenizer(tokenizer_folder(config, folder.parent))
-        index = sample(data)
+        with Progress().stage("inspecting"):
+            histogram(data, grouping.window, out / "lengths.png")
+            text = report(data, grouping)
+            tokenizer = load_tokenizer(tokenizer_folder(config, folder.parent))
+            index = sample(data)
+        print(text)
         print(f"\nexample {index}, labelled tokens between {OPEN} and {CLOSE}:")
         print(marked(data.read(index), tokenizer))
         print(f"\nwrote {out / 'lengths.png'}", flush=True)

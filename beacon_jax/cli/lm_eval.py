@@ -13,7 +13,7 @@ import importlib
 import sys
 
 from beacon_jax import runtime
-from beacon_jax.progress import starting
+from beacon_jax.progress import Progress
 from beacon_jax.resources import has, require
 
 
@@ -25,8 +25,8 @@ def main() -> None:
         require("lm_eval", extra="lm-eval", for_="beacon-jax lm_eval")
     except ImportError as error:
         sys.exit(f"error: {error}")
-    runtime.for_command()
-    with starting():
+    with Progress().stage("loading lm_eval"):
+        runtime.for_command()
         importlib.import_module("beacon_jax.evaluation.lm_eval")  # registers the model
-        harness = importlib.import_module("lm_eval.__main__")
-    harness.cli_evaluate()
+        command = importlib.import_module("lm_eval.__main__")
+    command.cli_evaluate()

@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from beacon_jax import resources
+from beacon_jax.cli import config_errors
 
 WIDTH = 88
 HELP = ("--help", "-h", "-help", "--helpshort")
@@ -188,18 +189,11 @@ def _keys(word: str, values: flags.FlagValues) -> str:
     try:
         values[values["config"].name].parse(word.partition("=")[2])
         config: Any = values["config"].value
-        return "\n".join(f"  {key}={value!r}" for key, value in _flat(config))
+        return "\n".join(
+            f"  {key}={value!r}" for key, value in config_errors.flat(config)
+        )
     except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: --config: {_last_line(str(error))}")
-
-
-def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key in config:
-        value = config[key]
-        if hasattr(value, "keys") and len(value):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        sys.exit(f"error: {config_errors.of_argument(_last_line(str(error)))}")
 
 
 def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
@@ -215,16 +209,20 @@ def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
             first = missing[0].help.split(":")[0].rstrip(".")
             is_missing = f"is missing ({first})" if len(missing) == 1 else "are missing"
             return f"{names} {is_missing}."
-        text = _last_line(str(error)) if "Traceback" in str(error) else str(error)
-        return _typed(" ".join(text.split()), values)
+        text = str(error)
+        if "Traceback" in text:  # raised by the config's own code
+            return config_errors.of_argument(" ".join(_last_line(text).split()))
+        return _typed(config_errors.of_value(" ".join(text.split())), values)
     if "does not take an argument" in str(error):
         return _typed(str(error), values)
     # An error of a config: ml_collections quotes its message twice.
     text = str(error).replace("\\n", " ").replace("\\'", "'").strip("\"'")
-    if near := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
-        text = f'no such key: {near[2]}. Did you mean "{near[1]}"?'
-    elif re.fullmatch(r"\w+", text):
-        text = f"no such key: {text}; --config=NAME --help lists them"
+    near = re.search(
+        r'Did you mean "\w+" instead of "(\w+)"|to lookup: [\w.]+\.(\w+)$', text
+    )
+    if near or re.fullmatch(r"\w+", text):
+        missing = (near[1] or near[2]) if near else text
+        return config_errors.of_key(missing, _with_config(sys.argv, values))
     return f"--config: {' '.join(_last_line(text).split())}"
 
 

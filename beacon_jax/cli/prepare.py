@@ -21,7 +21,8 @@ from absl import flags
 
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
-from beacon_jax.progress import starting
+from beacon_jax.outputs import check_folder
+from beacon_jax.progress import Progress, starting
 from beacon_jax.resources import asset
 
 if TYPE_CHECKING:
@@ -54,15 +55,20 @@ def from_flags(values: Any, folder: Path) -> "Prepared":
             "or use a config without stages."
         )
     check_data(config)
-    settings = Settings.of(config.data, tokenizer_folder(config, folder.parent))
-    return prepare(
-        settings,
-        folder,
-        workers=config.data.workers if values.workers < 0 else values.workers,
-        max_drop_fraction=config.data.max_drop_fraction,
-        overwrite=values.overwrite,
-        show=lambda line: print(line, flush=True),
-    )
+    with Progress().stage("preparing") as stage:
+
+        def show(line: str) -> None:
+            stage.alive()
+            print(line, flush=True)
+
+        return prepare(
+            Settings.of(config.data, tokenizer_folder(config, folder.parent)),
+            folder,
+            workers=config.data.workers if values.workers < 0 else values.workers,
+            max_drop_fraction=config.data.max_drop_fraction,
+            overwrite=values.overwrite,
+            show=show,
+        )
 
 
 def tokenizer_folder(config: Any, workdir: Path) -> Path:
@@ -90,7 +96,10 @@ def main(argv: Sequence[str]) -> None:
     if not out:
         sys.exit("error: --out='' names no folder: use WORKDIR/data, say.")
     try:
-        data = from_flags(values, Path(out).expanduser())
+        folder = Path(out).expanduser()
+        if not (folder / "manifest.json").exists():  # a finished one may be read-only
+            check_folder("--out" if values.out else "--config.data.prepared", folder)
+        data = from_flags(values, folder)
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     from beacon_jax.data.tally import drop_table, usage

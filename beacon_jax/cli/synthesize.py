@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from beacon_jax.cli.ending import fail
+from beacon_jax.cli.ending import fail, wait_for_python
 from beacon_jax.cli.options import Group
+from beacon_jax.outputs import check_file
 
 if TYPE_CHECKING:  # they load numpy and pyarrow
     from beacon_jax.data.synthesize import Report, Settings
@@ -100,8 +101,10 @@ def main(argv: Sequence[str]) -> None:
 
     try:
         settings = from_flags(flags.FLAGS)
+        check_file("--out", settings.out)
         if not settings.endpoint.key:
             print(f"no key in {flags.FLAGS.api_key_env}: asking without one")
+        wait_for_python()  # the first Ctrl-C lets the questions on their way end
         report = synthesize(settings, show=lambda line: print(line, flush=True))
     except (ValueError, OSError, ImportError) as error:
         fail(error)

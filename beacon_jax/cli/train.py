@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> None:
         from beacon_jax.training.console import drop_unread
         from beacon_jax.training.trainer import train
 
-    if flags.FLAGS.distributed:
-        processes.start()
+        if flags.FLAGS.distributed:
+            processes.start()
     try:
         train(flags.FLAGS.config, flags.FLAGS.workdir)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:

@@ -22,6 +22,7 @@ from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, Entries, apply, constrain_entries
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.partition import Partition, partitioned
+from beacon_jax.names import meant
 
 
 @functools.partial(
@@ -80,7 +81,10 @@ def train_loss(
       row_count [B] (sums of weighted losses and of weights).
     """
     if remat not in REMAT:
-        raise ValueError(f"remat={remat!r} is unknown: use one of {', '.join(REMAT)}.")
+        near = meant(remat, REMAT)
+        raise ValueError(
+            f"remat={remat!r} is unknown: {near}use one of {', '.join(REMAT)}."
+        )
     tokens, valid = batch["tokens"], batch["valid"]
     n, b, w = tokens.shape
     variables = {"params": params, "beacon": beacon}

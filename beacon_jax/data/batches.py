@@ -38,6 +38,7 @@ from beacon_jax.data.passkey import (
     encode_with_key,
     make_passkey,
 )
+from beacon_jax.names import meant
 
 KINDS = ("text", "passkey", "repeat", "copy")
 # Keys of config.data that only stages read.
@@ -115,16 +116,15 @@ class Stage:
     def __post_init__(self) -> None:
         for name in ("steps", "length", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} of a stage must be >= 1"
-                )
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         unknown = [kind for kind, _ in self.mix if kind not in KINDS]
         if unknown:
-            raise ValueError(f"mix names {unknown}; kinds are {', '.join(KINDS)}")
+            near = meant(unknown[0], KINDS)
+            raise ValueError(f"mix has {unknown}: {near}use {', '.join(KINDS)}.")
         if not 0.0 <= self.dummies <= 1.0:
-            raise ValueError(f"dummies={self.dummies} of a stage must lie in [0, 1]")
+            raise ValueError(f"dummies={self.dummies} must lie in [0, 1].")
         if not self.mix or min(w for _, w in self.mix) < 0 or not self.total > 0:
-            raise ValueError(f"mix={self.mix} needs weights >= 0 with a positive sum")
+            raise ValueError(f"mix={self.mix} needs weights >= 0 with a positive sum.")
 
     @property
     def total(self) -> float:
@@ -163,18 +163,35 @@ class BatchConfig:
         stages = []
         for name in sorted(data.stages):
             given = data.stages[name].to_dict()
-            mix = tuple((k, w) for k, w in sorted(given.pop("mix").items()) if w)
-            stages.append(Stage(**given, mix=mix))
+            mix = given.pop("mix", {"text": 1.0})
+            given["mix"] = tuple((k, w) for k, w in sorted(mix.items()) if w)
+            try:
+                stages.append(Stage(**given))
+            except ValueError as error:
+                raise ValueError(f"data.stages.{name}.{error}") from None
+            except TypeError:
+                raise ValueError(
+                    f"data.stages.{name} has the keys {', '.join(given)}: use those of "
+                    "training.config.stage (steps, length, batch_size, mix, dummies)."
+                ) from None
         settings = {key: data[key] for key in STAGE_KEYS}
         return cls(stages=tuple(stages), seed=config.seed, **settings)
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise ValueError("stages=() is empty; give at least one Stage")
+            raise ValueError("data.stages is empty: give it at least one stage.")
         if self.passkey_questions < 1:
-            raise ValueError(f"passkey_questions={self.passkey_questions} must be >= 1")
-        if self.passkey_tail < 0:
-            raise ValueError(f"passkey_tail={self.passkey_tail} must be >= 0 tokens")
+            raise ValueError(
+                f"data.passkey_questions={self.passkey_questions} must be at least 1."
+            )
+        for key in STAGE_KEYS:
+            value = getattr(self, key)
+            if isinstance(value, int | float) and value < 0:
+                raise ValueError(f"data.{key}={value} must not be negative.")
+        if not self.dummy_every or min(self.dummy_every) < 1:
+            raise ValueError(
+                f"data.dummy_every={self.dummy_every} must be numbers of at least 1."
+            )
 
     @property
     def steps(self) -> int:
@@ -203,8 +220,9 @@ class Batches:
         longest = max(stage.length for stage in self.config.stages)
         if len(self.stream) < 2 * longest:
             raise ValueError(
-                f"the text has {len(self.stream)} tokens, rows of {longest} need "
-                f"at least {2 * longest}; name a source with more text"
+                f"data.sources: the text has {len(self.stream)} tokens, rows of "
+                f"{longest} need at least {2 * longest}: name sources with more text, "
+                "or lower the length in data.stages."
             )
 
     @property

@@ -39,6 +39,8 @@ import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from beacon_jax.names import meant
+
 log = logging.getLogger(__name__)
 
 NO_ASSISTANT = "no assistant turn"
@@ -170,8 +172,8 @@ def _check(tokenizer: Any, template: str) -> None:
         )
     if template not in TEMPLATES:
         raise ValueError(
-            f"data.chat_template={template!r} is unknown; use one of "
-            f"{', '.join(TEMPLATES)}"
+            f"data.chat_template={template!r} is unknown: "
+            f"{meant(template, TEMPLATES)}use one of {', '.join(TEMPLATES)}."
         )
     name = tokenizer.name_or_path
     if not tokenizer.is_fast:

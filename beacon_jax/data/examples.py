@@ -14,6 +14,7 @@ import numpy as np
 from beacon_jax.data import chat
 from beacon_jax.data.heldout import HELD_OUT
 from beacon_jax.data.sources import Record
+from beacon_jax.names import meant
 
 # Why a record becomes no example. Those of EXPECTED are harmless; all others count as
 # bad rows.
@@ -63,17 +64,20 @@ class Rules:
     def __post_init__(self) -> None:
         if self.min_length < 0 or self.max_length < max(1, self.min_length):
             raise ValueError(
-                f"min_length={self.min_length}, max_length={self.max_length}: need "
-                "0 <= min_length <= max_length and max_length >= 1"
+                f"data.min_length={self.min_length}, data.max_length="
+                f"{self.max_length}: need 0 <= min_length <= max_length and max_length "
+                ">= 1."
             )
         if self.chat_template and self.chat_template not in chat.TEMPLATES:
             raise ValueError(
-                f"data.chat_template={self.chat_template!r} is unknown; use one of "
-                f"{', '.join(chat.TEMPLATES)}"
+                f"data.chat_template={self.chat_template!r} is unknown: "
+                f"{meant(self.chat_template, chat.TEMPLATES)}use one of "
+                f"{', '.join(chat.TEMPLATES)}."
             )
         if self.long not in LONG:
             raise ValueError(
-                f"data.long={self.long!r} is unknown: use {', '.join(LONG)}."
+                f"data.long={self.long!r} is unknown: {meant(self.long, LONG)}use "
+                f"{', '.join(LONG)}."
             )
         if not 0.0 <= self.heldout < 1.0:
             raise ValueError(

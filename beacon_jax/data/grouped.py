@@ -29,6 +29,7 @@ from jaxtyping import Int
 
 from beacon_jax.data.examples import IGNORED, shift
 from beacon_jax.data.prepared import Prepared
+from beacon_jax.names import meant
 
 GROUPS = ("strict", "relaxed", "pad")
 EMPTY = -1  # a row without an example
@@ -73,7 +74,8 @@ class GroupConfig:
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
             raise ValueError(
-                f"data.group={self.group!r} is unknown: use {', '.join(GROUPS)}."
+                f"data.group={self.group!r} is unknown: {meant(self.group, GROUPS)}use "
+                f"{', '.join(GROUPS)}."
             )
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size={self.batch_size} must be at least 1.")

@@ -47,20 +47,10 @@ from beacon_jax.data.shards import (
 )
 from beacon_jax.data.sources import Part, open_parts, source_bytes
 from beacon_jax.data.tally import Progress, Tally, clock
+from beacon_jax.resources import TOKENIZER_FILES
 
 SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they have it
 SUBSET_SEED = 42  # of `file[COUNT]`, as in the release
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 @dataclasses.dataclass(frozen=True)

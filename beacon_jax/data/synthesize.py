@@ -22,6 +22,7 @@ from beacon_jax.data.answers import Answers, Pair, parse_pairs
 from beacon_jax.data.endpoint import Endpoint, Failed, Hopeless, Stopped
 from beacon_jax.data.segments import Count, split, token_counter
 from beacon_jax.data.sources import Record, open_parts, read_part
+from beacon_jax.progress import Progress
 
 INSTRUCTIONS = (
     "You write questions and answers for readers of long documents. You are given one "
@@ -151,7 +152,8 @@ def synthesize(
         )
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with Answers(kept) as answers:
-        plan = _plan(settings, count, report)
+        with Progress().stage("reading the texts"):
+            plan = _plan(settings, count, report)
         keys = {s.key for segments in plan for s in segments if s.key}
         report.segments, report.known = len(keys), len(keys & answers.known())
         show(
@@ -161,8 +163,9 @@ def synthesize(
         try:
             _ask_all(settings, plan, answers, report, stop, show)
         finally:
-            rows = _conversations(settings, plan, answers, count, report)
-            _write(settings.out, rows)
+            with Progress().stage("writing"):
+                rows = _conversations(settings, plan, answers, count, report)
+                _write(settings.out, rows)
     return report
 
 

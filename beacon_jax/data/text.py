@@ -7,7 +7,6 @@ machine without a download), a folder or a file. Everything is read into memory.
 
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout", "all")
 NO_TEXT = "no text"
+PLACES = 5  # of one reason that a message lists
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Corpus:
 
     Attributes:
       documents: (name, text) pairs, sorted by name.
-      skipped: (reason, count) pairs of what was left out.
+      skipped: rows and files that were left out, in their order.
     """
 
     documents: tuple[tuple[str, str], ...]
-    skipped: tuple[tuple[str, int], ...]
+    skipped: tuple[Dropped, ...]
 
 
 def load_documents(
@@ -43,14 +43,16 @@ def load_documents(
     *,
     root: str = "",
     turns: bool = False,
+    quiet: bool = False,
 ) -> list[str]:
     """Returns the texts of one split of a source, in a fixed order.
 
-    Rows and files that hold no text or are damaged are skipped, counted and logged.
+    Rows and files that hold no text or are damaged are skipped and logged.
 
     Args:
       root: what `long-llm:` URIs are relative to.
       turns: whether conversations are documents too, without marks of their roles.
+      quiet: what is skipped is logged elsewhere, since a run says it once.
 
     Raises:
       ValueError: unknown split, fraction outside (0, 1), or a split with no document.
@@ -61,8 +63,10 @@ def load_documents(
     if not 0.0 < heldout_fraction < 1.0:
         raise ValueError(f"heldout_fraction={heldout_fraction} must lie in (0, 1)")
     corpus = read_corpus(uri, root=root, turns=turns)
-    for reason, count in corpus.skipped:
-        log.warning("%s: skipped %d: %s", uri, count, reason)
+    if corpus.skipped and not quiet and uri != "stdlib":  # which has empty files
+        log.warning(
+            "%s: left out %d: %s", uri, len(corpus.skipped), _listed(corpus.skipped)
+        )
     chosen = [
         text
         for name, text in corpus.documents
@@ -79,7 +83,12 @@ def load_documents(
 
 
 def training_documents(
-    sources: Sequence[str], heldout: float, *, root: str = "", turns: bool = False
+    sources: Sequence[str],
+    heldout: float,
+    *,
+    root: str = "",
+    turns: bool = False,
+    quiet: bool = False,
 ) -> list[str]:
     """Returns the texts of all sources, one after the other, without held-out ones.
 
@@ -89,18 +98,22 @@ def training_documents(
     return [
         text
         for uri in sources
-        for text in load_documents(uri, *split, root=root, turns=turns)
+        for text in load_documents(uri, *split, root=root, turns=turns, quiet=quiet)
     ]
 
 
-def run_documents(config: Any) -> list[str]:
+def run_documents(config: Any, *, quiet: bool = False) -> list[str]:
     """Returns the texts that a run cuts rows from, or trains its tokenizer on.
 
     For the tokenizer, conversations are texts, too.
     """
     data = config.data
     return training_documents(
-        data.sources, data.heldout, root=data.root, turns=not data.stages
+        data.sources,
+        data.heldout,
+        root=data.root,
+        turns=not data.stages,
+        quiet=quiet,
     )
 
 
@@ -114,7 +127,7 @@ def read_corpus(uri: str, *, root: str = "", turns: bool = False) -> Corpus:
     parts = open_parts([uri], root)
     files = [list(file) for _, file in itertools.groupby(parts, lambda part: part.name)]
     alone = Path(uri).expanduser().is_file()
-    skipped: Counter[str] = Counter()
+    skipped: list[Dropped] = []
     documents: list[tuple[str, str]] = []
     for file in files:
         if file[0].kind != "text":
@@ -123,51 +136,62 @@ def read_corpus(uri: str, *, root: str = "", turns: bool = False) -> Corpus:
             name = file[0].name
             documents += _blocks(name, text) if alone else [(name, text)]
     if not documents:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
         raise ValueError(
             f"uri={uri!r}: every one of its {len(files)} files was skipped "
-            f"({reasons}); name a source with UTF-8 text"
+            f"({_listed(skipped)}); name a source with UTF-8 text"
             + (
                 ", or, for conversations, train on whole rows: leave data.stages empty"
-                if any(reason.startswith(NO_TEXT) for reason in skipped)
+                if any(row.reason == NO_TEXT for row in skipped)
                 else ""
             )
         )
-    return Corpus(tuple(sorted(documents)), tuple(sorted(skipped.items())))
+    return Corpus(tuple(sorted(documents)), tuple(skipped))
 
 
-def _whole(file: list[Part], skipped: Counter[str]) -> str | None:
+def _listed(skipped: Sequence[Dropped]) -> str:
+    """Lists the reasons, each with the first places that it was found at."""
+    places: dict[str, list[str]] = {}
+    for row in skipped:
+        places.setdefault(row.reason, []).append(row.where)
+    made = []
+    for reason, found in places.items():
+        more = len(found) - PLACES
+        rest = f" and {more:,} more" if more > 0 else ""
+        made.append(f"{reason} ({', '.join(found[:PLACES])}{rest})")
+    return "; ".join(made)
+
+
+def _whole(file: list[Part], skipped: list[Dropped]) -> str | None:
     """Returns a file of text, or None if it is empty or any of it is unusable."""
     pieces: list[str] = []
     for _, piece in itertools.chain.from_iterable(map(read, file)):
         if not isinstance(piece, str):
             assert isinstance(piece, Bad)
-            skipped[f"{piece.reason} (file)"] += 1
+            skipped.append(Dropped(file[0].name, piece.reason))
             return None
         pieces.append(piece)
     text = "".join(pieces)
     if not text.strip():
-        skipped["empty (file)"] += 1
+        skipped.append(Dropped(file[0].name, "empty"))
         return None
     return text
 
 
 def _rows(
-    file: list[Part], skipped: Counter[str], turns: bool
+    file: list[Part], skipped: list[Dropped], turns: bool
 ) -> list[tuple[str, str]]:
     """Returns the documents of a file of rows; a name has the row's number from 0."""
     rows: list[tuple[str, str]] = []
     for row in itertools.chain.from_iterable(map(read_part, file)):
         if isinstance(row, Dropped):
-            kind = "file" if file[0].kind == "unusable" else "row"
-            skipped[f"{row.reason} ({kind})"] += 1
+            skipped.append(row)
         elif row.text is not None:
             rows.append((row_name(row.where), row.text))
         elif turns and row.turns is not None:
             text = "\n".join(content for _, content in row.turns)
             rows.append((row_name(row.where), text))
         else:
-            skipped[f"{NO_TEXT} (row)"] += 1
+            skipped.append(Dropped(row.where, NO_TEXT))
     return rows
 
 

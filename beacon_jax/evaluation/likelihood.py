@@ -24,6 +24,7 @@ from beacon_jax.inference.plan import make_plan
 from beacon_jax.inference.prefill import buffer_size, compute_dtype, power_of_two
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import partitioned
+from beacon_jax.names import meant
 
 
 class Pair(NamedTuple):
@@ -254,7 +255,10 @@ def shorten(
     """
     room = max(room, 1)
     if side not in ("left", "middle"):
-        raise ValueError(f"truncation={side!r} is unknown: use 'left' or 'middle'.")
+        raise ValueError(
+            f"truncation={side!r} is unknown: {meant(side, ('left', 'middle'))}use "
+            "'left' or 'middle'."
+        )
     if len(context) <= room:
         return context
     if side == "left":

@@ -16,6 +16,7 @@ import numpy as np
 
 from beacon_jax.evaluation import likelihood
 from beacon_jax.inference.model import Model, load
+from beacon_jax.progress import Progress
 
 try:
     _api: Any = importlib.import_module("lm_eval.api.model")
@@ -74,7 +75,9 @@ class BeaconLM(_api.LM):
             raise ValueError(f"batch_size={batch_size} must be a number of at least 1.")
         likelihood.shorten(np.zeros(0, np.int32), 1, truncation)  # checks it
         is_path = isinstance(pretrained, str)
-        self.model = load(pretrained, dtype=dtype, mesh=mesh) if is_path else pretrained
+        with Progress().stage("loading", note=str(pretrained) if is_path else ""):
+            made = load(pretrained, dtype=dtype, mesh=mesh) if is_path else pretrained
+        self.model = made
         if self.model.tokenizer is None:
             raise ValueError(f"pretrained={pretrained} has no tokenizer files.")
         self.tokenizer = self.model.tokenizer

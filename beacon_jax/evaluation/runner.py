@@ -58,10 +58,11 @@ def evaluate(
     """
     if any(task.whole_windows for task in tasks):
         check_lengths(settings.lengths, model.window)
-    run = describe_run(model, settings)
+    progress, examples = Progress(), {}
+    with progress.stage("hashing the model"):
+        run = describe_run(model, settings)
     inputs = Inputs(settings, model.tokenizer)
     # Before the folder is touched: missing data or too little text is found here.
-    progress, examples = Progress(), {}
     with progress.stage("making examples") as stage:
         for task in tasks:
             stage.note = task.name
@@ -96,7 +97,8 @@ def evaluate(
     )
     found = timing.summary(times)
     (out / "timings" / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = report.write(run, metrics, sections, found, out)
+    with progress.stage("writing the report"):
+        text = report.write(run, metrics, sections, found, out)
     (out / "report.md").write_text(text, encoding="utf-8")
     return metrics, "\n".join(sections)
 

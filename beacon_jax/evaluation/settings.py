@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from beacon_jax.names import meant
+
 CHATS = ("auto", "none")
 STOPS = ("paper", "official")
 
@@ -48,6 +50,7 @@ class Settings:
         for name, known in (("chat", CHATS), ("newline_stop", STOPS)):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"--{name}={getattr(self, name)} is unknown: use one of "
+                    f"--{name}={getattr(self, name)} is unknown: "
+                    f"{meant(getattr(self, name), known)}use one of "
                     f"{', '.join(known)}."
                 )

@@ -30,7 +30,7 @@ from beacon_jax.hf.reader import TreeReader, open_hf
 from beacon_jax.hf.writer import copy_small_files, new_folder
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig
-from beacon_jax.resources import asset
+from beacon_jax.resources import TOKENIZERS, asset
 
 SHARD_BYTES = 5_000_000_000  # per file of a saved checkpoint, as transformers does
 
@@ -266,18 +266,10 @@ def save_hf(
             write_index(folder / "model.safetensors.index.json", plan)
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "tokenizer_config.json",
-)
-
-
 def has_tokenizer(path: str | Path) -> bool:
     """Tells whether a folder has files that `load_tokenizer` can begin with."""
     folder = Path(asset(path))
-    return any((folder / name).exists() for name in TOKENIZER_FILES)
+    return any((folder / name).exists() for name in TOKENIZERS)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -292,7 +284,7 @@ def load_tokenizer(path: str | Path) -> Any:
     path = Path(asset(path))
     if not has_tokenizer(path):
         raise FileNotFoundError(
-            f"path={path} has no tokenizer files ({', '.join(TOKENIZER_FILES)}): copy "
+            f"path={path} has no tokenizer files ({', '.join(TOKENIZERS)}): copy "
             "them from the base model."
         )
     return AutoTokenizer.from_pretrained(

@@ -33,6 +33,7 @@ from beacon_jax.hf.writer import (
 )
 from beacon_jax.model.beacon import beacon_token
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.names import meant
 from beacon_jax.progress import Progress
 
 VERSION = 1
@@ -57,8 +58,9 @@ def from_hf(
     _check_different(src, dst)
     hf = read_config(src)
     config = ModelConfig.from_hf(hf, ignore_sliding_window=ignore_sliding_window)
-    reader = open_hf(src)
-    source = HfSource(config, reader, check_dtype(dtype))
+    with Progress().stage("looking at the tensors"):
+        reader = open_hf(src)
+        source = HfSource(config, reader, check_dtype(dtype))
     hashes = {"params": TreeHash(), "beacon": TreeHash()}
 
     def blocks(name: str) -> Iterable[np.ndarray]:
@@ -298,7 +300,8 @@ def write_config(folder: Path, hf: Mapping[str, Any]) -> None:
 def check_dtype(dtype: str | None) -> np.dtype | None:
     names = [d.name for d in DTYPES.values() if d.itemsize < 8]
     if dtype is not None and dtype not in names:
-        raise ValueError(f"dtype={dtype!r} is unknown: use {', '.join(names)}.")
+        near = meant(dtype, names)
+        raise ValueError(f"dtype={dtype!r} is unknown: {near}use {', '.join(names)}.")
     return np.dtype(dtype) if dtype else None
 
 

@@ -96,16 +96,11 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
             shutil.copyfile(path, dst / path.name)
 
 
-@contextlib.contextmanager
-def new_folder(dst: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Path]:
-    """Yields an empty folder that becomes `dst` when the block ends without an error.
+def check_new(dst: Path, *, overwrite: bool) -> bool:
+    """Returns whether something is at `dst` that a new checkpoint may replace.
 
-    A killed process leaves `.NAME.partial` beside `dst`, never half a checkpoint; the
-    next run replaces it. With `overwrite` the old folder stays until the new is whole.
-
-    Args:
-      keep: the old folder is of the same model, so that its files which are no weights
-        and have no new version, such as notes of the user, move to the new folder.
+    Raises:
+      FileExistsError: something is there that it may not replace.
     """
     used = dst.exists() and (not dst.is_dir() or any(dst.iterdir()))
     if used and not overwrite:
@@ -118,6 +113,21 @@ def new_folder(dst: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Pa
             f"--dst={dst} is not a checkpoint (no config.json) and is not overwritten: "
             "choose another folder."
         )
+    return used
+
+
+@contextlib.contextmanager
+def new_folder(dst: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Path]:
+    """Yields an empty folder that becomes `dst` when the block ends without an error.
+
+    A killed process leaves `.NAME.partial` beside `dst`, never half a checkpoint; the
+    next run replaces it. With `overwrite` the old folder stays until the new is whole.
+
+    Args:
+      keep: the old folder is of the same model, so that its files which are no weights
+        and have no new version, such as notes of the user, move to the new folder.
+    """
+    used = check_new(dst, overwrite=overwrite)
     dst.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = dst.absolute().with_name(f".{dst.absolute().name}.partial")
     old = partial.with_suffix(".old")

@@ -6,14 +6,13 @@ takes minutes. The second time is behind the plan, with the exact number.
 """
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from beacon_jax import host
 from beacon_jax.core.memory import default_window, slot_nbytes
 from beacon_jax.core.windows import open_room
 from beacon_jax.inference.ledger import Ledger
@@ -152,27 +151,6 @@ def _free_bytes(model: "Model") -> int | None:
         return max(stats["bytes_limit"] - weights, 0)
     if device.platform != "cpu":
         return None
-    host = _free_host_bytes()
+    free = host.free_bytes()
     devices = model.partition.mesh.size if model.partition else 1
-    return None if host is None else host // devices
-
-
-def _free_host_bytes() -> int | None:
-    """Returns the bytes that the machine or the container has left; None: not known.
-
-    The number is that of the one that has less.
-    """
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            found.append(int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    if not found and hasattr(os, "sysconf"):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min(found, default=None)
+    return None if free is None else free // devices

@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Self
 
+from beacon_jax.names import meant
+
 logger = logging.getLogger(__name__)
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -207,7 +209,8 @@ class BeaconConfig:
             r"adapt-\d+", self.ratio_mix
         ):
             raise ValueError(
-                f"ratio_mix={self.ratio_mix!r} is unknown: use "
+                f"ratio_mix={self.ratio_mix!r} is unknown: "
+                f"{meant(self.ratio_mix, mixes)}use "
                 f"{', '.join(mixes)} or adapt-F with F a number of tokens."
             )
         if not set(self.param) <= set(PROJECTIONS) or len(set(self.param)) < len(
@@ -550,4 +553,7 @@ def _check_positive(config: Any, *names: str) -> None:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: use {' or '.join(choices)}.")
+        raise ValueError(
+            f"{name}={value!r} is unknown: {meant(value, choices)}use "
+            f"{' or '.join(choices)}."
+        )

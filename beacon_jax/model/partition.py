@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beacon_jax import runtime
+from beacon_jax.names import meant
 
 AXES = ("data", "fsdp", "tensor")
 # Batches are split over data and fsdp, parameters over fsdp and tensor. An axis that is
@@ -107,7 +108,8 @@ def make_partition(mesh: str | Mesh, devices: Sequence[Any] = ()) -> Partition:
         mesh = _mesh(mesh, list(devices) or jax.devices())
     if unknown := set(mesh.axis_names) - set(AXES):
         raise ValueError(
-            f"mesh has the axes {sorted(unknown)}: use some of {', '.join(AXES)}."
+            f"mesh has the axes {sorted(unknown)}: {meant(min(unknown), AXES)}use some "
+            f"of {', '.join(AXES)}."
         )
     here = lambda axes: tuple(a for a in axes if a in mesh.axis_names)
     return Partition(mesh, tuple((name, here(axes)) for name, axes in RULES.items()))
@@ -118,9 +120,10 @@ def _mesh(text: str, devices: list[Any]) -> Mesh:
     for part in text.split(","):
         name, _, size = part.strip().partition(":")
         if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+            hint = "" if name in sizes else meant(name, AXES)
             raise ValueError(
                 f"mesh={text!r}: {part.strip()!r} must be an axis of {', '.join(AXES)} "
-                "and its size, such as tensor:8."
+                f"and its size, such as tensor:8. {hint}".rstrip()
             )
         sizes[name] = int(size)
     rest = [name for name, size in sizes.items() if size == -1]

@@ -14,6 +14,7 @@ from beacon_jax.model.config import (
     RopeConfig,
     param_shapes,
 )
+from beacon_jax.names import meant
 
 PARAMETERS = {
     "tiny": 557_696,
@@ -143,7 +144,10 @@ PRESETS: dict[str, ModelConfig] = {
 def get_preset(name: str) -> ModelConfig:
     """The configuration called `name`; ValueError lists the names there are."""
     if name not in PRESETS:
-        raise ValueError(f"preset={name!r} is unknown: use {', '.join(PRESETS)}.")
+        raise ValueError(
+            f"preset={name!r} is unknown: {meant(name, PRESETS)}Use "
+            f"{', '.join(PRESETS)}."
+        )
     return PRESETS[name]
 
 

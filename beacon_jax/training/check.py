@@ -1,8 +1,6 @@
 """Checks all settings of a run before its data is prepared, which may take hours."""
 
 import dataclasses
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,9 @@ from beacon_jax.core.windows import memory_slots
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
-from beacon_jax.training.check_data import check_data
+from beacon_jax.names import meant
+from beacon_jax.outputs import check_folder
+from beacon_jax.training.check_data import check_data, check_numbers
 from beacon_jax.training.config import Config
 from beacon_jax.training.hardware import peak_flops
 from beacon_jax.training.initial import base_folder, tokenizer_folder
@@ -37,6 +37,8 @@ def check_settings(config: Config, workdir: str | Path) -> None:
       OSError: `workdir` cannot be written.
     """
     _check_choices(config)
+    check_numbers("beacon.ratios", config.beacon.ratios)
+    check_numbers("profile_steps", config.profile_steps)
     _check_numbers(config)
     _check_folders(config)
     model = _model(config)
@@ -48,8 +50,8 @@ def check_settings(config: Config, workdir: str | Path) -> None:
     for name, rows in sizes.items():
         if rows % config.accumulate:
             raise ValueError(
-                f"accumulate={config.accumulate} does not divide batch_size={rows} of "
-                f"{name}: make it a multiple."
+                f"accumulate={config.accumulate} does not divide {name}.batch_size="
+                f"{rows}: make it a multiple."
             )
     rows = [rows // config.accumulate for rows in sizes.values()]
     make_placement(config.mesh, config.rules, rows)
@@ -61,6 +63,10 @@ def check_settings(config: Config, workdir: str | Path) -> None:
                 f"highest ratio, {least} slots: raise it, or set it to 0."
             )
     _check_workdir(Path(workdir))
+    if config.data.prepared and not config.data.stages:
+        folder = Path(config.data.prepared).expanduser()
+        if not (folder / "manifest.json").exists():  # a finished one may be read-only
+            check_folder("data.prepared", folder)
 
 
 def _check_choices(config: Config) -> None:
@@ -75,7 +81,10 @@ def _check_choices(config: Config) -> None:
         value = _get(config, key)
         if value not in allowed:
             names = [repr(name) for name in allowed]
-            raise ValueError(f"{key}={value!r} is unknown: use {' or '.join(names)}.")
+            raise ValueError(
+                f"{key}={value!r} is unknown: {meant(value, allowed)}use "
+                f"{' or '.join(names)}."
+            )
     if config.trainable == "beacon" and not config.beacon.use:
         raise ValueError(
             "trainable='beacon' with beacon.use=False leaves nothing to train: set "
@@ -189,19 +198,13 @@ def _highest_ratio(model: ModelConfig) -> ModelConfig:
 
 
 def _check_workdir(workdir: Path) -> None:
+    check_folder("--workdir", workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # It has a name of its own: all processes of a run look at the same time.
-        with tempfile.NamedTemporaryFile(dir=workdir, prefix=".writable-") as probe:
-            probe.write(b"1")
-            probe.flush()
     except OSError as error:
         raise OSError(
-            f"--workdir={workdir} cannot be written ({error.strerror}): use another "
-            "folder, or make room."
+            f"--workdir={workdir} cannot be made ({error.strerror}): use another one."
         ) from error
-    if not os.access(workdir, os.R_OK):
-        raise PermissionError(f"--workdir={workdir} cannot be read.")
 
 
 def _get(config: Config, key: str) -> Any:

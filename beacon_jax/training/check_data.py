@@ -1,5 +1,7 @@
 """Checks config.data before anything is read: one function for all commands."""
 
+from typing import Any
+
 from beacon_jax.data.batches import STAGE_KEYS, BatchConfig
 from beacon_jax.data.grouped import GroupConfig
 from beacon_jax.data.prepare import Settings
@@ -24,6 +26,20 @@ ROW_KEYS = (
 )
 
 
+def check_numbers(key: str, values: Any, *, whole: bool = True) -> None:
+    """Raises ValueError unless all values of a key are numbers.
+
+    The command line takes `--config.KEY=a,b` for any key that holds several values.
+    """
+    kinds = int if whole else (int, float)
+    wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, kinds)]
+    if wrong:
+        raise ValueError(
+            f"{key}={tuple(values)} has {wrong[0]!r}: use {'whole ' if whole else ''}"
+            f"numbers, as in --config.{key}=2,4."
+        )
+
+
 def check_data(config: Config) -> None:
     """Raises ValueError for a setting of config.data that cannot work.
 
@@ -32,6 +48,8 @@ def check_data(config: Config) -> None:
     """
     data = config.data
     _check_sources(data)
+    check_numbers("data.weights", data.weights, whole=False)
+    check_numbers("data.dummy_every", data.dummy_every)
     Settings.of(data, "")  # checks lengths, long, heldout and chat_template
     unused = ROW_KEYS if data.stages else STAGE_KEYS
     defaults = default_config().data
@@ -67,6 +85,10 @@ def check_data(config: Config) -> None:
         raise ValueError(
             f"data.weights={tuple(data.weights)} must be one number for each of the "
             f"{len(data.sources)} data.sources."
+        )
+    if data.weights and (min(data.weights) < 0 or not sum(data.weights) > 0):
+        raise ValueError(
+            f"data.weights={tuple(data.weights)} must not be negative, nor all 0."
         )
 
 

@@ -15,11 +15,18 @@ from beacon_jax.model.partition import RULES
 # A ConfigDict; Any, because a type checker knows nothing of its keys.
 Config = Any
 
+_SOURCES = (
+    "config.data.sources, which takes the same URIs (--config.data.sources=FOLDER, or "
+    "several times)"
+)
 # Keys of earlier versions and what to write instead; "data.": those of config.data.
 MOVED = {
-    "text": "config.text.uri is now config.data.sources, which takes the same URIs "
-    "(--config.data.sources=FOLDER, or several times), and "
-    "config.text.heldout_fraction is now config.data.heldout",
+    "text": f"config.text.uri is now {_SOURCES}, and config.text.heldout_fraction is "
+    "now config.data.heldout",
+    "uri": f"config.uri is now {_SOURCES}",
+    "heldout_fraction": "config.heldout_fraction is now config.data.heldout",
+    "data.uri": f"config.data.uri is now {_SOURCES}",
+    "data.heldout_fraction": "config.data.heldout_fraction is now config.data.heldout",
     "data.cut_long": "config.data.cut_long is now config.data.long: 'cut' for True, "
     "'drop' for False, or 'split', which keeps all of a long text",
 }

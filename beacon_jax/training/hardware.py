@@ -9,8 +9,9 @@ sparsity"; these are dense, half of that.
 import dataclasses
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
+
+from beacon_jax import host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,16 +142,7 @@ def device_bytes(device: Any) -> int | None:
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    found = []
-    if (path := Path("/proc/meminfo")).exists():
-        fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
-        if "MemAvailable" in fields:
-            found.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return min(found) if found else None
+    return host.free_bytes()
 
 
 def _words(text: str) -> set[str]:

@@ -15,6 +15,7 @@ from beacon_jax.data.tokenizer import ensure_tokenizer
 from beacon_jax.hf import hub
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig, param_shapes
+from beacon_jax.progress import Progress
 from beacon_jax.resources import asset
 from beacon_jax.training.config import Config
 from beacon_jax.training.processes import is_lead, wait
@@ -165,15 +166,16 @@ def export(
     in that dtype too.
     """
     variables, source = dict(variables), None
-    if config.init_from:
-        source = base_folder(config)
-        stored = hf.load(source).variables["params"]
-        variables.setdefault("params", stored)
-        dtype = stored["embed"]["embedding"].dtype
-        del stored
-    else:
-        dtype = np.dtype(np.float32)
-    variables = jax.tree.map(lambda x: np.asarray(x, dtype), variables)
+    with Progress().stage("exporting"):  # writing has a stage of its own
+        if config.init_from:
+            source = base_folder(config)
+            stored = hf.load(source).variables["params"]
+            variables.setdefault("params", stored)
+            dtype = stored["embed"]["embedding"].dtype
+            del stored
+        else:
+            dtype = np.dtype(np.float32)
+        variables = jax.tree.map(lambda x: np.asarray(x, dtype), variables)
     hf.save_hf(folder, model, variables, source, overwrite=overwrite, keep=keep)
     if tokenizer_folder != source:
         hf.copy_tokenizer(tokenizer_folder, folder)

@@ -29,6 +29,7 @@ from beacon_jax.data.text import run_documents
 from beacon_jax.data.tokenizer import encode_stream
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.flops import training_step
+from beacon_jax.progress import Stage
 from beacon_jax.training.config import Config
 from beacon_jax.training.console import say
 from beacon_jax.training.initial import make_tokenizer
@@ -56,17 +57,22 @@ class StepInputs(NamedTuple):
 
 
 def batch_sizes(config: Config) -> dict[str, int]:
-    """Returns the rows of a step, for each stage or for `data`."""
+    """Returns the rows of a step by the key of the stage, or of "data"."""
     stages = config.data.stages.items()
-    sizes = {name: stage.batch_size for name, stage in stages}
+    sizes = {f"data.stages.{name}": stage.batch_size for name, stage in stages}
     return sizes or {"data": config.data.batch_size}
 
 
-def make_data(config: Config, workdir: Path) -> tuple[Any, Path, StepBatches]:
+def make_data(
+    config: Config, workdir: Path, stage: Stage
+) -> tuple[Any, Path, StepBatches]:
     """Returns the tokenizer of a run, its folder, and the run's batches.
 
     Rows are cut from the text of config.data.sources if there are stages. Without them
     the sources are prepared if that was not done before.
+
+    Args:
+      stage: of the run's progress, which `prepare` is part of.
 
     Raises:
       ValueError, FileNotFoundError: settings or sources that do not work.
@@ -79,23 +85,30 @@ def make_data(config: Config, workdir: Path) -> tuple[Any, Path, StepBatches]:
         batches = Batches(stream, tokenizer, BatchConfig.of(config))
         return tokenizer, tokenizer_folder, batches
     folder = Path(data.prepared or workdir / "data").expanduser()
-    made = _prepared(config, tokenizer_folder, folder)
+    made = _prepared(config, tokenizer_folder, folder, stage)
     if is_lead():
         say(usage(made.manifest))
     return tokenizer, tokenizer_folder, GroupedBatches(made, GroupConfig.of(config))
 
 
-def _prepared(config: Config, tokenizer_folder: Path, folder: Path) -> Prepared:
+def _prepared(
+    config: Config, tokenizer_folder: Path, folder: Path, stage: Stage
+) -> Prepared:
     """Returns the prepared data: made by the first process, awaited by the others."""
     data = config.data
     settings = Settings.of(data, tokenizer_folder)
+
+    def show(line: str) -> None:
+        stage.alive()
+        print(line, flush=True)
+
     if is_lead():
         return prepare(
             settings,
             folder,
             workers=data.workers,
             max_drop_fraction=data.max_drop_fraction,
-            show=functools.partial(print, flush=True),
+            show=show,
         )
     # Not a collective, whose waiting time is limited: preparing may take hours. If the
     # first process fails, jax ends this one.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from beacon_jax.names import meant
 from beacon_jax.training.config import Config
 
 NAMES = ("adamw", "muon")
@@ -27,15 +28,15 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
     """
     if config.schedule not in SCHEDULES:
         raise ValueError(
-            f"optimizer.schedule={config.schedule!r} is unknown: use "
-            f"{' or '.join(SCHEDULES)}"
+            f"optimizer.schedule={config.schedule!r} is unknown: "
+            f"{meant(config.schedule, SCHEDULES)}use {' or '.join(SCHEDULES)}."
         )
     if not 0.0 <= config.decay_start < 1.0:
         raise ValueError(
-            f"optimizer.decay_start={config.decay_start} must lie in [0, 1)"
+            f"optimizer.decay_start={config.decay_start} must lie in [0, 1)."
         )
     if not 0.0 <= config.end <= 1.0:
-        raise ValueError(f"optimizer.end={config.end} must lie in [0, 1]")
+        raise ValueError(f"optimizer.end={config.end} must lie in [0, 1].")
     if config.schedule == "cosine":
         begin = max(steps * config.decay_start, config.warmup)
         fall = optax.cosine_decay_schedule(1.0, max(steps - begin, 1), config.end)
@@ -62,7 +63,8 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     """
     if config.name not in NAMES:
         raise ValueError(
-            f"optimizer.name={config.name!r} is unknown: use {' or '.join(NAMES)}"
+            f"optimizer.name={config.name!r} is unknown: {meant(config.name, NAMES)}"
+            f"use {' or '.join(NAMES)}."
         )
     share = learning_rate(config, steps)
 

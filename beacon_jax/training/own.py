@@ -119,10 +119,12 @@ def choose(
         f"text {', '.join(config.data.sources)}: about {si(facts.tokens)} tokens to "
         "train on; "
         + (
-            f"{si(held)} characters of held-out documents for the evaluation"
+            f"{si(held)} bytes of held-out documents for the evaluation"
             if held
-            else f"none of its documents is held out (data.heldout="
-            f"{config.data.heldout:g}; a hash of the file's name decides)"
+            else f"data.heldout={config.data.heldout:g} holds out none of its "
+            "documents (a hash of each name decides), so it is evaluated on other "
+            "text: raise it, add documents, or name a single file, which is cut into "
+            "documents"
         )
     )
     show("chosen for them; --config.KEY=VALUE chooses otherwise:")
@@ -157,7 +159,7 @@ def next_commands(config: Config, export: Path) -> str:
 
 
 def _heldout(config: Config) -> int:
-    """Counts the characters of the first source's documents that are held out.
+    """Counts the bytes of the first source's documents that are held out.
 
     For much text the number is estimated from its size.
     """
@@ -168,10 +170,12 @@ def _heldout(config: Config) -> int:
         size = sum(source_bytes(data.sources[:1], data.root))
         if size > SAMPLE_BYTES:
             return int(size * data.heldout)
-        texts = load_documents(data.sources[0], "heldout", data.heldout, root=data.root)
+        texts = load_documents(
+            data.sources[0], "heldout", data.heldout, root=data.root, quiet=True
+        )
     except (OSError, ValueError):  # none of them is held out
         return 0
-    return sum(map(len, texts))
+    return sum(len(text.encode()) for text in texts)
 
 
 def _file(sources: Sequence[str], root: str) -> str:
@@ -199,7 +203,7 @@ def _facts(config: Config) -> _Facts:
     tokenizer = hf.load_tokenizer(tokenizer_folder(config))
     if size <= SAMPLE_BYTES:
         texts = tokenizer(
-            run_documents(config), add_special_tokens=False, verbose=False
+            run_documents(config, quiet=True), add_special_tokens=False, verbose=False
         )
         tokens = sum(map(len, texts["input_ids"]))
     else:

@@ -18,15 +18,15 @@ the release does.
 
 Estimates in the recipes (nothing has been run at these sizes, and none of the sources
 could be read here) assume lengths: stage 1 a third of the tokens each in documents of
-`PRETRAIN_LENGTHS`, stage 2 a third of the rows each of `FINETUNE_LENGTHS`. They count
-every product that is computed, the repeated ones too. In the forward pass a window
-costs 2 P (W + b) in linear layers, P without embeddings and lm_head on raw tokens only,
-and 4 L N H (W + b)(m + (W + b) / 2) in attention. Here b = W / ratio is averaged over
-the ratios (0 in the last window), and m slots lie before the window. Training costs 3 x
-linear + 4 x attention with a frozen base (two forwards; backward one linear and two
-attentions more), 4 x both with all weights. Hours assume 40 % of the peak of 8 A100 or
-A800, 312 TFLOP/s each: an MFU, which counts nothing twice (`model.flops`), of 27 %, or
-30 % with all weights.
+4,096, 10,240 and 20,480 tokens, stage 2 a third of the rows each of 7,200, 13,840 and
+20,480. They count every product that is computed, the repeated ones too. In the forward
+pass a window costs 2 P (W + b) in linear layers, P without embeddings and lm_head on
+raw tokens only, and 4 L N H (W + b)(m + (W + b) / 2) in attention. Here b = W / ratio
+is averaged over the ratios (0 in the last window), and m slots lie before the window.
+Training costs 3 x linear + 4 x attention with a frozen base (two forwards; backward one
+linear and two attentions more), 4 x both with all weights. Hours assume 40 % of the
+peak of 8 A100 or A800, 312 TFLOP/s each: an MFU, which counts nothing twice
+(`model.flops`), of 27 %, or 30 % with all weights.
 """
 
 from ml_collections import ConfigDict
@@ -45,10 +45,6 @@ FINETUNE_SOURCES = (
 )
 MAX_LENGTH = 20480
 BATCH = 8
-# Only the estimates use these.
-FINETUNE_ROWS = 13000 + 3000 + 5000 + 2000 + 5000
-PRETRAIN_LENGTHS = (4096, 10240, 20480)
-FINETUNE_LENGTHS = (7200, 13840, 20480)
 
 CHAT_TEMPLATES = {"llama2": "llama-2", "llama3": "llama-3", "mistral": "mistral"}
 

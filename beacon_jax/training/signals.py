@@ -17,6 +17,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
+from beacon_jax.interrupts import Insistent, leave
 from beacon_jax.training.processes import is_lead
 
 GRACE = 3.0  # seconds for the main thread to leave by itself
@@ -44,6 +45,7 @@ class Signals:
         self._ended = threading.Event()
         self._seen = self._handled = 0
         self._old: dict[int, Any] = {}
+        self._insistent = Insistent()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
@@ -59,6 +61,7 @@ class Signals:
             numbers.append(signal.SIGTERM)
         for number in numbers:
             self._old[number] = signal.signal(number, self._arrived)
+        self._insistent.install()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -67,6 +70,7 @@ class Signals:
         self._ended.set()
         if not self._old:
             return
+        self._insistent.remove()
         for number, handler in self._old.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -109,14 +113,16 @@ class Signals:
         """Handles a signal in the main thread, as soon as Python is back."""
         self._handled += 1
         if self._step is None or self._handled > 1:
-            raise SystemExit(128 + number)
+            self._insistent.throw(number, SystemExit(128 + number))
         self.received = signal.Signals(number)
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch(self) -> None:
         while data := self._reader.recv(1):
-            if data[0] in self._old:
+            if self._insistent.repeats:
+                self._insistent.repeats -= 1  # the user has sent none
+            elif data[0] in self._old:
                 self._answer(signal.Signals(data[0]))
 
     def _answer(self, number: signal.Signals) -> None:
@@ -136,7 +142,7 @@ class Signals:
             + (f"goes on from step {step}." if step else "starts it again.")
         )
         if not self._ended.wait(GRACE):
-            os._exit(128 + number)  # the main thread is inside XLA, or in a full pipe
+            leave(128 + number)  # the main thread is inside XLA, or in a full pipe
 
     def _tell(self, text: str) -> None:
         """Writes to stderr, past Python's buffers and locks.

@@ -23,6 +23,8 @@ from beacon_jax import hf, runtime
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.data.batches import StepBatches
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.outputs import check_folder
+from beacon_jax.progress import Progress
 from beacon_jax.training.check import check_settings
 from beacon_jax.training.checkpoint import Checkpoints, Restored, check_unchanged
 from beacon_jax.training.config import Config
@@ -82,18 +84,26 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     """
     workdir = Path(workdir)
     runtime.prepare()
-    config = choose(config, workdir, say)
-    check_settings(config, workdir)
+    progress = Progress() if is_lead() else Progress(lambda line: None)
+    check_folder("--workdir", workdir)
+    with progress.stage("choosing what is left open"):
+        config = choose(config, workdir, say)
+    with progress.stage("checking the settings"):
+        check_settings(config, workdir)
     runtime.enable_compilation_cache(config.compilation_cache)
     with (
         contextlib.closing(Checkpoints(workdir / "checkpoints", config.keep)) as saved,
         Signals(saved.newest) as signals,
     ):
-        return _train(config, workdir, saved, signals)
+        return _train(config, workdir, saved, signals, progress)
 
 
 def _train(
-    config: Config, workdir: Path, checkpoints: Checkpoints, signals: Signals
+    config: Config,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    signals: Signals,
+    progress: Progress,
 ) -> dict[str, Any]:
     began = time.perf_counter()
 
@@ -101,7 +111,8 @@ def _train(
     before = checkpoints.record()
     if before is not None and not config.allow_config_change:
         check_unchanged({"config": before["config"]}, {"config": config.to_dict()})
-    tokenizer, tokenizer_folder, batches = make_data(config, workdir)
+    with progress.stage("reading the data") as stage:
+        tokenizer, tokenizer_folder, batches = make_data(config, workdir, stage)
     steps, rows = batches.steps, [rows for rows, _ in batches.shapes]
 
     # ---- Model and optimiser, every array where it belongs.
@@ -109,19 +120,23 @@ def _train(
         config.mesh, config.rules, [n // config.accumulate for n in rows]
     )
     count = placement.plans * config.accumulate  # ratio plans per step
-    model, trained, frozen = make_model(
-        config, tokenizer, placement, quiet=before is not None
-    )
-    base_hash = hf.tree_hash(frozen["params"]) if frozen else None
-    optimizer = make_optimizer(config.optimizer, steps)
-    state = _state(placement, optimizer, trained)
-    del trained
+    with progress.stage("making the model", note=config.init_from) as stage:
+        model, trained, frozen = make_model(
+            config, tokenizer, placement, quiet=before is not None
+        )
+        stage.becomes("hashing the base")
+        base_hash = hf.tree_hash(frozen["params"]) if frozen else None
+        stage.becomes("making the optimiser")
+        optimizer = make_optimizer(config.optimizer, steps)
+        state = _state(placement, optimizer, trained)
+        del trained
 
     # ---- The newest checkpoint, if there is one.
     record = {"config": config.to_dict(), "base_hash": base_hash}
     if batches.fingerprint:
         record["data"] = batches.fingerprint
-    restored = checkpoints.restore(state, record, config.allow_config_change)
+    with progress.stage("restoring the checkpoint"):
+        restored = checkpoints.restore(state, record, config.allow_config_change)
     if restored is not None:
         state = _going_on(restored)
     start = int(state["step"])
@@ -151,10 +166,11 @@ def _train(
     with contextlib.closing(metrics), profiler, contextlib.closing(inputs):
         for step in range(start, steps):
             profiler.before(step + 1, state)
-            with metrics.timing("data"):
+            with metrics.timing("data"), progress.stage("waiting for rows"):
                 given = next(inputs)
                 placed = placement.batch(given.batch), placement.plan(given.plans)
-            metrics.compiled(update.prepare(state, frozen, *placed))
+            with progress.stage("compiling the step"):
+                metrics.compiled(update.prepare(state, frozen, *placed))
             with metrics.timing("step"):
                 state, values = update(state, frozen, *placed)
             done = step + 1
@@ -162,7 +178,9 @@ def _train(
             metrics.add(given.plans, given.tokens, values, flops=given.flops)
             profiler.after(done, state)
             report = done == steps or done % config.log_every == 0
-            with metrics.timing("step"):
+            # `metrics` has a line for those after the first.
+            shown = progress.stage("computing the first step") if step == start else ()
+            with metrics.timing("step"), shown or contextlib.nullcontext():
                 flight.add(values)
                 flight.land(all_of_them=report or metrics.due())
             received = signals.after(done)
@@ -180,10 +198,11 @@ def _train(
             if not failed and (stop or done % config.save_every == 0):
                 with metrics.timing("step"):
                     jax.block_until_ready(state)
-                with metrics.timing("checkpoint"):
+                with metrics.timing("checkpoint"), progress.stage("saving"):
                     checkpoints.save(done, state, record)
             if stop and not failed:
-                checkpoints.wait()
+                with progress.stage("saving"):
+                    checkpoints.wait()
                 signals.safe()
             checkpoints.check()
             with signals.stop_after(OutputClosed):
@@ -213,14 +232,17 @@ def _train(
         raise FloatingPointError(_not_finite(config, steps, flight.in_a_row))
 
     # ---- Export.
-    base_hash_after = hf.tree_hash(frozen["params"]) if frozen else None
+    with progress.stage("hashing the base"):
+        base_hash_after = hf.tree_hash(frozen["params"]) if frozen else None
     if base_hash_after != base_hash:
         raise RuntimeError(
             f"the frozen base changed while training: hash {base_hash} before, "
             f"{base_hash_after} after. This is a fault of the program."
         )
     variables = state["trained"] if config.init_from else {**frozen, **state["trained"]}
-    variables = fetch(variables)
+    with progress.stage("fetching the weights"):
+        variables = fetch(variables)
+        trained_hash = hf.tree_hash(variables)
     summary = {
         "steps": steps,
         "steps_of_this_process": steps - start,
@@ -228,7 +250,7 @@ def _train(
         "base_hash_before": base_hash,
         "base_hash_after": base_hash_after,
         "trained_parameters": _count(state["trained"]),
-        "trained_hash": hf.tree_hash(variables),
+        "trained_hash": trained_hash,
         "last": last,
     }
     folder = workdir / "export"
@@ -330,14 +352,16 @@ def export_checkpoint(
     settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     config: Config = ConfigDict(settings)
     config.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "accumulate": 1})
-    tokenizer, tokenizer_folder = make_tokenizer(config, list, workdir)
-    placement = make_placement(config.mesh, config.rules, [1])
-    model, trained, frozen = make_model(config, tokenizer, placement)
-    optimizer = make_optimizer(config.optimizer, 1)  # the structure of its state
-    state = _state(placement, optimizer, trained)
-    saved = Checkpoints(workdir / "checkpoints", config.keep)
-    with contextlib.closing(saved):
-        restored = saved.restore(state, {}, allow=True)
+    with Progress().stage("making the model", note=config.init_from) as stage:
+        tokenizer, tokenizer_folder = make_tokenizer(config, list, workdir)
+        placement = make_placement(config.mesh, config.rules, [1])
+        model, trained, frozen = make_model(config, tokenizer, placement)
+        optimizer = make_optimizer(config.optimizer, 1)  # the structure of its state
+        state = _state(placement, optimizer, trained)
+        stage.becomes("restoring the checkpoint")
+        saved = Checkpoints(workdir / "checkpoints", config.keep)
+        with contextlib.closing(saved):
+            restored = saved.restore(state, {}, allow=True)
     if restored is None:
         raise FileNotFoundError(f"--src={workdir} has no checkpoint yet: train first.")
     variables = restored.state["trained"]

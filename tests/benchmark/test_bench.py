@@ -376,8 +376,9 @@ def test_a_page_without_markers_and_a_wrong_file_say_so(measured, tmp_path):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--parts=prefil", "--parts has"),
-        ("--preset=llama2-8b", "preset='llama2-8b' is unknown"),
+        ("--parts=prefil", "--parts has .*did you mean prefill"),
+        ("--preset=llama2-8b", "preset='llama2-8b' is unknown: did you mean llama"),
+        ("--against=toch", "--against has .*did you mean torch"),
         ("--ratios=3", "ratio=3 does not divide window=8"),
         ("--lengths=4K", "--lengths has"),
         ("--repeats=0", "--repeats has"),

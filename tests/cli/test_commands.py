@@ -120,12 +120,50 @@ def test_help_with_a_config_shows_all_its_keys(capsys, monkeypatch):
         ("generate", ["--ratio"], "--ratio has no value: give it as --ratio=..."),
         ("train", ["--config=quikstart"], "did you mean quickstart?"),
         ("train", ["--config=no/such.py"], "The named ones are llama2_7b_finetune"),
-        ("train", ["--config=quickstart:no"], "quickstart:no is unknown: use :long"),
+        (
+            "train",
+            ["--config=quickstart:no"],
+            "=quickstart:no is unknown: use :long",
+        ),
+        (
+            "train",
+            ["--config=quickstart:smok"],
+            "did you mean smoke? use :long",
+        ),
+        (
+            "train",
+            ["--config=llama2_7b_pretrain:smok"],
+            "unknown: did you mean smoke?",
+        ),
         ("train", ["--config=quickstart"], "--workdir is missing (Folder of the run)"),
         (
             "train",
             ["--config=quickstart", "--workdir=x", "--config.xyzzy=1"],
-            "--config: no such key: xyzzy; --config=NAME --help lists them",
+            "--config.xyzzy: no such key; --config=NAME --help lists them",
+        ),
+        *(
+            ("train", ["--config=quickstart:smoke", f"--config.{given}"], message)
+            for given, message in (
+                (
+                    "optimizer.lrr=1",
+                    "lrr: no such key; did you mean --config.op",
+                ),
+                (
+                    "lr=1",
+                    "no such key; did you mean --config.optimizer.lr?",
+                ),
+                ("heldout=0", "did you mean --config.data.heldout?"),
+                ("batch_size=1", "did you mean --config.data.batch_size?"),
+                ("stages.stage1.steps=4", "mean --config.data.stages.stage1.steps?"),
+                ("optimizer.lr.x=1", "--config.optimizer.lr.x: no such key; did you"),
+                (
+                    "optimizer.lr=a:b",
+                    "optimizer.lr=a:b: the value must be a number.",
+                ),
+                ("seed=1.5", "--config.seed=1.5: the value must be a whole number."),
+                ("beacon.use=maybe", "beacon.use=maybe: the value must be True or Fal"),
+                ("mesh=data:1", "set one: --config.mesh.KEY=VALUE."),
+            )
         ),
     ],
 )
@@ -134,6 +172,34 @@ def test_wrong_flags_end_with_one_line(name, words, message, monkeypatch):
     said = ends(name, *words)
     assert said.startswith("error: ") and message in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "flag"),
+    [
+        ("evaluate", ["--model=tiny-beacon"], "out"),
+        ("evaluate", ["--report"], "out"),
+        ("bench", [], "out"),
+        ("bench", ["--plan"], "out"),
+        ("convert", ["--src=tiny-beacon", "from-hf"], "dst"),
+        ("convert", ["--src=tiny-beacon", "to-hf"], "dst"),
+        ("prepare", ["--config=llama2_7b_pretrain:smoke"], "out"),
+        ("inspect", ["--config=llama2_7b_pretrain:smoke"], "out"),
+        ("train", ["--config=llama2_7b_pretrain:smoke"], "workdir"),
+    ],
+)
+def test_what_cannot_be_written_is_named_before_anything_is_done(
+    name, words, flag, tmp_path, monkeypatch
+):
+    file, values = tmp_path / "file", defined(name)
+    file.write_text("kept")
+    words = [f"beacon-jax {name}", *words, f"--{flag}={file}"]
+    rest = options.parse(words, values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    with pytest.raises(SystemExit) as stopped:
+        module_of(name).main(rest)
+    assert stopped.value.code == f"error: --{flag}={file} is a file: name a folder."
+    assert file.read_text() == "kept"
 
 
 def test_commands_are_found_by_name(capsys, monkeypatch):

@@ -58,11 +58,47 @@ def test_ctrl_c_ends_a_command_that_python_cannot_answer_for():
     assert time.monotonic() - begun < 15
 
 
+CALLBACKS = {
+    "gc": ["gc.callbacks.append(slow)", "gc.collect()", "gc.callbacks.clear()"],
+    "del": ["class A:", "    def __del__(self): slow()", "a = A()", "del a"],
+    "weakref": ["class A: pass", "a = A()", "r = weakref.ref(a, slow)", "del a"],
+}
+
+
+@pytest.mark.parametrize("where", CALLBACKS)
+def test_ctrl_c_inside_a_callback_that_ignores_exceptions_is_not_lost(where):
+    """As in that of jax, which the garbage collector calls."""
+    body = [
+        'with ended("train"):',
+        "import gc, weakref",
+        "def slow(*_):",
+        '    print("ready", flush=True)',
+        "    time.sleep(1)",
+        *CALLBACKS[where],
+        "while True: time.sleep(0.01)",
+    ]
+    begun = time.monotonic()
+    assert interrupted(body) == (130, "\ntrain: stopped by Ctrl-C\n")
+    assert time.monotonic() - begun < 10
+
+
+def test_ctrl_c_that_somebody_else_catches_still_ends_the_command():
+    body = [
+        'with ended("bench", patience=0.2):',
+        "from beacon_jax.cli import ending",
+        "ending.CLEANING = 0.2",
+        "while True:",
+        "    try:",
+        '        print("ready", flush=True)',
+        "        time.sleep(60)",
+        "    except BaseException: pass",
+    ]
+    assert interrupted(body) == (130, "\nbench: stopped by Ctrl-C\n")
+
+
 @pytest.mark.parametrize(
     "body",
     [
-        # Python only prints what is raised there.
-        ["class Gone:", "    def __del__(self): say()", "Gone()", "time.sleep(60)"],
         # numpy, while it is imported, makes another error of it.
         ["try: say()", "except KeyboardInterrupt: raise ImportError('numpy')"],
         ["try: say()", "except KeyboardInterrupt: fail(ImportError('numpy'))"],
@@ -70,7 +106,7 @@ def test_ctrl_c_ends_a_command_that_python_cannot_answer_for():
         ["try: say()", "finally: say()"],
     ],
 )
-def test_ctrl_c_ends_a_command_wherever_it_is(body):
+def test_ctrl_c_ends_a_command_whatever_is_made_of_it(body):
     say = ["def say():", "    print('ready', flush=True)", "    time.sleep(60)"]
     body = ['with ended("train", patience=20):', *say, *body]
     process = start(body, stdout=subprocess.PIPE)
@@ -108,7 +144,8 @@ def test_what_the_user_can_mend_is_one_line():
 
 
 def test_an_error_about_an_argument_names_the_flag_of_that_name():
-    flags.DEFINE_string("only_here", None, "", flag_values=flags.FLAGS)
-    assert ending.in_flags(ValueError("only_here=3 is no")) == "--only_here=3 is no"
-    assert ending.in_flags(ValueError("nowhere=3 is no")) == "nowhere=3 is no"
-    assert ending.in_flags(ValueError("only_here is no")) == "only_here is no"
+    values = flags.FlagValues()
+    flags.DEFINE_string("here", None, "", flag_values=values)
+    assert ending.in_flags(ValueError("here=3 is no"), values) == "--here=3 is no"
+    assert ending.in_flags(ValueError("nowhere=3 is no"), values) == "nowhere=3 is no"
+    assert ending.in_flags(ValueError("here is no"), values) == "here is no"

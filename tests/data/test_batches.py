@@ -106,7 +106,7 @@ def test_a_tail_puts_answers_anywhere_in_the_last_half(source):
             assert tokenizer.decode(labels[at]).isdigit()
             ends.append(96 - (int(at[-1]) + 2))
     assert min(ends) == 0 and max(ends) == 40 and len(set(ends)) > 30
-    with pytest.raises(ValueError, match="passkey_tail=-1 must be >= 0"):
+    with pytest.raises(ValueError, match="data.passkey_tail=-1 must not be negative"):
         dataclasses.replace(config, passkey_tail=-1)
 
 
@@ -190,11 +190,11 @@ def test_heldout_rows_do_not_overlap(source):
 def test_config_errors_name_the_field():
     with pytest.raises(ValueError, match="length=0"):
         Stage(1, 0, 1)
-    with pytest.raises(ValueError, match=r"mix names \['nope'\]"):
+    with pytest.raises(ValueError, match=r"mix has \['nope'\]"):
         Stage(1, 8, 1, (("nope", 1.0),))
     with pytest.raises(ValueError, match="dummies=2"):
         Stage(1, 8, 1, dummies=2)
-    with pytest.raises(ValueError, match="stages="):
+    with pytest.raises(ValueError, match="data.stages is empty"):
         BatchConfig(())
 
 

@@ -173,7 +173,7 @@ def test_tokenised_row_that_cannot_be_right_has_a_reason(tokens, labels, reason)
     ("rules", "named"),
     [
         ({"min_length": -1}, "min_length=-1"),
-        ({"min_length": 9, "max_length": 8}, "min_length=9, max_length=8"),
+        ({"min_length": 9, "max_length": 8}, "data.min_length=9, data.max_length=8"),
         ({"max_length": 0}, "max_length=0"),
         ({"long": "keep"}, "data.long='keep' is unknown: use split, cut, drop"),
         ({"heldout": 1.0}, r"data\.heldout=1.0 is a share"),

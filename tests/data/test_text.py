@@ -43,10 +43,23 @@ def test_bad_files_and_rows_are_skipped_and_counted(folder):
     corpus = read_corpus(str(folder))
     assert ("rows.jsonl:000000000", "row") in corpus.documents
     assert corpus.skipped == (
-        ("invalid UTF-8 (file)", 1),
-        ("not JSON (row)", 1),
-        (f"{UNKNOWN} (row)", 1),
+        ("latin.txt", "invalid UTF-8"),
+        ("rows.jsonl:2", "not JSON"),
+        ("rows.jsonl:3", UNKNOWN),
     )
+
+
+def test_what_is_left_out_is_told_once_with_its_places(folder, caplog):
+    rows = ['{"text": "row"}', *["not json"] * 7]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    (folder / "a.pdf").write_bytes(b"x")
+    load_documents(str(folder), "all", quiet=True)
+    assert caplog.messages == []
+    load_documents(str(folder), "all")
+    places = ", ".join(f"rows.jsonl:{n}" for n in range(2, 7))
+    assert caplog.messages == [
+        f"{folder}: left out 8: unknown ending (a.pdf); not JSON ({places} and 2 more)"
+    ]
 
 
 def test_names_and_texts_are_those_that_the_shipped_model_was_split_by(tmp_path):

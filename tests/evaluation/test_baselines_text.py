@@ -114,7 +114,10 @@ def test_a_class_of_ones_own_is_a_method(model, rows, plugin):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("snap", "names 'snap'; known are beacon, .*, window, text:"),
+        (
+            "snap",
+            "names 'snap': did you mean snapkv. Known are .*, window, text:",
+        ),
         ("no_such_module:Class", "cannot be imported .*module:Class"),
         ("shorten_for_test:Missing", "cannot be imported .*Missing"),
         ("shorten_for_test:NOT_ONE", "no subclass of beacon_jax.evaluation.Method"),

@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from beacon_jax.cli import evaluate as command
+from beacon_jax.evaluation import model as model_module
 from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.runner import evaluate, integers, limit
 from beacon_jax.evaluation.tasks import make_tasks
@@ -143,6 +144,23 @@ def run_command(**options):
     for name, value in options.items():
         setattr(values, name, value)
     return command.run(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text", "--text=nowhere does not exist; name a file, folder"),
+        ("haystack", "--haystack=nowhere does not exist"),
+        ("data", "--data=nowhere is no folder"),
+        ("summary", "--summary=nowhere is no file"),
+    ],
+)
+def test_a_flag_that_names_nothing_is_told_before_the_model_is_loaded(
+    name, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(model_module, "load_model", None)
+    with pytest.raises(FileNotFoundError, match=message):
+        run_command(model="x", out=str(tmp_path), **{name: "nowhere"})
 
 
 def test_the_command_fails_by_naming_the_floors_that_were_missed(

@@ -13,6 +13,10 @@ from beacon_jax.training.trainer import train
     ("key", "value", "message"),
     [
         ("trainable", "base", "trainable='base' is unknown: use 'beacon' or 'all'"),
+        ("trainable", "becon", "trainable='becon' is unknown: did you mean beacon"),
+        ("optimizer.name", "adam", "optimizer.name='adam' is .*did you mean adamw"),
+        ("optimizer.schedule", "cosin", "'cosin' is unknown: did you mean cosine"),
+        ("beacon.placement", "apend", "placement='apend' is .*did you mean append"),
         ("dtype", "float8", "dtype='float8' is unknown"),
         ("remat", "full", "remat='full' is unknown: use 'auto' or 'lean' or"),
         ("attention", "flash", "attention='flash' is unknown"),
@@ -24,6 +28,9 @@ from beacon_jax.training.trainer import train
         ("profile_steps", (3, 2), r"profile_steps=\(3, 2\) is no range of steps"),
         ("peak_tflops", -1.0, "peak_tflops=-1.0 must not be negative"),
         ("uniform_plans", 50.0, "uniform_plans=50.0 is a share of the steps"),
+        ("beacon.ratios", ("a", 2), r"beacon.ratios=\('a', 2\) has 'a': use whole num"),
+        ("profile_steps", ("a",), r"profile_steps=\('a',\) has 'a': use whole numbers"),
+        ("data.dummy_every", ("x",), "data.dummy_every=.* has 'x': use whole numbers"),
         ("beacon.ratios", (3,), "beacon: ratio=3 does not divide window=8"),
         ("beacon.param", ("w",), r"beacon: param=\('w',\) must be different letters"),
         ("beacon.sink", 9, "beacon: sink=9 must be between 0 and window=8"),
@@ -34,8 +41,20 @@ from beacon_jax.training.trainer import train
         ("optimizer.max_nonfinite", 0, "optimizer.max_nonfinite=0 must be at least 1"),
         ("mesh.data", 99, "mesh=.*needs 99 devices, there are 8"),
         ("mesh.fsdp", 0, "mesh.fsdp=0 must be a number of devices"),
-        ("accumulate", 3, "accumulate=3 does not divide batch_size=2 of stage1"),
-        ("data.passkey_questions", 0, "passkey_questions=0 must be"),
+        ("accumulate", 3, "3 does not divide data.stages.stage1.batch_size=2"),
+        ("data.passkey_questions", 0, "data.passkey_questions=0 must be at least 1"),
+        ("data.passkey_tail", -1, "data.passkey_tail=-1 must not be negative"),
+        ("data.copy_weight", -1.0, "data.copy_weight=-1.0 must not be negative"),
+        ("data.dummy_every", (), r"data.dummy_every=\(\) must be numbers of at least"),
+        ("data.stages.stage1.steps", 0, "data.stages.stage1.steps=0 must be at least"),
+        ("data.stages.stage1.length", -8, "data.stages.stage1.length=-8 must be at"),
+        ("data.stages.stage1.batch_size", 0, "data.stages.stage1.batch_size=0 must be"),
+        ("data.stages.stage1.dummies", 2.0, "data.stages.stage1.dummies=2.0 must lie"),
+        (
+            "data.stages.stage1.mix.text",
+            -1.0,
+            "data.stages.stage1.mix=.* needs",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_before_data_is_read(
@@ -65,7 +84,7 @@ def test_a_folder_that_is_not_there_is_named_with_its_key(config, tmp_path):
 
 def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"--workdir=.*file cannot be written \(File ex"):
+    with pytest.raises(OSError, match=r"--workdir=.*file is a file: name a folder"):
         check_settings(config, tmp_path / "file")
     with pytest.raises(OSError, match="--workdir=/proc/run cannot be written"):
         check_settings(config, "/proc/run")

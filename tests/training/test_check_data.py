@@ -46,7 +46,9 @@ def test_every_key_of_data_is_for_stages_for_whole_rows_or_for_both():
         ("sources", ("long-llm:a.json",), "data.root='': set data.root"),
         ("heldout", 1.0, "data.heldout=1.0 is a share"),
         ("long", "keep", "data.long='keep' is unknown: use split, cut, drop"),
-        ("min_length", 30000, "min_length=30000, max_length=20480"),
+        ("weights", ("a",), r"data.weights=\('a',\) has 'a': use numbers"),
+        ("weights", (-1.0,), r"data.weights=\(-1.0,\) must not be negative"),
+        ("min_length", 30000, "data.min_length=30000, data.max_length=20480"),
         ("chat_template", "vicuna", "data.chat_template='vicuna'"),
         ("group", "none", "data.group='none'"),
         ("epochs", 0, "never end: set one"),
@@ -66,8 +68,8 @@ def test_a_wrong_key_is_named_with_the_remedy(rows, key, value, message):
     ("key", "value", "message"),
     [
         ("epochs", 3, "data.epochs=3: without effect.*stage1.*set steps"),
-        ("passkey_questions", 0, "passkey_questions=0 must be >= 1"),
-        ("stages", {"stage1": {"length": 0}}, "length=0 of a stage"),
+        ("passkey_questions", 0, "data.passkey_questions=0 must be at least 1"),
+        ("stages", {"stage1": {"length": 0}}, "data.stages.stage1.length=0 must be at"),
     ],
 )
 def test_a_wrong_key_of_stages_is_named(staged, key, value, message):
@@ -79,6 +81,9 @@ def test_a_wrong_key_of_stages_is_named(staged, key, value, message):
 MOVED = [
     ("text.uri", "docs", "config.text.uri is now config.data.sources"),
     ("text.heldout_fraction", "0.2", "heldout_fraction is now config.data.heldout"),
+    ("uri", "docs", "config.uri is now config.data.sources"),
+    ("heldout_fraction", "0.2", "heldout_fraction is now config.data.heldout"),
+    ("data.uri", "docs", "config.data.uri is now config.data.sources"),
     ("data.cut_long", "True", "cut_long is now config.data.long: 'cut' for True"),
 ]
 

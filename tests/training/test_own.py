@@ -161,5 +161,7 @@ def test_evaluation_is_of_the_text_only_if_enough_of_it_is_held_out(config, tmp_
         (few / f"{name}.txt").write_text("A line of text.\n" * 20_000)
     config.data.sources = (str(few),)
     made, shown = chosen(config, tmp_path)
-    assert any("none of its documents is held out" in line for line in shown)
+    assert any(
+        "data.heldout=0.1 holds out none of its documents" in line for line in shown
+    )
     assert "--text=" not in own.next_commands(made, tmp_path / "run" / "export")

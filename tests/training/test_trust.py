@@ -17,6 +17,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 from beacon_jax import hf
+from beacon_jax.progress import Progress
 from beacon_jax.training import trainer
 from beacon_jax.training.checkpoint import CheckpointError, Checkpoints
 from beacon_jax.training.console import OutputClosed
@@ -57,8 +58,15 @@ def at_step(monkeypatch, step, action):
 
 
 def test_one_that_reads_back_with_another_hash_is_moved_aside(
-    config, finished, workdir, capsys
+    config, finished, workdir, capsys, monkeypatch
 ):
+    stages, stage = [], Progress.stage
+
+    def noted(progress, doing, *arguments, **options):
+        stages.append(doing)
+        return stage(progress, doing, *arguments, **options)
+
+    monkeypatch.setattr(Progress, "stage", noted)
     state = workdir / "checkpoints" / "6" / "state"
     shutil.rmtree(state)
     shutil.copytree(workdir / "checkpoints" / "4" / "state", state)  # whole, but other
@@ -71,6 +79,11 @@ def test_one_that_reads_back_with_another_hash_is_moved_aside(
     assert files(target) == damaged
     assert summary["steps_of_this_process"] == 2
     assert weights(workdir) == weights(finished)
+    # Whatever takes long says so.
+    every = "choosing checking reading making restoring compiling computing saving"
+    found = [name.split()[0] for name in dict.fromkeys(stages)]
+    assert [name for name in found if name in every.split()] == every.split()
+    assert "fetching" in found
     # The place is taken: the next one gets another.
     shutil.rmtree(state)
     shutil.copytree(workdir / "checkpoints" / "4" / "state", state)
@@ -300,17 +313,33 @@ def test_sigint_twice_stops_without_saving_and_loses_nothing(
 
 
 SLEEPER = """
-import hashlib
+import gc, hashlib, time
 from beacon_jax.training.signals import Signals
 with Signals(lambda: 7) as signals:
+    {body}
+    time.sleep(60)
+"""
+DEAF = {
+    "in C": """
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as deaf as a compilation
-"""
+""",
+    # jax has such a callback, and Python ignores exceptions there.
+    "in a callback": """
+    def slow(*_):
+        print("ready", flush=True)
+        time.sleep(1)
+    gc.callbacks.append(slow)
+    gc.collect()
+    gc.callbacks.remove(slow)
+""",
+}
 
 
-def test_a_signal_is_answered_while_python_is_not_listening():
+@pytest.mark.parametrize("where", DEAF)
+def test_a_signal_is_answered_while_python_is_not_listening(where):
     process = subprocess.Popen(
-        [sys.executable, "-c", SLEEPER],
+        [sys.executable, "-c", SLEEPER.format(body=DEAF[where].strip())],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

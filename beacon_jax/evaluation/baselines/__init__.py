@@ -42,6 +42,7 @@ from beacon_jax.evaluation.baselines.text import (
 )
 from beacon_jax.evaluation.baselines.truncation import KeepEnds, KeepHead, KeepTail
 from beacon_jax.evaluation.methods import Beacon, Full, Method, Window
+from beacon_jax.names import meant
 
 FAMILIES: dict[str, type[Method]] = {
     m.family: m
@@ -109,7 +110,8 @@ def _maker(name: str) -> tuple[Callable[..., Method], bool]:
         return found, found.per_ratio
     if name not in FAMILIES:
         raise ValueError(
-            f"--methods names {name!r}; known are {', '.join(sorted(FAMILIES))}, "
+            f"--methods names {name!r}: {meant(name, FAMILIES)}Known are "
+            f"{', '.join(sorted(FAMILIES))}, "
             "text:module.function and module:Class."
         )
     return FAMILIES[name], FAMILIES[name].per_ratio

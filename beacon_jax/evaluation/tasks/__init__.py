@@ -13,6 +13,7 @@ from beacon_jax.evaluation.tasks.passkey import Passkey
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
 from beacon_jax.evaluation.tasks.perplexity_release import PerplexityRelease
 from beacon_jax.evaluation.tasks.records import JsonKV, Lines
+from beacon_jax.names import meant
 
 # Those that need no file of the user, besides `ruler.GROUPS["ruler"]`.
 OFFLINE: tuple[type[Any], ...] = (
@@ -59,5 +60,6 @@ def make_tasks(names: Sequence[str]) -> list[Task]:
     unknown = [name for name in every if name not in TASKS]
     if unknown:
         known = ", ".join([*TASKS, *GROUPS])
-        raise ValueError(f"--tasks names {unknown}; known are {known}.")
+        near = meant(unknown[0], [*TASKS, *GROUPS])
+        raise ValueError(f"--tasks names {unknown}: {near}Known are {known}.")
     return [TASKS[name]() for name in dict.fromkeys(every)]

@@ -1,0 +1,40 @@
+"""Places that cannot be written are named with the remedy."""
+
+import re
+
+import pytest
+
+from beacon_jax.outputs import check_file, check_folder
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file", "--out={} is a file: name a folder."),
+        ("file/a/b", "--out={} lies below {top}/file, which is a file: name a folder."),
+        ("link", "--out={}: {top}/link is a broken link: remove it."),
+        ("link/a", "--out={}: {top}/link is a broken link: remove it."),
+        (LONG, "--out={} cannot be written (File name too long): use another"),
+        ("/proc/run", "--out={} cannot be written (No such file or directory): use"),
+    ],
+)
+@pytest.mark.parametrize("check", [check_folder, check_file])
+def test_what_cannot_be_written_is_named(check, place, message, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    path, given = tmp_path / place, str(tmp_path / place)
+    if check is check_file:
+        given = f"{path}/x.jsonl: the folder {path}"
+        path = path / "x.jsonl"
+    with pytest.raises(OSError, match=re.escape(message.format(given, top=tmp_path))):
+        check("--out", path)
+
+
+def test_nothing_stays_of_a_look(tmp_path):
+    check_folder("--out", tmp_path / "a" / "b")
+    check_file("--out", tmp_path / "c" / "d.jsonl")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="--out=.* is a folder: name a file"):
+        check_file("--out", tmp_path)
