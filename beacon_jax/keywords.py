@@ -27,7 +27,11 @@ def hinted[F: Callable[..., Any]](
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
-        names = [n for n in signature.parameters if n not in ("self", "cls")]
+        names = [
+            name
+            for name, p in signature.parameters.items()
+            if name not in ("self", "cls") and p.kind is not p.VAR_KEYWORD
+        ]
         kinds = {p.kind for p in signature.parameters.values()}
         by_name = [
             name

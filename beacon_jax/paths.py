@@ -30,6 +30,11 @@ def check_name(path: object, name: str = "path") -> str:
             f"{name}={text!r} has a NUL character at {text.index(chr(0))}, which no "
             "name may have: leave it out."
         )
+    if text.startswith("~/"):
+        raise ValueError(
+            f"{name}={text}: only a shell knows ~, and not inside of a flag: write "
+            f"{os.path.expanduser(text)}."
+        )
     try:
         os.lstat(text)
     except UnicodeEncodeError:

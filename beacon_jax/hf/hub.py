@@ -43,8 +43,10 @@ def find(path: str | Path, name: str = "path") -> Path:
             "weights."
         )
     # out/model, where a folder `out` is here, is a misspelt path and no id.
-    if not _ID.fullmatch(text) or os.path.isdir(found.parent):
+    ours = text.startswith("assets/")
+    if ours or not _ID.fullmatch(text) or os.path.isdir(found.parent):
         near = nearest(text.removeprefix("assets/"), resources.models())
+        near = os.path.expanduser(text) if text.startswith("~/") else near
         hint = f"Did you mean {near}? " if near else ""
         shown = text if text.isprintable() else repr(text)
         shown = shown if len(shown) <= 200 else f"{shown[:197]}..."

@@ -212,6 +212,8 @@ class BeaconConfig:
             given = (operator.index(x) if whole(x) else x for x in given)
             object.__setattr__(self, name, tuple(given))
         _check_positive(self, "window", "parallel_window")
+        if self.window > 2**20:
+            raise ValueError(f"window={self.window} must be at most {2**20}.")
         if not self.ratios:
             raise ValueError("ratios=() is empty: give at least one ratio.")
         _check_ratios(self.ratios, self.window)
