@@ -335,6 +335,7 @@ class Model:
 
     def encode(self, text: Text, name: str, *, first: bool) -> np.ndarray:
         """Returns token ids [n]; `first` adds the tokens in front of a text (bos)."""
+        given = text
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise ValueError(
@@ -346,9 +347,7 @@ class Model:
             text = ids["input_ids"] if text else []
         ids = np.asarray(text)
         if ids.size == 0:
-            raise ValueError(
-                f"{name} is empty, it has no tokens: give at least one token."
-            )
+            raise validate.empty(name, given)
         if ids.ndim != 1:
             raise ValueError(
                 f"{name} has shape {list(ids.shape)}, it is no row of tokens: give the "

@@ -182,7 +182,7 @@ def _check_text(name: str, text: Any) -> None:
                 remedy="give the token ids of one text, or a list of texts",
             ) from None
         if not ids.size:
-            raise _empty(name, text)
+            raise empty(name, text)
         if ids.dtype.kind in "iu" and ids.dtype != np.uint64:
             return  # `Model.encode` checks shape and range
         # Larger numbers than any model has: `Model.encode` says so.
@@ -196,7 +196,7 @@ def _check_text(name: str, text: Any) -> None:
 def readable(name: str, text: str) -> None:
     """Raises ArgumentError for a text without a character, or one that is no text."""
     if not text:
-        raise _empty(name, text)
+        raise empty(name, text)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -210,7 +210,8 @@ def readable(name: str, text: str) -> None:
         ) from None
 
 
-def _empty(name: str, text: Any) -> "ArgumentError":
+def empty(name: str, text: Any) -> ArgumentError:
+    """Makes the error of a text that has no tokens."""
     return ArgumentError(
         name, text, "is empty, it has no tokens", remedy="give at least one"
     )

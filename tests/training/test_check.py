@@ -24,7 +24,7 @@ from beacon_jax.training.trainer import train
         ("profile_steps", (3, 2), r"profile_steps=\(3, 2\) is no range of steps"),
         ("peak_tflops", -1.0, "peak_tflops=-1.0 must not be negative"),
         ("uniform_plans", 50.0, "uniform_plans=50.0 is a share of the steps"),
-        ("beacon.ratios", (3,), "beacon: ratio=3 does not divide window=8"),
+        ("beacon.ratios", (3,), "beacon: window=8 .* 3 does not divide"),
         ("beacon.param", ("w",), r"beacon: param=\('w',\) must be different letters"),
         ("beacon.sink", 9, "beacon: sink=9 must be between 0 and window=8"),
         ("optimizer.name", "sgd", "optimizer.name='sgd' is unknown"),
