@@ -23,8 +23,9 @@ from beacon_jax import runtime
 if TYPE_CHECKING:
     from beacon_jax.core.memory import CapacityError
     from beacon_jax.inference.chat import Chat
+    from beacon_jax.inference.loading import load
     from beacon_jax.inference.memory import Memory
-    from beacon_jax.inference.model import Generation, Model, load
+    from beacon_jax.inference.model import Generation, Model
     from beacon_jax.model.config import BeaconConfig, ModelConfig
 
     compress, complete, generate = Model.compress, Model.complete, Model.generate
@@ -55,13 +56,14 @@ _WHERE = {
     "Memory": "inference.memory",
     "Generation": "inference.model",
     "Model": "inference.model",
-    "load": "inference.model",
+    "load": "inference.loading",
+    "complete": "inference.functions",
+    "compress": "inference.functions",
+    "generate": "inference.functions",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("complete", "compress", "generate"):
-        return getattr(__getattr__("Model"), name)
     if name not in _WHERE:
         raise AttributeError(f"beacon_jax has no {name!r}: it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"beacon_jax.{_WHERE[name]}"), name)

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 
 
 def nearest(value: object, known: Iterable[str]) -> str:
-    """Returns the nearest known name; "" if none is near."""
-    near = difflib.get_close_matches(str(value), [*filter(None, known)], n=1)
-    return near[0] if near else ""
+    """Returns the nearest known name, in whatever case; "" if none is near."""
+    name, names = str(value), [*filter(None, known)]
+    same = [known for known in names if known.lower() == name.lower()]
+    return next(iter(same or difflib.get_close_matches(name, names, n=1)), "")
 
 
 def meant(value: object, known: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ that exists always wins over a name.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 
 from beacon_jax.names import meant
@@ -68,10 +69,16 @@ def asset(path: str | Path) -> str:
     """
     text = str(path)
     bare = text.removeprefix("assets/").rstrip("/")
-    if not bare or ".." in bare or Path(bare).is_absolute() or Path(text).exists():
+    # os.path, unlike Path, takes names that no file can have.
+    if not bare or ".." in bare or Path(bare).is_absolute() or os.path.exists(text):
         return text
     own = folder("assets") / bare
-    return str(own) if own.exists() else text
+    return str(own) if os.path.exists(own) else text
+
+
+def models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(p.parent.name for p in folder("assets").glob("*/config.json"))
 
 
 def floors(name: str) -> Path:

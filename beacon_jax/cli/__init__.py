@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from beacon_jax import __version__, runtime
+from beacon_jax.names import meant
 
 COMMANDS = {
     "generate": "Generate text after a context, compressed by a ratio.",
@@ -60,13 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name in COMMANDS:
         start(name, words[1:])
     else:
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "choose another."
         sys.exit(
-            f"error: there is no command {name!r}: {hint} The commands are "
-            f"{', '.join(COMMANDS)}."
+            f"error: there is no command {name!r}: {meant(name, COMMANDS)}the commands "
+            f"are {', '.join(COMMANDS)}."
         )
 
 

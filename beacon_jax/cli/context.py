@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from beacon_jax import runtime
+from beacon_jax import paths, runtime
 from beacon_jax.cli.ending import fail, in_flags
 from beacon_jax.cli.options import Group
 from beacon_jax.progress import Progress, say
@@ -103,26 +103,9 @@ def check_options(o: flags.FlagValues, memory: str, rows: int, **more: Any) -> N
     from beacon_jax.inference import validate
     from beacon_jax.inference.options import Completion
 
-    validate.options(Completion(**more), rows)
-    parse_ratio(o.ratio)
-    if o.max_slots is not None and o.max_slots < 1:
-        raise ValueError(f"--max_slots={o.max_slots} must be a number from 1 on.")
-    if o.max_bytes is not None:
-        from beacon_jax.inference.budget import parse_bytes  # imports jax
-
-        parse_bytes(o.max_bytes)
-    if o.ratio is not None and (o.max_slots is not None or o.max_bytes is not None):
-        raise ValueError(
-            f"--ratio={o.ratio} together with --max_slots or --max_bytes: a budget "
-            "chooses the ratio. Give one of them."
-        )
-    if o.spans is not None:
-        try:
-            re.compile(o.spans)
-        except re.error as error:
-            raise ValueError(
-                f"--spans={o.spans} is not a regular expression: {error}."
-            ) from None
+    names = ("max_slots", "max_bytes", "spans", "lossless", "memory_dtype")
+    given = {name: getattr(o, name) for name in names}
+    validate.options(Completion(ratio=parse_ratio(o.ratio), **given, **more), rows)
     if getattr(o, memory) is not None:
         check_file(memory, getattr(o, memory))
 
@@ -151,34 +134,23 @@ def parse_ratio(text: str | None) -> list[int] | str | None:
 def check_new(
     flag: str, name: str | None, *, overwrite: bool, texts: Sequence[str] = ()
 ) -> None:
-    """Raises ValueError if a file to be written exists, unless `overwrite`.
+    """Checks a file that is to be written (`paths.check_new`).
 
-    It is called before an hour is spent on what goes into the file. A folder of that
-    name is an error, and so is one of the texts that the command reads.
+    It is called before an hour is spent on what goes into the file.
+
+    Raises:
+      ValueError: no name of a file, or that of a text that the command reads.
+      FileExistsError: the file exists, without `overwrite`.
     """
     if name is None:
         return
-    if not name:
-        raise ValueError(f"--{flag}= is empty: name a file.")
     for text in texts:
         if text != "-" and os.path.realpath(text) == os.path.realpath(name):
             raise ValueError(
                 f"--{flag}={name} is a text that this command reads, and would be "
                 "replaced: name another file."
             )
-    beside = Path(name).absolute().parent
-    while not beside.exists():
-        beside = beside.parent
-    if not beside.is_dir():
-        raise ValueError(f"--{flag}={name}: {beside} is a file, not a folder.")
-    if Path(name).is_dir():
-        raise ValueError(f"--{flag}={name} is a folder: name a file.")
-    if Path(name).exists() and not Path(name).is_file():
-        raise ValueError(f"--{flag}={name} is a device or pipe: name a file.")
-    if Path(name).exists() and not overwrite:
-        raise ValueError(
-            f"--{flag}={name} exists: name another file, or add --overwrite."
-        )
+    paths.check_new(name, f"--{flag}", overwrite=overwrite, remedy="add --overwrite")
 
 
 def load_model(o: flags.FlagValues, progress: Progress) -> "Model":
@@ -186,7 +158,7 @@ def load_model(o: flags.FlagValues, progress: Progress) -> "Model":
     with progress.stage("loading", note=o.model):
         runtime.for_command()
         from beacon_jax.hf import hub
-        from beacon_jax.inference.model import load
+        from beacon_jax.inference.loading import load
 
         return load(hub.find(o.model, "--model"), dtype=o.dtype, mesh=o.mesh)
 

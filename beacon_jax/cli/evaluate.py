@@ -19,7 +19,7 @@ from absl import flags
 from beacon_jax import runtime
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
-from beacon_jax.outputs import check_folder
+from beacon_jax.paths import check_folder
 from beacon_jax.progress import Progress, starting
 from beacon_jax.resources import require
 

@@ -18,7 +18,7 @@ from absl import flags
 from beacon_jax.cli import prepare
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.prepare import from_flags, tokenizer_folder
-from beacon_jax.outputs import check_folder
+from beacon_jax.paths import check_folder
 from beacon_jax.progress import Progress, starting
 from beacon_jax.resources import require
 

@@ -4,7 +4,6 @@ A wrong flag or value ends the program with one line that names it and what to d
 flags are absl's, so a command can be called from a program with values of its own.
 """
 
-import difflib
 import functools
 import re
 import sys
@@ -16,6 +15,7 @@ from absl import flags
 
 from beacon_jax import resources
 from beacon_jax.cli import config_errors
+from beacon_jax.names import meant
 
 WIDTH = 88
 HELP = ("--help", "-h", "-help", "--helpshort")
@@ -199,8 +199,7 @@ def _keys(word: str, values: flags.FlagValues) -> str:
 def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
-        near = difflib.get_close_matches(name, [f.name for f in _own(values)], n=1)
-        hint = f"did you mean --{near[0]}? " if near else ""
+        hint = meant(f"--{name}", [f"--{flag.name}" for flag in _own(values)])
         return f"--{name}: no such flag; {hint}{command} --help lists them."
     if isinstance(error, flags.Error):
         missing = [f for f in _own(values) if f.must and f.value is None]

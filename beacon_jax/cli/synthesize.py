@@ -24,7 +24,7 @@ from absl import flags
 
 from beacon_jax.cli.ending import fail, wait_for_python
 from beacon_jax.cli.options import Group
-from beacon_jax.outputs import check_file
+from beacon_jax.paths import check_file
 
 if TYPE_CHECKING:  # they load numpy and pyarrow
     from beacon_jax.data.synthesize import Report, Settings

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.evaluation import likelihood
-from beacon_jax.inference.model import Model, load
+from beacon_jax.inference.loading import load
+from beacon_jax.inference.model import Model
 from beacon_jax.progress import Progress
 
 try:

@@ -19,7 +19,7 @@ from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer
 from beacon_jax.inference import leaves
 from beacon_jax.inference.decode import decode
-from beacon_jax.inference.model import placed_on
+from beacon_jax.inference.loading import placed_on
 from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import make_sampling
 from beacon_jax.inference.text import Streamer, finisher

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from beacon_jax import resources
+from beacon_jax.names import nearest
 
 TIMEOUT = 5.0  # seconds until the hub counts as not reachable
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -26,20 +27,32 @@ def find(path: str | Path, name: str = "path") -> Path:
       FileNotFoundError: there is no such folder, or the hub cannot be reached. The
         message says which, and the command that downloads the model.
     """
+    text = str(path)
+    if not text.strip():
+        raise FileNotFoundError(
+            f"{name}={text if name.startswith('--') else repr(text)} is empty: give a "
+            "folder with config.json and weights, tiny-beacon, or the id of a model on "
+            "the hub, org/name."
+        )
     found = Path(resources.asset(path))
-    if found.is_dir():
+    if os.path.isdir(found):
         return found
-    if found.exists():
+    if os.path.exists(found):
         raise FileNotFoundError(
             f"{name}={path} is a file: give the folder that has config.json and the "
             "weights."
         )
-    text = str(path)
     # out/model, where a folder `out` is here, is a misspelt path and no id.
-    if not _ID.fullmatch(text) or found.parent.is_dir():
+    ours = text.startswith("assets/")
+    if ours or not _ID.fullmatch(text) or os.path.isdir(found.parent):
+        near = nearest(text.removeprefix("assets/"), resources.models())
+        near = os.path.expanduser(text) if text.startswith("~/") else near
+        hint = f"Did you mean {near}? " if near else ""
+        shown = text if text.isprintable() else repr(text)
+        shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
         raise FileNotFoundError(
-            f"{name}={path}: there is no such folder. Give a folder with config.json "
-            "and weights, or the id of a model on the hub, org/name."
+            f"{name}={shown}: there is no such folder. {hint}Give a folder with "
+            "config.json and weights, or the id of a model on the hub, org/name."
         )
     return download(text, name)
 

@@ -2,13 +2,12 @@
 
 import bisect
 import dataclasses
-import re
 
 import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.inference.row import Row
-from beacon_jax.inference.validate import warn
+from beacon_jax.inference.validate import parse_bytes, warn, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +34,7 @@ class Budget:
         """Returns the smaller of the budgets that are given."""
         found = []
         if max_slots is not None:
-            if not isinstance(max_slots, int | np.integer) or max_slots < 1:
-                raise ValueError(f"max_slots={max_slots!r} must be a number from 1 on.")
+            whole("max_slots", max_slots, 1, "give a number of slots, from 1 on")
             found.append(cls(max_slots, f"max_slots={max_slots}"))
         if max_bytes is not None:
             if not slot_nbytes:
@@ -51,29 +49,6 @@ class Budget:
             return f"max_slots={slots}"
         nbytes = slots * self.nbytes
         return f"max_bytes={nbytes} ({slots} slots, {nbytes / 2**20:.3f} MiB)"
-
-
-def parse_bytes(size: int | str, name: str = "max_bytes") -> int:
-    """Reads a number of bytes, or text such as "512MiB", "2 GB" or "1.5GiB".
-
-    Raises:
-      ValueError: another unit, or not even one byte.
-    """
-    powers = {u: i for i, u in enumerate(("", "k", "m", "g", "t"))}
-    found = re.fullmatch(
-        r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?\s*", str(size), re.IGNORECASE
-    )
-    if not found or (found[3] and not found[2]):
-        raise ValueError(
-            f"{name}={size!r} must be a number of bytes, or one with a unit: "
-            "'512MiB', '2GB', '1.5 GiB'."
-        )
-    unit = (1024 if found[3] else 1000) ** powers[(found[2] or "").lower()]
-    # A product of floats is exact to 2**53 bytes, 8 PiB.
-    count = int(float(found[1]) * unit)
-    if count < 1:
-        raise ValueError(f"{name}={size!r} must be at least one byte.")
-    return count
 
 
 def spend(row: Row, budget: Budget) -> tuple[Int[np.ndarray, " n"], str]:

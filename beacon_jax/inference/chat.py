@@ -1,17 +1,36 @@
 """A conversation whose past is a compressed memory: a turn feeds only what is new."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
 from beacon_jax.inference import validate
+from beacon_jax.inference.feeding import check_memory, choose_dtype
 from beacon_jax.inference.memory import Memory
-from beacon_jax.inference.options import CompleteOptions, Completion, collect
-from beacon_jax.inference.template import check_template, encode_turns, turn_ends
+from beacon_jax.inference.options import ELSEWHERE, CompleteOptions, Completion, collect
+from beacon_jax.inference.template import encode_turns, try_template, turn_ends
+from beacon_jax.inference.validate_ratio import check_ratios
+from beacon_jax.keywords import hinted
 
 if TYPE_CHECKING:
     from beacon_jax.inference.model import Generation, Model
+
+# Options of `complete` that mean nothing to a conversation.
+_NOT_OURS = {
+    "on_text": "give it to each message, say(text, on_text=...)",
+    "instruct": "a chat always writes by the chat template, leave it out",
+    "spans": "they mark parts of a text: give memory=compress(text, spans=...)",
+}
+
+
+def _options() -> dict[str, str]:
+    """Says of every name of an option what to do if it is given to `Chat.say`."""
+    names = [field.name for field in dataclasses.fields(Completion)]
+    known = {name: name for name in names} | ELSEWHERE
+    said = "options belong to the conversation, give {} to Chat(model, ...)."
+    return {name: said.format(meant) for name, meant in known.items()}
 
 
 class Chat:
@@ -32,6 +51,7 @@ class Chat:
       memory: context and conversation, up to the last answer; None: nothing yet.
     """
 
+    @hinted("Chat")
     def __init__(
         self,
         model: "Model",
@@ -53,22 +73,39 @@ class Chat:
             seed + i, and `on_text` is given to `say`.
 
         Raises:
-          TypeError, ValueError: no tokenizer, no chat template, a memory of several
-            rows, or an option out of range.
+          TypeError: an argument of another type, or an option that does not exist or
+            is no chat's.
+          ValueError: no tokenizer, no chat template or one that cannot be used, a
+            memory of several rows or of another model, or an option out of range.
         """
-        check_template(model.tokenizer, chat_template)
+        from beacon_jax.inference.model import Model
+
+        validate.model(model, Model, "Chat")
         validate.memory(memory, Memory)
+        for name, text in (("system", system), ("chat_template", chat_template)):
+            if text is not None:
+                validate.message(name, text)
         if memory is not None and len(memory) != 1:
             raise ValueError(
                 f"memory has {len(memory)} rows: a conversation has one (memory[i])."
             )
-        asked = collect(Completion, "Chat", {"max_new_tokens": 512, **options})
+        if chat_template is not None:
+            validate.hint_at_file("chat_template", chat_template)
+        own = ("model", "memory", "system", "chat_template")
+        asked = collect(Completion, "Chat", {"max_new_tokens": 512, **options}, own)
         validate.options(asked, 1)
-        validate.ratio(asked.ratio, model.config)
+        check_ratios(asked.ratio, model.config)
+        for name, remedy in _NOT_OURS.items():
+            given = getattr(asked, name)
+            if given is not None and given is not False:
+                raise TypeError(f"Chat({name}={validate.shown(given)}): {remedy}.")
         self.memory = memory
         self.messages: list[dict[str, str]] = []
         if system:
             self.messages.append({"role": "system", "content": system})
+        check_memory(model, memory, 1)
+        choose_dtype(model, memory, asked.memory_dtype)
+        try_template(model.tokenizer, self.messages, chat_template)
         self._model, self._template = model, chat_template
         self._options: CompleteOptions = {
             "max_new_tokens": 512,
@@ -88,6 +125,7 @@ class Chat:
         turns = "1 turn" if count == 1 else f"{count} turns"
         return f"Chat({turns}, {self.memory!r})"
 
+    @hinted("Chat.say", _options())
     def say(
         self, text: str, on_text: Callable[[str], None] | None = None
     ) -> "Generation":
@@ -96,8 +134,11 @@ class Chat:
         An error or an interrupt leaves the conversation as it was.
 
         Raises:
+          TypeError: no text, or an option, which belongs to `Chat`.
           ValueError: the template refuses the conversation, or as `Model.complete`.
         """
+        validate.message("text", text)
+        validate.callback("on_text", on_text, "piece of text")
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self.encode(messages)
         same = min(_common(tokens, self._held), len(tokens) - 1)

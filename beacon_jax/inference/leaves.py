@@ -146,10 +146,10 @@ def partition(mesh: str | Mesh | Partition | None) -> Partition | None:
 
     A partition, or None, is returned as it is.
     """
-    if isinstance(mesh, str):
-        return make_partition(mesh)
-    if not isinstance(mesh, Mesh):
+    if mesh is None or isinstance(mesh, Partition):
         return mesh
+    if not isinstance(mesh, Mesh):
+        return make_partition(mesh)
     have = mesh.axis_names
     rules = {name: tuple(a for a in to if a in have) for name, to in RULES.items()}
     return Partition(mesh, tuple(rules.items()))

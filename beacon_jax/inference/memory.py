@@ -13,8 +13,10 @@ from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf.identify import Identity
+from beacon_jax.inference import room, validate
 from beacon_jax.inference.account import Account
 from beacon_jax.inference.ledger import Ledger
+from beacon_jax.keywords import hinted
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import Partition
 from beacon_jax.runtime import launched
@@ -44,9 +46,12 @@ class Memory:
         return len(self.rows)
 
     def __getitem__(self, row: int | slice | Sequence[int]) -> "Memory":
-        """Returns some contexts, as a memory of their own (a copy on the device)."""
-        numbers = np.arange(len(self))[row]
-        index = np.atleast_1d(numbers)
+        """Returns some contexts, as a memory of their own (a copy on the device).
+
+        Raises:
+          TypeError, IndexError: no number of a row, or one that there is not.
+        """
+        index = validate.rows(row, len(self))
         return dataclasses.replace(
             self,
             state=take_rows(self.state, index),
@@ -111,9 +116,17 @@ class Memory:
             + (f", {pending:,} tokens still to be fed)" if pending else ")")
         )
 
+    @hinted("Memory.account")
     def account(self, row: int = 0) -> Account:
-        """Counts a row's tokens, entries, bytes and ratio, with the open window."""
-        return Account.of(self.config, self.rows[row], self.slot_nbytes)
+        """Counts a row's tokens, entries, bytes and ratio, with the open window.
+
+        Raises:
+          TypeError, IndexError: no number of a row, or one that there is not.
+        """
+        number = validate.whole("row", row, -(2**63), "give the number of a row")
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row={number}: {validate.numbered(len(self))}.")
+        return Account.of(self.config, self.rows[number], self.slot_nbytes)
 
     def describe(self) -> str:
         """Describes the memory in lines of text.
@@ -143,6 +156,7 @@ class Memory:
         """
         return dataclasses.replace(self)
 
+    @hinted("Memory.truncate")
     def truncate(self, tokens: int) -> "Memory":
         """Returns the memory of each row's first `tokens` tokens.
 
@@ -151,9 +165,12 @@ class Memory:
         are fed again with whatever comes next.
 
         Raises:
+          TypeError: no whole number.
           ValueError: more tokens than a row has, or tokens inside a compressed window
             that were not kept.
         """
+        remedy = "give one whole number, which is for all rows"
+        tokens = validate.whole("tokens", tokens, 0, remedy)
         return self.with_rows(tuple(row.cut(tokens) for row in self.rows))
 
     def with_rows(self, rows: tuple[Ledger, ...]) -> "Memory":
@@ -171,12 +188,20 @@ class Memory:
         )
         return dataclasses.replace(self, state=state, rows=rows)
 
+    @hinted("Memory.repeat")
     def repeat(self, count: int) -> "Memory":
-        """Returns `count` copies of a memory of one row, as a batch."""
+        """Returns `count` copies of a memory of one row, as a batch.
+
+        Raises:
+          TypeError, ValueError: no whole number from 1 on, or a memory of several rows.
+        """
+        count = validate.whole("count", count, 1, "give the number of copies")
         if len(self) != 1:
             raise ValueError(f"the memory has {len(self)} rows: only one is repeated.")
+        room.check_copies(self.state, count)
         return self[[0] * count]
 
+    @hinted("Memory.save")
     def save(
         self, path: str | Path, *, tokens: bool = True, overwrite: bool = False
     ) -> None:
@@ -186,6 +211,7 @@ class Memory:
         packs.save(self, path, tokens=tokens, overwrite=overwrite)
 
     @classmethod
+    @hinted("Memory.load")
     def load(
         cls,
         path: str | Path,
@@ -205,6 +231,7 @@ class Memory:
           allow_other_model: use a pack that other weights of the same shape wrote.
 
         Raises:
+          TypeError: an argument of another type, or arguments in another order.
           PackError: no pack, a damaged one, or one of another model; says which, and
             what to do.
           FileNotFoundError: there is no such file.
@@ -214,6 +241,7 @@ class Memory:
         return packs.load(path, model, mesh=mesh, allow_other_model=allow_other_model)
 
     @classmethod
+    @hinted("Memory.concatenate")
     def concatenate(cls, memories: Sequence["Memory"]) -> "Memory":
         """Mounts memories behind each other, see `mount.concatenate`."""
         from beacon_jax.inference import mount

@@ -4,19 +4,13 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Unpack, overload
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from beacon_jax import runtime
 from beacon_jax.core.memory import slot_nbytes
-from beacon_jax.hf import checkpoint, hub
 from beacon_jax.hf.identify import Identity
-from beacon_jax.hf.placement import Place
 from beacon_jax.inference import room, validate
 from beacon_jax.inference.decode import Decoded, decode
 from beacon_jax.inference.feeding import (
@@ -51,12 +45,17 @@ from beacon_jax.inference.plan import (
 from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, make_sampling, seen_tokens
 from beacon_jax.inference.spans import Spans, token_spans
-from beacon_jax.inference.template import encode_question, ended_at_once, turn_ends
+from beacon_jax.inference.template import (
+    check_template,
+    encode_question,
+    ended_at_once,
+    turn_ends,
+)
 from beacon_jax.inference.text import Streamer, finisher
 from beacon_jax.inference.timing import Stopwatch
-from beacon_jax.model.config import BeaconConfig, ModelConfig
-from beacon_jax.model.decoder import variable_axes
-from beacon_jax.model.partition import Partition, make_partition, partitioned
+from beacon_jax.inference.validate_ratio import check_ratios
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.partition import Partition, partitioned
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -136,15 +135,18 @@ class Model:
             windows, rows of a batch together; None: a row is fed as one piece.
 
         Raises:
+          TypeError: an argument of another type, or one that does not exist.
           ValueError: an empty context, a ratio that the model cannot use, a budget
             that nothing fits into, or another dtype than `memory` has.
           CapacityError: `capacity` is too small; it states what is needed.
         """
+        validate.model(self, Model, "compress")
         asked = collect(Reading, "compress", {"ratio": ratio, **options})
         contexts, _ = validate.texts("context", context)
         validate.options(asked, len(contexts))
+        check_ratios(asked.ratio, self.config)
         validate.numbers("reserve", reserve)
-        validate.callback("on_note", on_note)
+        validate.callback("on_note", on_note, "line of text")
         validate.memory(memory, Memory)
         dtype = choose_dtype(self, memory, asked.memory_dtype)
         rows = [self.encode(c, "context", first=memory is None) for c in contexts]
@@ -223,15 +225,20 @@ class Model:
           on_progress: as in `compress`, while the context and the prompts are read.
 
         Raises:
+          TypeError: an argument of another type, or one that does not exist.
           ValueError: a prompt of 0 tokens, an argument out of range (named), or
             `instruct` with a tokenizer that has no template.
           CapacityError: `capacity` is too small; it states what is needed.
         """
+        validate.model(self, Model, "complete")
         asked = collect(Completion, "complete", options)
         prompts, single = validate.texts("prompt", prompt)
         count = len(prompts)
-        validate.options(asked, count)
+        validate.options(asked, count, single=single)
+        check_ratios(asked.ratio, self.config)
         validate.memory(memory, Memory)
+        if asked.instruct:
+            check_template(self.tokenizer)
         sampling = make_sampling(
             asked.temperature,
             asked.top_k,
@@ -317,6 +324,7 @@ class Model:
         **options: Unpack[CompleteOptions],
     ) -> str | list[str]:
         """Returns the text of `complete`, which has the options; texts for a list."""
+        validate.model(self, Model, "generate")
         if self.tokenizer is None:
             raise ValueError(
                 "tokenizer=None: text cannot be returned. Use complete(...).tokens, or "
@@ -327,6 +335,7 @@ class Model:
 
     def encode(self, text: Text, name: str, *, first: bool) -> np.ndarray:
         """Returns token ids [n]; `first` adds the tokens in front of a text (bos)."""
+        given = text
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise ValueError(
@@ -336,11 +345,13 @@ class Model:
             # `verbose` would warn about the base model's length, which is the point.
             ids = self.tokenizer(text, add_special_tokens=first, verbose=False)
             text = ids["input_ids"] if text else []
-        ids = np.asarray(text, np.int64)
-        if ids.ndim != 1 or ids.size == 0:
+        ids = np.asarray(text)
+        if ids.size == 0:
+            raise validate.empty(name, given)
+        if ids.ndim != 1:
             raise ValueError(
-                f"{name} has shape {list(ids.shape)}, 0 tokens or a batch: give at "
-                "least one token, in one row."
+                f"{name} has shape {list(ids.shape)}, it is no row of tokens: give the "
+                "token ids of one text, or a list of texts."
             )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise ValueError(
@@ -410,7 +421,7 @@ class Model:
         new: int,
     ) -> list[Plan]:
         check_memory(self, memory, len(rows))
-        validate.ratio(asked.ratio, self.config)
+        validate.matched(asked.spans, spans)
         ledgers, lengths = ledgers_of(memory, len(rows)), [len(row) for row in rows]
         room.check_request(self, asked, lengths, new, ledgers, dtype)
         slot = slot_nbytes(self.config, dtype)
@@ -490,77 +501,9 @@ def _shown(
     return functools.partial(on_text, row)
 
 
-def load(
-    path: str | Path,
-    *,
-    dtype: str | None = None,
-    beacon: BeaconConfig | None = None,
-    ignore_sliding_window: bool = False,
-    mesh: str | Mesh | None = None,
-) -> Model:
-    """Loads a model, with its tokenizer, from an HF or a converted folder.
+def __getattr__(name: str) -> Any:
+    if name == "load":  # where it was; `loading` imports this module
+        from beacon_jax.inference.loading import load
 
-    Args:
-      path: a folder with config.json, weights and tokenizer files; "tiny-beacon", which
-        comes with the package; or the id of a model on the hub, "org/name", which is
-        downloaded into the cache of huggingface_hub.
-      dtype: "float32", "bfloat16" or "float16"; None: as stored.
-      beacon: other beacon settings; a plain model gets untrained beacons.
-      ignore_sliding_window: attend to everything although config.json has a window.
-      mesh: devices to split over, "tensor:8" (attention heads, MLP and vocabulary) or
-        "data:2,tensor:4" (rows of a batch too), or a `jax.sharding.Mesh` with these
-        axes; None: the default device.
-
-    Raises:
-      ValueError, FileNotFoundError: what is missing or does not fit, by name.
-
-    Warns:
-      UserWarning: the model's beacons are untrained.
-    """
-    path = hub.find(path)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"path={path} is not a model folder: it has no config.json."
-        )
-    runtime.prepare()
-    partition = make_partition(mesh) if mesh is not None else None
-    place = None if partition is None else placed_on(partition)
-    # Importing transformers takes 1 to 2 s: meanwhile the weights are read.
-    with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(_tokenizer, path)
-        found = checkpoint.load(
-            path,
-            dtype=dtype,
-            beacon=beacon,
-            ignore_sliding_window=ignore_sliding_window,
-            place=place,
-        )
-        tokenizer = reading.result()
-    if found.untrained:
-        said = f"the beacons of {path} are untrained, copies of the base model: text "
-        said += "that is compressed is not understood. Train them (python -m "
-        said += "beacon_jax.train), or keep everything with "
-        validate.warn(f"{said}ratio=0.", f"{said}--ratio=full.")
-    # A CPU device takes these arrays over as they are: half the memory, half the time.
-    variables = jax.device_put(found.variables)
-    return Model(found.config, variables, tokenizer, found.identity, partition)
-
-
-def _tokenizer(path: Path) -> Any:
-    """Loads the tokenizer of a folder, or None if it has none."""
-    try:
-        return checkpoint.load_tokenizer(path)
-    except FileNotFoundError:
-        return None
-
-
-def placed_on(partition: Partition) -> Place:
-    """Makes the function that places tensors by logical axes, for `checkpoint.load`."""
-
-    def place(config: ModelConfig, name: str, shape: tuple[int, ...]) -> Any:
-        axes: Any = variable_axes(config)
-        for key in name.split("/"):
-            axes = axes[key]
-        return partition.sharding(axes, shape, name), None
-
-    return place
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

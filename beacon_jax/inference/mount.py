@@ -12,7 +12,8 @@ nothing the model was trained on.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from jaxtyping import Int
 
 from beacon_jax.core import move
 from beacon_jax.core.memory import MemoryState, default_window
+from beacon_jax.inference import validate
 from beacon_jax.inference.compatible import config_differences, identity_differences
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
@@ -41,10 +43,11 @@ def concatenate(memories: Sequence[Memory]) -> Memory:
       memories are ordinary slots. It has token ids if all of them have.
 
     Raises:
+      TypeError: no list of memories.
       ValueError: no memory, tokens that are still to be fed, or memories that differ
         in rows, dtype, config or weights (says which and how).
     """
-    memories = list(memories)
+    memories = _listed(memories)
     _check(memories)
     parts = [closed(memory) for memory in memories]
     first, rest = parts[0], parts[1:]
@@ -116,6 +119,21 @@ def _joined(rows: Sequence[Ledger]) -> Ledger:
         fed=int(starts[-1]),
         tokens=np.concatenate(kept) if len(kept) == len(rows) else None,
         ratio=rows[-1].ratio,
+    )
+
+
+def _listed(given: Any) -> list[Memory]:
+    """Returns the memories; TypeError for anything else."""
+    remedy = "give a list of memories"
+    if isinstance(given, Memory):  # its rows would be taken
+        remedy = "give a list of memories, [first, second]"
+    elif isinstance(given, Iterable) and not isinstance(given, str | bytes):
+        memories = list(given)
+        for i, memory in enumerate(memories):
+            validate.memory(memory, Memory, f"memories[{i}]", needed=True)
+        return memories
+    raise TypeError(
+        f"memories={validate.shown(given)} is {validate.kind_of(given)}: {remedy}."
     )
 
 

@@ -7,7 +7,6 @@ keywords. `documented` gives `help()` and a notebook the same names with their d
 """
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
@@ -15,6 +14,8 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 from beacon_jax.inference.spans import Spans
+from beacon_jax.keywords import hinted
+from beacon_jax.names import nearest
 
 type Ratio = int | Sequence[int] | Callable[[int, int, int], int] | str | None
 type Text = str | Sequence[int] | np.ndarray  # a text, or the token ids [n] of one
@@ -94,24 +95,34 @@ class Completion(Reading):
 
 
 # What other libraries call an option, and its name here.
-_ELSEWHERE = {
+ELSEWHERE = {
     "do_sample": "temperature",
     "eos": "stop",
     "max_length": "max_new_tokens",
     "n_predict": "max_new_tokens",
     "num_tokens": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "text": "prompt",
+    "question": "prompt",
+    "document": "context",
+    "callback": "on_text",
+    "stream": "on_text",
     "until": "stop",
 }
 
 
 def collect[Options: Reading](
-    kind: type[Options], function: str, given: Mapping[str, Any]
+    kind: type[Options],
+    function: str,
+    given: Mapping[str, Any],
+    own: Sequence[str] = (),
 ) -> Options:
     """Collects the options of a call into one value.
 
     Args:
       kind: `Reading` or `Completion`.
       function: the name of the one that was called, for the message.
+      own: its arguments that are no options.
 
     Raises:
       TypeError: a keyword that does not exist; names the nearest one.
@@ -119,12 +130,14 @@ def collect[Options: Reading](
     names = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1, 0.6)
-            meant = _ELSEWHERE.get(name) or (near[0] if near else None)
-            hint = f"did you mean {meant}?" if meant in names else "it has no such one."
+            known = [*names, *own]
+            meant = ELSEWHERE.get(name) or nearest(name, known)
+            hint = f"did you mean {meant}?" if meant in known else "it has no such one."
+            value = repr(given[name])
+            value = value if len(value) <= 60 else value[:57] + "..."
             raise TypeError(
-                f"{function}({name}={given[name]!r}): {hint} The options are "
-                f"{', '.join(names)}."
+                f"{function}({name}={value}): {hint} The arguments are "
+                f"{', '.join([*own, *names])}."
             )
     return kind(**given)
 
@@ -133,7 +146,7 @@ def documented[F: Callable[..., Any]](kind: type[Reading]) -> Callable[[F], F]:
     """Makes a decorator that shows the fields of `kind` in a function's signature.
 
     The function takes them as **options; they are shown as keywords, with their
-    defaults.
+    defaults. One that does not exist is an error that names the nearest.
     """
 
     def decorate(function: F) -> F:
@@ -152,6 +165,6 @@ def documented[F: Callable[..., Any]](kind: type[Reading]) -> Callable[[F], F]:
         ]
         shown = signature.replace(parameters=[*own, *more])
         function.__signature__ = shown
-        return function
+        return hinted(function.__name__, ELSEWHERE)(function)
 
     return decorate

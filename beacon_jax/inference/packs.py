@@ -48,10 +48,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 import beacon_jax
+from beacon_jax import paths
 from beacon_jax.hf.identify import Identity
 from beacon_jax.hf.reader import ALL_DTYPES, BLOCK_BYTES, Tensor
 from beacon_jax.hf.writer import DTYPE_NAMES, safetensors_header, write_safetensors
-from beacon_jax.inference import leaves
+from beacon_jax.inference import leaves, validate
 from beacon_jax.inference.compatible import config_differences, identity_differences
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
@@ -89,11 +90,14 @@ def save(
       overwrite: a file of that name is replaced when the new one is complete.
 
     Raises:
+      TypeError: a path that is no text, or a switch that is not True or False.
       ValueError: tokens=False, and tokens are still to be fed; or a path that is no
         file.
       FileExistsError: the file exists, without `overwrite`.
     """
-    target = _target(path, overwrite=overwrite)
+    validate.switch("tokens", tokens)
+    validate.switch("overwrite", overwrite)
+    target = paths.check_new(path, overwrite=overwrite, remedy="pass overwrite=True")
     rows = memory.rows
     stored = rows if tokens else tuple(row.forget_tokens() for row in rows)
     source = _Source(memory, stored)
@@ -156,10 +160,14 @@ def load(
       much larger than that.
 
     Raises:
+      TypeError: an argument of another type, or arguments in another order.
       PackError: a file that is no pack, is damaged, has another version or belongs to
         another model. Says which, and what to do.
       FileNotFoundError: no such file.
     """
+    _check_arguments(path, model)
+    validate.switch("allow_other_model", allow_other_model)
+    partition = leaves.partition(mesh)
     pack = _Pack(Path(path))
     config = pack.config()
     known = pack.manifest["model"]
@@ -167,7 +175,7 @@ def load(
     if model is not None:
         _check_model(pack.path, config, identity, model, allow_other_model)
         config, identity = model.config, model.identity
-        mesh = mesh if mesh is not None else getattr(model, "partition", None)
+        partition = partition or getattr(model, "partition", None)
     pack.verify()
     rows = pack.manifest["rows"]
     state = leaves.build(
@@ -175,7 +183,7 @@ def load(
         [row["entries"] for row in rows],
         pack.manifest["dtype"],
         lambda name: pack.part(f"state.{name}"),
-        leaves.partition(mesh),
+        partition,
     )
     ledgers = tuple(_ledger(pack, i, row) for i, row in enumerate(rows))
     return Memory(config, state, ledgers, identity)
@@ -187,7 +195,25 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     Raises:
       PackError, FileNotFoundError: as `load`.
     """
-    return _Pack(Path(path)).manifest
+    return _Pack(Path(paths.check_name(path))).manifest
+
+
+def _check_arguments(path: Any, model: Any) -> None:
+    """Raises TypeError unless this is the name of a file, and a model or None."""
+    if hasattr(path, "config"):
+        remedy = "give the file first, Memory.load(path, model)"
+        if isinstance(path, Memory):
+            remedy = "it is a memory already, use it as it is"
+        validate.is_a("path", path, str, remedy)
+    paths.check_name(path)
+    if model is None or (hasattr(model, "config") and hasattr(model, "identity")):
+        return
+    remedy = 'give what load("...") returned, or leave it out'
+    if isinstance(model, str | os.PathLike):
+        remedy = f"load it first, load({str(model)!r})"
+    raise TypeError(
+        f"model={validate.shown(model)} is of type {type(model).__name__}: {remedy}."
+    )
 
 
 class _Source:
@@ -226,6 +252,8 @@ class _Pack:
             raise PackError(f"{path} is a folder: give the pack's file.")
         if not path.exists():
             raise FileNotFoundError(f"{path} is not there: give the pack's file.")
+        if not path.is_file():
+            raise PackError(f"{path} is a device or pipe: give the pack's file.")
         header = self._header()
         text = self._manifest_text(header)
         self.manifest = json.loads(text)
@@ -405,22 +433,6 @@ def _map(path: Path, tensor: Tensor, layer: int | None = None) -> np.ndarray:
     return np.memmap(path, tensor.dtype, "r", offset, shape)
 
 
-def _target(path: str | Path, *, overwrite: bool) -> Path:
-    """Returns where a pack is written: behind links, and nothing but a file."""
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise ValueError(f"path={path!r} names no file.")
-    real = Path(os.path.realpath(path))
-    if real.is_dir():
-        raise ValueError(f"path={path} is a folder: name a file in it.")
-    if real.exists() and not real.is_file():
-        raise ValueError(f"path={path} is a device or pipe: name a file.")
-    if real.exists() and not overwrite:
-        raise FileExistsError(
-            f"path={path} exists: name another file, or pass overwrite=True."
-        )
-    return real
-
-
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
     """Yields a file beside `path` that takes its name when the block ends well.
@@ -428,9 +440,15 @@ def _new_file(path: Path) -> Iterator[Path]:
     An error removes it; a killed process leaves `.NAME.*.partial`, never a broken pack
     under the name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.parent
-    handle, name = tempfile.mkstemp(".partial", f".{path.name}.", folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # At most 4 bytes a character: the name stays below the 255 of file systems.
+        handle, name = tempfile.mkstemp(".partial", f".{path.name[:50]}.", folder)
+    except OSError as error:
+        raise OSError(
+            f"path={path} cannot be written ({error.strerror}): name a file elsewhere."
+        ) from error
     os.close(handle)
     partial = Path(name)
     try:

@@ -20,7 +20,8 @@ from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.options import Ratio
 from beacon_jax.inference.prefill import power_of_two
 from beacon_jax.inference.row import Row
-from beacon_jax.inference.validate import warn, warn_about_ratios
+from beacon_jax.inference.validate import budget, warn
+from beacon_jax.inference.validate_ratio import check_returned, warn_about_ratios
 from beacon_jax.model.config import ModelConfig
 
 
@@ -94,11 +95,7 @@ def make_plan(
     """
     row = Row(config, length, new_tokens, before).with_spans(spans, lossless)
     if max_slots is not None or max_bytes is not None:
-        if ratio is not None:
-            raise ValueError(
-                f"ratio={ratio!r} together with max_slots or max_bytes: a budget "
-                "chooses the ratio. Give one of them."
-            )
+        budget(ratio, max_slots, max_bytes)
         base, note = spend(row, Budget.read(max_slots, max_bytes, slot_nbytes))
     elif isinstance(ratio, str) and ratio != "full":
         base, note = _auto(row, ratio)
@@ -137,13 +134,16 @@ def _stated(row: Row, ratio: Ratio, seed: int) -> Int[np.ndarray, " n"]:
     if callable(ratio):
         edges = row.start + row.window * np.arange(row.count + 1)
         given = [
-            ratio(row.first + i, int(edges[i]), int(edges[i + 1]))
+            check_returned(
+                ratio(row.first + i, int(edges[i]), int(edges[i + 1])),
+                row.first + i,
+                row.config,
+            )
             for i in range(row.count)
         ]
-        return draw(mix="list", ratios=[given[0]] * row.first + _whole(given))[
-            row.first :
-        ]
-    given = [0] if ratio == "full" else np.atleast_1d(np.asarray(ratio)).tolist()
+        return draw(mix="list", ratios=[given[0]] * row.first + given)[row.first :]
+    full = isinstance(ratio, str) and ratio == "full"
+    given = [0] if full else np.atleast_1d(np.asarray(ratio)).tolist()
     return draw(mix="list", ratios=_whole(given))[row.first :]
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from beacon_jax import host
-from beacon_jax.core.memory import default_window, slot_nbytes
+from beacon_jax.core.memory import MemoryState, default_window, slot_nbytes
 from beacon_jax.core.windows import open_room
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.options import Reading
@@ -69,6 +69,23 @@ def check_buffer(model: "Model", rows: int, slots: int, dtype: str) -> None:
     free = free_slots(model, rows, dtype)
     if free is not None and slots > free:
         raise _too_large("capacity", slots, slots, free, rows, model, dtype)
+
+
+def check_copies(state: MemoryState, count: int) -> None:
+    """Raises ArgumentError if `count` copies of a state of one row have no room."""
+    devices = list(state.slots.devices())
+    free = _free_of(devices[0], 0)
+    if free is None:
+        return
+    free *= len(devices) if devices[0].platform != "cpu" else 1
+    if count * state.nbytes > free:
+        raise ArgumentError(
+            "count",
+            count,
+            f"needs {count * state.nbytes / _GIB:,.1f} GiB, {free / _GIB:,.1f} GiB are "
+            "free",
+            remedy=f"at most {free // max(state.nbytes, 1):,} copies fit",
+        )
 
 
 def free_slots(model: "Model", rows: int, dtype: str) -> int | None:
@@ -141,16 +158,20 @@ def _free_bytes(model: "Model") -> int | None:
     """Returns the bytes that one device has for a buffer; None: not known."""
     leaf = jax.tree.leaves(model.variables)[0]
     device = next(iter(leaf.devices()))
+    # Not what is in use at the moment: other memories may be gone by then.
+    weights = sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+        for x in jax.tree.leaves(model.variables)
+    )
+    free = _free_of(device, weights)
+    if free is None or device.platform != "cpu":
+        return free
+    return free // (model.partition.mesh.size if model.partition else 1)
+
+
+def _free_of(device: Any, taken: int) -> int | None:
+    """Returns the bytes of a device but for those taken; on CPUs those of the host."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
-        # Not what is in use at the moment: other memories may be gone by then.
-        weights = sum(
-            x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
-            for x in jax.tree.leaves(model.variables)
-        )
-        return max(stats["bytes_limit"] - weights, 0)
-    if device.platform != "cpu":
-        return None
-    free = host.free_bytes()
-    devices = model.partition.mesh.size if model.partition else 1
-    return None if free is None else free // devices
+        return max(stats["bytes_limit"] - taken, 0)
+    return host.free_bytes() if device.platform == "cpu" else None

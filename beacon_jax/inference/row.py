@@ -8,10 +8,9 @@ from jaxtyping import Int
 from beacon_jax.core.memory import default_window
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.spans import marked_tokens
+from beacon_jax.inference.validate import LOSSLESS, one_of
 from beacon_jax.model import flops
 from beacon_jax.model.config import ModelConfig
-
-LOSSLESS = ("windows", "slots")
 
 
 class Row:
@@ -46,10 +45,7 @@ class Row:
 
     def with_spans(self, spans: Any, lossless: str) -> "Row":
         """Notes what the spans ask for (`plan.make_plan`); returns this row."""
-        if lossless not in LOSSLESS:
-            raise ValueError(
-                f"lossless={lossless!r} is unknown: use {' or '.join(LOSSLESS)}."
-            )
+        one_of("lossless", lossless, LOSSLESS)
         marked = np.flatnonzero(marked_tokens(spans, self.length))
         window, offset = np.divmod(marked + self.text - self.length, self.window)
         touched = np.unique(window)

@@ -29,6 +29,7 @@ def token_spans(
     Raises:
       ValueError: an expression without text or fast tokenizer, or not a valid one.
     """
+    check_spans(spans)
     if spans is None or not isinstance(spans, str | re.Pattern):
         given = np.asarray([] if spans is None else spans)
         return given.reshape(-1, 2) if not given.size else given
@@ -42,12 +43,7 @@ def token_spans(
             f"spans={_shown(spans)} needs a fast tokenizer (tokenizer.json), which "
             "knows the characters of each token: give token ranges as (start, stop)."
         )
-    try:
-        found = [match.span() for match in re.finditer(spans, text)]
-    except re.error as error:
-        raise ValueError(
-            f"spans={_shown(spans)} is not a regular expression: {error}."
-        ) from None
+    found = [match.span() for match in re.finditer(spans, text)]
     marked = np.zeros(len(text) + 1, np.int32)
     for start, stop in found:
         marked[start + 1 : stop + 1] = 1
@@ -59,6 +55,40 @@ def token_spans(
     )
     ends = np.asarray(out["offset_mapping"], int).reshape(-1, 2)
     return _runs(count[ends[:, 1]] > count[ends[:, 0]])
+
+
+def check_spans(spans: Any) -> None:
+    """Checks what can be said of `spans` without a text.
+
+    Raises:
+      ValueError: no valid expression, one for bytes, or no token ranges.
+    """
+    if spans is None:
+        return
+    if isinstance(spans, re.Pattern):
+        if isinstance(spans.pattern, bytes):
+            raise ValueError(
+                f"spans={_shown(spans)} is an expression for bytes: leave out the b."
+            )
+        return
+    if isinstance(spans, str):
+        try:
+            re.compile(spans)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"spans={_shown(spans)} is not a regular expression: {error}."
+            ) from None
+        return
+    try:
+        ranges = np.asarray(spans)
+    except ValueError:  # of different lengths
+        ranges = np.asarray("")
+    pairs = ranges.ndim == 2 and ranges.shape[1] == 2 and ranges.dtype.kind in "iu"
+    if not pairs and (ranges.size or not isinstance(spans, Sequence | np.ndarray)):
+        raise ValueError(
+            f"spans={_shown(spans)} must be token ranges (start, stop), or a regular "
+            "expression: give [(10, 20)] for the tokens 10 to 19."
+        )
 
 
 def marked_tokens(spans: Any, length: int) -> Bool[np.ndarray, " T"]:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
+from beacon_jax.inference.validate import shown
+
 if TYPE_CHECKING:
     from beacon_jax.inference.model import Model
 
@@ -49,17 +51,56 @@ def encode_turns(
     """
     tokenizer = model.tokenizer
     check_template(tokenizer, template)
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses this: {error}") from None
+    text = _written(tokenizer, messages, template)
     # The template writes the special tokens itself.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if behind and ids and ids[0] == tokenizer.bos_token_id:
         ids = ids[1:]
     return model.encode(ids, "the conversation", first=False)
+
+
+def try_template(
+    tokenizer: Any, messages: Sequence[dict[str, str]], template: str | None
+) -> None:
+    """Writes a first message by the template, to find one that cannot be used.
+
+    Args:
+      messages: those in front of it.
+      template: jinja text in place of the tokenizer's own.
+
+    Raises:
+      ValueError: no template, or one that is broken or refuses this.
+    """
+    check_template(tokenizer, template)
+    _written(tokenizer, [*messages, {"role": "user", "content": "Hello"}], template)
+
+
+def _written(
+    tokenizer: Any, messages: Sequence[dict[str, str]], template: str | None
+) -> str:
+    # A broken template may raise anything: it is a program of the user's.
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"{_named(template)} is no jinja template: {error.message} (line "
+            f"{error.lineno})."
+        ) from None
+    except jinja2.TemplateError as error:
+        said = f"{_named(template)} refuses this: {error}"
+        raise ValueError(said if said.endswith(".") else f"{said}.") from None
+    except Exception as error:
+        raise ValueError(
+            f"{_named(template)} cannot write a conversation: {error!r}."
+        ) from error
+
+
+def _named(template: str | None) -> str:
+    if template is None:
+        return "the tokenizer's chat template"
+    return f"chat_template={shown(template)}"
 
 
 def encode_question(model: "Model", text: Any, *, behind: bool) -> np.ndarray:

@@ -10,10 +10,12 @@ import copy
 import dataclasses
 import logging
 import math
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+from beacon_jax.keywords import hinted_init
 from beacon_jax.names import meant
 
 logger = logging.getLogger(__name__)
@@ -172,6 +174,7 @@ _ROPE_KEYS = {
 }
 
 
+@hinted_init
 @dataclasses.dataclass(frozen=True)
 class BeaconConfig:
     """What the beacons are (docs/specification.md sections 1 to 3).
@@ -197,33 +200,45 @@ class BeaconConfig:
     parallel_window: int = 1
 
     def __post_init__(self):
-        object.__setattr__(self, "ratios", tuple(self.ratios))
-        object.__setattr__(self, "param", tuple(self.param))
+        for name in ("ratios", "param"):
+            given = getattr(self, name)
+            if isinstance(given, str) and name == "ratios":
+                given = None
+            if not isinstance(given, Iterable):
+                example = "(2, 4, 8)" if name == "ratios" else '("q", "k", "v")'
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be a list, as in {example}."
+                )
+            whole = lambda x: hasattr(x, "__index__") and not isinstance(x, bool)
+            given = (operator.index(x) if whole(x) else x for x in given)
+            object.__setattr__(self, name, tuple(given))
         _check_positive(self, "window", "parallel_window")
+        if self.window > 2**20:
+            raise ValueError(f"window={self.window} must be at most {2**20}.")
         if not self.ratios:
             raise ValueError("ratios=() is empty: give at least one ratio.")
-        for ratio in self.ratios:
-            check_ratio(ratio, self.window)
+        _check_ratios(self.ratios, self.window)
         mixes = ("step-random", "instance-random", "sequence")
         if self.ratio_mix not in mixes and not re.fullmatch(
-            r"adapt-\d+", self.ratio_mix
+            r"adapt-\d+", str(self.ratio_mix)
         ):
             raise ValueError(
                 f"ratio_mix={self.ratio_mix!r} is unknown: "
                 f"{meant(self.ratio_mix, mixes)}use "
                 f"{', '.join(mixes)} or adapt-F with F a number of tokens."
             )
-        if not set(self.param) <= set(PROJECTIONS) or len(set(self.param)) < len(
-            self.param
-        ):
+        different = all(isinstance(p, str) for p in self.param)
+        different = different and len(set(self.param)) == len(self.param)
+        if not different or not set(self.param) <= set(PROJECTIONS):
             raise ValueError(
                 f"param={self.param} must be different letters of {PROJECTIONS}."
             )
         _check_choice("embed_init", self.embed_init, ("eos", "bos"))
         _check_choice("placement", self.placement, ("interleave", "append"))
-        if not 0 <= self.sink <= self.window:
+        whole = isinstance(self.sink, int) and not isinstance(self.sink, bool)
+        if not whole or not 0 <= self.sink <= self.window:
             raise ValueError(
-                f"sink={self.sink} must be between 0 and window={self.window}."
+                f"sink={self.sink!r} must be between 0 and window={self.window}."
             )
 
     @classmethod
@@ -549,6 +564,31 @@ def _check_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
+
+
+def _check_ratios(ratios: tuple[int, ...], window: int) -> None:
+    """Raises ValueError unless each ratio is 0 or divides the window."""
+    for ratio in ratios:
+        if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 0:
+            raise ValueError(
+                f"ratios={ratios} has {ratio!r}: give whole numbers that divide "
+                f"window={window}, or 0 for windows that are not compressed."
+            )
+    bad = [ratio for ratio in ratios if ratio and window % ratio]
+    if not bad:
+        return
+    divisors = [r for r in range(1, window + 1) if window % r == 0]
+    if len(divisors) > 12:
+        divisors = [*divisors[:11], f"... {window}"]
+    step = math.lcm(*(r for r in ratios if r))
+    below = window // step * step
+    near = [str(w) for w in (below, below + step) if w]
+    raise ValueError(
+        f"window={window} and ratios={ratios} do not go together, "
+        f"{', '.join(map(str, bad))} {'does' if len(bad) == 1 else 'do'} not divide "
+        f"the window: use window={' or '.join(near)}, or ratios of "
+        f"{', '.join(map(str, divisors))} (0: not compressed)."
+    )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

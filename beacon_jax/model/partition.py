@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beacon_jax import runtime
-from beacon_jax.names import meant
+from beacon_jax.names import meant, nearest
 
 AXES = ("data", "fsdp", "tensor")
 # Batches are split over data and fsdp, parameters over fsdp and tensor. An axis that is
@@ -101,8 +101,15 @@ def make_partition(mesh: str | Mesh, devices: Sequence[Any] = ()) -> Partition:
       devices: to use; all of this process if not given.
 
     Raises:
+      TypeError: neither text nor a mesh.
       ValueError: an unknown axis, or more devices than there are.
     """
+    if not isinstance(mesh, str | Mesh):
+        what = "None" if mesh is None else f"of type {type(mesh).__name__}"
+        raise TypeError(
+            f"mesh={mesh!r} is {what}: give the axes as text, 'tensor:8' or "
+            "'data:2,tensor:4', or a jax.sharding.Mesh."
+        )
     runtime.prepare()
     if isinstance(mesh, str):
         mesh = _mesh(mesh, list(devices) or jax.devices())
@@ -117,14 +124,24 @@ def make_partition(mesh: str | Mesh, devices: Sequence[Any] = ()) -> Partition:
 
 def _mesh(text: str, devices: list[Any]) -> Mesh:
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    named: set[str] = set()
     for part in text.split(","):
-        name, _, size = part.strip().partition(":")
-        if name not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
-            hint = "" if name in sizes else meant(name, AXES)
-            raise ValueError(
-                f"mesh={text!r}: {part.strip()!r} must be an axis of {', '.join(AXES)} "
-                f"and its size, such as tensor:8. {hint}".rstrip()
-            )
+        name, colon, size = part.strip().partition(":")
+        near = nearest(name, AXES)
+        what = ""
+        if name not in sizes:
+            what = f"has an axis {name!r}, which there is not: use {', '.join(AXES)}"
+            what += f" (did you mean {near}?)" if near else ""
+        elif not colon:
+            what = f"has no size for {name!r}: give one"
+        elif not re.fullmatch(r"-1|[1-9][0-9]{0,8}", size):
+            what = f"has {size!r} as the size of {name!r}: give a number from 1 on"
+            what += ", or -1 for all devices that are left"
+        elif name in named:
+            what = f"names {name!r} twice: give it once"
+        if what:
+            raise ValueError(f"mesh={text!r} {what}, such as tensor:8.")
+        named.add(name)
         sizes[name] = int(size)
     rest = [name for name, size in sizes.items() if size == -1]
     if len(rest) > 1:

@@ -12,7 +12,7 @@ from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
 from beacon_jax.names import meant
-from beacon_jax.outputs import check_folder
+from beacon_jax.paths import check_folder
 from beacon_jax.training.check_data import check_data, check_numbers
 from beacon_jax.training.config import Config
 from beacon_jax.training.hardware import peak_flops

@@ -23,7 +23,7 @@ from beacon_jax import hf, runtime
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.data.batches import StepBatches
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.outputs import check_folder
+from beacon_jax.paths import check_folder
 from beacon_jax.progress import Progress
 from beacon_jax.training.check import check_settings
 from beacon_jax.training.checkpoint import Checkpoints, Restored, check_unchanged

@@ -208,7 +208,7 @@ def test_commands_are_found_by_name(capsys, monkeypatch):
         assert capsys.readouterr().out == cli.overview() + "\n"
     cli.main(["--version"])
     assert capsys.readouterr().out == f"beacon-jax {__version__}\n"
-    with pytest.raises(SystemExit, match="no command 'trian': did you mean train. The"):
+    with pytest.raises(SystemExit, match="no command 'trian': did you mean train. the"):
         cli.main(["trian"])
     called = []
     monkeypatch.setattr(cli, "start", lambda *given: called.append(given))

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from beacon_jax.inference.model import Model, load
+from beacon_jax.inference.loading import load
+from beacon_jax.inference.model import Model
 
 V, D, F, L, N, K, H, W = 257, 16, 24, 2, 2, 1, 8, 8
 CONFIG: dict[str, Any] = {

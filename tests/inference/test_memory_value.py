@@ -416,7 +416,7 @@ def test_a_model_split_over_devices_gives_what_one_gives(make_folder, mesh):
 def test_a_mesh_that_does_not_fit_says_why(folder):
     with pytest.raises(ValueError, match="mesh='tensor:64' needs 64 devices"):
         beacon_jax.load(folder, mesh="tensor:64")
-    with pytest.raises(ValueError, match="'heads:2' must be an axis of data, fsdp"):
+    with pytest.raises(ValueError, match="axis 'heads', .*: use data, fsdp"):
         beacon_jax.load(folder, mesh="heads:2")
     with pytest.raises(ValueError, match="two axes of -1"):
         beacon_jax.load(folder, mesh="data:-1,tensor:-1")

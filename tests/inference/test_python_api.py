@@ -11,6 +11,7 @@ from beacon_jax.inference import options
 from beacon_jax.inference.chat import Chat
 from beacon_jax.inference.generation import Generation
 from beacon_jax.inference.memory import Memory
+from beacon_jax.model.partition import make_partition
 from tests.inference.memories import random_memory
 
 
@@ -83,8 +84,7 @@ def test_a_model_a_chat_and_an_answer_say_what_they_hold(model, plain):
 def test_a_pack_goes_to_the_devices_of_its_model(model, tmp_path):
     memory = random_memory([44], config=model.config, identity=model.identity)
     memory.save(tmp_path / "one.beacon")
-    mesh = beacon_jax.inference.model.make_partition("data:2")
-    split = dataclasses.replace(model, partition=mesh)
+    split = dataclasses.replace(model, partition=make_partition("data:2"))
     for given in ({"model": split}, {"mesh": "data:2"}):
         loaded = Memory.load(tmp_path / "one.beacon", **given)
         assert len(loaded.state.k.devices()) == 2

@@ -363,7 +363,7 @@ def test_a_callable_gets_the_windows_of_the_row_with_their_tokens():
     assert plan.ratios.tolist() == [4, 4, 4, 2]
     with pytest.raises(ValueError, match="ratio=3 does not divide window=8"):
         make_plan(CONFIG, lambda *_: 3, length=9)
-    with pytest.raises(ValueError, match=r"\[2\.5\] must be of whole numbers"):
+    with pytest.raises(ValueError, match=r"ratio=2\.5 is no whole number: use one of"):
         make_plan(CONFIG, lambda *_: 2.5, length=3)
 
 
@@ -464,8 +464,7 @@ def test_a_plain_model_is_never_compressed():
         ({"ratio": [2, 3]}, "ratio=3 does not divide window=8"),
         ({"ratio": 4, "max_slots": 40}, "ratio=4 together with max_slots"),
         ({"ratio": "auto", "max_bytes": 9}, "ratio='auto' together with"),
-        ({"max_slots": 0}, "max_slots=0 must be a number from 1 on"),
-        ({"max_slots": "9"}, "max_slots='9' must be a number from 1 on"),
+        ({"max_slots": 0}, "max_slots=0 must be at least 1: give a number of slots"),
         (
             {"lossless": "beacons"},
             "lossless='beacons' is unknown: use windows or slots",

@@ -31,7 +31,7 @@ from beacon_jax.training.trainer import train
         ("beacon.ratios", ("a", 2), r"beacon.ratios=\('a', 2\) has 'a': use whole num"),
         ("profile_steps", ("a",), r"profile_steps=\('a',\) has 'a': use whole numbers"),
         ("data.dummy_every", ("x",), "data.dummy_every=.* has 'x': use whole numbers"),
-        ("beacon.ratios", (3,), "beacon: ratio=3 does not divide window=8"),
+        ("beacon.ratios", (3,), "beacon: window=8 .* 3 does not divide"),
         ("beacon.param", ("w",), r"beacon: param=\('w',\) must be different letters"),
         ("beacon.sink", 9, "beacon: sink=9 must be between 0 and window=8"),
         ("optimizer.name", "sgd", "optimizer.name='sgd' is unknown"),

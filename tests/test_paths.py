@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from beacon_jax.outputs import check_file, check_folder
+from beacon_jax.paths import check_file, check_folder
 
 LONG = "x" * 300
 

@@ -1,0 +1,132 @@
+"""Loads a model with its tokenizer: a folder, a model of the package or of the hub."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from beacon_jax import runtime
+from beacon_jax.hf import checkpoint, hub
+from beacon_jax.hf.placement import Place
+from beacon_jax.inference import validate
+from beacon_jax.inference.model import Model
+from beacon_jax.keywords import hinted
+from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.decoder import variable_axes
+from beacon_jax.model.partition import Partition, make_partition
+
+_DEVICE = (
+    "jax chooses the device (set JAX_PLATFORMS=cpu before Python starts), and "
+    "mesh='tensor:2' splits the model over several."
+)
+_ELSEWHERE = {
+    "device": _DEVICE,
+    "device_map": _DEVICE,
+    "platform": _DEVICE,
+    "backend": _DEVICE,
+    "folder": "path",
+    "model": "path",
+    "name": "path",
+    "torch_dtype": "dtype",
+    "precision": "dtype",
+    "config": "beacon",
+    "sharding": "mesh",
+}
+
+
+@hinted("load", _ELSEWHERE)
+def load(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    beacon: BeaconConfig | None = None,
+    ignore_sliding_window: bool = False,
+    mesh: str | Mesh | None = None,
+) -> Model:
+    """Loads a model, with its tokenizer, from an HF or a converted folder.
+
+    Args:
+      path: a folder with config.json, weights and tokenizer files; "tiny-beacon", which
+        comes with the package; or the id of a model on the hub, "org/name", which is
+        downloaded into the cache of huggingface_hub.
+      dtype: "float32", "bfloat16" or "float16"; None: as stored.
+      beacon: other beacon settings; a plain model gets untrained beacons.
+      ignore_sliding_window: attend to everything although config.json has a window.
+      mesh: devices to split over, "tensor:8" (attention heads, MLP and vocabulary) or
+        "data:2,tensor:4" (rows of a batch too), or a `jax.sharding.Mesh` with these
+        axes; None: the default device.
+
+    Raises:
+      TypeError: an argument of another type, or one that does not exist.
+      ValueError, FileNotFoundError: what is missing or does not fit, by name.
+
+    Warns:
+      UserWarning: the model's beacons are untrained.
+    """
+    _check(path, dtype, beacon)
+    validate.switch("ignore_sliding_window", ignore_sliding_window)
+    path = hub.find(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"path={path} is not a model folder: it has no config.json."
+        )
+    checkpoint.check_dtype(dtype)
+    runtime.prepare()
+    partition = make_partition(mesh) if mesh is not None else None
+    place = None if partition is None else placed_on(partition)
+    # Importing transformers takes 1 to 2 s: meanwhile the weights are read.
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(_tokenizer, path)
+        found = checkpoint.load(
+            path,
+            dtype=dtype,
+            beacon=beacon,
+            ignore_sliding_window=ignore_sliding_window,
+            place=place,
+        )
+        tokenizer = reading.result()
+    if found.untrained:
+        said = f"the beacons of {path} are untrained, copies of the base model: text "
+        said += "that is compressed is not understood. Train them (python -m "
+        said += "beacon_jax.train), or keep everything with "
+        validate.warn(f"{said}ratio=0.", f"{said}--ratio=full.")
+    # A CPU device takes these arrays over as they are: half the memory, half the time.
+    variables = jax.device_put(found.variables)
+    return Model(found.config, variables, tokenizer, found.identity, partition)
+
+
+def _check(path: Any, dtype: Any, beacon: Any) -> None:
+    """Raises TypeError for an argument of another type."""
+    remedy = 'give a folder, "tiny-beacon", or the id of a model on the hub, org/name'
+    if isinstance(path, Model):
+        remedy = "it is a model already, use it as it is"
+    validate.is_a("path", path, str | os.PathLike, remedy)
+    if dtype is not None:
+        remedy = "give 'float32', 'bfloat16' or 'float16'"
+        validate.is_a("dtype", dtype, str, remedy)
+    if beacon is not None:
+        remedy = "give BeaconConfig(window=1024, ratios=(2, 4, 8))"
+        validate.is_a("beacon", beacon, BeaconConfig, remedy)
+
+
+def _tokenizer(path: Path) -> Any:
+    """Loads the tokenizer of a folder, or None if it has none."""
+    try:
+        return checkpoint.load_tokenizer(path)
+    except FileNotFoundError:
+        return None
+
+
+def placed_on(partition: Partition) -> Place:
+    """Makes the function that places tensors by logical axes, for `checkpoint.load`."""
+
+    def place(config: ModelConfig, name: str, shape: tuple[int, ...]) -> Any:
+        axes: Any = variable_axes(config)
+        for key in name.split("/"):
+            axes = axes[key]
+        return partition.sharding(axes, shape, name), None
+
+    return place

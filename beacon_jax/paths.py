@@ -1,0 +1,135 @@
+"""Checks where something is to be written, before hours of work end there in an error.
+
+A name is that of an argument ("path") or of a flag as the user types it ("--out").
+"""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+LONGEST = 255  # bytes of a name, on all usual file systems
+
+
+def check_name(path: object, name: str = "path") -> str:
+    """Returns a path as text.
+
+    Args:
+      name: of the argument ("path") or the flag ("--out"), for messages.
+
+    Raises:
+      TypeError: neither a str nor a `Path`.
+      ValueError: a name that no file can have.
+    """
+    if not isinstance(path, str | os.PathLike):
+        what = "None" if path is None else f"of type {type(path).__name__}"
+        shown = repr(path) if len(repr(path)) <= 60 else f"{repr(path)[:57]}..."
+        raise TypeError(f"{name}={shown} is {what}: give the name of a file, a str.")
+    text = os.fsdecode(path)
+    if not text.strip():
+        shown = text if name.startswith("--") else repr(text)
+        raise ValueError(f"{name}={shown} is empty and names no file: name a file.")
+    if "\0" in text:
+        raise ValueError(
+            f"{name}={text!r} has a NUL character at {text.index(chr(0))}, which no "
+            "name may have: leave it out."
+        )
+    if text.startswith("~/"):
+        raise ValueError(
+            f"{name}={text}: only a shell knows ~, and not inside of a flag: write "
+            f"{os.path.expanduser(text)}."
+        )
+    try:
+        os.lstat(text)
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name}={text!r} has characters that are no text: use another name."
+        ) from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            raise ValueError(
+                f"{name}={shown} is too long: a name has at most {LONGEST} bytes, this "
+                f"one {max(len(os.fsencode(part)) for part in Path(text).parts)}."
+            ) from None
+    return text
+
+
+def check_new(
+    path: object, name: str = "path", *, overwrite: bool, remedy: str
+) -> Path:
+    """Returns where a file is written: behind links, and nothing but a file.
+
+    Args:
+      name: of the argument ("path") or the flag ("--out"), for messages.
+      remedy: how to say `overwrite`.
+
+    Raises:
+      TypeError, ValueError: as `check_name`; a folder, device or pipe, or a name below
+        what is no folder or cannot be written.
+      FileExistsError: the file exists, without `overwrite`.
+    """
+    text = check_name(path, name)
+    real = Path(os.path.realpath(text))
+    beside = real.parent
+    while not beside.exists():
+        beside = beside.parent
+    if not beside.is_dir():
+        raise ValueError(f"{name}={text}: {beside} is a file, not a folder.")
+    if real.is_dir():
+        raise ValueError(f"{name}={text} is a folder: name a file.")
+    if real.exists() and not real.is_file():
+        raise ValueError(f"{name}={text} is a device or pipe: name a file.")
+    if real.exists() and not overwrite:
+        raise FileExistsError(f"{name}={text} exists: name another file, or {remedy}.")
+    if not os.access(beside, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{name}={text}: nothing may be written into {beside}: name a file "
+            "elsewhere, or ask for the permission."
+        )
+    return real
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Checks that a folder can be made, or written into; nothing of it stays.
+
+    Args:
+      name: of the argument, as the user types it ("--out").
+
+    Raises:
+      OSError: it cannot; names the argument, its value and the remedy.
+    """
+    _check(f"{name}={folder}", folder)
+
+
+def check_file(name: str, file: Path) -> None:
+    """Checks that a file can be made or replaced, as `check_folder`."""
+    folder = file.absolute().parent
+    _check(f"{name}={file}: the folder {folder}", folder)
+    if file.is_dir():
+        raise IsADirectoryError(f"{name}={file} is a folder: name a file.")
+
+
+def _check(given: str, folder: Path) -> None:
+    try:
+        here = folder.absolute()
+        while not here.exists():
+            if here.is_symlink():
+                raise FileExistsError(f"{given}: {here} is a broken link: remove it.")
+            here = here.parent
+        if not here.is_dir():
+            below = "" if here == folder.absolute() else f"lies below {here}, which "
+            raise NotADirectoryError(f"{given} {below}is a file: name a folder.")
+        # It has a name of its own: all processes of a run look at the same time.
+        with tempfile.NamedTemporaryFile(dir=here, prefix=".writable-") as probe:
+            probe.write(b"1")
+            probe.flush()
+    except OSError as error:
+        if error.errno is None:  # of the lines above
+            raise
+        raise OSError(
+            f"{given} cannot be written ({error.strerror}): use another folder, or "
+            "make room."
+        ) from error
+    if not os.access(here, os.R_OK):
+        raise PermissionError(f"{given} cannot be read: use another folder.")
