@@ -145,7 +145,7 @@ def get_preset(name: str) -> ModelConfig:
     """The configuration called `name`; ValueError lists the names there are."""
     if name not in PRESETS:
         raise ValueError(
-            f"preset={name!r} is unknown: {meant(name, PRESETS)}Use "
+            f"preset={name!r} is unknown: {meant(name, PRESETS)}use "
             f"{', '.join(PRESETS)}."
         )
     return PRESETS[name]

@@ -267,12 +267,18 @@ def test_connection_that_dies_midway_leaves_what_there_is_and_resumes(books, tmp
 
 
 def test_answer_that_does_not_come_in_time_is_asked_for_again(books, tmp_path):
-    slow = ChatServer(lambda number, text: time.sleep(1.0) if number == 2 else None)
-    with slow.running() as server:
+    asked = threading.Event()  # no answer before the run is over
+
+    def slow(number, text):
+        if number == 2:
+            asked.wait(30)
+
+    with ChatServer(slow).running() as server:
         settings = make(server, books, tmp_path)
-        endpoint = dataclasses.replace(settings.endpoint, timeout=0.4)
+        endpoint = dataclasses.replace(settings.endpoint, timeout=3)
         report = run(dataclasses.replace(settings, endpoint=endpoint))
         assert len(server.bodies) == 13
+        asked.set()
     assert (report.asked, report.failed) == (12, 0)
     assert settings.out.read_bytes() == undisturbed(books, tmp_path)
 

@@ -203,7 +203,9 @@ def test_bad_rows_stop_a_run_before_it_trains(config, tmp_path):
 
 def test_accumulation_must_divide_the_batch(config, tmp_path):
     config.accumulate = 3
-    with pytest.raises(ValueError, match="accumulate=3 does not divide batch_size=8"):
+    with pytest.raises(
+        ValueError, match="accumulate=3 does not divide data.batch_size=8"
+    ):
         train(config, tmp_path)
 
 

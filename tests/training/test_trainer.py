@@ -241,8 +241,8 @@ def test_an_empty_text_folder_is_an_error(config, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.sead=1", 'no such key: sead. Did you mean "seed"?'),
-        ("--config.optimizer.lrr=1", 'Did you mean "lr"'),
+        ("--config.sead=1", "--config.sead: no such key; did you mean --config.seed?"),
+        ("--config.optimizer.lrr=1", "did you mean --config.optimizer.lr?"),
         ("--workdirr=x", "did you mean --workdir?"),
     ],
 )
