@@ -34,9 +34,7 @@ def test_a_preset_survives_config_json(name):
 
 
 def test_an_unknown_preset_lists_the_known():
-    with pytest.raises(
-        ValueError, match=r"preset='gpt2' is unknown: use tiny, qwen2"
-    ):
+    with pytest.raises(ValueError, match=r"preset='gpt2' is unknown: use tiny, qwen2"):
         get_preset("gpt2")
 
 
