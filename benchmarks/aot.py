@@ -31,7 +31,7 @@ from absl import app, flags
 from jax.experimental import topologies
 
 from beacon_jax.benchmark.records import provenance
-from beacon_jax.core.windows import memory_slots
+from beacon_jax.core.plan import memory_slots
 from beacon_jax.evaluation.report import table
 from beacon_jax.model.config import param_shapes
 from beacon_jax.model.presets import get_preset

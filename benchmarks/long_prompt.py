@@ -33,7 +33,7 @@ from beacon_jax.benchmark.records import provenance, versions
 from beacon_jax.benchmark.sizes import kv_token_bytes
 from beacon_jax.core.loop import feed, feed_jit
 from beacon_jax.core.memory import MemoryState, init_memory
-from beacon_jax.core.windows import capacity
+from beacon_jax.core.plan import capacity
 from beacon_jax.model.config import ModelConfig, check_ratio
 from beacon_jax.model.presets import get_preset
 

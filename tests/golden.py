@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beacon_jax.core.loop import decode_step, feed, static_ratios
+from beacon_jax.core.loop import decode_step, feed
 from beacon_jax.core.memory import init_memory
+from beacon_jax.core.plan import capacity, draw_ratios, static_ratios
 from beacon_jax.core.train_loss import train_loss
-from beacon_jax.core.windows import capacity, draw_ratios, split_windows
+from beacon_jax.core.windows import split_windows
 from beacon_jax.hf.checkpoint import load
 from beacon_jax.hf.keys import flatten, table
 from beacon_jax.model.rotary import cos_sin, rotate

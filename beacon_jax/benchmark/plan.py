@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from beacon_jax import flops
 from beacon_jax.benchmark.sizes import (
     GIB,
     activation_bytes,
@@ -26,7 +27,6 @@ from beacon_jax.benchmark.sizes import (
 )
 from beacon_jax.evaluation.report import table
 from beacon_jax.evaluation.runner import integers
-from beacon_jax.model import flops
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.presets import get_preset
 from beacon_jax.training.hardware import Chip, find_chip

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beacon_jax import flops
 from beacon_jax.attention import IMPLEMENTATIONS
 from beacon_jax.benchmark.case import Case, Latest, Settings, timed
 from beacon_jax.benchmark.device import (
@@ -52,10 +53,9 @@ from beacon_jax.benchmark.timing import (
 from beacon_jax.benchmark.torch_model import TorchModel, library
 from beacon_jax.core.loop import feed_jit
 from beacon_jax.core.memory import MemoryState, init_memory
-from beacon_jax.core.windows import capacity
+from beacon_jax.core.plan import capacity
 from beacon_jax.inference.decode import BLOCK, Loop, decode_block
 from beacon_jax.inference.sampling import make_sampling, row_seeds
-from beacon_jax.model import flops
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 

@@ -4,7 +4,7 @@ Weights and KV cache are exact. Activations are those of one window (or piece) i
 layer: residual stream, projections, both halves of the MLP; compilers add to that.
 """
 
-from beacon_jax.core.windows import window_slots
+from beacon_jax.core.law import Law
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.presets import count_params
 
@@ -30,21 +30,14 @@ def slots_after(config: ModelConfig, length: int, ratio: int) -> int:
     """
     if ratio == 0:
         return length
-    assert config.beacon is not None
-    window = config.beacon.window
-    closed = length // window
-    first = window_slots(config, ratio, first=True, window=window) if closed else 0
-    return first + max(closed - 1, 0) * (window // ratio)
+    law = Law.of(config)
+    return law.closed(ratio, length // law.window)
 
 
 def entries_after(config: ModelConfig, length: int, ratio: int) -> int:
     """Entries that the next token sees: slots and the open window with its beacons."""
-    slots = slots_after(config, length, ratio)
-    if ratio == 0:
-        return slots
-    assert config.beacon is not None
-    raw = length % config.beacon.window
-    return slots + raw + raw // ratio
+    slots, law = slots_after(config, length, ratio), Law.of(config)
+    return slots + int(law.entries(ratio, length % law.window)) if ratio else slots
 
 
 def activation_bytes(config: ModelConfig, rows: int, size: int = 2) -> int:

@@ -18,13 +18,9 @@ from beacon_jax.benchmark.case import Case, Settings, timed
 from beacon_jax.benchmark.device import check_fits, peak_bytes, random_variables
 from beacon_jax.benchmark.records import Row
 from beacon_jax.benchmark.timing import compile_program, measure
-from beacon_jax.core.windows import (
-    draw_ratios,
-    memory_slots,
-    plan_slots,
-    split_windows,
-)
-from beacon_jax.model.flops import training_step
+from beacon_jax.core.plan import draw_ratios, memory_slots, plan_slots
+from beacon_jax.core.windows import split_windows
+from beacon_jax.flops import training_step
 from beacon_jax.training.config import default_config
 from beacon_jax.training.hardware import peak_flops
 from beacon_jax.training.memory import choose_remat, step_bytes

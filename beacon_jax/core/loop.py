@@ -10,22 +10,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.attention.device import target
+from beacon_jax.core import plan
+from beacon_jax.core.law import Law
 from beacon_jax.core.loss import IGNORE, token_losses, token_scores
-from beacon_jax.core.memory import CapacityError, MemoryState
+from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.move import keep_places
 from beacon_jax.core.step import (
     NOOP,
     lookup,
     new_entries,
-    slots_added,
     window_branches,
 )
-from beacon_jax.core.windows import open_room, window_slots
 from beacon_jax.model.buffers import put_all_layers
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, apply
@@ -44,84 +43,6 @@ class FeedOutput(NamedTuple):
     logits: Float[Array, "B T V"] | None
     token_loss: Float[Array, "B T"] | None
     greedy: Bool[Array, "B T"] | None = None
-
-
-def row_plans(
-    ratios: Int[np.ndarray, "*B P"] | Int[Array, "*B P"], rows: int
-) -> Int[np.ndarray, "B P"]:
-    """Returns a plan for each row, from one for all of them or one for each."""
-    plan = np.asarray(ratios, np.int32)
-    return np.broadcast_to(plan, (rows, plan.shape[-1]))
-
-
-def needed_slots(
-    config: ModelConfig,
-    memory: MemoryState,
-    new_tokens: Int[np.ndarray, " B"],
-    ratios: Int[np.ndarray, "*B P"],
-) -> int:
-    """Returns the capacity that `new_tokens` more need; reads B small numbers back."""
-    w = memory.window
-    needed = 0
-    state = (memory.slots, memory.raw, memory.ratio, memory.windows, new_tokens)
-    columns = [np.broadcast_to(np.asarray(x), memory.slots.shape) for x in state]
-    plans = row_plans(ratios, memory.rows)
-    for slots, raw, ratio, windows, new, plan in zip(*columns, plans, strict=True):
-        total, used = int(raw) + int(new), {int(ratio)} if raw else set()
-        slots = int(slots)
-        for i in range(total // w + 1):
-            at = min(int(windows) + i, len(plan) - 1)
-            r = int(ratio) if i == 0 and raw else int(plan[at])
-            used.add(r)
-            if (i + 1) * w <= total:
-                slots += window_slots(config, r, first=slots == 0, window=w)
-        needed = max(needed, slots + open_room(config, tuple(used), w))
-    return needed
-
-
-def check_capacity(
-    config: ModelConfig,
-    memory: MemoryState,
-    new_tokens: Int[np.ndarray, " B"],
-    ratios: Int[np.ndarray, "*B P"],
-) -> None:
-    """Raises CapacityError unless `new_tokens` more fit."""
-    needed = needed_slots(config, memory, new_tokens, ratios)
-    if needed > memory.capacity:
-        raise CapacityError(memory.capacity, needed)
-
-
-def static_ratios(
-    memory: MemoryState, ratios: Int[np.ndarray, "*B P"]
-) -> tuple[int, ...]:
-    """Lists the ratios that feeding may meet: planned ones and open windows'."""
-    plans, windows = row_plans(ratios, memory.rows), np.asarray(memory.windows)
-    opened = np.asarray(memory.ratio)[np.asarray(memory.raw) > 0]
-    coming = [p[min(w, len(p) - 1) :] for p, w in zip(plans, windows, strict=True)]
-    return tuple(sorted({int(r) for r in np.concatenate([*coming, opened])}))
-
-
-def _check_shared_plan(memory: MemoryState, lengths, ratios) -> None:
-    """A window step has one ratio for all its rows (`lax.switch` on a scalar)."""
-    w = memory.window
-    raw, opened, windows = (
-        np.asarray(x) for x in (memory.raw, memory.ratio, memory.windows)
-    )
-    total, plans = raw + np.asarray(lengths), row_plans(ratios, memory.rows)
-    for step in range(int(-(-total.max(initial=0) // w))):
-        rows = [i for i in range(len(total)) if total[i] > step * w]
-        used = {
-            int(opened[i])
-            if step == 0 and raw[i]
-            else int(plans[i, min(windows[i] + step, plans.shape[1] - 1)])
-            for i in rows
-        }
-        if len(used) > 1:
-            raise ValueError(
-                f"ratios={np.asarray(ratios).tolist()} give the rows of this batch "
-                f"different ratios {sorted(used)} in one step: feed rows with equal "
-                f"plans together."
-            )
 
 
 def feed(
@@ -161,18 +82,18 @@ def feed(
         raise ValueError(
             f"labels=None: outputs={outputs!r} needs shifted labels [B, T]."
         )
-    plan = row_plans(ratios, memory.rows)
-    check_capacity(config, memory, np.asarray(lengths), plan)
-    _check_shared_plan(memory, lengths, plan)
+    planned = plan.of_rows(ratios, memory.rows)
+    plan.check_capacity(config, memory, lengths, planned)
+    plan.check_shared(memory, lengths, planned)
     out, memory = feed_jit(
         config,
         variables,
         memory if donate else memory.copy(),
         jnp.asarray(tokens),
         jnp.asarray(lengths),
-        jnp.asarray(plan),
+        jnp.asarray(planned),
         jnp.asarray(labels) if labels is not None else None,
-        static=static_ratios(memory, plan),
+        static=plan.static_ratios(memory, planned),
         outputs=outputs,
         dtype=dtype,
         close=close,
@@ -249,8 +170,7 @@ def _feed(
     all_tokens = jnp.take_along_axis(pieces, source, axis=1)
     total = raw + lengths
     valid = jnp.clip(total[:, None] - jnp.arange(n) * w, 0, w)  # [B, N]
-    at_plan = jnp.minimum(memory.windows[:, None] + jnp.arange(n), ratios.shape[1] - 1)
-    planned = jnp.take_along_axis(ratios, at_plan, axis=1)
+    planned = plan.at(ratios, memory.windows[:, None] + jnp.arange(n))
     goes_on = (jnp.arange(n) == 0) & (raw[:, None] > 0)
     per_row = jnp.where(goes_on, memory.ratio[:, None], planned)  # [B, N]
     index = jnp.max(jnp.where(valid > 0, lookup(per_row, static), NOOP), axis=0)
@@ -267,8 +187,7 @@ def _feed(
     head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
     logits = lambda h: apply(head, variables, h, method="logits")
 
-    sink = config.beacon.sink if config.beacon else 0
-    turns = inverse_frequencies(config)
+    law, turns = Law.of(config, w), inverse_frequencies(config)
 
     def step(carry, x):
         k, v, slots, sinks, last = carry
@@ -280,9 +199,8 @@ def _feed(
         new = new_entries(config, kept, slots, x["ratio"], k.dtype)
         k = put_all_layers(k, new.k, slots, closes, turns)
         v = put_all_layers(v, new.v, slots, closes, turns)
-        sinks = jnp.where(closes & (slots == 0), sink, sinks)
-        added = slots_added(config, slots, x["ratio"], w)
-        slots = slots + jnp.where(closes, added, 0)
+        sinks = jnp.where(closes & (slots == 0), law.sink, sinks)
+        slots = slots + jnp.where(closes, law.kept(x["ratio"], slots), 0)
         end = jnp.maximum(x["valid"] - 1, 0)[:, None, None]
         here = jnp.take_along_axis(hidden, end, axis=1)[:, 0]
         last = jnp.where((x["step"] == final)[:, None], here, last)
@@ -350,29 +268,26 @@ def decode_step(
     """Feeds one token to every active row; inserts beacons and compresses as it goes.
 
     The ratio is data here (`count % r`), never a switch, so rows may be anywhere in
-    their windows. Call `check_capacity` for all tokens to come beforehand.
+    their windows. Call `plan.check_capacity` for all tokens to come beforehand.
 
     Args:
       tokens: next raw token of each row.
       ratios: as in `feed`.
       active: rows that take their token; the others stay as they are.
-      static: the ratios that may occur (`static_ratios`); they bound the beacons.
+      static: the ratios that may occur (`plan.static_ratios`); they bound the beacons.
 
     Returns:
       (float32 logits of each row's token, memory).
     """
-    w, b = memory.window, tokens.shape[0]
+    law, w, b = Law.of(config, memory.window), memory.window, tokens.shape[0]
     active = jnp.ones((b,), bool) if active is None else active
-    beacon = config.beacon
-    placement = beacon.placement if beacon else "interleave"
     plans = jnp.broadcast_to(ratios, (b, ratios.shape[-1]))
-    at = jnp.minimum(memory.windows, ratios.shape[-1] - 1)[:, None]
-    planned = jnp.take_along_axis(plans, at, axis=1)[:, 0]
+    planned = plan.at(plans, memory.windows[:, None])[:, 0]
     ratio = jnp.where(memory.raw == 0, planned, memory.ratio)
     memory = memory.replace(ratio=jnp.where(active, ratio, memory.ratio))
-    prefix = memory.slots + memory.open_entries(placement)
     raw = memory.raw + 1
-    positive = jnp.maximum(memory.ratio, 1)
+    entries = law.entries(memory.ratio, memory.raw)
+    prefix = memory.slots + entries
     compressing = [r for r in static if r > 0]
 
     def run(beacons):
@@ -385,9 +300,8 @@ def decode_step(
         return forward
 
     if compressing:
-        append = placement == "append"
-        due = (raw == w) if append else (raw % positive == 0)
-        due = due & (memory.ratio > 0) & active
+        due = (law.entries(memory.ratio, raw) > entries + 1) & active
+        append = law.placement == "append"
         most = w // min(compressing) if append else 1
         logits, k, v = _either(
             jnp.any(due),
@@ -402,19 +316,17 @@ def decode_step(
     column = jnp.minimum(memory.raw, w - 1)
     token = jnp.where(active, tokens, memory.tokens[row, column])
     full = active & (raw == w)
-    sink = beacon.sink if beacon else 0
-    first = memory.slots == 0
-    grown = slots_added(config, memory.slots, memory.ratio, w)
+    grown = law.kept(memory.ratio, memory.slots)
     if compressing:
         moved = functools.partial(
-            _compress_open, config, memory.slots, memory.ratio, full, compressing, w
+            _compress_open, config, memory.slots, memory.ratio, full, compressing, law
         )
         k, v = _either(jnp.any(full), lambda x: moved(*x), lambda x: x, (k, v))
     return logits, memory.replace(
         k=k,
         v=v,
         slots=memory.slots + jnp.where(full, grown, 0),
-        sinks=jnp.where(full & first, sink, memory.sinks),
+        sinks=jnp.where(full & (memory.slots == 0), law.sink, memory.sinks),
         raw=jnp.where(active, jnp.where(full, 0, raw), memory.raw),
         windows=memory.windows + full,
         tokens=memory.tokens.at[row, column].set(token),
@@ -442,16 +354,10 @@ def _either(
     return state
 
 
-def _compress_open(config, slots, ratio, full, ratios, window, k, v):
+def _compress_open(config, slots, ratio, full, ratios, law, k, v):
     """Moves the kept entries of full open windows to the front of them."""
-    sink = jnp.where(slots == 0, config.beacon.sink, 0)[:, None]  # [B, 1]
-    j = jnp.arange(config.beacon.sink + max(window // r for r in ratios))
-    r = jnp.maximum(ratio, 1)[:, None]
-    nth = jnp.clip(j - sink, 0, window // r - 1)
-    if config.beacon.placement == "append":
-        place = window + nth
-    else:
-        place = (nth + 1) * (r + 1) - 1
-    place = jnp.where(j < sink, j, place)  # [B, n] entry of the window in new slot j
-    count = jnp.where(full & (ratio > 0), (sink + window // r)[:, 0], 0)
-    return keep_places(config, k, v, slots, place, count)
+    slots, ratio = slots[:, None], ratio[:, None]
+    most = law.sink + max(law.window // r for r in ratios)
+    place = law.place(ratio, slots, jnp.arange(most))  # [B, n]
+    count = jnp.where(full[:, None] & (ratio > 0), law.kept(ratio, slots), 0)
+    return keep_places(config, k, v, slots[:, 0], place, count[:, 0])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from beacon_jax.core.law import Law, default_window
 from beacon_jax.model import buffers
 from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.config import ModelConfig
@@ -75,10 +76,7 @@ class MemoryState(flax.struct.PyTreeNode):
 
     def open_entries(self, placement: str) -> Int[Array, " B"]:
         """Entries of the open window: raw tokens and the beacons among them."""
-        if placement == "append":
-            return self.raw
-        safe = jnp.maximum(self.ratio, 1)
-        return self.raw + jnp.where(self.ratio > 0, self.raw // safe, 0)
+        return Law(self.window, placement=placement).entries(self.ratio, self.raw)
 
     def copy(self) -> "MemoryState":
         """Copies it into buffers of its own, for a function that takes them over."""
@@ -90,11 +88,6 @@ class MemoryState(flax.struct.PyTreeNode):
             return self
         k, v = (buffers.resized(x, capacity) for x in (self.k, self.v))
         return self.replace(k=k, v=v)
-
-
-def default_window(config: ModelConfig) -> int:
-    """Returns W of the beacons; a plain model is fed in windows of up to 512."""
-    return config.beacon.window if config.beacon else min(512, config.max_position)
 
 
 def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
@@ -109,12 +102,11 @@ def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
 def init_memory(
     config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32
 ) -> MemoryState:
-    """Makes an empty memory for `batch` rows of `capacity` slots (`windows.capacity`).
+    """Makes an empty memory for `batch` rows of `capacity` slots (`plan.capacity`).
 
     dtype: of keys and values; int8 has scales besides.
     """
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
-    window = default_window(config)
     zeros = lambda: jnp.zeros((batch,), jnp.int32)
     k, v = buffers.empty(shape, dtype)
     return MemoryState(
@@ -125,5 +117,5 @@ def init_memory(
         raw=zeros(),
         ratio=zeros(),
         windows=zeros(),
-        tokens=jnp.zeros((batch, window), jnp.int32),
+        tokens=jnp.zeros((batch, default_window(config)), jnp.int32),
     )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from beacon_jax.core.law import Law
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, Entries, Layer, apply
 from beacon_jax.model.layout import Layout
@@ -12,15 +13,6 @@ from beacon_jax.model.rotary import cos_sin, rotate
 
 # Branches of a window step are NOOP, then the static ratios in order.
 NOOP = 0
-
-
-def kept_entries(config: ModelConfig, ratio: int, window: int) -> tuple[int, ...]:
-    """Entries of a full window that its compression may keep: [sink | beacons]."""
-    if ratio == 0:
-        return tuple(range(window))
-    assert config.beacon is not None
-    layout = Layout.of_window(window, ratio, config.beacon.placement)
-    return (*range(config.beacon.sink), *layout.beacon_index.tolist())
 
 
 def layout_of(config: ModelConfig, ratio: int, window: int) -> Layout:
@@ -48,7 +40,7 @@ class Window(NamedTuple):
 def training_window(
     config, ratio, window, keep, *, dtype, remat=False, attention=None
 ) -> Window:
-    """The parts of a window; `keep` as in `kept_entries`.
+    """The parts of a window; `keep` are entries that may enter the memory.
 
     remat: of the attention, keep what its backward pass needs, but not the buffer with
       the window written into it.
@@ -75,10 +67,11 @@ def training_window(
 def window_branches(config, ratios, window, *, dtype):
     """NOOP and one function per static ratio, for feeding:
     (variables, tokens, k, v, slots, valid) -> (hidden, kept, k, v)."""
-    most = max(len(kept_entries(config, r, window)) for r in ratios)
+    law = Law.of(config, window)
+    most = max(len(law.kept_entries(r)) for r in ratios)
 
     def branch(ratio):
-        keep = kept_entries(config, ratio, window)
+        keep = tuple(law.kept_entries(ratio).tolist())
         model = Decoder(config, layout_of(config, ratio, window), keep, dtype=dtype)
 
         def run(variables, tokens, k, v, slots, valid):
@@ -118,16 +111,6 @@ def new_entries(config, kept, slots, ratio, dtype):
         kept = Entries(*(jnp.where(first, x, jnp.roll(x, away, axis=2)) for x in kept))
     cos, sin = cos_sin(config, slots[:, None] + jnp.arange(kept.k.shape[2]))
     return Entries(rotate(kept.k, cos, sin).astype(dtype), kept.v.astype(dtype))
-
-
-def slots_added(config, slots, ratio, window):
-    """Slots that a closing window adds to each row; the ratio is traced.
-
-    docs/specification.md section 2.
-    """
-    sink = config.beacon.sink if config.beacon else 0
-    beacons = window // jnp.maximum(ratio, 1) + jnp.where(slots == 0, sink, 0)
-    return jnp.where(ratio > 0, beacons, window)
 
 
 def lookup(ratio, ratios):

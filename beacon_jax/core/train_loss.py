@@ -8,16 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from beacon_jax.core.law import Law
 from beacon_jax.core.lean_vjp import REMAT, window_loop
 from beacon_jax.core.loss import IGNORE, token_losses
 from beacon_jax.core.step import (
     NOOP,
-    kept_entries,
     lookup,
-    slots_added,
     training_window,
 )
-from beacon_jax.core.windows import open_room, window_slots
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, Entries, apply, constrain_entries
 from beacon_jax.model.layout import Layout
@@ -92,11 +90,11 @@ def train_loss(
         ratios = config.beacon.ratios if config.beacon else ()
     static = tuple(sorted({0, *ratios}))
     keep_plain = 0 in ratios or not ratios
-    windows = []
+    law, windows = Law.of(config, w), []
     for ratio in static:
         # The last window, which has no beacons, is not compressed.
         dropped = not ratio and not (keep_plain and n > 1)
-        keep = () if dropped else kept_entries(config, ratio, w)
+        keep = () if dropped else tuple(law.kept_entries(ratio).tolist())
         windows.append(
             training_window(
                 config,
@@ -122,8 +120,7 @@ def train_loss(
 
     # Slots before each step; they depend on plan and lengths only.
     def count(slots, x):
-        added = slots_added(config, slots, x["ratio"], w)
-        added = jnp.where(x["closes"], added, 0)
+        added = jnp.where(x["closes"], law.kept(x["ratio"], slots), 0)
         return slots + added, (slots, added)
 
     counted = {"ratio": plan, "closes": closes}
@@ -140,7 +137,7 @@ def train_loss(
     shape = (
         config.num_layers,
         b,
-        _train_slots(config, ratios, n, w, memory_slots),
+        _train_slots(law, ratios, n, memory_slots),
         config.num_kv_heads,
         config.head_dim,
     )
@@ -194,14 +191,12 @@ def train_loss(
     return loss, aux
 
 
-def _train_slots(config, ratios, windows, window, slots) -> int:
+def _train_slots(law: Law, ratios, windows: int, slots: int) -> int:
     """The buffer's size: `slots` of memory and the open window. A plain model keeps
     everything."""
     if not any(r > 0 for r in ratios):
-        return windows * window
+        return windows * law.window
     if not slots:
-        low = min(r for r in ratios if r > 0)
-        slots = window_slots(config, low, first=True, window=window)
-        slots += max(windows - 2, 0) * (window // low)
-        slots += window if 0 in ratios else 0  # allowed once
-    return slots + open_room(config, ratios, window)
+        slots = law.closed(min(r for r in ratios if r > 0), max(windows - 1, 1))
+        slots += law.window if 0 in ratios else 0  # allowed once
+    return slots + law.room(ratios)

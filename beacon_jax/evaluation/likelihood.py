@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from beacon_jax.core.loop import feed, needed_slots
+from beacon_jax.core.law import default_window
+from beacon_jax.core.loop import feed
 from beacon_jax.core.loss import IGNORE
-from beacon_jax.core.memory import default_window
+from beacon_jax.core.plan import needed_slots
 from beacon_jax.evaluation.methods import ADAPT, adapted
 from beacon_jax.evaluation.model import pad
 from beacon_jax.inference.feeding import fresh_state

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from beacon_jax.core import windows
+from beacon_jax.core.law import Law
 from beacon_jax.core.memory import MemoryState, slot_nbytes
+from beacon_jax.core.plan import adaptive_ratio
 from beacon_jax.data.passkey import last_window_start
 from beacon_jax.evaluation.model import Model, Rows
 from beacon_jax.model.config import ModelConfig
@@ -87,14 +88,13 @@ def adapted(config: ModelConfig, tokens: int) -> int:
     for the text and 1,024 tokens more, else the largest; 0 without beacons."""
     trained = config.beacon.ratios if config.beacon else ()
     ratios = [r for r in trained if r > 0] or [0]
-    return windows.adaptive_ratio(config, ratios, tokens, ADAPT_FUTURE)
+    return adaptive_ratio(config, ratios, tokens, ADAPT_FUTURE)
 
 
 def budget_slots(config: ModelConfig, tokens: int, ratio: int) -> int:
     """Slots that beacons of this ratio make of a past of `tokens` (whole windows)."""
-    assert config.beacon is not None
-    sink = config.beacon.sink if tokens else 0
-    return tokens // ratio + sink
+    law = Law.of(config)
+    return law.closed(ratio, tokens // law.window)
 
 
 def remember(

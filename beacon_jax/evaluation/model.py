@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from beacon_jax.core import loop, windows
+from beacon_jax.core import loop
 from beacon_jax.core.memory import MemoryState
+from beacon_jax.core.plan import capacity
 from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer
 from beacon_jax.inference import leaves
 from beacon_jax.inference.decode import decode
@@ -77,7 +78,7 @@ class Model:
 
         dtype: of keys and values; None: that of the model.
         """
-        slots = windows.capacity(self.config, self.plan(ratio))
+        slots = capacity(self.config, self.plan(ratio))
         dtype = dtype or self.dtype
         return leaves.empty(self.config, batch, slots, dtype, self.partition)
 

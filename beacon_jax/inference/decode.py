@@ -9,13 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from beacon_jax.core.loop import (
-    check_capacity,
-    decode_step,
-    row_plans,
-    static_ratios,
-)
+from beacon_jax.core.loop import decode_step
 from beacon_jax.core.memory import MemoryState
+from beacon_jax.core.plan import check_capacity, of_rows, static_ratios
 from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, row_keys, row_seeds, sample
 from beacon_jax.model.config import ModelConfig
@@ -168,7 +164,7 @@ def decode(
     limits = _limits(max_new_tokens, rows)
     sampling = _settings(sampling, seen, rows)
     ends = config.eos_ids if eos_ids is None else tuple(eos_ids)
-    plans = row_plans(ratios, rows)
+    plans = of_rows(ratios, rows)
     check_capacity(config, memory, limits, plans)
     static = static_ratios(memory, plans)
     if not donate:

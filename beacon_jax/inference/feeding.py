@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beacon_jax.core.loop import needed_slots
+from beacon_jax.core.law import Law
 from beacon_jax.core.memory import CapacityError, MemoryState, init_memory
 from beacon_jax.core.move import keep_entries
+from beacon_jax.core.plan import needed_slots
 from beacon_jax.inference import leaves
 from beacon_jax.inference.compatible import check_same_model
 from beacon_jax.inference.decode import Decoded
@@ -179,11 +180,8 @@ def _feed_group(
             donate=donate,
             on_piece=on_fed and _behind(on_fed, done),
         )
-        place, *_ = kept_window(
-            config,
-            int(state.ratio[0]),
-            keep[number],
-            first=not int(state.slots[0]),
+        place = kept_window(
+            Law.of(config), int(state.ratio[0]), keep[number], int(state.slots[0])
         )
         state = keep_entries(
             config,

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from beacon_jax.core.memory import MemoryState, default_window, init_memory
+from beacon_jax.core.law import default_window
+from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.inference.prefill import buffer_size
 from beacon_jax.model.buffers import ARRAY, PARTS
 from beacon_jax.model.config import ModelConfig

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int
 
-from beacon_jax.core.memory import default_window
-from beacon_jax.core.windows import window_slots
+from beacon_jax.core.law import Law
+from beacon_jax.core.plan import at
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,9 +60,7 @@ class Ledger:
 
     def entries(self, config: ModelConfig) -> int:
         """Entries in use: slots, raw tokens of the open window and their beacons."""
-        append = config.beacon and config.beacon.placement == "append"
-        beacons = self.raw // self.ratio if self.ratio and not append else 0
-        return self.slots + self.raw + beacons
+        return self.slots + int(Law.of(config).entries(self.ratio, self.raw))
 
     @property
     def windows(self) -> int:
@@ -95,7 +92,7 @@ class Ledger:
           plan: ratio of each window of the row by its number, the last one going on.
           keep: raw tokens of a window, by its number, that stay beside its beacons.
         """
-        w, pending = default_window(config), self.pending
+        law, pending = Law.of(config), self.pending
         assert np.array_equal(tokens[: len(pending)], pending)
         kept = self.tokens
         if kept is not None:
@@ -107,18 +104,16 @@ class Ledger:
         number = self.windows
         while start < fed:
             if not first_open:
-                ratio = int(plan[min(number, len(plan) - 1)])
+                ratio = int(at(plan, number))
             first_open = False
-            if fed - start < w:
+            if fed - start < law.window:
                 break
+            entries = law.kept_entries(ratio, slots)
             if keep and number in keep:
-                at = keep[number]
-                _, new, each = kept_window(config, ratio, at, first=slots == 0)
-                new = new + np.int32(start)
-            else:
-                new, each = closed_window(config, ratio, start, first=slots == 0)
-            slots, start, number = slots + len(new), start + w, number + 1
-            spans.append(new)
+                entries = kept_window(law, ratio, keep[number], slots)
+            new, each = law.source(ratio, entries)
+            spans.append(new + np.int32(start))
+            slots, start, number = slots + len(new), start + law.window, number + 1
             ratios.append(each)
             marks.append(np.array([[start, slots]], np.int32))
         joined = (np.concatenate(x) for x in (spans, ratios, marks))
@@ -184,66 +179,22 @@ class Ledger:
         return dataclasses.replace(self, tokens=None)
 
 
-def closed_window(
-    config: ModelConfig, ratio: int, start: int, *, first: bool
-) -> tuple[Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
-    """Returns the spans and ratios of the slots that a full window leaves.
-
-    See docs/specification.md section 2.
-
-    Args:
-      start: the window's first token.
-      first: nothing is in front of the window, so that sinks stay.
-    """
-    w = default_window(config)
-    edges = np.arange(0, w + 1, ratio or 1, dtype=np.int32)
-    spans = np.stack([edges[:-1], edges[1:]], axis=1)
-    ratios = np.full(len(spans), ratio, np.int32)
-    sink = config.beacon.sink if config.beacon else 0
-    if ratio and first and sink:
-        # Copies of the first mixed entries: raw tokens and, if interleaved, beacons.
-        entry = np.arange(sink)
-        group, raw, token = entry, np.ones(sink, bool), entry
-        if config.beacon and config.beacon.placement == "interleave":
-            group, at = np.divmod(entry, ratio + 1)
-            raw, token = at < ratio, group * ratio + at
-        kept = np.where(
-            raw[:, None],
-            np.stack([token, token + 1], axis=1),
-            spans[np.minimum(group, len(spans) - 1)],
-        )
-        spans = np.concatenate([kept.astype(np.int32), spans])
-        ratios = np.concatenate([np.where(raw, 0, ratio).astype(np.int32), ratios])
-    assert len(spans) == window_slots(config, ratio, first=first, window=w)
-    return spans + np.int32(start), ratios
-
-
 def kept_window(
-    config: ModelConfig, ratio: int, offsets: Int[np.ndarray, " k"], *, first: bool
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
-    """Returns what a full window leaves if some raw tokens stay beside its beacons.
+    law: Law, ratio: int, offsets: Int[np.ndarray, " k"], slots: int
+) -> Int[np.ndarray, " n"]:
+    """Lists the entries of a full window that stay if some of its raw tokens do.
 
     Args:
       offsets: places of those tokens in the window.
+      slots: in front of the window.
 
     Returns:
-      For each slot: its entry of the mixed window, its source tokens counted from the
-      window's first, and its ratio. Entries keep their order, behind the sinks.
+      Entries of the mixed window: sinks, then beacons and raw tokens as they lie.
     """
-    w, sink = (
-        default_window(config),
-        config.beacon.sink if config.beacon and first else 0,
-    )
-    spans, ratios = closed_window(config, ratio, 0, first=first)
+    entries = law.kept_entries(ratio, slots)
     if not ratio:
-        return np.arange(w), spans, ratios
-    placement = config.beacon.placement if config.beacon else "interleave"
-    beacons = Layout.of_window(w, ratio, placement).beacon_index
-    raw = np.unique(offsets)
-    entry = raw + raw // ratio if placement == "interleave" else raw
-    place = np.concatenate([beacons, entry])
-    spans = np.concatenate([spans, np.stack([raw, raw + 1], axis=1)])
-    ratios = np.concatenate([ratios, np.zeros(len(raw), ratios.dtype)])
-    order = np.concatenate([np.arange(sink), sink + np.argsort(place, kind="stable")])
-    place = np.concatenate([np.arange(sink), place])
-    return place[order], spans[order].astype(np.int32), ratios[order].astype(np.int32)
+        return entries
+    sinks = len(entries) - law.window // ratio
+    raw = law.entries(ratio, np.unique(offsets))
+    rest = np.sort(np.concatenate([entries[sinks:], raw]))
+    return np.concatenate([entries[:sinks], rest])

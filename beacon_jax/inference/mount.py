@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.core import move
-from beacon_jax.core.memory import MemoryState, default_window
+from beacon_jax.core.law import Law, default_window
+from beacon_jax.core.memory import MemoryState
 from beacon_jax.inference import validate
 from beacon_jax.inference.compatible import config_differences, identity_differences
 from beacon_jax.inference.ledger import Ledger
@@ -80,11 +81,9 @@ def closed(memory: Memory) -> Memory:
 
 def raw_places(config: ModelConfig, state: MemoryState) -> Int[np.ndarray, "B W"]:
     """Returns where the raw tokens lie among the entries of each row's open window."""
-    token = np.arange(default_window(config), dtype=np.int32)
-    if config.beacon is None or config.beacon.placement == "append":
-        return np.broadcast_to(token, (len(state.ratio), len(token)))
-    ratio = np.asarray(state.ratio)[:, None]
-    return token + np.where(ratio > 0, token // np.maximum(ratio, 1), 0)
+    law = Law.of(config)
+    token = np.arange(law.window, dtype=np.int32)
+    return law.entries(np.asarray(state.ratio)[:, None], token).astype(np.int32)
 
 
 def _closed(row: Ledger) -> Ledger:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from beacon_jax.core.windows import draw_ratios
+from beacon_jax.core.plan import at, draw_ratios
 from beacon_jax.inference.budget import Budget, spend
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.options import Ratio
@@ -341,4 +341,4 @@ def stack_ratios(plans: Sequence[Plan]) -> Int[np.ndarray, "B P"]:
 
 def _from(ratios: Int[np.ndarray, " P"], first: int, count: int) -> np.ndarray:
     """Returns `count` ratios from window `first` on, the last going on."""
-    return ratios[np.minimum(first + np.arange(count), len(ratios) - 1)]
+    return at(ratios, first + np.arange(count))

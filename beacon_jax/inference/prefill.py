@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from beacon_jax.core.loop import check_capacity, feed
-from beacon_jax.core.memory import MemoryState, default_window
+from beacon_jax.core.law import default_window
+from beacon_jax.core.loop import feed
+from beacon_jax.core.memory import MemoryState
+from beacon_jax.core.plan import check_capacity
 from beacon_jax.model.config import ModelConfig
 
 

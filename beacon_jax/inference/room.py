@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from beacon_jax import host
-from beacon_jax.core.memory import MemoryState, default_window, slot_nbytes
-from beacon_jax.core.windows import open_room
+from beacon_jax.core.law import Law
+from beacon_jax.core.memory import MemoryState, slot_nbytes
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.options import Reading
 from beacon_jax.inference.validate import ArgumentError
@@ -42,7 +42,8 @@ def check_request(
       before: the rows' accounts.
       dtype: of the memory.
     """
-    w, rows = default_window(model.config), len(lengths)
+    law, rows = Law.of(model.config), len(lengths)
+    w = law.window
     free = free_slots(model, rows, dtype)
     if free is None:
         return
@@ -56,7 +57,7 @@ def check_request(
         slots = ledger.slots + total // w * (w // per)
         if slots <= free:
             continue
-        held = ledger.slots + open_room(model.config, [per], w)
+        held = ledger.slots + law.room([per])
         fit = int((free * _ROUNDED - held) // (w // per) * w) - ledger.raw - length
         if new > length and fit > 0:
             name = "max_new_tokens" if hasattr(asked, "max_new_tokens") else "reserve"

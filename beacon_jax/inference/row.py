@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from beacon_jax.core.memory import default_window
+from beacon_jax import flops
+from beacon_jax.core.law import Law
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.spans import marked_tokens
 from beacon_jax.inference.validate import LOSSLESS, one_of
-from beacon_jax.model import flops
 from beacon_jax.model.config import ModelConfig
 
 
@@ -32,7 +32,8 @@ class Row:
             raise ValueError(
                 f"length={length}, new_tokens={new}: must not be negative."
             )
-        self.config, self.window = config, default_window(config)
+        self.config, self.law = config, Law.of(config)
+        self.window = self.law.window
         self.before = before or Ledger.empty()
         self.first, self.start = self.before.windows, int(self.before.marks[-1, 0])
         self.length = length
@@ -88,21 +89,16 @@ class Row:
 
         See docs/specification.md section 2.
         """
-        added = self.window // np.maximum(ratios, 1).astype(int)
+        slots = self.law.after(ratios, self.before.slots)
         for i, at in self.offsets.items():
-            added[i] += len(at)
-        added[ratios == 0] = self.window
-        if self.config.beacon and not self.before.slots and ratios[0]:
-            added[0] += self.config.beacon.sink
-        return self.before.slots + np.append(0, np.cumsum(added))
+            slots[i + 1 :] += len(at) if ratios[i] else 0
+        return slots
 
     def entries(
         self, ratios: Int[np.ndarray, " n"], raw: Int[np.ndarray, " n"]
     ) -> Int[np.ndarray, " n"]:
         """Counts each window's entries before it closes: raw tokens and beacons."""
-        append = self.config.beacon and self.config.beacon.placement == "append"
-        under = np.where(raw == self.window, raw, 0) if append else raw
-        return raw + np.where(ratios > 0, under // np.maximum(ratios, 1), 0)
+        return self.law.entries(ratios, raw)
 
     def positions(self, ratios: Int[np.ndarray, " n"]) -> int:
         """Returns the most positions at once (docs/specification.md section 2)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from beacon_jax.core.memory import default_window
+from beacon_jax.core.law import default_window
 from beacon_jax.inference.validate import (
     ArgumentError,
     callback,

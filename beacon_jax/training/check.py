@@ -7,7 +7,7 @@ from typing import Any
 from beacon_jax import hf
 from beacon_jax.attention.api import IMPLEMENTATIONS
 from beacon_jax.core.lean_vjp import REMAT
-from beacon_jax.core.windows import memory_slots
+from beacon_jax.core.plan import memory_slots
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig

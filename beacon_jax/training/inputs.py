@@ -14,12 +14,8 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from beacon_jax.core.windows import (
-    draw_ratios,
-    memory_slots,
-    plan_slots,
-    split_windows,
-)
+from beacon_jax.core.plan import draw_ratios, memory_slots, plan_slots
+from beacon_jax.core.windows import split_windows
 from beacon_jax.data.batches import BatchConfig, Batches, StepBatches
 from beacon_jax.data.grouped import GroupConfig, GroupedBatches
 from beacon_jax.data.prepare import Settings, finished, prepare
@@ -27,8 +23,8 @@ from beacon_jax.data.prepared import Prepared
 from beacon_jax.data.tally import percent, si, usage
 from beacon_jax.data.text import run_documents
 from beacon_jax.data.tokenizer import encode_stream
+from beacon_jax.flops import training_step
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.flops import training_step
 from beacon_jax.progress import Stage
 from beacon_jax.training.config import Config
 from beacon_jax.training.console import say

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from beacon_jax.core.windows import open_room
+from beacon_jax.core.law import Law
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import residual_dtype
 from beacon_jax.training.hardware import memory_gib
@@ -50,7 +50,7 @@ def step_bytes(
     # Gradients are summed where the weights are computed with: whole if replicated.
     gradients = 4 * whole + size * whole if placement.own_plans else 2 * own
     ratios, w = model.beacon.ratios, model.beacon.window
-    entries = slots + open_room(model, ratios, w)
+    entries = slots + Law.of(model).room(ratios)
     kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim / tensor
     # Keys and values, and their cotangents in float32.
     buffers = rows * entries * kv * (4 if offload else size + 4)

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax import hf
-from beacon_jax.core.windows import open_room
+from beacon_jax.core.law import Law
 from beacon_jax.data.sources import open_parts, source_bytes
 from beacon_jax.data.tally import clock, si
 from beacon_jax.data.text import load_documents, run_documents
+from beacon_jax.flops import training_step
 from beacon_jax.hf.conversion import read_config
 from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
-from beacon_jax.model.flops import training_step
 from beacon_jax.training.config import OPEN, Config
 from beacon_jax.training.hardware import device_bytes, find_chip
 from beacon_jax.training.initial import base_folder, tokenizer_folder
@@ -267,9 +267,8 @@ def _limit(
     """
     assert model.beacon is not None
     w, positions = model.beacon.window, facts.model.trained_positions
-    used = slots(config, model, -(-length // w)) + open_room(
-        model, model.beacon.ratios, w
-    )
+    used = slots(config, model, -(-length // w))
+    used += Law.of(model).room(model.beacon.ratios)
     if used > positions or (free and w > max(positions // 8, WINDOWS[-1])):
         return f"{positions:,} positions allow no larger one"
     if facts.tokens < (2 if length == ROW_WINDOWS[-1] * WINDOWS[-1] else 8) * length:

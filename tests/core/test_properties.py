@@ -15,15 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from beacon_jax.core.loop import (
-    decode_step,
-    feed,
-    feed_jit,
-    static_ratios,
-)
+from beacon_jax.core.loop import decode_step, feed, feed_jit
 from beacon_jax.core.memory import CapacityError, init_memory
+from beacon_jax.core.plan import capacity, draw_ratios, static_ratios
 from beacon_jax.core.train_loss import train_loss
-from beacon_jax.core.windows import capacity, draw_ratios, split_windows
+from beacon_jax.core.windows import split_windows
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import init_variables

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from beacon_jax.core.memory import init_memory
-from beacon_jax.core.windows import capacity
+from beacon_jax.core.plan import capacity
 from beacon_jax.inference.decode import decode
 from beacon_jax.inference.prefill import prefill
 from beacon_jax.inference.sampling import make_sampling

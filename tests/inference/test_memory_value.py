@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import beacon_jax
-from beacon_jax.core.loop import decode_step, feed, feed_jit, static_ratios
+from beacon_jax.core.law import Law
+from beacon_jax.core.loop import decode_step, feed, feed_jit
 from beacon_jax.core.memory import init_memory
 from beacon_jax.core.move import keep_entries
+from beacon_jax.core.plan import static_ratios
 from beacon_jax.inference.decode import Loop, decode_block
 from beacon_jax.inference.ledger import Ledger, kept_window
 from beacon_jax.inference.memory import Memory, _peak
@@ -256,9 +258,9 @@ def test_lossless_slots_are_the_entries_that_the_window_had(model):
         close=False,
     )
     assert opened.raw.tolist() == [8]
-    place, spans, _ = kept_window(
-        model.config, 4, np.arange(at % 8, at % 8 + 5), first=False
-    )
+    law = Law.of(model.config)
+    place = kept_window(law, 4, np.arange(at % 8, at % 8 + 5), slots=1)
+    spans, _ = law.source(4, place)
     assert (np.diff(place) > 0).all() and len(place) == 7
     closed = keep_entries(
         model.config, opened, jnp.asarray(place)[None], jnp.array([7])

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from beacon_jax import flops
 from beacon_jax.core.memory import init_memory
-from beacon_jax.core.windows import capacity
+from beacon_jax.core.plan import capacity
 from beacon_jax.inference.budget import parse_bytes
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.plan import (
@@ -23,7 +24,6 @@ from beacon_jax.inference.plan import (
     warn_beyond_training,
 )
 from beacon_jax.inference.row import Row
-from beacon_jax.model import flops
 from beacon_jax.model.config import BeaconConfig
 from tests.inference.plans import (
     CONFIG,

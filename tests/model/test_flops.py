@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from beacon_jax.core.windows import window_slots
-from beacon_jax.model import flops
+from beacon_jax import flops
+from beacon_jax.core.law import Law
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import Decoder, apply, init_variables
 from beacon_jax.model.layout import Layout
@@ -174,8 +174,7 @@ def test_decoding_every_token_costs_what_prefill_does(sink, ratio, placement):
             spent += flops.decode_step(config, memory + opened, beacons=int(due))
             opened += 1 + due
             if raw == W:
-                first = token == W
-                memory += window_slots(config, ratio, first=first, window=W)
+                memory += int(Law.of(config).kept(ratio, memory))
                 opened = 0
         assert flops.prefill(config, length, ratio, scored=length) == spent
 

@@ -14,7 +14,7 @@ from absl import flags
 from beacon_jax import hf
 from beacon_jax.cli import options
 from beacon_jax.cli import train as command
-from beacon_jax.core.windows import memory_slots, plan_slots
+from beacon_jax.core.plan import memory_slots, plan_slots
 from beacon_jax.data.batches import BatchConfig, Batches, Stage
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.training import inputs, trainer

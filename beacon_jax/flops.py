@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from beacon_jax.core.law import Law
+from beacon_jax.core.plan import at
 from beacon_jax.model.config import ModelConfig, check_ratio, param_shapes
 
 TRAINABLE = ("beacon", "all")
@@ -85,9 +87,9 @@ def window(
       ratio: 0 for no beacons.
       memory: slots in front of the window.
     """
-    size = _window_size(config)
-    raw = size if raw is None else raw
-    beacons = int(_beacons(config, np.asarray(ratio), np.asarray(raw), size))
+    raw = _law(config).window if raw is None else raw
+    _check(config, ratio)
+    beacons = int(_law(config).beacons(ratio, raw))
     entries = raw + beacons
     pairs = entries * memory + entries * (entries + 1) // 2
     return _spent(config, raw=raw, beacons=beacons, pairs=pairs)
@@ -102,10 +104,9 @@ def prefill(
       ratio: of every window, or one per window, whose last goes on.
       scored: rows whose logits are wanted, the last one by default.
     """
-    size = _window_size(config)
+    size = _law(config).window
     count = -(-length // size)
-    given = [ratio] if isinstance(ratio, int) else list(ratio)
-    plan = np.asarray((given + [given[-1]] * count)[:count])
+    plan = at(np.atleast_1d(np.asarray(ratio)), np.arange(count))
     valid = np.clip(length - size * np.arange(count), 0, size)
     return _sequences(config, plan[:, None], valid[:, None], scored=scored)
 
@@ -154,35 +155,24 @@ def training_step(
 def break_even(config: ModelConfig, ratio: int, longest: int = 2**20) -> int | None:
     """The shortest prompt, in whole windows, whose compression costs no more FLOPs than
     full attention; None if there is none up to `longest` tokens."""
-    size = _window_size(config)
+    law = _law(config)
     spent, memory = Flops(lm_head=full_attention(config, 0).lm_head), 0
-    for length in range(size, longest + 1, size):
+    for length in range(law.window, longest + 1, law.window):
         spent += window(config, ratio, memory)
-        memory += _slots(config, ratio, memory)
+        memory += int(law.kept(ratio, memory))
         if spent.total <= full_attention(config, length).total:
             return length
     return None
 
 
-def _window_size(config: ModelConfig) -> int:
+def _law(config: ModelConfig) -> Law:
     # Without beacons the cut into windows changes nothing: one window does.
-    return config.beacon.window if config.beacon else 2**62
+    return Law.of(config) if config.beacon else Law(2**62)
 
 
-def _beacons(config: ModelConfig, ratio: Any, raw: Any, size: int) -> Any:
-    """Beacons of windows of `raw` tokens (docs/specification.md section 2); arrays."""
-    for r in np.unique(ratio):
-        check_ratio(int(r), size)
-    if config.beacon and config.beacon.placement == "append":
-        raw = np.where(raw == size, raw, 0)
-    return np.where(ratio > 0, raw // np.maximum(ratio, 1), 0)
-
-
-def _slots(config: ModelConfig, ratio: int, memory: int) -> int:
-    """Slots that a full window leaves behind."""
-    size = _window_size(config)
-    sink = config.beacon.sink if config.beacon and memory == 0 else 0
-    return size // ratio + sink if ratio else size
+def _check(config: ModelConfig, ratios: Any) -> None:
+    for ratio in np.unique(ratios):
+        check_ratio(int(ratio), _law(config).window)
 
 
 def _sequences(
@@ -193,13 +183,13 @@ def _sequences(
     scored: int,
 ) -> Flops:
     """Texts of windows, each behind what those before it left."""
-    size = _window_size(config)
+    _check(config, plans)
+    law = _law(config)
     plans, valid = plans.astype(np.int64), valid.astype(np.int64)
-    beacons = _beacons(config, plans, valid, size)
-    slots = np.where(plans > 0, beacons * (valid == size), valid)
-    if config.beacon and config.beacon.sink:
-        first = np.cumsum(valid > 0, axis=0) == 1
-        slots += config.beacon.sink * (first & (valid == size) & (plans > 0))
+    beacons = law.beacons(plans, valid)
+    behind = np.cumsum(valid > 0, axis=0) > 1
+    closed = np.where(valid == law.window, law.kept(plans, behind), 0)
+    slots = np.where(plans > 0, closed, valid)
     memory = np.cumsum(slots, axis=0) - slots
     entries = valid + beacons
     pairs = entries * memory + entries * (entries + 1) // 2
