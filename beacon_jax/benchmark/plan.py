@@ -25,6 +25,7 @@ from beacon_jax.benchmark.sizes import (
     slots_after,
     weight_bytes,
 )
+from beacon_jax.core.law import Law
 from beacon_jax.evaluation.report import table
 from beacon_jax.evaluation.runner import integers
 from beacon_jax.model.config import ModelConfig
@@ -78,7 +79,7 @@ def load(preset: str, length: int, ratio: int) -> Load:
     spent = flops.prefill(config, length, ratio)
     if not ratio:
         spent = flops.full_attention(config, length)
-    rows = step + (step // ratio if ratio else 0)
+    rows = int(Law.of(config).entries(ratio, step))
     entries = entries_after(config, length, ratio)
     return Load(
         preset=preset,

@@ -51,6 +51,7 @@ from beacon_jax.benchmark.timing import (
     compile_program,
 )
 from beacon_jax.benchmark.torch_model import TorchModel, library
+from beacon_jax.core.law import Law
 from beacon_jax.core.loop import feed_jit
 from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.core.plan import capacity
@@ -224,8 +225,8 @@ def _prefill_bytes(s: Settings, length: int, method: str) -> int:
     size = jnp.dtype(s.dtype).itemsize
     step = _chunk(s, length, method)
     if ratio := _ratio(method):
-        assert s.config.beacon is not None
-        step = s.config.beacon.window + s.config.beacon.window // ratio
+        law = Law.of(s.config)
+        step = int(law.entries(ratio, law.window))
     buffer = _room(s, length, method) * _kv_bytes(s)
     return _weights(s) + buffer + activation_bytes(s.config, step, size)
 

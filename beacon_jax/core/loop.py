@@ -302,7 +302,7 @@ def decode_step(
     if compressing:
         due = (law.entries(memory.ratio, raw) > entries + 1) & active
         append = law.placement == "append"
-        most = w // min(compressing) if append else 1
+        most = int(law.beacons(min(compressing), w)) if append else 1
         logits, k, v = _either(
             jnp.any(due),
             lambda x: run(most)(*x[1:]),
@@ -357,7 +357,7 @@ def _either(
 def _compress_open(config, slots, ratio, full, ratios, law, k, v):
     """Moves the kept entries of full open windows to the front of them."""
     slots, ratio = slots[:, None], ratio[:, None]
-    most = law.sink + max(law.window // r for r in ratios)
+    most = max(int(law.kept(r, 0)) for r in ratios)
     place = law.place(ratio, slots, jnp.arange(most))  # [B, n]
     count = jnp.where(full[:, None] & (ratio > 0), law.kept(ratio, slots), 0)
     return keep_places(config, k, v, slots[:, 0], place, count[:, 0])

@@ -194,7 +194,7 @@ def kept_window(
     entries = law.kept_entries(ratio, slots)
     if not ratio:
         return entries
-    sinks = len(entries) - law.window // ratio
+    sinks = len(entries) - int(law.kept(ratio, 1))
     raw = law.entries(ratio, np.unique(offsets))
     rest = np.sort(np.concatenate([entries[sinks:], raw]))
     return np.concatenate([entries[:sinks], rest])

@@ -54,11 +54,12 @@ def check_request(
     for length, ledger in zip(lengths, before, strict=True):
         per = _highest(asked, ledger, model) or 1
         total = ledger.raw + length + new
-        slots = ledger.slots + total // w * (w // per)
+        each = int(law.kept(per, 1))
+        slots = ledger.slots + total // w * each
         if slots <= free:
             continue
         held = ledger.slots + law.room([per])
-        fit = int((free * _ROUNDED - held) // (w // per) * w) - ledger.raw - length
+        fit = int((free * _ROUNDED - held) // each * w) - ledger.raw - length
         if new > length and fit > 0:
             name = "max_new_tokens" if hasattr(asked, "max_new_tokens") else "reserve"
             raise _too_large(name, new, slots, free, rows, model, dtype, fit)

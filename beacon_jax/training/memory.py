@@ -49,13 +49,13 @@ def step_bytes(
     whole = sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
     # Gradients are summed where the weights are computed with: whole if replicated.
     gradients = 4 * whole + size * whole if placement.own_plans else 2 * own
-    ratios, w = model.beacon.ratios, model.beacon.window
-    entries = slots + Law.of(model).room(ratios)
+    ratios, law = model.beacon.ratios, Law.of(model)
+    entries = slots + law.room(ratios)
     kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim / tensor
     # Keys and values, and their cotangents in float32.
     buffers = rows * entries * kv * (4 if offload else size + 4)
-    hidden = 3 * rows * windows * w * model.hidden_size * size
-    window = w + w // min(r for r in ratios if r)
+    hidden = 3 * rows * windows * law.window * model.hidden_size * size
+    window = int(law.entries(min(r for r in ratios if r), law.window))
     wide = np.dtype(residual_dtype(dtype)).itemsize
     inputs = rows * window * model.num_layers * model.hidden_size * wide
     layer = rows * window * _activations(model, size) / tensor
