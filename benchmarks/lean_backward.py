@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from beacon_jax.benchmark.records import provenance
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.net import Net
 from beacon_jax.training.initial import random_variables
 
 REMAT = ("lean", "lean-layer", "window", "none")
@@ -54,7 +55,7 @@ def measure(remat: str, windows: int, repeats: int) -> dict[str, object]:
     }
     plan = jnp.asarray([2, 8] * windows)[:windows]
     loss = lambda beacon, params: train_loss(
-        MODEL, beacon, params, batch, plan, remat=remat
+        Net(MODEL), beacon, params, batch, plan, remat=remat
     )[0]
     arguments = variables["beacon"], variables["params"]
     start = time.perf_counter()

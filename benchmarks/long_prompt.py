@@ -35,6 +35,7 @@ from beacon_jax.core.loop import feed, feed_jit
 from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.core.plan import capacity
 from beacon_jax.model.config import ModelConfig, check_ratio
+from beacon_jax.model.net import Net
 from beacon_jax.model.presets import get_preset
 
 STATE, RESULT = "state.safetensors", "long_prompt.json"
@@ -141,11 +142,9 @@ def run(prompt: Prompt, out: Path) -> dict[str, Any]:
         rows = [
             jnp.asarray(x) for x in (tokens, np.asarray([len(part)], np.int32), ratios)
         ]
-        dtype = jnp.dtype(prompt.dtype).type
+        net = Net(config, prompt.dtype)
         begun = time.perf_counter()
-        output, memory = feed(
-            config, variables, memory, *rows, dtype=dtype, donate=True
-        )
+        output, memory = feed(net, variables, memory, *rows, donate=True)
         logits = jax.block_until_ready(output.last_logits)
         progress.seconds.append(time.perf_counter() - begun)
         progress.done += len(part)

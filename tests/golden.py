@@ -21,6 +21,7 @@ from beacon_jax.core.train_loss import train_loss
 from beacon_jax.core.windows import split_windows
 from beacon_jax.hf.checkpoint import load
 from beacon_jax.hf.keys import flatten, table
+from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin, rotate
 
 
@@ -48,6 +49,7 @@ class Replay:
         checkpoint = load(folder, dtype="float32" if self.is_base else str(self.dtype))
         self.config = checkpoint.config
         self.variables = jax.tree.map(jnp.asarray, checkpoint.variables)
+        self.net = Net(self.config, self.dtype)
         self.checks: list[Check] = []
 
     @property
@@ -89,7 +91,7 @@ class Replay:
         ratios = np.zeros(1, np.int32)
         memory = init_memory(self.config, b, 4 * t + 1024)
         out, _ = feed(
-            self.config,
+            Net(self.config),
             self.variables,
             memory,
             ids,
@@ -165,11 +167,11 @@ class Replay:
         static = tuple(sorted({int(r) for r in plan[:-1]}))
         if self.config.beacon is None:
             static = ()
-        options = {"ratios": static, "dtype": self.dtype} | options
+        options = {"ratios": static} | options
         if not options.pop("grads", False):
-            return train_loss(self.config, beacon, params, batch, plan, **options)
+            return train_loss(self.net, beacon, params, batch, plan, **options)
         grad = jax.value_and_grad(
-            lambda b: train_loss(self.config, b, params, batch, plan, **options),
+            lambda b: train_loss(self.net, b, params, batch, plan, **options),
             has_aux=True,
         )
         return grad(beacon)
@@ -264,14 +266,12 @@ class Replay:
         b, t = ids.shape
         self.start(b, ratios)
         lengths = mask.sum(1)
-        arguments = (self.config, self.variables, self.memory, ids, lengths, ratios)
-        out, after = feed(*arguments, outputs="logits", dtype=self.dtype)
+        arguments = (self.net, self.variables, self.memory, ids, lengths, ratios)
+        out, after = feed(*arguments, outputs="logits")
         token_loss, sums = np.zeros((b, t)), np.zeros((b, 2))
         if labels is not None:
             shifted = shift(np.where(mask, labels, -100))
-            losses, _ = feed(
-                *arguments, outputs="loss", labels=shifted, dtype=self.dtype
-            )
+            losses, _ = feed(*arguments, outputs="loss", labels=shifted)
             token_loss = np.asarray(losses.token_loss)
             counted = shifted != -100
             sums = np.stack([(token_loss * counted).sum(1), counted.sum(1)], axis=1)
@@ -293,14 +293,13 @@ class Replay:
         b, n = prompt.shape
         self.start(b, ratios)
         out, self.memory = feed(
-            self.config,
+            self.net,
             self.variables,
             self.memory,
             prompt,
             np.full(b, n),
             ratios,
             outputs="logits",
-            dtype=self.dtype,
         )
         golden = self.data["gen.prompt_logits_all"]
         self.compare("gen.prompt_logits", out.logits, golden, self.logits_tolerance)
@@ -313,13 +312,12 @@ class Replay:
             if step == tokens.shape[1] - 1:
                 break
             new, self.memory = decode_step(
-                self.config,
+                self.net,
                 self.variables,
                 self.memory,
                 token,
                 jnp.asarray(ratios),
                 static=static,
-                dtype=self.dtype,
             )
             logits.append(new)
         self.compare("gen.tokens", np.stack(taken, 1), tokens, 0)

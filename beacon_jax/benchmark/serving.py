@@ -59,6 +59,7 @@ from beacon_jax.inference.decode import BLOCK, Loop, decode_block
 from beacon_jax.inference.sampling import make_sampling, row_seeds
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
+from beacon_jax.model.net import Net
 
 # Tokens at once, where that is faster than 8192: on a CPU they stay in the cache
 # (0.5B, 8192 tokens behind 0: 1.5 s a layer, 1.1 s in chunks of 1024).
@@ -282,7 +283,7 @@ def _compressed(s: Settings, variables, length: int, method: str) -> Made:
 
     def feed(variables, memory, tokens, lengths):
         out, memory = feed_jit(
-            c,
+            Net(c, dtype),
             variables,
             memory,
             tokens,
@@ -291,7 +292,6 @@ def _compressed(s: Settings, variables, length: int, method: str) -> Made:
             None,
             static=(ratio,),
             outputs="last",
-            dtype=dtype,
         )
         return jnp.argmax(out.last_logits, axis=-1), memory
 
@@ -323,7 +323,7 @@ def _full(s: Settings, variables, length: int, method: str) -> Made:
     c, dtype = dataclasses.replace(s.config, beacon=None), jnp.dtype(s.dtype)
     size = _chunk(s, length, method)
     name = FULL_LIBRARY if method == FULL_LIBRARY else None
-    model = Decoder(c, Layout(1, size, 0), (), dtype.type, name)
+    model = Decoder(Net(c, dtype, name), Layout(1, size, 0))
     shape = (c.num_layers, 1, length, c.num_kv_heads, c.head_dim)
     fresh = lambda: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -469,7 +469,7 @@ def _block(
 
     def block(variables, memory, logits):
         _, loop, memory = decode_block(
-            c,
+            Net.of(c, variables),
             variables,
             memory,
             Loop(logits, rows, None),

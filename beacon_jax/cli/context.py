@@ -290,6 +290,5 @@ def _whole_nbytes(model: "Model") -> int:
     It keeps the dtype of the activations, whatever the memory is kept in.
     """
     from beacon_jax.core.memory import slot_nbytes
-    from beacon_jax.inference.prefill import compute_dtype
 
-    return slot_nbytes(model.config, compute_dtype(model.variables))
+    return slot_nbytes(model.config, model.net.dtype)

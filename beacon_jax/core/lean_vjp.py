@@ -19,9 +19,8 @@ from jax import lax
 
 from beacon_jax.core.step import Window, new_entries, pad_entries
 from beacon_jax.model.buffers import put_all_layers
-from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Entries, constrain_entries, variable_axes
-from beacon_jax.model.partition import Partition, active, constrain, partitioned
+from beacon_jax.model.net import Net
 
 LAYERS = "layers"
 REMAT = ("lean", "lean-layer", "none", "layer", "window")
@@ -30,15 +29,14 @@ REMAT = ("lean", "lean-layer", "none", "layer", "window")
 class Static(NamedTuple):
     """What the loop is compiled for."""
 
-    config: ModelConfig
+    net: Net
     windows: tuple[Window, ...]
     remat: str
-    partition: Partition | None
     offload: bool
 
 
 def window_loop(
-    config: ModelConfig,
+    net: Net,
     windows: tuple[Window, ...],
     variables: Any,
     buffers: Entries,
@@ -62,7 +60,7 @@ def window_loop(
       offload: the filled buffers wait for the lean backward pass in host memory, from
         where every window fetches them again, one layer at a time.
     """
-    static = Static(config, windows, remat, active(), offload)
+    static = Static(net, windows, remat, offload)
     if remat.startswith("lean"):
         return _lean(static, variables, buffers, xs)
     step = functools.partial(_step, static, variables)
@@ -73,7 +71,7 @@ def window_loop(
 
 def _step(static, variables, buffers: Entries, x):
     """One window forward: (buffers, hidden [B, W, D])."""
-    config, windows, remat, *_ = static
+    net, windows, remat, _ = static
     b, w = x["tokens"].shape
     most = max(window.kept for window in windows)
     outer, layers = _split(variables)
@@ -94,17 +92,17 @@ def _step(static, variables, buffers: Entries, x):
         return branch
 
     def nothing(k, v):
-        none = jnp.zeros((b, w, config.hidden_size), dtype)
+        none = jnp.zeros((b, w, net.config.hidden_size), dtype)
         return none, Entries(*(jnp.zeros_like(x[:, :, :most]) for x in (k, v)))
 
     hidden, kept = _switch(x, [nothing, *map(run, windows)])(*buffers)
-    new = new_entries(config, kept, x["slots"], x["ratio"], dtype)
+    new = new_entries(net.config, kept, x["slots"], x["ratio"], dtype)
     # A row that appends nothing writes dead entries behind its slots.
     after = Entries(
         put_all_layers(buffers.k, new.k, x["slots"]),
         put_all_layers(buffers.v, new.v, x["slots"]),
     )
-    return constrain_entries(after), hidden
+    return constrain_entries(net, after), hidden
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -129,24 +127,20 @@ def _lean_fwd(static, variables, buffers, xs):
 
 
 def _lean_bwd(static, residuals, d_hidden):
-    with partitioned(static.partition):  # traced later than the forward pass
-        return _backward(static, residuals, d_hidden)
-
-
-def _backward(static, residuals, d_hidden):
-    config, windows, remat, *_ = static
+    net, windows, remat, _ = static
     variables, trained, buffers, xs = residuals
     if isinstance(d_hidden, jax.custom_derivatives.SymbolicZero):
         zero: Any = d_hidden
         d_hidden = jnp.zeros(zero.shape, zero.dtype)
-    axes = _split(variable_axes(config))
-    outer, layers = map(_Trained, _split(variables), _split(trained), axes)
+    axes = _split(variable_axes(net.config))
+    parts = zip(_split(variables), _split(trained), axes, strict=True)
+    outer, layers = (_Trained(net, *part) for part in parts)
     most = max(window.kept for window in windows)
 
     def reverse(window):
         def branch(sums, x, d_hidden):
             return _reverse(
-                config, window, outer, layers, most, buffers, remat, sums, x, d_hidden
+                net, window, outer, layers, most, buffers, remat, sums, x, d_hidden
             )
 
         return branch
@@ -158,7 +152,7 @@ def _backward(static, residuals, d_hidden):
         return _switch(x_and_ct[0], branches)(sums, *x_and_ct), None
 
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-    d_buffers = constrain_entries(jax.tree.map(zeros, buffers))
+    d_buffers = constrain_entries(net, jax.tree.map(zeros, buffers))
     start = (d_buffers, outer.zeros(), layers.zeros())
     (_, d_outer, d_layers), _ = lax.scan(step, start, (xs, d_hidden), reverse=True)
     gradients = _join(outer.full(d_outer), layers.full(d_layers), variables)
@@ -169,7 +163,7 @@ _lean.defvjp(_lean_fwd, _lean_bwd, symbolic_zeros=True)
 
 
 def _reverse(
-    config, window, outer, layers, most, buffers, remat, sums, x, d_hidden
+    net, window, outer, layers, most, buffers, remat, sums, x, d_hidden
 ):  # fmt: skip
     """One window backward: adds to (d_buffers [L, B, S, K, H], d_outer, d_layers)."""
     (d_k, d_v), d_outer, d_layers = sums
@@ -180,7 +174,7 @@ def _reverse(
         """(h, what enters the memory) of one layer."""
         h, kept = window.layer(layers.merge(own, frozen), h, k, v, slots)
         kept = Entries(*(entry[None] for entry in pad_entries(kept, most)))
-        new = new_entries(config, kept, slots, x["ratio"], k.dtype)
+        new = new_entries(net.config, kept, slots, x["ratio"], k.dtype)
         return h, Entries(new.k[0], new.v[0])
 
     def taken(total, like):
@@ -232,7 +226,7 @@ def _reverse(
     (at_begin,) = lax.optimization_barrier(pull_begin(d_h))
     add = lambda total, a, b: total + (a + b).astype(total.dtype)
     d_outer = list(map(add, d_outer, at_begin, at_end))
-    return constrain_entries(Entries(d_k, d_v)), d_outer, d_layers
+    return constrain_entries(net, Entries(d_k, d_v)), d_outer, d_layers
 
 
 class _Residuals:
@@ -255,7 +249,8 @@ class _Residuals:
 class _Trained:
     """The leaves of a tree in two lists, those that are trained and the others."""
 
-    def __init__(self, tree, trained, axes):
+    def __init__(self, net: Net, tree, trained, axes):
+        self.net = net
         self.leaves, self.tree = jax.tree.flatten(tree)
         self.axes = self.tree.flatten_up_to(axes)
         marks = self.tree.flatten_up_to(trained)
@@ -274,7 +269,7 @@ class _Trained:
         """Where gradients are summed: float32, split as what is trained."""
         marked = zip(self.leaves, self.marks, self.axes, strict=True)
         return [
-            constrain(jnp.zeros(x.shape, jnp.float32), *axes)
+            self.net.constrain(jnp.zeros(x.shape, jnp.float32), *axes)
             for x, mark, axes in marked
             if mark
         ]

@@ -26,10 +26,9 @@ from beacon_jax.core.step import (
     window_branches,
 )
 from beacon_jax.model.buffers import put_all_layers
-from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
-from beacon_jax.model.partition import active, partitioned
+from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import inverse_frequencies
 from beacon_jax.runtime import launched
 
@@ -46,7 +45,7 @@ class FeedOutput(NamedTuple):
 
 
 def feed(
-    config: ModelConfig,
+    net: Net,
     variables: dict[str, Any],
     memory: MemoryState,
     tokens: Int[Array, "B T"],
@@ -55,7 +54,6 @@ def feed(
     *,
     outputs: str = "last",
     labels: Int[Array, "B T"] | None = None,
-    dtype: Any = jnp.float32,
     close: bool = True,
     donate: bool = False,
 ) -> tuple[FeedOutput, MemoryState]:
@@ -83,10 +81,10 @@ def feed(
             f"labels=None: outputs={outputs!r} needs shifted labels [B, T]."
         )
     planned = plan.of_rows(ratios, memory.rows)
-    plan.check_capacity(config, memory, lengths, planned)
+    plan.check_capacity(net.config, memory, lengths, planned)
     plan.check_shared(memory, lengths, planned)
     out, memory = feed_jit(
-        config,
+        net,
         variables,
         memory if donate else memory.copy(),
         jnp.asarray(tokens),
@@ -95,9 +93,7 @@ def feed(
         jnp.asarray(labels) if labels is not None else None,
         static=plan.static_ratios(memory, planned),
         outputs=outputs,
-        dtype=dtype,
         close=close,
-        partition=active(),
     )
     launched(out.last_logits)
     return out, memory
@@ -105,11 +101,11 @@ def feed(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "static", "outputs", "dtype", "close", "partition"),
+    static_argnames=("net", "static", "outputs", "close"),
     donate_argnames="memory",
 )
 def feed_jit(
-    config,
+    net: Net,
     variables,
     memory,
     tokens,
@@ -119,45 +115,13 @@ def feed_jit(
     *,
     static,
     outputs,
-    dtype,
     close=True,
-    partition=None,
 ):
     """`feed` without the host's checks, of a memory that it takes over.
 
-    static: the ratios to compile; partition: that of the caller, an argument because a
-    traced program is found again by its arguments alone.
+    static: the ratios to compile.
     """
-    with partitioned(partition or active()):
-        return _feed(
-            config,
-            variables,
-            memory,
-            tokens,
-            lengths,
-            ratios,
-            labels,
-            static=static,
-            outputs=outputs,
-            dtype=dtype,
-            close=close,
-        )
-
-
-def _feed(
-    config,
-    variables,
-    memory,
-    tokens,
-    lengths,
-    ratios,
-    labels,
-    *,
-    static,
-    outputs,
-    dtype,
-    close,
-):
+    config, dtype = net.config, net.dtype
     b, t = tokens.shape
     ratios = jnp.broadcast_to(ratios, (b, ratios.shape[-1]))
     w = memory.window
@@ -183,8 +147,8 @@ def _feed(
         new = (at >= 0) & (jnp.arange(n * w) < total[:, None])
         all_labels = jnp.where(new, shifted, IGNORE)
     by_step = lambda x: x.reshape(b, n, w).swapaxes(0, 1)
-    branches = window_branches(config, static, w, dtype=dtype)
-    head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
+    branches = window_branches(net, static, w)
+    head = Decoder(net, Layout(1, 1, 0))
     logits = lambda h: apply(head, variables, h, method="logits")
 
     law, turns = Law.of(config, w), inverse_frequencies(config)
@@ -253,9 +217,9 @@ def _feed(
     return FeedOutput(logits(last), **given), after
 
 
-@functools.partial(jax.jit, static_argnames=("config", "static", "dtype"))
+@functools.partial(jax.jit, static_argnames=("net", "static"))
 def decode_step(
-    config: ModelConfig,
+    net: Net,
     variables: dict[str, Any],
     memory: MemoryState,
     tokens: Int[Array, " B"],
@@ -263,7 +227,6 @@ def decode_step(
     active: Array | None = None,
     *,
     static: tuple[int, ...],
-    dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, "B V"], MemoryState]:
     """Feeds one token to every active row; inserts beacons and compresses as it goes.
 
@@ -279,7 +242,8 @@ def decode_step(
     Returns:
       (float32 logits of each row's token, memory).
     """
-    law, w, b = Law.of(config, memory.window), memory.window, tokens.shape[0]
+    config, w, b = net.config, memory.window, tokens.shape[0]
+    law = Law.of(config, w)
     active = jnp.ones((b,), bool) if active is None else active
     plans = jnp.broadcast_to(ratios, (b, ratios.shape[-1]))
     planned = plan.at(plans, memory.windows[:, None])[:, 0]
@@ -291,7 +255,7 @@ def decode_step(
     compressing = [r for r in static if r > 0]
 
     def run(beacons):
-        model = Decoder(config, Layout(1, 1, beacons), dtype=dtype)
+        model = Decoder(net, Layout(1, 1, beacons))
 
         def forward(k, v):
             hidden, _, k, v = apply(model, variables, tokens[:, None], k, v, prefix)

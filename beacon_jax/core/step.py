@@ -9,6 +9,7 @@ from beacon_jax.core.law import Law
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, Entries, Layer, apply
 from beacon_jax.model.layout import Layout
+from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin, rotate
 
 # Branches of a window step are NOOP, then the static ratios in order.
@@ -16,8 +17,7 @@ NOOP = 0
 
 
 def layout_of(config: ModelConfig, ratio: int, window: int) -> Layout:
-    placement = config.beacon.placement if config.beacon else "interleave"
-    return Layout.of_window(window, ratio, placement)
+    return Layout.of_window(window, ratio, Law.of(config).placement)
 
 
 class Window(NamedTuple):
@@ -37,21 +37,17 @@ class Window(NamedTuple):
     finish: Callable[..., Any]
 
 
-def training_window(
-    config, ratio, window, keep, *, dtype, remat=False, attention=None
-) -> Window:
+def training_window(net: Net, ratio, window, keep, *, remat=False) -> Window:
     """The parts of a window; `keep` are entries that may enter the memory.
 
     remat: of the attention, keep what its backward pass needs, but not the buffer with
       the window written into it.
-    attention: implementation of `attention.prefix_attention`; None: the best.
     """
-    layout = layout_of(config, ratio, window)
-    model = Decoder(config, layout, keep, dtype=dtype)
-    one = Layer(config, layout, keep, dtype, attention, remat=remat)
+    layout = layout_of(net.config, ratio, window)
+    model, one = Decoder(net, layout, keep), Layer(net, layout, keep, remat)
 
     def layer(variables, x, k, v, prefix):
-        cos, sin = cos_sin(config, prefix[:, None] + jnp.arange(layout.length))
+        cos, sin = cos_sin(net.config, prefix[:, None] + jnp.arange(layout.length))
         inputs = ((x, None, None), (None, k, v), cos, sin, prefix, None)
         (x, *_), kept = apply(one, variables, *inputs)
         return x, kept
@@ -64,15 +60,15 @@ def training_window(
     )
 
 
-def window_branches(config, ratios, window, *, dtype):
+def window_branches(net: Net, ratios, window):
     """NOOP and one function per static ratio, for feeding:
     (variables, tokens, k, v, slots, valid) -> (hidden, kept, k, v)."""
-    law = Law.of(config, window)
+    law = Law.of(net.config, window)
     most = max(len(law.kept_entries(r)) for r in ratios)
 
     def branch(ratio):
         keep = tuple(law.kept_entries(ratio).tolist())
-        model = Decoder(config, layout_of(config, ratio, window), keep, dtype=dtype)
+        model = Decoder(net, layout_of(net.config, ratio, window), keep)
 
         def run(variables, tokens, k, v, slots, valid):
             hidden, kept, k, v = apply(model, variables, tokens, k, v, slots, valid)
@@ -81,10 +77,10 @@ def window_branches(config, ratios, window, *, dtype):
         return run
 
     def noop(variables, tokens, k, v, slots, valid):
-        c = config
-        b = tokens.shape[0]
-        hidden = jnp.zeros((b, window, c.hidden_size), dtype)
-        empty = jnp.zeros((c.num_layers, b, most, c.num_kv_heads, c.head_dim), dtype)
+        c, b = net.config, tokens.shape[0]
+        hidden = jnp.zeros((b, window, c.hidden_size), net.dtype)
+        shape = (c.num_layers, b, most, c.num_kv_heads, c.head_dim)
+        empty = jnp.zeros(shape, net.dtype)
         return hidden, Entries(empty, empty), k, v
 
     return [noop, *(branch(r) for r in ratios)]

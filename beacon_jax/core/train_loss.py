@@ -16,31 +16,27 @@ from beacon_jax.core.step import (
     lookup,
     training_window,
 )
-from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, Entries, apply, constrain_entries
 from beacon_jax.model.layout import Layout
-from beacon_jax.model.partition import Partition, partitioned
+from beacon_jax.model.net import Net
 from beacon_jax.names import meant
 
 
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "config",
+        "net",
         "skip_first_window_loss",
         "loss_average",
         "remat",
         "offload",
-        "attention",
         "ratios",
-        "dtype",
         "memory_slots",
         "outputs",
-        "partition",
     ),
 )
 def train_loss(
-    config: ModelConfig,
+    net: Net,
     beacon: dict[str, Any],
     params: dict[str, Any],
     batch: dict[str, Array],
@@ -50,16 +46,15 @@ def train_loss(
     loss_average: str = "token",
     remat: str = "lean",
     offload: bool = False,
-    attention: str | None = None,
     ratios: tuple[int, ...] | None = None,
-    dtype: Any = jnp.float32,
     memory_slots: int = 0,
     outputs: str = "loss",
-    partition: Partition | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Loss of a training batch; differentiate in `beacon` (and `params` for "all").
 
     Args:
+      net: with `partition`, arrays are split over its mesh; None leaves that to the
+        caller.
       batch: tokens [N, B, W]; labels [N, B, W], shifted, -100 ignored; valid [N, B],
         real tokens per window, rows aligned at their last windows (`split_windows`
         with align="right"); optional weights [N, B, W] of single labels.
@@ -68,9 +63,7 @@ def train_loss(
       loss_average: "token", over all counted labels, or "row", a mean of row means.
       remat, offload: what the backward pass recomputes, and where it finds the memory:
         see `lean_vjp.window_loop`.
-      attention: its implementation (`attention.prefix_attention`); None: the best.
       ratios: the static ratios to compile; the config's (0 included) if not given.
-      partition: how arrays are split over a mesh; None leaves that to the caller.
       memory_slots: room for what the plan appends; 0: for the lowest ratio throughout.
       outputs: "loss", or "logits" to have aux["logits"] [N, B, W, V] as well.
 
@@ -83,6 +76,7 @@ def train_loss(
         raise ValueError(
             f"remat={remat!r} is unknown: {near}use one of {', '.join(REMAT)}."
         )
+    config, dtype = net.config, net.dtype
     tokens, valid = batch["tokens"], batch["valid"]
     n, b, w = tokens.shape
     variables = {"params": params, "beacon": beacon}
@@ -95,17 +89,7 @@ def train_loss(
         # The last window, which has no beacons, is not compressed.
         dropped = not ratio and not (keep_plain and n > 1)
         keep = () if dropped else tuple(law.kept_entries(ratio).tolist())
-        windows.append(
-            training_window(
-                config,
-                ratio,
-                w,
-                keep,
-                dtype=dtype,
-                remat=remat == "lean",
-                attention=attention,
-            )
-        )
+        windows.append(training_window(net, ratio, w, keep, remat=remat == "lean"))
     weights = batch.get("weights", jnp.ones((n, b, w), jnp.float32))
     live = jnp.arange(w) < valid[..., None]
     labels = jnp.where(live, batch["labels"], IGNORE)
@@ -142,18 +126,16 @@ def train_loss(
         config.head_dim,
     )
     buffers = Entries(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    with partitioned(partition):
-        buffers = constrain_entries(buffers)
-        hidden = window_loop(
-            config,
-            tuple(windows),
-            variables,
-            buffers,
-            xs,
-            remat=remat,
-            offload=offload,
-        )
-    head = Decoder(config, Layout(1, 1, 0), dtype=dtype)
+    hidden = window_loop(
+        net,
+        tuple(windows),
+        variables,
+        constrain_entries(net, buffers),
+        xs,
+        remat=remat,
+        offload=offload,
+    )
+    head = Decoder(net, Layout(1, 1, 0))
     logits = lambda h: apply(head, variables, h, method="logits")
 
     # Behind the loop: the head is compiled once, not once per ratio, and is not run

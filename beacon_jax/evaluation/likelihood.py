@@ -22,9 +22,8 @@ from beacon_jax.evaluation.model import pad
 from beacon_jax.inference.feeding import fresh_state
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.plan import make_plan
-from beacon_jax.inference.prefill import buffer_size, compute_dtype, power_of_two
+from beacon_jax.inference.prefill import buffer_size, power_of_two
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.partition import partitioned
 from beacon_jax.names import meant
 
 
@@ -151,20 +150,18 @@ def _score(model: Model, batch: list[_Row]) -> list[Score]:
     lengths = np.asarray([len(row.rest) for row in rows], np.int32)
     size = window * power_of_two(-(-int(lengths.max()) // window))
     plan = np.asarray([batch[0].ratio], np.int32)
-    with partitioned(model.partition):
-        state = _remember(model, rows)
-        needed = needed_slots(config, state, lengths, plan)
-        out, _ = feed(
-            config,
-            model.variables,
-            state.resized(buffer_size(needed, window)),
-            jnp.asarray(pad([row.rest for row in rows], size, 0)),
-            jnp.asarray(lengths),
-            jnp.asarray(plan),
-            outputs="score",
-            labels=jnp.asarray(pad([row.labels for row in rows], size, IGNORE)),
-            dtype=compute_dtype(model.variables),
-        )
+    state = _remember(model, rows)
+    needed = needed_slots(config, state, lengths, plan)
+    out, _ = feed(
+        model.net,
+        model.variables,
+        state.resized(buffer_size(needed, window)),
+        jnp.asarray(pad([row.rest for row in rows], size, 0)),
+        jnp.asarray(lengths),
+        jnp.asarray(plan),
+        outputs="score",
+        labels=jnp.asarray(pad([row.labels for row in rows], size, IGNORE)),
+    )
     assert out.token_loss is not None and out.greedy is not None
     losses, greedy = np.asarray(out.token_loss, np.float64), np.asarray(out.greedy)
     scores = []

@@ -21,11 +21,11 @@ from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer
 from beacon_jax.inference import leaves
 from beacon_jax.inference.decode import decode
 from beacon_jax.inference.loading import placed_on
-from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import make_sampling
 from beacon_jax.inference.text import Streamer, finisher
 from beacon_jax.model.config import BeaconConfig, ModelConfig, check_ratio
-from beacon_jax.model.partition import Partition, make_partition, partitioned
+from beacon_jax.model.net import Net
+from beacon_jax.model.partition import Partition, make_partition
 
 GREEDY = make_sampling()
 Rows = Sequence[np.ndarray]  # one int32 [n] per row, lengths may differ
@@ -71,7 +71,12 @@ class Model:
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the parameters, and so of the computation and the memory."""
-        return compute_dtype(self.variables)
+        return self.net.dtype
+
+    @property
+    def net(self) -> Net:
+        """What its programs depend on besides arrays."""
+        return Net.of(self.config, self.variables, self.partition)
 
     def new_memory(self, batch: int, ratio: int, dtype: Any = None) -> MemoryState:
         """An empty memory with room for `longest` tokens at this ratio.
@@ -101,19 +106,17 @@ class Model:
         lengths = np.asarray([len(row) for row in rows], np.int32)
         size = self.window if lengths.max() <= self.window else self._padded
         wanted = None if labels is None else jnp.asarray(pad(labels, size, -100))
-        with partitioned(self.partition):
-            return loop.feed(
-                self.config,
-                self.variables,
-                memory,
-                jnp.asarray(pad(rows, size, 0)),
-                jnp.asarray(lengths),
-                jnp.asarray(self.plan(ratio)),
-                outputs=outputs,
-                labels=wanted,
-                dtype=self.dtype,
-                donate=donate,
-            )
+        return loop.feed(
+            self.net,
+            self.variables,
+            memory,
+            jnp.asarray(pad(rows, size, 0)),
+            jnp.asarray(lengths),
+            jnp.asarray(self.plan(ratio)),
+            outputs=outputs,
+            labels=wanted,
+            donate=donate,
+        )
 
     def decode(
         self,
@@ -129,17 +132,16 @@ class Model:
         `memory` stays usable.
         """
         streams = [Streamer(self.tokenizer, stop=stop) for _ in range(len(logits))]
-        with partitioned(self.partition):
-            found = decode(
-                self.config,
-                self.variables,
-                memory,
-                logits,
-                self.plan(ratio),
-                max_new_tokens=new_tokens,
-                sampling=GREEDY,
-                finished=finisher(streams),
-            )
+        found = decode(
+            self.net,
+            self.variables,
+            memory,
+            logits,
+            self.plan(ratio),
+            max_new_tokens=new_tokens,
+            sampling=GREEDY,
+            finished=finisher(streams),
+        )
         tokens = [t[:n] for t, n in zip(found.tokens, found.lengths, strict=True)]
         return Answers([s.finish() for s in streams], tokens, found.memory)
 

@@ -170,10 +170,11 @@ def jax_logits(
     """Returns logits of the JAX decoder, full causal, without beacons."""
     from beacon_jax.model.decoder import Decoder
     from beacon_jax.model.layout import Layout
+    from beacon_jax.model.net import Net
 
     shape = (config.num_layers, 1, len(tokens), config.num_kv_heads, config.head_dim)
     buffer = jnp.zeros(shape, jnp.float32)
-    model = Decoder(config, Layout(1, len(tokens), 0))
+    model = Decoder(Net(config), Layout(1, len(tokens), 0))
 
     def run(variables):
         ids, start = jnp.asarray(tokens)[None], jnp.zeros((1,), jnp.int32)

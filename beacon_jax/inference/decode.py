@@ -12,9 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from beacon_jax.core.loop import decode_step
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.plan import check_capacity, of_rows, static_ratios
-from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, row_keys, row_seeds, sample
-from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.net import Net
 
 # Tokens per call of the loop: text appears that often, one compile for all. The first
 # call makes one token, which nobody has to wait for 15 others for.
@@ -57,10 +56,10 @@ class Loop(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "eos_ids", "static"), donate_argnames="memory"
+    jax.jit, static_argnames=("net", "eos_ids", "static"), donate_argnames="memory"
 )
 def decode_block(
-    config: ModelConfig,
+    net: Net,
     variables: dict[str, Any],
     memory: MemoryState,
     loop: Loop,
@@ -97,14 +96,13 @@ def decode_block(
         if seen is not None:
             seen = seen.at[rows, token].max(active)
         new, memory = decode_step(
-            config,
+            net,
             variables,
             memory,
             jnp.where(active, token, 0),
             ratios,
             active,
             static=static,
-            dtype=compute_dtype(variables),
         )
         logits = jnp.where(active[:, None], new, logits)
         active &= number + 1 < limits
@@ -117,7 +115,7 @@ def decode_block(
 
 
 def decode(
-    config: ModelConfig,
+    net: Net,
     variables: dict[str, Any],
     memory: MemoryState,
     logits: Float[Array, "B V"],
@@ -163,9 +161,9 @@ def decode(
     rows = logits.shape[0]
     limits = _limits(max_new_tokens, rows)
     sampling = _settings(sampling, seen, rows)
-    ends = config.eos_ids if eos_ids is None else tuple(eos_ids)
+    ends = net.config.eos_ids if eos_ids is None else tuple(eos_ids)
     plans = of_rows(ratios, rows)
-    check_capacity(config, memory, limits, plans)
+    check_capacity(net.config, memory, limits, plans)
     static = static_ratios(memory, plans)
     if not donate:
         memory = memory.copy()
@@ -177,7 +175,7 @@ def decode(
     most, start, stop = int(limits.max()), 0, 1
     while start < most:
         block, loop, memory = decode_block(
-            config,
+            net,
             variables,
             memory,
             loop,

@@ -20,10 +20,9 @@ from beacon_jax.inference.ledger import Ledger, kept_window
 from beacon_jax.inference.memory import Memory, join_rows, take_rows
 from beacon_jax.inference.options import OnProgress
 from beacon_jax.inference.plan import Plan, group_rows, stack_ratios
-from beacon_jax.inference.prefill import buffer_size, compute_dtype, prefill
+from beacon_jax.inference.prefill import buffer_size, prefill
 from beacon_jax.inference.room import check_buffer
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.partition import partitioned
 
 if TYPE_CHECKING:
     from beacon_jax.inference.model import Model
@@ -73,16 +72,15 @@ def feed_rows(
         else:
             part = state if whole else take_rows(state, np.asarray(group))
             part = _own(part.resized(size), state)
-        with partitioned(model.partition):
-            out, part = _feed_group(
-                model,
-                part,
-                [fed[i] for i in group],
-                ratios[group],
-                plans[group[0]].keep,
-                donate=part is not state,
-                on_fed=_counted(on_progress, lengths, group, done),
-            )
+        out, part = _feed_group(
+            model,
+            part,
+            [fed[i] for i in group],
+            ratios[group],
+            plans[group[0]].keep,
+            donate=part is not state,
+            on_fed=_counted(on_progress, lengths, group, done),
+        )
         done += int(lengths[group].sum())
         outs.append(out)
         states.append(part)
@@ -165,7 +163,7 @@ def _feed_group(
     for line, row in zip(tokens, rows, strict=True):
         line[: len(row)] = row
     piece = PIECE_WINDOWS * window if on_fed else None
-    fill = functools.partial(prefill, config, model.variables, piece=piece)
+    fill = functools.partial(prefill, model.net, model.variables, piece=piece)
     done, begun = 0, -int(state.raw[0]) if keep else 0
     first = int(state.windows[0]) if keep else 0
     for number in sorted(keep):
@@ -212,7 +210,7 @@ def choose_dtype(model: "Model", memory: Memory | None, asked: str | None) -> st
     Raises:
       ValueError: a dtype that no memory has, or that the given one does not have.
     """
-    own = np.dtype(compute_dtype(model.variables)).name
+    own = model.net.dtype.name
     if asked not in (None, own, "int8"):
         raise ValueError(
             f"memory_dtype={asked!r} is not possible: use 'int8', or None for {own}, "

@@ -42,7 +42,6 @@ from beacon_jax.inference.plan import (
     warn_beyond_training,
     warn_of_ratios,
 )
-from beacon_jax.inference.prefill import compute_dtype
 from beacon_jax.inference.sampling import Sampling, make_sampling, seen_tokens
 from beacon_jax.inference.spans import Spans, token_spans
 from beacon_jax.inference.template import (
@@ -55,7 +54,8 @@ from beacon_jax.inference.text import Streamer, finisher
 from beacon_jax.inference.timing import Stopwatch
 from beacon_jax.inference.validate_ratio import check_ratios
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.partition import Partition, partitioned
+from beacon_jax.model.net import Net
+from beacon_jax.model.partition import Partition
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -87,7 +87,7 @@ class Model:
         parts = [
             f"{c.family}: {sum(x.size for x in leaves):,} parameters",
             f"{c.num_layers} layers",
-            np.dtype(compute_dtype(self.variables)).name,
+            self.net.dtype.name,
             f"{c.trained_positions:,} positions",
             f"window {b.window}, ratios {', '.join(map(str, b.ratios))}"
             if b
@@ -95,6 +95,11 @@ class Model:
             f"{devices} x {kind}" if devices > 1 else kind,
         ]
         return f"Model({', '.join(parts)})"
+
+    @property
+    def net(self) -> Net:
+        """What its programs depend on besides arrays."""
+        return Net.of(self.config, self.variables, self.partition)
 
     @documented(Reading)
     def compress(
@@ -459,21 +464,20 @@ class Model:
         seen = None
         if (np.asarray(sampling.repetition_penalty) != 1).any():
             seen = self._seen(memory)
-        with partitioned(self.partition):
-            return decode(
-                self.config,
-                self.variables,
-                memory.state,
-                logits,
-                stack_ratios(plans),
-                max_new_tokens=new,
-                sampling=sampling,
-                seeds=seed,
-                seen=seen,
-                finished=finisher(streams) if self.tokenizer else None,
-                on_tokens=on_tokens,
-                donate=True,
-            )
+        return decode(
+            self.net,
+            self.variables,
+            memory.state,
+            logits,
+            stack_ratios(plans),
+            max_new_tokens=new,
+            sampling=sampling,
+            seeds=seed,
+            seen=seen,
+            finished=finisher(streams) if self.tokenizer else None,
+            on_tokens=on_tokens,
+            donate=True,
+        )
 
     def _seen(self, memory: Memory) -> np.ndarray:
         tokens = [row.tokens for row in memory.rows]

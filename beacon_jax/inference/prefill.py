@@ -13,7 +13,7 @@ from beacon_jax.core.law import default_window
 from beacon_jax.core.loop import feed
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.plan import check_capacity
-from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.net import Net
 
 
 def buffer_size(needed: int, window: int) -> int:
@@ -25,13 +25,8 @@ def buffer_size(needed: int, window: int) -> int:
     return max(-(-needed // step) * step, window)
 
 
-def compute_dtype(variables: dict[str, Any]) -> Any:
-    """Returns the dtype of activations and memory: that of the stored weights."""
-    return variables["params"]["embed"]["embedding"].dtype
-
-
 def prefill(
-    config: ModelConfig,
+    net: Net,
     variables: dict[str, Any],
     memory: MemoryState,
     tokens: Int[np.ndarray, "B T"],
@@ -75,11 +70,11 @@ def prefill(
         raise ValueError(
             f"tokens has rows of lengths {lengths.tolist()}: each needs at least 1."
         )
-    window = default_window(config)
+    window = default_window(net.config)
     if piece is not None and (piece < 1 or piece % window):
         raise ValueError(f"piece={piece} must be a multiple of the window, {window}.")
     # `feed` checks each piece; a text that does not fit is to fail before the first.
-    check_capacity(config, memory, lengths, ratios)
+    check_capacity(net.config, memory, lengths, ratios)
     whole = window * power_of_two(-(-total // window))
     size = whole if piece is None else min(piece, whole)
     memory = memory if donate else memory.copy()
@@ -90,13 +85,12 @@ def prefill(
         part[:, : here.shape[1]] = here
         count = np.clip(lengths - start, 0, size).astype(np.int32)
         out, memory = feed(
-            config,
+            net,
             variables,
             memory,
             jnp.asarray(part),
             jnp.asarray(count),
             jnp.asarray(ratios),
-            dtype=compute_dtype(variables),
             close=close or start + size < total,
             donate=True,
         )

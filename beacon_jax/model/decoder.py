@@ -18,7 +18,7 @@ from beacon_jax.model import buffers
 from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.layout import Layout
-from beacon_jax.model.partition import active, constrain
+from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin, inverse_frequencies, rotate
 
 INIT = nn.initializers.normal(0.02)
@@ -62,16 +62,16 @@ class Fed(NamedTuple):
     entries: Bool[Array, "B T"]
 
 
-def attend_rows(q, k, v, prefix, layer, implementation, frequencies):
+def attend_rows(net, q, k, v, prefix, layer, frequencies):
     """`prefix_attention`. In a partitioned program each device computes its own rows
     and heads: the compiler cannot split a kernel, it would gather what goes in."""
 
     def attend(q, k, v, prefix, layer):
         k, v, options = buffers.for_attention(k, v, frequencies)
-        options |= {"layer": layer, "implementation": implementation}
+        options |= {"layer": layer, "implementation": net.attention}
         return prefix_attention(q, k, v, prefix, **options)
 
-    partition = active()
+    partition = net.partition
     if partition is None:
         return attend(q, k, v, prefix, layer)
     # Heads go with their kv head.
@@ -162,19 +162,17 @@ class Attention(nn.Module):
     """remat: the backward pass writes the window into its buffer again, instead of
     keeping a buffer per layer."""
 
-    config: ModelConfig
+    net: Net
     layout: Layout
     keep: tuple[int, ...]
-    dtype: Any
-    implementation: str | tuple[str, ...] | None = None
     remat: bool = False
 
     def setup(self):
-        c = self.config
+        c, dtype = self.net.config, self.net.dtype
         d, h = (c.hidden_size,), c.head_dim
         owned = c.beacon.param if c.beacon else ()
         make = lambda letter, i, o, axes, bias: Linear(
-            i, o, axes, bias, letter in owned, self.layout, self.dtype, letter == "o"
+            i, o, axes, bias, letter in owned, self.layout, dtype, letter == "o"
         )
         heads, kv_heads = (c.num_heads, h), (c.num_kv_heads, h)
         kv_axes = ("embed", "kv_heads", "head_dim")
@@ -193,7 +191,7 @@ class Attention(nn.Module):
         if window and fed is not None:
             k_buffer = buffers.centred(
                 k_buffer,
-                k * self.config.rope.attention_scale,
+                k * self.net.config.rope.attention_scale,
                 layer,
                 fed.live & (prefix == 0),
                 fed.entries,
@@ -201,14 +199,14 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
         def attend(q, k, v, k_buffer, v_buffer):
-            turns = inverse_frequencies(self.config)
+            turns = inverse_frequencies(self.net.config)
             k_buffer = buffers.put(k_buffer, k, prefix, layer, live, turns)
             v_buffer = buffers.put(v_buffer, v, prefix, layer, live, turns)
             k_read, v_read, at = k_buffer, v_buffer, layer
             if window:
                 k_read, _ = buffers.read(k_buffer, k, prefix, layer, turns)
                 v_read, at = buffers.read(v_buffer, v, prefix, layer, turns)
-            out = attend_rows(q, k_read, v_read, prefix, at, self.implementation, turns)
+            out = attend_rows(self.net, q, k_read, v_read, prefix, at, turns)
             return out, k_buffer, v_buffer
 
         if self.remat:
@@ -221,15 +219,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The SwiGLU feed-forward block."""
 
-    config: ModelConfig
+    net: Net
     layout: Layout
-    dtype: Any
 
     @nn.compact
     def __call__(self, x):
-        c = self.config
+        c = self.net.config
         d, f = (c.hidden_size,), (c.intermediate_size,)
-        rest = (c.mlp_bias, False, self.layout, self.dtype)
+        rest = (c.mlp_bias, False, self.layout, self.net.dtype)
         gate = Linear(d, f, ("embed", "mlp"), *rest, name="gate_proj")(x)
         up = Linear(d, f, ("embed", "mlp"), *rest, name="up_proj")(x)
         down = Linear(f, d, ("mlp", "embed"), *rest, writes=True, name="down_proj")
@@ -237,11 +234,9 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    config: ModelConfig
+    net: Net
     layout: Layout
     keep: tuple[int, ...]
-    dtype: Any
-    implementation: str | tuple[str, ...] | None = None
     remat: bool = False
 
     @nn.compact
@@ -250,22 +245,12 @@ class Layer(nn.Module):
         where the layer's slice comes in per_layer, is written and dropped. Training
         takes slices: differentiating a carried buffer would add a whole-buffer
         cotangent per layer."""
-        c = self.config
+        net, c = self.net, self.net.config
         x, k_all, v_all = carry
         layer, k_slice, v_slice = per_layer
         stacked = k_slice is None
-        norm = lambda name: RMSNorm(
-            c.hidden_size, c.rms_norm_eps, self.dtype, name=name
-        )
-        attention = Attention(
-            c,
-            self.layout,
-            self.keep,
-            self.dtype,
-            self.implementation,
-            self.remat,
-            name="attention",
-        )
+        norm = lambda name: RMSNorm(c.hidden_size, c.rms_norm_eps, net.dtype, name=name)
+        attention = Attention(net, self.layout, self.keep, self.remat, name="attention")
         out, kept, k, v = attention(
             norm("input_norm")(x),
             k_all if stacked else k_slice,
@@ -276,9 +261,9 @@ class Layer(nn.Module):
             layer if stacked else None,
             fed,
         )
-        x = constrain(add_residual(x, out), "batch", None, None)
-        out = MLP(c, self.layout, self.dtype, name="mlp")(norm("post_norm")(x))
-        x = constrain(add_residual(x, out), "batch", None, None)
+        x = net.constrain(add_residual(x, out), "batch", None, None)
+        out = MLP(net, self.layout, name="mlp")(norm("post_norm")(x))
+        x = net.constrain(add_residual(x, out), "batch", None, None)
         return (x, k if stacked else None, v if stacked else None), kept
 
 
@@ -314,19 +299,18 @@ class Decoder(nn.Module):
     """A window (or a decoded token) of every row through all layers.
 
     Attributes:
+      net: what is computed, in which dtype (the residual stream has
+        `residual_dtype`), and where.
       layout: where beacons stand among the T entries.
       keep: entries whose un-rotated keys and values are returned.
-      dtype: of products, keys and values; the residual stream has `residual_dtype`.
     """
 
-    config: ModelConfig
+    net: Net
     layout: Layout
     keep: tuple[int, ...] = ()
-    dtype: Any = jnp.float32
-    implementation: str | tuple[str, ...] | None = None
 
     def setup(self):
-        c = self.config
+        c = self.net.config
         self.embed = Embed(c)
         scanned = nn.scan(
             Layer,
@@ -337,10 +321,8 @@ class Decoder(nn.Module):
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.layers = scanned(
-            c, self.layout, self.keep, self.dtype, self.implementation
-        )
-        self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, self.dtype)
+        self.layers = scanned(self.net, self.layout, self.keep)
+        self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, self.net.dtype)
         if not c.tie_embeddings:
             self.lm_head = _Head(c.hidden_size, c.vocab_size)
 
@@ -366,7 +348,7 @@ class Decoder(nn.Module):
         """
         x = self.begin(tokens)
         cos, sin = self.angles(prefix)
-        layers = (jnp.arange(self.config.num_layers), None, None)
+        layers = (jnp.arange(self.net.config.num_layers), None, None)
         fed = None
         if valid is not None:
             fed = Fed(valid > 0, valid[:, None] >= self.layout.tokens_before)
@@ -375,18 +357,19 @@ class Decoder(nn.Module):
 
     def begin(self, tokens: Int[Array, "B R"]) -> Float[Array, "B T D"]:
         """Embeds tokens and beacons: what enters the first layer."""
-        dtype = residual_dtype(self.dtype)
-        x = constrain(self.embed(tokens).astype(dtype), "batch", None, None)
+        dtype = residual_dtype(self.net.dtype)
+        x = self.net.constrain(self.embed(tokens).astype(dtype), "batch", None, None)
         if not self.layout.beacons:
             return x
         row = self.embed.row.astype(dtype)
         n = self.layout.groups * self.layout.beacons
-        beacons = jnp.broadcast_to(row, (x.shape[0], n, self.config.hidden_size))
-        return constrain(self.layout.join(x, beacons), "batch", None, None)
+        beacons = jnp.broadcast_to(row, (x.shape[0], n, x.shape[-1]))
+        return self.net.constrain(self.layout.join(x, beacons), "batch", None, None)
 
     def angles(self, prefix: Int[Array, " B"]):
         """Returns cos and sin [B, T, 1, H/2] of the entries' positions."""
-        return cos_sin(self.config, prefix[:, None] + jnp.arange(self.layout.length))
+        at = prefix[:, None] + jnp.arange(self.layout.length)
+        return cos_sin(self.net.config, at)
 
     def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B R D"]:
         """Returns the raw rows after the final norm."""
@@ -394,10 +377,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns the float32 logits of final hidden states."""
-        tied = self.config.tie_embeddings
+        tied = self.net.config.tie_embeddings
         kernel: Any = self.embed.table.T if tied else self.lm_head()
         return jnp.matmul(
-            hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32
+            hidden, kernel.astype(self.net.dtype), preferred_element_type=jnp.float32
         )
 
     def everything(self, tokens, k, v, prefix):
@@ -419,7 +402,7 @@ def init_variables(config: ModelConfig, key: Array) -> dict[str, Any]:
     `jax.eval_shape` it for shapes and axes; `flax.linen.unbox` gives plain arrays.
     Output projections are scaled by (2 L) ** -0.5, as usual for random starts.
     """
-    model = Decoder(config, Layout(1, 1, 0))
+    model = Decoder(Net(config), Layout(1, 1, 0))
     shape = (config.num_layers, 1, 1, config.num_kv_heads, config.head_dim)
     buffer, zero = jnp.zeros(shape), jnp.zeros((1,), jnp.int32)
     variables = dict(
@@ -444,7 +427,7 @@ def variable_axes(config: ModelConfig) -> dict[str, Any]:
     return jax.tree.map(lambda x: tuple(x.names), boxed, is_leaf=is_boxed)
 
 
-def constrain_entries(entries: Entries) -> Entries:
+def constrain_entries(net: Net, entries: Entries) -> Entries:
     """Splits buffers [L, B, S, K, H] over rows and heads."""
     axes = (None, "batch", None, "kv_heads", None)
-    return Entries(*(constrain(x, *axes) for x in entries))
+    return Entries(*(net.constrain(x, *axes) for x in entries))

@@ -1,20 +1,17 @@
 """Logical axes to mesh axes: the one place that turns rules into shardings.
 
 Every parameter names its axes ("embed", "heads", ...), activations name theirs through
-`constrain`; rules say over which axes of the mesh each name is split.
+`Net.constrain`; rules say over which axes of the mesh each name is split.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beacon_jax import runtime
@@ -156,31 +153,3 @@ def _mesh(text: str, devices: list[Any]) -> Mesh:
         )
     grid = np.asarray(devices[:count]).reshape(list(sizes.values()))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-_ACTIVE: contextvars.ContextVar[Partition | None] = contextvars.ContextVar(
-    "partition", default=None
-)
-
-
-@contextlib.contextmanager
-def partitioned(partition: Partition | None) -> Iterator[None]:
-    """Makes `constrain` split arrays while a program is traced inside of this."""
-    token = _ACTIVE.set(partition)
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(token)
-
-
-def active() -> Partition | None:
-    """The partition that is being traced."""
-    return _ACTIVE.get()
-
-
-def constrain(x: Any, *axes: str | None) -> Any:
-    """Splits x by the rules of the `partitioned` that is traced; else leaves it."""
-    partition = _ACTIVE.get()
-    if partition is None:
-        return x
-    return lax.with_sharding_constraint(x, partition.sharding(axes, x.shape))

@@ -23,6 +23,7 @@ from beacon_jax import hf, runtime
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.data.batches import StepBatches
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.net import Net
 from beacon_jax.paths import check_folder
 from beacon_jax.progress import Progress
 from beacon_jax.training.check import check_settings
@@ -403,7 +404,7 @@ def make_update(
     def loss(trained, frozen, batch, plan, partition):
         room = slots(config, model, len(plan)) if model.beacon else 0
         return train_loss(
-            model,
+            Net(model, dtype, config.attention or None, partition),
             trained["beacon"],
             {**frozen, **trained}["params"],
             batch,
@@ -412,10 +413,7 @@ def make_update(
             loss_average=config.loss.average,
             remat=remat,
             offload=config.offload,
-            attention=config.attention or None,
             memory_slots=room,
-            dtype=dtype.type,
-            partition=partition,
         )
 
     shardings = jax.tree.map(lambda x: x.sharding, state)

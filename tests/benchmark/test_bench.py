@@ -28,6 +28,7 @@ from beacon_jax.cli import bench
 from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.plan import plan_ratios
 from beacon_jax.inference.prefill import prefill
+from beacon_jax.model.net import Net
 from tests.benchmark.nano import NANO, options, settings
 
 TIMES = {"median_s", "min_s", "max_s", "repeats", "calls"}
@@ -238,7 +239,7 @@ def test_the_measured_prefill_is_the_one_that_inference_runs(method):
     ratio = 2 if method == "x2" else 0
     plan = plan_ratios(NANO, ratio, length=21)
     memory = init_memory(NANO, 1, 64)
-    expected, _ = prefill(NANO, variables, memory, serving._tokens(s, 21), plan)
+    expected, _ = prefill(Net(NANO), variables, memory, serving._tokens(s, 21), plan)
     assert int(token[0]) == int(jnp.argmax(expected[0]))
 
 
@@ -258,7 +259,7 @@ def test_decoding_starts_from_a_memory_as_prefill_leaves_it(ratio):
     variables = devices.random_variables(NANO, "float32")
     plan = plan_ratios(NANO, ratio, length=21)
     tokens = np.ones((1, 21), np.int32)
-    _, real = prefill(NANO, variables, init_memory(NANO, 1, 64), tokens, plan)
+    _, real = prefill(Net(NANO), variables, init_memory(NANO, 1, 64), tokens, plan)
     made = serving._filled(settings(), 21, ratio, 1, 64)
     for name in ("slots", "raw", "ratio", "windows"):
         np.testing.assert_array_equal(getattr(made, name), getattr(real, name), name)

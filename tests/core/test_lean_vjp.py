@@ -17,6 +17,7 @@ from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.decoder import init_variables
+from beacon_jax.model.net import Net
 from tests.tiny import tiny
 
 pytestmark = pytest.mark.optimized
@@ -98,7 +99,7 @@ def loss_and_own(case):
 
     def loss(own, rows, remat, offload=False):
         return train_loss(
-            config,
+            Net(config, attention=attention),
             own["beacon"],
             {"params": params, **own}["params"],
             rows,
@@ -106,7 +107,6 @@ def loss_and_own(case):
             ratios=(0, 2, 4),
             remat=remat,
             offload=offload,
-            attention=attention,
         )
 
     own = {"beacon": beacon} | ({"params": params} if trained == "all" else {})

@@ -23,6 +23,7 @@ from beacon_jax.core.windows import split_windows
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import init_variables
+from beacon_jax.model.net import Net
 from tests.tiny import TINY
 
 W, T = 8, 40
@@ -58,7 +59,7 @@ def run(config, tokens, lengths, ratios, memory=None, room=120):
     if memory is None:
         memory = init_memory(config, len(tokens), room)
     return feed(
-        config,
+        Net(config),
         variables(),
         memory,
         tokens,
@@ -147,7 +148,7 @@ def test_token_by_token_gives_what_feeding_gives(sink, placement):
     for t in range(T):
         active = jnp.asarray([True, t < T - 9])
         logits, memory = decode_step(
-            config,
+            Net(config),
             variables(),
             memory,
             jnp.asarray(tokens[:, t]),
@@ -167,7 +168,7 @@ def test_ratio_0_is_full_attention_and_so_is_an_empty_memory(sink):
     compressed, _ = run(config_with(sink=sink), tokens, [T, T], [0])
     plain = dataclasses.replace(TINY, beacon=None)
     full, _ = feed(
-        plain,
+        Net(plain),
         {"params": variables()["params"], "beacon": {}},
         init_memory(plain, 2, 600),
         tokens,
@@ -212,7 +213,7 @@ def loss_of(config, beacon, tokens, lengths, plan, **options):
     labels, _ = split_windows(shifted, lengths, W, align="right", fill=-100)
     batch = {"tokens": windows, "labels": labels.astype(np.int32), "valid": valid}
     return train_loss(
-        config, beacon, variables()["params"], batch, np.asarray(plan), **options
+        Net(config), beacon, variables()["params"], batch, np.asarray(plan), **options
     )
 
 
@@ -283,7 +284,7 @@ def test_a_batch_without_labels_has_loss_0_and_no_gradient():
         "valid": valid,
     }
     plan = np.full(len(windows), 2)
-    f = lambda b: train_loss(TINY, b, variables()["params"], batch, plan)[0]
+    f = lambda b: train_loss(Net(TINY), b, variables()["params"], batch, plan)[0]
     loss, grads = jax.value_and_grad(f)(variables()["beacon"])
     assert loss == 0
     assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(grads))

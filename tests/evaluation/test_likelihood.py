@@ -17,6 +17,7 @@ from beacon_jax.evaluation.likelihood import Pair
 from beacon_jax.inference.model import Model
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
+from beacon_jax.model.net import Net
 
 # Context and continuation lengths: within a window of 32, at its edges, behind whole
 # windows, a continuation longer than a window.
@@ -54,9 +55,9 @@ def all_logits(lm, pairs, ratio):
         lengths = jnp.asarray([len(row) for row in rows])
         memory, plan = init_memory(c, len(rows), 256), np.asarray([ratio])
         given = memory, jnp.asarray(tokens), lengths, plan
-        out, _ = loop.feed(c, lm.variables, *given, outputs="logits")
+        out, _ = loop.feed(Net(c), lm.variables, *given, outputs="logits")
         return np.asarray(out.logits)
-    model = Decoder(c, Layout(1, LONGEST, 0))
+    model = Decoder(Net(c), Layout(1, LONGEST, 0))
     shape = (c.num_layers, len(rows), LONGEST, c.num_kv_heads, c.head_dim)
 
     @jax.jit

@@ -12,6 +12,7 @@ from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.prefill import prefill
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.net import Net
 from tests.tiny import tiny
 
 W = 8
@@ -78,7 +79,7 @@ def read(
     for i, text in enumerate(whole):
         padded[i, : len(text)] = text
     ratios = np.asarray(plan)
-    logits, state = prefill(config, variables, state, padded, ratios, lengths)
+    logits, state = prefill(Net(config), variables, state, padded, ratios, lengths)
     pairs = zip(rows, whole, strict=True)
     rows = tuple(row.feed(config, ratios, text) for row, text in pairs)
     return np.asarray(logits), Memory(config, state, rows, Identity("a", "b"))

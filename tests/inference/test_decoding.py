@@ -20,6 +20,7 @@ from beacon_jax.inference.sampling import make_sampling, seen_tokens
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.decoder import init_variables
+from beacon_jax.model.net import Net
 from tests.tiny import tiny
 
 # All tests feed rows of up to 60 tokens as [B, 64] into 160 slots, with a plan of 16
@@ -58,13 +59,13 @@ def start(rows: list[np.ndarray], plan: np.ndarray) -> tuple[jax.Array, MemorySt
         tokens[i, : len(row)] = row
     lengths = np.array([len(row) for row in rows])
     memory = init_memory(CONFIG, len(rows), ROOM)
-    return prefill(CONFIG, variables(), memory, tokens, plan, lengths, donate=True)
+    return prefill(Net(CONFIG), variables(), memory, tokens, plan, lengths, donate=True)
 
 
 def run(rows: list[np.ndarray], plan: np.ndarray = PLAN, **options: Any) -> Decoded:
     logits, memory = start(rows, plan)
     options = {"max_new_tokens": 2 * BLOCK, "sampling": GREEDY} | options
-    return decode(CONFIG, variables(), memory, logits, plan, **options)
+    return decode(Net(CONFIG), variables(), memory, logits, plan, **options)
 
 
 def texts(result: Decoded) -> list[list[int]]:
@@ -96,7 +97,7 @@ def test_greedy_equals_feeding_the_argmax_step_by_step():
     for _ in range(21):  # crosses the ends of three windows
         expected.append(int(jnp.argmax(last[0])))
         token, one = jnp.full((1, 1), expected[-1]), jnp.ones(1, jnp.int32)
-        out, memory = feed(CONFIG, variables(), memory, token, one, PLAN)
+        out, memory = feed(Net(CONFIG), variables(), memory, token, one, PLAN)
         last = out.last_logits
     result = run([row], max_new_tokens=21)
     assert result.tokens[0].tolist() == expected
@@ -172,9 +173,11 @@ def test_the_memory_passed_in_stays_as_it_is_unless_it_is_donated():
     logits, memory = start(prompts(43), PLAN)
     before = jax.tree.map(np.array, memory)
     options: dict[str, Any] = {"max_new_tokens": 20, "sampling": GREEDY}
-    first = decode(CONFIG, variables(), memory, logits, PLAN, **options)
+    first = decode(Net(CONFIG), variables(), memory, logits, PLAN, **options)
     jax.tree.map(np.testing.assert_array_equal, before, memory)
-    second = decode(CONFIG, variables(), memory, logits, PLAN, donate=True, **options)
+    second = decode(
+        Net(CONFIG), variables(), memory, logits, PLAN, donate=True, **options
+    )
     assert first.tokens.tolist() == second.tokens.tolist()
     assert memory.k.is_deleted() and not first.memory.k.is_deleted()
 
@@ -194,7 +197,13 @@ def test_an_end_token_stops_its_row_and_is_neither_returned_nor_fed():
     changed = dataclasses.replace(CONFIG, eos_ids=(end,))
     logits, memory = start(rows, PLAN)
     own = decode(
-        changed, variables(), memory, logits, PLAN, max_new_tokens=20, sampling=GREEDY
+        Net(changed),
+        variables(),
+        memory,
+        logits,
+        PLAN,
+        max_new_tokens=20,
+        sampling=GREEDY,
     )
     assert texts(own) == expected
 
@@ -244,7 +253,7 @@ def test_a_rolled_back_row_goes_on_as_if_the_rest_had_never_been():
     assert cut.surplus.tolist() == [0] and int(cut.memory.raw[0]) == 1
     forced = jax.nn.one_hot(whole.tokens[:, 13], V)
     rest = decode(
-        CONFIG,
+        Net(CONFIG),
         variables(),
         cut.memory,
         forced,
@@ -306,7 +315,7 @@ def test_a_repetition_penalty_counts_the_prompt_and_the_new_tokens():
         assert int(x.argmax()) == token
         so_far.append(token)
         out, memory = feed(
-            CONFIG,
+            Net(CONFIG),
             variables(),
             memory,
             jnp.full((1, 1), token),

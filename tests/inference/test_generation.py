@@ -16,6 +16,7 @@ from beacon_jax.inference.decode import BLOCK, decode, decode_block
 from beacon_jax.inference.plan import plan_ratios
 from beacon_jax.inference.prefill import prefill
 from beacon_jax.inference.sampling import make_sampling
+from beacon_jax.model.net import Net
 
 CONTEXT = "In 1998 the harbour master counted 41 boats; the key is 52817. He wept."
 # One buffer and, with at most 128 tokens, one plan length: the tests share compiles.
@@ -37,13 +38,18 @@ def test_greedy_equals_feeding_the_argmax_step_by_step(model):
     one = jnp.ones(1, jnp.int32)
     for token in tokens:
         out, memory = feed(
-            model.config, model.variables, memory, jnp.full((1, 1), token), one, ratios
+            model.net,
+            model.variables,
+            memory,
+            jnp.full((1, 1), token),
+            one,
+            ratios,
         )
     expected = []
     for _ in range(new):  # crosses the ends of two windows of 8
         expected.append(int(jnp.argmax(out.last_logits[0])))
         token = jnp.full((1, 1), expected[-1])
-        out, memory = feed(model.config, model.variables, memory, token, one, ratios)
+        out, memory = feed(model.net, model.variables, memory, token, one, ratios)
     assert 256 not in expected
     result = model.complete(tokens, ratio=2, max_new_tokens=new, **ROOM)
     assert result.tokens.tolist() == expected
@@ -101,9 +107,9 @@ def test_rows_of_different_length_give_what_each_gives_alone(model):
     def run(rows, lengths):
         memory = init_memory(config, len(rows), 160)
         logits, memory = prefill(
-            config, variables, memory, rows, ratios, np.array(lengths)
+            Net(config), variables, memory, rows, ratios, np.array(lengths)
         )
-        return decode(config, variables, memory, logits, ratios, **settings)
+        return decode(Net(config), variables, memory, logits, ratios, **settings)
 
     both = run(tokens, [50, 13])
     for row, length in enumerate([50, 13]):
@@ -120,11 +126,11 @@ def test_lengths_of_a_doubling_share_one_compile_and_pieces_change_nothing(model
     for length in (65, 99, 100, 128):
         tokens = rng.integers(0, 256, (1, length))
         memory = init_memory(config, 1, 80)
-        logits, memory = prefill(config, variables, memory, tokens, ratios)
+        logits, memory = prefill(Net(config), variables, memory, tokens, ratios)
         assert feed_jit._cache_size() == before + 1
     done = []
     again, pieces = prefill(
-        config,
+        Net(config),
         variables,
         init_memory(config, 1, 80),
         tokens,
@@ -138,7 +144,7 @@ def test_lengths_of_a_doubling_share_one_compile_and_pieces_change_nothing(model
     for ours, theirs in zip(used(memory), used(pieces), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     with pytest.raises(ValueError, match="piece=12 must be a multiple of the window"):
-        prefill(config, variables, memory, tokens, ratios, piece=12)
+        prefill(Net(config), variables, memory, tokens, ratios, piece=12)
 
 
 def test_an_end_token_stops_its_row_and_is_neither_returned_nor_fed(model):
@@ -232,7 +238,7 @@ def test_a_row_of_0_tokens_is_refused(model):
     memory = init_memory(model.config, 2, 64)
     with pytest.raises(ValueError, match=r"lengths \[3, 0\]"):
         prefill(
-            model.config,
+            model.net,
             model.variables,
             memory,
             np.zeros((2, 3)),

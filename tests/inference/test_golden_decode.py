@@ -42,13 +42,17 @@ class Loop:
         if self.memory is None:
             self.memory = init_memory(self.replay.config, len(tokens), self.room)
         logits, self.memory = prefill(
-            self.replay.config, self.replay.variables, self.memory, tokens, self.plan
+            self.replay.net,
+            self.replay.variables,
+            self.memory,
+            tokens,
+            self.plan,
         )
         return logits
 
     def decode(self, logits: jax.Array, new: int) -> tuple[np.ndarray, jax.Array]:
         result = decode(
-            self.replay.config,
+            self.replay.net,
             self.replay.variables,
             self.memory,
             logits,

@@ -194,7 +194,7 @@ def test_the_golden_models_say_the_same(case):
     ours, theirs = (
         np.asarray(
             prefill(
-                model.config,
+                model.net,
                 model.variables,
                 init_memory(model.config, 1, 8 * window, dtype),
                 tokens,

@@ -18,6 +18,7 @@ from beacon_jax.inference.ledger import Ledger, kept_window
 from beacon_jax.inference.memory import Memory, _peak
 from beacon_jax.inference.sampling import make_sampling, row_seeds
 from beacon_jax.model.layout import Layout
+from beacon_jax.model.net import Net
 
 TEXT = "In 1998 the harbour master counted 41 boats; the key is 52817. He wept. " * 2
 ROOM = {"capacity": 192}
@@ -199,7 +200,7 @@ def test_what_describe_counts_is_what_a_prompt_takes(model, dtype):
     state = init_memory(model.config, 1, capacity, dtype)
     memory = Memory(model.config, state, (Ledger.empty(),))
     compiled = feed_jit.lower(
-        model.config,
+        Net(model.config, jnp.float32),
         model.variables,
         state,
         jnp.zeros((1, 16), jnp.int32),
@@ -208,7 +209,6 @@ def test_what_describe_counts_is_what_a_prompt_takes(model, dtype):
         None,
         static=(4,),
         outputs="last",
-        dtype=jnp.float32,
     ).compile()
     used = compiled.memory_analysis()
     counts = used.alias_size_in_bytes - memory.nbytes
@@ -247,7 +247,7 @@ def test_lossless_slots_are_the_entries_that_the_window_had(model):
     # The entries of the mixed window r r r r b r r r r b, from feeding up to its end.
     before = model.compress(TEXT[: window * 8], ratio=4, **ROOM)
     _, opened = feed(
-        model.config,
+        model.net,
         model.variables,
         before.state,
         jnp.asarray(model.encode(TEXT[window * 8 : window * 8 + 8], "x", first=False))[
@@ -286,11 +286,11 @@ def test_a_window_left_open_when_full_closes_with_the_next_token(model):
     count = lambda n: jnp.array([n])
     empty = init_memory(config, 1, 64)
     _, opened = feed(
-        config, variables, empty, tokens[:, :16], count(16), plan, close=False
+        Net(config), variables, empty, tokens[:, :16], count(16), plan, close=False
     )
     assert (int(opened.slots[0]), int(opened.raw[0])) == (4, 8)
-    out, after = feed(config, variables, opened, tokens[:, 16:], count(8), plan)
-    whole, expected = feed(config, variables, empty, tokens, count(24), plan)
+    out, after = feed(Net(config), variables, opened, tokens[:, 16:], count(8), plan)
+    whole, expected = feed(Net(config), variables, empty, tokens, count(24), plan)
     np.testing.assert_allclose(out.last_logits, whole.last_logits, atol=1e-5)
     assert after.slots.tolist() == expected.slots.tolist() == [12]
     np.testing.assert_allclose(after.k[:, :, :12], expected.k[:, :, :12], atol=1e-5)
@@ -304,14 +304,14 @@ def test_every_row_decodes_by_a_plan_of_its_own(model):
     static = static_ratios(memory, plans)
     assert static == (0, 2, 4)
     for t in range(20):
+        token = jnp.asarray(tokens[:, t])
         _, memory = decode_step(
-            config, variables, memory, jnp.asarray(tokens[:, t]), jnp.asarray(plans),
-            static=static,
-        )  # fmt: skip
+            Net(config), variables, memory, token, jnp.asarray(plans), static=static
+        )
     assert memory.slots.tolist() == [4 + 2, 2 + 4, 16]
     for row, plan in enumerate(plans):
         _, alone = feed(
-            config,
+            Net(config),
             variables,
             init_memory(config, 1, 96),
             jnp.asarray(tokens[row : row + 1]),
@@ -451,7 +451,7 @@ def test_a_decoded_token_copies_no_buffer(model):
     state = init_memory(model.config, 1, 2**15, "float32")
     start = jnp.zeros((1, model.config.vocab_size)), jnp.ones(1, bool), None
     compiled = decode_block.lower(
-        model.config,
+        model.net,
         model.variables,
         state,
         Loop(*start),

@@ -16,6 +16,7 @@ from beacon_jax.hf import Identity
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.mount import closed, concatenate
 from beacon_jax.model.config import RopeConfig
+from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import inverse_frequencies
 from beacon_jax.training.initial import random_variables
 from tests.inference.memories import (
@@ -159,7 +160,7 @@ def test_decoding_behind_mounted_memories_equals_feeding(name):
     state = mounted.state.resized(64)
     for t in range(11):
         logits, state = decode_step(
-            config,
+            Net(config),
             variables(),
             state,
             jnp.asarray([text[t] for text in new]),

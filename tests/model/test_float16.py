@@ -14,6 +14,7 @@ from beacon_jax.core.memory import init_memory
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.decoder import Decoder, apply, residual_dtype
 from beacon_jax.model.layout import Layout
+from beacon_jax.model.net import Net
 from beacon_jax.training.initial import random_variables
 from tests.tiny import tiny
 
@@ -69,13 +70,13 @@ def logits(tree, dtype, tokens):
     given = jnp.asarray(tokens[:, :-4])
     lengths = jnp.full(2, given.shape[1])
     out, memory = loop.feed(
-        CONFIG, tree, memory, given, lengths, plan, outputs="logits", dtype=dtype
+        Net(CONFIG, dtype), tree, memory, given, lengths, plan, outputs="logits"
     )
     assert out.logits is not None
     found = [np.asarray(out.logits)]
     for token in tokens[:, -4:].T:
         one, memory = loop.decode_step(
-            CONFIG, tree, memory, jnp.asarray(token), plan, static=(2,), dtype=dtype
+            Net(CONFIG, dtype), tree, memory, jnp.asarray(token), plan, static=(2,)
         )
         found.append(np.asarray(one)[:, None])
     return np.concatenate(found, 1)
@@ -84,7 +85,7 @@ def logits(tree, dtype, tokens):
 def test_the_residual_stream_is_float32_in_float16_and_as_it_was_otherwise():
     for dtype, stream in (("float16", "float32"), ("bfloat16",) * 2, ("float32",) * 2):
         tree = jax.tree.map(lambda x, d=dtype: x.astype(d), variables())
-        model = Decoder(CONFIG, Layout.of_window(W, 2, "interleave"), (), dtype)
+        model = Decoder(Net(CONFIG, dtype), Layout.of_window(W, 2, "interleave"))
         x = apply(model, tree, jnp.zeros((1, W), jnp.int32), method="begin")
         assert x.dtype == jnp.dtype(residual_dtype(dtype)) == stream
         assert apply(model, tree, x, method="finish").dtype == dtype
@@ -127,8 +128,9 @@ def value_and_grad(dtype):
 
     def loss(beacon, scale):
         plan = jnp.asarray([2, 2, 0])
-        options = {"ratios": (2,), "dtype": dtype}
-        return train_loss(CONFIG, beacon, frozen, batch, plan, **options)[0] * scale
+        options = {"ratios": (2,)}
+        found = train_loss(Net(CONFIG, dtype), beacon, frozen, batch, plan, **options)
+        return found[0] * scale
 
     compiled = jax.jit(jax.value_and_grad(loss))
     return functools.partial(compiled, own["beacon"])

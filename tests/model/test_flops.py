@@ -15,6 +15,7 @@ from beacon_jax.core.law import Law
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import Decoder, apply, init_variables
 from beacon_jax.model.layout import Layout
+from beacon_jax.model.net import Net
 from beacon_jax.model.presets import PRESETS
 
 W, MEMORY = 64, 16
@@ -45,7 +46,7 @@ def with_beacon(config, **changes):
 def program(config, ratio):
     """A window behind MEMORY slots and the logits of its raw rows, and its inputs."""
     layout = Layout.of_window(W, ratio, config.beacon.placement)
-    model = Decoder(config, layout, implementation="reference")
+    model = Decoder(Net(config, attention="reference"), layout)
     shape = (config.num_layers, 1, MEMORY + layout.length, 2, config.head_dim)
     variables = jax.eval_shape(
         lambda: nn.unbox(init_variables(config, jax.random.key(0)))

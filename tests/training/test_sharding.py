@@ -13,6 +13,7 @@ from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.decoder import init_variables
+from beacon_jax.model.net import Net
 from beacon_jax.model.partition import RULES, Partition
 from beacon_jax.training.config import default_config
 from beacon_jax.training.optim import make_optimizer
@@ -37,14 +38,13 @@ def loss_of(average, remat="lean"):
     def loss(trained, frozen, batch, plan, partition):
         variables = {**frozen, **trained}
         return train_loss(
-            MODEL,
+            Net(MODEL, partition=partition),
             variables["beacon"],
             variables["params"],
             batch,
             plan,
             loss_average=average,
             remat=remat,
-            partition=partition,
         )
 
     return loss

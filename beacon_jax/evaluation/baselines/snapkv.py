@@ -16,10 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.evaluation.baselines.select import Budgeted, floats, keep, read
 from beacon_jax.evaluation.model import Model, Rows
-from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder
 from beacon_jax.model.layout import Layout
-from beacon_jax.model.partition import Partition, partitioned
+from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin, rotate
 
 OBSERVED, KERNEL = 64, 5
@@ -87,46 +86,40 @@ def observe(
     place = start[:, None] + np.arange(size)
     counts = (place < end) & (place >= end - np.asarray(observed)[:, None])
     queries = window_queries(
-        model.config,
+        model.net,
         model.variables,
         memory,
         jnp.asarray(tokens),
         jnp.asarray(start, jnp.int32),
-        dtype=model.dtype,
-        partition=model.partition,
     )
     keys, place = floats(memory)[0], jnp.asarray(place)
     return pooled_votes(keys, queries, place, jnp.asarray(counts), candidates)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "partition"))
+@functools.partial(jax.jit, static_argnames="net")
 def window_queries(
-    config: ModelConfig,
+    net: Net,
     variables: Any,
     memory: MemoryState,
     tokens: Int[Array, "B T"],
     prefix: Int[Array, " B"],
-    *,
-    dtype: Any,
-    partition: Partition | None,
 ) -> Float[Array, "L B T N H"]:
     """Computes rotated queries of tokens that stand at prefix[row] of the memory."""
     size = tokens.shape[1]
-    model = Decoder(config, Layout(1, size, 0), dtype=dtype)
+    model = Decoder(net, Layout(1, size, 0))
     projection = lambda module, method: module.name == "q_proj"
-    with partitioned(partition):
-        _, found = model.apply(
-            variables,
-            tokens,
-            memory.k,
-            memory.v,
-            prefix,
-            capture_intermediates=projection,
-            mutable=["intermediates"],
-        )
+    _, found = model.apply(
+        variables,
+        tokens,
+        memory.k,
+        memory.v,
+        prefix,
+        capture_intermediates=projection,
+        mutable=["intermediates"],
+    )
     attention: Any = found["intermediates"]["layers"]["attention"]
     (queries,) = attention["q_proj"]["__call__"]
-    return rotate(queries, *cos_sin(config, prefix[:, None] + jnp.arange(size)))
+    return rotate(queries, *cos_sin(net.config, prefix[:, None] + jnp.arange(size)))
 
 
 @jax.jit
