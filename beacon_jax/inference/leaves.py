@@ -19,7 +19,7 @@ from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.inference.prefill import buffer_size
 from beacon_jax.model.buffers import ARRAY, PARTS
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.partition import RULES, Partition, make_partition
+from beacon_jax.model.partition import Partition, make_partition
 
 # Axes by the last part of a leaf's name; other leaves have their rows in front.
 AXES = {"k": ARRAY, "v": ARRAY, **PARTS}
@@ -143,17 +143,10 @@ def _share(sources: list[Part], slots: int, leaf: Any, index: Any) -> np.ndarray
 
 
 def partition(mesh: str | Mesh | Partition | None) -> Partition | None:
-    """Makes a partition by `partition.RULES`, as far as the mesh has their axes.
-
-    A partition, or None, is returned as it is.
-    """
+    """Makes a partition of a mesh; one that is made already, or None, stays."""
     if mesh is None or isinstance(mesh, Partition):
         return mesh
-    if not isinstance(mesh, Mesh):
-        return make_partition(mesh)
-    have = mesh.axis_names
-    rules = {name: tuple(a for a in to if a in have) for name, to in RULES.items()}
-    return Partition(mesh, tuple(rules.items()))
+    return make_partition(mesh)
 
 
 def _sharding(

@@ -7,7 +7,7 @@ Every parameter names its axes ("embed", "heads", ...), activations name theirs 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,14 +88,19 @@ class Partition:
         return NamedSharding(self.mesh, self.spec(axes, shape, name))
 
 
-def make_partition(mesh: str | Mesh, devices: Sequence[Any] = ()) -> Partition:
-    """Makes a partition of the usual rules on a mesh.
+def make_partition(
+    mesh: str | Mesh,
+    devices: Sequence[Any] = (),
+    rules: Mapping[str, Any] | None = None,
+) -> Partition:
+    """Makes a partition.
 
     Args:
       mesh: sizes of axes as text, "tensor:8" or "data:2,tensor:4" (an axis that is not
         named has size 1, -1 is all devices that are left), or a mesh with some of the
         axes data, fsdp and tensor.
       devices: to use; all of this process if not given.
+      rules: {logical axis: mesh axes}; None: `RULES`, as far as the mesh has the axes.
 
     Raises:
       TypeError: neither text nor a mesh.
@@ -109,17 +114,63 @@ def make_partition(mesh: str | Mesh, devices: Sequence[Any] = ()) -> Partition:
         )
     runtime.prepare()
     if isinstance(mesh, str):
-        mesh = _mesh(mesh, list(devices) or jax.devices())
+        devices = list(devices) or jax.devices()
+        sizes = fill(_sizes(mesh), len(devices), f"mesh={mesh!r}")
+        mesh = make_mesh(sizes, devices)
     if unknown := set(mesh.axis_names) - set(AXES):
         raise ValueError(
             f"mesh has the axes {sorted(unknown)}: {meant(min(unknown), AXES)}use some "
             f"of {', '.join(AXES)}."
         )
-    here = lambda axes: tuple(a for a in axes if a in mesh.axis_names)
-    return Partition(mesh, tuple((name, here(axes)) for name, axes in RULES.items()))
+    if rules is None:
+        have = mesh.axis_names
+        rules = {name: [a for a in axes if a in have] for name, axes in RULES.items()}
+    whole = lambda axes: (axes,) if isinstance(axes, str) else tuple(axes)
+    return Partition(mesh, tuple((name, whole(axes)) for name, axes in rules.items()))
 
 
-def _mesh(text: str, devices: list[Any]) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
+    """Makes a mesh of the first devices, whose axes the compiler may split over."""
+    grid = np.asarray(devices[: math.prod(sizes.values())])
+    types = (AxisType.Auto,) * len(sizes)
+    return Mesh(grid.reshape(list(sizes.values())), tuple(sizes), axis_types=types)
+
+
+def fill(
+    asked: Mapping[str, int],
+    devices: int,
+    shown: str,
+    fits: Callable[[dict[str, int]], bool] = lambda sizes: True,
+) -> dict[str, int]:
+    """Returns sizes of mesh axes, with all devices that are left in place of -1.
+
+    Args:
+      asked: {axis: size}.
+      devices: how many there are.
+      shown: the argument as the user gave it, for messages.
+      fits: what the sizes have to suit besides; 1 is taken where nothing suits.
+
+    Raises:
+      ValueError: two axes of -1, or more devices than there are.
+    """
+    rest = [name for name, size in asked.items() if size == -1]
+    if len(rest) > 1:
+        raise ValueError(f"{shown} has two axes of -1: give all sizes but one.")
+    sizes = dict(asked)
+    for name in rest:
+        known = math.prod(size for size in asked.values() if size != -1)
+        most = range(devices // known, 0, -1)
+        sizes[name] = next((n for n in most if fits({**sizes, name: n})), 1)
+    if (count := math.prod(sizes.values())) > devices:
+        raise ValueError(
+            f"{shown} needs {count} devices, there are {devices}: use smaller axes, or "
+            "-1 for one of them."
+        )
+    return sizes
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """Reads "data:2,tensor:4"."""
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     named: set[str] = set()
     for part in text.split(","):
@@ -140,16 +191,4 @@ def _mesh(text: str, devices: list[Any]) -> Mesh:
             raise ValueError(f"mesh={text!r} {what}, such as tensor:8.")
         named.add(name)
         sizes[name] = int(size)
-    rest = [name for name, size in sizes.items() if size == -1]
-    if len(rest) > 1:
-        raise ValueError(f"mesh={text!r} has two axes of -1: give all sizes but one.")
-    for name in rest:
-        sizes[name] = max(len(devices) // -math.prod(sizes.values()), 1)
-    count = math.prod(sizes.values())
-    if count > len(devices):
-        raise ValueError(
-            f"mesh={text!r} needs {count} devices, there are {len(devices)}: use "
-            "smaller axes, or -1 for one of them."
-        )
-    grid = np.asarray(devices[:count]).reshape(list(sizes.values()))
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sizes

@@ -19,12 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from beacon_jax import runtime
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import variable_axes
-from beacon_jax.model.partition import AXES, Partition
+from beacon_jax.model.partition import (
+    AXES,
+    Partition,
+    fill,
+    make_mesh,
+    make_partition,
+)
 from beacon_jax.training.config import Config
 
 
@@ -149,51 +155,32 @@ def make_placement(
     runtime.prepare()
     devices = list(devices) or jax.devices()
     sizes = _sizes({name: mesh[name] for name in AXES}, rows, len(devices))
-    made = Mesh(
-        np.asarray(devices[: math.prod(sizes)]).reshape(sizes),
-        AXES,
-        axis_types=(AxisType.Auto,) * 3,
-    )
-    own_plans = made.shape["fsdp"] == made.shape["tensor"] == 1
-    table = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in rules.items()}
-    partition = Partition(made, tuple(table.items()))
+    partition = make_partition(make_mesh(sizes, devices), rules=dict(rules.items()))
+    own_plans = sizes["fsdp"] == sizes["tensor"] == 1
     state = partition
     if own_plans:
-        state = Partition(made, (("embed", ("data",)),))
+        state = dataclasses.replace(partition, rules=(("embed", ("data",)),))
     return Placement(partition, state, own_plans)
 
 
-def _sizes(asked: dict[str, int], rows: Sequence[int], devices: int) -> tuple[int, ...]:
-    common = math.gcd(*rows)
-    open_axes = [name for name, size in asked.items() if size == -1]
-    if len(open_axes) > 1:
-        raise ValueError(f"mesh={asked} has two axes of -1: give all sizes but one.")
+def _sizes(asked: dict[str, int], rows: Sequence[int], devices: int) -> dict[str, int]:
+    """Returns the size of each axis: the batches are shared evenly."""
     for name, size in asked.items():
         if size < 1 and size != -1:
             raise ValueError(
                 f"mesh.{name}={size} must be a number of devices, or -1 for the rest."
             )
-    shared = lambda sizes: sizes["data"] * sizes["fsdp"]
-    if open_axes:
-        (name,) = open_axes
-        for size in range(devices, 0, -1):
-            sizes = {**asked, name: size}
-            if math.prod(sizes.values()) <= devices and common % shared(sizes) == 0:
-                return tuple(sizes.values())
-        asked = {**asked, name: 1}
-    if math.prod(asked.values()) > devices:
+    shares = lambda sizes: sizes["data"] * sizes["fsdp"]
+    even = lambda sizes: math.gcd(*rows) % shares(sizes) == 0
+    sizes = fill(asked, devices, f"mesh={asked}", even)
+    if not even(sizes):
+        uneven = next(n for n in rows if n % shares(sizes))
         raise ValueError(
-            f"mesh={asked} needs {math.prod(asked.values())} devices, there are "
-            f"{devices}: use smaller axes, or -1 for one of them."
-        )
-    if common % shared(asked):
-        uneven = next(n for n in rows if n % shared(asked))
-        raise ValueError(
-            f"mesh.data={asked['data']} x mesh.fsdp={asked['fsdp']} devices cannot "
+            f"mesh.data={sizes['data']} x mesh.fsdp={sizes['fsdp']} devices cannot "
             f"share a stage's batch_size={uneven} evenly: make it a multiple of "
-            f"{shared(asked)}, or make mesh.data or mesh.fsdp smaller."
+            f"{shares(sizes)}, or make mesh.data or mesh.fsdp smaller."
         )
-    return tuple(asked.values())
+    return sizes
 
 
 def put(x: Any, sharding: NamedSharding) -> jax.Array:
