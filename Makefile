@@ -70,10 +70,11 @@ aot-smoke:  ## Three of those cases: about two minutes
 docs: setup  ## The site of docs/ in out/site: seconds
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-lint: setup  ## ruff, pyright, no file over 600 lines
+lint: setup  ## ruff, pyright, who may import whom, no file over 600 lines
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
+	.venv/bin/lint-imports --no-cache --no-logo
 	@find $(CODE) -name '*.py' -o -name '*.sh' | xargs wc -l | awk '$$2 != "total" && \
 	  $$1 > $(MAX_LINES) { print $$2 ": " $$1 " lines, more than $(MAX_LINES): split it"; \
 	  bad = 1 } END { exit bad }'

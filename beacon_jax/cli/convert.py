@@ -41,8 +41,9 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or argv[1] not in ("from-hf", "to-hf"):
         sys.exit(f"error: command={argv[1:]}: use from-hf or to-hf.")
     with starting():  # after the flags: jax takes seconds
-        from beacon_jax.hf import conversion, hub, verify
+        from beacon_jax.hf import conversion, hub
         from beacon_jax.hf.writer import check_new
+        from beacon_jax.inference import verify
 
     dst = Path(options.dst)
     try:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf.identify import Identity
-from beacon_jax.inference import room, validate
+from beacon_jax.inference import mount, packs, room, validate
 from beacon_jax.inference.account import Account
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.keywords import hinted
@@ -206,8 +206,6 @@ class Memory:
         self, path: str | Path, *, tokens: bool = True, overwrite: bool = False
     ) -> None:
         """Writes a beacon pack, see `packs.save`."""
-        from beacon_jax.inference import packs
-
         packs.save(self, path, tokens=tokens, overwrite=overwrite)
 
     @classmethod
@@ -236,17 +234,29 @@ class Memory:
             what to do.
           FileNotFoundError: there is no such file.
         """
-        from beacon_jax.inference import packs
-
-        return packs.load(path, model, mesh=mesh, allow_other_model=allow_other_model)
+        parts = packs.read(path, model, mesh=mesh, allow_other_model=allow_other_model)
+        return cls(*parts)
 
     @classmethod
     @hinted("Memory.concatenate")
     def concatenate(cls, memories: Sequence["Memory"]) -> "Memory":
         """Mounts memories behind each other, see `mount.concatenate`."""
-        from beacon_jax.inference import mount
+        return mount.concatenate(_listed(memories))
 
-        return mount.concatenate(memories)
+
+def _listed(given: Any) -> list[Memory]:
+    """Returns the memories; TypeError for anything else."""
+    remedy = "give a list of memories"
+    if isinstance(given, Memory):  # its rows would be taken
+        remedy = "give a list of memories, [first, second]"
+    elif isinstance(given, Iterable) and not isinstance(given, str | bytes):
+        memories = list(given)
+        for i, memory in enumerate(memories):
+            validate.memory(memory, Memory, f"memories[{i}]", needed=True)
+        return memories
+    raise TypeError(
+        f"memories={validate.shown(given)} is {validate.kind_of(given)}: {remedy}."
+    )
 
 
 def batch_axis(leaf: Any) -> int:

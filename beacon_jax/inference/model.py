@@ -503,11 +503,3 @@ def _shown(
     if on_text is None or row is None:
         return on_text
     return functools.partial(on_text, row)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "load":  # where it was; `loading` imports this module
-        from beacon_jax.inference.loading import load
-
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

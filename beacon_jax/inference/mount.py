@@ -12,8 +12,8 @@ nothing the model was trained on.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,15 +22,16 @@ from jaxtyping import Int
 from beacon_jax.core import move
 from beacon_jax.core.law import Law, default_window
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.inference import validate
 from beacon_jax.inference.compatible import config_differences, identity_differences
 from beacon_jax.inference.ledger import Ledger
-from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.prefill import buffer_size
 from beacon_jax.model.config import ModelConfig
 
+if TYPE_CHECKING:
+    from beacon_jax.inference.memory import Memory
 
-def concatenate(memories: Sequence[Memory]) -> Memory:
+
+def concatenate(memories: "Sequence[Memory]") -> "Memory":
     """Joins memories into one with the slots of all, in this order.
 
     A new window begins behind them.
@@ -48,7 +49,7 @@ def concatenate(memories: Sequence[Memory]) -> Memory:
       ValueError: no memory, tokens that are still to be fed, or memories that differ
         in rows, dtype, config or weights (says which and how).
     """
-    memories = _listed(memories)
+    memories = list(memories)
     _check(memories)
     parts = [closed(memory) for memory in memories]
     first, rest = parts[0], parts[1:]
@@ -63,7 +64,7 @@ def concatenate(memories: Sequence[Memory]) -> Memory:
     return dataclasses.replace(first, state=state, rows=tuple(map(_joined, rows)))
 
 
-def closed(memory: Memory) -> Memory:
+def closed(memory: "Memory") -> "Memory":
     """Closes every open window: its raw tokens become slots, one each.
 
     Its beacons are dropped. A memory without open windows is returned as it is.
@@ -121,22 +122,7 @@ def _joined(rows: Sequence[Ledger]) -> Ledger:
     )
 
 
-def _listed(given: Any) -> list[Memory]:
-    """Returns the memories; TypeError for anything else."""
-    remedy = "give a list of memories"
-    if isinstance(given, Memory):  # its rows would be taken
-        remedy = "give a list of memories, [first, second]"
-    elif isinstance(given, Iterable) and not isinstance(given, str | bytes):
-        memories = list(given)
-        for i, memory in enumerate(memories):
-            validate.memory(memory, Memory, f"memories[{i}]", needed=True)
-        return memories
-    raise TypeError(
-        f"memories={validate.shown(given)} is {validate.kind_of(given)}: {remedy}."
-    )
-
-
-def _check(memories: list[Memory]) -> None:
+def _check(memories: "list[Memory]") -> None:
     if not memories:
         raise ValueError("memories=[] is empty: give at least one memory.")
     for i, memory in enumerate(memories):
@@ -155,7 +141,7 @@ def _check(memories: list[Memory]) -> None:
             )
 
 
-def _differences(a: Memory, b: Memory) -> list[str]:
+def _differences(a: "Memory", b: "Memory") -> list[str]:
     """Says in words what keeps two memories from being mounted."""
     found = [
         ("rows", len(a), len(b)),

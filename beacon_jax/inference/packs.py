@@ -42,22 +42,25 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
 
 import beacon_jax
 from beacon_jax import paths
+from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf.identify import Identity
 from beacon_jax.hf.reader import ALL_DTYPES, BLOCK_BYTES, Tensor
 from beacon_jax.hf.writer import DTYPE_NAMES, safetensors_header, write_safetensors
 from beacon_jax.inference import leaves, validate
 from beacon_jax.inference.compatible import config_differences, identity_differences
 from beacon_jax.inference.ledger import Ledger
-from beacon_jax.inference.memory import Memory
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
 from beacon_jax.model.partition import Partition
+
+if TYPE_CHECKING:
+    from beacon_jax.inference.memory import Memory
 
 VERSION = 1
 _MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
@@ -79,7 +82,7 @@ class ModelLike(Protocol):
 
 
 def save(
-    memory: Memory, path: str | Path, *, tokens: bool = True, overwrite: bool = False
+    memory: "Memory", path: str | Path, *, tokens: bool = True, overwrite: bool = False
 ) -> None:
     """Writes a memory as a pack, as a whole or not at all.
 
@@ -136,14 +139,14 @@ def save(
         write_safetensors(partial, source.tensors, source.blocks, _metadata(text))
 
 
-def load(
+def read(
     path: str | Path,
     model: ModelLike | None = None,
     *,
     mesh: str | Mesh | Partition | None = None,
     allow_other_model: bool = False,
-) -> Memory:
-    """Reads a pack.
+) -> tuple[ModelConfig, MemoryState, tuple[Ledger, ...], Identity]:
+    """Reads a pack: what a `Memory` is made of, which `Memory.load` does.
 
     Args:
       path: of the file.
@@ -156,8 +159,8 @@ def load(
         config has to fit.
 
     Returns:
-      The memory, bit-identical in everything that is live, in a buffer that is not
-      much larger than that.
+      Config, state, rows and identity, bit-identical in everything that is live, in a
+      buffer that is not much larger than that.
 
     Raises:
       TypeError: an argument of another type, or arguments in another order.
@@ -186,14 +189,14 @@ def load(
         partition,
     )
     ledgers = tuple(_ledger(pack, i, row) for i, row in enumerate(rows))
-    return Memory(config, state, ledgers, identity)
+    return config, state, ledgers, identity
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """Returns the manifest of a pack, checked; its tensors are not read.
 
     Raises:
-      PackError, FileNotFoundError: as `load`.
+      PackError, FileNotFoundError: as `read`.
     """
     return _Pack(Path(paths.check_name(path))).manifest
 
@@ -202,7 +205,7 @@ def _check_arguments(path: Any, model: Any) -> None:
     """Raises TypeError unless this is the name of a file, and a model or None."""
     if hasattr(path, "config"):
         remedy = "give the file first, Memory.load(path, model)"
-        if isinstance(path, Memory):
+        if hasattr(path, "rows"):
             remedy = "it is a memory already, use it as it is"
         validate.is_a("path", path, str, remedy)
     paths.check_name(path)
@@ -222,7 +225,7 @@ class _Source:
     `entries` counts the live ones per row: slots and open window.
     """
 
-    def __init__(self, memory: Memory, rows: tuple[Ledger, ...]):
+    def __init__(self, memory: "Memory", rows: tuple[Ledger, ...]):
         self.entries = leaves.live_entries(memory.config, memory.state)
         self._parts: dict[str, leaves.Part] = {}
         for name, part in leaves.parts(memory.state, self.entries).items():

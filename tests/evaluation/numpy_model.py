@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from beacon_jax.hf.verify import inverse_frequencies
+from beacon_jax.inference.verify import inverse_frequencies
 
 
 class Entries(NamedTuple):

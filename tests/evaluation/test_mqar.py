@@ -7,7 +7,7 @@ from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.tasks.mqar import QUERIES, Mqar
 from beacon_jax.hf.reader import open_hf
-from beacon_jax.hf.verify import numpy_logits
+from beacon_jax.inference.verify import numpy_logits
 from tests.evaluation.offline import examples
 
 

@@ -16,7 +16,7 @@ from beacon_jax.evaluation.tasks.perplexity_release import (
     stride,
 )
 from beacon_jax.hf.reader import open_hf
-from beacon_jax.hf.verify import numpy_logits
+from beacon_jax.inference.verify import numpy_logits
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from beacon_jax.evaluation.tasks import make_tasks
 from beacon_jax.evaluation.tasks.passkey import Passkey
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
 from beacon_jax.hf.reader import open_hf
-from beacon_jax.hf.verify import numpy_logits
+from beacon_jax.inference.verify import numpy_logits
 
 FULL, WINDOW = make_methods(["full", "window"], [])
 

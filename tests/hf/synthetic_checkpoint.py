@@ -106,7 +106,7 @@ def main() -> None:
             write_checkpoint(hf, options.hidden, options.layers)
         )
         convert = "beacon_jax.convert"
-        report["imports"] = measured("beacon_jax.hf.verify")
+        report["imports"] = measured("beacon_jax.inference.verify")
         for name, src, dst in (("from-hf", hf, ours), ("to-hf", ours, back)):
             report[name] = measured(convert, name, f"--src={src}", f"--dst={dst}")
         report["identical"] = digest(hf) == digest(back)

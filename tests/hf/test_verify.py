@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beacon_jax.hf import save_hf, verify
+from beacon_jax.hf import save_hf
 from beacon_jax.hf.conversion import from_hf
 from beacon_jax.hf.reader import open_hf
+from beacon_jax.inference import verify
 from beacon_jax.model.config import ModelConfig, RopeConfig
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -71,7 +71,7 @@ def test_any_memory_survives_and_saves_to_the_same_bytes_again(
     memory = random_memory(lengths, config=config, plan=plan, capacity=80)
     first, second = tmp_path / "first", tmp_path / "second"
     memory.save(first, tokens=tokens, overwrite=True)
-    again = packs.load(first)
+    again = Memory.load(first)
     if not tokens:
         rows = tuple(row.forget_tokens() for row in memory.rows)
         memory = dataclasses.replace(memory, rows=rows)
@@ -87,7 +87,7 @@ def test_a_loaded_memory_is_continued_like_the_one_that_was_saved(path):
     memory.save(path, overwrite=True)
     more = [tokens_of(5, 7), tokens_of(9, 8)]
     want, _ = read(CONFIG, variables, more, (4,), memory)
-    got, after = read(CONFIG, variables, more, (4,), packs.load(path))
+    got, after = read(CONFIG, variables, more, (4,), Memory.load(path))
     np.testing.assert_array_equal(got, want)
     assert after.slots.tolist() == np.asarray(after.state.slots).tolist()
 
@@ -124,7 +124,7 @@ def test_unused_capacity_is_not_stored(path):
 def test_without_tokens_no_ids_are_stored_but_those_of_the_open_window(path):
     memory = random_memory((37, 16))
     memory.save(path, tokens=False, overwrite=True)
-    again = packs.load(path)
+    again = Memory.load(path)
     assert [row.tokens for row in again.rows] == [None, None]
     manifest = packs.read_manifest(path)
     assert not [name for name in manifest["tensors"] if name.startswith("row.tokens")]
@@ -137,7 +137,7 @@ def test_without_tokens_no_ids_are_stored_but_those_of_the_open_window(path):
 def test_pending_tokens_are_saved_and_needed(path):
     memory = random_memory((37,)).truncate(30)
     memory.save(path, overwrite=True)
-    again = packs.load(path)
+    again = Memory.load(path)
     assert again.rows[0].pending.tolist() == memory.rows[0].pending.tolist()
     assert again.lengths.tolist() == [30]
     with pytest.raises(ValueError, match="6 tokens are still to be fed"):
@@ -155,7 +155,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path, at, bit):
     broken = tmp_path / "broken.beacon"
     broken.write_bytes(data)
     with pytest.raises(PackError, match=r"broken\.beacon.*(Copy|Give|compress)"):
-        packs.load(broken)
+        Memory.load(broken)
 
 
 def test_every_bit_of_the_header_s_first_bytes_and_end_is_checked(tmp_path):
@@ -169,7 +169,7 @@ def test_every_bit_of_the_header_s_first_bytes_and_end_is_checked(tmp_path):
             changed[at] ^= 1 << bit
             broken.write_bytes(changed)
             with pytest.raises(PackError, match="broken"):
-                packs.load(broken)
+                Memory.load(broken)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -182,7 +182,7 @@ def test_a_cut_file_is_found(tmp_path, left):
     broken = tmp_path / "broken.beacon"
     broken.write_bytes(data[: int(left * len(data))])
     with pytest.raises(PackError, match=r"broken\.beacon is (truncated|not a beacon)"):
-        packs.load(broken)
+        Memory.load(broken)
     with pytest.raises(PackError):
         packs.read_manifest(broken)
 
@@ -191,7 +191,7 @@ def test_bytes_behind_the_end_are_found(path):
     random_memory((13,)).save(path, overwrite=True)
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(PackError, match="too long"):
-        packs.load(path)
+        Memory.load(path)
 
 
 def test_what_is_no_pack_is_said_to_be_none(tmp_path, path):
@@ -199,14 +199,14 @@ def test_what_is_no_pack_is_said_to_be_none(tmp_path, path):
     for data in (b"", b"{}", b"hello, this is a text", rng.bytes(5000), b"[" * 4000):
         path.write_bytes(data)
         with pytest.raises(PackError, match="text.beacon is.* no"):
-            packs.load(path)
+            Memory.load(path)
     save_file({"weight": np.zeros(3, np.float32)}, path, {"format": "pt"})
     with pytest.raises(PackError, match="not a beacon pack.*memory.save wrote"):
-        packs.load(path)
+        Memory.load(path)
     with pytest.raises(PackError, match="is a folder"):
-        packs.load(tmp_path)
+        Memory.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent.beacon is not there"):
-        packs.load(tmp_path / "absent.beacon")
+        Memory.load(tmp_path / "absent.beacon")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_another_format_version_is_named_with_what_to_do(path, version, remedy):
         data.replace(b'"beacon_pack":"1"', f'"beacon_pack":"{version}"'.encode())
     )
     with pytest.raises(PackError, match=f"version {version}, .* reads 1: {remedy}"):
-        packs.load(path)
+        Memory.load(path)
 
 
 def test_a_config_of_another_library_version_is_named(path, monkeypatch):
@@ -229,7 +229,7 @@ def test_a_config_of_another_library_version_is_named(path, monkeypatch):
     monkeypatch.setattr(packs.dataclasses, "asdict", added)
     random_memory((13,)).save(path, overwrite=True)
     with pytest.raises(PackError, match="beacon_jax 9.0.*attention_sinks.*install"):
-        packs.load(path)
+        Memory.load(path)
 
 
 @pytest.mark.parametrize(
@@ -256,35 +256,35 @@ def test_a_config_of_another_library_version_is_named(path, monkeypatch):
 def test_another_model_is_refused_saying_what_differs(path, other, message):
     random_memory((13,)).save(path, overwrite=True)
     with pytest.raises(PackError, match=f"(?s)text.beacon was written by.*{message}"):
-        packs.load(path, other)
+        Memory.load(path, other)
 
 
 def test_only_what_differs_is_named_and_other_weights_can_be_allowed(path):
     random_memory((13,)).save(path, overwrite=True)
     with pytest.raises(PackError, match="allow_other_model=True") as error:
-        packs.load(path, model(beacon="c" * 64))
+        Memory.load(path, model(beacon="c" * 64))
     assert "base weights" not in str(error.value)
     other = model(beacon="c" * 64)
-    assert packs.load(path, other, allow_other_model=True).identity is other.identity
+    assert Memory.load(path, other, allow_other_model=True).identity is other.identity
     wide = model(dataclasses.replace(CONFIG, num_kv_heads=4))
     with pytest.raises(PackError, match="num_kv_heads"):
-        packs.load(path, wide, allow_other_model=True)
+        Memory.load(path, wide, allow_other_model=True)
 
 
 def test_ratios_that_a_model_draws_from_and_its_end_tokens_do_not_matter(path):
     random_memory((13,)).save(path, overwrite=True)
     beacon = dataclasses.replace(CONFIG.beacon, ratios=(8,), ratio_mix="sequence")
     other = dataclasses.replace(CONFIG, beacon=beacon, eos_ids=(2, 5))
-    assert packs.load(path, model(other)).config == other
+    assert Memory.load(path, model(other)).config == other
 
 
 def test_hashes_are_not_computed_without_a_model_to_compare_with(path):
     random_memory((13,)).save(path, overwrite=True)
     never = Identity(lambda: pytest.fail("base"), lambda: pytest.fail("beacon"))
-    assert packs.load(path).lengths.tolist() == [13]
+    assert Memory.load(path).lengths.tolist() == [13]
     wide = dataclasses.replace(CONFIG, num_kv_heads=4)
     with pytest.raises(PackError, match="num_kv_heads"):  # the config is enough
-        packs.load(path, SimpleNamespace(config=wide, identity=never))
+        Memory.load(path, SimpleNamespace(config=wide, identity=never))
 
 
 @pytest.mark.parametrize("stage", ["write", "rename"])
@@ -314,7 +314,7 @@ def test_an_interrupted_save_leaves_the_old_pack_and_nothing_else(
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
-    assert_same_live(packs.load(path), old)
+    assert_same_live(Memory.load(path), old)
 
 
 def test_a_pack_is_readable_by_those_whom_the_umask_lets(path):
@@ -344,14 +344,14 @@ def test_a_pack_is_loaded_onto_any_mesh(path, shape, rows, spec):
     memory.save(path, overwrite=True)
     devices = np.asarray(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
     mesh = Mesh(devices, ("data", "tensor"))
-    again = packs.load(path, mesh=mesh)
+    again = Memory.load(path, mesh=mesh)
     assert again.state.k.sharding.is_equivalent_to(
         jax.sharding.NamedSharding(mesh, spec), 5
     )
     assert len(again.state.slots.sharding.device_set) == devices.size
     assert_same_live(again, memory)
     again.save(path, overwrite=True)  # and back from there
-    assert_same_live(packs.load(path), memory)
+    assert_same_live(Memory.load(path), memory)
 
 
 class Quantized(flax.struct.PyTreeNode):
@@ -398,7 +398,7 @@ def test_leaves_of_an_int8_memory_are_cut_and_put_back(path, monkeypatch, mesh):
     monkeypatch.setattr(leaves, "init_memory", make)
     if mesh:
         mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(mesh), ("data", "tensor"))
-    state = packs.load(path, mesh=mesh).state
+    state = Memory.load(path, mesh=mesh).state
     for side in ("k", "v"):
         a, b = getattr(state, side), getattr(memory.state, side)
         np.testing.assert_array_equal(a.mean, b.mean)
@@ -422,13 +422,13 @@ def test_the_header_is_what_the_library_would_write(path):
 
 MEASURE = """
 import re, sys
-from beacon_jax.inference import packs
+from beacon_jax.inference.memory import Memory
 def status(key):
     text = open("/proc/self/status").read()
     return 1024 * int(re.search(key + r":\\s+(\\d+)", text)[1])
-packs.load(sys.argv[1])
+Memory.load(sys.argv[1])
 before = status("VmRSS")
-memory = packs.load(sys.argv[2])
+memory = Memory.load(sys.argv[2])
 print(memory.nbytes, status("VmHWM") - before)
 """
 
