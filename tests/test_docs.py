@@ -1,6 +1,7 @@
 """What README.md and docs/ print can be pasted, and the site has no broken link."""
 
 import collections
+import importlib
 import importlib.util
 import re
 import shlex
@@ -173,3 +174,18 @@ def test_a_new_users_first_commands_end_as_the_page_shows(tmp_path):
     for step in script.STEPS:
         assert f"```sh\n{step.command}\n```" in page, "run it with --install --write"
         assert f"```sh\n{step.command}\n```" in text
+
+
+def test_every_fact_of_the_architecture_is_where_the_page_says():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    places = re.findall(r"\| `(beacon_jax[\w.]*):(\w+)` \|", page)
+    assert len(places) >= 10
+    for module, name in places:
+        assert hasattr(importlib.import_module(module), name), (module, name)
+    files = set(re.findall(r"`(\w+/\w+\.py)`", page))
+    assert len(files) >= 15
+    for file in files:
+        assert (ROOT / "beacon_jax" / file).is_file(), file
+    for file, name in re.findall(r"`(\w+/\w+\.py)`,\s+`(\w+)`", page):
+        module = importlib.import_module(f"beacon_jax.{file[:-3].replace('/', '.')}")
+        assert hasattr(module, name), (file, name)
