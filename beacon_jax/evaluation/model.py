@@ -224,7 +224,10 @@ def load_model(
         )
     assert found.config.beacon is not None
     for ratio in ratios:
-        check_ratio(ratio, found.config.beacon.window)
+        try:
+            check_ratio(ratio, found.config.beacon.window)
+        except ValueError as error:
+            raise ValueError(f"--ratios has {ratio}: {error}") from None
     variables = jax.tree.map(jnp.asarray, found.variables)
     tokenizer = load_tokenizer(path)
     return Model(found, found.config, variables, tokenizer, longest, partition)

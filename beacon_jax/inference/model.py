@@ -96,7 +96,7 @@ class Model:
         ]
         return f"Model({', '.join(parts)})"
 
-    @property
+    @functools.cached_property
     def net(self) -> Net:
         """What its programs depend on besides arrays."""
         return Net.of(self.config, self.variables, self.partition)
