@@ -25,7 +25,8 @@ from beacon_jax.core.step import (
     new_entries,
     window_branches,
 )
-from beacon_jax.model.buffers import put_all_layers
+from beacon_jax.model.buffers import Buffer, put_all_layers
+from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
@@ -106,20 +107,21 @@ def feed(
 )
 def feed_jit(
     net: Net,
-    variables,
-    memory,
-    tokens,
-    lengths,
-    ratios,
-    labels,
+    variables: dict[str, Any],
+    memory: MemoryState,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    ratios: Int[Array, "*B P"],
+    labels: Int[Array, "B T"] | None,
     *,
-    static,
-    outputs,
-    close=True,
-):
-    """`feed` without the host's checks, of a memory that it takes over.
+    static: tuple[int, ...],
+    outputs: str,
+    close: bool = True,
+) -> tuple[FeedOutput, MemoryState]:
+    """Feeds as `feed` does, without the host's checks, a memory that it takes over.
 
-    static: the ratios to compile.
+    Args:
+      static: the ratios to compile.
     """
     config, dtype = net.config, net.dtype
     b, t = tokens.shape
@@ -143,6 +145,7 @@ def feed_jit(
     begun = total // w if close else jnp.maximum(final, 0)  # windows that close
     all_labels = jnp.full((b, n * w), IGNORE)
     if outputs in ("loss", "score"):
+        assert labels is not None
         shifted = jnp.take_along_axis(labels, jnp.clip(at, 0, t - 1), axis=1)
         new = (at >= 0) & (jnp.arange(n * w) < total[:, None])
         all_labels = jnp.where(new, shifted, IGNORE)
@@ -318,7 +321,16 @@ def _either(
     return state
 
 
-def _compress_open(config, slots, ratio, full, ratios, law, k, v):
+def _compress_open(
+    config: ModelConfig,
+    slots: Int[Array, " B"],
+    ratio: Int[Array, " B"],
+    full: Bool[Array, " B"],
+    ratios: list[int],
+    law: Law,
+    k: Buffer,
+    v: Buffer,
+) -> tuple[Buffer, Buffer]:
     """Moves the kept entries of full open windows to the front of them."""
     slots, ratio = slots[:, None], ratio[:, None]
     most = max(int(law.kept(r, 0)) for r in ratios)

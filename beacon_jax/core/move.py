@@ -8,10 +8,11 @@ when rotated once); in float32 it is as exact as a rotation by the sum.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.model import buffers
@@ -108,21 +109,30 @@ def append(config: ModelConfig, state: MemoryState, other: MemoryState) -> Memor
     )
 
 
-def _targets(slots, size, capacity):
-    """The buffer's indices [B, size] that hold slots ... slots + size - 1 as far as the
-    buffer goes, and each one's distance from slots: negative for those in front, which
-    a window near the end begins with (XLA would clamp the write silently)."""
+def _targets(
+    slots: Int[Array, " B"], size: int, capacity: int
+) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
+    """Returns indices of the buffer that hold slots ... slots + size - 1.
+
+    They go as far as the buffer does. With them is each one's distance from slots:
+    negative for those in front, which a window near the end begins with (XLA would
+    clamp the write silently).
+    """
     start = jnp.minimum(slots, capacity - size)[:, None]
     to = start + jnp.arange(size)
     return to, to - slots[:, None]
 
 
-def _turned(config, keys, distance, shift=None):
-    """Keys [L, B, n, K, H] that move by distance [B, n]."""
+def _turned(
+    config: ModelConfig, keys: Any, distance: Int[Array, "B n"], shift: Any = None
+) -> Any:
+    """Turns keys [L, B, n, K, H] that move by a distance."""
     return buffers.turned(keys, *cos_sin(config, distance, scaled=False), shift)
 
 
-def _put(buffer, new, to, moves):
+def _put(
+    buffer: Buffer, new: Any, to: Int[Array, "B n"], moves: Bool[Array, "B n"]
+) -> Buffer:
     """Writes new [L, B, n, K, H] at the neighbours to [B, n] where `moves`; the others
     keep their bits, whatever a turn by 0 would make of them."""
     mixed = buffers.choose(moves, new, buffers.take(buffer, to))

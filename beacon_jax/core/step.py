@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from beacon_jax.core.law import Law
+from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, Entries, Layer, apply
 from beacon_jax.model.layout import Layout
@@ -16,7 +18,12 @@ from beacon_jax.model.rotary import cos_sin, rotate
 NOOP = 0
 
 
+# A branch: (variables, tokens, k, v, slots, valid) -> (hidden, entries kept, k, v).
+type Branch = Callable[..., tuple[Array, Entries, Buffer, Buffer]]
+
+
 def layout_of(config: ModelConfig, ratio: int, window: int) -> Layout:
+    """Returns where raw tokens and beacons stand in a window at a ratio."""
     return Layout.of_window(window, ratio, Law.of(config).placement)
 
 
@@ -37,11 +44,16 @@ class Window(NamedTuple):
     finish: Callable[..., Any]
 
 
-def training_window(net: Net, ratio, window, keep, *, remat=False) -> Window:
-    """The parts of a window; `keep` are entries that may enter the memory.
+def training_window(
+    net: Net, ratio: int, window: int, keep: tuple[int, ...], *, remat: bool = False
+) -> Window:
+    """Makes the parts of a window.
 
-    remat: of the attention, keep what its backward pass needs, but not the buffer with
-      the window written into it.
+    Args:
+      window: W, its raw tokens.
+      keep: entries that may enter the memory.
+      remat: of the attention, keep what its backward pass needs, but not the buffer
+        with the window written into it.
     """
     layout = layout_of(net.config, ratio, window)
     model, one = Decoder(net, layout, keep), Layer(net, layout, keep, remat)
@@ -60,9 +72,11 @@ def training_window(net: Net, ratio, window, keep, *, remat=False) -> Window:
     )
 
 
-def window_branches(net: Net, ratios, window):
-    """NOOP and one function per static ratio, for feeding:
-    (variables, tokens, k, v, slots, valid) -> (hidden, kept, k, v)."""
+def window_branches(net: Net, ratios: tuple[int, ...], window: int) -> list[Branch]:
+    """Makes the branches of feeding: NOOP, and one per static ratio in order.
+
+    All keep as many entries, the most that any of them does, the last ones padding.
+    """
     law = Law.of(net.config, window)
     most = max(len(law.kept_entries(r)) for r in ratios)
 
@@ -93,12 +107,24 @@ def pad_entries(entries: Entries, size: int) -> Entries:
     return Entries(*(jnp.pad(x, pad) for x in entries))
 
 
-def new_entries(config, kept, slots, ratio, dtype):
-    """Kept entries [sink | beacons] as they enter the memory behind `slots`.
+def new_entries(
+    config: ModelConfig,
+    kept: Entries,
+    slots: Int[Array, " B"],
+    ratio: Int[Array, ""],
+    dtype: Any,
+) -> Entries:
+    """Turns kept entries [sink | beacons] into slots that enter the memory.
 
     Sinks stay in front of the first compressed window only; elsewhere they are moved
     behind the beacons, where the caller counts them as dead. Keys get the rotation of
-    their slot. `ratio` may be traced.
+    their slot.
+
+    Args:
+      kept: [L, B, n, K, H], keys not rotated.
+      slots: of each row in front of them.
+      ratio: of the window, traced.
+      dtype: of the buffers.
     """
     sink = config.beacon.sink if config.beacon else 0
     if sink:
@@ -109,7 +135,7 @@ def new_entries(config, kept, slots, ratio, dtype):
     return Entries(rotate(kept.k, cos, sin).astype(dtype), kept.v.astype(dtype))
 
 
-def lookup(ratio, ratios):
-    """Branch index of a traced ratio among the static ones."""
+def lookup(ratio: Int[Array, "..."], ratios: tuple[int, ...]) -> Int[Array, "..."]:
+    """Returns the branch of traced ratios among the static ones."""
     found = sum(jnp.where(ratio == r, i + 1, 0) for i, r in enumerate(ratios))
     return jnp.asarray(found, jnp.int32)

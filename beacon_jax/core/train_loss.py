@@ -1,6 +1,7 @@
 """The training loss of a batch of windows (docs/specification.md section 3)."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -173,7 +174,7 @@ def train_loss(
     return loss, aux
 
 
-def _train_slots(law: Law, ratios, windows: int, slots: int) -> int:
+def _train_slots(law: Law, ratios: Sequence[int], windows: int, slots: int) -> int:
     """The buffer's size: `slots` of memory and the open window. A plain model keeps
     everything."""
     if not any(r > 0 for r in ratios):
