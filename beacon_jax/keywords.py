@@ -2,10 +2,36 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from beacon_jax.names import nearest
+
+
+def unknown(
+    called: str,
+    name: str,
+    value: Any,
+    names: Sequence[str],
+    elsewhere: Mapping[str, str] | None = None,
+) -> TypeError:
+    """Makes the error of an argument that a call does not have.
+
+    Args:
+      called: how users call it: "load", "Memory.load".
+      names: of its arguments; the nearest one is named.
+      elsewhere: what other libraries call an argument, and its name here, or a whole
+        sentence.
+    """
+    meant = (elsewhere or {}).get(name) or nearest(name, names)
+    hint = f"did you mean {meant}?" if meant in names else "it has no such one."
+    if " " in meant:
+        hint = meant
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return TypeError(
+        f"{called}({name}={shown}): {hint} The arguments are {', '.join(names)}."
+    )
 
 
 def hinted[F: Callable[..., Any]](
@@ -14,9 +40,7 @@ def hinted[F: Callable[..., Any]](
     """Makes a decorator: what is no argument of the function names the nearest one.
 
     Args:
-      called: how users call it, for messages: "load", "Memory.load".
-      elsewhere: what other libraries call an argument, and its name here, or a whole
-        sentence.
+      called, elsewhere: as in `unknown`.
     """
 
     def decorate(function: F) -> F:
@@ -38,19 +62,7 @@ def hinted[F: Callable[..., Any]](
             for name in keywords:
                 if name in names or inspect.Parameter.VAR_KEYWORD in kinds:
                     continue
-                meant = (elsewhere or {}).get(name) or nearest(name, names)
-                if meant and " " in meant:
-                    hint = meant
-                elif meant in names:
-                    hint = f"did you mean {meant}?"
-                else:
-                    hint = "it has no such one."
-                value = repr(keywords[name])
-                value = value if len(value) <= 60 else value[:57] + "..."
-                raise TypeError(
-                    f"{called}({name}={value}): {hint} The arguments are "
-                    f"{', '.join(names)}."
-                )
+                raise unknown(called, name, keywords[name], names, elsewhere)
             try:
                 signature.bind(*given, **keywords)
             except TypeError as error:

@@ -122,7 +122,7 @@ def read_context(o: flags.FlagValues) -> str | None:
 
 def parse_ratio(text: str | None) -> list[int] | str | None:
     """Reads --ratio; ValueError if it is none, a number below 0 for example."""
-    if text is None or re.fullmatch(r"full|auto(-\d+)?", text):
+    if text is None or re.fullmatch(r"full|auto(-[1-9]\d*)?", text):
         return text
     if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
         raise ValueError(

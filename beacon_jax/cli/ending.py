@@ -94,7 +94,7 @@ class _Answer:
     """What Ctrl-C does: a line, once, and the end of the process."""
 
     def __init__(self, line: str):
-        self._line, self._lock = line, threading.Lock()
+        self._lines = [line]
         self._handled, self._arrived = threading.Event(), threading.Event()
         self._insistent = Insistent()
 
@@ -141,11 +141,9 @@ class _Answer:
         self._insistent.throw(number, KeyboardInterrupt())
 
     def _say(self) -> None:
-        with self._lock:
-            if self._line:
-                with contextlib.suppress(OSError):  # nobody reads it
-                    os.write(2, f"{self._line}\n".encode())
-            self._line = ""
+        # Without a lock: another Ctrl-C may arrive right here, in the same thread.
+        with contextlib.suppress(IndexError, OSError):  # said already; nobody reads it
+            os.write(2, f"{self._lines.pop()}\n".encode())
 
 
 def _importing(frame: FrameType | None) -> bool:

@@ -155,9 +155,14 @@ def parse(argv: Sequence[str], values: flags.FlagValues, doc: str = "") -> list[
         sys.exit(0)
     try:
         return values(_with_config(words, values))
-    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
-        sys.exit(f"error: {_reason(error, values, words[0])}")
-    except OSError as error:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:
         sys.exit(f"error: {_reason(error, values, words[0])}")
 
 

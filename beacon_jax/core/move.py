@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from beacon_jax.core.law import Law
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.model import buffers
 from beacon_jax.model.buffers import Buffer
@@ -70,7 +71,7 @@ def keep_entries(
     place = place[:, : state.capacity]
     k, v = keep_places(config, state.k, state.v, state.slots, place, count)
     closes = count > 0
-    sink = config.beacon.sink if config.beacon else 0
+    sink = Law.of(config).sink
     first = closes & (state.slots == 0)
     return state.replace(
         k=k,

@@ -126,8 +126,7 @@ def new_entries(
       ratio: of the window, traced.
       dtype: of the buffers.
     """
-    sink = config.beacon.sink if config.beacon else 0
-    if sink:
+    if sink := Law.of(config).sink:
         away = jnp.where(ratio > 0, -sink, 0)
         first = (slots == 0)[None, :, None, None, None]
         kept = Entries(*(jnp.where(first, x, jnp.roll(x, away, axis=2)) for x in kept))

@@ -14,8 +14,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 from beacon_jax.inference.spans import Spans
-from beacon_jax.keywords import hinted
-from beacon_jax.names import nearest
+from beacon_jax.keywords import hinted, unknown
 
 type Ratio = int | Sequence[int] | Callable[[int, int, int], int] | str | None
 type Text = str | Sequence[int] | np.ndarray  # a text, or the token ids [n] of one
@@ -130,15 +129,7 @@ def collect[Options: Reading](
     names = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         if name not in names:
-            known = [*names, *own]
-            meant = ELSEWHERE.get(name) or nearest(name, known)
-            hint = f"did you mean {meant}?" if meant in known else "it has no such one."
-            value = repr(given[name])
-            value = value if len(value) <= 60 else value[:57] + "..."
-            raise TypeError(
-                f"{function}({name}={value}): {hint} The arguments are "
-                f"{', '.join([*own, *names])}."
-            )
+            raise unknown(function, name, given[name], [*own, *names], ELSEWHERE)
     return kind(**given)
 
 

@@ -7,7 +7,6 @@ what the user asks for (a ratio, a budget, spans to keep) become one ratio per w
 import dataclasses
 import functools
 import operator
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,11 @@ from beacon_jax.inference.options import Ratio
 from beacon_jax.inference.prefill import power_of_two
 from beacon_jax.inference.row import Row
 from beacon_jax.inference.validate import budget, warn
-from beacon_jax.inference.validate_ratio import check_returned, warn_about_ratios
+from beacon_jax.inference.validate_ratio import (
+    check_returned,
+    named_ratio,
+    warn_about_ratios,
+)
 from beacon_jax.model.config import ModelConfig
 
 
@@ -169,16 +172,11 @@ def _own_ratio(before: Ledger) -> int | None:
 
 def _auto(row: Row, ratio: str) -> tuple[Int[np.ndarray, " n"], str]:
     """Returns the ratios of "auto" and "auto-N", and why they were chosen."""
-    named = re.fullmatch(r"auto(?:-([1-9]\d*))?", ratio)
-    if not named:
-        raise ValueError(
-            f"ratio={ratio!r} must be a number, a list or a callable, 'full', 'auto' "
-            "or 'auto-N' (xN or uncompressed)."
-        )
+    number = named_ratio(ratio)
     config, zeros = row.config, row.uniform(0)
     trained = config.trained_positions
-    choices = [int(named[1])] if named[1] else [0]
-    if not named[1] and config.beacon:
+    choices = [number or 0]
+    if number is None and config.beacon:
         choices = sorted(set(config.beacon.ratios))
     # Refuses a number that does not divide the window, or any for a plain model.
     draw_ratios(config, 1, mix="list", ratios=choices[:1])

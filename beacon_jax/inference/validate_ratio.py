@@ -38,16 +38,8 @@ def check_ratios(given: Any, config: ModelConfig) -> None:
         if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", given):
             number = shown(given).strip("'")
             raise TypeError(f"ratio={shown(given)} is text: give the number {number}.")
-        named = re.fullmatch(r"full|auto(?:-([1-9][0-9]{0,8}))?", given)
-        if not named:
-            raise ArgumentError(
-                "ratio",
-                given,
-                "must be a number, a list or a function, 'full', 'auto' or 'auto-N' "
-                "(xN or uncompressed)",
-                flags="use 8, or 2,4,8 (per window), full, auto or auto-8",
-            )
-        numbers = [int(named[1])] if named[1] else []
+        number = named_ratio(given)
+        numbers = [] if number is None else [number]
         _check_beacons(given, numbers, config)
         for number in numbers:
             _check_one(number, config)
@@ -71,6 +63,24 @@ def check_ratios(given: Any, config: ModelConfig) -> None:
     _check_beacons(given, several, config)
     for x in several:
         _check_one(x, config)
+
+
+def named_ratio(given: str) -> int | None:
+    """Returns N of "auto-N"; None for "full" and "auto".
+
+    Raises:
+      ArgumentError: other text.
+    """
+    named = re.fullmatch(r"full|auto(?:-([1-9][0-9]{0,8}))?", given)
+    if not named:
+        raise ArgumentError(
+            "ratio",
+            given,
+            "must be a number, a list or a function, 'full', 'auto' or 'auto-N' "
+            "(xN or uncompressed)",
+            flags="use 8, or 2,4,8 (per window), full, auto or auto-8",
+        )
+    return int(named[1]) if named[1] else None
 
 
 def _check_one(x: Any, config: ModelConfig) -> None:

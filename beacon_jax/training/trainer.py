@@ -180,8 +180,10 @@ def _train(
             profiler.after(done, state)
             report = done == steps or done % config.log_every == 0
             # `metrics` has a line for those after the first.
-            shown = progress.stage("computing the first step") if step == start else ()
-            with metrics.timing("step"), shown or contextlib.nullcontext():
+            shown = contextlib.nullcontext()
+            if step == start:
+                shown = progress.stage("computing the first step")
+            with metrics.timing("step"), shown:
                 flight.add(values)
                 flight.land(all_of_them=report or metrics.due())
             received = signals.after(done)

@@ -11,8 +11,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from beacon_jax.inference import feeding
 from beacon_jax.inference.loading import load
 from beacon_jax.inference.model import Model
+from tests.inference.memories import Fed
 
 V, D, F, L, N, K, H, W = 257, 16, 24, 2, 2, 1, 8, 8
 CONFIG: dict[str, Any] = {
@@ -105,3 +107,13 @@ def model(folder) -> Model:
 @pytest.fixture(scope="session")
 def plain(make_folder) -> Model:
     return load(make_folder(beacons=False))
+
+
+@pytest.fixture
+def nothing_is_fed(monkeypatch):
+    """Ends a call by `Fed` where the device would begin to work."""
+
+    def fed(*args, **options):
+        raise Fed
+
+    monkeypatch.setattr(feeding, "_feed_group", fed)

@@ -19,6 +19,10 @@ W = 8
 CONFIG = tiny(vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8)
 
 
+class Fed(Exception):
+    """The arguments passed, and the device would work now (`nothing_is_fed`)."""
+
+
 def tokens_of(count: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng([seed, count])
     return rng.integers(3, CONFIG.vocab_size, count).astype(np.int32)

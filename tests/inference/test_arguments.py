@@ -4,28 +4,17 @@ model here breaks as soon as it is fed."""
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from beacon_jax.cli import context
-from beacon_jax.inference import feeding, room
+from beacon_jax.inference import room
 from beacon_jax.inference.chat import Chat
 from beacon_jax.inference.validate import ArgumentError
-from tests.inference.memories import random_memory
+from tests.inference.memories import Fed, random_memory
 
-
-class Fed(Exception):
-    """The arguments passed, and the device would work now."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_fed(monkeypatch):
-    def fed(*args: Any, **options: Any) -> Any:
-        raise Fed
-
-    monkeypatch.setattr(feeding, "_feed_group", fed)
+pytestmark = pytest.mark.usefixtures("nothing_is_fed")
 
 
 @pytest.mark.parametrize(

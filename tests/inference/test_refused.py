@@ -3,34 +3,23 @@
 import os
 import re
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
 
 import beacon_jax
 from beacon_jax.cli import context
-from beacon_jax.inference import feeding
 from beacon_jax.inference.chat import Chat
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.packs import read_manifest
 from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.partition import make_partition
-from tests.inference.memories import random_memory
+from tests.inference.memories import Fed, random_memory
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
-class Fed(Exception):
-    """The arguments passed, and the device would work now."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_fed(monkeypatch):
-    def fed(*args: Any, **options: Any) -> Any:
-        raise Fed
-
-    monkeypatch.setattr(feeding, "_feed_group", fed)
+pytestmark = pytest.mark.usefixtures("nothing_is_fed")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from beacon_jax.core.law import Law
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.evaluation.baselines.select import Budgeted, floats, read
 from beacon_jax.evaluation.model import Model, Rows
@@ -34,7 +35,7 @@ def pooled(
 ) -> MemoryState:
     """A memory of floats, which it takes over: [sinks | means of `ratio` slots each],
     `count` slots of each row in all."""
-    sink = config.beacon.sink if config.beacon else 0
+    sink = Law.of(config).sink
     groups = (memory.capacity - sink) // ratio
 
     def mean(x):  # [L, B, S, K, H] -> [L, B, groups, K, H]
