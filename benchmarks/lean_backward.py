@@ -21,7 +21,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from beacon_jax.benchmark.records import provenance
-from beacon_jax.core.train_loss import train_loss
+from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.net import Net
 from beacon_jax.training.initial import random_variables
@@ -55,7 +55,7 @@ def measure(remat: str, windows: int, repeats: int) -> dict[str, object]:
     }
     plan = jnp.asarray([2, 8] * windows)[:windows]
     loss = lambda beacon, params: train_loss(
-        Net(MODEL), beacon, params, batch, plan, remat=remat
+        Net(MODEL), beacon, params, batch, plan, LossConfig(remat=remat)
     )[0]
     arguments = variables["beacon"], variables["params"]
     start = time.perf_counter()

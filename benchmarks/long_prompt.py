@@ -31,7 +31,7 @@ from safetensors.numpy import save_file
 from beacon_jax.benchmark.device import random_variables
 from beacon_jax.benchmark.records import provenance, versions
 from beacon_jax.benchmark.sizes import kv_token_bytes
-from beacon_jax.core.loop import feed, feed_jit
+from beacon_jax.core.feed import feed, feed_jit
 from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.core.plan import capacity
 from beacon_jax.model.config import ModelConfig, check_ratio

@@ -1,5 +1,6 @@
 """What every test process starts with: eight virtual CPU devices, cheap compilation,
-and programs that all processes share.
+and programs that all processes share. Shapes and types that signatures of the core, the
+decoder and attention state are checked at every call.
 
 Compiling is most of what the tests cost. So programs are kept in `.cache/xla` of the
 checkout: the other worker, a subprocess, and the next run find them there. And XLA does
@@ -25,10 +26,30 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
 from beacon_jax import runtime
 
 runtime.prepare()  # two threads per device, before a test starts the backend
+# Before the first import of them. Subprocesses run unchecked, as users do.
+CHECKED = [
+    "attention",
+    "core",
+    *(
+        f"model.{name}"
+        for name in (
+            "beacon",
+            "buffers",
+            "decoder",
+            "layout",
+            "net",
+            "quantize",
+            "rotary",
+            "scatter",
+        )
+    ),
+]
+install_import_hook([f"beacon_jax.{room}" for room in CHECKED], "beartype.beartype")
 
 
 ROOT = Path(__file__).parents[1]

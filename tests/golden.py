@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beacon_jax.core.loop import decode_step, feed
+from beacon_jax.core.decode import decode_step
+from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import init_memory
 from beacon_jax.core.plan import capacity, draw_ratios, static_ratios
-from beacon_jax.core.train_loss import train_loss
-from beacon_jax.core.windows import split_windows
+from beacon_jax.core.train_loss import LossConfig, train_loss
+from beacon_jax.data.windows import split_windows
 from beacon_jax.hf.checkpoint import load
 from beacon_jax.hf.keys import flatten, table
 from beacon_jax.model.net import Net
@@ -167,12 +168,13 @@ class Replay:
         static = tuple(sorted({int(r) for r in plan[:-1]}))
         if self.config.beacon is None:
             static = ()
-        options = {"ratios": static} | options
-        if not options.pop("grads", False):
-            return train_loss(self.net, beacon, params, batch, plan, **options)
+        outputs, grads = options.pop("outputs", "loss"), options.pop("grads", False)
+        settings = LossConfig(ratios=static, **options)
+        rest = (params, batch, plan, settings)
+        if not grads:
+            return train_loss(self.net, beacon, *rest, outputs=outputs)
         grad = jax.value_and_grad(
-            lambda b: train_loss(self.net, b, params, batch, plan, **options),
-            has_aux=True,
+            lambda b: train_loss(self.net, b, *rest, outputs=outputs), has_aux=True
         )
         return grad(beacon)
 

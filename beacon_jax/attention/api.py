@@ -65,6 +65,7 @@ def prefix_attention(
     v_scale: Float[Array, "*L B K S"] | None = None,
     k_mean: Float[Array, "*L B K H"] | None = None,
     frequencies: Float[np.ndarray, " H/2"] | None = None,
+    target: Any = None,
 ) -> Float[Array, "B T N H"]:
     """Computes causal attention in which query i sees the keys j <= prefix[row] + i.
 

@@ -1,6 +1,6 @@
 """The device that a program is traced for."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,6 +13,18 @@ class Target(NamedTuple):
 
     platform: str
     kind: str
+
+    @classmethod
+    def of(cls, device: Any) -> "Target":
+        """Returns what a device of jax is."""
+        return cls(device.platform, device.device_kind)
+
+
+def default_target() -> Target:
+    """Returns jax's default device, without looking at any mesh."""
+    chosen = jax.config.jax_default_device
+    device = jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
+    return Target.of(jax.devices()[0] if device is None else device)
 
 
 def target() -> Target:

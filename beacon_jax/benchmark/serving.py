@@ -51,11 +51,11 @@ from beacon_jax.benchmark.timing import (
     compile_program,
 )
 from beacon_jax.benchmark.torch_model import TorchModel, library
+from beacon_jax.core.feed import feed_jit
 from beacon_jax.core.law import Law
-from beacon_jax.core.loop import feed_jit
 from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.core.plan import capacity
-from beacon_jax.inference.decode import BLOCK, Loop, decode_block
+from beacon_jax.inference.decode import BLOCK, Loop, Rows, decode_block
 from beacon_jax.inference.sampling import make_sampling, row_seeds
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
@@ -474,10 +474,8 @@ def _block(
             memory,
             Loop(logits, rows, None),
             plan,
-            sampling,
-            row_seeds(0, batch),
+            Rows(sampling, row_seeds(0, batch), limits),
             jnp.int32(0),
-            limits,
             eos_ids=(-1,),  # never drawn
             static=(ratio,),
         )

@@ -19,7 +19,7 @@ from beacon_jax.benchmark.device import check_fits, peak_bytes, random_variables
 from beacon_jax.benchmark.records import Row
 from beacon_jax.benchmark.timing import compile_program, measure
 from beacon_jax.core.plan import draw_ratios, memory_slots, plan_slots
-from beacon_jax.core.windows import split_windows
+from beacon_jax.data.windows import split_windows
 from beacon_jax.flops import training_step
 from beacon_jax.training.config import default_config
 from beacon_jax.training.hardware import peak_flops

@@ -12,7 +12,7 @@ them. What comes out is an array of the same library.
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class Law:
     placement: str = "interleave"
 
     @classmethod
-    def of(cls, config: ModelConfig, window: int | None = None) -> Self:
+    def of(cls, config: ModelConfig, window: int | None = None) -> "Law":
         """Makes the law of a model; `window` in place of its own."""
         window = window or default_window(config)
         beacon = config.beacon

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from beacon_jax.core.step import Window, new_entries, pad_entries
 from beacon_jax.model.buffers import put_all_layers
@@ -34,17 +35,22 @@ class Static(NamedTuple):
     remat: str
     offload: bool
 
+    @property
+    def most(self) -> int:
+        """Entries that every branch hands over, the last ones as padding."""
+        return max(window.kept for window in self.windows)
+
 
 def window_loop(
     net: Net,
     windows: tuple[Window, ...],
     variables: Any,
     buffers: Entries,
-    xs: dict[str, jax.Array],
+    xs: dict[str, Array],
     *,
     remat: str,
     offload: bool = False,
-) -> jax.Array:
+) -> Float[Array, "N B W D"]:
     """Runs all windows, which fill the buffers; returns hidden states [N, B, W, D].
 
     Args:
@@ -69,11 +75,13 @@ def window_loop(
     return lax.scan(step, buffers, xs)[1]
 
 
-def _step(static, variables, buffers: Entries, x):
-    """One window forward: (buffers, hidden [B, W, D])."""
+def _step(
+    static: Static, variables: Any, buffers: Entries, x: dict[str, Array]
+) -> tuple[Entries, Float[Array, "B W D"]]:
+    """Runs one window forward: (buffers, hidden)."""
     net, windows, remat, _ = static
     b, w = x["tokens"].shape
-    most = max(window.kept for window in windows)
+    most = static.most
     outer, layers = _split(variables)
     dtype = buffers.k.dtype
 
@@ -106,12 +114,12 @@ def _step(static, variables, buffers: Entries, x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lean(static, variables, buffers: Entries, xs):
+def _lean(static: Static, variables: Any, buffers: Entries, xs: Any) -> Any:
     step = functools.partial(_step, static, variables)
     return lax.scan(step, buffers, xs)[1]
 
 
-def _lean_fwd(static, variables, buffers, xs):
+def _lean_fwd(static: Static, variables: Any, buffers: Any, xs: Any) -> Any:
     # Only what is differentiated gets a cotangent: a frozen base must cost nothing.
     is_primal = lambda x: hasattr(x, "perturbed")
     value = lambda tree: jax.tree.map(lambda p: p.value, tree, is_leaf=is_primal)
@@ -126,8 +134,8 @@ def _lean_fwd(static, variables, buffers, xs):
     return hidden, (variables, trained, final, xs)
 
 
-def _lean_bwd(static, residuals, d_hidden):
-    net, windows, remat, _ = static
+def _lean_bwd(static: Static, residuals: Any, d_hidden: Any) -> Any:
+    net = static.net
     variables, trained, buffers, xs = residuals
     if isinstance(d_hidden, jax.custom_derivatives.SymbolicZero):
         zero: Any = d_hidden
@@ -135,18 +143,10 @@ def _lean_bwd(static, residuals, d_hidden):
     axes = _split(variable_axes(net.config))
     parts = zip(_split(variables), _split(trained), axes, strict=True)
     outer, layers = (_Trained(net, *part) for part in parts)
-    most = max(window.kept for window in windows)
-
-    def reverse(window):
-        def branch(sums, x, d_hidden):
-            return _reverse(
-                net, window, outer, layers, most, buffers, remat, sums, x, d_hidden
-            )
-
-        return branch
-
+    held = _Held(static, outer, layers, buffers)
     nothing = lambda sums, x, d_hidden: sums
-    branches = [nothing, *map(reverse, windows)]
+    reverse = lambda window: functools.partial(_reverse, held, window)
+    branches = [nothing, *map(reverse, static.windows)]
 
     def step(sums, x_and_ct):
         return _switch(x_and_ct[0], branches)(sums, *x_and_ct), None
@@ -162,10 +162,25 @@ def _lean_bwd(static, residuals, d_hidden):
 _lean.defvjp(_lean_fwd, _lean_bwd, symbolic_zeros=True)
 
 
+class _Held(NamedTuple):
+    """What every window of the backward pass finds there."""
+
+    static: Static
+    outer: "_Trained"
+    layers: "_Trained"
+    buffers: Entries
+
+
 def _reverse(
-    net, window, outer, layers, most, buffers, remat, sums, x, d_hidden
-):  # fmt: skip
-    """One window backward: adds to (d_buffers [L, B, S, K, H], d_outer, d_layers)."""
+    held: _Held,
+    window: Window,
+    sums: Any,
+    x: dict[str, Array],
+    d_hidden: Float[Array, "B W D"],
+) -> Any:
+    """Runs one window backward: adds to the sums (d_buffers, d_outer, d_layers)."""
+    (net, _, remat, _), outer, layers, buffers = held
+    most = held.static.most
     (d_k, d_v), d_outer, d_layers = sums
     slots, tokens = x["slots"], x["tokens"]
     alive = (jnp.arange(most) < x["added"][:, None])[..., None, None]
@@ -233,14 +248,14 @@ class _Residuals:
     """What `jax.vjp` of a layer keeps, without the layer's own inputs: weights and
     buffers, which are there anyway, are not stacked a second time."""
 
-    def store(self, pull, inputs):
+    def store(self, pull: Any, inputs: Any) -> list[Array]:
         leaves, self.tree = jax.tree.flatten(pull)
         own, frozen, _, k, v = inputs
         known = {id(x): i for i, x in enumerate(jax.tree.leaves((own, frozen, k, v)))}
         self.known = [known.get(id(leaf)) for leaf in leaves]
         return [x for x, i in zip(leaves, self.known, strict=True) if i is None]
 
-    def restore(self, kept, inputs):
+    def restore(self, kept: Any, inputs: Any) -> Any:
         inputs, kept = jax.tree.leaves(inputs), iter(kept)
         leaves = [next(kept) if i is None else inputs[i] for i in self.known]
         return jax.tree.unflatten(self.tree, leaves)
@@ -249,7 +264,7 @@ class _Residuals:
 class _Trained:
     """The leaves of a tree in two lists, those that are trained and the others."""
 
-    def __init__(self, net: Net, tree, trained, axes):
+    def __init__(self, net: Net, tree: Any, trained: Any, axes: Any):
         self.net = net
         self.leaves, self.tree = jax.tree.flatten(tree)
         self.axes = self.tree.flatten_up_to(axes)
@@ -260,12 +275,12 @@ class _Trained:
         ]
         self.own, self.frozen = parts(True), parts(False)
 
-    def merge(self, own, frozen=None):
+    def merge(self, own: Any, frozen: Any = None) -> Any:
         own, frozen = iter(own), iter(self.frozen if frozen is None else frozen)
         leaves = [next(own) if mark else next(frozen) for mark in self.marks]
         return self.tree.unflatten(leaves)
 
-    def zeros(self):
+    def zeros(self) -> list[Array]:
         """Where gradients are summed: float32, split as what is trained."""
         marked = zip(self.leaves, self.marks, self.axes, strict=True)
         return [
@@ -274,7 +289,7 @@ class _Trained:
             if mark
         ]
 
-    def full(self, sums):
+    def full(self, sums: Any) -> Any:
         """Gradients in the dtypes of the tree, zeros where nothing is trained."""
         sums = iter(sums)
         pairs = zip(self.leaves, self.marks, strict=True)
@@ -285,8 +300,8 @@ class _Trained:
         return self.tree.unflatten(leaves)
 
 
-def _split(variables):
-    """(all but the layers, the layers), each {collection: tree}."""
+def _split(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (all but the layers, the layers), each {collection: tree}."""
     outer = {
         name: {key: part for key, part in tree.items() if key != LAYERS}
         for name, tree in variables.items()
@@ -295,7 +310,7 @@ def _split(variables):
     return outer, layers
 
 
-def _join(outer, layers, like):
+def _join(outer: dict, layers: dict, like: dict) -> dict[str, Any]:
     both = {
         name: {**tree, **({LAYERS: layers[name]} if name in layers else {})}
         for name, tree in outer.items()
@@ -303,8 +318,10 @@ def _join(outer, layers, like):
     return {name: both[name] for name in like}
 
 
-def _switch(x, branches: list[Callable[..., Any]]) -> Callable[..., Any]:
-    """The branch of a step; a plain model in one window needs no switch."""
+def _switch(
+    x: dict[str, Array], branches: list[Callable[..., Any]]
+) -> Callable[..., Any]:
+    """Returns the branch of a step; a plain model in one window needs no switch."""
     if "index" not in x:
         return branches[1]
     return lambda *operands: lax.switch(x["index"], branches, *operands)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 from beacon_jax.core.law import Law
 from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.decoder import Decoder, Entries, Layer, apply
+from beacon_jax.model.decoder import Decoder, Entries, Layer, apply, place_of
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin, rotate
@@ -59,9 +59,8 @@ def training_window(
     model, one = Decoder(net, layout, keep), Layer(net, layout, keep, remat)
 
     def layer(variables, x, k, v, prefix):
-        cos, sin = cos_sin(net.config, prefix[:, None] + jnp.arange(layout.length))
-        inputs = ((x, None, None), (None, k, v), cos, sin, prefix, None)
-        (x, *_), kept = apply(one, variables, *inputs)
+        place = place_of(net.config, layout, prefix)
+        x, kept, *_ = apply(one, variables, x, k, v, place)
         return x, kept
 
     return Window(

@@ -1,57 +1,73 @@
 """The training loss of a batch of windows (docs/specification.md section 3)."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core.law import Law
 from beacon_jax.core.lean_vjp import REMAT, window_loop
 from beacon_jax.core.loss import IGNORE, token_losses
-from beacon_jax.core.step import (
-    NOOP,
-    lookup,
-    training_window,
-)
+from beacon_jax.core.step import NOOP, Window, lookup, training_window
+from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, Entries, apply, constrain_entries
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
 from beacon_jax.names import meant
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "net",
-        "skip_first_window_loss",
-        "loss_average",
-        "remat",
-        "offload",
-        "ratios",
-        "memory_slots",
-        "outputs",
-    ),
-)
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What a training loss is, and how its gradient is computed; hashable.
+
+    Attributes:
+      skip_first_window: the paper's eq. 11 instead of the release's recipe.
+      average: "token", over all counted labels, or "row", a mean of row means.
+      remat, offload: what the backward pass recomputes, and where it finds the memory:
+        see `lean_vjp.window_loop`.
+      memory_slots: room for what a plan appends; 0: for the lowest ratio throughout.
+      ratios: the static ratios to compile; None: those of the model's config.
+    """
+
+    skip_first_window: bool = False
+    average: str = "token"
+    remat: str = "lean"
+    offload: bool = False
+    memory_slots: int = 0
+    ratios: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMAT:
+            near = meant(self.remat, REMAT)
+            raise ValueError(
+                f"remat={self.remat!r} is unknown: {near}use one of {', '.join(REMAT)}."
+            )
+        if self.average not in ("token", "row"):
+            raise ValueError(f"loss_average={self.average!r}: use 'token' or 'row'.")
+
+    def of_model(self, config: ModelConfig) -> tuple[int, ...]:
+        """Returns the ratios that a window behind others may be compressed at."""
+        if self.ratios is not None:
+            return self.ratios
+        return config.beacon.ratios if config.beacon else ()
+
+
+@functools.partial(jax.jit, static_argnames=("net", "loss", "outputs"))
 def train_loss(
     net: Net,
     beacon: dict[str, Any],
     params: dict[str, Any],
     batch: dict[str, Array],
     plan: Int[Array, " N"],
+    loss: LossConfig = LossConfig(),
     *,
-    skip_first_window_loss: bool = False,
-    loss_average: str = "token",
-    remat: str = "lean",
-    offload: bool = False,
-    ratios: tuple[int, ...] | None = None,
-    memory_slots: int = 0,
     outputs: str = "loss",
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Loss of a training batch; differentiate in `beacon` (and `params` for "all").
+    """Computes the loss of a batch; differentiate in `beacon` (and `params` for "all").
 
     Args:
       net: with `partition`, arrays are split over its mesh; None leaves that to the
@@ -60,87 +76,130 @@ def train_loss(
         real tokens per window, rows aligned at their last windows (`split_windows`
         with align="right"); optional weights [N, B, W] of single labels.
       plan: ratio of each window; the last one gets no beacons whatever it says.
-      skip_first_window_loss: the paper's eq. 11 instead of the release's recipe.
-      loss_average: "token", over all counted labels, or "row", a mean of row means.
-      remat, offload: what the backward pass recomputes, and where it finds the memory:
-        see `lean_vjp.window_loop`.
-      ratios: the static ratios to compile; the config's (0 included) if not given.
-      memory_slots: room for what the plan appends; 0: for the lowest ratio throughout.
       outputs: "loss", or "logits" to have aux["logits"] [N, B, W, V] as well.
 
     Returns:
       (loss, aux): window_loss and window_count [N], token_loss [N, B, W], row_loss and
       row_count [B] (sums of weighted losses and of weights).
     """
-    if remat not in REMAT:
-        near = meant(remat, REMAT)
-        raise ValueError(
-            f"remat={remat!r} is unknown: {near}use one of {', '.join(REMAT)}."
-        )
-    config, dtype = net.config, net.dtype
     tokens, valid = batch["tokens"], batch["valid"]
-    n, b, w = tokens.shape
-    variables = {"params": params, "beacon": beacon}
-    if ratios is None:
-        ratios = config.beacon.ratios if config.beacon else ()
-    static = tuple(sorted({0, *ratios}))
-    keep_plain = 0 in ratios or not ratios
-    law, windows = Law.of(config, w), []
-    for ratio in static:
-        # The last window, which has no beacons, is not compressed.
-        dropped = not ratio and not (keep_plain and n > 1)
-        keep = () if dropped else tuple(law.kept_entries(ratio).tolist())
-        windows.append(training_window(net, ratio, w, keep, remat=remat == "lean"))
-    weights = batch.get("weights", jnp.ones((n, b, w), jnp.float32))
-    live = jnp.arange(w) < valid[..., None]
-    labels = jnp.where(live, batch["labels"], IGNORE)
-    if skip_first_window_loss:
-        first = jnp.argmax(valid > 0, axis=0)  # [B] step of each row's first window
-        labels = jnp.where((jnp.arange(n)[:, None] == first)[..., None], IGNORE, labels)
-    weights = jnp.where(labels == IGNORE, 0.0, weights)
+    n, _, w = tokens.shape
+    law = Law.of(net.config, w)
     last = jnp.arange(n) == n - 1
     plan = jnp.where(last, 0, plan)
-    index = jnp.where(jnp.any(valid > 0, axis=1), lookup(plan, static), NOOP)
-    closes = (valid == w) & ~last[:, None]
-
-    # Slots before each step; they depend on plan and lengths only.
-    def count(slots, x):
-        added = jnp.where(x["closes"], law.kept(x["ratio"], slots), 0)
-        return slots + added, (slots, added)
-
-    counted = {"ratio": plan, "closes": closes}
-    _, (slots, added) = lax.scan(count, jnp.zeros((b,), jnp.int32), counted)
-    xs = {
-        "tokens": tokens,
-        "index": index,
-        "ratio": plan,
-        "slots": slots,
-        "added": added,
-    }
-    if len(static) == 1 and n == 1:
-        del xs["index"]  # a plain model in one window: no switch at all
-    shape = (
-        config.num_layers,
-        b,
-        _train_slots(law, ratios, n, memory_slots),
-        config.num_kv_heads,
-        config.head_dim,
-    )
-    buffers = Entries(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    windows = _windows(net, law, n, loss)
+    index = jnp.where(jnp.any(valid > 0, axis=1), lookup(plan, tuple(windows)), NOOP)
+    slots, added = _slots(law, plan, (valid == w) & ~last[:, None])
+    xs = {"tokens": tokens, "ratio": plan, "slots": slots, "added": added}
+    if len(windows) > 1 or n > 1:  # else a plain model in one window: no switch at all
+        xs["index"] = index
     hidden = window_loop(
         net,
-        tuple(windows),
-        variables,
-        constrain_entries(net, buffers),
+        tuple(windows.values()),
+        {"params": params, "beacon": beacon},
+        _buffers(net, law, tokens.shape, loss),
         xs,
-        remat=remat,
-        offload=offload,
+        remat=loss.remat,
+        offload=loss.offload,
     )
+    labels, weights = _labels(batch, loss)
+    token_loss, logits = _losses(
+        net, {"params": params, "beacon": beacon}, index, hidden, labels
+    )
+    weighted = token_loss * weights
+    row_loss, row_count = weighted.sum((0, 2)), weights.sum((0, 2))
+    if loss.average == "row":
+        value = jnp.mean(row_loss / jnp.where(row_count > 0, row_count, 1.0))
+    else:
+        total = row_count.sum()
+        value = row_loss.sum() / jnp.where(total > 0, total, 1.0)
+    aux: dict[str, Any] = {
+        "window_loss": weighted.sum((1, 2)),
+        "window_count": weights.sum((1, 2)),
+        "token_loss": token_loss,
+        "row_loss": row_loss,
+        "row_count": row_count,
+    }
+    if outputs == "logits":
+        aux["logits"] = lax.map(logits, hidden)
+    return value, aux
+
+
+def _windows(net: Net, law: Law, count: int, loss: LossConfig) -> dict[int, Window]:
+    """Makes the window of each static ratio, {ratio: window} in order."""
+    ratios = loss.of_model(net.config)
+    made = {}
+    for ratio in sorted({0, *ratios}):
+        # The last window, which has no beacons, is not compressed.
+        kept = ratio or (count > 1 and (0 in ratios or not ratios))
+        keep = tuple(law.kept_entries(ratio).tolist()) if kept else ()
+        remat = loss.remat == "lean"
+        made[ratio] = training_window(net, ratio, law.window, keep, remat=remat)
+    return made
+
+
+def _slots(
+    law: Law, plan: Int[Array, " N"], closes: Bool[Array, "N B"]
+) -> tuple[Int[Array, "N B"], Int[Array, "N B"]]:
+    """Counts the slots in front of each window and those that it adds."""
+
+    def count(slots: Int[Array, " B"], x: tuple) -> tuple:
+        ratio, closes = x
+        added = jnp.where(closes, law.kept(ratio, slots), 0)
+        return slots + added, (slots, added)
+
+    start = jnp.zeros(closes.shape[1:], jnp.int32)
+    return lax.scan(count, start, (plan, closes))[1]
+
+
+def _buffers(net: Net, law: Law, shape: tuple[int, ...], loss: LossConfig) -> Entries:
+    """Makes empty buffers [L, B, S, K, H]: the memory, and the open window behind it.
+
+    A plain model keeps everything.
+    """
+    windows, rows, w = shape
+    ratios = loss.of_model(net.config)
+    compressing = [r for r in ratios if r > 0]
+    if not compressing:
+        size = windows * w
+    else:
+        lowest = law.closed(min(compressing), max(windows - 1, 1))
+        lowest += w if 0 in ratios else 0  # allowed once
+        size = (loss.memory_slots or lowest) + law.room(ratios)
+    c = net.config
+    zeros = jnp.zeros((c.num_layers, rows, size, c.num_kv_heads, c.head_dim), net.dtype)
+    return constrain_entries(net, Entries(zeros, jnp.zeros_like(zeros)))
+
+
+def _labels(
+    batch: dict[str, Array], loss: LossConfig
+) -> tuple[Int[Array, "N B W"], Float[Array, "N B W"]]:
+    """Returns the labels that count, -100 elsewhere, and their weights, 0 elsewhere."""
+    valid, labels = batch["valid"], batch["labels"]
+    n, _, w = labels.shape
+    labels = jnp.where(jnp.arange(w) < valid[..., None], labels, IGNORE)
+    if loss.skip_first_window:
+        first = jnp.argmax(valid > 0, axis=0)  # [B] step of each row's first window
+        labels = jnp.where((jnp.arange(n)[:, None] == first)[..., None], IGNORE, labels)
+    weights = batch.get("weights", jnp.ones(labels.shape, jnp.float32))
+    return labels, jnp.where(labels == IGNORE, 0.0, weights)
+
+
+def _losses(
+    net: Net,
+    variables: dict[str, Any],
+    index: Int[Array, " N"],
+    hidden: Float[Array, "N B W D"],
+    labels: Int[Array, "N B W"],
+) -> tuple[Float[Array, "N B W"], Any]:
+    """Returns the losses of all labels, and the function that makes logits.
+
+    Behind the loop over windows: the head is compiled once, not once per ratio, and is
+    not run again when the windows are.
+    """
     head = Decoder(net, Layout(1, 1, 0))
     logits = lambda h: apply(head, variables, h, method="logits")
 
-    # Behind the loop: the head is compiled once, not once per ratio, and is not run
-    # again when the windows are.
     # Recomputed as a whole: what a branch keeps is stacked over the windows, the head's
     # weights included (14 GiB at 7B and 128 windows).
     @jax.checkpoint
@@ -152,34 +211,4 @@ def train_loss(
             lambda: token_losses(logits, hidden, labels),
         )
 
-    token_loss = lax.map(losses, (index, hidden, labels))
-    weighted = token_loss * weights
-    row_loss, row_count = weighted.sum((0, 2)), weights.sum((0, 2))
-    if loss_average == "row":
-        loss = jnp.mean(row_loss / jnp.where(row_count > 0, row_count, 1.0))
-    elif loss_average == "token":
-        total = row_count.sum()
-        loss = row_loss.sum() / jnp.where(total > 0, total, 1.0)
-    else:
-        raise ValueError(f"loss_average={loss_average!r}: use 'token' or 'row'.")
-    aux: dict[str, Any] = {
-        "window_loss": weighted.sum((1, 2)),
-        "window_count": weights.sum((1, 2)),
-        "token_loss": token_loss,
-        "row_loss": row_loss,
-        "row_count": row_count,
-    }
-    if outputs == "logits":
-        aux["logits"] = lax.map(logits, hidden)
-    return loss, aux
-
-
-def _train_slots(law: Law, ratios: Sequence[int], windows: int, slots: int) -> int:
-    """The buffer's size: `slots` of memory and the open window. A plain model keeps
-    everything."""
-    if not any(r > 0 for r in ratios):
-        return windows * law.window
-    if not slots:
-        slots = law.closed(min(r for r in ratios if r > 0), max(windows - 1, 1))
-        slots += law.window if 0 in ratios else 0  # allowed once
-    return slots + law.room(ratios)
+    return lax.map(losses, (index, hidden, labels)), logits

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from beacon_jax.core.feed import feed, power_of_two
 from beacon_jax.core.law import default_window
-from beacon_jax.core.loop import feed
 from beacon_jax.core.loss import IGNORE
+from beacon_jax.core.memory import buffer_size
 from beacon_jax.core.plan import needed_slots
 from beacon_jax.evaluation.methods import ADAPT, adapted
 from beacon_jax.evaluation.model import pad
 from beacon_jax.inference.feeding import fresh_state
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.plan import make_plan
-from beacon_jax.inference.prefill import buffer_size, power_of_two
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import meant
 

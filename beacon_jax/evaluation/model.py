@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from beacon_jax.core import loop
+from beacon_jax.core.feed import FeedOutput, feed
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.plan import capacity
 from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer
 from beacon_jax.inference import leaves
-from beacon_jax.inference.decode import decode
+from beacon_jax.inference.decode import Decoding, decode
 from beacon_jax.inference.loading import placed_on
 from beacon_jax.inference.sampling import make_sampling
 from beacon_jax.inference.text import Streamer, finisher
@@ -96,7 +96,7 @@ class Model:
         outputs: str = "last",
         labels: Rows | None = None,
         donate: bool = False,
-    ) -> tuple[loop.FeedOutput, MemoryState]:
+    ) -> tuple[FeedOutput, MemoryState]:
         """Feeds each row's next tokens; the windows that begin now have `ratio`.
 
         Rows are padded to one window or, if they are longer, to `longest`: two
@@ -106,7 +106,7 @@ class Model:
         lengths = np.asarray([len(row) for row in rows], np.int32)
         size = self.window if lengths.max() <= self.window else self._padded
         wanted = None if labels is None else jnp.asarray(pad(labels, size, -100))
-        return loop.feed(
+        return feed(
             self.net,
             self.variables,
             memory,
@@ -138,9 +138,7 @@ class Model:
             memory,
             logits,
             self.plan(ratio),
-            max_new_tokens=new_tokens,
-            sampling=GREEDY,
-            finished=finisher(streams),
+            Decoding(new_tokens, GREEDY, finished=finisher(streams)),
         )
         tokens = [t[:n] for t, n in zip(found.tokens, found.lengths, strict=True)]
         return Answers([s.finish() for s in streams], tokens, found.memory)

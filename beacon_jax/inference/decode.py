@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from beacon_jax.core.loop import decode_step
+from beacon_jax.core.decode import decode_step
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.plan import check_capacity, of_rows, static_ratios
 from beacon_jax.inference.sampling import Sampling, row_keys, row_seeds, sample
@@ -47,6 +47,43 @@ class Decoded(NamedTuple):
     fed: Int[np.ndarray, "B m"]
 
 
+class Decoding(NamedTuple):
+    """What decoding is asked for.
+
+    Attributes:
+      max_new_tokens: one number, or one per row.
+      sampling: numbers for all rows or one per row (`make_sampling`).
+      seeds: one per row, or one number (`row_seeds` says how rows differ then).
+      seen: tokens of each row so far (`seen_tokens`), of the repetition penalty.
+      eos_ids: end tokens; None: those of the config.
+      finished: called after each block for every row that went on in it, with all its
+        new tokens; a row is done once it returns how many of them to keep.
+      on_tokens: called with each block [B, <= BLOCK] as it is ready, after `finished`,
+        without what that took away; what earlier calls passed on stays passed on.
+    """
+
+    max_new_tokens: int | Sequence[int] | np.ndarray
+    sampling: Sampling
+    seeds: int | Sequence[int] | np.ndarray = 0
+    seen: Bool[np.ndarray, "B V"] | None = None
+    eos_ids: tuple[int, ...] | None = None
+    finished: Finished | None = None
+    on_tokens: Callable[[np.ndarray], None] | None = None
+
+
+class Rows(NamedTuple):
+    """What a block needs to know of each row.
+
+    Attributes:
+      sampling, seeds: [B].
+      limits: new tokens, counted from the first; a row stops there.
+    """
+
+    sampling: Sampling
+    seeds: UInt32[Array, " B"]
+    limits: Int[Array, " B"] | Int[np.ndarray, " B"]
+
+
 class Loop(NamedTuple):
     """The state that blocks pass on besides the memory: all that `sample` needs."""
 
@@ -64,10 +101,8 @@ def decode_block(
     memory: MemoryState,
     loop: Loop,
     ratios: Int[Array, "B P"],
-    sampling: Sampling,
-    seeds: UInt32[Array, " B"],
+    asked: Rows,
     start: Int[Array, ""],
-    limits: Int[Array, " B"],
     *,
     eos_ids: tuple[int, ...],
     static: tuple[int, ...],
@@ -78,7 +113,6 @@ def decode_block(
 
     Args:
       start: number of each row's next token among its new ones.
-      limits: new tokens per row, counted from the first; a row stops there.
     """
     ends = jnp.asarray(eos_ids, jnp.int32)
     rows = jnp.arange(loop.logits.shape[0])
@@ -90,7 +124,8 @@ def decode_block(
     def body(state: tuple) -> tuple:
         step, tokens, (logits, active, seen), memory = state
         number = start + step
-        token = sample(row_keys(seeds, number), logits, sampling, seen)
+        keys = row_keys(asked.seeds, number)
+        token = sample(keys, logits, asked.sampling, seen)
         active &= ~jnp.isin(token, ends)
         tokens = tokens.at[:, step].set(jnp.where(active, token, -1))
         if seen is not None:
@@ -105,7 +140,7 @@ def decode_block(
             static=static,
         )
         logits = jnp.where(active[:, None], new, logits)
-        active &= number + 1 < limits
+        active &= number + 1 < asked.limits
         return step + 1, tokens, Loop(logits, active, seen), memory
 
     tokens = jnp.full((len(rows), BLOCK), -1, jnp.int32)
@@ -120,14 +155,8 @@ def decode(
     memory: MemoryState,
     logits: Float[Array, "B V"],
     ratios: Int[np.ndarray, "*B P"],
+    asked: Decoding,
     *,
-    max_new_tokens: int | Sequence[int] | np.ndarray,
-    sampling: Sampling,
-    seeds: int | Sequence[int] | np.ndarray = 0,
-    seen: Bool[np.ndarray, "B V"] | None = None,
-    eos_ids: tuple[int, ...] | None = None,
-    finished: Finished | None = None,
-    on_tokens: Callable[[np.ndarray], None] | None = None,
     donate: bool = False,
 ) -> Decoded:
     """Continues each row until an end token, its `max_new_tokens` or `finished`.
@@ -138,18 +167,9 @@ def decode(
 
     Args:
       memory: has room for the new tokens.
-      logits: after each row's last token, from `prefill` or an earlier `decode`.
+      logits: after each row's last token, from `feed` or an earlier `decode`.
       ratios: of the windows of the whole sequence, counted from its first token; one
         plan for all rows or one per row.
-      max_new_tokens: one number, or one per row.
-      sampling: numbers for all rows or one per row (`make_sampling`).
-      seeds: one per row, or one number (`row_seeds` says how rows differ then).
-      seen: tokens of each row so far (`seen_tokens`), of the repetition penalty.
-      eos_ids: end tokens; None: those of the config.
-      finished: called after each block for every row that went on in it, with all its
-        new tokens; a row is done once it returns how many of them to keep.
-      on_tokens: called with each block [B, <= BLOCK] as it is ready, after `finished`,
-        without what that took away; what earlier calls passed on stays passed on.
       donate: the memory is not needed again: its buffer is written in place. Otherwise
         it is copied, and stays as it is.
 
@@ -159,17 +179,17 @@ def decode(
       CapacityError: the memory is too small; it states the capacity needed.
     """
     rows = logits.shape[0]
-    limits = _limits(max_new_tokens, rows)
-    sampling = _settings(sampling, seen, rows)
-    ends = net.config.eos_ids if eos_ids is None else tuple(eos_ids)
+    limits = _limits(asked.max_new_tokens, rows)
+    sampling = _settings(asked.sampling, asked.seen, rows)
+    ends = net.config.eos_ids if asked.eos_ids is None else tuple(asked.eos_ids)
     plans = of_rows(ratios, rows)
     check_capacity(net.config, memory, limits, plans)
     static = static_ratios(memory, plans)
     if not donate:
         memory = memory.copy()
     # Small arguments stay numpy: each operation on the device is a program of its own.
-    loop = Loop(logits, np.ones(rows, bool), None if seen is None else seen)
-    words = row_seeds(seeds, rows)
+    loop = Loop(logits, np.ones(rows, bool), asked.seen)
+    every = Rows(sampling, row_seeds(asked.seeds, rows), limits)
     fed = np.full((rows, 0), -1, np.int32)
     keep = np.full(rows, -1)  # tokens to keep of a row that `finished` ended
     most, start, stop = int(limits.max()), 0, 1
@@ -180,10 +200,8 @@ def decode(
             memory,
             loop,
             plans,
-            sampling,
-            words,
+            every if start else every._replace(limits=np.minimum(limits, stop)),
             np.int32(start),
-            np.minimum(limits, stop) if start == 0 else limits,
             eos_ids=ends,
             static=static,
         )
@@ -194,12 +212,12 @@ def decode(
         if start == 0:  # its limit stopped rows that go on
             active = (block[:, 0] >= 0) & (limits > stop)
             loop = loop._replace(active=active)
-        if finished:
-            _ask(finished, fed, start, keep)
+        if asked.finished:
+            _ask(asked.finished, fed, start, keep)
             active &= keep < 0
             loop = loop._replace(active=active)
-        if on_tokens:
-            on_tokens(_kept(fed, keep)[:, start:])
+        if asked.on_tokens:
+            asked.on_tokens(_kept(fed, keep)[:, start:])
         if not active.any():
             break
         start, stop = stop, stop + BLOCK

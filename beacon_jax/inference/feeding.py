@@ -1,16 +1,21 @@
 """Feeds the rows of a batch into a memory; rows with the same plan go together."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beacon_jax.core.feed import Pieces, feed, padded
 from beacon_jax.core.law import Law
-from beacon_jax.core.memory import CapacityError, MemoryState, init_memory
+from beacon_jax.core.memory import (
+    CapacityError,
+    MemoryState,
+    buffer_size,
+    init_memory,
+)
 from beacon_jax.core.move import keep_entries
 from beacon_jax.core.plan import needed_slots
 from beacon_jax.inference import leaves
@@ -20,7 +25,6 @@ from beacon_jax.inference.ledger import Ledger, kept_window
 from beacon_jax.inference.memory import Memory, join_rows, take_rows
 from beacon_jax.inference.options import OnProgress
 from beacon_jax.inference.plan import Plan, group_rows, stack_ratios
-from beacon_jax.inference.prefill import buffer_size, prefill
 from beacon_jax.inference.room import check_buffer
 from beacon_jax.model.config import ModelConfig
 
@@ -159,25 +163,36 @@ def _feed_group(
     """
     config, window = model.config, state.window
     lengths = np.asarray([len(r) for r in rows])
-    tokens = np.zeros((len(rows), int(lengths.max())), np.int32)
-    for line, row in zip(tokens, rows, strict=True):
-        line[: len(row)] = row
-    piece = PIECE_WINDOWS * window if on_fed else None
-    fill = functools.partial(prefill, model.net, model.variables, piece=piece)
+    longest = max(map(len, rows))
+    tokens = np.concatenate([padded(row[None], longest) for row in rows])
     done, begun = 0, -int(state.raw[0]) if keep else 0
+
+    def fill(state: MemoryState, stop: int, donate: bool, *, close: bool) -> Any:
+        count = np.clip(lengths, 0, stop) - done
+        here, pieces = tokens[:, done:stop], None
+        if on_fed:
+            tell, first = on_fed, done
+            size = PIECE_WINDOWS * window
+            pieces = Pieces(size, lambda count: tell(first + count))
+        out, state = feed(
+            model.net,
+            model.variables,
+            state,
+            here,
+            count,
+            ratios,
+            close=close,
+            donate=donate,
+            pieces=pieces,
+        )
+        return out.last_logits, state
+
     first = int(state.windows[0]) if keep else 0
     for number in sorted(keep):
         stop = begun + (number - first + 1) * window
         if stop > lengths.max():
             break  # the window stays open
-        logits, state = fill(
-            state,
-            tokens[:, done:stop],
-            ratios,
-            close=False,
-            donate=donate,
-            on_piece=on_fed and _behind(on_fed, done),
-        )
+        logits, state = fill(state, stop, donate, close=False)
         place = kept_window(
             Law.of(config), int(state.ratio[0]), keep[number], int(state.slots[0])
         )
@@ -190,18 +205,7 @@ def _feed_group(
         done, donate = stop, True
         if done == lengths.max():
             return logits, state
-    return fill(
-        state,
-        tokens[:, done:],
-        ratios,
-        lengths - done,
-        donate=donate,
-        on_piece=on_fed and _behind(on_fed, done),
-    )
-
-
-def _behind(on_fed: Callable[[int], None], done: int) -> Callable[[int], None]:
-    return lambda count: on_fed(done + count)
+    return fill(state, int(lengths.max()), donate, close=True)
 
 
 def choose_dtype(model: "Model", memory: Memory | None, asked: str | None) -> str:

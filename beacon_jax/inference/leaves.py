@@ -15,8 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from beacon_jax.core.law import default_window
-from beacon_jax.core.memory import MemoryState, init_memory
-from beacon_jax.inference.prefill import buffer_size
+from beacon_jax.core.memory import MemoryState, buffer_size, init_memory
 from beacon_jax.model.buffers import ARRAY, PARTS
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import Partition, make_partition

@@ -12,7 +12,7 @@ import numpy as np
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference import room, validate
-from beacon_jax.inference.decode import Decoded, decode
+from beacon_jax.inference.decode import Decoded, Decoding, decode
 from beacon_jax.inference.feeding import (
     check_memory,
     choose_dtype,
@@ -470,12 +470,14 @@ class Model:
             memory.state,
             logits,
             stack_ratios(plans),
-            max_new_tokens=new,
-            sampling=sampling,
-            seeds=seed,
-            seen=seen,
-            finished=finisher(streams) if self.tokenizer else None,
-            on_tokens=on_tokens,
+            Decoding(
+                max_new_tokens=new,
+                sampling=sampling,
+                seeds=seed,
+                seen=seen,
+                finished=finisher(streams) if self.tokenizer else None,
+                on_tokens=on_tokens,
+            ),
             donate=True,
         )
 

@@ -21,10 +21,9 @@ from jaxtyping import Int
 
 from beacon_jax.core import move
 from beacon_jax.core.law import Law, default_window
-from beacon_jax.core.memory import MemoryState
+from beacon_jax.core.memory import MemoryState, buffer_size
 from beacon_jax.inference.compatible import config_differences, identity_differences
 from beacon_jax.inference.ledger import Ledger
-from beacon_jax.inference.prefill import buffer_size
 from beacon_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from beacon_jax.core.feed import power_of_two
 from beacon_jax.core.plan import at, draw_ratios
 from beacon_jax.inference.budget import Budget, spend
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.options import Ratio
-from beacon_jax.inference.prefill import power_of_two
 from beacon_jax.inference.row import Row
 from beacon_jax.inference.validate import budget, warn
 from beacon_jax.inference.validate_ratio import (

@@ -1,7 +1,7 @@
 """Buffers of a memory [L, B, S, K, H], arrays or int8: what all others do with them.
 
 Whether a memory is int8 is asked here and nowhere else. Keys in a buffer are rotated at
-their slot; `turns` are the frequencies of that rotation (`rotary.inverse_frequencies`).
+their slot; `frequencies` are those of that rotation (`rotary.inverse_frequencies`).
 """
 
 import functools
@@ -112,12 +112,12 @@ def put(
     start: Int[Array, " B"],
     layer: Layer,
     live: Bool[Array, " B"] | None,
-    turns: Float[np.ndarray, " H/2"],
+    frequencies: Float[np.ndarray, " H2"],
 ) -> Buffer:
     """Writes entries, keys rotated, at start[row] of a layer (of an array also without
     layers); rows that are not live stay as they are."""
     if isinstance(buffer, Quantized):
-        return write(buffer, new, start, layer, live, frequencies=turns)
+        return write(buffer, new, start, layer, live, frequencies=frequencies)
     return write_rows(buffer, new.astype(buffer.dtype), start, layer, live)
 
 
@@ -126,7 +126,7 @@ def read(
     new: Float[Array, "B T K H"],
     start: Int[Array, " B"],
     layer: Layer,
-    turns: Float[np.ndarray, " H/2"],
+    frequencies: Float[np.ndarray, " H2"],
 ) -> tuple[Buffer, Layer]:
     """What a window attends to, and which layer of it: of an int8 buffer one layer as
     floats, where the window's own entries are as they were before rounding.
@@ -136,19 +136,19 @@ def read(
     """
     if not isinstance(buffer, Quantized):
         return buffer, layer
-    floats = dequantize(buffer, layer, frequencies=turns, dtype=new.dtype)
+    floats = dequantize(buffer, layer, frequencies=frequencies, dtype=new.dtype)
     return write_rows(floats, new, start), None
 
 
 def for_attention(
-    k: Buffer, v: Buffer, turns: Float[np.ndarray, " H/2"]
+    k: Buffer, v: Buffer, frequencies: Float[np.ndarray, " H2"]
 ) -> tuple[Array, Array, dict[str, Any]]:
     """Returns k, v and options for `attention.prefix_attention`."""
     if not (isinstance(k, Quantized) and isinstance(v, Quantized)):
         return k, v, {}  # pyright: ignore[reportReturnType]
     options = {"k_scale": k.scale, "v_scale": v.scale}
     if k.mean is not None:
-        options |= {"k_mean": k.mean, "frequencies": turns}
+        options |= {"k_mean": k.mean, "frequencies": frequencies}
     return k.values, v.values, options
 
 
@@ -160,11 +160,11 @@ def put_all_layers(
     new: Float[Array, "L B T K H"],
     start: Int[Array, " B"],
     live: Bool[Array, " B"] | None = None,
-    turns: Float[np.ndarray, " H/2"] | None = None,
+    frequencies: Float[np.ndarray, " H2"] | None = None,
 ) -> Any:
     """Writes new at start[row]; rows that are not live stay as they are."""
     if isinstance(buffer, Quantized):
-        return write(buffer, new, start, None, live, frequencies=turns)
+        return write(buffer, new, start, None, live, frequencies=frequencies)
     one = lambda buffer, new: write_rows(buffer, new, start, None, live)
     return jax.vmap(one)(buffer, new)
 
@@ -192,7 +192,7 @@ def mean_change(
     source: Buffer,
     to: Buffer,
     slots: Int[Array, "B n"],
-    turns: Float[np.ndarray, " H/2"],
+    frequencies: Float[np.ndarray, " H2"],
 ) -> Any:
     """What int8 keys that move from one buffer to these slots of another must get
     besides, as that lacks another mean [L, B, n, K, H]; else None."""
@@ -200,7 +200,7 @@ def mean_change(
         return None
     if source.mean is None or to.mean is None:
         return None
-    return rotated_mean(source.mean - to.mean, slots, turns)
+    return rotated_mean(source.mean - to.mean, slots, frequencies)
 
 
 def adopted(buffer: Buffer, other: Buffer, rows: Bool[Array, " B"]) -> Buffer:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.attention import RESIDUALS, prefix_attention
@@ -51,24 +52,46 @@ class Entries(NamedTuple):
     v: Array
 
 
-class Fed(NamedTuple):
-    """Inputs of a window, which may have less than W tokens of a row, or none.
+class Place(NamedTuple):
+    """Where the T entries of a window stand in each row's buffer, for all layers.
 
-    live: rows whose buffers are written.
-    entries: that stand for real tokens [B, T].
+    Attributes:
+      prefix: entries in front of them, which is also the first one's position.
+      cos, sin: of their rotary angles.
+      live: rows whose buffers are written; None: all.
+      real: entries that stand for real tokens (a window may have less than W tokens of
+        a row, or none); None: all.
     """
 
-    live: Bool[Array, " B"]
-    entries: Bool[Array, "B T"]
+    prefix: Int[Array, " B"]
+    cos: Float[Array, "B T 1 H2"]
+    sin: Float[Array, "B T 1 H2"]
+    live: Bool[Array, " B"] | None = None
+    real: Bool[Array, "B T"] | None = None
 
 
-def attend_rows(net, q, k, v, prefix, layer, frequencies):
+def place_of(config: ModelConfig, layout: Layout, prefix: Int[Array, " B"]) -> Place:
+    """Places the entries of a layout behind `prefix` others in each row."""
+    angles = cos_sin(config, prefix[:, None] + jnp.arange(layout.length))
+    return Place(prefix, *angles)
+
+
+def attend_rows(
+    net: Net,
+    q: Float[Array, "B T N H"],
+    k: Buffer,
+    v: Buffer,
+    prefix: Int[Array, " B"],
+    layer: buffers.Layer,
+    frequencies: Float[np.ndarray, " H2"],
+) -> Float[Array, "B T N H"]:
     """`prefix_attention`. In a partitioned program each device computes its own rows
     and heads: the compiler cannot split a kernel, it would gather what goes in."""
 
     def attend(q, k, v, prefix, layer):
         k, v, options = buffers.for_attention(k, v, frequencies)
         options |= {"layer": layer, "implementation": net.attention}
+        options["target"] = net.target
         return prefix_attention(q, k, v, prefix, **options)
 
     partition = net.partition
@@ -181,32 +204,39 @@ class Attention(nn.Module):
         self.v_proj = make("v", d, kv_heads, kv_axes, c.qkv_bias)
         self.o_proj = make("o", heads, d, ("heads", "head_dim", "embed"), c.o_bias)
 
-    def __call__(self, x, k_buffer, v_buffer, cos, sin, prefix, layer, fed):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        k_buffer: Buffer,
+        v_buffer: Buffer,
+        place: Place,
+        layer: buffers.Layer,
+    ) -> tuple[Float[Array, "B T D"], Entries, Buffer, Buffer]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         keep = jnp.asarray(self.keep, jnp.int32)
         kept = Entries(k[:, keep], v[:, keep])
-        live = None if fed is None else fed.live
+        prefix, live = place.prefix, place.live
         # A decoded token reads the buffer, a window what `buffers.read` makes of it.
         window = self.layout.groups * self.layout.raw > 1
-        if window and fed is not None:
+        if window and live is not None and place.real is not None:
             k_buffer = buffers.centred(
                 k_buffer,
                 k * self.net.config.rope.attention_scale,
                 layer,
-                fed.live & (prefix == 0),
-                fed.entries,
+                live & (prefix == 0),
+                place.real,
             )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = (rotate(x, place.cos, place.sin) for x in (q, k))
 
         def attend(q, k, v, k_buffer, v_buffer):
-            turns = inverse_frequencies(self.net.config)
-            k_buffer = buffers.put(k_buffer, k, prefix, layer, live, turns)
-            v_buffer = buffers.put(v_buffer, v, prefix, layer, live, turns)
+            frequencies = inverse_frequencies(self.net.config)
+            k_buffer = buffers.put(k_buffer, k, prefix, layer, live, frequencies)
+            v_buffer = buffers.put(v_buffer, v, prefix, layer, live, frequencies)
             k_read, v_read, at = k_buffer, v_buffer, layer
             if window:
-                k_read, _ = buffers.read(k_buffer, k, prefix, layer, turns)
-                v_read, at = buffers.read(v_buffer, v, prefix, layer, turns)
-            out = attend_rows(self.net, q, k_read, v_read, prefix, at, turns)
+                k_read, _ = buffers.read(k_buffer, k, prefix, layer, frequencies)
+                v_read, at = buffers.read(v_buffer, v, prefix, layer, frequencies)
+            out = attend_rows(self.net, q, k_read, v_read, prefix, at, frequencies)
             return out, k_buffer, v_buffer
 
         if self.remat:
@@ -234,37 +264,50 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and feed-forward of one layer, each behind a norm.
+
+    Attributes:
+      keep: entries whose un-rotated keys and values are returned.
+      remat: as `Attention` has it.
+    """
+
     net: Net
     layout: Layout
     keep: tuple[int, ...]
     remat: bool = False
 
     @nn.compact
-    def __call__(self, carry, per_layer, cos, sin, prefix, fed):
-        """carry: (x, k, v): the stacked buffers, which are written in place, or None
-        where the layer's slice comes in per_layer, is written and dropped. Training
-        takes slices: differentiating a carried buffer would add a whole-buffer
-        cotangent per layer."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        k: Buffer,
+        v: Buffer,
+        place: Place,
+        layer: buffers.Layer = None,
+    ) -> tuple[Float[Array, "B T D"], Entries, Buffer, Buffer]:
+        """Runs a window.
+
+        Args:
+          k, v: this layer's buffers [B, S, K, H] or, with its number in `layer`, those
+            of all layers [L, B, S, K, H], which are written in place. Training takes
+            slices: a stacked one would add a whole-buffer cotangent per layer.
+
+        Returns:
+          (x, what of the window may enter the memory, k and v with the window in them).
+        """
         net, c = self.net, self.net.config
-        x, k_all, v_all = carry
-        layer, k_slice, v_slice = per_layer
-        stacked = k_slice is None
         norm = lambda name: RMSNorm(c.hidden_size, c.rms_norm_eps, net.dtype, name=name)
         attention = Attention(net, self.layout, self.keep, self.remat, name="attention")
-        out, kept, k, v = attention(
-            norm("input_norm")(x),
-            k_all if stacked else k_slice,
-            v_all if stacked else v_slice,
-            cos,
-            sin,
-            prefix,
-            layer if stacked else None,
-            fed,
-        )
+        out, kept, k, v = attention(norm("input_norm")(x), k, v, place, layer)
         x = net.constrain(add_residual(x, out), "batch", None, None)
         out = MLP(net, self.layout, name="mlp")(norm("post_norm")(x))
-        x = net.constrain(add_residual(x, out), "batch", None, None)
-        return (x, k if stacked else None, v if stacked else None), kept
+        return net.constrain(add_residual(x, out), "batch", None, None), kept, k, v
+
+    def over_layers(self, carry: tuple, layer: Int[Array, ""], place: Place) -> tuple:
+        """Runs this layer in a scan over all, which carries (x, k, v)."""
+        x, k, v = carry
+        x, kept, k, v = self(x, k, v, place, layer)
+        return (x, k, v), kept
 
 
 class Embed(nn.Module):
@@ -317,9 +360,10 @@ class Decoder(nn.Module):
             # "intermediates" costs nothing unless a caller captures something.
             variable_axes={"params": 0, "beacon": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            methods=["over_layers"],
         )
         self.layers = scanned(self.net, self.layout, self.keep)
         self.final_norm = RMSNorm(c.hidden_size, c.rms_norm_eps, self.net.dtype)
@@ -347,13 +391,13 @@ class Decoder(nn.Module):
           (hidden [B, R, D] of the raw rows after the final norm, Entries kept, k, v).
         """
         x = self.begin(tokens)
-        cos, sin = self.angles(prefix)
-        layers = (jnp.arange(self.net.config.num_layers), None, None)
-        fed = None
+        place = place_of(self.net.config, self.layout, prefix)
         if valid is not None:
-            fed = Fed(valid > 0, valid[:, None] >= self.layout.tokens_before)
-        carry, kept = self.layers((x, k, v), layers, cos, sin, prefix, fed)
-        return self.finish(carry[0]), kept, *carry[1:]
+            real = valid[:, None] >= self.layout.tokens_before
+            place = place._replace(live=valid > 0, real=real)
+        numbers = jnp.arange(self.net.config.num_layers)
+        (x, k, v), kept = self.layers.over_layers((x, k, v), numbers, place)
+        return self.finish(x), kept, k, v
 
     def begin(self, tokens: Int[Array, "B R"]) -> Float[Array, "B T D"]:
         """Embeds tokens and beacons: what enters the first layer."""
@@ -365,11 +409,6 @@ class Decoder(nn.Module):
         n = self.layout.groups * self.layout.beacons
         beacons = jnp.broadcast_to(row, (x.shape[0], n, x.shape[-1]))
         return self.net.constrain(self.layout.join(x, beacons), "batch", None, None)
-
-    def angles(self, prefix: Int[Array, " B"]):
-        """Returns cos and sin [B, T, 1, H/2] of the entries' positions."""
-        at = prefix[:, None] + jnp.arange(self.layout.length)
-        return cos_sin(self.net.config, at)
 
     def finish(self, x: Float[Array, "B T D"]) -> Float[Array, "B R D"]:
         """Returns the raw rows after the final norm."""

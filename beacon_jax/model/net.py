@@ -1,11 +1,12 @@
 """What a model's programs depend on besides arrays: their one static argument."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jax import lax
 
+from beacon_jax.attention.device import Target, default_target
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import Partition
 
@@ -20,14 +21,21 @@ class Net:
       attention: implementation of `attention.prefix_attention`, or several to try in
         order; None: the best for the device.
       partition: how arrays are split over a mesh; None: they are not.
+      target: the device that programs are made for; None: that of the mesh, or jax's
+        default one.
     """
 
     config: ModelConfig
     dtype: Any = "float32"
     attention: str | tuple[str, ...] | None = None
     partition: Partition | None = None
+    target: Target = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
+        if self.target is None:
+            mesh = self.partition and self.partition.mesh
+            made = Target.of(mesh.devices.flat[0]) if mesh else default_target()
+            object.__setattr__(self, "target", made)
         # jnp.float32 and np.dtype("float32") are equal, but are not hashed alike.
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
 
@@ -37,7 +45,7 @@ class Net:
         config: ModelConfig,
         variables: dict[str, Any],
         partition: Partition | None = None,
-    ) -> Self:
+    ) -> "Net":
         """Makes that of stored weights: it computes in their dtype."""
         return cls(config, compute_dtype(variables), partition=partition)
 

@@ -32,89 +32,65 @@ PARAMETERS = {
 _RATIOS = (2, 4, 8, 16, 32)
 
 
-def _llama2(
-    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int
+def _model(
+    family: str, vocab: int, sizes: tuple[int, ...], **fields: Any
 ) -> ModelConfig:
+    """Makes a config; sizes: D, F, L, N, K. fields: the others, H = 128 by default."""
+    d, f, layers, heads, kv_heads = sizes
     return ModelConfig(
-        family="llama",
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=mlp,
+        family=family,
+        vocab_size=vocab,
+        hidden_size=d,
+        intermediate_size=f,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=128,
-        max_position=4096,
-        rms_norm_eps=1e-5,
-        bos_ids=(1,),
-        eos_ids=(2,),
-        beacon=BeaconConfig(window=1024, ratios=_RATIOS),
+        **{"head_dim": 128, "bos_ids": (1,), "eos_ids": (2,)} | fields,
     )
 
 
-def _qwen2(
-    hidden: int,
-    mlp: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    *,
-    head_dim: int = 128,
-    vocab: int = 152064,
-    max_position: int = 32768,
-    tie: bool = False,
-) -> ModelConfig:
-    return ModelConfig(
-        family="qwen2",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_position=max_position,
-        rms_norm_eps=1e-6,
+def _llama2(*sizes: int) -> ModelConfig:
+    fields = {"max_position": 4096, "rms_norm_eps": 1e-5}
+    beacon = BeaconConfig(window=1024, ratios=_RATIOS)
+    return _model("llama", 32000, sizes, beacon=beacon, **fields)
+
+
+def _qwen2(*sizes: int, vocab: int = 152064, **fields: Any) -> ModelConfig:
+    return _model(
+        "qwen2",
+        vocab,
+        sizes,
+        max_position=32768,
         rope=RopeConfig(theta=1e6),
-        tie_embeddings=tie,
         qkv_bias=True,
         bos_ids=(151643,),
         eos_ids=(151645,),
         beacon=BeaconConfig(window=2048, ratios=_RATIOS),
+        **fields,
     )
 
 
+_SMALL: dict[str, Any] = {"vocab": 151936, "tie_embeddings": True}
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(
-        family="llama",
-        vocab_size=1024,
-        hidden_size=128,
-        intermediate_size=256,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
+    "tiny": _model(
+        "llama",
+        1024,
+        (128, 256, 2, 4, 2),
         head_dim=32,
         max_position=512,
-        bos_ids=(1,),
-        eos_ids=(2,),
         beacon=BeaconConfig(window=32, ratios=(2, 4, 8)),
     ),
-    "qwen2-0.5b": _qwen2(896, 4864, 24, 14, 2, head_dim=64, vocab=151936, tie=True),
-    "qwen2-1.5b": _qwen2(1536, 8960, 28, 12, 2, vocab=151936, tie=True),
+    "qwen2-0.5b": _qwen2(896, 4864, 24, 14, 2, head_dim=64, **_SMALL),
+    "qwen2-1.5b": _qwen2(1536, 8960, 28, 12, 2, **_SMALL),
     "qwen2-7b": _qwen2(3584, 18944, 28, 28, 4),
     "qwen2-72b": _qwen2(8192, 29568, 80, 64, 8),
     "llama2-7b": _llama2(4096, 11008, 32, 32, 32),
     "llama2-13b": _llama2(5120, 13824, 40, 40, 40),
     "llama2-70b": _llama2(8192, 28672, 80, 64, 8),
-    "llama3-8b": ModelConfig(
-        family="llama",
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
+    "llama3-8b": _model(
+        "llama",
+        128256,
+        (4096, 14336, 32, 32, 8),
         max_position=8192,
         rms_norm_eps=1e-5,
         rope=RopeConfig(theta=5e5),
@@ -122,20 +98,13 @@ PRESETS: dict[str, ModelConfig] = {
         eos_ids=(128001,),
         beacon=BeaconConfig(window=1024, ratios=_RATIOS, sink=1),
     ),
-    "mistral-7b": ModelConfig(
-        family="mistral",
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
+    "mistral-7b": _model(
+        "mistral",
+        32000,
+        (4096, 14336, 32, 32, 8),
         max_position=32768,
         rms_norm_eps=1e-5,
         rope=RopeConfig(theta=1e6),
-        bos_ids=(1,),
-        eos_ids=(2,),
         beacon=BeaconConfig(window=2048, ratios=_RATIOS),
     ),
 }

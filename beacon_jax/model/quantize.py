@@ -14,7 +14,7 @@ over 400 keys, H = 64). A factor per channel would (0.005), but no model here ne
 """
 
 import functools
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -29,6 +29,7 @@ from beacon_jax.model.scatter import write_rows
 LARGEST = 127
 
 
+@no_type_check  # a pytree: it also holds shapes, shardings or arrays of numpy
 class Quantized(flax.struct.PyTreeNode):
     """One buffer of a memory, keys or values.
 
@@ -91,7 +92,7 @@ def quantize(
 def rotated_mean(
     mean: Float[Array, "*L B K H"],
     positions: Int[Array, "B T"],
-    frequencies: Float[np.ndarray, " H/2"],
+    frequencies: Float[np.ndarray, " H2"],
 ) -> Float[Array, "*L B T K H"]:
     """Rotates the mean as keys at these positions would have it, float32.
 
@@ -107,7 +108,7 @@ def dequantize(
     buffer: Quantized,
     layer: Int[Array, ""] | int | None = None,
     *,
-    frequencies: Float[np.ndarray, " H/2"] | None = None,
+    frequencies: Float[np.ndarray, " H2"] | None = None,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "*L B S K H"]:
     """Entries of one layer [B, S, K, H], or of all. Slots that nothing was written to
@@ -133,7 +134,7 @@ def write(
     layer: Int[Array, ""] | int | None = None,
     live: Bool[Array, " B"] | None = None,
     *,
-    frequencies: Float[np.ndarray, " H/2"] | None = None,
+    frequencies: Float[np.ndarray, " H2"] | None = None,
 ) -> Quantized:
     """Writes entries, keys rotated at start[row] + i, to slots start[row] ... of one
     layer (new [B, T, K, H]) or of all (new [L, B, T, K, H]); rows that are not live

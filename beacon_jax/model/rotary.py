@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from beacon_jax.model.config import ModelConfig, RopeConfig
 
 
-def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " H/2"]:
+def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " H2"]:
     """Returns theta^(-2i/H), rescaled as config.rope.kind says; float32."""
     rope, h = config.rope, config.head_dim
     base = 1.0 / rope.theta ** (np.arange(0, h, 2, dtype=np.float64) / h)
@@ -47,7 +47,7 @@ def _yarn_ramp(rope: RopeConfig, h: int, original: int) -> np.ndarray:
 
 def cos_sin(
     config: ModelConfig, positions: Int[Array, "*B T"], *, scaled: bool = True
-) -> tuple[Float[Array, "*B T 1 H/2"], Float[Array, "*B T 1 H/2"]]:
+) -> tuple[Float[Array, "*B T 1 H2"], Float[Array, "*B T 1 H2"]]:
     """Returns cos and sin in float32 (bfloat16 rounds position 257 to 256).
 
     scaled=False leaves out yarn's magnitude: for keys that already carry it.

@@ -1,15 +1,22 @@
 """Writes into the rows of a buffer, each at a place of its own."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 
-def write_rows(buffer, new, start, layer=None, live=None, slots=0) -> Any:
-    """Writes new [B, T, K, H] at start[row] of buffer [B, S, K, H] (or of one layer of
-    [L, B, S, K, H]); rows that are not live stay as they are. The caller guarantees
-    start + T <= S: XLA would drop the rest silently.
+def write_rows(
+    buffer: Array,
+    new: Array,
+    start: Int[Array, " B"],
+    layer: Int[Array, ""] | int | None = None,
+    live: Bool[Array, " B"] | None = None,
+    slots: int = 0,
+) -> Array:
+    """Writes new [B, T, K, H] at start[row] of buffer [B, S, K, H], or of one layer of
+    [L, B, S, K, H]; rows that are not live stay as they are.
+
+    The caller guarantees start + T <= S: XLA would drop the rest silently.
 
     One scatter with the rows as its batch: `vmap` of dynamic_update_slice makes one
     whose windows span the layers too, for which a TPU copies both buffers in every

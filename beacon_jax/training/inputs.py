@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.core.plan import draw_ratios, memory_slots, plan_slots
-from beacon_jax.core.windows import split_windows
 from beacon_jax.data.batches import BatchConfig, Batches, StepBatches
 from beacon_jax.data.grouped import GroupConfig, GroupedBatches
 from beacon_jax.data.prepare import Settings, finished, prepare
@@ -23,6 +22,7 @@ from beacon_jax.data.prepared import Prepared
 from beacon_jax.data.tally import percent, si, usage
 from beacon_jax.data.text import run_documents
 from beacon_jax.data.tokenizer import encode_stream
+from beacon_jax.data.windows import split_windows
 from beacon_jax.flops import training_step
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.progress import Stage

@@ -6,6 +6,7 @@ and number are all that a checkpoint needs for a bit-identical continuation.
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from beacon_jax import hf, runtime
-from beacon_jax.core.train_loss import train_loss
+from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.data.batches import StepBatches
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
@@ -402,20 +403,23 @@ def make_update(
     """
     dtype = jnp.dtype(config.dtype)
     half = dtype == jnp.float16
+    net = Net(model, dtype, config.attention or None, placement.partition)
 
     def loss(trained, frozen, batch, plan, partition):
-        room = slots(config, model, len(plan)) if model.beacon else 0
+        settings = LossConfig(
+            skip_first_window=config.loss.skip_first_window,
+            average=config.loss.average,
+            remat=remat,
+            offload=config.offload,
+            memory_slots=slots(config, model, len(plan)) if model.beacon else 0,
+        )
         return train_loss(
-            Net(model, dtype, config.attention or None, partition),
+            dataclasses.replace(net, partition=partition),
             trained["beacon"],
             {**frozen, **trained}["params"],
             batch,
             plan,
-            skip_first_window_loss=config.loss.skip_first_window,
-            loss_average=config.loss.average,
-            remat=remat,
-            offload=config.offload,
-            memory_slots=room,
+            settings,
         )
 
     shardings = jax.tree.map(lambda x: x.sharding, state)

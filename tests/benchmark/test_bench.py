@@ -25,9 +25,9 @@ from beacon_jax.benchmark import (
 )
 from beacon_jax.benchmark.case import Case, Latest
 from beacon_jax.cli import bench
+from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.plan import plan_ratios
-from beacon_jax.inference.prefill import prefill
 from beacon_jax.model.net import Net
 from tests.benchmark.nano import NANO, options, settings
 
@@ -239,8 +239,9 @@ def test_the_measured_prefill_is_the_one_that_inference_runs(method):
     ratio = 2 if method == "x2" else 0
     plan = plan_ratios(NANO, ratio, length=21)
     memory = init_memory(NANO, 1, 64)
-    expected, _ = prefill(Net(NANO), variables, memory, serving._tokens(s, 21), plan)
-    assert int(token[0]) == int(jnp.argmax(expected[0]))
+    given = (memory, serving._tokens(s, 21), None, plan)
+    expected, _ = feed(Net(NANO), variables, *given)
+    assert int(token[0]) == int(jnp.argmax(expected.last_logits[0]))
 
 
 def test_full_attention_in_chunks_is_the_same_text(monkeypatch):
@@ -259,7 +260,8 @@ def test_decoding_starts_from_a_memory_as_prefill_leaves_it(ratio):
     variables = devices.random_variables(NANO, "float32")
     plan = plan_ratios(NANO, ratio, length=21)
     tokens = np.ones((1, 21), np.int32)
-    _, real = prefill(Net(NANO), variables, init_memory(NANO, 1, 64), tokens, plan)
+    given = (init_memory(NANO, 1, 64), tokens, None, plan)
+    _, real = feed(Net(NANO), variables, *given)
     made = serving._filled(settings(), 21, ratio, 1, 64)
     for name in ("slots", "raw", "ratio", "windows"):
         np.testing.assert_array_equal(getattr(made, name), getattr(real, name), name)

@@ -11,9 +11,9 @@ from beacon_jax.benchmark.sizes import (
     slots_after,
     weight_bytes,
 )
+from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.plan import plan_ratios
-from beacon_jax.inference.prefill import prefill
 from beacon_jax.model.net import Net
 from tests.benchmark.nano import NANO, SINK
 
@@ -24,9 +24,8 @@ def test_slots_and_entries_are_those_of_a_real_memory(config, ratio, length):
     variables = random_variables(config, "float32")
     memory = init_memory(config, 1, 64)
     plan = plan_ratios(config, ratio, length=length)
-    _, memory = prefill(
-        Net(config), variables, memory, jnp.ones((1, length), int), plan
-    )
+    tokens = jnp.ones((1, length), int)
+    _, memory = feed(Net(config), variables, memory, tokens, None, plan)
     entries = memory.slots + memory.open_entries("interleave")
     assert entries_after(config, length, ratio) == int(entries[0])
     open_tokens = int(memory.raw[0]) if ratio == 0 else 0

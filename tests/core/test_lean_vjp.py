@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from beacon_jax.attention import IMPLEMENTATIONS, gpu_blocks
 from beacon_jax.attention.pallas_gpu import pallas_gpu
 from beacon_jax.attention.pallas_tpu import pallas_tpu
-from beacon_jax.core.train_loss import train_loss
+from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.decoder import init_variables
@@ -104,9 +104,7 @@ def loss_and_own(case):
             {"params": params, **own}["params"],
             rows,
             jnp.asarray(plan),
-            ratios=(0, 2, 4),
-            remat=remat,
-            offload=offload,
+            LossConfig(ratios=(0, 2, 4), remat=remat, offload=offload),
         )
 
     own = {"beacon": beacon} | ({"params": params} if trained == "all" else {})

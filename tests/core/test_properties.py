@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from beacon_jax.core.loop import decode_step, feed, feed_jit
+from beacon_jax.core.decode import decode_step
+from beacon_jax.core.feed import feed, feed_jit
 from beacon_jax.core.memory import CapacityError, init_memory
 from beacon_jax.core.plan import capacity, draw_ratios, static_ratios
-from beacon_jax.core.train_loss import train_loss
-from beacon_jax.core.windows import split_windows
+from beacon_jax.core.train_loss import LossConfig, train_loss
+from beacon_jax.data.windows import split_windows
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import init_variables
@@ -213,7 +214,12 @@ def loss_of(config, beacon, tokens, lengths, plan, **options):
     labels, _ = split_windows(shifted, lengths, W, align="right", fill=-100)
     batch = {"tokens": windows, "labels": labels.astype(np.int32), "valid": valid}
     return train_loss(
-        Net(config), beacon, variables()["params"], batch, np.asarray(plan), **options
+        Net(config),
+        beacon,
+        variables()["params"],
+        batch,
+        np.asarray(plan),
+        LossConfig(**options),
     )
 
 
@@ -265,9 +271,7 @@ def test_a_batch_of_mixed_lengths_has_the_gradients_of_its_rows_alone(remat):
 def test_the_first_window_can_be_left_out_of_the_loss():
     beacon, tokens, plan = variables()["beacon"], text(12), [2, 4, 2, 4, 2]
     _, every = loss_of(TINY, beacon, tokens, [T, 19], plan)
-    loss, aux = loss_of(
-        TINY, beacon, tokens, [T, 19], plan, skip_first_window_loss=True
-    )
+    loss, aux = loss_of(TINY, beacon, tokens, [T, 19], plan, skip_first_window=True)
     kept = np.asarray(every["token_loss"]).copy()
     kept[0, 0] = kept[2, 1] = 0  # the first windows of a 5- and a 3-window row
     counted = (T - 1 - W) + (19 - 1 - W)

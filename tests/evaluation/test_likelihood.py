@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import beacon_jax
-from beacon_jax.core import loop
+from beacon_jax.core.feed import feed
 from beacon_jax.core.loss import SCORED, token_scores
 from beacon_jax.core.memory import init_memory
 from beacon_jax.evaluation import likelihood
@@ -55,7 +55,7 @@ def all_logits(lm, pairs, ratio):
         lengths = jnp.asarray([len(row) for row in rows])
         memory, plan = init_memory(c, len(rows), 256), np.asarray([ratio])
         given = memory, jnp.asarray(tokens), lengths, plan
-        out, _ = loop.feed(Net(c), lm.variables, *given, outputs="logits")
+        out, _ = feed(Net(c), lm.variables, *given, outputs="logits")
         return np.asarray(out.logits)
     model = Decoder(Net(c), Layout(1, LONGEST, 0))
     shape = (c.num_layers, len(rows), LONGEST, c.num_kv_heads, c.head_dim)

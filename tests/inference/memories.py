@@ -6,11 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.hf import Identity
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
-from beacon_jax.inference.prefill import prefill
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
 from tests.tiny import tiny
@@ -83,10 +83,10 @@ def read(
     for i, text in enumerate(whole):
         padded[i, : len(text)] = text
     ratios = np.asarray(plan)
-    logits, state = prefill(Net(config), variables, state, padded, ratios, lengths)
+    out, state = feed(Net(config), variables, state, padded, lengths, ratios)
     pairs = zip(rows, whole, strict=True)
     rows = tuple(row.feed(config, ratios, text) for row, text in pairs)
-    return np.asarray(logits), Memory(config, state, rows, Identity("a", "b"))
+    return np.asarray(out.last_logits), Memory(config, state, rows, Identity("a", "b"))
 
 
 def assert_same_live(a: Memory, b: Memory) -> None:

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beacon_jax.core import loop as loop_module
-from beacon_jax.core.loop import feed
+from beacon_jax.core import feed as feed_module
+from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import CapacityError, MemoryState, init_memory
 from beacon_jax.inference import decode as decode_module
-from beacon_jax.inference.decode import BLOCK, Decoded, decode, decode_block
-from beacon_jax.inference.prefill import prefill
+from beacon_jax.inference.decode import BLOCK, Decoded, Decoding, decode, decode_block
 from beacon_jax.inference.sampling import make_sampling, seen_tokens
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig
@@ -59,13 +58,15 @@ def start(rows: list[np.ndarray], plan: np.ndarray) -> tuple[jax.Array, MemorySt
         tokens[i, : len(row)] = row
     lengths = np.array([len(row) for row in rows])
     memory = init_memory(CONFIG, len(rows), ROOM)
-    return prefill(Net(CONFIG), variables(), memory, tokens, plan, lengths, donate=True)
+    inputs = (memory, tokens, lengths, plan)
+    out, memory = feed(Net(CONFIG), variables(), *inputs, donate=True)
+    return out.last_logits, memory
 
 
 def run(rows: list[np.ndarray], plan: np.ndarray = PLAN, **options: Any) -> Decoded:
     logits, memory = start(rows, plan)
     options = {"max_new_tokens": 2 * BLOCK, "sampling": GREEDY} | options
-    return decode(Net(CONFIG), variables(), memory, logits, plan, **options)
+    return decode(Net(CONFIG), variables(), memory, logits, plan, Decoding(**options))
 
 
 def texts(result: Decoded) -> list[list[int]]:
@@ -144,9 +145,9 @@ def test_8_rows_take_the_device_calls_of_one(monkeypatch):
 
         return call
 
-    fed = counted("feed", loop_module.feed_jit, lambda args: len(args[3]))
+    fed = counted("feed", feed_module.feed_jit, lambda args: len(args[3]))
     block = counted("block", decode_block, lambda args: len(args[3].logits))
-    monkeypatch.setattr(loop_module, "feed_jit", fed)
+    monkeypatch.setattr(feed_module, "feed_jit", fed)
     monkeypatch.setattr(decode_module, "decode_block", block)
     rows = prompts(60, 13, 1, 40, 8, 16, 33, 59)
     new = [5, 40, 17, 1, 2, 2, 3, 16]
@@ -173,11 +174,10 @@ def test_the_memory_passed_in_stays_as_it_is_unless_it_is_donated():
     logits, memory = start(prompts(43), PLAN)
     before = jax.tree.map(np.array, memory)
     options: dict[str, Any] = {"max_new_tokens": 20, "sampling": GREEDY}
-    first = decode(Net(CONFIG), variables(), memory, logits, PLAN, **options)
+    given = (Net(CONFIG), variables(), memory, logits, PLAN, Decoding(**options))
+    first = decode(*given)
     jax.tree.map(np.testing.assert_array_equal, before, memory)
-    second = decode(
-        Net(CONFIG), variables(), memory, logits, PLAN, donate=True, **options
-    )
+    second = decode(*given, donate=True)
     assert first.tokens.tolist() == second.tokens.tolist()
     assert memory.k.is_deleted() and not first.memory.k.is_deleted()
 
@@ -202,8 +202,7 @@ def test_an_end_token_stops_its_row_and_is_neither_returned_nor_fed():
         memory,
         logits,
         PLAN,
-        max_new_tokens=20,
-        sampling=GREEDY,
+        Decoding(20, GREEDY),
     )
     assert texts(own) == expected
 
@@ -258,8 +257,7 @@ def test_a_rolled_back_row_goes_on_as_if_the_rest_had_never_been():
         cut.memory,
         forced,
         PLAN,
-        max_new_tokens=17,
-        sampling=GREEDY,
+        Decoding(17, GREEDY),
     )
     assert rest.tokens[0].tolist() == whole.tokens[0, 13:].tolist()
     same_row(rest.memory, 0, whole.memory, 0)

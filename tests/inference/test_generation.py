@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 import beacon_jax
-from beacon_jax.core.loop import feed, feed_jit
+from beacon_jax.core.feed import Pieces, feed, feed_jit
 from beacon_jax.core.memory import CapacityError, init_memory
-from beacon_jax.inference.decode import BLOCK, decode, decode_block
+from beacon_jax.inference.decode import BLOCK, Decoding, decode, decode_block
 from beacon_jax.inference.plan import plan_ratios
-from beacon_jax.inference.prefill import prefill
 from beacon_jax.inference.sampling import make_sampling
 from beacon_jax.model.net import Net
 
@@ -106,10 +105,12 @@ def test_rows_of_different_length_give_what_each_gives_alone(model):
 
     def run(rows, lengths):
         memory = init_memory(config, len(rows), 160)
-        logits, memory = prefill(
-            Net(config), variables, memory, rows, ratios, np.array(lengths)
+        given = (memory, rows, np.array(lengths), ratios)
+        out, memory = feed(Net(config), variables, *given)
+        logits = out.last_logits
+        return decode(
+            Net(config), variables, memory, logits, ratios, Decoding(**settings)
         )
-        return decode(Net(config), variables, memory, logits, ratios, **settings)
 
     both = run(tokens, [50, 13])
     for row, length in enumerate([50, 13]):
@@ -126,25 +127,23 @@ def test_lengths_of_a_doubling_share_one_compile_and_pieces_change_nothing(model
     for length in (65, 99, 100, 128):
         tokens = rng.integers(0, 256, (1, length))
         memory = init_memory(config, 1, 80)
-        logits, memory = prefill(Net(config), variables, memory, tokens, ratios)
+        out, memory = feed(Net(config), variables, memory, tokens, None, ratios)
         assert feed_jit._cache_size() == before + 1
     done = []
-    again, pieces = prefill(
-        Net(config),
-        variables,
-        init_memory(config, 1, 80),
-        tokens,
-        ratios,
-        piece=24,
-        on_piece=done.append,
-    )
+    empty = init_memory(config, 1, 80)
+    given = (Net(config), variables, empty, tokens, None, ratios)
+    again, pieces = feed(*given, pieces=Pieces(24, done.append))
     assert done == [24, 48, 72, 96, 120, 128]
     assert feed_jit._cache_size() == before + 2
-    np.testing.assert_allclose(logits, again, atol=1e-4)
+    np.testing.assert_allclose(out.last_logits, again.last_logits, atol=1e-4)
+    every, _ = feed(*given, outputs="logits")
+    parts, _ = feed(*given, outputs="logits", pieces=Pieces(24, done.append))
+    assert every.logits.shape == parts.logits.shape == (1, 128, 257)
+    np.testing.assert_allclose(every.logits, parts.logits, atol=1e-4)
     for ours, theirs in zip(used(memory), used(pieces), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     with pytest.raises(ValueError, match="piece=12 must be a multiple of the window"):
-        prefill(Net(config), variables, memory, tokens, ratios, piece=12)
+        feed(*given, pieces=Pieces(12, done.append))
 
 
 def test_an_end_token_stops_its_row_and_is_neither_returned_nor_fed(model):
@@ -234,17 +233,14 @@ def test_a_prompt_of_0_tokens_is_refused(model, prompt):
         model.generate("x", context=prompt)
 
 
-def test_a_row_of_0_tokens_is_refused(model):
+def test_a_row_of_0_tokens_stays_as_it_is(model):
     memory = init_memory(model.config, 2, 64)
-    with pytest.raises(ValueError, match=r"lengths \[3, 0\]"):
-        prefill(
-            model.net,
-            model.variables,
-            memory,
-            np.zeros((2, 3)),
-            np.array([2]),
-            np.array([3, 0]),
-        )
+    tokens, lengths = np.zeros((2, 3), int), np.array([3, 0])
+    given = (memory, tokens, lengths, np.array([2]))
+    _, memory = feed(model.net, model.variables, *given)
+    assert memory.raw.tolist() == [3, 0]
+    assert not np.asarray(memory.k[:, 1]).any()
+    assert np.asarray(memory.k[:, 0]).any()
 
 
 @pytest.mark.parametrize("ratio", [3, [2, 3], -1])

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import init_memory
 from beacon_jax.core.plan import capacity
-from beacon_jax.inference.decode import decode
-from beacon_jax.inference.prefill import prefill
+from beacon_jax.inference.decode import Decoding, decode
 from beacon_jax.inference.sampling import make_sampling
 from tests.golden import Replay
 
@@ -41,14 +41,15 @@ class Loop:
     def prefill(self, tokens: np.ndarray) -> jax.Array:
         if self.memory is None:
             self.memory = init_memory(self.replay.config, len(tokens), self.room)
-        logits, self.memory = prefill(
+        out, self.memory = feed(
             self.replay.net,
             self.replay.variables,
             self.memory,
             tokens,
+            None,
             self.plan,
         )
-        return logits
+        return out.last_logits
 
     def decode(self, logits: jax.Array, new: int) -> tuple[np.ndarray, jax.Array]:
         result = decode(
@@ -57,9 +58,7 @@ class Loop:
             self.memory,
             logits,
             self.plan,
-            max_new_tokens=new,
-            sampling=GREEDY,
-            eos_ids=(),
+            Decoding(new, GREEDY, eos_ids=()),
             donate=True,
         )
         self.memory = result.memory

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import beacon_jax
+from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.memory import Memory
-from beacon_jax.inference.prefill import prefill
 from beacon_jax.model.quantize import dequantize
 from beacon_jax.model.rotary import inverse_frequencies
 
@@ -193,13 +193,14 @@ def test_the_golden_models_say_the_same(case):
     plan = np.array([next(r for r in model.config.beacon.ratios if r)])
     ours, theirs = (
         np.asarray(
-            prefill(
+            feed(
                 model.net,
                 model.variables,
                 init_memory(model.config, 1, 8 * window, dtype),
                 tokens,
+                None,
                 plan,
-            )[0]
+            )[0].last_logits
         )
         for dtype in ("int8", "float32")
     )

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import beacon_jax
+from beacon_jax.core.decode import decode_step
+from beacon_jax.core.feed import feed, feed_jit
 from beacon_jax.core.law import Law
-from beacon_jax.core.loop import decode_step, feed, feed_jit
 from beacon_jax.core.memory import init_memory
 from beacon_jax.core.move import keep_entries
 from beacon_jax.core.plan import static_ratios
-from beacon_jax.inference.decode import Loop, decode_block
+from beacon_jax.inference.decode import Loop, Rows, decode_block
 from beacon_jax.inference.ledger import Ledger, kept_window
 from beacon_jax.inference.memory import Memory, _peak
 from beacon_jax.inference.sampling import make_sampling, row_seeds
@@ -102,7 +103,7 @@ def test_a_batch_takes_as_many_device_calls_as_one_row(model, monkeypatch):
 
         return call
 
-    monkeypatch.setattr("beacon_jax.core.loop.feed_jit", counted("feed", feed_jit))
+    monkeypatch.setattr("beacon_jax.core.feed.feed_jit", counted("feed", feed_jit))
     monkeypatch.setattr(
         "beacon_jax.inference.decode.decode_block", counted("decode", decode_block)
     )
@@ -456,10 +457,8 @@ def test_a_decoded_token_copies_no_buffer(model):
         state,
         Loop(*start),
         jnp.full((1, 1), 4),
-        make_sampling().for_rows(1),
-        row_seeds(0, 1),
+        Rows(make_sampling().for_rows(1), row_seeds(0, 1), jnp.full(1, 16)),
         jnp.int32(0),
-        jnp.full(1, 16),
         eos_ids=(),
         static=(4,),
     ).compile()

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from beacon_jax.core.loop import decode_step
+from beacon_jax.core.decode import decode_step
 from beacon_jax.hf import Identity
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.mount import closed, concatenate

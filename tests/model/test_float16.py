@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from beacon_jax.attention.api import IMPLEMENTATIONS, prefix_attention
-from beacon_jax.core import loop
+from beacon_jax.core.decode import decode_step
+from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import init_memory
-from beacon_jax.core.train_loss import train_loss
+from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.model.decoder import Decoder, apply, residual_dtype
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
@@ -69,13 +70,13 @@ def logits(tree, dtype, tokens):
     memory = init_memory(CONFIG, 2, 64, dtype)
     given = jnp.asarray(tokens[:, :-4])
     lengths = jnp.full(2, given.shape[1])
-    out, memory = loop.feed(
+    out, memory = feed(
         Net(CONFIG, dtype), tree, memory, given, lengths, plan, outputs="logits"
     )
     assert out.logits is not None
     found = [np.asarray(out.logits)]
     for token in tokens[:, -4:].T:
-        one, memory = loop.decode_step(
+        one, memory = decode_step(
             Net(CONFIG, dtype), tree, memory, jnp.asarray(token), plan, static=(2,)
         )
         found.append(np.asarray(one)[:, None])
@@ -128,8 +129,8 @@ def value_and_grad(dtype):
 
     def loss(beacon, scale):
         plan = jnp.asarray([2, 2, 0])
-        options = {"ratios": (2,)}
-        found = train_loss(Net(CONFIG, dtype), beacon, frozen, batch, plan, **options)
+        settings = LossConfig(ratios=(2,))
+        found = train_loss(Net(CONFIG, dtype), beacon, frozen, batch, plan, settings)
         return found[0] * scale
 
     compiled = jax.jit(jax.value_and_grad(loss))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from beacon_jax.benchmark.device import random_variables
-from beacon_jax.core.loop import decode_step, feed, feed_jit
+from beacon_jax.core.decode import decode_step
+from beacon_jax.core.feed import feed, feed_jit
 from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.decode import decode_block
 from beacon_jax.inference.memory import Memory

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from beacon_jax.core.train_loss import train_loss
+from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.decoder import init_variables
@@ -43,8 +43,7 @@ def loss_of(average, remat="lean"):
             variables["params"],
             batch,
             plan,
-            loss_average=average,
-            remat=remat,
+            LossConfig(average=average, remat=remat),
         )
 
     return loss

@@ -1,8 +1,4 @@
-"""The loop over windows: training loss, feeding, decoding one token.
-
-Every function is pure. One window step is shared by all of them: mixed window ->
-decoder over [memory | window] -> beacons' keys and values appended to the memory.
-"""
+"""Feeds text of any length into memories: a scan over windows, whole or in pieces."""
 
 import functools
 from collections.abc import Callable
@@ -10,23 +6,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from beacon_jax.attention.device import target
 from beacon_jax.core import plan
 from beacon_jax.core.law import Law
 from beacon_jax.core.loss import IGNORE, token_losses, token_scores
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.core.move import keep_places
-from beacon_jax.core.step import (
-    NOOP,
-    lookup,
-    new_entries,
-    window_branches,
-)
-from beacon_jax.model.buffers import Buffer, put_all_layers
-from beacon_jax.model.config import ModelConfig
+from beacon_jax.core.step import NOOP, lookup, new_entries, window_branches
+from beacon_jax.model.buffers import put_all_layers
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
@@ -45,59 +34,121 @@ class FeedOutput(NamedTuple):
     greedy: Bool[Array, "B T"] | None = None
 
 
+class Pieces(NamedTuple):
+    """How a long text is fed in several scans of one program.
+
+    Attributes:
+      size: tokens per scan, a multiple of the window.
+      fed: called with the number of tokens fed so far after each scan, so that a long
+        text can show its progress.
+    """
+
+    size: int
+    fed: Callable[[int], None]
+
+
 def feed(
     net: Net,
     variables: dict[str, Any],
     memory: MemoryState,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    ratios: Int[Array, "*B P"],
+    tokens: Int[np.ndarray, "B T"] | Int[Array, "B T"],
+    lengths: Int[np.ndarray, " B"] | Int[Array, " B"] | None,
+    ratios: plan.Ratios,
     *,
     outputs: str = "last",
-    labels: Int[Array, "B T"] | None = None,
+    labels: Int[np.ndarray, "B T"] | Int[Array, "B T"] | None = None,
     close: bool = True,
     donate: bool = False,
+    pieces: Pieces | None = None,
 ) -> tuple[FeedOutput, MemoryState]:
     """Feeds a piece of any length to every row (docs/specification.md section 2).
 
-    The whole text in one call, in pieces or token by token gives the same result. One
-    compile serves every length up to T; pad to a few values of T.
+    The whole text in one call, in pieces or token by token gives the same result. The
+    scan's length is the number of windows; for outputs="last" rounded up to a power of
+    two, so that one compiled program serves a doubling of lengths. Windows behind a
+    row's end cost nothing.
 
     Args:
       tokens: right-padded new ids.
-      lengths: new tokens per row, 0 allowed.
+      lengths: new tokens per row, 0 allowed; None: T for all.
       ratios: ratio of each window of the sequence by its absolute number, one plan for
-        all rows or one per row; the last one goes on. An open window keeps its own.
+        all rows or one per row (equal in every step of this call); the last one goes
+        on. An open window keeps its own.
       outputs: "last", "logits" (all new tokens), "loss" (needs labels, shifted) or
         "score", loss and greedy at few labels behind a long text.
       close: False leaves a last window that is exactly full open, uncompressed.
       donate: the memory passed in is not needed again: its buffer is written in place.
+      pieces: several scans in place of one.
 
     Raises:
       CapacityError: the memory's buffer is too small; states what is needed.
-      ValueError: rows that need different ratios in one step.
+      ValueError: rows that need different ratios in one step, no labels where outputs
+        needs them, or pieces that are no multiple of the window.
     """
+    w, (rows, total) = memory.window, tokens.shape
     if outputs in ("loss", "score") and labels is None:
         raise ValueError(
             f"labels=None: outputs={outputs!r} needs shifted labels [B, T]."
         )
-    planned = plan.of_rows(ratios, memory.rows)
+    if pieces and (pieces.size < 1 or pieces.size % w):
+        raise ValueError(f"piece={pieces.size} must be a multiple of the window, {w}.")
+    planned = plan.of_rows(ratios, rows)
+    lengths = np.full(rows, total) if lengths is None else np.asarray(lengths)
+    lengths = lengths.astype(np.int32)
     plan.check_capacity(net.config, memory, lengths, planned)
     plan.check_shared(memory, lengths, planned)
-    out, memory = feed_jit(
-        net,
-        variables,
-        memory if donate else memory.copy(),
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
-        jnp.asarray(planned),
-        jnp.asarray(labels) if labels is not None else None,
-        static=plan.static_ratios(memory, planned),
-        outputs=outputs,
-        close=close,
-    )
-    launched(out.last_logits)
-    return out, memory
+    static = plan.static_ratios(memory, planned)
+    windows = max(-(-total // w), 1)
+    # All tokens' outputs would run the head over the windows of the rounding, too.
+    size = w * (power_of_two(windows) if outputs == "last" else windows)
+    size = min(pieces.size, size) if pieces else size
+    memory = memory if donate else memory.copy()
+    found: list[FeedOutput] = []
+    for start in range(0, max(total, 1), size):
+        here = slice(start, start + size)
+        count = np.clip(lengths - start, 0, size)
+        wanted = None if labels is None else padded(labels[:, here], size, IGNORE)
+        out, memory = feed_jit(
+            net,
+            variables,
+            memory,
+            padded(tokens[:, here], size),
+            count,
+            planned,
+            wanted,
+            static=static,
+            outputs=outputs,
+            close=close or start + size < total,
+        )
+        if found:  # a row that ended in an earlier piece keeps the logits it had there
+            goes_on = count[:, None] > 0
+            last = jnp.where(goes_on, out.last_logits, found[-1].last_logits)
+            out = out._replace(last_logits=last)
+        found.append(out)
+        launched(out.last_logits)
+        if pieces:
+            jax.block_until_ready(out.last_logits)
+            pieces.fed(min(start + size, total))
+    per_token = zip(*(out[1:] for out in found), strict=True)
+    joined = (None if x[0] is None else _joined(x, total) for x in per_token)
+    return FeedOutput(found[-1].last_logits, *joined), memory
+
+
+def padded(x: Any, size: int, fill: int = 0) -> Int[np.ndarray, "B size"]:
+    """Pads ids [B, n] at the right to [B, size]."""
+    x = np.asarray(x, np.int32)
+    return np.pad(x, ((0, 0), (0, size - x.shape[1])), constant_values=fill)
+
+
+def _joined(parts: tuple[Array, ...], total: int) -> Array:
+    """Joins [B, size, ...] of all pieces to [B, T, ...]."""
+    whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    return whole if whole.shape[1] == total else whole[:, :total]
+
+
+def power_of_two(n: int) -> int:
+    """Returns the least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @functools.partial(
@@ -154,7 +205,7 @@ def feed_jit(
     head = Decoder(net, Layout(1, 1, 0))
     logits = lambda h: apply(head, variables, h, method="logits")
 
-    law, turns = Law.of(config, w), inverse_frequencies(config)
+    law, frequencies = Law.of(config, w), inverse_frequencies(config)
 
     def step(carry, x):
         k, v, slots, sinks, last = carry
@@ -164,8 +215,8 @@ def feed_jit(
         )
         closes = x["step"] < begun
         new = new_entries(config, kept, slots, x["ratio"], k.dtype)
-        k = put_all_layers(k, new.k, slots, closes, turns)
-        v = put_all_layers(v, new.v, slots, closes, turns)
+        k = put_all_layers(k, new.k, slots, closes, frequencies)
+        v = put_all_layers(v, new.v, slots, closes, frequencies)
         sinks = jnp.where(closes & (slots == 0), law.sink, sinks)
         slots = slots + jnp.where(closes, law.kept(x["ratio"], slots), 0)
         end = jnp.maximum(x["valid"] - 1, 0)[:, None, None]
@@ -218,122 +269,3 @@ def feed_jit(
     elif outputs != "last":
         given["logits" if outputs == "logits" else "token_loss"] = out
     return FeedOutput(logits(last), **given), after
-
-
-@functools.partial(jax.jit, static_argnames=("net", "static"))
-def decode_step(
-    net: Net,
-    variables: dict[str, Any],
-    memory: MemoryState,
-    tokens: Int[Array, " B"],
-    ratios: Int[Array, "*B P"],
-    active: Array | None = None,
-    *,
-    static: tuple[int, ...],
-) -> tuple[Float[Array, "B V"], MemoryState]:
-    """Feeds one token to every active row; inserts beacons and compresses as it goes.
-
-    The ratio is data here (`count % r`), never a switch, so rows may be anywhere in
-    their windows. Call `plan.check_capacity` for all tokens to come beforehand.
-
-    Args:
-      tokens: next raw token of each row.
-      ratios: as in `feed`.
-      active: rows that take their token; the others stay as they are.
-      static: the ratios that may occur (`plan.static_ratios`); they bound the beacons.
-
-    Returns:
-      (float32 logits of each row's token, memory).
-    """
-    config, w, b = net.config, memory.window, tokens.shape[0]
-    law = Law.of(config, w)
-    active = jnp.ones((b,), bool) if active is None else active
-    plans = jnp.broadcast_to(ratios, (b, ratios.shape[-1]))
-    planned = plan.at(plans, memory.windows[:, None])[:, 0]
-    ratio = jnp.where(memory.raw == 0, planned, memory.ratio)
-    memory = memory.replace(ratio=jnp.where(active, ratio, memory.ratio))
-    raw = memory.raw + 1
-    entries = law.entries(memory.ratio, memory.raw)
-    prefix = memory.slots + entries
-    compressing = [r for r in static if r > 0]
-
-    def run(beacons):
-        model = Decoder(net, Layout(1, 1, beacons))
-
-        def forward(k, v):
-            hidden, _, k, v = apply(model, variables, tokens[:, None], k, v, prefix)
-            return apply(model, variables, hidden[:, 0], method="logits"), k, v
-
-        return forward
-
-    if compressing:
-        due = (law.entries(memory.ratio, raw) > entries + 1) & active
-        append = law.placement == "append"
-        most = int(law.beacons(min(compressing), w)) if append else 1
-        logits, k, v = _either(
-            jnp.any(due),
-            lambda x: run(most)(*x[1:]),
-            lambda x: run(0)(*x[1:]),
-            (jnp.zeros((b, config.vocab_size)), memory.k, memory.v),
-        )
-    else:
-        logits, k, v = run(0)(memory.k, memory.v)
-
-    row = jnp.arange(b)
-    column = jnp.minimum(memory.raw, w - 1)
-    token = jnp.where(active, tokens, memory.tokens[row, column])
-    full = active & (raw == w)
-    grown = law.kept(memory.ratio, memory.slots)
-    if compressing:
-        moved = functools.partial(
-            _compress_open, config, memory.slots, memory.ratio, full, compressing, law
-        )
-        k, v = _either(jnp.any(full), lambda x: moved(*x), lambda x: x, (k, v))
-    return logits, memory.replace(
-        k=k,
-        v=v,
-        slots=memory.slots + jnp.where(full, grown, 0),
-        sinks=jnp.where(full & (memory.slots == 0), law.sink, memory.sinks),
-        raw=jnp.where(active, jnp.where(full, 0, raw), memory.raw),
-        windows=memory.windows + full,
-        tokens=memory.tokens.at[row, column].set(token),
-    )
-
-
-def _either(
-    wanted: Array, body: Callable[[Any], Any], other: Callable[[Any], Any], state: Any
-) -> Any:
-    """body(state) if `wanted`, else other(state); the state is written in place.
-
-    `lax.cond`, but XLA for CPUs copies the buffers that a branch writes: at x8 behind
-    16K tokens of Qwen2-0.5B, 8 rows, twice 0.48 GiB for each token. Loops that run once
-    or not at all it does not copy. For H200 and TPU v5e it copies neither way, and
-    every loop costs a GPU one more question to the host.
-    """
-    if target().platform != "cpu":
-        return lax.cond(wanted, body, other, state)
-    for needed, run in ((wanted, body), (~wanted, other)):
-        _, state = lax.while_loop(
-            lambda x: x[0],
-            lambda x, run=run: (jnp.zeros_like(x[0]), run(x[1])),
-            (needed, state),
-        )
-    return state
-
-
-def _compress_open(
-    config: ModelConfig,
-    slots: Int[Array, " B"],
-    ratio: Int[Array, " B"],
-    full: Bool[Array, " B"],
-    ratios: list[int],
-    law: Law,
-    k: Buffer,
-    v: Buffer,
-) -> tuple[Buffer, Buffer]:
-    """Moves the kept entries of full open windows to the front of them."""
-    slots, ratio = slots[:, None], ratio[:, None]
-    most = max(int(law.kept(r, 0)) for r in ratios)
-    place = law.place(ratio, slots, jnp.arange(most))  # [B, n]
-    count = jnp.where(full[:, None] & (ratio > 0), law.kept(ratio, slots), 0)
-    return keep_places(config, k, v, slots[:, 0], place, count[:, 0])
