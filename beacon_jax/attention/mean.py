@@ -34,7 +34,7 @@ class MeanTerm(NamedTuple):
     """query: [a | b] per query head.  turns: of the frequencies (`turns`)."""
 
     query: Float[Array, "B T N H"]
-    turns: UInt32[Array, "2 H/2"]
+    turns: UInt32[Array, "2 H2"]
 
     def turned_by(self, position: Int[Array, ""]) -> Float[Array, "B T N H"]:
         """Turns [a | b], for positions that are counted from this one."""
@@ -71,7 +71,7 @@ def quarter(query):
     return jnp.concatenate([b, -a], -1)
 
 
-def turns(frequencies: Float[np.ndarray, " H/2"]) -> UInt32[np.ndarray, "2 H/2"]:
+def turns(frequencies: Float[np.ndarray, " H2"]) -> UInt32[np.ndarray, "2 H2"]:
     """Returns the angle per position in 2**-32 turns, and the rest in 2**-42 turns."""
     each = np.asarray(frequencies, np.float64) / (2 * math.pi) % 1 * 2.0**32
     rest = np.floor((each - np.floor(each)) * 2**MORE_BITS)
@@ -79,7 +79,7 @@ def turns(frequencies: Float[np.ndarray, " H/2"]) -> UInt32[np.ndarray, "2 H/2"]
 
 
 def cos_sin_table(
-    turns: UInt32[Array, "2 H/2"], positions: Int[Array, "*B"]
+    turns: UInt32[Array, "2 H2"], positions: Int[Array, "*B"]
 ) -> Float[Array, "*B H"]:
     """Returns [cos | sin] of positions, within 5e-7 below 2**17, 6e-6 below 2**22.
 

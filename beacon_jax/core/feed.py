@@ -14,12 +14,10 @@ from beacon_jax.core import plan
 from beacon_jax.core.law import Law
 from beacon_jax.core.loss import IGNORE, token_losses, token_scores
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.core.step import NOOP, lookup, new_entries, window_branches
-from beacon_jax.model.buffers import put_all_layers
+from beacon_jax.core.step import NOOP, append, lookup, window_branches
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
-from beacon_jax.model.rotary import inverse_frequencies
 from beacon_jax.runtime import launched
 
 
@@ -205,7 +203,7 @@ def feed_jit(
     head = Decoder(net, Layout(1, 1, 0))
     logits = lambda h: apply(head, variables, h, method="logits")
 
-    law, frequencies = Law.of(config, w), inverse_frequencies(config)
+    law = Law.of(config, w)
 
     def step(carry, x):
         k, v, slots, sinks, last = carry
@@ -214,9 +212,7 @@ def feed_jit(
             x["index"], branches, variables, x["tokens"], k, v, slots, x["valid"]
         )
         closes = x["step"] < begun
-        new = new_entries(config, kept, slots, x["ratio"], k.dtype)
-        k = put_all_layers(k, new.k, slots, closes, frequencies)
-        v = put_all_layers(v, new.v, slots, closes, frequencies)
+        k, v = append(config, (k, v), kept, slots, x["ratio"], closes)
         sinks = jnp.where(closes & (slots == 0), law.sink, sinks)
         slots = slots + jnp.where(closes, law.kept(x["ratio"], slots), 0)
         end = jnp.maximum(x["valid"] - 1, 0)[:, None, None]

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from beacon_jax.core.step import Window, new_entries, pad_entries
-from beacon_jax.model.buffers import put_all_layers
+from beacon_jax.core.step import Window, append, new_entries, pad_entries
 from beacon_jax.model.decoder import Entries, constrain_entries, variable_axes
 from beacon_jax.model.net import Net
 
@@ -104,13 +103,8 @@ def _step(
         return none, Entries(*(jnp.zeros_like(x[:, :, :most]) for x in (k, v)))
 
     hidden, kept = _switch(x, [nothing, *map(run, windows)])(*buffers)
-    new = new_entries(net.config, kept, x["slots"], x["ratio"], dtype)
-    # A row that appends nothing writes dead entries behind its slots.
-    after = Entries(
-        put_all_layers(buffers.k, new.k, x["slots"]),
-        put_all_layers(buffers.v, new.v, x["slots"]),
-    )
-    return constrain_entries(net, after), hidden
+    after = append(net.config, buffers, kept, x["slots"], x["ratio"])
+    return constrain_entries(net, Entries(*after)), hidden
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -121,7 +121,7 @@ def static_ratios(memory: MemoryState, ratios: Ratios) -> tuple[int, ...]:
 
 
 def capacity(
-    config: ModelConfig, ratios: Sequence[int] | Ratios, *, window: int | None = None
+    config: ModelConfig, ratios: Sequence[Any] | Ratios, *, window: int | None = None
 ) -> int:
     """Counts the slots that these full windows and an open one behind them need.
 

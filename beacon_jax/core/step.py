@@ -1,18 +1,19 @@
 """One window: the branches over static ratios, and what enters the memory."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from beacon_jax.core.law import Law
-from beacon_jax.model.buffers import Buffer
+from beacon_jax.model.buffers import Buffer, put_all_layers
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, Entries, Layer, apply, place_of
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
-from beacon_jax.model.rotary import cos_sin, rotate
+from beacon_jax.model.rotary import cos_sin, inverse_frequencies, rotate
 
 # Branches of a window step are NOOP, then the static ratios in order.
 NOOP = 0
@@ -131,6 +132,29 @@ def new_entries(
         kept = Entries(*(jnp.where(first, x, jnp.roll(x, away, axis=2)) for x in kept))
     cos, sin = cos_sin(config, slots[:, None] + jnp.arange(kept.k.shape[2]))
     return Entries(rotate(kept.k, cos, sin).astype(dtype), kept.v.astype(dtype))
+
+
+def append(
+    config: ModelConfig,
+    buffers: tuple[Any, Any],
+    kept: Entries,
+    slots: Int[Array, " B"],
+    ratio: Int[Array, ""],
+    live: Bool[Array, " B"] | None = None,
+) -> tuple[Any, Any]:
+    """Writes a window's kept entries behind the slots of each row that is live.
+
+    The others stay as they are. Where all are live, one that appends nothing gets dead
+    entries behind its slots.
+
+    Args:
+      buffers: keys and values [L, B, S, K, H].
+    """
+    new = new_entries(config, kept, slots, ratio, buffers[0].dtype)
+    put = functools.partial(
+        put_all_layers, start=slots, live=live, frequencies=inverse_frequencies(config)
+    )
+    return put(buffers[0], new.k), put(buffers[1], new.v)
 
 
 def lookup(ratio: Int[Array, "..."], ratios: tuple[int, ...]) -> Int[Array, "..."]:

@@ -91,7 +91,7 @@ def quantize(
 
 def rotated_mean(
     mean: Float[Array, "*L B K H"],
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "#B T"],
     frequencies: Float[np.ndarray, " H2"],
 ) -> Float[Array, "*L B T K H"]:
     """Rotates the mean as keys at these positions would have it, float32.
@@ -177,7 +177,7 @@ def take(buffer: Quantized, slots: Int[Array, "B n"]) -> Quantized:
     )
 
 
-def residual(buffer: Quantized) -> Float[Array, "L B S K H"]:
+def residual(buffer: Quantized) -> Float[Array, "*L B S K H"]:
     """Entries without their mean, float32: to be rotated by the distance they move and
     given to `write_residual` or `quantize`."""
     return buffer.values * jnp.swapaxes(buffer.scale, -1, -2)[..., None]

@@ -57,7 +57,9 @@ def cos_sin(
     return jnp.cos(angles)[..., None, :] * scale, jnp.sin(angles)[..., None, :] * scale
 
 
-def rotate(x: Float[Array, "*B T N H"], cos, sin) -> Float[Array, "*B T N H"]:
+def rotate(
+    x: Float[Array, "*B #T N H"], cos: Float[Array, "..."], sin: Float[Array, "..."]
+) -> Float[Array, "*B T N H"]:
     """Rotates the pairs (i, i + H/2) of each head."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
