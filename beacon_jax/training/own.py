@@ -375,17 +375,14 @@ def _need(
     trained = _placed(trained, placement.trained(model, trained))
     frozen = _placed(frozen, placement.frozen(model, frozen))
     shares = placement.mesh.shape["data"] * placement.mesh.shape["fsdp"]
-    windows = -(-length // model.beacon.window)
     needs = step_bytes(
+        config,
         model,
         placement,
         trained,
         frozen,
         rows=max(rows // shares, 1),
-        windows=windows,
-        slots=slots(config, model, windows),
-        dtype=dtype,
-        offload=config.offload,
+        windows=-(-length // model.beacon.window),
     )
     room, asked = device_bytes(facts.devices[0]), config.remat
     for remat in [asked] if asked in needs else ["lean", "lean-layer"]:
