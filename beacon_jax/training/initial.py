@@ -56,6 +56,24 @@ def make_tokenizer(
     return hf.load_tokenizer(folder), folder
 
 
+def beacon_config(config: Config, **changes: Any) -> BeaconConfig | None:
+    """Returns the beacons of config.beacon with `changes`; None: a plain decoder."""
+    settings = {**config.beacon.to_dict(), **changes}
+    return BeaconConfig(**settings) if settings.pop("use") else None
+
+
+def random_model(config: Config, **fields: Any) -> ModelConfig:
+    """Returns the model of config.model, and of fields that are decided elsewhere."""
+    given = config.model.to_dict()
+    rope = RopeConfig(**given.pop("rope", {}))
+    return ModelConfig(**given, rope=rope, **fields)
+
+
+def trained_trees(config: Config) -> tuple[str, ...]:
+    """Names the parts of the variables that are trained."""
+    return ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
+
+
 def make_model(
     config: Config, tokenizer: Any, placement: Placement, *, quiet: bool = False
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
@@ -67,9 +85,7 @@ def make_model(
     Args:
       quiet: no warning about beacons that start from the base.
     """
-    settings = config.beacon.to_dict()
-    beacon = BeaconConfig(**settings) if settings.pop("use") else None
-    names = ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
+    beacon, names = beacon_config(config), trained_trees(config)
 
     def place(model: ModelConfig, name: str, shape: tuple[int, ...]):
         own = name.split("/")[0] in names
@@ -85,13 +101,10 @@ def make_model(
             model = dataclasses.replace(model, beacon=None)
             variables["beacon"] = {}
     else:
-        fields = config.model.to_dict()
-        rope = RopeConfig(**fields.pop("rope", {}))
         bos = tokenizer.bos_token_id
-        model = ModelConfig(
-            **fields,
+        model = random_model(
+            config,
             vocab_size=len(tokenizer),
-            rope=rope,
             bos_ids=(bos,) if bos is not None else (),
             eos_ids=(tokenizer.eos_token_id,),
             beacon=beacon,

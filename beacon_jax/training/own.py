@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,10 +28,15 @@ from beacon_jax.data.tally import clock, si
 from beacon_jax.data.text import load_documents, run_documents
 from beacon_jax.flops import training_step
 from beacon_jax.hf.conversion import read_config
-from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
-from beacon_jax.training.config import OPEN, Config
+from beacon_jax.model.config import ModelConfig, param_shapes
+from beacon_jax.training.config import OPEN, Config, lookup
 from beacon_jax.training.hardware import device_bytes, find_chip
-from beacon_jax.training.initial import base_folder, tokenizer_folder
+from beacon_jax.training.initial import (
+    base_folder,
+    beacon_config,
+    tokenizer_folder,
+    trained_trees,
+)
 from beacon_jax.training.inputs import slots
 from beacon_jax.training.memory import step_bytes
 from beacon_jax.training.sharding import make_placement
@@ -79,7 +85,7 @@ def choose(
       ValueError, FileNotFoundError: no model or text, a text that is too short, too few
         positions, a device that is too small, or several processes.
     """
-    missing = [key for key in OPEN if _get(config, key, "") is None]
+    missing = [key for key in OPEN if lookup(config, key, "") is None]
     if not missing:
         return config
     if jax.process_count() > 1:
@@ -88,7 +94,7 @@ def choose(
             "differently: set them."
         )
     for name in ("steps", "length", "batch_size"):
-        value = _get(config, f"{STAGE}.{name}", None)
+        value = lookup(config, f"{STAGE}.{name}", None)
         if value is not None and value < 1:
             raise ValueError(
                 f"{STAGE}.{name}={value} must be at least 1; leave it out, and it is "
@@ -105,7 +111,7 @@ def choose(
                 f"chosen for this run: repair it, set {', '.join(missing)} by hand, or "
                 "use another --workdir."
             ) from None
-        _fill(config, {key: _get(chosen, key) for key in missing})
+        config.update_from_flattened_dict({key: lookup(chosen, key) for key in missing})
         show(f"going on with what was chosen for {workdir}")
         return config
     facts = _facts(config)
@@ -131,7 +137,7 @@ def choose(
     for step in (_dtype, _shape, _steps, _rates):
         for key, value, why in step(config, facts):
             if key in missing:
-                _fill(config, {key: value})
+                config.update_from_flattened_dict({key: value})
                 show(f"  {key}={value}: {why}")
     return config
 
@@ -233,7 +239,7 @@ def _shape(config: Config, facts: _Facts):
             f"least {4 * WINDOWS[-1]}, four windows of {WINDOWS[-1]}: use another one."
         )
     most = CPU_WINDOW if facts.kind == "cpu" else WINDOWS[0]
-    asked, length = config.beacon.window, _get(config, f"{STAGE}.length")
+    asked, length = config.beacon.window, lookup(config, f"{STAGE}.length")
     limit = f"the largest for a {facts.kind} device" if facts.kind == "cpu" else ""
     for w in [asked] if asked else [w for w in WINDOWS if w <= most]:
         model = _with_beacons(config, facts.model, w)
@@ -285,7 +291,7 @@ def _rows(config: Config, facts: _Facts, model: ModelConfig, length: int) -> int
 
     There are as many as STEP_TOKENS and the memory allow.
     """
-    asked, count = _get(config, f"{STAGE}.batch_size"), len(facts.devices)
+    asked, count = lookup(config, f"{STAGE}.batch_size"), len(facts.devices)
     if asked:
         return asked
     rows, room = count, device_bytes(facts.devices[0])
@@ -313,7 +319,7 @@ def _steps(config: Config, facts: _Facts):
         if passes <= hour
         else "about an hour"
     )
-    steps = _get(config, f"{STAGE}.steps") or steps
+    steps = lookup(config, f"{STAGE}.steps") or steps
     yield (
         f"{STAGE}.steps",
         steps,
@@ -362,25 +368,26 @@ def _need(
     """Estimates the bytes of a step on a device (on a CPU: in all), and its remat."""
     assert model.beacon is not None
     placement = make_placement(config.mesh, config.rules, [rows])
-    names = ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
-    dtype = jnp.dtype(config.dtype)
-    shapes = param_shapes(model)
+    names = trained_trees(config)
 
-    def tree(own: bool) -> dict[str, Any]:
-        make = lambda x: jax.ShapeDtypeStruct(x, jnp.float32 if own else dtype)
-        chosen = {name: shapes[name] for name in shapes if (name in names) == own}
-        return jax.tree.map(make, chosen, is_leaf=lambda x: isinstance(x, tuple))
+    def arrays(own: bool) -> dict[str, Any]:
+        dtype = jnp.dtype(jnp.float32 if own else config.dtype)
 
-    trained, frozen = tree(True), tree(False)
-    trained = _placed(trained, placement.trained(model, trained))
-    frozen = _placed(frozen, placement.frozen(model, frozen))
+        def make(path: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
+            name = "/".join(key.key for key in path)
+            where = placement.variable(model, name, shape, trained=own)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        chosen = {k: x for k, x in param_shapes(model).items() if (k in names) == own}
+        return jax.tree_util.tree_map_with_path(make, chosen, is_leaf=_is_shape)
+
     shares = placement.mesh.shape["data"] * placement.mesh.shape["fsdp"]
     needs = step_bytes(
         config,
         model,
         placement,
-        trained,
-        frozen,
+        arrays(True),
+        arrays(False),
         rows=max(rows // shares, 1),
         windows=-(-length // model.beacon.window),
     )
@@ -394,44 +401,26 @@ def _need(
     return need, remat
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(place, tree, shardings)
-
-
 def _memory(need: float, room: int | None) -> str:
     of = f"{room / 2**30:.1f} GiB are there" if room else "the device does not say"
     return f"a step needs about {need / 2**30:.1f} GiB by the estimate, {of}"
 
 
 def _with_beacons(config: Config, model: ModelConfig, window: int) -> ModelConfig:
-    settings = {**config.beacon.to_dict(), "window": window}
-    settings.pop("use")
-    return dataclasses.replace(model, beacon=BeaconConfig(**settings))
+    beacon = beacon_config(config, window=window, use=True)
+    return dataclasses.replace(model, beacon=beacon)
 
 
 def _size(model: ModelConfig) -> int:
-    leaves = jax.tree.leaves(
-        param_shapes(model)["params"], is_leaf=lambda x: isinstance(x, tuple)
-    )
-    return sum(int(np.prod(shape)) for shape in leaves)
+    shapes = jax.tree.leaves(param_shapes(model)["params"], is_leaf=_is_shape)
+    return sum(map(math.prod, shapes))
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple)
 
 
 def _rounded(steps: int) -> int:
     """Rounds down to two digits, so that it reads as what it is: an estimate."""
     unit = 10 ** max(len(str(steps)) - 2, 0)
     return steps // unit * unit
-
-
-def _get(config: Any, key: str, absent: Any = None) -> Any:
-    """Returns the value of a dotted key, or `absent` if there is no such key."""
-    *path, last = key.split(".")
-    for part in path:
-        if part not in config:
-            return absent
-        config = config[part]
-    return config.get(last, absent)
-
-
-def _fill(config: Config, values: dict[str, Any]) -> None:
-    config.update_from_flattened_dict(values)
