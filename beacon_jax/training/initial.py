@@ -43,16 +43,15 @@ def make_tokenizer(
 ) -> tuple[Any, Path]:
     """Returns the tokenizer and its folder.
 
-    If asked, the tokenizer is trained on the text, once per workdir.
+    With config.tokenizer.train it is trained on the documents, once per workdir.
     """
-    settings = config.tokenizer
-    if not settings.train:
+    if not config.tokenizer.train:
         folder = tokenizer_folder(config)
-        return hf.load_tokenizer(folder), folder
-    folder = workdir / "tokenizer"
-    if is_lead():
-        folder = ensure_tokenizer(config, documents, workdir)
-    wait("tokenizer")
+    else:
+        folder = workdir / "tokenizer"
+        if is_lead():
+            folder = ensure_tokenizer(config, documents, workdir)
+        wait("tokenizer")
     return hf.load_tokenizer(folder), folder
 
 
@@ -77,13 +76,16 @@ def trained_trees(config: Config) -> tuple[str, ...]:
 def make_model(
     config: Config, tokenizer: Any, placement: Placement, *, quiet: bool = False
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
-    """Makes the model, float32 masters of what is trained, and the frozen rest.
-
-    The frozen rest is in the computing dtype. All arrays are where the placement wants
-    them.
+    """Makes the model of a run, read from `init_from` or drawn at random.
 
     Args:
+      tokenizer: decides the vocabulary and special tokens of a random model.
+      placement: says where each array lies.
       quiet: no warning about beacons that start from the base.
+
+    Returns:
+      (model, trained, frozen): float32 masters of what is trained, and the rest in the
+      computing dtype.
     """
     beacon, names = beacon_config(config), trained_trees(config)
 
@@ -172,11 +174,15 @@ def export(
     overwrite: bool,
     keep: bool = False,
 ) -> None:
-    """Writes an HF folder: tokenizer, config.json, weights incl. beacon keys.
+    """Writes an HF folder: tokenizer, config.json, weights and beacon keys.
 
     A frozen base is read again from `init_from`, so that it is exported in the bytes in
     which it was stored, whatever dtype the run computed in; what was trained is stored
     in that dtype too.
+
+    Args:
+      variables: arrays on the host, "beacon" and, if they were trained, "params".
+      overwrite, keep: as `hf.save_hf`, for a folder that exists.
     """
     variables, source = dict(variables), None
     with Progress().stage("exporting"):  # writing has a stage of its own

@@ -59,6 +59,7 @@ class Placement:
 
     @property
     def everywhere(self) -> NamedSharding:
+        """The sharding of what every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
@@ -68,6 +69,7 @@ class Placement:
         return columns if self.own_plans else self.everywhere
 
     def plan(self, plans: np.ndarray) -> jax.Array:
+        """Makes a global array of plans [N, P], which every process has."""
         return put(plans, self.plan_sharding)
 
     def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -140,7 +142,7 @@ class Placement:
 def make_placement(
     mesh: Config, rules: Config, rows: Sequence[int], devices: Sequence[Any] = ()
 ) -> Placement:
-    """Reads config.mesh and config.rules.
+    """Makes the mesh of config.mesh, split by config.rules.
 
     Args:
       mesh: devices along data, fsdp and tensor; one of them may be -1: as many as there

@@ -108,7 +108,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
             base_hash = hf.tree_hash(frozen["params"]) if frozen else None
             stage.becomes("making the optimiser")
             optimizer = make_optimizer(config.optimizer, steps)
-            state = _state(placement, optimizer, trained)
+            state = fresh_state(placement, optimizer, trained)
             del trained
 
         # ---- The newest checkpoint, if there is one.
@@ -154,6 +154,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         inputs = Inputs(config, model, batches, count, held).ahead(start, steps)
         with contextlib.closing(metrics), profiler, contextlib.closing(inputs):
             for step in range(start, steps):
+                # The inputs, and the step: it is dispatched, not waited for.
                 profiler.before(step + 1, state)
                 with metrics.timing("data"), progress.stage("waiting for rows"):
                     given = next(inputs)
@@ -166,6 +167,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                 signals.running(done)
                 metrics.add(given.plans, given.tokens, values, flops=given.flops)
                 profiler.after(done, state)
+
+                # Waiting: for the step before, or for all that a line is about.
                 report = done == steps or done % config.log_every == 0
                 # `metrics` has a line for those after the first.
                 shown = contextlib.nullcontext()
@@ -180,6 +183,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                     report = True
                     with metrics.timing("step"):
                         flight.land(all_of_them=True)
+
+                # A line in the files, a checkpoint, a line for the user.
                 failed = (
                     flight.in_a_row >= config.optimizer.max_nonfinite
                     or flight.skipped == steps
@@ -204,6 +209,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                         metrics.show()
                     elif metrics.due():
                         metrics.progress(done)
+
+                # The end, or the next step.
                 if failed:
                     raise FloatingPointError(_not_finite(config, done, flight.in_a_row))
                 if stop:
@@ -355,7 +362,7 @@ def export_checkpoint(
         placement = make_placement(config.mesh, config.rules, [1])
         model, trained, frozen = make_model(config, tokenizer, placement)
         optimizer = make_optimizer(config.optimizer, 1)  # the structure of its state
-        state = _state(placement, optimizer, trained)
+        state = fresh_state(placement, optimizer, trained)
         stage.becomes("restoring the checkpoint")
         saved = Checkpoints(workdir / "checkpoints", config.keep)
         with contextlib.closing(saved):
@@ -370,7 +377,7 @@ def export_checkpoint(
     return int(restored.state["step"])
 
 
-def _state(placement: Placement, optimizer: Any, trained: Any) -> dict[str, Any]:
+def fresh_state(placement: Placement, optimizer: Any, trained: Any) -> dict[str, Any]:
     """Makes a fresh state: what is trained, and an optimiser state split likewise."""
     shardings = jax.tree.map(lambda x: x.sharding, trained)
     fresh = jax.eval_shape(optimizer.init, trained)
