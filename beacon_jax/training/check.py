@@ -54,10 +54,11 @@ LIMITS = (
         "must not be negative",
     ),
     (
-        ("loss.scale", "optimizer.lr", "optimizer.adam_lr", "optimizer.eps"),
+        ("optimizer.lr", "optimizer.adam_lr", "optimizer.eps"),
         lambda x: x > 0,
         "must be more than 0",
     ),
+    (("loss.scale",), lambda x: x > 0, "must be greater than 0"),
     (("optimizer.b1", "optimizer.b2"), lambda x: 0 <= x < 1, "must lie in [0, 1)"),
 )
 
