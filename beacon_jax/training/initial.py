@@ -19,7 +19,7 @@ from beacon_jax.progress import Progress
 from beacon_jax.resources import asset
 from beacon_jax.training.config import Config
 from beacon_jax.training.processes import is_lead, wait
-from beacon_jax.training.sharding import Placement, put
+from beacon_jax.training.sharding import Placement, map_named, put
 
 
 def base_folder(config: Config) -> Path:
@@ -112,14 +112,11 @@ def make_model(
             beacon=beacon,
         )
 
-        def put_leaf(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
-            name = "/".join(key.key for key in path)
+        def put_leaf(name: str, x: np.ndarray) -> jax.Array:
             sharding, dtype = place(model, name, x.shape)
             return put(x.astype(dtype), sharding)
 
-        variables = jax.tree_util.tree_map_with_path(
-            put_leaf, random_variables(model, config.seed)
-        )
+        variables = map_named(put_leaf, random_variables(model, config.seed))
     frozen = {name: tree for name, tree in variables.items() if name not in names}
     return model, {name: variables[name] for name in names}, frozen
 
@@ -135,8 +132,8 @@ def random_variables(model: ModelConfig, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     residual = math.sqrt(2 * model.num_layers)
 
-    def draw(path: tuple[Any, ...], shape: tuple[int, ...]) -> np.ndarray:
-        *_, module, kind = [key.key for key in path]
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        *_, module, kind = name.split("/")
         if kind == "scale":
             return np.ones(shape, np.float32)
         if kind == "bias":
@@ -153,15 +150,10 @@ def random_variables(model: ModelConfig, seed: int) -> dict[str, Any]:
             scale = 1 / math.sqrt(model.hidden_size)
         return (rng.standard_normal(shape) * scale).astype(np.float32)
 
-    params = jax.tree_util.tree_map_with_path(
-        draw,
-        param_shapes(model)["params"],
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return {
-        "params": params,
-        "beacon": init_beacon(params, model) if model.beacon else {},
-    }
+    is_shape = lambda x: isinstance(x, tuple)
+    params = map_named(draw, param_shapes(model)["params"], is_shape)
+    beacon = init_beacon(params, model) if model.beacon else {}
+    return {"params": params, "beacon": beacon}
 
 
 def export(

@@ -8,6 +8,7 @@ import optax
 
 from beacon_jax.names import meant
 from beacon_jax.training.config import Config
+from beacon_jax.training.sharding import map_named
 
 NAMES = ("adamw", "muon")
 SCHEDULES = ("linear", "cosine")
@@ -109,15 +110,15 @@ def matrix_axes(params: Any) -> Any:
     Muon's authors recommend.
     """
 
-    def axes(path: tuple[Any, ...], x: Any) -> Any:
-        names = [key.key for key in path]
+    def axes(name: str, x: Any) -> Any:
+        names = name.split("/")
         if "layers" not in names or names[-1] != "kernel":
             return None
         if names[-2] == "o_proj":  # [L, N, H, D]
             return optax.contrib.MuonDimensionNumbers((1, 2), 3)
         return optax.contrib.MuonDimensionNumbers(1, tuple(range(2, x.ndim)))
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return map_named(axes, params)
 
 
 def starting_at(state: Any, updates: int) -> Any:

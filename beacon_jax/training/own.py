@@ -39,7 +39,7 @@ from beacon_jax.training.initial import (
 )
 from beacon_jax.training.inputs import slots
 from beacon_jax.training.memory import step_bytes
-from beacon_jax.training.sharding import make_placement
+from beacon_jax.training.sharding import make_placement, map_named
 
 STAGE = "data.stages.stage1"
 WINDOWS = (1024, 512, 256, 128, 64, 32)
@@ -382,13 +382,12 @@ def _need(
     def arrays(own: bool) -> dict[str, Any]:
         dtype = jnp.dtype(jnp.float32 if own else config.dtype)
 
-        def make(path: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
-            name = "/".join(key.key for key in path)
+        def make(name: str, shape: tuple[int, ...]) -> Any:
             where = placement.variable(model, name, shape, trained=own)
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
         chosen = {k: x for k, x in param_shapes(model).items() if (k in names) == own}
-        return jax.tree_util.tree_map_with_path(make, chosen, is_leaf=_is_shape)
+        return map_named(make, chosen, _is_shape)
 
     shares = placement.mesh.shape["data"] * placement.mesh.shape["fsdp"]
     needs = step_bytes(

@@ -114,11 +114,8 @@ class Placement:
             raise
 
     def _variables(self, config: ModelConfig, tree: Any, *, trained: bool) -> Any:
-        def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
-            name = "/".join(key.key for key in path)
-            return self.variable(config, name, x.shape, trained=trained)
-
-        return jax.tree_util.tree_map_with_path(sharding, tree)
+        place = lambda name, x: self.variable(config, name, x.shape, trained=trained)
+        return map_named(place, tree)
 
     def optimizer(self, state: Any, trained: Any) -> Any:
         """Returns the shardings of an optimiser's state.
@@ -183,6 +180,12 @@ def _sizes(asked: dict[str, int], rows: Sequence[int], devices: int) -> dict[str
             f"{shares(sizes)}, or make mesh.data or mesh.fsdp smaller."
         )
     return sizes
+
+
+def map_named(f: Callable[[str, Any], Any], tree: Any, is_leaf: Any = None) -> Any:
+    """Maps f(name, leaf) over a tree of dicts; a name is "params/layers/..."."""
+    named = lambda path, x: f("/".join(key.key for key in path), x)
+    return jax.tree_util.tree_map_with_path(named, tree, is_leaf=is_leaf)
 
 
 def put(x: Any, sharding: NamedSharding) -> jax.Array:
