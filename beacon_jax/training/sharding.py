@@ -101,7 +101,11 @@ class Placement:
     def variable(
         self, config: ModelConfig, name: str, shape: tuple[int, ...], *, trained: bool
     ) -> NamedSharding:
-        """Returns the sharding of one variable, "params/..." or "beacon/..."."""
+        """Returns the sharding of a variable, named "params/..." or "beacon/...".
+
+        Raises:
+          ValueError: it cannot be split as the rules say; names it.
+        """
         axes: Any = variable_axes(config)
         for key in name.split("/"):
             axes = axes[key]
@@ -123,15 +127,11 @@ class Placement:
         Moments are split as what they belong to, whose path theirs ends with. Counters
         are everywhere.
         """
-        owners = {
-            tuple(path): sharding
-            for path, sharding in jax.tree_util.tree_leaves_with_path(trained)
-        }
+        owners = dict(jax.tree_util.tree_leaves_with_path(trained))
 
         def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
-            ends = (owners.get(tuple(path[i:])) for i in range(len(path)))
-            found = next((owner for owner in ends if owner is not None), None)
-            return found if found and x.ndim else self.everywhere
+            ends = [path[i:] for i in range(len(path)) if x.ndim]
+            return next((owners[e] for e in ends if e in owners), self.everywhere)
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
