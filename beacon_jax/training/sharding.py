@@ -219,12 +219,13 @@ def make_value_and_grad(
 
     P is placement.plans * parts; aux holds window_loss and window_count [N, P].
     """
-    sums = functools.partial(_sums, _value_and_grad(loss, scale), average, parts)
+    # In the fast setting every device computes on its own, and nothing is split.
+    partition = None if placement.own_plans else placement.partition
+    one_part = _value_and_grad(functools.partial(loss, partition=partition), scale)
+    sums = functools.partial(_sums, one_part, average, parts)
 
     def whole(trained, frozen, batch, plans):
-        value, count, aux, gradients = sums(
-            trained, frozen, batch, plans, placement.partition
-        )
+        value, count, aux, gradients = sums(trained, frozen, batch, plans)
         count = jnp.where(count > 0, count, 1.0)
         return (value / count, aux), jax.tree.map(lambda x: x / count, gradients)
 
@@ -233,7 +234,7 @@ def make_value_and_grad(
     specs = jax.tree.map(lambda sharding: sharding.spec, trained)
 
     def local(trained, frozen, batch, plans):
-        value, count, aux, gradients = sums(trained, frozen, batch, plans, None)
+        value, count, aux, gradients = sums(trained, frozen, batch, plans)
         total = lax.psum(count, "data")
         total = jnp.where(total > 0, total, 1.0)
 
@@ -259,6 +260,7 @@ def make_value_and_grad(
 
 
 def _value_and_grad(loss: Callable[..., Any], scale: float) -> Callable[..., Any]:
+    """Makes `jax.value_and_grad` of a loss that is scaled only while differentiated."""
     if scale == 1.0:
         return jax.value_and_grad(loss, has_aux=True)
 
@@ -274,17 +276,17 @@ def _value_and_grad(loss: Callable[..., Any], scale: float) -> Callable[..., Any
     return value_and_grad
 
 
-def _sums(value_and_grad, average, parts, trained, frozen, batch, plans, partition):
+def _sums(value_and_grad, average, parts, trained, frozen, batch, plans):
     """Returns (loss * count, count, aux, gradients * count) of rows at hand, float32.
 
-    `count` is the sum of their labels' weights, or the share of rows that have a token
+    The rows are computed in `parts`, one after the other.
+
+    `count` is the sum of the label weights, or the share of rows that have a token
     (1 per part, but for the empty rows of a `pad` batch), as `average` says.
     """
 
     def one(batch, plan):
-        (value, aux), gradients = value_and_grad(
-            trained, frozen, batch, plan, partition
-        )
+        (value, aux), gradients = value_and_grad(trained, frozen, batch, plan)
         if average == "token":
             count = scale = aux["row_count"].sum()
         else:  # the mean of row means counts empty rows, as 0: scaled with them
