@@ -153,6 +153,7 @@ def abstract_step(case: Case) -> tuple[Any, tuple[Any, ...], float]:
     }
     update = make_update(config, model, optimizer, placement, state, case.remat)
     need = step_bytes(
+        config,
         model,
         placement,
         trained,
@@ -160,8 +161,6 @@ def abstract_step(case: Case) -> tuple[Any, tuple[Any, ...], float]:
         rows=1,
         windows=windows,
         slots=case.slots or memory_slots(model, windows),
-        dtype=jnp.bfloat16,
-        offload=case.offload,
     )
     inputs = _inputs(placement, windows, rows, beacon.window)
     return update, (state, frozen, *inputs), need[case.remat] / GIB

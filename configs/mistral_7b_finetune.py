@@ -11,10 +11,7 @@ Hardware: 8 GPUs of 80 GB, each holding the base. 28,000 rows, 0.39B tokens, 3,5
 of 8 rows. Estimate, not measured: 2.4e19 FLOPs, 6.7 hours on A100 at 40 % of 312
 TFLOP/s each.
 
-Data: DIR holds the release's archive; 16K synthetic questions about books and papers,
-5K LongAlpaca, 2K BookSum and 5K RedPajama rows, those of 7,200 to 20,480 tokens;
-prepared once, into WORKDIR/data. The estimates assume 13,840 tokens a row and that none
-is dropped (beacon_jax/training/recipes.py).
+DIR holds the release's archive; rows and estimates: beacon_jax/training/recipes.py.
 configs/mistral_7b_finetune.py:smoke takes a few tiny steps from scratch on the CPU.
 """
 

@@ -10,11 +10,8 @@ Hardware: 8 GPUs of 80 GB, the weights in eight shards. 28,000 rows, 0.39B token
 steps of 8 rows. Estimate, not measured: 2.7e19 FLOPs, 7.5 hours on A100 at 40 % of 312
 TFLOP/s each.
 
-Data: DIR holds the release's archive; 16K synthetic questions about books and papers,
-5K LongAlpaca, 2K BookSum and 5K RedPajama rows, those of 7,200 to 20,480 tokens;
-prepared once, into WORKDIR/data. The estimates assume 13,840 tokens a row and that none
-is dropped (beacon_jax/training/recipes.py). The paper's result, LongBench, mean of five
-groups (Table 1): 48.6. Not measured here.
+DIR holds the release's archive; rows and estimates: beacon_jax/training/recipes.py.
+The paper's LongBench, mean of five groups (Table 1): 48.6. Not measured here.
 configs/qwen2_7b_full_ft.py:smoke takes a few tiny steps from scratch on the CPU.
 """
 

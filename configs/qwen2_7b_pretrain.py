@@ -10,10 +10,7 @@ Hardware: 8 GPUs of 80 GB, each holding the base. 1.0B tokens, about 16,300 step
 rows. Estimate, not measured: 5.2e19 FLOPs, 14.4 hours on A100 at 40 % of 312 TFLOP/s
 each.
 
-Data: DIR/redpajama/train.json (the release's archive), documents of 2,400 to 20,480
-tokens, longer ones cut; prepared once, into WORKDIR/data. The estimates assume a third
-of the tokens each in documents of 4,096, 10,240 and 20,480
-(beacon_jax/training/recipes.py).
+DIR holds the release's archive; rows and estimates: beacon_jax/training/recipes.py.
 configs/qwen2_7b_pretrain.py:smoke takes a few tiny steps from scratch on the CPU.
 """
 

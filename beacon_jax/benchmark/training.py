@@ -45,6 +45,7 @@ def _step(s: Settings, length: int) -> Row:
     slots = memory_slots(model, windows, likely=True)
     trained, frozen = jax.eval_shape(lambda: _start(s))
     need = step_bytes(
+        config,
         model,
         placement,
         _placed(placement.trained(model, trained), trained),
@@ -52,7 +53,6 @@ def _step(s: Settings, length: int) -> Row:
         rows=1,
         windows=windows,
         slots=slots,
-        dtype=jnp.dtype(s.dtype),
     )
     remat = choose_remat(need, s.device)
     check_fits(s.device, need[remat])

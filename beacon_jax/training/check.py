@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from beacon_jax import hf
 from beacon_jax.attention.api import IMPLEMENTATIONS
@@ -10,19 +9,58 @@ from beacon_jax.core.lean_vjp import REMAT
 from beacon_jax.core.plan import memory_slots
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
-from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
+from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import meant
 from beacon_jax.paths import check_folder
 from beacon_jax.training.check_data import check_data, check_numbers
-from beacon_jax.training.config import Config
+from beacon_jax.training.config import Config, lookup
 from beacon_jax.training.hardware import peak_flops
-from beacon_jax.training.initial import base_folder, tokenizer_folder
+from beacon_jax.training.initial import (
+    base_folder,
+    beacon_config,
+    random_model,
+    tokenizer_folder,
+)
 from beacon_jax.training.inputs import batch_sizes
 from beacon_jax.training.optim import make_optimizer
 from beacon_jax.training.profile import parse_steps
 from beacon_jax.training.sharding import make_placement
 
-DTYPES = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "trainable": ("beacon", "all"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "remat": ("auto", *REMAT),
+    "attention": ("", *IMPLEMENTATIONS),
+    "loss.average": ("token", "row"),
+}
+# Keys, what has to hold (nan never does), and how a message says it.
+LIMITS = (
+    (
+        ("uniform_plans",),
+        lambda x: 0 <= x <= 1,
+        "is a share of the steps: use a number from 0 to 1",
+    ),
+    (
+        ("log_every", "save_every", "keep", "accumulate", "optimizer.max_nonfinite"),
+        lambda x: x >= 1,
+        "must be at least 1",
+    ),
+    (
+        (
+            *("window", "memory_slots", "seed"),
+            *("optimizer.weight_decay", "optimizer.clip", "optimizer.warmup"),
+        ),
+        lambda x: x >= 0,
+        "must not be negative",
+    ),
+    (
+        ("optimizer.lr", "optimizer.adam_lr", "optimizer.eps"),
+        lambda x: x > 0,
+        "must be more than 0",
+    ),
+    (("loss.scale",), lambda x: x > 0, "must be greater than 0"),
+    (("optimizer.b1", "optimizer.b2"), lambda x: 0 <= x < 1, "must lie in [0, 1)"),
+)
 
 
 def check_settings(config: Config, workdir: str | Path) -> None:
@@ -37,14 +75,10 @@ def check_settings(config: Config, workdir: str | Path) -> None:
       OSError: `workdir` cannot be written.
     """
     _check_choices(config)
-    check_numbers("beacon.ratios", config.beacon.ratios)
-    check_numbers("profile_steps", config.profile_steps)
     _check_numbers(config)
     _check_folders(config)
     model = _model(config)
-    _check_optimizer(config.optimizer)
-    parse_steps(config.profile_steps)
-    peak_flops((), config.peak_tflops)
+    make_optimizer(config.optimizer, 1)  # checks its name and its schedule
     check_data(config)
     sizes = batch_sizes(config)
     for name, rows in sizes.items():
@@ -56,7 +90,9 @@ def check_settings(config: Config, workdir: str | Path) -> None:
     rows = [rows // config.accumulate for rows in sizes.values()]
     make_placement(config.mesh, config.rules, rows)
     if model.beacon and config.memory_slots:
-        least = memory_slots(_highest_ratio(model), 2)
+        ratios = (max(model.beacon.ratios),)
+        beacon = dataclasses.replace(model.beacon, ratios=ratios)
+        least = memory_slots(dataclasses.replace(model, beacon=beacon), 2)
         if config.memory_slots < least:
             raise ValueError(
                 f"memory_slots={config.memory_slots} does not hold one window at the "
@@ -70,15 +106,8 @@ def check_settings(config: Config, workdir: str | Path) -> None:
 
 
 def _check_choices(config: Config) -> None:
-    choices = {
-        "trainable": ("beacon", "all"),
-        "dtype": DTYPES,
-        "remat": ("auto", *REMAT),
-        "attention": ("", *IMPLEMENTATIONS),
-        "loss.average": ("token", "row"),
-    }
-    for key, allowed in choices.items():
-        value = _get(config, key)
+    for key, allowed in CHOICES.items():
+        value = lookup(config, key)
         if value not in allowed:
             names = [repr(name) for name in allowed]
             raise ValueError(
@@ -102,41 +131,20 @@ def _check_choices(config: Config) -> None:
 
 
 def _check_numbers(config: Config) -> None:
-    if not 0.0 <= config.uniform_plans <= 1.0:
-        raise ValueError(
-            f"uniform_plans={config.uniform_plans} is a share of the steps: use a "
-            "number from 0 to 1."
-        )
-    for key in ("log_every", "save_every", "keep", "accumulate"):
-        if config[key] < 1:
-            raise ValueError(f"{key}={config[key]} must be at least 1.")
-    for key in ("window", "memory_slots", "seed"):
-        if config[key] < 0:
-            raise ValueError(f"{key}={config[key]} must not be negative.")
-    if config.loss.scale <= 0:
-        raise ValueError(f"loss.scale={config.loss.scale} must be greater than 0.")
+    for key in ("beacon.ratios", "profile_steps"):
+        check_numbers(key, lookup(config, key))
+    for keys, holds, rule in LIMITS:
+        for key in keys:
+            value = lookup(config, key)
+            if not holds(value):
+                raise ValueError(f"{key}={value} {rule}.")
     size = config.tokenizer.vocab_size
     if config.tokenizer.train and size < SMALLEST_VOCABULARY:
         raise ValueError(
             f"tokenizer.vocab_size={size} must be at least {SMALLEST_VOCABULARY}."
         )
-
-
-def _check_optimizer(optimizer: Config) -> None:
-    for key in ("lr", "adam_lr", "eps"):
-        if not optimizer[key] > 0:
-            raise ValueError(f"optimizer.{key}={optimizer[key]} must be more than 0.")
-    for key in ("b1", "b2"):
-        if not 0 <= optimizer[key] < 1:
-            raise ValueError(f"optimizer.{key}={optimizer[key]} must lie in [0, 1).")
-    for key in ("weight_decay", "clip", "warmup"):
-        if not optimizer[key] >= 0:
-            raise ValueError(f"optimizer.{key}={optimizer[key]} must not be negative.")
-    if optimizer.max_nonfinite < 1:
-        raise ValueError(
-            f"optimizer.max_nonfinite={optimizer.max_nonfinite} must be at least 1."
-        )
-    make_optimizer(optimizer, 1)  # checks its name and its schedule
+    parse_steps(config.profile_steps)
+    peak_flops((), config.peak_tflops)
 
 
 def _check_folders(config: Config) -> None:
@@ -151,12 +159,12 @@ def _check_folders(config: Config) -> None:
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
             raise FileNotFoundError(
-                f"{key}={_get(config, key)!r} {what}: give the folder of a tokenizer. "
-                "One of the hub has to be downloaded first."
+                f"{key}={lookup(config, key)!r} {what}: give the folder of a "
+                "tokenizer. One of the hub has to be downloaded first."
             )
         if not hf.has_tokenizer(folder):
             raise FileNotFoundError(
-                f"{key}={_get(config, key)!r} has no tokenizer files: copy them from "
+                f"{key}={lookup(config, key)!r} has no tokenizer files: copy them from "
                 "the base model, or set tokenizer.path."
             )
 
@@ -166,13 +174,10 @@ def _model(config: Config) -> ModelConfig:
 
     Sizes that a tokenizer decides are guessed.
     """
-    beacon = None
-    settings = config.beacon.to_dict()
-    if settings.pop("use"):
-        try:
-            beacon = BeaconConfig(**settings)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"config.beacon: {error}") from error
+    try:
+        beacon = beacon_config(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"config.beacon: {error}") from error
     if config.init_from:
         folder = base_folder(config)
         ignore = is_converted(folder) and read_manifest(folder).get(
@@ -180,21 +185,13 @@ def _model(config: Config) -> ModelConfig:
         )
         model = ModelConfig.from_hf(read_config(folder), ignore_sliding_window=ignore)
         return dataclasses.replace(model, beacon=beacon)
-    fields = config.model.to_dict()
+    sizes = {}
+    if "vocab_size" not in config.model:
+        sizes["vocab_size"] = config.tokenizer.vocab_size
     try:
-        rope = RopeConfig(**fields.pop("rope", {}))
-        vocab = fields.pop("vocab_size", config.tokenizer.vocab_size)
-        return ModelConfig(**fields, vocab_size=vocab, rope=rope, beacon=beacon)
+        return random_model(config, beacon=beacon, **sizes)
     except (ValueError, TypeError) as error:
         raise ValueError(f"config.model: {error}") from error
-
-
-def _highest_ratio(model: ModelConfig) -> ModelConfig:
-    assert model.beacon is not None
-    ratios = (max(model.beacon.ratios),)
-    return dataclasses.replace(
-        model, beacon=dataclasses.replace(model.beacon, ratios=ratios)
-    )
 
 
 def _check_workdir(workdir: Path) -> None:
@@ -205,9 +202,3 @@ def _check_workdir(workdir: Path) -> None:
         raise OSError(
             f"--workdir={workdir} cannot be made ({error.strerror}): use another one."
         ) from error
-
-
-def _get(config: Config, key: str) -> Any:
-    for name in key.split("."):
-        config = config[name]
-    return config

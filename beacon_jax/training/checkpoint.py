@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from beacon_jax.hf.hashing import tree_hash
 from beacon_jax.training.console import say
@@ -193,16 +194,17 @@ class Checkpoints:
           ValueError: the run of these checkpoints had another config.
           CheckpointError: one cannot be read, or what it trains is something else.
         """
-        damaged = 0
+        damaged = False
         for step in sorted(self._manager.all_steps(), reverse=True):
             # All processes agree on one answer: each reads files of its own.
-            bad, failure, found = 0, None, None
+            bad, failure = 0, None
+            leaves, other = {}, []
             try:
                 saved, expected = self._record(step)
                 if not allow:
                     check_unchanged(saved, record)
-                found = self._read(step, state, allow, saved, record)
-                bad = int(_hash(found.leaves) != expected)
+                leaves, other = self._read(step, state, allow, saved, record)
+                bad = int(_hash(leaves) != expected)
             except (CheckpointError, ValueError) as error:
                 bad, failure = 2, error
             bad = worst(bad)
@@ -213,12 +215,10 @@ class Checkpoints:
                     f"another process cannot use the checkpoint of step {step}: see "
                     "its message."
                 )
-            if bad == 1:
-                damaged += 1
-                self._move_aside(step)
-                continue
-            assert found is not None
-            return Restored(_merged(state, found), found.same_optimizer)
+            if not bad:
+                return Restored(_merged(state, leaves, other), not other)
+            damaged = True
+            self._move_aside(step)
         if damaged and is_lead():
             say("no whole checkpoint is left: the run starts at step 0")
         return None
@@ -239,8 +239,12 @@ class Checkpoints:
         allow: bool,
         saved: dict[str, Any],
         record: dict[str, Any],
-    ) -> "_Found":
-        """Reads all arrays of a checkpoint to the places of `state`."""
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Reads all arrays of a checkpoint to the places of `state`.
+
+        Returns:
+          (arrays, names of those that are others than in `state`).
+        """
         target = _leaves(state)
         try:
             stored = self._manager.item_metadata(step)["state"].tree
@@ -248,37 +252,47 @@ class Checkpoints:
         except Exception as error:
             raise self._unreadable(step, error) from error
         wanted = {name: (x.shape, x.dtype) for name, x in target.items()}
-        other = [
-            name
-            for name in sorted({*stored, *wanted})
-            if stored.get(name) != wanted.get(name)
-        ]
+        names = sorted({*stored, *wanted})
+        other = [name for name in names if stored.get(name) != wanted.get(name)]
         own = all(name.startswith(OPTIMIZER) for name in other)
         if other and not (own and allow):
-            raise self._other_tree(step, other, stored, wanted, own, saved, record)
-        # Moments of another optimiser lie where their parameters do.
-        places = {name: x.sharding for name, x in target.items()}
-        trained = {
-            name.removeprefix(TRAINED): x
-            for name, x in target.items()
-            if name.startswith(TRAINED)
+            lines = _differences(other, stored, wanted, changes(saved, record))
+            remedy = (
+                "Use another --workdir, or the settings and the base it was made with."
+            )
+            if own:
+                remedy = (
+                    "Pass --config.allow_config_change to keep what was trained and to "
+                    "start the optimiser anew, or use another --workdir."
+                )
+            raise CheckpointError(
+                f"the checkpoint of step {step} has other "
+                f"{'optimiser state' if own else 'parameters'} than this run:\n"
+                f"{lines}\nNo file was changed. {remedy}"
+            )
+
+        def place(name: str) -> Any:
+            if name not in other:
+                return target[name].sharding
+            # Moments of another optimiser lie where their parameters do.
+            owners = (
+                x.sharding
+                for path, x in target.items()
+                if path.startswith(TRAINED)
+                and name.endswith(path.removeprefix(TRAINED))
+                and x.shape == stored[name][0]
+            )
+            return next(owners, target[STEP].sharding)
+
+        asked = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=place(name))
+            for name, (shape, dtype) in stored.items()
         }
-        asked = {}
-        for name, (shape, dtype) in stored.items():
-            place = places[STEP]
-            if wanted.get(name) == (shape, dtype):
-                place = places[name]
-            else:
-                for path, x in trained.items():
-                    if name.endswith(path) and x.shape == shape:
-                        place = x.sharding
-            asked[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(asked))
-            leaves = self._manager.restore(step, args=args)["state"]
+            return self._manager.restore(step, args=args)["state"], other
         except Exception as error:
             raise self._unreadable(step, error) from error
-        return _Found(leaves, not other)
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
         older = [s for s in self._manager.all_steps() if s < step]
@@ -286,33 +300,6 @@ class Checkpoints:
             f"the checkpoint of step {step} cannot be read: {_cause(error)}. No file "
             f"was changed. Repair {self._folder / str(step)}, or move it away to go on "
             f"from step {max(older, default=0)}."
-        )
-
-    def _other_tree(
-        self, step, names, stored, wanted, own, saved, record
-    ) -> CheckpointError:
-        show = lambda at: f"{list(at[0])} {jnp.dtype(at[1]).name}" if at else "nothing"
-        rows = [
-            f"  {name}: {show(stored.get(name))} in the checkpoint, "
-            f"{show(wanted.get(name))} in this run"
-            for name in names
-        ]
-        if len(rows) > 8:
-            rows = [*rows[:8], f"  and {len(rows) - 8} more"]
-        cause = changes(saved, record)
-        if cause:
-            rows += ["Settings that changed:", *(f"  {line}" for line in cause)]
-        remedy = "Use another --workdir, or the settings and the base it was made with."
-        if own:
-            remedy = (
-                "Pass --config.allow_config_change to keep what was trained and to "
-                "start the optimiser anew, or use another --workdir."
-            )
-        what = "optimiser state" if own else "parameters"
-        return CheckpointError(
-            f"the checkpoint of step {step} has other {what} than this run:\n"
-            + "\n".join(rows)
-            + f"\nNo file was changed. {remedy}"
         )
 
     def _move_aside(self, step: int) -> None:
@@ -349,19 +336,31 @@ TRAINED, OPTIMIZER, STEP = "['trained']", "['optimizer']", "['step']"
 SKIPPED = f"{OPTIMIZER}.total_notfinite"
 
 
-class _Found(NamedTuple):
-    leaves: dict[str, Any]
-    same_optimizer: bool
-
-
-def _merged(state: Any, found: _Found) -> Any:
-    """Returns the fresh state with what was found."""
+def _merged(state: Any, leaves: dict[str, Any], other: list[str]) -> Any:
+    """Returns the fresh state with what was read, less another optimiser's part."""
     target = _leaves(state)
-    kept = (TRAINED, STEP) if not found.same_optimizer else ("",)
+    kept = (TRAINED, STEP) if other else ("",)
     for name in target:
         if name.startswith(kept) or name == SKIPPED:
-            target[name] = found.leaves[name]
+            target[name] = leaves[name]
     return jax.tree.unflatten(jax.tree.structure(state), [*target.values()])
+
+
+def _differences(
+    names: list[str], stored: dict[str, Any], wanted: dict[str, Any], cause: list[str]
+) -> str:
+    """Lists arrays that differ, (shape, dtype) by name, and the settings that do."""
+    show = lambda at: f"{list(at[0])} {jnp.dtype(at[1]).name}" if at else "nothing"
+    rows = [
+        f"  {name}: {show(stored.get(name))} in the checkpoint, "
+        f"{show(wanted.get(name))} in this run"
+        for name in names
+    ]
+    if len(rows) > 8:
+        rows = [*rows[:8], f"  and {len(rows) - 8} more"]
+    if cause:
+        rows += ["Settings that changed:", *(f"  {line}" for line in cause)]
+    return "\n".join(rows)
 
 
 def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -381,22 +380,13 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
       old: as read from a checkpoint.
       new: of this run.
     """
-    before, after = _flat(old), _flat(json.loads(json.dumps(new)))
+    plain = json.loads(json.dumps(new))
+    before, after = (flatten_dict(tree, sep=".") for tree in (old, plain))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key) and key.split(".")[-1] not in FREE_KEYS
     ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            result |= _flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = value
-    return result
 
 
 def _leaves(state: Any) -> dict[str, Any]:

@@ -211,6 +211,15 @@ OPEN = (
 )
 
 
+def lookup(config: Any, key: str, absent: Any = None) -> Any:
+    """Returns the value of a dotted key, or `absent` if there is no such key."""
+    for name in key.split("."):
+        if name not in config:
+            return absent
+        config = config[name]
+    return config
+
+
 def leave_open(config: Config) -> None:
     """Sets the keys of OPEN to None: they are chosen when a run starts.
 
@@ -218,11 +227,9 @@ def leave_open(config: Config) -> None:
     config.data.stages must have a stage1.
     """
     for key in OPEN:
-        *path, last = key.split(".")
-        parent = config
-        for name in path:
-            parent = parent[name]
-        parent[last] = placeholder(type(parent[last]))
+        parent, _, last = key.rpartition(".")
+        part = lookup(config, parent) if parent else config
+        part[last] = placeholder(type(part[last]))
 
 
 def stage(

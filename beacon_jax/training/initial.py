@@ -19,7 +19,7 @@ from beacon_jax.progress import Progress
 from beacon_jax.resources import asset
 from beacon_jax.training.config import Config
 from beacon_jax.training.processes import is_lead, wait
-from beacon_jax.training.sharding import Placement, put
+from beacon_jax.training.sharding import Placement, map_named, put
 
 
 def base_folder(config: Config) -> Path:
@@ -43,33 +43,51 @@ def make_tokenizer(
 ) -> tuple[Any, Path]:
     """Returns the tokenizer and its folder.
 
-    If asked, the tokenizer is trained on the text, once per workdir.
+    With config.tokenizer.train it is trained on the documents, once per workdir.
     """
-    settings = config.tokenizer
-    if not settings.train:
+    if not config.tokenizer.train:
         folder = tokenizer_folder(config)
-        return hf.load_tokenizer(folder), folder
-    folder = workdir / "tokenizer"
-    if is_lead():
-        folder = ensure_tokenizer(config, documents, workdir)
-    wait("tokenizer")
+    else:
+        folder = workdir / "tokenizer"
+        if is_lead():
+            folder = ensure_tokenizer(config, documents, workdir)
+        wait("tokenizer")
     return hf.load_tokenizer(folder), folder
+
+
+def beacon_config(config: Config, **changes: Any) -> BeaconConfig | None:
+    """Returns the beacons of config.beacon with `changes`; None: a plain decoder."""
+    settings = {**config.beacon.to_dict(), **changes}
+    return BeaconConfig(**settings) if settings.pop("use") else None
+
+
+def random_model(config: Config, **fields: Any) -> ModelConfig:
+    """Returns the model of config.model, and of fields that are decided elsewhere."""
+    given = config.model.to_dict()
+    rope = RopeConfig(**given.pop("rope", {}))
+    return ModelConfig(**given, rope=rope, **fields)
+
+
+def trained_trees(config: Config) -> tuple[str, ...]:
+    """Names the parts of the variables that are trained."""
+    return ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
 
 
 def make_model(
     config: Config, tokenizer: Any, placement: Placement, *, quiet: bool = False
 ) -> tuple[ModelConfig, dict[str, Any], dict[str, Any]]:
-    """Makes the model, float32 masters of what is trained, and the frozen rest.
-
-    The frozen rest is in the computing dtype. All arrays are where the placement wants
-    them.
+    """Makes the model of a run, read from `init_from` or drawn at random.
 
     Args:
+      tokenizer: decides the vocabulary and special tokens of a random model.
+      placement: says where each array lies.
       quiet: no warning about beacons that start from the base.
+
+    Returns:
+      (model, trained, frozen): float32 masters of what is trained, and the rest in the
+      computing dtype.
     """
-    settings = config.beacon.to_dict()
-    beacon = BeaconConfig(**settings) if settings.pop("use") else None
-    names = ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
+    beacon, names = beacon_config(config), trained_trees(config)
 
     def place(model: ModelConfig, name: str, shape: tuple[int, ...]):
         own = name.split("/")[0] in names
@@ -85,26 +103,20 @@ def make_model(
             model = dataclasses.replace(model, beacon=None)
             variables["beacon"] = {}
     else:
-        fields = config.model.to_dict()
-        rope = RopeConfig(**fields.pop("rope", {}))
         bos = tokenizer.bos_token_id
-        model = ModelConfig(
-            **fields,
+        model = random_model(
+            config,
             vocab_size=len(tokenizer),
-            rope=rope,
             bos_ids=(bos,) if bos is not None else (),
             eos_ids=(tokenizer.eos_token_id,),
             beacon=beacon,
         )
 
-        def put_leaf(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
-            name = "/".join(key.key for key in path)
+        def put_leaf(name: str, x: np.ndarray) -> jax.Array:
             sharding, dtype = place(model, name, x.shape)
             return put(x.astype(dtype), sharding)
 
-        variables = jax.tree_util.tree_map_with_path(
-            put_leaf, random_variables(model, config.seed)
-        )
+        variables = map_named(put_leaf, random_variables(model, config.seed))
     frozen = {name: tree for name, tree in variables.items() if name not in names}
     return model, {name: variables[name] for name in names}, frozen
 
@@ -120,8 +132,8 @@ def random_variables(model: ModelConfig, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     residual = math.sqrt(2 * model.num_layers)
 
-    def draw(path: tuple[Any, ...], shape: tuple[int, ...]) -> np.ndarray:
-        *_, module, kind = [key.key for key in path]
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        *_, module, kind = name.split("/")
         if kind == "scale":
             return np.ones(shape, np.float32)
         if kind == "bias":
@@ -138,15 +150,10 @@ def random_variables(model: ModelConfig, seed: int) -> dict[str, Any]:
             scale = 1 / math.sqrt(model.hidden_size)
         return (rng.standard_normal(shape) * scale).astype(np.float32)
 
-    params = jax.tree_util.tree_map_with_path(
-        draw,
-        param_shapes(model)["params"],
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return {
-        "params": params,
-        "beacon": init_beacon(params, model) if model.beacon else {},
-    }
+    is_shape = lambda x: isinstance(x, tuple)
+    params = map_named(draw, param_shapes(model)["params"], is_shape)
+    beacon = init_beacon(params, model) if model.beacon else {}
+    return {"params": params, "beacon": beacon}
 
 
 def export(
@@ -159,11 +166,15 @@ def export(
     overwrite: bool,
     keep: bool = False,
 ) -> None:
-    """Writes an HF folder: tokenizer, config.json, weights incl. beacon keys.
+    """Writes an HF folder: tokenizer, config.json, weights and beacon keys.
 
     A frozen base is read again from `init_from`, so that it is exported in the bytes in
     which it was stored, whatever dtype the run computed in; what was trained is stored
     in that dtype too.
+
+    Args:
+      variables: arrays on the host, "beacon" and, if they were trained, "params".
+      overwrite, keep: as `hf.save_hf`, for a folder that exists.
     """
     variables, source = dict(variables), None
     with Progress().stage("exporting"):  # writing has a stage of its own

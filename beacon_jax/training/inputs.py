@@ -38,12 +38,12 @@ class StepInputs(NamedTuple):
     """Inputs of one step, on the host.
 
     Attributes:
-      batch: of `core.train_loss`, arrays [N, B, ...]. N is that of the longest batch of
+      batch: arrays [N, B, ...] for `core.train_loss`. N is that of the longest batch of
         the run, so that all steps share one program: windows without tokens stand in
         front, and cost next to nothing.
-      plans: int32 [N, P], a column for rows that share one.
-      tokens: number of real ones, of all rows.
-      flops: those of `model.flops.training_step`.
+      plans: ratios of the windows, int32 [N, P], a column for rows that share one.
+      tokens: how many real ones all rows have.
+      flops: model FLOPs of the step, by `flops.training_step`.
     """
 
     batch: dict[str, np.ndarray]
@@ -68,7 +68,8 @@ def make_data(
     the sources are prepared if that was not done before.
 
     Args:
-      stage: of the run's progress, which `prepare` is part of.
+      workdir: folder of the run, for a tokenizer that is trained and prepared data.
+      stage: told that preparing goes on.
 
     Raises:
       ValueError, FileNotFoundError: settings or sources that do not work.
@@ -99,13 +100,8 @@ def _prepared(
         print(line, flush=True)
 
     if is_lead():
-        return prepare(
-            settings,
-            folder,
-            workers=data.workers,
-            max_drop_fraction=data.max_drop_fraction,
-            show=show,
-        )
+        limits = {key: data[key] for key in ("workers", "max_drop_fraction")}
+        return prepare(settings, folder, **limits, show=show)
     # Not a collective, whose waiting time is limited: preparing may take hours. If the
     # first process fails, jax ends this one.
     while (done := finished(settings, folder)) is None:
@@ -147,8 +143,9 @@ class Inputs:
     """The inputs of all steps: `inputs[step]` are one step's, `ahead` iterates.
 
     Args:
-      count: ratio plans per step.
-      rows: those of a batch that this process needs (`Placement.rows`).
+      batches: rows of the run, step by step.
+      count: ratio plans per step, P.
+      rows: indices of the rows of a batch that this process needs; None: all.
     """
 
     def __init__(
@@ -197,12 +194,13 @@ def window(config: Config, model: ModelConfig, width: int) -> int:
 def draw_plans(
     config: Config, model: ModelConfig, batches: StepBatches, step: int, count: int
 ) -> np.ndarray:
-    """Draws the ratios of a step's windows, int32 [N, P].
+    """Draws the ratios of a step's windows, int32 [N, P]: `count` plans, one a column.
 
-    There is a column for rows that share their ratios. N is that of the step's longest
-    row, and all rows end together.
+    N is that of the step's longest row, and all rows end together. A plan that would
+    not fit into the memory's slots is drawn again.
 
-    A plan that would not fit into the memory's slots is drawn again.
+    Raises:
+      ValueError: none of 1,000 plans fits into config.memory_slots.
     """
     lengths = batches.lengths(step)
     lengths = lengths[lengths > 0]
@@ -238,7 +236,7 @@ def draw_plans(
 
 
 def slots(config: Config, model: ModelConfig, windows: int) -> int:
-    """Returns a row's memory slots: config.memory_slots, or what plans may need."""
+    """Counts a row's memory slots: config.memory_slots, or what plans may need."""
     assert model.beacon is not None
     drawn = model.beacon.ratio_mix == "step-random" and not config.uniform_plans
     return config.memory_slots or memory_slots(model, windows, likely=drawn)

@@ -6,22 +6,60 @@ recomputing layers and keeping the activations of a window.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from beacon_jax.core.law import Law
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import residual_dtype
+from beacon_jax.training.config import Config
 from beacon_jax.training.hardware import memory_gib
+from beacon_jax.training.inputs import slots as memory_room
 from beacon_jax.training.sharding import Placement
 
 # Workspace of compiled code: gathered weights of two layers, blocks of scores, logits.
 SLACK = 1.1
 
 
+def resolve_remat(
+    config: Config,
+    model: ModelConfig,
+    placement: Placement,
+    trained: Any,
+    frozen: Any,
+    shapes: Iterable[tuple[int, int]],
+) -> str:
+    """Returns config.remat, or what "auto" means for the largest batch of a run.
+
+    Args:
+      trained, frozen: arrays with shardings.
+      shapes: (rows, tokens of the longest row) of all batches.
+    """
+    if config.remat != "auto":
+        return config.remat
+    if model.beacon is None:
+        return "lean"
+    shares = placement.mesh.shape["data"] * placement.mesh.shape["fsdp"]
+    needs = [
+        step_bytes(
+            config,
+            model,
+            placement,
+            trained,
+            frozen,
+            rows=rows // (config.accumulate * shares),
+            windows=-(-length // model.beacon.window),
+        )
+        for rows, length in shapes
+    ]
+    return choose_remat(max(needs, key=lambda need: need["lean"]))
+
+
 def step_bytes(
+    config: Config,
     model: ModelConfig,
     placement: Placement,
     trained: Any,
@@ -29,20 +67,20 @@ def step_bytes(
     *,
     rows: int,
     windows: int,
-    slots: int,
-    dtype: Any,
-    offload: bool = False,
+    slots: int = 0,
 ) -> dict[str, float]:
     """Estimates the bytes per device with remat "lean" and "lean-layer".
 
     Args:
+      config: gives dtype, `offload` and, without `slots`, the room of the memory.
       trained, frozen: arrays or shapes with shardings.
       rows: of one device (of one part, if gradients are accumulated).
-      windows, slots: N, and memory slots of a row without the open window.
-      offload: the memory waits in host memory for the backward pass.
+      windows: N of a row.
+      slots: memory slots of a row without the open window; 0: those of the run.
     """
     assert model.beacon is not None
-    size, tensor = np.dtype(dtype).itemsize, placement.mesh.shape["tensor"]
+    dtype, tensor = jnp.dtype(config.dtype), placement.mesh.shape["tensor"]
+    size = dtype.itemsize
     own = sum(_bytes(x, 4) for x in jax.tree.leaves(trained))
     state = 3 * own  # masters and two moments
     base = sum(_bytes(x, x.dtype.itemsize) for x in jax.tree.leaves(frozen))
@@ -50,13 +88,13 @@ def step_bytes(
     # Gradients are summed where the weights are computed with: whole if replicated.
     gradients = 4 * whole + size * whole if placement.own_plans else 2 * own
     ratios, law = model.beacon.ratios, Law.of(model)
-    entries = slots + law.room(ratios)
+    entries = (slots or memory_room(config, model, windows)) + law.room(ratios)
     kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim / tensor
     # Keys and values, and their cotangents in float32.
-    buffers = rows * entries * kv * (4 if offload else size + 4)
+    buffers = rows * entries * kv * (4 if config.offload else size + 4)
     hidden = 3 * rows * windows * law.window * model.hidden_size * size
     window = int(law.entries(min(r for r in ratios if r), law.window))
-    wide = np.dtype(residual_dtype(dtype)).itemsize
+    wide = jnp.dtype(residual_dtype(dtype)).itemsize
     inputs = rows * window * model.num_layers * model.hidden_size * wide
     layer = rows * window * _activations(model, size) / tensor
     fixed = state + base + gradients + buffers + hidden + inputs

@@ -10,7 +10,7 @@ A line of metrics.jsonl holds these, each as a mean since the line before:
   loss, loss_x4 ...     nats per label; see `Metrics.write`
   grad_norm, lr, skipped
   tokens_per_second     of the batches, without padding
-  flops_per_second      model FLOPs (`model.flops`): no padding, nothing twice
+  flops_per_second      model FLOPs (`flops.training_step`): no padding, nothing twice
   mfu                   flops_per_second / what the devices reach at best
   time_data, time_step  shares of the time, which with time_other add up to 1; see
                         `Metrics.timing`
@@ -28,13 +28,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from beacon_jax.data.tally import clock
 from beacon_jax.resources import has
-from beacon_jax.training.board import Board
 from beacon_jax.training.console import say, write_whole
 from beacon_jax.training.hardware import memory_gib
 
@@ -71,7 +71,7 @@ class Metrics:
             self._path = workdir / "metrics.jsonl"
             _drop_after(self._path, start)  # a resumed run says every step once
             if has("tensorboardX"):
-                self._board = Board(workdir / "tensorboard", start)
+                self._board = _Board(workdir / "tensorboard", start)
             else:
                 say('no TensorBoard files: pip install "beacon_jax[tensorboard]"')
         self._steps, self._broken = steps, False
@@ -81,8 +81,7 @@ class Metrics:
         self._peak = peak
         self._devices = jax.local_devices() if devices is None else devices
         self._begin = self._last = time.perf_counter()
-        self._pending: list[tuple[np.ndarray, int, dict[str, Any]]] = []
-        self._flops, self._counted = 0.0, 0
+        self._pending: list[_Step] = []
         self._times: dict[str, float] = defaultdict(float)
 
     def add(
@@ -95,13 +94,13 @@ class Metrics:
     ) -> None:
         """Takes in one step.
 
-        These are its plans [N, devices], its tokens, what the update returned and its
-        model FLOPs (`model.flops.training_step`).
+        Args:
+          plans: ratios of its windows [N, P], a column for each device or for all.
+          tokens: of its rows, without padding.
+          values: what the update returned, on the devices.
+          flops: its model FLOPs (`flops.training_step`); None: not known.
         """
-        self._pending.append((plans, tokens, values))
-        if flops is not None:
-            self._flops += flops
-            self._counted += 1
+        self._pending.append(_Step(plans, tokens, values, flops))
 
     @contextlib.contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -142,16 +141,10 @@ class Metrics:
 
         It waits for the step.
         """
-        rows = jax.device_get([values["loss"] for _, _, values in self._pending])
+        losses = jax.device_get([step.values["loss"] for step in self._pending])
         now = time.perf_counter()
         busy = max(now - self._last - self._times.get("compile", 0.0), 1e-9)
-        self._print(step, f"loss {np.mean(rows):.3f}", len(rows) / busy, [])
-
-    def report(self, step: int, extra: dict[str, float]) -> dict[str, float]:
-        """Calls `write` and `show`."""
-        result = self.write(step, extra)
-        self.show()
-        return result
+        self._print(step, f"loss {np.mean(losses):.3f}", len(losses) / busy, [])
 
     def write(self, step: int, extra: dict[str, float]) -> dict[str, float]:
         """Writes the mean since the last report to the files, and returns it.
@@ -165,17 +158,21 @@ class Metrics:
         compiling = self._times.pop("compile", 0.0)
         timed = bool(self._times)
         with self.timing("step"):
-            rows = jax.device_get([values for _, _, values in self._pending])
+            rows = jax.device_get([step.values for step in self._pending])
         now = time.perf_counter()
         elapsed = max(now - self._last - compiling, 1e-9)
-        tokens = sum(tokens for _, tokens, _ in self._pending)
+        speeds = {"tokens_per_second": sum(s.tokens for s in self._pending) / elapsed}
+        flops = [s.flops for s in self._pending if s.flops is not None]
+        if len(flops) == len(self._pending):
+            speeds["flops_per_second"] = sum(flops) / elapsed
+            if self._peak:
+                speeds["mfu"] = speeds["flops_per_second"] / self._peak
         result = {
             "step": step,
             "loss": float(np.mean([row["loss"] for row in rows])),
             **self._by_ratio(rows),
             "grad_norm": float(np.mean([row["grad_norm"] for row in rows])),
-            "tokens_per_second": tokens / elapsed,
-            **self._speed(elapsed),
+            **speeds,
             **(self._shares(elapsed) if timed else {}),
             **memory_gib(self._devices),
             **({"compile_seconds": compiling} if compiling else {}),
@@ -184,15 +181,13 @@ class Metrics:
         }
         self._result, self._rate = result, len(self._pending) / elapsed
         self._pending, self._last = [], now
-        self._flops, self._counted = 0.0, 0
         self._times.clear()
         if self._path is not None and not self._broken:
             self._broken = True  # half of a line may be there: no other behind it
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-            values = {key: value for key, value in result.items() if key != "step"}
             if self._board is not None:
-                self._board.add(step, values)
+                self._board.add(result)
             self._broken = False
         return result
 
@@ -217,11 +212,8 @@ class Metrics:
             parts.append(f"data {result['time_data']:.0%}")
         if "memory_peak_gib" in result:
             limit = result.get("memory_limit_gib")
-            parts.append(
-                f"{result['memory_peak_gib']:.1f}"
-                + (f"/{limit:.1f}" if limit else "")
-                + " GiB"
-            )
+            of = f"/{limit:.1f}" if limit else ""
+            parts.append(f"{result['memory_peak_gib']:.1f}{of} GiB")
         if result.get("skipped"):
             parts.append(f"skipped {result['skipped']:.0f}")
         speed = f"{result['tokens_per_second']:.0f} tok/s"
@@ -234,16 +226,16 @@ class Metrics:
         if self._compiled:
             parts = [f"compiled in {self._compiled:.1f} s", *parts]
             self._compiled = 0.0
-        left = f"ETA {_clock((self._steps - step) / rate)}"
+        left = f"ETA {clock((self._steps - step) / rate)}"
         speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
         say("  ".join([f"step {step}/{self._steps}", loss, speed, *parts, left]))
 
     def _by_ratio(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         sums: dict[int, float] = defaultdict(float)
         counts: dict[int, float] = defaultdict(float)
-        for (plans, _, _), row in zip(self._pending, rows, strict=True):
+        for step, row in zip(self._pending, rows, strict=True):
             for ratio, loss, count in zip(
-                plans[:-1].flat,
+                step.plans[:-1].flat,
                 row["window_loss"][1:].flat,
                 row["window_count"][1:].flat,
                 strict=True,
@@ -252,28 +244,64 @@ class Metrics:
                 counts[int(ratio)] += float(count)
         return {f"loss_x{r}": sums[r] / counts[r] for r in sorted(sums) if counts[r]}
 
-    def _speed(self, elapsed: float) -> dict[str, float]:
-        if not self._pending or self._counted < len(self._pending):
-            return {}
-        speed = self._flops / elapsed
-        return {
-            "flops_per_second": speed,
-            **({"mfu": speed / self._peak} if self._peak else {}),
-        }
-
     def _shares(self, elapsed: float) -> dict[str, float]:
         other = max(elapsed - sum(self._times.values()), 0.0)
         times = {**self._times, "other": self._times["other"] + other}
         return {f"time_{name}": spent / elapsed for name, spent in times.items()}
 
-    @property
-    def pending(self) -> int:
-        """The number of steps since the last report."""
-        return len(self._pending)
-
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+class _Step(NamedTuple):
+    """One step since the last report; see `Metrics.add`."""
+
+    plans: np.ndarray
+    tokens: int
+    values: dict[str, Any]
+    flops: float | None
+
+
+class _Board:
+    """A TensorBoard event file, written by the thread that calls.
+
+    tensorboardX's own SummaryWriter writes in a thread that dies of a full disk, and
+    then waits for it for ever. Events of steps after `start`, from a process before,
+    are hidden.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        # The import takes 0.6 s, and only a run needs it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._proto: Any = event_pb2  # its classes are made when it is imported
+        self._scalar = scalar
+        self._file = EventsWriter(str(folder / "events"))
+        log = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._write(start + 1, session_log=log)
+
+    def add(self, values: dict[str, float]) -> None:
+        """Writes the values of a step; they are on the disk when this returns.
+
+        Raises:
+          OSError: they cannot be written.
+        """
+        for name, value in values.items():
+            if name != "step":
+                self._write(int(values["step"]), summary=self._scalar(name, value))
+        self._file.flush()
+
+    def _write(self, step: int, **what: Any) -> None:
+        event = self._proto.Event(wall_time=time.time(), step=step, **what)
+        self._file.write_event(event)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # whoever added values was told before
+            self._file.close()
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -288,12 +316,6 @@ def _drop_after(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             continue
     write_whole(path, "".join(kept))
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _si(value: float) -> str:

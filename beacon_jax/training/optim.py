@@ -8,6 +8,7 @@ import optax
 
 from beacon_jax.names import meant
 from beacon_jax.training.config import Config
+from beacon_jax.training.sharding import map_named
 
 NAMES = ("adamw", "muon")
 SCHEDULES = ("linear", "cosine")
@@ -16,15 +17,17 @@ SCHEDULES = ("linear", "cosine")
 def learning_rate(config: Config, steps: int) -> optax.Schedule:
     """Makes the schedule: the share of the peak rate at a step counted from 0.
 
-    It has a linear warm-up, a constant part and a decay.
-
-    The decay begins after the share decay_start of the steps. "linear" aims at 0 and
-    stops falling at `end`; while the rate still rises, the lower of both counts.
-    "cosine" comes to rest at `end`, and does not begin before the warm-up is over.
+    It has a linear warm-up, a constant part, and a decay after the share decay_start of
+    the steps. "linear" aims at 0 and stops falling at `end`; while the rate still
+    rises, the lower of both counts. "cosine" comes to rest at `end`, and does not begin
+    before the warm-up is over.
 
     Args:
       config: with schedule, warmup [steps], decay_start and end [shares].
       steps: length of the run, where the decay ends.
+
+    Raises:
+      ValueError: an unknown schedule, or a share that is none.
     """
     if config.schedule not in SCHEDULES:
         raise ValueError(
@@ -54,12 +57,17 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """Makes the gradient transformation of a run.
+    """Makes the gradient transformation of a run: clips, and skips what is not finite.
 
-    Updates that are not finite are skipped.
+    `max_nonfinite` skipped updates in a row stop the run (`trainer`). optax itself lets
+    them through after a number of errors, so that number is out of reach.
 
-    `max_nonfinite` of them in a row stop the run (`trainer`); optax itself would let
-    them through after a number of errors, which is why that number is out of reach.
+    Args:
+      config: config.optimizer.
+      steps: length of the run, for the schedule.
+
+    Raises:
+      ValueError: an unknown name, or what `learning_rate` refuses.
     """
     if config.name not in NAMES:
         raise ValueError(
@@ -102,15 +110,15 @@ def matrix_axes(params: Any) -> Any:
     Muon's authors recommend.
     """
 
-    def axes(path: tuple[Any, ...], x: Any) -> Any:
-        names = [key.key for key in path]
+    def axes(name: str, x: Any) -> Any:
+        names = name.split("/")
         if "layers" not in names or names[-1] != "kernel":
             return None
         if names[-2] == "o_proj":  # [L, N, H, D]
             return optax.contrib.MuonDimensionNumbers((1, 2), 3)
         return optax.contrib.MuonDimensionNumbers(1, tuple(range(2, x.ndim)))
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return map_named(axes, params)
 
 
 def starting_at(state: Any, updates: int) -> Any:

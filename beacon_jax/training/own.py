@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,13 +28,18 @@ from beacon_jax.data.tally import clock, si
 from beacon_jax.data.text import load_documents, run_documents
 from beacon_jax.flops import training_step
 from beacon_jax.hf.conversion import read_config
-from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
-from beacon_jax.training.config import OPEN, Config
+from beacon_jax.model.config import ModelConfig, param_shapes
+from beacon_jax.training.config import OPEN, Config, lookup
 from beacon_jax.training.hardware import device_bytes, find_chip
-from beacon_jax.training.initial import base_folder, tokenizer_folder
+from beacon_jax.training.initial import (
+    base_folder,
+    beacon_config,
+    tokenizer_folder,
+    trained_trees,
+)
 from beacon_jax.training.inputs import slots
 from beacon_jax.training.memory import step_bytes
-from beacon_jax.training.sharding import make_placement
+from beacon_jax.training.sharding import make_placement, map_named
 
 STAGE = "data.stages.stage1"
 WINDOWS = (1024, 512, 256, 128, 64, 32)
@@ -56,11 +62,14 @@ SAMPLE_BYTES = 4_000_000  # larger texts are counted by their size
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """The facts that are known before anything is loaded.
+    """What is known before anything is loaded.
 
-    `tokens` is the approximate number of tokens of the text.
+    Attributes:
+      config: with the choices made so far.
+      tokens: of the text, approximately.
     """
 
+    config: Config
     model: ModelConfig
     tokens: int
     devices: list[Any]
@@ -68,6 +77,15 @@ class _Facts:
     @property
     def kind(self) -> str:
         return "cpu" if self.devices[0].platform == "cpu" else "other"
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of a device, on a CPU of all; None: the platform does not tell."""
+        return device_bytes(self.devices[0])
+
+    def with_beacons(self, window: int) -> ModelConfig:
+        beacon = beacon_config(self.config, window=window, use=True)
+        return dataclasses.replace(self.model, beacon=beacon)
 
 
 def choose(
@@ -79,7 +97,7 @@ def choose(
       ValueError, FileNotFoundError: no model or text, a text that is too short, too few
         positions, a device that is too small, or several processes.
     """
-    missing = [key for key in OPEN if _get(config, key, "") is None]
+    missing = [key for key in OPEN if lookup(config, key, "") is None]
     if not missing:
         return config
     if jax.process_count() > 1:
@@ -88,7 +106,7 @@ def choose(
             "differently: set them."
         )
     for name in ("steps", "length", "batch_size"):
-        value = _get(config, f"{STAGE}.{name}", None)
+        value = lookup(config, f"{STAGE}.{name}", None)
         if value is not None and value < 1:
             raise ValueError(
                 f"{STAGE}.{name}={value} must be at least 1; leave it out, and it is "
@@ -105,7 +123,7 @@ def choose(
                 f"chosen for this run: repair it, set {', '.join(missing)} by hand, or "
                 "use another --workdir."
             ) from None
-        _fill(config, {key: _get(chosen, key) for key in missing})
+        config.update_from_flattened_dict({key: lookup(chosen, key) for key in missing})
         show(f"going on with what was chosen for {workdir}")
         return config
     facts = _facts(config)
@@ -129,9 +147,9 @@ def choose(
     )
     show("chosen for them; --config.KEY=VALUE chooses otherwise:")
     for step in (_dtype, _shape, _steps, _rates):
-        for key, value, why in step(config, facts):
+        for key, value, why in step(facts):
             if key in missing:
-                _fill(config, {key: value})
+                config.update_from_flattened_dict({key: value})
                 show(f"  {key}={value}: {why}")
     return config
 
@@ -209,10 +227,10 @@ def _facts(config: Config) -> _Facts:
     else:
         # Bytes of a token of English and code: 3.5 with 49,152 tokens, 2 with 512.
         tokens = int(size / (3.5 if len(tokenizer) > 8192 else 2.0))
-    return _Facts(model, tokens, jax.devices())
+    return _Facts(config, model, tokens, jax.devices())
 
 
-def _dtype(config: Config, facts: _Facts):
+def _dtype(facts: _Facts):
     if facts.kind == "cpu":
         yield "dtype", "float32", "a CPU computes bfloat16 no faster"
         return
@@ -224,30 +242,34 @@ def _dtype(config: Config, facts: _Facts):
         yield "dtype", "bfloat16", f"{device.device_kind} computes it fastest"
 
 
-def _shape(config: Config, facts: _Facts):
+def _shape(facts: _Facts):
     """Yields window, length, batch size and remat: the largest window that fits."""
-    positions = facts.model.trained_positions
+    config, positions = facts.config, facts.model.trained_positions
     if positions < 4 * WINDOWS[-1]:
         raise ValueError(
             f"init_from={config.init_from} has {positions} positions: beacons need at "
             f"least {4 * WINDOWS[-1]}, four windows of {WINDOWS[-1]}: use another one."
         )
     most = CPU_WINDOW if facts.kind == "cpu" else WINDOWS[0]
-    asked, length = config.beacon.window, _get(config, f"{STAGE}.length")
+    asked, length = config.beacon.window, lookup(config, f"{STAGE}.length")
     limit = f"the largest for a {facts.kind} device" if facts.kind == "cpu" else ""
     for w in [asked] if asked else [w for w in WINDOWS if w <= most]:
-        model = _with_beacons(config, facts.model, w)
+        model = facts.with_beacons(w)
         for t in [length] if length else [n * w for n in ROW_WINDOWS]:
-            refused = _limit(config, facts, model, t, free=not asked)
+            refused = _limit(facts, model, t, free=not asked)
             if refused:
                 limit = refused
                 continue
-            rows = _rows(config, facts, model, t)
-            need, remat = _need(config, facts, model, rows, t)
+            rows = _rows(facts, model, t)
+            need, remat = _need(facts, model, rows, t)
+            there = "the device does not say"
+            if facts.room:
+                there = f"{facts.room / 2**30:.1f} GiB are there"
             yield "beacon.window", w, limit or "the largest that is tried"
             yield f"{STAGE}.length", t, f"{-(-t // w)} windows"
             yield f"{STAGE}.batch_size", rows, f"{rows * t:,} tokens a step"
-            yield "remat", remat, _memory(need, device_bytes(facts.devices[0]))
+            by = f"a step needs about {need / 2**30:.1f} GiB by the estimate"
+            yield "remat", remat, f"{by}, {there}"
             return
     raise ValueError(
         f"init_from={config.init_from} and data.sources={tuple(config.data.sources)}: "
@@ -257,9 +279,7 @@ def _shape(config: Config, facts: _Facts):
     )
 
 
-def _limit(
-    config: Config, facts: _Facts, model: ModelConfig, length: int, *, free: bool
-) -> str:
+def _limit(facts: _Facts, model: ModelConfig, length: int, *, free: bool) -> str:
     """Says why rows of `length` are too much; "" if they are not.
 
     Args:
@@ -267,53 +287,47 @@ def _limit(
     """
     assert model.beacon is not None
     w, positions = model.beacon.window, facts.model.trained_positions
-    used = slots(config, model, -(-length // w))
+    used = slots(facts.config, model, -(-length // w))
     used += Law.of(model).room(model.beacon.ratios)
     if used > positions or (free and w > max(positions // 8, WINDOWS[-1])):
         return f"{positions:,} positions allow no larger one"
     if facts.tokens < (2 if length == ROW_WINDOWS[-1] * WINDOWS[-1] else 8) * length:
         return f"about {si(facts.tokens)} tokens of text allow no larger one"
-    room = device_bytes(facts.devices[0])
-    need, _ = _need(config, facts, model, len(facts.devices), length)
-    if room is not None and need > SHARE * room:
-        return f"the device's {room / 2**30:.1f} GiB allow no larger one"
+    if not _fits(facts, model, len(facts.devices), length):
+        return f"the device's {(facts.room or 0) / 2**30:.1f} GiB allow no larger one"
     return ""
 
 
-def _rows(config: Config, facts: _Facts, model: ModelConfig, length: int) -> int:
+def _rows(facts: _Facts, model: ModelConfig, length: int) -> int:
     """Chooses the rows of a step: a multiple of the devices.
 
     There are as many as STEP_TOKENS and the memory allow.
     """
-    asked, count = _get(config, f"{STAGE}.batch_size"), len(facts.devices)
-    if asked:
+    if asked := lookup(facts.config, f"{STAGE}.batch_size"):
         return asked
-    rows, room = count, device_bytes(facts.devices[0])
-    while (
-        2 * rows * length <= STEP_TOKENS[facts.kind] * count and 2 * rows <= 8 * count
-    ):
-        if room is not None and _need(config, facts, model, 2 * rows, length)[0] > (
-            SHARE * room
-        ):
-            break
+    count = len(facts.devices)
+    rows, most = count, min(STEP_TOKENS[facts.kind] // length, 8) * count
+    while 2 * rows <= most and _fits(facts, model, 2 * rows, length):
         rows *= 2
     return rows
 
 
-def _steps(config: Config, facts: _Facts):
-    stage = config.data.stages.stage1
+def _fits(facts: _Facts, model: ModelConfig, rows: int, length: int) -> bool:
+    room = facts.room
+    return room is None or _need(facts, model, rows, length)[0] <= SHARE * room
+
+
+def _steps(facts: _Facts):
+    stage = facts.config.data.stages.stage1
     tokens = stage.batch_size * stage.length
-    seconds = _step_seconds(config, facts)
+    seconds = _step_seconds(facts)
     passes = max(1, PASSES * facts.tokens // tokens)
     hour = max(1, int(HOUR / seconds))
-    steps = min(max(min(passes, hour), STEPS[0]), STEPS[1])
-    steps = _rounded(steps)
-    why = (
-        f"{steps * tokens / facts.tokens:.2g} x the text"
-        if passes <= hour
-        else "about an hour"
-    )
-    steps = _get(config, f"{STAGE}.steps") or steps
+    steps = _rounded(min(max(min(passes, hour), STEPS[0]), STEPS[1]))
+    why = "about an hour"
+    if passes <= hour:
+        why = f"{steps * tokens / facts.tokens:.2g} x the text"
+    steps = stage.steps or steps
     yield (
         f"{STAGE}.steps",
         steps,
@@ -322,21 +336,21 @@ def _steps(config: Config, facts: _Facts):
     )
 
 
-def _rates(config: Config, facts: _Facts):
+def _rates(facts: _Facts):
     # Rates that trained well: 3e-3 at 96 wide, 2e-4 at 896, 5e-5 (paper) at 4096.
     rate = float(f"{min(3e-3, 0.2 / facts.model.hidden_size):.1e}")
     yield "optimizer.lr", rate, f"0.2 / hidden_size {facts.model.hidden_size}"
-    steps = config.data.stages.stage1.steps
+    steps = facts.config.data.stages.stage1.steps
     yield "optimizer.warmup", max(1, steps // 20), "a twentieth of the steps"
 
 
-def _step_seconds(config: Config, facts: _Facts) -> float:
+def _step_seconds(facts: _Facts) -> float:
     """Estimates the seconds of a step by its FLOPs and the peak of the devices."""
+    config = facts.config
     stage, w = config.data.stages.stage1, config.beacon.window
-    model = _with_beacons(config, facts.model, w)
-    windows = -(-stage.length // w)
-    valid = np.full((windows, stage.batch_size), w)
-    plans = np.full((windows, 1), min(r for r in config.beacon.ratios if r))
+    valid = np.full((-(-stage.length // w), stage.batch_size), w)
+    plans = np.full((len(valid), 1), min(r for r in config.beacon.ratios if r))
+    model = facts.with_beacons(w)
     flops = training_step(model, plans, valid, trainable=config.trainable)
     chip = find_chip(facts.devices[0].device_kind)
     peak = len(facts.devices) * chip.tflops * 1e12 if chip else _measured()
@@ -357,84 +371,54 @@ def _measured() -> float:
 
 
 def _need(
-    config: Config, facts: _Facts, model: ModelConfig, rows: int, length: int
+    facts: _Facts, model: ModelConfig, rows: int, length: int
 ) -> tuple[float, str]:
     """Estimates the bytes of a step on a device (on a CPU: in all), and its remat."""
     assert model.beacon is not None
+    config = facts.config
     placement = make_placement(config.mesh, config.rules, [rows])
-    names = ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
-    dtype = jnp.dtype(config.dtype)
-    shapes = param_shapes(model)
+    names = trained_trees(config)
 
-    def tree(own: bool) -> dict[str, Any]:
-        make = lambda x: jax.ShapeDtypeStruct(x, jnp.float32 if own else dtype)
-        chosen = {name: shapes[name] for name in shapes if (name in names) == own}
-        return jax.tree.map(make, chosen, is_leaf=lambda x: isinstance(x, tuple))
+    def arrays(own: bool) -> dict[str, Any]:
+        dtype = jnp.dtype(jnp.float32 if own else config.dtype)
 
-    trained, frozen = tree(True), tree(False)
-    trained = _placed(trained, placement.trained(model, trained))
-    frozen = _placed(frozen, placement.frozen(model, frozen))
+        def make(name: str, shape: tuple[int, ...]) -> Any:
+            where = placement.variable(model, name, shape, trained=own)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        chosen = {k: x for k, x in param_shapes(model).items() if (k in names) == own}
+        return map_named(make, chosen, _is_shape)
+
     shares = placement.mesh.shape["data"] * placement.mesh.shape["fsdp"]
-    windows = -(-length // model.beacon.window)
     needs = step_bytes(
+        config,
         model,
         placement,
-        trained,
-        frozen,
+        arrays(True),
+        arrays(False),
         rows=max(rows // shares, 1),
-        windows=windows,
-        slots=slots(config, model, windows),
-        dtype=dtype,
-        offload=config.offload,
+        windows=-(-length // model.beacon.window),
     )
-    room, asked = device_bytes(facts.devices[0]), config.remat
+    room, asked = facts.room, config.remat
     for remat in [asked] if asked in needs else ["lean", "lean-layer"]:
         need = needs[remat]
         if facts.kind == "cpu":
             need = PROCESS_BYTES + len(facts.devices) * need
         if room is None or need <= SHARE * room:
-            return need, remat
+            break
     return need, remat
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(place, tree, shardings)
-
-
-def _memory(need: float, room: int | None) -> str:
-    of = f"{room / 2**30:.1f} GiB are there" if room else "the device does not say"
-    return f"a step needs about {need / 2**30:.1f} GiB by the estimate, {of}"
-
-
-def _with_beacons(config: Config, model: ModelConfig, window: int) -> ModelConfig:
-    settings = {**config.beacon.to_dict(), "window": window}
-    settings.pop("use")
-    return dataclasses.replace(model, beacon=BeaconConfig(**settings))
-
-
 def _size(model: ModelConfig) -> int:
-    leaves = jax.tree.leaves(
-        param_shapes(model)["params"], is_leaf=lambda x: isinstance(x, tuple)
-    )
-    return sum(int(np.prod(shape)) for shape in leaves)
+    shapes = jax.tree.leaves(param_shapes(model)["params"], is_leaf=_is_shape)
+    return sum(map(math.prod, shapes))
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple)
 
 
 def _rounded(steps: int) -> int:
     """Rounds down to two digits, so that it reads as what it is: an estimate."""
     unit = 10 ** max(len(str(steps)) - 2, 0)
     return steps // unit * unit
-
-
-def _get(config: Any, key: str, absent: Any = None) -> Any:
-    """Returns the value of a dotted key, or `absent` if there is no such key."""
-    *path, last = key.split(".")
-    for part in path:
-        if part not in config:
-            return absent
-        config = config[part]
-    return config.get(last, absent)
-
-
-def _fill(config: Config, values: dict[str, Any]) -> None:
-    config.update_from_flattened_dict(values)

@@ -5,6 +5,7 @@ at it with `xprof --logdir=WORKDIR/profile` (pip install xprof), or open its
 trace.json.gz in ui.perfetto.dev. The first steps compile: profile later ones.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,19 +20,16 @@ class Profiler:
 
     Steps are counted from 1, as in the progress line. Call `before` and `after` around
     every step; leaving the context ends a trace that is still running.
+
+    Args:
+      folder: receives the trace.
+      steps: see `parse_steps`.
     """
 
     def __init__(self, folder: Path, steps: Sequence[int] | str):
-        """Reads which steps to trace.
-
-        Args:
-          folder: receives the trace.
-          steps: see `parse_steps`.
-        """
         self._folder = folder
-        self._steps = parse_steps(steps)
-        self._running = False
-        self._annotation: Any = None
+        self._first, self._last = parse_steps(steps) or (1, 0)
+        self._running, self._step = False, contextlib.ExitStack()
 
     def before(self, step: int, ready: Any) -> None:
         """Starts the trace if `step` is in the range.
@@ -39,21 +37,19 @@ class Profiler:
         It waits for `ready` (the state), so that steps dispatched earlier are not part
         of it.
         """
-        if self._steps is None or not self._steps[0] <= step <= self._steps[1]:
+        if not self._first <= step <= self._last:
             return
         if not self._running:
             jax.block_until_ready(ready)
             jax.profiler.start_trace(self._folder)
             self._running = True
-        self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
-        self._annotation.__enter__()
+        named = jax.profiler.StepTraceAnnotation("train", step_num=step)
+        self._step.enter_context(named)
 
     def after(self, step: int, ready: Any) -> None:
         """Ends the trace behind the last step, once `ready` is there."""
-        if not self._running or self._steps is None:
-            return
-        self._end_step()
-        if step >= self._steps[1]:
+        self._step.close()
+        if self._running and step >= self._last:
             jax.block_until_ready(ready)
             self._stop()
 
@@ -61,17 +57,12 @@ class Profiler:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._step.close()
         if self._running:
-            self._end_step()
             self._stop()
 
-    def _end_step(self) -> None:
-        if self._annotation is not None:
-            self._annotation.__exit__(None, None, None)
-            self._annotation = None
-
     def _stop(self) -> None:
-        self._running, self._steps = False, None
+        self._running = False
         jax.profiler.stop_trace()
         say(f"wrote a trace to {self._folder}")
 

@@ -1,32 +1,23 @@
 """The paper's training settings (docs/specification.md section 3), for configs/.
 
 Both stages have AdamW, linear decay, no warm-up, 8 rows per step (one per device),
-bfloat16 and a frozen base. Stage 1 has 1B tokens, ratios 2 to 32 and lr 5e-5; stage 2
-has 28,000 rows, ratios 2, 4 and 8 and lr 1e-5. The loss is a mean of row means, which
-is what eight processes of one row compute. Windows and sinks are those of
-`model.presets`.
+bfloat16 and a frozen base. The loss is a mean of row means, which is what eight
+processes of one row compute. Windows and sinks are those of `model.presets`.
 
 The data are the sources of the release under its names (docs/evaluation-protocols.md
-section 4.1), relative to `config.data.root`, read for one epoch in batches of equal
-numbers of windows (`data.grouped`, strict). Stage 1: RedPajama documents of 2,400 to
-20,480 tokens, longer ones cut as in the release (`data.long="drop"` leaves them out, as
-the paper says), up to 1B tokens. Stage 2: rows of 7,200 to 20,480 tokens from 16,000
-synthetic questions, 5,000 LongAlpaca, 2,000 BookSum and 5,000 stage-1 rows, counted
-before the length rules, longer conversations left out. The release's command also names
-needle/train.16K.json, which the paper does not: add it to `data.sources` to train as
-the release does.
+section 4.1), relative to `config.data.root`, the folder of its archive. They are
+prepared once, into WORKDIR/data, and read for one epoch in batches of equal numbers of
+windows (`data.grouped`, strict).
 
 Estimates in the recipes (nothing has been run at these sizes, and none of the sources
-could be read here) assume lengths: stage 1 a third of the tokens each in documents of
-4,096, 10,240 and 20,480 tokens, stage 2 a third of the rows each of 7,200, 13,840 and
-20,480. They count every product that is computed, the repeated ones too. In the forward
-pass a window costs 2 P (W + b) in linear layers, P without embeddings and lm_head on
-raw tokens only, and 4 L N H (W + b)(m + (W + b) / 2) in attention. Here b = W / ratio
-is averaged over the ratios (0 in the last window), and m slots lie before the window.
-Training costs 3 x linear + 4 x attention with a frozen base (two forwards; backward one
-linear and two attentions more), 4 x both with all weights. Hours assume 40 % of the
-peak of 8 A100 or A800, 312 TFLOP/s each: an MFU, which counts nothing twice
-(`model.flops`), of 27 %, or 30 % with all weights.
+could be read here) count every product that is computed, the repeated ones too. In the
+forward pass a window costs 2 P (W + b) in linear layers, P without embeddings and
+lm_head on raw tokens only, and 4 L N H (W + b)(m + (W + b) / 2) in attention. Here
+b = W / ratio is averaged over the ratios (0 in the last window), and m slots lie before
+the window. Training costs 3 x linear + 4 x attention with a frozen base (two forwards;
+backward one linear and two attentions more), 4 x both with all weights. Hours assume
+40 % of the peak of 8 A100 or A800, 312 TFLOP/s each: an MFU, which counts nothing twice
+(`beacon_jax.flops`), of 27 %, or 30 % with all weights.
 """
 
 from ml_collections import ConfigDict
@@ -55,9 +46,15 @@ SHARDED = {"data": 1, "fsdp": 8, "tensor": 1}
 
 
 def pretrain(preset: str, arg: str = "") -> Config:
-    """Makes stage 1: beacons on a frozen base.
+    """Makes stage 1: beacons on a frozen base, ratios 2 to 32, lr 5e-5, 1B tokens.
 
-    `preset` is a name of `model.presets`.
+    Rows are RedPajama documents of 2,400 to 20,480 tokens, longer ones cut as in the
+    release (`data.long="drop"` leaves them out, as the paper says). Estimates assume a
+    third of the tokens each in documents of 4,096, 10,240 and 20,480.
+
+    Args:
+      preset: a name of `model.presets`.
+      arg: "smoke" for a few tiny steps from scratch.
     """
     config = start(preset)
     config.data.update(
@@ -73,7 +70,15 @@ def pretrain(preset: str, arg: str = "") -> Config:
 
 
 def finetune(preset: str, arg: str = "") -> Config:
-    """Makes stage 2, which starts from the export of stage 1."""
+    """Makes stage 2, from the export of stage 1: ratios 2, 4 and 8, lr 1e-5.
+
+    The 28,000 rows of 7,200 to 20,480 tokens are 16,000 synthetic questions about books
+    and papers, 5,000 LongAlpaca, 2,000 BookSum and 5,000 stage-1 rows, counted before
+    the length rules, longer conversations left out. The release's command also names
+    needle/train.16K.json, which the paper does not: add it to `data.sources` to train
+    as the release does. Estimates assume that none is dropped, and a third of the rows
+    each of 7,200, 13,840 and 20,480 tokens.
+    """
     config = start(preset)
     config.init_from = f"out/{_file(preset)}_pretrain/export"
     config.beacon.ratios = (2, 4, 8)

@@ -59,6 +59,7 @@ class Placement:
 
     @property
     def everywhere(self) -> NamedSharding:
+        """The sharding of what every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
@@ -68,6 +69,7 @@ class Placement:
         return columns if self.own_plans else self.everywhere
 
     def plan(self, plans: np.ndarray) -> jax.Array:
+        """Makes a global array of plans [N, P], which every process has."""
         return put(plans, self.plan_sharding)
 
     def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -99,7 +101,11 @@ class Placement:
     def variable(
         self, config: ModelConfig, name: str, shape: tuple[int, ...], *, trained: bool
     ) -> NamedSharding:
-        """Returns the sharding of one variable, "params/..." or "beacon/..."."""
+        """Returns the sharding of a variable, named "params/..." or "beacon/...".
+
+        Raises:
+          ValueError: it cannot be split as the rules say; names it.
+        """
         axes: Any = variable_axes(config)
         for key in name.split("/"):
             axes = axes[key]
@@ -112,11 +118,8 @@ class Placement:
             raise
 
     def _variables(self, config: ModelConfig, tree: Any, *, trained: bool) -> Any:
-        def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
-            name = "/".join(key.key for key in path)
-            return self.variable(config, name, x.shape, trained=trained)
-
-        return jax.tree_util.tree_map_with_path(sharding, tree)
+        place = lambda name, x: self.variable(config, name, x.shape, trained=trained)
+        return map_named(place, tree)
 
     def optimizer(self, state: Any, trained: Any) -> Any:
         """Returns the shardings of an optimiser's state.
@@ -124,15 +127,11 @@ class Placement:
         Moments are split as what they belong to, whose path theirs ends with. Counters
         are everywhere.
         """
-        owners = {
-            tuple(path): sharding
-            for path, sharding in jax.tree_util.tree_leaves_with_path(trained)
-        }
+        owners = dict(jax.tree_util.tree_leaves_with_path(trained))
 
         def sharding(path: tuple[Any, ...], x: Any) -> NamedSharding:
-            ends = (owners.get(tuple(path[i:])) for i in range(len(path)))
-            found = next((owner for owner in ends if owner is not None), None)
-            return found if found and x.ndim else self.everywhere
+            ends = [path[i:] for i in range(len(path)) if x.ndim]
+            return next((owners[e] for e in ends if e in owners), self.everywhere)
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -140,7 +139,7 @@ class Placement:
 def make_placement(
     mesh: Config, rules: Config, rows: Sequence[int], devices: Sequence[Any] = ()
 ) -> Placement:
-    """Reads config.mesh and config.rules.
+    """Makes the mesh of config.mesh, split by config.rules.
 
     Args:
       mesh: devices along data, fsdp and tensor; one of them may be -1: as many as there
@@ -183,6 +182,12 @@ def _sizes(asked: dict[str, int], rows: Sequence[int], devices: int) -> dict[str
     return sizes
 
 
+def map_named(f: Callable[[str, Any], Any], tree: Any, is_leaf: Any = None) -> Any:
+    """Maps f(name, leaf) over a tree of dicts; a name is "params/layers/..."."""
+    named = lambda path, x: f("/".join(key.key for key in path), x)
+    return jax.tree_util.tree_map_with_path(named, tree, is_leaf=is_leaf)
+
+
 def put(x: Any, sharding: NamedSharding) -> jax.Array:
     """Makes a host array a global one: each device gets its part, nothing else."""
     x = np.asarray(x)
@@ -214,12 +219,13 @@ def make_value_and_grad(
 
     P is placement.plans * parts; aux holds window_loss and window_count [N, P].
     """
-    sums = functools.partial(_sums, _value_and_grad(loss, scale), average, parts)
+    # In the fast setting every device computes on its own, and nothing is split.
+    partition = None if placement.own_plans else placement.partition
+    one_part = _value_and_grad(functools.partial(loss, partition=partition), scale)
+    sums = functools.partial(_sums, one_part, average, parts)
 
     def whole(trained, frozen, batch, plans):
-        value, count, aux, gradients = sums(
-            trained, frozen, batch, plans, placement.partition
-        )
+        value, count, aux, gradients = sums(trained, frozen, batch, plans)
         count = jnp.where(count > 0, count, 1.0)
         return (value / count, aux), jax.tree.map(lambda x: x / count, gradients)
 
@@ -228,7 +234,7 @@ def make_value_and_grad(
     specs = jax.tree.map(lambda sharding: sharding.spec, trained)
 
     def local(trained, frozen, batch, plans):
-        value, count, aux, gradients = sums(trained, frozen, batch, plans, None)
+        value, count, aux, gradients = sums(trained, frozen, batch, plans)
         total = lax.psum(count, "data")
         total = jnp.where(total > 0, total, 1.0)
 
@@ -254,6 +260,7 @@ def make_value_and_grad(
 
 
 def _value_and_grad(loss: Callable[..., Any], scale: float) -> Callable[..., Any]:
+    """Makes `jax.value_and_grad` of a loss that is scaled only while differentiated."""
     if scale == 1.0:
         return jax.value_and_grad(loss, has_aux=True)
 
@@ -269,17 +276,17 @@ def _value_and_grad(loss: Callable[..., Any], scale: float) -> Callable[..., Any
     return value_and_grad
 
 
-def _sums(value_and_grad, average, parts, trained, frozen, batch, plans, partition):
+def _sums(value_and_grad, average, parts, trained, frozen, batch, plans):
     """Returns (loss * count, count, aux, gradients * count) of rows at hand, float32.
 
-    `count` is the sum of their labels' weights, or the share of rows that have a token
+    The rows are computed in `parts`, one after the other.
+
+    `count` is the sum of the label weights, or the share of rows that have a token
     (1 per part, but for the empty rows of a `pad` batch), as `average` says.
     """
 
     def one(batch, plan):
-        (value, aux), gradients = value_and_grad(
-            trained, frozen, batch, plan, partition
-        )
+        (value, aux), gradients = value_and_grad(trained, frozen, batch, plan)
         if average == "token":
             count = scale = aux["row_count"].sum()
         else:  # the mean of row means counts empty rows, as 0: scaled with them

@@ -1,4 +1,4 @@
-"""Steps between the host, which starts them, and the devices, which take their time."""
+"""Compiles the update of a run, and counts the steps that devices still work on."""
 
 import time
 from collections import deque
@@ -10,10 +10,10 @@ SLOW_STEP = 1.0  # seconds
 
 
 class Programs:
-    """The compiled update, one for each shape of the batches.
+    """The compiled update, one program for each shape of the batches.
 
     Args:
-      update: of `make_update`.
+      update: jitted: (state, frozen, batch, plans) -> (state, values).
     """
 
     def __init__(self, update: Any):
@@ -36,6 +36,7 @@ class Programs:
         return time.perf_counter() - began
 
     def __call__(self, state, frozen, batch, plans) -> Any:
+        """Runs the program that `prepare` has compiled for these shapes."""
         return self._made[_shapes(batch, plans)](state, frozen, batch, plans)
 
 
@@ -51,7 +52,8 @@ class Flight:
     nothing then.
 
     Attributes:
-      in_a_row, skipped: updates that were not finite, of the steps that have ended.
+      in_a_row, skipped: counts of updates that were not finite, the last ones of the
+        steps that have ended, and all of them.
     """
 
     def __init__(self, skipped: tuple[int, int]):
@@ -67,9 +69,7 @@ class Flight:
         """Waits for the steps before the last one, or for all of them."""
         while len(self._started) > (0 if all_of_them or self._slow else 1):
             values = self._started.popleft()
-            self.in_a_row, self.skipped = (
-                int(values["nonfinite_in_a_row"]),
-                int(values["nonfinite"]),
-            )
+            self.in_a_row = int(values["nonfinite_in_a_row"])
+            self.skipped = int(values["nonfinite"])
             now = time.perf_counter()
             self._slow, self._landed = now - self._landed > SLOW_STEP, now

@@ -8,6 +8,7 @@ and number are all that a checkpoint needs for a bit-identical continuation.
 import contextlib
 import dataclasses
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,12 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from beacon_jax import hf, runtime
 from beacon_jax.core.train_loss import LossConfig, train_loss
-from beacon_jax.data.batches import StepBatches
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
 from beacon_jax.paths import check_folder
@@ -32,19 +31,9 @@ from beacon_jax.training.checkpoint import Checkpoints, Restored, check_unchange
 from beacon_jax.training.config import Config
 from beacon_jax.training.console import OutputClosed, say, write_whole
 from beacon_jax.training.hardware import peak_flops
-from beacon_jax.training.initial import (
-    export,
-    make_model,
-    make_tokenizer,
-)
-from beacon_jax.training.inputs import (
-    Inputs,
-    describe,
-    draw_plans,
-    make_data,
-    slots,
-)
-from beacon_jax.training.memory import choose_remat, step_bytes
+from beacon_jax.training.initial import export, make_model, make_tokenizer
+from beacon_jax.training.inputs import Inputs, describe, draw_plans, make_data, slots
+from beacon_jax.training.memory import resolve_remat
 from beacon_jax.training.metrics import Metrics
 from beacon_jax.training.optim import (
     learning_rate,
@@ -84,6 +73,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         nothing is exported.
       SystemExit: SIGTERM or SIGINT arrived; the state is saved.
     """
+    # ---- Settings. What is left open is chosen, what cannot work is refused.
     workdir = Path(workdir)
     runtime.prepare()
     progress = Progress() if is_lead() else Progress(lambda line: None)
@@ -97,192 +87,212 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         contextlib.closing(Checkpoints(workdir / "checkpoints", config.keep)) as saved,
         Signals(saved.newest) as signals,
     ):
-        return _train(config, workdir, saved, signals, progress)
+        # ---- Data. A config that cannot go on from here is refused before.
+        began = time.perf_counter()
+        before = saved.record()
+        if before is not None and not config.allow_config_change:
+            check_unchanged({"config": before["config"]}, {"config": config.to_dict()})
+        with progress.stage("reading the data") as stage:
+            tokenizer, tokenizer_folder, batches = make_data(config, workdir, stage)
+        steps, rows = batches.steps, [rows for rows, _ in batches.shapes]
 
-
-def _train(
-    config: Config,
-    workdir: Path,
-    checkpoints: Checkpoints,
-    signals: Signals,
-    progress: Progress,
-) -> dict[str, Any]:
-    began = time.perf_counter()
-
-    # ---- Data. A config that cannot go on from here is refused before.
-    before = checkpoints.record()
-    if before is not None and not config.allow_config_change:
-        check_unchanged({"config": before["config"]}, {"config": config.to_dict()})
-    with progress.stage("reading the data") as stage:
-        tokenizer, tokenizer_folder, batches = make_data(config, workdir, stage)
-    steps, rows = batches.steps, [rows for rows, _ in batches.shapes]
-
-    # ---- Model and optimiser, every array where it belongs.
-    placement = make_placement(
-        config.mesh, config.rules, [n // config.accumulate for n in rows]
-    )
-    count = placement.plans * config.accumulate  # ratio plans per step
-    with progress.stage("making the model", note=config.init_from) as stage:
-        model, trained, frozen = make_model(
-            config, tokenizer, placement, quiet=before is not None
+        # ---- Model and optimiser, every array where it belongs.
+        placement = make_placement(
+            config.mesh, config.rules, [n // config.accumulate for n in rows]
         )
-        stage.becomes("hashing the base")
-        base_hash = hf.tree_hash(frozen["params"]) if frozen else None
-        stage.becomes("making the optimiser")
-        optimizer = make_optimizer(config.optimizer, steps)
-        state = _state(placement, optimizer, trained)
-        del trained
+        count = placement.plans * config.accumulate  # ratio plans per step
+        with progress.stage("making the model", note=config.init_from) as stage:
+            model, trained, frozen = make_model(
+                config, tokenizer, placement, quiet=before is not None
+            )
+            stage.becomes("hashing the base")
+            base_hash = hf.tree_hash(frozen["params"]) if frozen else None
+            stage.becomes("making the optimiser")
+            optimizer = make_optimizer(config.optimizer, steps)
+            state = fresh_state(placement, optimizer, trained)
+            del trained
 
-    # ---- The newest checkpoint, if there is one.
-    record = {"config": config.to_dict(), "base_hash": base_hash}
-    if batches.fingerprint:
-        record["data"] = batches.fingerprint
-    with progress.stage("restoring the checkpoint"):
-        restored = checkpoints.restore(state, record, config.allow_config_change)
-    if restored is not None:
-        state = _going_on(restored)
-    start = int(state["step"])
-    ahead = range(start, min(start + 10, steps))
-    drawn = [draw_plans(config, model, batches, i, count).tolist() for i in ahead]
-    check_agreement("config, step or ratio plan", [record, start, drawn])
-    if is_lead():
-        write_whole(workdir / "config.json", _json(record["config"]))
-        _announce(
-            config, model, state["trained"], frozen, batches, start, placement.mesh
+        # ---- The newest checkpoint, if there is one.
+        record = {"config": config.to_dict(), "base_hash": base_hash}
+        if batches.fingerprint:
+            record["data"] = batches.fingerprint
+        with progress.stage("restoring the checkpoint"):
+            restored = saved.restore(state, record, config.allow_config_change)
+        if restored is not None:
+            state = _going_on(restored)
+        start = int(state["step"])
+        ahead = range(start, min(start + 10, steps))
+        drawn = [draw_plans(config, model, batches, i, count).tolist() for i in ahead]
+        check_agreement("config, step or ratio plan", [record, start, drawn])
+        mesh = placement.mesh
+        if is_lead():
+            write_whole(workdir / "config.json", _json(record["config"]))
+            say(
+                f"training {_count(state['trained']):,} parameters "
+                f"({config.trainable}), {_count(frozen):,} frozen, {config.dtype} on "
+                f"{mesh.size} x {mesh.devices.flat[0].device_kind}; "
+                + (f"windows of {model.beacon.window}; " if model.beacon else "")
+                + describe(config, batches)
+                + (f"; going on from step {start}" if start else "")
+            )
+
+        # ---- Steps. Each ends with a line in the files, then a checkpoint, then a line
+        # for the user: a kill leaves no step without its line, and whatever becomes of
+        # the user's terminal the state is saved before.
+        needed = config, model, placement, state["trained"], frozen
+        remat = resolve_remat(*needed, batches.shapes)
+        update = Programs(
+            make_update(config, model, optimizer, placement, state, remat)
         )
+        share = learning_rate(config.optimizer, steps)
+        peak = peak_flops(mesh.devices.flat, config.peak_tflops)
+        metrics = Metrics(workdir if is_lead() else None, start, steps, peak=peak)
+        profiler = Profiler(workdir / "profile", config.profile_steps)
+        flight = Flight(skipped(state["optimizer"]))
+        last: dict[str, float] = {}
+        done, received = start, None
+        held = placement.rows(rows[0])
+        inputs = Inputs(config, model, batches, count, held).ahead(start, steps)
+        with contextlib.closing(metrics), profiler, contextlib.closing(inputs):
+            for step in range(start, steps):
+                # The inputs, and the step: it is dispatched, not waited for.
+                profiler.before(step + 1, state)
+                with metrics.timing("data"), progress.stage("waiting for rows"):
+                    given = next(inputs)
+                    placed = placement.batch(given.batch), placement.plan(given.plans)
+                with progress.stage("compiling the step"):
+                    metrics.compiled(update.prepare(state, frozen, *placed))
+                with metrics.timing("step"):
+                    state, values = update(state, frozen, *placed)
+                done = step + 1
+                signals.running(done)
+                metrics.add(given.plans, given.tokens, values, flops=given.flops)
+                profiler.after(done, state)
 
-    # ---- Steps. Each ends with a line in the files, then a checkpoint, then a line for
-    # the user: a kill leaves no step without its line, and whatever becomes of the
-    # user's terminal the state is saved before.
-    remat = _remat(config, model, placement, state["trained"], frozen, batches)
-    update = Programs(make_update(config, model, optimizer, placement, state, remat))
-    share = learning_rate(config.optimizer, steps)
-    peak = peak_flops(placement.mesh.devices.flat, config.peak_tflops)
-    metrics = Metrics(workdir if is_lead() else None, start, steps, peak=peak)
-    profiler = Profiler(workdir / "profile", config.profile_steps)
-    flight, most = Flight(skipped(state["optimizer"])), config.optimizer.max_nonfinite
-    last: dict[str, float] = {}
-    done, received = start, None
-    held = placement.rows(rows[0])
-    inputs = Inputs(config, model, batches, count, held).ahead(start, steps)
-    with contextlib.closing(metrics), profiler, contextlib.closing(inputs):
-        for step in range(start, steps):
-            profiler.before(step + 1, state)
-            with metrics.timing("data"), progress.stage("waiting for rows"):
-                given = next(inputs)
-                placed = placement.batch(given.batch), placement.plan(given.plans)
-            with progress.stage("compiling the step"):
-                metrics.compiled(update.prepare(state, frozen, *placed))
-            with metrics.timing("step"):
-                state, values = update(state, frozen, *placed)
-            done = step + 1
-            signals.running(done)
-            metrics.add(given.plans, given.tokens, values, flops=given.flops)
-            profiler.after(done, state)
-            report = done == steps or done % config.log_every == 0
-            # `metrics` has a line for those after the first.
-            shown = contextlib.nullcontext()
-            if step == start:
-                shown = progress.stage("computing the first step")
-            with metrics.timing("step"), shown:
-                flight.add(values)
-                flight.land(all_of_them=report or metrics.due())
-            received = signals.after(done)
-            stop = done == steps or received is not None
-            if stop and not report:
-                report = True
-                with metrics.timing("step"):
-                    flight.land(all_of_them=True)
-            failed = flight.in_a_row >= most or flight.skipped == steps
-            if report or failed:
-                rate = config.optimizer.lr * float(jnp.asarray(share(step)))
-                extra = {"lr": rate, "skipped": flight.skipped}
-                with signals.stop_after(OSError):
-                    last = metrics.write(done, extra)
-            if not failed and (stop or done % config.save_every == 0):
-                with metrics.timing("step"):
-                    jax.block_until_ready(state)
-                with metrics.timing("checkpoint"), progress.stage("saving"):
-                    checkpoints.save(done, state, record)
-            if stop and not failed:
-                with progress.stage("saving"):
-                    checkpoints.wait()
-                signals.safe()
-            checkpoints.check()
-            with signals.stop_after(OutputClosed):
+                # Waiting: for the step before, or for all that a line is about.
+                report = done == steps or done % config.log_every == 0
+                # `metrics` has a line for those after the first.
+                shown = contextlib.nullcontext()
+                if step == start:
+                    shown = progress.stage("computing the first step")
+                with metrics.timing("step"), shown:
+                    flight.add(values)
+                    flight.land(all_of_them=report or metrics.due())
+                received = signals.after(done)
+                stop = done == steps or received is not None
+                if stop and not report:
+                    report = True
+                    with metrics.timing("step"):
+                        flight.land(all_of_them=True)
+
+                # A line in the files, a checkpoint, a line for the user.
+                failed = (
+                    flight.in_a_row >= config.optimizer.max_nonfinite
+                    or flight.skipped == steps
+                )
                 if report or failed:
-                    metrics.show()
-                elif metrics.due():
-                    metrics.progress(done)
-            if failed:
-                raise FloatingPointError(_not_finite(config, done, flight.in_a_row))
-            if stop:
-                break
-            signals.running(done + 1)
-    checkpoints.wait()
+                    rate = config.optimizer.lr * float(jnp.asarray(share(step)))
+                    extra = {"lr": rate, "skipped": flight.skipped}
+                    with signals.stop_after(OSError):
+                        last = metrics.write(done, extra)
+                if not failed and (stop or done % config.save_every == 0):
+                    with metrics.timing("step"):
+                        jax.block_until_ready(state)
+                    with metrics.timing("checkpoint"), progress.stage("saving"):
+                        saved.save(done, state, record)
+                if stop and not failed:
+                    with progress.stage("saving"):
+                        saved.wait()
+                    signals.safe()
+                saved.check()
+                with signals.stop_after(OutputClosed):
+                    if report or failed:
+                        metrics.show()
+                    elif metrics.due():
+                        metrics.progress(done)
+
+                # The end, or the next step.
+                if failed:
+                    raise FloatingPointError(_not_finite(config, done, flight.in_a_row))
+                if stop:
+                    break
+                signals.running(done + 1)
+        saved.wait()
+        _end_if_stopped(signals, received, done, steps)
+        if start == steps == flight.skipped:
+            raise FloatingPointError(_not_finite(config, steps, flight.in_a_row))
+
+        # ---- Export.
+        with progress.stage("hashing the base"):
+            base_hash_after = hf.tree_hash(frozen["params"]) if frozen else None
+        if base_hash_after != base_hash:
+            raise RuntimeError(
+                f"the frozen base changed while training: hash {base_hash} before, "
+                f"{base_hash_after} after. This is a fault of the program."
+            )
+        written = state["trained"]
+        if not config.init_from:
+            written = {**frozen, **written}
+        with progress.stage("fetching the weights"):
+            written = fetch(written)
+            trained_hash = hf.tree_hash(written)
+        folder = workdir / "export"
+        summary = {
+            "steps": steps,
+            "steps_of_this_process": steps - start,
+            "seconds": time.perf_counter() - began,
+            "base_hash_before": base_hash,
+            "base_hash_after": base_hash_after,
+            "trained_parameters": _count(state["trained"]),
+            "trained_hash": trained_hash,
+            "last": last,
+        }
+        if is_lead() and _exported(workdir, trained_hash):
+            say(f"{folder} has these {steps} steps already and stays as it is")
+        elif is_lead():
+            parts = folder, config, model, written, tokenizer_folder
+            try:
+                export(*parts, overwrite=True, keep=True)
+                summary["seconds"] = time.perf_counter() - began
+                write_whole(workdir / "summary.json", _json(summary))
+            except OSError as error:
+                raise OSError(
+                    f"the export could not be written to {folder} ({error}); step "
+                    f"{steps} is saved: make room, and the same command writes it."
+                ) from error
+            say(f"wrote {folder}")
+            if model.beacon is not None:
+                say(next_commands(config, folder))
+        wait("export")
+        return summary
+
+
+def _end_if_stopped(
+    signals: Signals, received: signal.Signals | None, done: int, steps: int
+) -> None:
+    """Ends a run that an error or a signal stopped, and whose state is saved.
+
+    Raises:
+      OSError: a file or stdout could not be written.
+      SystemExit: the run has steps left, and a signal has arrived.
+    """
     if signals.failure is not None:
         raise OSError(
             f"{signals.failure}; step {done} is saved, the same command goes on from "
             "there."
         ) from signals.failure
-    if received is not None and done < steps:
-        if is_lead():
-            _last_words(
-                f"{received.name}: step {done} is saved; the same command goes on from "
-                "there."
-            )
-        raise SystemExit(128 + received)
-    if start == steps == flight.skipped:
-        raise FloatingPointError(_not_finite(config, steps, flight.in_a_row))
-
-    # ---- Export.
-    with progress.stage("hashing the base"):
-        base_hash_after = hf.tree_hash(frozen["params"]) if frozen else None
-    if base_hash_after != base_hash:
-        raise RuntimeError(
-            f"the frozen base changed while training: hash {base_hash} before, "
-            f"{base_hash_after} after. This is a fault of the program."
+    if received is None or done == steps:
+        return
+    if is_lead():
+        text = (
+            f"{received.name}: step {done} is saved; the same command goes on from "
+            "there."
         )
-    variables = state["trained"] if config.init_from else {**frozen, **state["trained"]}
-    with progress.stage("fetching the weights"):
-        variables = fetch(variables)
-        trained_hash = hf.tree_hash(variables)
-    summary = {
-        "steps": steps,
-        "steps_of_this_process": steps - start,
-        "seconds": time.perf_counter() - began,
-        "base_hash_before": base_hash,
-        "base_hash_after": base_hash_after,
-        "trained_parameters": _count(state["trained"]),
-        "trained_hash": trained_hash,
-        "last": last,
-    }
-    folder = workdir / "export"
-    if is_lead() and _exported(workdir, summary["trained_hash"]):
-        say(f"{folder} has these {steps} steps already and stays as it is")
-    elif is_lead():
         try:
-            export(
-                folder,
-                config,
-                model,
-                variables,
-                tokenizer_folder,
-                overwrite=True,
-                keep=True,
-            )
-            summary["seconds"] = time.perf_counter() - began
-            write_whole(workdir / "summary.json", _json(summary))
-        except OSError as error:
-            raise OSError(
-                f"the export could not be written to {folder} ({error}); step {steps} "
-                "is saved: make room, and the same command writes it."
-            ) from error
-        say(f"wrote {folder}")
-        if model.beacon is not None:
-            say(next_commands(config, folder))
-    wait("export")
-    return summary
+            say(text)
+        except OutputClosed:
+            print(text, file=sys.stderr, flush=True)
+    raise SystemExit(128 + received)
 
 
 def _going_on(restored: Restored) -> dict[str, Any]:
@@ -334,14 +344,6 @@ def _exported(workdir: Path, trained_hash: str) -> bool:
     return same and (workdir / "export" / "config.json").is_file()
 
 
-def _last_words(text: str) -> None:
-    """Prints to stdout, or to stderr if the reader of stdout has gone."""
-    try:
-        say(text)
-    except OutputClosed:
-        print(text, file=sys.stderr, flush=True)
-
-
 def export_checkpoint(
     workdir: str | Path, dst: str | Path, *, overwrite: bool = False
 ) -> int:
@@ -361,7 +363,7 @@ def export_checkpoint(
         placement = make_placement(config.mesh, config.rules, [1])
         model, trained, frozen = make_model(config, tokenizer, placement)
         optimizer = make_optimizer(config.optimizer, 1)  # the structure of its state
-        state = _state(placement, optimizer, trained)
+        state = fresh_state(placement, optimizer, trained)
         stage.becomes("restoring the checkpoint")
         saved = Checkpoints(workdir / "checkpoints", config.keep)
         with contextlib.closing(saved):
@@ -376,7 +378,7 @@ def export_checkpoint(
     return int(restored.state["step"])
 
 
-def _state(placement: Placement, optimizer: Any, trained: Any) -> dict[str, Any]:
+def fresh_state(placement: Placement, optimizer: Any, trained: Any) -> dict[str, Any]:
     """Makes a fresh state: what is trained, and an optimiser state split likewise."""
     shardings = jax.tree.map(lambda x: x.sharding, trained)
     fresh = jax.eval_shape(optimizer.init, trained)
@@ -423,7 +425,7 @@ def make_update(
         )
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    value_and_grad = make_value_and_grad(
+    sharded_value_and_grad = make_value_and_grad(
         loss,
         placement,
         shardings["trained"],
@@ -438,16 +440,19 @@ def make_update(
         # dtype, and a sum over all windows may leave float16's range.
         if not half:
             trained = jax.tree.map(lambda x: x.astype(dtype), trained)
-        (value, aux), gradients = value_and_grad(trained, frozen, batch, plans)
+        # Over all devices, and over all parts of the batch.
+        (value, aux), gradients = sharded_value_and_grad(trained, frozen, batch, plans)
+        # Clips by the global norm, scales by the moments and the rate of this step, and
+        # skips what is not finite: `optim.make_optimizer`.
         updates, optimizer_state = optimizer.update(
             gradients, state["optimizer"], state["trained"]
         )
-        counts: Any = optimizer_state
         new = {
             "trained": optax.apply_updates(state["trained"], updates),
             "optimizer": optimizer_state,
             "step": state["step"] + 1,
         }
+        counts: Any = optimizer_state
         values = {
             "loss": value,
             "grad_norm": optax.tree.norm(gradients),
@@ -459,58 +464,6 @@ def make_update(
 
     return jax.jit(
         update, donate_argnums=0, out_shardings=(shardings, placement.everywhere)
-    )
-
-
-def _remat(
-    config: Config,
-    model: ModelConfig,
-    placement: Placement,
-    trained: Any,
-    frozen: Any,
-    batches: StepBatches,
-) -> str:
-    """Returns config.remat, or what the largest batch leaves room for."""
-    if config.remat != "auto":
-        return config.remat
-    if model.beacon is None:
-        return "lean"
-    needs = []
-    shares = placement.mesh.shape["data"] * placement.mesh.shape["fsdp"]
-    for rows, length in batches.shapes:
-        windows = -(-length // model.beacon.window)
-        needs.append(
-            step_bytes(
-                model,
-                placement,
-                trained,
-                frozen,
-                rows=rows // (config.accumulate * shares),
-                windows=windows,
-                slots=slots(config, model, windows),
-                dtype=jnp.dtype(config.dtype),
-                offload=config.offload,
-            )
-        )
-    return choose_remat(max(needs, key=lambda need: need["lean"]))
-
-
-def _announce(
-    config: Config,
-    model: ModelConfig,
-    trained,
-    frozen,
-    batches: StepBatches,
-    start: int,
-    mesh: Mesh,
-) -> None:
-    say(
-        f"training {_count(trained):,} parameters ({config.trainable}), "
-        f"{_count(frozen):,} frozen, {config.dtype} on {mesh.size} x "
-        f"{mesh.devices.flat[0].device_kind}; "
-        + (f"windows of {model.beacon.window}; " if model.beacon else "")
-        + describe(config, batches)
-        + (f"; going on from step {start}" if start else "")
     )
 
 

@@ -37,6 +37,13 @@ def clock(monkeypatch):
     return clock
 
 
+def report(metrics, step, extra):
+    """Writes and shows a line, as the trainer does."""
+    result = metrics.write(step, extra)
+    metrics.show()
+    return result
+
+
 def lines(workdir):
     file = workdir / "metrics.jsonl"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -49,7 +56,7 @@ def test_a_trainer_that_knows_nothing_of_flops_gets_the_plain_line(
     metrics = Metrics(tmp_path, 0, 10)
     metrics.add(PLANS, 64, VALUES)
     clock.now += 2
-    metrics.report(1, {"lr": 1e-3, "skipped": 0})
+    report(metrics, 1, {"lr": 1e-3, "skipped": 0})
     metrics.close()
     assert lines(tmp_path) == [
         {
@@ -74,7 +81,7 @@ def test_utilisation_is_flops_by_time_and_peak(tmp_path, clock, capsys):
     for _ in range(2):
         metrics.add(PLANS, 64, VALUES, flops=4.1e15)
     clock.now += 4
-    result = metrics.report(2, {"skipped": 3})
+    result = report(metrics, 2, {"skipped": 3})
     assert result["flops_per_second"] == 2.05e15
     assert result["mfu"] == 2.05 / 8
     out = capsys.readouterr().out
@@ -82,7 +89,7 @@ def test_utilisation_is_flops_by_time_and_peak(tmp_path, clock, capsys):
     # The next report starts from nothing.
     metrics.add(PLANS, 64, VALUES, flops=1e12)
     clock.now += 1
-    assert metrics.report(3, {})["flops_per_second"] == 1e12
+    assert report(metrics, 3, {})["flops_per_second"] == 1e12
     metrics.close()
 
 
@@ -98,7 +105,7 @@ def test_compiling_is_said_once_and_is_part_of_no_speed(tmp_path, clock, capsys)
     metrics.progress(1)
     line = "step 1/10  loss 2.000  4.0 s/step  compiled in 30.0 s  ETA 0:36\n"
     assert capsys.readouterr().out == line
-    result = metrics.report(1, {})
+    result = report(metrics, 1, {})
     assert result["compile_seconds"] == 30 and result["tokens_per_second"] == 16
     assert result["time_data"] == 0.25
     assert "compiled" not in capsys.readouterr().out
@@ -109,7 +116,7 @@ def test_compiling_is_said_once_and_is_part_of_no_speed(tmp_path, clock, capsys)
 def metrics_after_one_more_step(metrics, clock):
     metrics.add(PLANS, 64, VALUES)
     clock.now += 1
-    return metrics.report(2, {})
+    return report(metrics, 2, {})
 
 
 def test_the_console_is_never_silent_for_longer_than_15_seconds(tmp_path, clock):
@@ -128,7 +135,7 @@ def test_the_console_is_never_silent_for_longer_than_15_seconds(tmp_path, clock)
     assert lines(tmp_path) == []
     metrics.add(PLANS, 64, VALUES)
     clock.now += 1
-    metrics.report(4, {})
+    report(metrics, 4, {})
     assert [line["step"] for line in lines(tmp_path)] == [4]
     metrics.close()
 
@@ -137,12 +144,12 @@ def test_no_peak_no_mfu_and_no_flops_of_a_part_of_the_steps(tmp_path, clock):
     metrics = Metrics(tmp_path, 0, 10)
     metrics.add(PLANS, 64, VALUES, flops=1e9)
     clock.now += 1
-    result = metrics.report(1, {})
+    result = report(metrics, 1, {})
     assert result["flops_per_second"] == 1e9 and "mfu" not in result
     metrics.add(PLANS, 64, VALUES, flops=1e9)
     metrics.add(PLANS, 64, VALUES)
     clock.now += 1
-    assert "flops_per_second" not in metrics.report(3, {})
+    assert "flops_per_second" not in report(metrics, 3, {})
     metrics.close()
 
 
@@ -157,7 +164,7 @@ def test_time_is_split_into_shares_that_add_up_to_one(tmp_path, clock, capsys):
     with metrics.timing("checkpoint"):
         clock.now += 8
     clock.now += 2
-    result = metrics.report(2, {})
+    result = report(metrics, 2, {})
     shares = {k: v for k, v in result.items() if k.startswith("time_")}
     assert shares == pytest.approx(
         {"time_data": 0.1, "time_step": 0.4, "time_checkpoint": 0.4, "time_other": 0.1}
@@ -178,7 +185,7 @@ def test_waiting_for_the_devices_in_a_report_is_part_of_the_step(
         clock.now += 1
     metrics.add(PLANS, 64, VALUES)
     monkeypatch.setattr(module.jax, "device_get", slow)
-    result = metrics.report(1, {})
+    result = report(metrics, 1, {})
     assert result["time_step"] == 0.75 and result["time_other"] == 0
     metrics.close()
 
@@ -189,7 +196,7 @@ def test_timing_counts_a_body_that_fails(tmp_path):
         time.sleep(0.02)
         raise KeyError
     metrics.add(PLANS, 64, VALUES)
-    assert metrics.report(1, {})["time_data"] > 0.1
+    assert report(metrics, 1, {})["time_data"] > 0.1
     metrics.close()
 
 
@@ -203,7 +210,7 @@ def test_memory_is_that_of_the_fullest_device(tmp_path, clock, capsys):
     metrics = Metrics(tmp_path, 0, 10, devices=devices)
     metrics.add(PLANS, 64, VALUES)
     clock.now += 1
-    result = metrics.report(1, {})
+    result = report(metrics, 1, {})
     memory = {k: v for k, v in result.items() if k.startswith("memory")}
     assert memory == {"memory_gib": 1, "memory_peak_gib": 5, "memory_limit_gib": 80}
     assert "5.0/80.0 GiB" in capsys.readouterr().out
@@ -220,7 +227,7 @@ def test_a_resumed_run_says_every_step_once(tmp_path, clock):
     for step in (1, 2, 3):
         metrics.add(PLANS, 64, VALUES)
         clock.now += 1
-        metrics.report(step, {})
+        report(metrics, step, {})
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # a kill while it was written

@@ -9,7 +9,7 @@ import pytest
 
 from beacon_jax.training import own
 from beacon_jax.training.check_data import check_data
-from beacon_jax.training.config import OPEN
+from beacon_jax.training.config import OPEN, lookup
 
 ROOT = Path(__file__).parents[2]
 BASE = str(ROOT / "assets/tiny-base")
@@ -37,9 +37,9 @@ def test_every_open_key_is_chosen_and_printed_with_its_reason(config, tmp_path):
     made, lines = chosen(config, tmp_path)
     check_data(made)
     for key in OPEN:
-        assert own._get(made, key) is not None
+        assert lookup(made, key) is not None
         assert sum(line.startswith(f"  {key}=") for line in lines) == 1
-    assert all(own._get(config, key) is None for key in OPEN)
+    assert all(lookup(config, key) is None for key in OPEN)
     assert any("512 positions" in line for line in lines)
     window, length = made.beacon.window, made.data.stages.stage1.length
     assert all(window % ratio == 0 for ratio in made.beacon.ratios)
