@@ -39,7 +39,6 @@ from beacon_jax.data.prepared import (
 from beacon_jax.data.shards import (
     STOP,
     Job,
-    Stopped,
     Worker,
     load_tokenizer,
     run_job,
@@ -363,7 +362,7 @@ def _consume(
         )
         for future in done:
             job = running.pop(future)
-            with contextlib.suppress(Stopped):
+            with contextlib.suppress(concurrent.futures.CancelledError):
                 future.result()
                 tally.add(job)
         progress.show()

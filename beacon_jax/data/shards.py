@@ -6,6 +6,7 @@ processes made it, and however often it was interrupted. Only the index (14 byte
 example) and a bounded report are kept in memory.
 """
 
+import concurrent.futures
 import multiprocessing
 import os
 import signal
@@ -63,10 +64,6 @@ class Job(NamedTuple):
         return all(file.exists() for file in files)
 
 
-class Stopped(Exception):
-    """Raised when the main process wants no more shards."""
-
-
 # Slots of the array that workers and main process share.
 EXAMPLES, TOKENS, BYTES, STOP = range(4)
 
@@ -81,7 +78,7 @@ class Worker:
         """Writes the shard of a job, its index and its report; returns job.index.
 
         Raises:
-          Stopped: the main process set the STOP slot.
+          CancelledError: the main process set the STOP slot.
           OSError: the disk is full, say.
         """
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -123,7 +120,7 @@ class Worker:
         done = 0
         for row in read_part(part):
             if self.counters[STOP]:
-                raise Stopped
+                raise concurrent.futures.CancelledError
             size = min(_size(row), part.size - done)
             self._count(BYTES, size)
             done += size

@@ -145,9 +145,9 @@ def elements(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]
     """Yields the elements of a JSON array, not parsed.
 
     Their ends are found by quotes and brackets alone, so an element that is not JSON or
-    not UTF-8 costs only itself. With json.loads this makes 109 MB/s of CPU time on rows
-    of 45 KB. ijson (yajl2_c) makes 101 and ends at the first error; json.load holds
-    everything.
+    not UTF-8 costs only itself, and one beyond the limit is never held. With json.loads
+    this makes 180 MB/s of CPU time on rows of 50 KB. ijson 3.6 (yajl2_c) makes 660, but
+    ends at the first error and holds any row; json.load holds everything.
     """
     scanner = _Elements(limit)
     for chunk in source:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from beacon_jax.data.answers import Answers, Pair, parse_pairs
-from beacon_jax.data.endpoint import Endpoint, Failed, Hopeless, Stopped
+from beacon_jax.data.endpoint import Endpoint, Failed, Hopeless
 from beacon_jax.data.segments import Count, split, token_counter
 from beacon_jax.data.sources import Record, open_parts, read_part
 from beacon_jax.progress import Progress
@@ -297,7 +297,7 @@ def _count(job: "concurrent.futures.Future[list[Pair]]", report: Report) -> str:
     """Enters a finished job into the report; returns how it failed, or ""."""
     try:
         pairs = job.result()
-    except Stopped:
+    except concurrent.futures.CancelledError:
         return ""
     except (Failed, Hopeless) as error:
         report.failed += 1
