@@ -99,7 +99,7 @@ class StepBatches(Protocol):
 
 
 @dataclass(frozen=True)
-class Stage:
+class BatchStage:
     """A stage of training: `steps` batches of `batch_size` rows of `length` tokens.
 
     Attributes:
@@ -146,7 +146,7 @@ class BatchConfig:
       dummy_every: the spacings of dummies, one drawn per interleaved row.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[BatchStage, ...]
     seed: int = 0
     answer_weight: float = 10.0
     second_weight: float = 3.0
@@ -166,7 +166,7 @@ class BatchConfig:
             mix = given.pop("mix", {"text": 1.0})
             given["mix"] = tuple((k, w) for k, w in sorted(mix.items()) if w)
             try:
-                stages.append(Stage(**given))
+                stages.append(BatchStage(**given))
             except ValueError as error:
                 raise ValueError(f"data.stages.{name}.{error}") from None
             except TypeError:
@@ -197,7 +197,7 @@ class BatchConfig:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> Stage:
+    def stage_at(self, step: int) -> BatchStage:
         """Returns the stage of a step; steps past the end belong to the last stage."""
         if step < 0:
             raise ValueError(f"step={step} must be >= 0")
@@ -265,7 +265,7 @@ class Batches:
         tokens, labels, weights = (np.stack(part) for part in zip(*drawn, strict=True))
         return {"tokens": tokens, "labels": labels, "weights": weights, "kind": kind}
 
-    def _row(self, rng: np.random.Generator, stage: Stage, kind: str):
+    def _row(self, rng: np.random.Generator, stage: BatchStage, kind: str):
         """Draws the tokens, labels and weights [T] of one row."""
         every = 0
         if rng.uniform() < stage.dummies:

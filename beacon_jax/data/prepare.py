@@ -40,21 +40,20 @@ from beacon_jax.data.shards import (
     STOP,
     Job,
     Worker,
-    load_tokenizer,
     run_job,
     start_worker,
 )
-from beacon_jax.data.sources import Part, open_parts, source_bytes
-from beacon_jax.data.tally import Progress, Tally, clock
-from beacon_jax.resources import TOKENIZER_FILES
+from beacon_jax.data.sources import Piece, open_parts, source_bytes
+from beacon_jax.data.tally import ShardProgress, Tally, clock
+from beacon_jax.resources import TOKENIZER_FILES, load_tokenizer
 
 SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they have it
 SUBSET_SEED = 42  # of `file[COUNT]`, as in the release
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings that a prepared folder is made with.
+class Preparation:
+    """The sources and rules that a prepared folder is made with.
 
     Attributes:
       sources: URIs (`data.sources`).
@@ -69,7 +68,7 @@ class Settings:
     root: str = ""
 
     @classmethod
-    def of(cls, data: Any, tokenizer: str | Path) -> "Settings":
+    def of(cls, data: Any, tokenizer: str | Path) -> "Preparation":
         """Makes the settings from config.data."""
         rules = Rules(
             min_length=data.min_length,
@@ -82,7 +81,7 @@ class Settings:
 
 
 def prepare(
-    settings: Settings,
+    settings: Preparation,
     folder: str | Path,
     *,
     workers: int = 0,
@@ -162,7 +161,7 @@ def prepare(
 
 
 def finished(
-    settings: Settings, folder: Path, *, overwrite: bool = False
+    settings: Preparation, folder: Path, *, overwrite: bool = False
 ) -> Prepared | None:
     """Returns the folder's data if finished and made with these settings, else None.
 
@@ -228,7 +227,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {short(old)} -> {short(new)}"]
 
 
-def _identity(settings: Settings, sizes: Sequence[int] | None) -> dict[str, Any]:
+def _identity(settings: Preparation, sizes: Sequence[int] | None) -> dict[str, Any]:
     """Returns everything that decides about the bytes of the folder.
 
     The bytes of each source are part of it if `sizes` gives them.
@@ -254,9 +253,9 @@ def _of_now(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity, "rules": rules}
 
 
-def _jobs(parts: Sequence[Part], folder: Path) -> list[Job]:
+def _jobs(parts: Sequence[Piece], folder: Path) -> list[Job]:
     """Puts consecutive parts together until they have SHARD_BYTES: a job each time."""
-    groups: list[list[Part]] = []
+    groups: list[list[Piece]] = []
     room = 0
     for part in parts:
         if room <= 0:
@@ -300,7 +299,7 @@ def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
 
 
 def _run(
-    settings: Settings,
+    settings: Preparation,
     jobs: Sequence[Job],
     workers: int,
     tally: Tally,
@@ -309,7 +308,7 @@ def _run(
     """Writes the shards that are not there yet."""
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 4)
-    progress = Progress(jobs, counters, show)
+    progress = ShardProgress(jobs, counters, show)
     todo = [job for job in jobs if not job.finished()]
     for job in jobs:
         if job.finished():
@@ -346,7 +345,7 @@ def _consume(
     todo: Sequence[Job],
     ahead: int,
     tally: Tally,
-    progress: Progress,
+    progress: ShardProgress,
 ) -> None:
     waiting = iter(todo)
     running: dict[Any, Job] = {}

@@ -61,7 +61,7 @@ class Subset(NamedTuple):
     seed: int
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """A file, or a piece of one, that one process reads at a time. Picklable.
 
     Attributes:
@@ -96,7 +96,7 @@ def ending(name: str) -> str:
     return next((e for e in ENDINGS if name.lower().endswith(e)), "")
 
 
-def cut(part: Part, part_bytes: int = PART_BYTES) -> list[Part]:
+def cut(part: Piece, part_bytes: int = PART_BYTES) -> list[Piece]:
     """Cuts a whole file or data set into parts.
 
     The kind of a whole file is ""; it is found from the name.
@@ -114,7 +114,7 @@ def cut(part: Part, part_bytes: int = PART_BYTES) -> list[Part]:
     return _cut_lines(part, part_bytes) if end in JSON_ENDINGS else [part]
 
 
-def _cut_other(part: Part, part_bytes: int) -> list[Part]:
+def _cut_other(part: Piece, part_bytes: int) -> list[Piece]:
     cutters = {
         "parquet": _cut_parquet,
         "arrow": _cut_arrow,
@@ -126,17 +126,17 @@ def _cut_other(part: Part, part_bytes: int) -> list[Part]:
         return [unusable(part, _broken(error, f"damaged {part.kind}").reason)]
 
 
-def read(part: Part) -> Iterator[tuple[int, Value]]:
+def read(part: Piece) -> Iterator[tuple[int, Value]]:
     """Yields the rows of a part, in order."""
     yield from _READERS[part.kind](part)
 
 
-def count(part: Part) -> int:
+def count(part: Piece) -> int:
     """Returns how many rows `read` gives, without parsing a row."""
     return sum(1 for _, row in read(part) if not (isinstance(row, Bad) and row.whole))
 
 
-def chosen(part: Part) -> Int64[np.ndarray, " n"] | None:
+def chosen(part: Piece) -> Int64[np.ndarray, " n"] | None:
     """Returns the rows of the part's subset that may be in it; None without a subset.
 
     They are sorted numbers, counted from 0 at the part's first row. The subset has the
@@ -155,22 +155,22 @@ def _drawn(subset: Subset) -> Int64[np.ndarray, " n"]:
     return np.sort(order[: subset.count])
 
 
-def unusable(part: Part, reason: str) -> Part:
+def unusable(part: Piece, reason: str) -> Piece:
     """Returns the part as one that is only reported."""
     return part._replace(kind="unusable", detail=(reason,))
 
 
-def _read_unusable(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_unusable(part: Piece) -> Iterator[tuple[int, Value]]:
     yield part.first, Bad(part.detail[0], whole=True)
 
 
-def _pieces(part: Part, sizes: list[tuple[int, int]], part_bytes: int) -> list[Part]:
+def _pieces(part: Piece, sizes: list[tuple[int, int]], part_bytes: int) -> list[Piece]:
     """Puts consecutive units of a file together until they have `part_bytes`.
 
     Args:
       sizes: (rows, bytes) of each unit.
     """
-    parts: list[Part] = []
+    parts: list[Piece] = []
     start = size = rows = 0
     first = 1
     for unit, (unit_rows, unit_bytes) in enumerate(sizes):
@@ -187,7 +187,7 @@ def _pieces(part: Part, sizes: list[tuple[int, int]], part_bytes: int) -> list[P
 # Lines and JSON arrays
 
 
-def _cut_lines(part: Part, part_bytes: int) -> list[Part]:
+def _cut_lines(part: Piece, part_bytes: int) -> list[Piece]:
     if part.size <= part_bytes:
         return [part]
     return [
@@ -196,21 +196,21 @@ def _cut_lines(part: Part, part_bytes: int) -> list[Part]:
     ]
 
 
-def _read_lines(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_lines(part: Piece) -> Iterator[tuple[int, Value]]:
     source = chunks(part.path, part.start, part.stop)
     for number, line in enumerate(lines(source, part.limit), part.first):
         if isinstance(line, Bad) or line.strip():
             yield number, line
 
 
-def _read_array(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_array(part: Piece) -> Iterator[tuple[int, Value]]:
     yield from enumerate(elements(chunks(part.path), part.limit), 1)
 
 
 # Text
 
 
-def _cut_text(part: Part, part_bytes: int) -> list[Part]:
+def _cut_text(part: Piece, part_bytes: int) -> list[Piece]:
     blocks = -(-part.size // TEXT_BYTES)
     step = max(1, part_bytes // TEXT_BYTES)
     if blocks <= step:
@@ -226,7 +226,7 @@ def _cut_text(part: Part, part_bytes: int) -> list[Part]:
     ]
 
 
-def _read_text(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_text(part: Piece) -> Iterator[tuple[int, Value]]:
     """Yields the blocks of a text.
 
     Block i reaches from the first line end after i * TEXT_BYTES to that of the next, so
@@ -246,7 +246,7 @@ def _read_text(part: Part) -> Iterator[tuple[int, Value]]:
                 yield i + 1, _text(data)
 
 
-def _read_kept(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_kept(part: Piece) -> Iterator[tuple[int, Value]]:
     """Reads a lone file without its held-out blocks.
 
     Args:
@@ -267,7 +267,7 @@ def _text(data: bytes) -> str | Bad:
 # CSV
 
 
-def _read_csv(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_csv(part: Piece) -> Iterator[tuple[int, Value]]:
     """Yields rows as dicts by the names in the first row.
 
     A row has the number of the line that it begins on.
@@ -307,7 +307,7 @@ class _CsvLines:
       ended: what is wrong with the file, if reading it ended early.
     """
 
-    def __init__(self, part: Part):
+    def __init__(self, part: Piece):
         self.bad: Bad | None = None
         self.ended: Bad | None = None
         self._lines = lines(chunks(part.path), part.limit)
@@ -331,7 +331,7 @@ class _CsvLines:
 # Columns: parquet and arrow
 
 
-def _cut_parquet(part: Part, part_bytes: int) -> list[Part]:
+def _cut_parquet(part: Piece, part_bytes: int) -> list[Piece]:
     with pyarrow.parquet.ParquetFile(part.path) as file:
         groups = [
             file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)
@@ -350,7 +350,7 @@ def _cut_parquet(part: Part, part_bytes: int) -> list[Part]:
     return _pieces(part, sizes, part_bytes) or [part]
 
 
-def _read_parquet(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_parquet(part: Piece) -> Iterator[tuple[int, Value]]:
     try:
         # A buffer, and no pre-buffering: pages, not whole row groups, are in memory.
         with pyarrow.parquet.ParquetFile(
@@ -367,7 +367,7 @@ def _read_parquet(part: Part) -> Iterator[tuple[int, Value]]:
         yield part.first, _broken(error, "damaged parquet")
 
 
-def _cut_arrow(part: Part, part_bytes: int) -> list[Part]:
+def _cut_arrow(part: Piece, part_bytes: int) -> list[Piece]:
     sizes = [(batch.num_rows, batch.nbytes) for batch in _arrow(part.path)]
     return _pieces(part, sizes, part_bytes) or [part]
 
@@ -387,7 +387,7 @@ def _arrow(path: str) -> Iterator[pyarrow.RecordBatch]:
         yield from pyarrow.ipc.open_stream(source)
 
 
-def _read_arrow(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_arrow(part: Piece) -> Iterator[tuple[int, Value]]:
     def batches() -> Iterator[pyarrow.RecordBatch]:
         for i, batch in enumerate(_arrow(part.path)):
             if part.stop is not None and i >= part.stop:
@@ -409,7 +409,7 @@ def _broken(error: Exception, reason: str) -> Bad:
 
 
 def _batches(
-    part: Part, batches: Iterator[pyarrow.RecordBatch]
+    part: Piece, batches: Iterator[pyarrow.RecordBatch]
 ) -> Iterator[tuple[int, Value]]:
     number = part.first
     for batch in batches:
@@ -451,14 +451,14 @@ def _open_records(path: str) -> Any:
     return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
 
 
-def _cut_records(part: Part, part_bytes: int) -> list[Part]:
+def _cut_records(part: Piece, part_bytes: int) -> list[Piece]:
     reader = _open_records(part.path)
     if not reader.ok():
         return [unusable(part, "damaged array_record")]
     return _cut_rows(part, reader.num_records(), part_bytes)
 
 
-def _cut_rows(part: Part, rows: int, part_bytes: int) -> list[Part]:
+def _cut_rows(part: Piece, rows: int, part_bytes: int) -> list[Piece]:
     """Cuts a part into equal ranges of rows."""
     pieces = max(1, min(rows, -(-part.size // part_bytes)))
     edges = [rows * i // pieces for i in range(pieces + 1)]
@@ -473,7 +473,7 @@ def _cut_rows(part: Part, rows: int, part_bytes: int) -> list[Part]:
     ]
 
 
-def _read_records(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_records(part: Piece) -> Iterator[tuple[int, Value]]:
     number = part.start
     try:
         reader = _open_records(part.path)
@@ -545,17 +545,17 @@ def _data_source(name: str, split: str, data_dir: str) -> Any:
     )
 
 
-def _cut_tfds(part: Part, part_bytes: int) -> list[Part]:
+def _cut_tfds(part: Piece, part_bytes: int) -> list[Piece]:
     return _cut_rows(part, len(_data_source(*part.detail)), part_bytes)
 
 
-def _read_tfds(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_tfds(part: Piece) -> Iterator[tuple[int, Value]]:
     rows = _data_source(*part.detail)
     for row in range(part.start, len(rows) if part.stop is None else part.stop):
         yield row + 1, rows[row]
 
 
-_READERS: dict[str, Callable[[Part], Iterator[tuple[int, Value]]]] = {
+_READERS: dict[str, Callable[[Piece], Iterator[tuple[int, Value]]]] = {
     "lines": _read_lines,
     "array": _read_array,
     "text": _read_text,

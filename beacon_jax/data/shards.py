@@ -27,7 +27,8 @@ from beacon_jax.data.prepared import (
     shard_name,
     write_json,
 )
-from beacon_jax.data.sources import Dropped, Part, Record, held_out, read_part
+from beacon_jax.data.sources import Dropped, Piece, Record, held_out, read_part
+from beacon_jax.resources import load_tokenizer
 
 FIRST = 5  # places that a report names for every reason
 BAD_ROWS = 1_000  # bad rows of a shard that dropped.jsonl may hold
@@ -38,7 +39,7 @@ class Job(NamedTuple):
 
     index: int
     count: int
-    parts: tuple[Part, ...]
+    parts: tuple[Piece, ...]
     folder: str
 
     @property
@@ -101,7 +102,7 @@ class Worker:
         write_json(job.report_path, report.value)
         return job.index
 
-    def _made(self, part: Part, row: Record | Dropped) -> Made:
+    def _made(self, part: Piece, row: Record | Dropped) -> Made:
         if isinstance(row, Dropped):
             return Made(reason=row.reason)
         if held_out(part, row, self.rules.heldout):
@@ -111,7 +112,7 @@ class Worker:
         self._count(TOKENS, _tokens(made.examples))
         return made
 
-    def _counted(self, part: Part) -> Iterator[Record | Dropped]:
+    def _counted(self, part: Piece) -> Iterator[Record | Dropped]:
         """Yields the rows of a part and counts its bytes.
 
         Between rows, bytes are estimated by the length of what the rows hold; at the
@@ -155,15 +156,6 @@ def run_job(job: Job) -> int:
 
 
 _worker: Worker | None = None
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """Loads a tokenizer as hf.load_tokenizer does, without importing jax."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, use_fast=True, trust_remote_code=False
-    )
 
 
 def _tokens(examples: tuple[Example, ...]) -> int:

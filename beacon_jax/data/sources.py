@@ -34,7 +34,7 @@ from beacon_jax.data.readers import (
     ROW_LIMIT,
     TEXT_ENDINGS,
     Bad,
-    Part,
+    Piece,
     Subset,
     chosen,
     count,
@@ -48,7 +48,7 @@ from beacon_jax.resources import asset
 
 __all__ = [
     "Dropped",
-    "Part",
+    "Piece",
     "Record",
     "Uri",
     "open_parts",
@@ -136,7 +136,7 @@ def open_parts(
     row_limit: int = ROW_LIMIT,
     part_bytes: int = PART_BYTES,
     heldout: float = 0.0,
-) -> list[Part]:
+) -> list[Piece]:
     """Returns all parts of all sources; reading them in order gives the rows in order.
 
     A file of lines over `part_bytes` is read once (GB/s) to find the line that each
@@ -155,7 +155,7 @@ def open_parts(
       ValueError: a malformed URI, `long-llm:` without a root, an unknown split.
       FileNotFoundError: nothing there, or nothing with a supported ending.
     """
-    parts: list[Part] = []
+    parts: list[Piece] = []
     for index, text in enumerate(uris):
         uri = parse_uri(text)
         files = _files(uri, root, index)
@@ -170,7 +170,7 @@ def open_parts(
     return parts
 
 
-def held_out(part: Part, row: Record | Dropped, heldout: float) -> bool:
+def held_out(part: Piece, row: Record | Dropped, heldout: float) -> bool:
     """Tells whether a row belongs to the held-out documents (`data.heldout`).
 
     A file of text is one document; other files have one document per row.
@@ -193,7 +193,7 @@ def source_bytes(uris: Sequence[str], root: str = "") -> list[int]:
     ]
 
 
-def read_part(part: Part) -> Iterator[Record | Dropped]:
+def read_part(part: Piece) -> Iterator[Record | Dropped]:
     """Yields the rows of a part, in order.
 
     Bad data raises nothing. A file that is damaged or cut off gives what is before the
@@ -225,7 +225,7 @@ def _lone_text(uri: Uri) -> bool:
     return ending(uri.text) in TEXT_ENDINGS and path.is_file()
 
 
-def _subset(uri: Uri, parts: list[Part], seed: int) -> list[Part]:
+def _subset(uri: Uri, parts: list[Piece], seed: int) -> list[Piece]:
     """Returns the same parts, each with the subset and the number of rows before it."""
     assert uri.count is not None
     befores, rows = [], 0
@@ -241,11 +241,11 @@ def _subset(uri: Uri, parts: list[Part], seed: int) -> list[Part]:
     ]
 
 
-def _files(uri: Uri, root: str, source: int) -> list[Part]:
+def _files(uri: Uri, root: str, source: int) -> list[Piece]:
     """Returns one part per file, in order; its kind is "" until it is cut."""
     if uri.scheme == "tfds":
         size, detail = tfds_size(uri.path, root)
-        return [Part(source, uri.path, size, "tfds", "", detail=detail)]
+        return [Piece(source, uri.path, size, "tfds", "", detail=detail)]
     files = _named_files(uri, root)
     parts = [_file(source, name, path) for name, path in files]
     if not any(not part.kind for part in parts):
@@ -256,12 +256,12 @@ def _files(uri: Uri, root: str, source: int) -> list[Part]:
     return parts
 
 
-def _file(source: int, name: str, path: Path) -> Part:
+def _file(source: int, name: str, path: Path) -> Piece:
     try:
         size = path.stat().st_size
     except OSError:
-        return unusable(Part(source, name, 0, "", ""), "broken link")
-    part = Part(source, name, size, "", str(path))
+        return unusable(Piece(source, name, 0, "", ""), "broken link")
+    part = Piece(source, name, size, "", str(path))
     if path.is_dir():
         return unusable(part._replace(size=0), "linked folder, not followed")
     if not ending(name):

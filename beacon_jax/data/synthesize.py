@@ -48,8 +48,8 @@ SHOW_EVERY = 10.0  # seconds
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The settings of a run: what is asked about which texts.
+class Inquiry:
+    """The settings of `synthesize`: what is asked about which texts.
 
     Attributes:
       limit: documents at most; 0: all.
@@ -120,7 +120,7 @@ class Report:
 
 
 def synthesize(
-    settings: Settings,
+    settings: Inquiry,
     *,
     stop: threading.Event | None = None,
     show: Callable[[str], None] | None = None,
@@ -169,7 +169,7 @@ def synthesize(
     return report
 
 
-def documents(settings: Settings, report: Report | None = None) -> Iterator[str]:
+def documents(settings: Inquiry, report: Report | None = None) -> Iterator[str]:
     """Yields the texts of the sources in their order, at most settings.limit."""
     parts = open_parts(list(settings.sources), root=settings.root)
     rows = itertools.chain.from_iterable(read_part(part) for part in parts)
@@ -184,7 +184,7 @@ def documents(settings: Settings, report: Report | None = None) -> Iterator[str]
             report.skipped += 1
 
 
-def _plan(settings: Settings, count: Count, report: Report) -> list[list[Segment]]:
+def _plan(settings: Inquiry, count: Count, report: Report) -> list[list[Segment]]:
     """Returns the segments of every document: places only, texts are read again."""
     plan = []
     for text in documents(settings, report):
@@ -204,14 +204,14 @@ def _plan(settings: Settings, count: Count, report: Report) -> list[list[Segment
     return plan
 
 
-def _key(settings: Settings, piece: str) -> str:
+def _key(settings: Inquiry, piece: str) -> str:
     """Returns a hash of what decides an answer: who is asked, and about what."""
     asked = [settings.endpoint.model, settings.pairs, INSTRUCTIONS, piece]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
 def _ask_all(
-    settings: Settings,
+    settings: Inquiry,
     plan: list[list[Segment]],
     answers: Answers,
     report: Report,
@@ -252,7 +252,7 @@ def _ask_all(
 
 
 def _open_questions(
-    settings: Settings, plan: list[list[Segment]], known: set[str]
+    settings: Inquiry, plan: list[list[Segment]], known: set[str]
 ) -> Iterator[tuple[str, str]]:
     """Yields (key, text) of each segment without an answer; equal texts once."""
     seen = set(known)
@@ -264,7 +264,11 @@ def _open_questions(
 
 
 def _ask(
-    settings: Settings, key: str, piece: str, answers: Answers, stop: threading.Event
+    settings: Inquiry,
+    key: str,
+    piece: str,
+    answers: Answers,
+    stop: threading.Event,
 ) -> list[Pair]:
     """Asks for pairs about a segment and keeps them.
 
@@ -345,7 +349,7 @@ def _stopping(stop: threading.Event) -> Iterator[None]:
 
 
 def _conversations(
-    settings: Settings,
+    settings: Inquiry,
     plan: list[list[Segment]],
     answers: Answers,
     count: Count,
@@ -372,12 +376,12 @@ def _conversations(
             yield _turns(context, pairs)
 
 
-Part = tuple[Segment, list[Pair], list[int]]
+Answered = tuple[Segment, list[Pair], list[int]]
 
 
-def _groups(parts: Iterable[Part], room: int) -> Iterator[list[Part]]:
+def _groups(parts: Iterable[Answered], room: int) -> Iterator[list[Answered]]:
     """Yields runs of neighbours that fit into `room` tokens with their pairs."""
-    group: list[Part] = []
+    group: list[Answered] = []
     left = 0
     for part in parts:
         needs = part[0].tokens + sum(part[2])

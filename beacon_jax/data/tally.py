@@ -177,7 +177,7 @@ def drop_table(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class Progress:
+class ShardProgress:
     """Shows a line every `interval` seconds: examples, tokens, rate, MB, ETA."""
 
     def __init__(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from beacon_jax.data.heldout import block_name, blocks, is_heldout, row_name
-from beacon_jax.data.readers import Bad, Part, read
+from beacon_jax.data.readers import Bad, Piece, read
 from beacon_jax.data.sources import Dropped, open_parts, read_part
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def _listed(skipped: Sequence[Dropped]) -> str:
     return "; ".join(made)
 
 
-def _whole(file: list[Part], skipped: list[Dropped]) -> str | None:
+def _whole(file: list[Piece], skipped: list[Dropped]) -> str | None:
     """Returns a file of text, or None if it is empty or any of it is unusable."""
     pieces: list[str] = []
     for _, piece in itertools.chain.from_iterable(map(read, file)):
@@ -178,7 +178,7 @@ def _whole(file: list[Part], skipped: list[Dropped]) -> str | None:
 
 
 def _rows(
-    file: list[Part], skipped: list[Dropped], turns: bool
+    file: list[Piece], skipped: list[Dropped], turns: bool
 ) -> list[tuple[str, str]]:
     """Returns the documents of a file of rows; a name has the row's number from 0."""
     rows: list[tuple[str, str]] = []

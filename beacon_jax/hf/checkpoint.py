@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ from beacon_jax.hf.reader import TreeReader, open_hf
 from beacon_jax.hf.writer import copy_small_files, new_folder
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig
-from beacon_jax.resources import TOKENIZERS, asset
+from beacon_jax.resources import asset
 
 SHARD_BYTES = 5_000_000_000  # per file of a saved checkpoint, as transformers does
 
@@ -264,32 +263,6 @@ def save_hf(
         write_hf_weights(folder, config, reader, plan)
         if len(plan) > 1:
             write_index(folder / "model.safetensors.index.json", plan)
-
-
-def has_tokenizer(path: str | Path) -> bool:
-    """Tells whether a folder has files that `load_tokenizer` can begin with."""
-    folder = Path(asset(path))
-    return any((folder / name).exists() for name in TOKENIZERS)
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """Loads the fast tokenizer of an HF or converted folder.
-
-    Nothing is downloaded, and no code of the folder is run.
-    """
-    # Without it transformers prints, on import, that PyTorch is not there.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    path = Path(asset(path))
-    if not has_tokenizer(path):
-        raise FileNotFoundError(
-            f"path={path} has no tokenizer files ({', '.join(TOKENIZERS)}): copy "
-            "them from the base model."
-        )
-    return AutoTokenizer.from_pretrained(
-        str(path), local_files_only=True, use_fast=True, trust_remote_code=False
-    )
 
 
 def _natural(key: str) -> list[Any]:

@@ -11,7 +11,7 @@ from beacon_jax.data.batches import (
     KINDS,
     BatchConfig,
     Batches,
-    Stage,
+    BatchStage,
     heldout_rows,
 )
 from beacon_jax.data.passkey import contains, last_window_start, make_passkey
@@ -34,7 +34,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batches(source):
     tokenizer, stream = source
-    stages = (Stage(3, 64, 8, (("repeat", 1.0),)), Stage(5, 192, 16, MIX))
+    stages = (BatchStage(3, 64, 8, (("repeat", 1.0),)), BatchStage(5, 192, 16, MIX))
     config = BatchConfig(stages, seed=3, passkey_questions=3, passkey_window=32)
     return Batches(stream, tokenizer, config)
 
@@ -96,7 +96,7 @@ def test_passkeys_without_room_or_text_are_errors(source):
 
 def test_a_tail_puts_answers_anywhere_in_the_last_half(source):
     tokenizer, stream = source
-    config = BatchConfig((Stage(40, 96, 4, (("passkey", 1.0),)),), passkey_tail=40)
+    config = BatchConfig((BatchStage(40, 96, 4, (("passkey", 1.0),)),), passkey_tail=40)
     ends = []
     for step in range(40):
         batch = Batches(stream, tokenizer, config).batch(step)
@@ -166,7 +166,7 @@ def test_copies_and_repeats_are_predictable_where_they_count(batches):
 
 def test_dummies_stand_after_every_rth_token_and_labels_skip_them(source):
     tokenizer, stream = source
-    stages = (Stage(1, 192, 8, (("repeat", 1.0), ("passkey", 1.0)), dummies=1.0),)
+    stages = (BatchStage(1, 192, 8, (("repeat", 1.0), ("passkey", 1.0)), dummies=1.0),)
     batches = Batches(stream, tokenizer, BatchConfig(stages, dummy_every=(4,)))
     batch = batches.batch(0)
     dummy = (np.arange(192) + 1) % 5 == 0
@@ -189,16 +189,16 @@ def test_heldout_rows_do_not_overlap(source):
 
 def test_config_errors_name_the_field():
     with pytest.raises(ValueError, match="length=0"):
-        Stage(1, 0, 1)
+        BatchStage(1, 0, 1)
     with pytest.raises(ValueError, match=r"mix has \['nope'\]"):
-        Stage(1, 8, 1, (("nope", 1.0),))
+        BatchStage(1, 8, 1, (("nope", 1.0),))
     with pytest.raises(ValueError, match="dummies=2"):
-        Stage(1, 8, 1, dummies=2)
+        BatchStage(1, 8, 1, dummies=2)
     with pytest.raises(ValueError, match="data.stages is empty"):
         BatchConfig(())
 
 
 def test_a_text_shorter_than_two_rows_is_an_error(source):
-    config = BatchConfig((Stage(1, 64, 1),))
+    config = BatchConfig((BatchStage(1, 64, 1),))
     with pytest.raises(ValueError, match="the text has 100 tokens"):
         Batches(source[1][:100], source[0], config)
