@@ -30,21 +30,21 @@ import numpy as np
 from beacon_jax.data.examples import Rules
 from beacon_jax.data.prepared import (
     FORMAT,
-    INDEX,
     Prepared,
     read_manifest,
-    write_atomically,
     write_json,
 )
 from beacon_jax.data.shards import (
     STOP,
     Job,
+    ShardProgress,
     Worker,
     run_job,
     start_worker,
 )
 from beacon_jax.data.sources import Piece, open_parts, source_bytes
-from beacon_jax.data.tally import ShardProgress, Tally, clock
+from beacon_jax.data.tally import Tally, clock
+from beacon_jax.paths import whole_file
 from beacon_jax.resources import TOKENIZER_FILES, load_tokenizer
 
 SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they have it
@@ -153,8 +153,9 @@ def prepare(
         tally.check(final=True)
         _finish(folder, identity, jobs, tally)
         seconds = max(time.monotonic() - began, 1e-9)
+        total = tally.total()
         show(
-            f"prepared {tally.examples:,} examples, {tally.tokens:,} tokens in "
+            f"prepared {total['examples']:,} examples, {total['tokens']:,} tokens in "
             f"{folder} ({clock(seconds)})"
         )
     return Prepared(folder)
@@ -312,14 +313,14 @@ def _run(
     todo = [job for job in jobs if not job.finished()]
     for job in jobs:
         if job.finished():
-            tally.add(job)
+            tally.add(job.index, job.report_path)
     count = min(workers or len(os.sched_getaffinity(0)), len(todo))
     if count <= 1:
         worker = Worker(load_tokenizer(settings.tokenizer), settings.rules, counters)
-        for job in todo:
-            with progress.every_second():
+        with progress.running():
+            for job in todo:
                 worker.write(job)
-            tally.add(job)
+                tally.add(job.index, job.report_path)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
         count,
@@ -327,9 +328,12 @@ def _run(
         initializer=start_worker,
         initargs=(settings.tokenizer, settings.rules, counters),
     )
-    with pool, _tokenizer_threads_off():
+    with _tokenizer_threads_off(), progress.running():
         try:
-            _consume(pool, todo, 2 * count, tally, progress)
+            running = {pool.submit(run_job, job): job for job in todo}
+            for future in concurrent.futures.as_completed(running):
+                future.result()
+                tally.add(running[future].index, running[future].report_path)
         except BrokenProcessPool:
             raise OSError(
                 "a worker process died (see above), perhaps for want of memory: use "
@@ -338,60 +342,27 @@ def _run(
             ) from None
         finally:
             counters[STOP] = 1  # else the pool waits for shards nobody wants
-
-
-def _consume(
-    pool: concurrent.futures.Executor,
-    todo: Sequence[Job],
-    ahead: int,
-    tally: Tally,
-    progress: ShardProgress,
-) -> None:
-    waiting = iter(todo)
-    running: dict[Any, Job] = {}
-    while True:
-        for job in waiting:
-            running[pool.submit(run_job, job)] = job
-            if len(running) >= ahead:
-                break
-        if not running:
-            return
-        done, _ = concurrent.futures.wait(
-            running, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED
-        )
-        for future in done:
-            job = running.pop(future)
-            with contextlib.suppress(concurrent.futures.CancelledError):
-                future.result()
-                tally.add(job)
-        progress.show()
+            pool.shutdown(cancel_futures=True)
 
 
 def _finish(
     folder: Path, identity: dict[str, Any], jobs: Sequence[Job], tally: Tally
 ) -> None:
-    partial = folder / ".index.npy.partial"
-    with partial.open("wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(INDEX), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(
-            file, {**header, "shape": (tally.examples,)}
-        )
-        sizes = []
-        for job in jobs:
-            index = np.load(job.index_path)
-            sizes.append(len(index))
-            file.write(index.tobytes())
-    partial.rename(folder / "index.npy")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in tally.bad_rows]
-    write_atomically(folder / "dropped.jsonl", "".join(lines).encode())
+    indices = [np.load(job.index_path) for job in jobs]
+    with whole_file(folder / "index.npy") as file:
+        np.save(file, np.concatenate(indices))
+    with whole_file(folder / "dropped.jsonl") as file:
+        for row in tally.bad_rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     shards = [
-        {"name": job.path.name, "examples": n}
-        for job, n in zip(jobs, sizes, strict=True)
+        {"name": job.path.name, "examples": len(index)}
+        for job, index in zip(jobs, indices, strict=True)
     ]
     manifest = {
         "format": FORMAT,
         "settings": identity,
-        **tally.manifest(),
+        "total": tally.total(),
+        "sources": tally.sources,
         "shards": shards,
     }
     write_json(folder / "manifest.json", manifest)

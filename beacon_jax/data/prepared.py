@@ -11,7 +11,6 @@ examples are known from the index, without reading one of them.
 
 import hashlib
 import json
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.data.examples import Example
+from beacon_jax.paths import whole_file
 
 FORMAT = 1
 INDEX = np.dtype([("length", "<i4"), ("source", "<i2"), ("hash", "<u8")])
@@ -180,15 +180,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes all of the file or nothing, whenever the process is killed."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+    with whole_file(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())

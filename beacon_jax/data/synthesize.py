@@ -9,19 +9,19 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from beacon_jax.data.answers import Answers, Pair, parse_pairs
 from beacon_jax.data.endpoint import Endpoint, Failed, Hopeless
 from beacon_jax.data.segments import Count, split, token_counter
 from beacon_jax.data.sources import Record, open_parts, read_part
+from beacon_jax.paths import whole_file
 from beacon_jax.progress import Progress
 
 INSTRUCTIONS = (
@@ -420,22 +420,14 @@ def _write(path: Path, conversations: Iterable[list[dict[str, str]]]) -> None:
 
     What was there before stays until the new file is complete.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         for turns in conversations:
-            _dump({"conversations": turns}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _dump(row: dict[str, Any], file: IO[str]) -> None:
-    try:
-        line = json.dumps(row, ensure_ascii=False)
-        line.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, which a model can escape into JSON
-        line = json.dumps(row)
-    file.write(line + "\n")
+            row = {"conversations": turns}
+            try:
+                line = json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:  # a lone surrogate, as models can write in JSON
+                line = json.dumps(row).encode()
+            file.write(line + b"\n")
 
 
 if __name__ == "__main__":
