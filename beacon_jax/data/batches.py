@@ -347,20 +347,3 @@ class Batches:
             at = low + int(slot) * len(question)
             tokens[at : at + len(question)] = question
             weights[at + span[0] : at + span[1]] = self.config.answer_weight
-
-
-def heldout_rows(stream: np.ndarray, length: int, count: int) -> np.ndarray:
-    """Returns `count` rows [count, length] of contiguous text.
-
-    The rows are spread evenly and never overlap.
-
-    Raises:
-      ValueError: the stream is too short for that many rows.
-    """
-    if count * length > len(stream):
-        raise ValueError(
-            f"count={count} rows of length={length} need {count * length} tokens, the "
-            f"text has {len(stream)}; use fewer rows or name a source with more text"
-        )
-    starts = np.linspace(0, len(stream) - length, count).astype(int)
-    return np.stack([stream[s : s + length] for s in starts]).astype(np.int32)

@@ -239,19 +239,15 @@ class GroupedBatches:
         return rows, left_out, epoch
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, dict[int, int]]:
-        config = self.config
-        seed = config.seed + epoch * 2**32
-        chosen = None
+        config, lengths = self.config, self.data.lengths
+        chosen = np.arange(len(lengths))
         if config.weights:
             draw = [config.seed, epoch]
             chosen = mixture(self.data.sources, config.weights, draw)
-        windows = windows_of(self.data.lengths, config.window)
-        if chosen is not None:
-            windows = windows[chosen]
+        windows = windows_of(lengths[chosen], config.window)
+        seed = config.seed + epoch * 2**32
         rows, left = order(windows, config.batch_size, config.group, seed)
-        if chosen is not None:
-            rows = np.where(rows == EMPTY, EMPTY, chosen[rows])
-        return rows, left
+        return np.where(rows == EMPTY, EMPTY, chosen[rows]), left
 
     @property
     def tokens_read(self) -> int:

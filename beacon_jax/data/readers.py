@@ -9,7 +9,7 @@ or one block, whatever the size of the file.
 import csv
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,8 @@ class Piece(NamedTuple):
       first: number of the first line or row of the part.
       before: rows of the source in front of the part, known if there is a subset.
       limit: bytes of the longest line.
-      detail: what else the reader needs.
+      detail: what else the reader needs: the reason (unusable), the share that is held
+        out (kept), or the name, split and folder (tfds).
     """
 
     source: int
@@ -97,33 +98,21 @@ def ending(name: str) -> str:
 
 
 def cut(part: Piece, part_bytes: int = PART_BYTES) -> list[Piece]:
-    """Cuts a whole file or data set into parts.
+    """Cuts a whole file or data set into pieces of about `part_bytes`.
 
     The kind of a whole file is ""; it is found from the name.
     """
     if part.kind:
         return _cut_tfds(part, part_bytes) if part.kind == "tfds" else [part]
     end = ending(part.name)
-    if end in TEXT_ENDINGS:
-        return _cut_text(part._replace(kind="text"), part_bytes)
-    if not end.startswith(JSON_ENDINGS):
-        return _cut_other(part._replace(kind=end[1:]), part_bytes)
-    if is_array(part.path):
-        return [part._replace(kind="array")]
-    part = part._replace(kind="lines")
-    return _cut_lines(part, part_bytes) if end in JSON_ENDINGS else [part]
-
-
-def _cut_other(part: Piece, part_bytes: int) -> list[Piece]:
-    cutters = {
-        "parquet": _cut_parquet,
-        "arrow": _cut_arrow,
-        "array_record": _cut_records,
-    }
+    kind = "text" if end in TEXT_ENDINGS else end[1:]
+    if end.startswith(JSON_ENDINGS):
+        kind = "array" if is_array(part.path) else "lines"
+    part = part._replace(kind=kind)
     try:
-        return cutters[part.kind](part, part_bytes) if part.kind in cutters else [part]
+        return _CUTTERS[kind](part, part_bytes) if kind in _CUTTERS else [part]
     except (pyarrow.ArrowException, OSError, RuntimeError, ValueError) as error:
-        return [unusable(part, _broken(error, f"damaged {part.kind}").reason)]
+        return [unusable(part, _broken(error, f"damaged {kind}").reason)]
 
 
 def read(part: Piece) -> Iterator[tuple[int, Value]]:
@@ -160,10 +149,6 @@ def unusable(part: Piece, reason: str) -> Piece:
     return part._replace(kind="unusable", detail=(reason,))
 
 
-def _read_unusable(part: Piece) -> Iterator[tuple[int, Value]]:
-    yield part.first, Bad(part.detail[0], whole=True)
-
-
 def _pieces(part: Piece, sizes: list[tuple[int, int]], part_bytes: int) -> list[Piece]:
     """Puts consecutive units of a file together until they have `part_bytes`.
 
@@ -184,12 +169,12 @@ def _pieces(part: Piece, sizes: list[tuple[int, int]], part_bytes: int) -> list[
     return parts
 
 
-# Lines and JSON arrays
+# Lines
 
 
 def _cut_lines(part: Piece, part_bytes: int) -> list[Piece]:
-    if part.size <= part_bytes:
-        return [part]
+    if part.size <= part_bytes or ending(part.name) not in JSON_ENDINGS:
+        return [part]  # small or compressed
     return [
         part._replace(start=start, stop=stop, first=line, size=stop - start)
         for start, stop, line in newlines(part.path, part_bytes)
@@ -203,27 +188,13 @@ def _read_lines(part: Piece) -> Iterator[tuple[int, Value]]:
             yield number, line
 
 
-def _read_array(part: Piece) -> Iterator[tuple[int, Value]]:
-    yield from enumerate(elements(chunks(part.path), part.limit), 1)
-
-
 # Text
 
 
 def _cut_text(part: Piece, part_bytes: int) -> list[Piece]:
-    blocks = -(-part.size // TEXT_BYTES)
-    step = max(1, part_bytes // TEXT_BYTES)
-    if blocks <= step:
-        return [part]
-    return [
-        part._replace(
-            start=i,
-            stop=min(i + step, blocks),
-            first=i + 1,
-            size=min((i + step) * TEXT_BYTES, part.size) - i * TEXT_BYTES,
-        )
-        for i in range(0, blocks, step)
-    ]
+    starts = range(0, part.size, TEXT_BYTES)
+    sizes = [(1, min(TEXT_BYTES, part.size - start)) for start in starts]
+    return _pieces(part, sizes, part_bytes) or [part]
 
 
 def _read_text(part: Piece) -> Iterator[tuple[int, Value]]:
@@ -244,15 +215,6 @@ def _read_text(part: Piece) -> Iterator[tuple[int, Value]]:
             file.seek(begin)
             if data := file.read(end - begin):
                 yield i + 1, _text(data)
-
-
-def _read_kept(part: Piece) -> Iterator[tuple[int, Value]]:
-    """Reads a lone file without its held-out blocks.
-
-    Args:
-      part: its detail is (share that is held out,).
-    """
-    return kept_runs(part.path, part.name, float(part.detail[0]), TEXT_BYTES)
 
 
 def _text(data: bytes) -> str | Bad:
@@ -333,9 +295,7 @@ class _CsvLines:
 
 def _cut_parquet(part: Piece, part_bytes: int) -> list[Piece]:
     with pyarrow.parquet.ParquetFile(part.path) as file:
-        groups = [
-            file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)
-        ]
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         # Compressed sizes of all columns: those of the file.
         sizes = [
             (
@@ -388,15 +348,9 @@ def _arrow(path: str) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _read_arrow(part: Piece) -> Iterator[tuple[int, Value]]:
-    def batches() -> Iterator[pyarrow.RecordBatch]:
-        for i, batch in enumerate(_arrow(part.path)):
-            if part.stop is not None and i >= part.stop:
-                return
-            if i >= part.start:
-                yield batch
-
     try:
-        yield from _batches(part, batches())
+        batches = itertools.islice(_arrow(part.path), part.start, part.stop)
+        yield from _batches(part, batches)
     except (pyarrow.ArrowException, OSError) as error:
         yield part.first, _broken(error, "damaged arrow")
 
@@ -555,15 +509,24 @@ def _read_tfds(part: Piece) -> Iterator[tuple[int, Value]]:
         yield row + 1, rows[row]
 
 
-_READERS: dict[str, Callable[[Piece], Iterator[tuple[int, Value]]]] = {
+_CUTTERS: dict[str, Callable[[Piece, int], list[Piece]]] = {
+    "lines": _cut_lines,
+    "text": _cut_text,
+    "parquet": _cut_parquet,
+    "arrow": _cut_arrow,
+    "array_record": _cut_records,
+}
+_READERS: dict[str, Callable[[Piece], Iterable[tuple[int, Value]]]] = {
     "lines": _read_lines,
-    "array": _read_array,
+    "array": lambda part: enumerate(elements(chunks(part.path), part.limit), 1),
     "text": _read_text,
-    "kept": _read_kept,
+    "kept": lambda part: kept_runs(
+        part.path, part.name, float(part.detail[0]), TEXT_BYTES
+    ),
     "csv": _read_csv,
     "parquet": _read_parquet,
     "arrow": _read_arrow,
     "array_record": _read_records,
     "tfds": _read_tfds,
-    "unusable": _read_unusable,
+    "unusable": lambda part: [(part.first, Bad(part.detail[0], whole=True))],
 }

@@ -309,8 +309,8 @@ def _glob(uri: Uri, pattern: Path) -> list[tuple[str, Path]]:
         if path.is_dir():
             for inner, file in _walk(path, SKIPPED_FOLDERS):
                 found.setdefault(file, f"{name}/{inner}" if name != "." else inner)
-        elif path not in found and not _holds_no_rows(path):
-            found[path] = name
+        elif not _describes(path):
+            found.setdefault(path, name)
     if not found:
         raise FileNotFoundError(
             f"uri={uri.text!r} matches no file; the pattern is relative to {Path.cwd()}"
@@ -326,34 +326,26 @@ def _walk(root: Path, skip: frozenset[str]) -> Iterator[tuple[str, Path]]:
         here = Path(folder)
         folders[:] = sorted(name for name in folders if name not in skip)
         linked = [name for name in folders if (here / name).is_symlink()]
-        if _is_saved_dataset(files):
-            files = _rows_of_saved_dataset(files)
-        for name in sorted([*files, *linked]):  # os.walk does not enter the latter
+        # os.walk does not enter linked folders.
+        for name in sorted([*_with_rows(files), *linked]):
             path = here / name
             if name != "dataset_dict.json":
                 yield path.relative_to(root).as_posix(), path
 
 
-def _is_saved_dataset(files: Sequence[str]) -> bool:
-    return bool(HF_FILES & set(files)) and any(f.endswith(".arrow") for f in files)
+def _with_rows(files: Sequence[str]) -> Sequence[str]:
+    """Returns the files of a folder, of a `datasets` folder those that hold its rows.
 
-
-def _rows_of_saved_dataset(files: Sequence[str]) -> list[str]:
-    """Returns the files that hold the rows of a `datasets` folder.
-
-    These are not the caches (cache-*.arrow) that `map` and `filter` leave beside the
-    rows.
+    The others describe the rows, or are caches that `map` and `filter` leave (cache-*).
     """
-    return [
-        name
-        for name in files
-        if name.endswith(".arrow") and not name.startswith("cache-")
-    ]
+    arrow = [name for name in files if name.endswith(".arrow")]
+    if not arrow or not HF_FILES & set(files):
+        return files
+    return [name for name in arrow if not name.startswith("cache-")]
 
 
-def _holds_no_rows(path: Path) -> bool:
+def _describes(path: Path) -> bool:
     """Tells whether a file of a `datasets` folder only describes or caches its rows."""
     if path.name not in HF_FILES and not path.name.startswith("cache-"):
         return False
-    files = os.listdir(path.parent)
-    return _is_saved_dataset(files) and path.name not in _rows_of_saved_dataset(files)
+    return path.name not in _with_rows(os.listdir(path.parent))

@@ -9,7 +9,7 @@ import gzip
 import re
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 
@@ -50,22 +50,14 @@ def chunks(path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes
 
 
 def _raw_chunks(path: str, start: int, stop: int | None) -> Iterator[bytes | Bad]:
-    if path.endswith(".gz"):
-        yield from _gzip(path)
-    elif path.endswith(".zst"):
-        yield from _zstd(path)
-    else:
-        with open(path, "rb", buffering=0) as file:
-            yield from _range(file, start, stop)
-
-
-def _range(file: IO[bytes], start: int, stop: int | None) -> Iterator[bytes]:
-    file.seek(start)
-    left = stop - start if stop is not None else None
-    while chunk := file.read(CHUNK if left is None else min(CHUNK, left)):
-        if left is not None:
-            left -= len(chunk)
-        yield chunk
+    if path.endswith((".gz", ".zst")):
+        yield from _gzip(path) if path.endswith(".gz") else _zstd(path)
+        return
+    with open(path, "rb", buffering=0) as file:
+        at = file.seek(start)
+        while chunk := file.read(CHUNK if stop is None else min(CHUNK, stop - at)):
+            at += len(chunk)
+            yield chunk
 
 
 def _gzip(path: str) -> Iterator[bytes | Bad]:
@@ -90,19 +82,16 @@ def _zstd(path: str) -> Iterator[bytes | Bad]:
         except OSError as error:
             if error.errno is not None:
                 raise
-            yield Bad(_zstd_reason(str(error)), whole=True)
+            # Its limit keeps memory constant where `zstd --long=31` would take 2 GiB.
+            reasons = {
+                "Truncated": "truncated zstd",
+                "too much memory": "zstd window over 128 MiB",
+            }
+            known = (why for said, why in reasons.items() if said in str(error))
+            yield Bad(next(known, "damaged zstd"), whole=True)
         finally:
             with contextlib.suppress(OSError):
                 file.close()
-
-
-def _zstd_reason(message: str) -> str:
-    if "Truncated" in message:
-        return "truncated zstd"
-    # pyarrow's limit; keeps memory constant where `zstd --long=31` would take 2 GiB.
-    if "too much memory" in message:
-        return "zstd window over 128 MiB"
-    return "damaged zstd"
 
 
 def lines(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]:

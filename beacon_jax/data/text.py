@@ -82,39 +82,19 @@ def load_documents(
     return chosen
 
 
-def training_documents(
-    sources: Sequence[str],
-    heldout: float,
-    *,
-    root: str = "",
-    turns: bool = False,
-    quiet: bool = False,
-) -> list[str]:
-    """Returns the texts of all sources, one after the other, without held-out ones.
-
-    Raises the same errors as `load_documents`.
-    """
-    split = ("train", heldout) if heldout else ("all", 0.5)
-    return [
-        text
-        for uri in sources
-        for text in load_documents(uri, *split, root=root, turns=turns, quiet=quiet)
-    ]
-
-
 def run_documents(config: Any, *, quiet: bool = False) -> list[str]:
     """Returns the texts that a run cuts rows from, or trains its tokenizer on.
 
-    For the tokenizer, conversations are texts, too.
+    They are those of all data.sources, one after the other, without held-out ones. For
+    the tokenizer, conversations are texts, too. Raises the same errors as
+    `load_documents`.
     """
     data = config.data
-    return training_documents(
-        data.sources,
-        data.heldout,
-        root=data.root,
-        turns=not data.stages,
-        quiet=quiet,
-    )
+    split = ("train", data.heldout) if data.heldout else ("all", 0.5)
+    more = {"root": data.root, "turns": not data.stages, "quiet": quiet}
+    return [
+        text for uri in data.sources for text in load_documents(uri, *split, **more)
+    ]
 
 
 def read_corpus(uri: str, *, root: str = "", turns: bool = False) -> Corpus:

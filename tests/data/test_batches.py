@@ -12,7 +12,6 @@ from beacon_jax.data.batches import (
     BatchConfig,
     Batches,
     BatchStage,
-    heldout_rows,
 )
 from beacon_jax.data.passkey import contains, last_window_start, make_passkey
 from beacon_jax.data.text import load_documents
@@ -178,13 +177,6 @@ def test_dummies_stand_after_every_rth_token_and_labels_skip_them(source):
     np.testing.assert_array_equal(
         labels[:, :-1][counted[:, :-1]], tokens[:, 1:][counted[:, :-1]]
     )
-
-
-def test_heldout_rows_do_not_overlap(source):
-    rows = heldout_rows(np.arange(1000, dtype=np.int32), 96, 10)
-    assert rows.shape == (10, 96) and len(np.unique(rows)) == rows.size
-    with pytest.raises(ValueError, match="count=11 rows of length=96"):
-        heldout_rows(np.arange(1000, dtype=np.int32), 96, 11)
 
 
 def test_config_errors_name_the_field():
