@@ -32,6 +32,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from beacon_jax.data.examples import IGNORED
 from beacon_jax.data.passkey import (
     QUESTION,
     Passkey,
@@ -51,7 +52,6 @@ STAGE_KEYS = (
     "copy_weight",
     "dummy_every",
 )
-IGNORE = -100
 
 
 class StepBatches(Protocol):
@@ -275,14 +275,14 @@ class Batches:
             real[every :: every + 1] = False
         row, weight = getattr(self, "_" + kind)(rng, int(real.sum()))
         tokens = np.full(stage.length, self.tokenizer.eos_token_id, np.int32)
-        labels = np.full(stage.length, IGNORE, np.int32)
+        labels = np.full(stage.length, IGNORED, np.int32)
         weights = np.zeros(stage.length, np.float32)
         tokens[real] = row
         # A kind weighs the tokens to be predicted; here the weight moves to the
         # position that predicts. Labels skip over dummies to the next real token.
         weights[real] = np.append(weight[1:], 0.0)
-        labels[real] = np.append(row[1:], IGNORE)
-        return tokens, np.where(weights > 0, labels, IGNORE).astype(np.int32), weights
+        labels[real] = np.append(row[1:], IGNORED)
+        return tokens, np.where(weights > 0, labels, IGNORED).astype(np.int32), weights
 
     def _slice(self, rng: np.random.Generator, length: int) -> np.ndarray:
         start = int(rng.integers(0, len(self.stream) - length + 1))

@@ -70,13 +70,7 @@ class Preparation:
     @classmethod
     def of(cls, data: Any, tokenizer: str | Path) -> "Preparation":
         """Makes the settings from config.data."""
-        rules = Rules(
-            min_length=data.min_length,
-            max_length=data.max_length,
-            chat_template=data.chat_template,
-            long=data.long,
-            heldout=data.heldout,
-        )
+        rules = Rules(**{f.name: data[f.name] for f in dataclasses.fields(Rules)})
         return cls(tuple(data.sources), str(tokenizer), rules, data.root)
 
 
@@ -282,16 +276,14 @@ def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
 
     Shards are kept if the interrupted run had the same settings; else they are removed.
     """
-    unfinished = folder / "unfinished.json"
-    manifest = folder / "manifest.json"
+    unfinished, manifest = folder / "unfinished.json", folder / "manifest.json"
+    keep = False
     if unfinished.exists() and not manifest.exists():
         old = _of_now(json.loads(unfinished.read_text(encoding="utf-8")))
         changed = differences(old, identity)
         if changed and not overwrite:
             raise ValueError(_refusal(folder, changed))
         keep = not changed
-    else:
-        keep = False
     manifest.unlink(missing_ok=True)
     for pattern in (".*.partial", *(() if keep else ("shard-*", "index.npy"))):
         for file in folder.glob(pattern):
@@ -328,7 +320,7 @@ def _run(
         initializer=start_worker,
         initargs=(settings.tokenizer, settings.rules, counters),
     )
-    with _tokenizer_threads_off(), progress.running():
+    with progress.running():
         try:
             running = {pool.submit(run_job, job): job for job in todo}
             for future in concurrent.futures.as_completed(running):
@@ -389,20 +381,6 @@ def _lock(folder: Path, show: Callable[[str], None]) -> Iterator[None]:
             show(f"another process prepares {folder}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def _tokenizer_threads_off() -> Iterator[None]:
-    """Turns off the tokenizer's threads: the worker processes are the parallelism."""
-    old = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if old is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = old
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ def start_worker(tokenizer_folder: str, rules: Rules, counters: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     runtime.quiet()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     parent = multiprocessing.parent_process()
     assert parent is not None
 

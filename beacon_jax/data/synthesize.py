@@ -239,7 +239,8 @@ def _ask_all(
                     failed = _count(job, report)
                     in_a_row = in_a_row + 1 if failed else 0
                     if in_a_row >= FAILURES or failed == "hopeless":
-                        report.stopped = report.stopped or _last_failure(report)
+                        last = list(report.failures)[-1]
+                        report.stopped = report.stopped or f"the endpoint fails: {last}"
                         stop.set()
                 if time.monotonic() - shown > SHOW_EVERY:
                     shown = time.monotonic()
@@ -311,10 +312,6 @@ def _count(job: "concurrent.futures.Future[list[Pair]]", report: Report) -> str:
     report.asked += 1
     report.useless += not pairs
     return ""
-
-
-def _last_failure(report: Report) -> str:
-    return f"the endpoint fails: {list(report.failures)[-1]}"
 
 
 def _progress(report: Report, total: int, seconds: float) -> str:

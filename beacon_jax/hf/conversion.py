@@ -42,7 +42,7 @@ from beacon_jax.hf.writer import (
 )
 from beacon_jax.model.beacon import beacon_token
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.names import meant
+from beacon_jax.names import check_choice
 from beacon_jax.progress import Progress
 
 VERSION = 1
@@ -408,11 +408,11 @@ def write_config(folder: Path, hf: Mapping[str, Any]) -> None:
 
 
 def check_dtype(dtype: str | None) -> np.dtype | None:
-    names = [d.name for d in DTYPES.values() if d.itemsize < 8]
-    if dtype is not None and dtype not in names:
-        near = meant(dtype, names)
-        raise ValueError(f"dtype={dtype!r} is unknown: {near}use {', '.join(names)}.")
-    return np.dtype(dtype) if dtype else None
+    """Returns the dtype of that name; None: none is asked for."""
+    if dtype is None:
+        return None
+    check_choice("dtype", dtype, [d.name for d in DTYPES.values() if d.itemsize < 8])
+    return np.dtype(dtype)
 
 
 def _check_different(src: Path, dst: Path) -> None:

@@ -7,12 +7,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from beacon_jax.data.batches import (
-    IGNORE,
     KINDS,
     BatchConfig,
     Batches,
     BatchStage,
 )
+from beacon_jax.data.examples import IGNORED
 from beacon_jax.data.passkey import contains, last_window_start, make_passkey
 from beacon_jax.data.text import load_documents
 from beacon_jax.data.tokenizer import encode_stream, train_tokenizer
@@ -127,7 +127,7 @@ def test_labels_are_shifted_once_and_ignored_exactly_where_weights_are_zero(batc
     for step in range(3, 7):
         batch = batches.batch(step)
         assert batch["tokens"].dtype == batch["labels"].dtype == np.int32
-        counted = batch["labels"] != IGNORE
+        counted = batch["labels"] != IGNORED
         np.testing.assert_array_equal(counted, batch["weights"] > 0)
         shifted = np.roll(batch["tokens"], -1, 1)
         np.testing.assert_array_equal(batch["labels"][counted], shifted[counted])
@@ -170,9 +170,9 @@ def test_dummies_stand_after_every_rth_token_and_labels_skip_them(source):
     batch = batches.batch(0)
     dummy = (np.arange(192) + 1) % 5 == 0
     assert (batch["tokens"][:, dummy] == tokenizer.eos_token_id).all()
-    assert (batch["labels"][:, dummy] == IGNORE).all()
+    assert (batch["labels"][:, dummy] == IGNORED).all()
     tokens, labels = batch["tokens"][:, ~dummy], batch["labels"][:, ~dummy]
-    counted = labels != IGNORE
+    counted = labels != IGNORED
     assert counted.any(1).all()
     np.testing.assert_array_equal(
         labels[:, :-1][counted[:, :-1]], tokens[:, 1:][counted[:, :-1]]
