@@ -55,7 +55,7 @@ STAGE_KEYS = (
 
 
 class StepBatches(Protocol):
-    """The interface through which the trainer reads batches.
+    """Interface through which the trainer reads batches.
 
     `Batches` cuts rows from a text. `grouped.GroupedBatches` takes whole examples of a
     prepared folder.
@@ -128,6 +128,7 @@ class BatchStage:
 
     @property
     def total(self) -> float:
+        """Sum of the weights of the mix."""
         return sum(weight for _, weight in self.mix)
 
 
@@ -195,6 +196,7 @@ class BatchConfig:
 
     @property
     def steps(self) -> int:
+        """Number of steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def stage_at(self, step: int) -> BatchStage:

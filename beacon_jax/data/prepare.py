@@ -1,14 +1,6 @@
 """Tokenises sources once: text and conversations become a prepared folder.
 
-python -m beacon_jax.data.prepare --config=configs/X.py --out=DIR [--workers=N]
-  [--overwrite] [--config.key=value ...]
-
-Reads what config.data names (sources, root, heldout, min_length, max_length, long,
-chat_template) with the tokenizer of the config, and writes shards, an index and a
-manifest to DIR (`data.prepared`). Training in WORKDIR looks for the folder
-WORKDIR/data; without it training prepares by itself. The same command goes on with a
-folder that is not finished. A folder that was made with other settings is refused
-unless --overwrite.
+`beacon_jax.cli.prepare` tells users what is read and how a run goes on.
 """
 
 import concurrent.futures

@@ -58,6 +58,7 @@ def example_hash(data: bytes) -> int:
 
 
 def shard_name(index: int, count: int) -> str:
+    """Returns the file name of shard `index`, from 0, of `count`."""
     return f"shard-{index:05}-of-{count:05}.array_record"
 
 
@@ -123,11 +124,12 @@ class Prepared:
 
     @property
     def uris(self) -> list[str]:
+        """URIs of the sources, by their numbers."""
         return [source["uri"] for source in self.manifest["settings"]["sources"]]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all examples and their order: equal ones give equal batches."""
+        """Hash of all examples in their order: equal ones give equal batches."""
         digest = hashlib.sha256(self.lengths.tobytes())
         digest.update(self.sources.tobytes())
         digest.update(self.hashes.tobytes())
@@ -181,5 +183,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, all of the file or nothing."""
     with whole_file(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())

@@ -126,9 +126,10 @@ def count(part: Piece) -> int:
 
 
 def chosen(part: Piece) -> Int64[np.ndarray, " n"] | None:
-    """Returns the rows of the part's subset that may be in it; None without a subset.
+    """Returns the chosen rows int64 [n] of a piece, None if it has no subset.
 
-    They are sorted numbers, counted from 0 at the part's first row. The subset has the
+    They are sorted numbers, counted from 0 at the first row of the piece; those behind
+    its last row belong to later pieces. The subset has the
     rows that the release's `file[COUNT]` takes (train_test_split of `datasets`). Needs
     8 bytes per row of the source for a moment.
     """
@@ -145,7 +146,7 @@ def _drawn(subset: Subset) -> Int64[np.ndarray, " n"]:
 
 
 def unusable(part: Piece, reason: str) -> Piece:
-    """Returns the part as one that is only reported."""
+    """Returns a piece in place of this one, which is only reported with the reason."""
     return part._replace(kind="unusable", detail=(reason,))
 
 
@@ -381,9 +382,9 @@ def _batches(
 
 
 def _cell(scalar: Any) -> Any:
-    """Returns a Python value.
+    """Returns the Python value of a cell.
 
-    It is an array for a list of integers, which is 100 times as fast.
+    A list of integers becomes an array, which is 100 times as fast.
     """
     kind = scalar.type
     if (

@@ -74,7 +74,7 @@ EXAMPLES, TOKENS, BYTES, STOP = range(4)
 
 
 class Worker:
-    """The things a process needs for any job: tokenizer, rules, and shared counters."""
+    """Writer of shards: a process has one, with its tokenizer, for all its jobs."""
 
     def __init__(self, tokenizer: Any, rules: Rules, counters: Any):
         self.tokenizer, self.rules, self.counters = tokenizer, rules, counters
@@ -193,6 +193,7 @@ class ShardProgress:
         self._began = time.monotonic()
 
     def line(self, elapsed: float) -> str:
+        """Returns the line that is shown after so many seconds."""
         counters = self._counters
         examples, tokens, size = counters[EXAMPLES], counters[TOKENS], counters[BYTES]
         left = self._total - self._before - size

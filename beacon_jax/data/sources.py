@@ -46,17 +46,6 @@ from beacon_jax.data.readers import (
 )
 from beacon_jax.resources import asset
 
-__all__ = [
-    "Dropped",
-    "Piece",
-    "Record",
-    "Uri",
-    "open_parts",
-    "parse_uri",
-    "read_part",
-    "source_bytes",
-]
-
 log = logging.getLogger(__name__)
 
 SCHEMES = ("stdlib", "tfds", "long-llm")
@@ -334,9 +323,10 @@ def _walk(root: Path, skip: frozenset[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _with_rows(files: Sequence[str]) -> Sequence[str]:
-    """Returns the files of a folder, of a `datasets` folder those that hold its rows.
+    """Returns the files of a folder that hold rows.
 
-    The others describe the rows, or are caches that `map` and `filter` leave (cache-*).
+    In a folder of `datasets` other files describe the rows, or are caches that `map`
+    and `filter` left (cache-*).
     """
     arrow = [name for name in files if name.endswith(".arrow")]
     if not arrow or not HF_FILES & set(files):

@@ -18,7 +18,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Bad(NamedTuple):
-    """A mark in place of a row that cannot be used.
+    """Mark in place of a row that cannot be used.
 
     Attributes:
       whole: whether the mark is about the file, and stands for no row.

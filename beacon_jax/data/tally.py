@@ -1,4 +1,4 @@
-"""Counts what becomes of the rows of sources: in a shard, and in a prepared folder."""
+"""Counts what becomes of rows: in a shard, and in a prepared folder."""
 
 import json
 from collections import Counter

@@ -178,6 +178,8 @@ def save_hf(
       overwrite: a checkpoint that lies there is replaced when the new one is complete.
       keep: other files of that checkpoint stay, as of an earlier export of one run.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     dst, source = Path(dst), Path(source) if source else None
     reader = TreeReader(variables)
     entries = table(config)
@@ -193,21 +195,15 @@ def save_hf(
         for e in entries
         for key in e.keys
     }
-    shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
-    for key in sorted(sizes, key=_natural):
-        if sizes[key] > room and shards[-1]:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(key)
-        room -= sizes[key]
-    names = [f"model-{i:05}-of-{len(shards):05}" for i in range(1, len(shards) + 1)]
-    names = [f"{name}.safetensors" for name in names]
+    shards = split_state_dict_into_shards_factory(
+        {key: sizes[key] for key in sorted(sizes, key=_natural)},
+        get_storage_size=lambda nbytes: nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
     plan = {
         name: (keys, {"format": "pt"})
-        for name, keys in zip(
-            names if len(shards) > 1 else ["model.safetensors"], shards, strict=True
-        )
+        for name, keys in shards.filename_to_tensors.items()
     }
     with new_folder(dst, overwrite=overwrite, keep=keep) as folder:
         base = None

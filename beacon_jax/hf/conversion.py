@@ -305,10 +305,11 @@ def write_hf_weights(
     reader: Reader,
     plan: Mapping[str, tuple[list[str], Mapping[str, str] | None]],
 ) -> None:
-    """Writes HF tensors from ours.
+    """Writes the files of an HF folder from our tensors.
 
     Args:
-      plan: file -> (HF keys in order, metadata).
+      reader: our tensors.
+      plan: file name -> (HF keys in order, metadata of the file).
     """
     where = {k: (e, i) for e in table(config) for i, k in enumerate(e.keys)}
     if config.tie_embeddings:
@@ -371,10 +372,17 @@ def open_converted(folder: Path) -> SafetensorsReader:
 
 
 def is_converted(folder: Path) -> bool:
+    """Tells whether a folder holds a converted checkpoint."""
     return (folder / MANIFEST).exists()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the content of beacon_jax.json.
+
+    Raises:
+      FileNotFoundError: the folder is not a converted checkpoint.
+      ValueError: it has another version.
+    """
     path = folder / MANIFEST
     if not path.exists():
         raise FileNotFoundError(
@@ -391,6 +399,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Returns the content of config.json.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is not JSON.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(
@@ -404,6 +418,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write_config(folder: Path, hf: Mapping[str, Any]) -> None:
+    """Writes config.json with sorted keys."""
     (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
 
 

@@ -48,10 +48,12 @@ class Identity:
 
     @property
     def base(self) -> str | None:
+        """Hash of the base, None if the model was made in memory."""
         return self._resolve("base")
 
     @property
     def beacon(self) -> str | None:
+        """Hash of the beacons, None without any."""
         return self._resolve("beacon")
 
     def __eq__(self, other: object) -> bool:

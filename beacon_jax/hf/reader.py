@@ -45,6 +45,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -60,14 +61,12 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 class Reader(Protocol):
-    """The interface to tensors by name.
-
-    `read` gives rows start:stop of axis 0 as a numpy array.
-    """
+    """Interface to tensors by name."""
 
     tensors: dict[str, Tensor]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Returns the rows start:stop of axis 0."""
         raise NotImplementedError
 
 
