@@ -196,7 +196,8 @@ class _Elements:
                 yield from self._element(data[begin : at - 1])
                 begin = at
                 if mark == 0x5D:
-                    yield from self._close(data[at:])
+                    self.closed = True
+                    yield from self.feed(data[at:])
                     return
             elif mark in (0x7B, 0x5B):  # { [
                 self._depth += 1
@@ -229,11 +230,6 @@ class _Elements:
         elif element := b"".join(self._held).strip():
             yield element
         self._held, self._size = [], 0
-
-    def _close(self, rest: bytes) -> Iterator[Bad]:
-        self.closed = True
-        if rest.strip():
-            yield Bad("data after the array", whole=True)
 
 
 def newlines(path: str, every: int) -> Iterator[tuple[int, int, int]]:
