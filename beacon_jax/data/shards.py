@@ -31,7 +31,7 @@ from beacon_jax.data.prepared import (
     write_json,
 )
 from beacon_jax.data.sources import Dropped, Piece, Record, held_out, read_part
-from beacon_jax.data.tally import Report, clock
+from beacon_jax.data.tally import ShardCounts, clock
 from beacon_jax.paths import whole_file
 from beacon_jax.resources import load_tokenizer
 
@@ -89,7 +89,8 @@ class Worker:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         partial = job.path.with_name(f".{job.path.name}.{os.getpid()}.partial")
-        report, index = Report(), bytearray()  # a list of tuples takes 200 an example
+        counts = ShardCounts()
+        index = bytearray()  # 14 bytes an example; a list of tuples takes 200
         # One record a group: reading one row decompresses no other.
         writer = ArrayRecordWriter(str(partial), "group_size:1")
         for part in job.parts:
@@ -101,12 +102,12 @@ class Worker:
                     index += _ENTRY.pack(
                         len(example.tokens), part.source, example_hash(data)
                     )
-                report.add(part.source, row.where, made)
+                counts.add(part.source, row.where, made)
         writer.close()
         partial.rename(job.path)
         with whole_file(job.index_path) as file:
             np.save(file, np.frombuffer(index, INDEX))
-        write_json(job.report_path, report.value)
+        write_json(job.report_path, counts.value)
         return job.index
 
     def _made(self, part: Piece, row: Record | Dropped) -> Made:

@@ -26,7 +26,7 @@ def _dropped(counts: dict[str, Any], reason: str, bad: bool) -> dict[str, Any]:
     return counts["drops"].setdefault(reason, new)
 
 
-class Report:
+class ShardCounts:
     """The counts of a shard.
 
     Attributes:
@@ -71,7 +71,7 @@ class Tally:
         self._next = 0
 
     def add(self, shard: int, report: Path) -> None:
-        """Adds a finished shard by its number and the file of its `Report`.
+        """Adds a finished shard by its number and the file of its `ShardCounts`.
 
         Shards are counted in order, so that where a run stops does not depend on which
         worker was faster.
