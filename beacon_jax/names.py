@@ -1,7 +1,7 @@
 """Finds the name that somebody may have meant."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def nearest(value: object, known: Iterable[str]) -> str:
@@ -18,3 +18,11 @@ def meant(value: object, known: Iterable[str]) -> str:
     """
     near = nearest(value, known)
     return f"did you mean {near}? " if near else ""
+
+
+def check_choice(name: str, value: object, known: Collection[str]) -> None:
+    """Raises ValueError, which names the nearest choice, unless `value` is known."""
+    if value not in known:
+        raise ValueError(
+            f"{name}={value!r} is unknown: {meant(value, known)}use {', '.join(known)}."
+        )

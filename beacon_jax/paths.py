@@ -3,10 +3,13 @@
 A name is that of an argument ("path") or of a flag as the user types it ("--out").
 """
 
+import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 LONGEST = 255  # bytes of a name, on all usual file systems
 
@@ -133,3 +136,20 @@ def _check(given: str, folder: Path) -> None:
         ) from error
     if not os.access(here, os.R_OK):
         raise PermissionError(f"{given} cannot be read: use another folder.")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that is at `path` when the block ends without an error, else not.
+
+    A killed process leaves `.NAME.partial`, and what was at `path` before.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ that exists always wins over a name.
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 from beacon_jax.names import meant
 
@@ -79,6 +80,34 @@ def asset(path: str | Path) -> str:
 def models() -> list[str]:
     """Names of the models that come with the package."""
     return sorted(p.parent.name for p in folder("assets").glob("*/config.json"))
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Tells whether a folder has files that `load_tokenizer` can begin with."""
+    return any((Path(asset(path)) / name).exists() for name in TOKENIZERS)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Loads the fast tokenizer of an HF, a converted or any other folder.
+
+    Nothing is downloaded, no code of the folder is run, and jax is not imported.
+
+    Raises:
+      FileNotFoundError: the folder has no tokenizer files.
+    """
+    # Without it transformers prints, on import, that PyTorch is not there.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    path = Path(asset(path))
+    if not has_tokenizer(path):
+        raise FileNotFoundError(
+            f"path={path} has no tokenizer files ({', '.join(TOKENIZERS)}): copy "
+            "them from the base model."
+        )
+    return AutoTokenizer.from_pretrained(
+        str(path), local_files_only=True, use_fast=True, trust_remote_code=False
+    )
 
 
 def floors(name: str) -> Path:

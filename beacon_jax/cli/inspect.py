@@ -20,7 +20,7 @@ from beacon_jax.cli.ending import fail
 from beacon_jax.cli.prepare import from_flags, tokenizer_folder
 from beacon_jax.paths import check_folder
 from beacon_jax.progress import Progress, starting
-from beacon_jax.resources import require
+from beacon_jax.resources import load_tokenizer, require
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -48,7 +48,6 @@ def main(argv: Sequence[str]) -> None:
                 report,
                 sample,
             )
-            from beacon_jax.data.shards import load_tokenizer
 
         folder = Path(config.data.prepared or out / "data").expanduser()
         data = from_flags(values, folder)

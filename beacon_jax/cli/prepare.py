@@ -44,7 +44,7 @@ def define_flags(
 def from_flags(values: Any, folder: Path) -> "Prepared":
     """Prepares what the flags say into `folder`, and prints the progress."""
     with starting():
-        from beacon_jax.data.prepare import Settings, prepare
+        from beacon_jax.data.prepare import Preparation, prepare
         from beacon_jax.training.check_data import check_data
 
     config = values.config
@@ -62,7 +62,7 @@ def from_flags(values: Any, folder: Path) -> "Prepared":
             print(line, flush=True)
 
         return prepare(
-            Settings.of(config.data, tokenizer_folder(config, folder.parent)),
+            Preparation.of(config.data, tokenizer_folder(config, folder.parent)),
             folder,
             workers=config.data.workers if values.workers < 0 else values.workers,
             max_drop_fraction=config.data.max_drop_fraction,

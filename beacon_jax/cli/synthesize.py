@@ -27,7 +27,7 @@ from beacon_jax.cli.options import Group
 from beacon_jax.paths import check_file
 
 if TYPE_CHECKING:  # they load numpy and pyarrow
-    from beacon_jax.data.synthesize import Report, Settings
+    from beacon_jax.data.synthesize import Inquiry, Report
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -50,10 +50,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.text("out", None, "JSON lines file to write.", required=True)
 
 
-def from_flags(values: Any) -> "Settings":
+def from_flags(values: Any) -> "Inquiry":
     """Makes the settings of a command line; the key comes from the environment."""
     from beacon_jax.data.endpoint import Endpoint, Pace
-    from beacon_jax.data.synthesize import Settings
+    from beacon_jax.data.synthesize import Inquiry
 
     endpoint = Endpoint(
         values.endpoint,
@@ -62,7 +62,7 @@ def from_flags(values: Any) -> "Settings":
         pace=Pace(values.requests_per_minute),
     )
     names = ("tokenizer", "root", "segment_tokens", "pairs", "max_tokens")
-    return Settings(
+    return Inquiry(
         tuple(values.sources),
         Path(values.out).expanduser(),
         endpoint,

@@ -13,7 +13,7 @@ Pair = tuple[str, str]
 
 
 class Answers:
-    """The file that keeps answers: one JSON line {"key", "pairs"} for each.
+    """A file that keeps answers: one JSON line {"key", "pairs"} for each.
 
     Lines are only ever appended. Memory holds the places of the lines, not the answers.
     A damaged line, such as the last one of a process that was killed, stays where it is
@@ -59,6 +59,7 @@ class Answers:
         return row if isinstance(row, dict) else {}
 
     def known(self) -> set[str]:
+        """Returns the keys that have an answer."""
         return set(self._places)
 
     def add(self, key: str, pairs: Sequence[Pair]) -> None:

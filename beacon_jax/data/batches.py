@@ -32,6 +32,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Int
 
+from beacon_jax.data.examples import IGNORED
 from beacon_jax.data.passkey import (
     QUESTION,
     Passkey,
@@ -51,11 +52,10 @@ STAGE_KEYS = (
     "copy_weight",
     "dummy_every",
 )
-IGNORE = -100
 
 
 class StepBatches(Protocol):
-    """The interface through which the trainer reads batches.
+    """Interface through which the trainer reads batches.
 
     `Batches` cuts rows from a text. `grouped.GroupedBatches` takes whole examples of a
     prepared folder.
@@ -99,7 +99,7 @@ class StepBatches(Protocol):
 
 
 @dataclass(frozen=True)
-class Stage:
+class BatchStage:
     """A stage of training: `steps` batches of `batch_size` rows of `length` tokens.
 
     Attributes:
@@ -128,6 +128,7 @@ class Stage:
 
     @property
     def total(self) -> float:
+        """Sum of the weights of the mix."""
         return sum(weight for _, weight in self.mix)
 
 
@@ -146,7 +147,7 @@ class BatchConfig:
       dummy_every: the spacings of dummies, one drawn per interleaved row.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[BatchStage, ...]
     seed: int = 0
     answer_weight: float = 10.0
     second_weight: float = 3.0
@@ -166,7 +167,7 @@ class BatchConfig:
             mix = given.pop("mix", {"text": 1.0})
             given["mix"] = tuple((k, w) for k, w in sorted(mix.items()) if w)
             try:
-                stages.append(Stage(**given))
+                stages.append(BatchStage(**given))
             except ValueError as error:
                 raise ValueError(f"data.stages.{name}.{error}") from None
             except TypeError:
@@ -195,9 +196,10 @@ class BatchConfig:
 
     @property
     def steps(self) -> int:
+        """Number of steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> Stage:
+    def stage_at(self, step: int) -> BatchStage:
         """Returns the stage of a step; steps past the end belong to the last stage."""
         if step < 0:
             raise ValueError(f"step={step} must be >= 0")
@@ -265,7 +267,7 @@ class Batches:
         tokens, labels, weights = (np.stack(part) for part in zip(*drawn, strict=True))
         return {"tokens": tokens, "labels": labels, "weights": weights, "kind": kind}
 
-    def _row(self, rng: np.random.Generator, stage: Stage, kind: str):
+    def _row(self, rng: np.random.Generator, stage: BatchStage, kind: str):
         """Draws the tokens, labels and weights [T] of one row."""
         every = 0
         if rng.uniform() < stage.dummies:
@@ -275,14 +277,14 @@ class Batches:
             real[every :: every + 1] = False
         row, weight = getattr(self, "_" + kind)(rng, int(real.sum()))
         tokens = np.full(stage.length, self.tokenizer.eos_token_id, np.int32)
-        labels = np.full(stage.length, IGNORE, np.int32)
+        labels = np.full(stage.length, IGNORED, np.int32)
         weights = np.zeros(stage.length, np.float32)
         tokens[real] = row
         # A kind weighs the tokens to be predicted; here the weight moves to the
         # position that predicts. Labels skip over dummies to the next real token.
         weights[real] = np.append(weight[1:], 0.0)
-        labels[real] = np.append(row[1:], IGNORE)
-        return tokens, np.where(weights > 0, labels, IGNORE).astype(np.int32), weights
+        labels[real] = np.append(row[1:], IGNORED)
+        return tokens, np.where(weights > 0, labels, IGNORED).astype(np.int32), weights
 
     def _slice(self, rng: np.random.Generator, length: int) -> np.ndarray:
         start = int(rng.integers(0, len(self.stream) - length + 1))
@@ -347,20 +349,3 @@ class Batches:
             at = low + int(slot) * len(question)
             tokens[at : at + len(question)] = question
             weights[at + span[0] : at + span[1]] = self.config.answer_weight
-
-
-def heldout_rows(stream: np.ndarray, length: int, count: int) -> np.ndarray:
-    """Returns `count` rows [count, length] of contiguous text.
-
-    The rows are spread evenly and never overlap.
-
-    Raises:
-      ValueError: the stream is too short for that many rows.
-    """
-    if count * length > len(stream):
-        raise ValueError(
-            f"count={count} rows of length={length} need {count * length} tokens, the "
-            f"text has {len(stream)}; use fewer rows or name a source with more text"
-        )
-    starts = np.linspace(0, len(stream) - length, count).astype(int)
-    return np.stack([stream[s : s + length] for s in starts]).astype(np.int32)

@@ -39,7 +39,7 @@ import jinja2
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from beacon_jax.names import meant
+from beacon_jax.names import check_choice
 
 log = logging.getLogger(__name__)
 
@@ -170,11 +170,7 @@ def _check(tokenizer: Any, template: str) -> None:
             "data.chat_template='' but the data holds conversations; set it to one of "
             f"{', '.join(TEMPLATES)}"
         )
-    if template not in TEMPLATES:
-        raise ValueError(
-            f"data.chat_template={template!r} is unknown: "
-            f"{meant(template, TEMPLATES)}use one of {', '.join(TEMPLATES)}."
-        )
+    check_choice("data.chat_template", template, TEMPLATES)
     name = tokenizer.name_or_path
     if not tokenizer.is_fast:
         raise ValueError(
@@ -203,10 +199,7 @@ def _has(tokenizer: Any, token: str) -> bool:
 
 
 def _from_first_question(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    for i, (role, _) in enumerate(turns):
-        if role == "user":
-            return list(turns[i:])
-    return []
+    return list(itertools.dropwhile(lambda turn: turn[0] != "user", turns))
 
 
 def _fault(turns: list[tuple[str, str]], template: str) -> str:

@@ -1,15 +1,16 @@
-"""An OpenAI-compatible chat endpoint: retries, pace, and a key that stays secret."""
+"""Asks an OpenAI-compatible endpoint: retries, pace, and a key that stays secret."""
 
+import concurrent.futures
 import email.utils
-import http.client
-import json
+import functools
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import httpx
+import tenacity
 
 RETRIED = frozenset([408, 409, 425, 429, *range(500, 600)])
 # The answer would be the same for every question: no use going on.
@@ -26,8 +27,8 @@ class Hopeless(Exception):
     """Raised when no question will have an answer: wrong key, address or model."""
 
 
-class Stopped(Exception):
-    """Raised when the run is asked to stop while a question waits for its turn."""
+class _Again(Exception):
+    """Raised when a try went wrong in a way that the next one may not."""
 
 
 class Pace:
@@ -42,7 +43,11 @@ class Pace:
         self._lock = threading.Lock()
 
     def wait(self, stop: threading.Event) -> None:
-        """Returns at this caller's turn; raises Stopped if `stop` is set before."""
+        """Returns at this caller's turn.
+
+        Raises:
+          CancelledError: `stop` was set before.
+        """
         with self._lock:
             turn = max(self._next, time.monotonic())
             self._next = turn + self._gap
@@ -57,9 +62,9 @@ class Pace:
 
 
 def rest(seconds: float, stop: threading.Event) -> None:
-    """Sleeps for so many seconds; raises Stopped as soon as `stop` is set."""
+    """Sleeps for so many seconds; raises CancelledError as soon as `stop` is set."""
     if stop.wait(max(0.0, seconds)):
-        raise Stopped
+        raise concurrent.futures.CancelledError
 
 
 @dataclass(frozen=True)
@@ -102,69 +107,64 @@ class Endpoint:
         Raises:
           Failed: no answer after all tries, or the server refuses this question.
           Hopeless: the server refuses any question.
-          Stopped: `stop` was set while waiting.
+          CancelledError: `stop` was set while waiting.
         """
-        body = json.dumps({"model": self.model, "messages": list(messages)}).encode()
-        wait = self.first_wait
-        for left in reversed(range(self.tries)):
-            self.pace.wait(stop)
-            try:
-                return self._post(body)
-            except urllib.error.HTTPError as error:
-                trouble = f"HTTP {error.code}: {self._message(error)}"
-                if error.code in HOPELESS:
-                    raise Hopeless(f"endpoint={self.url!r}: {trouble}") from None
-                if error.code not in RETRIED:
-                    raise Failed(trouble) from None
-                asked = retry_after(error.headers.get("Retry-After"))
-                if asked:
-                    self.pace.hold(asked)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                # Refused, dropped or timed out; or what came is not what it should be.
-                trouble = f"{type(error).__name__}: {error}".replace(
-                    self.key or "\0", "***"
-                )
-            if left:
-                rest(wait, stop)
-                wait = min(2 * wait, self.longest_wait)
-        raise Failed(f"{trouble} ({self.tries} tries)")
-
-    def _post(self, body: bytes) -> str:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions", data=body, headers=headers
+        tries = tenacity.Retrying(
+            sleep=lambda seconds: rest(seconds, stop),
+            stop=tenacity.stop_after_attempt(self.tries),
+            wait=tenacity.wait_exponential(self.first_wait, self.longest_wait),
+            retry=tenacity.retry_if_exception_type(_Again),
+            reraise=True,
         )
-        with _opener().open(request, timeout=self.timeout) as response:
-            answer = json.loads(response.read())
         try:
-            content = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            content = None
-        if not isinstance(content, str):
-            raise ValueError("an answer without choices[0].message.content")
-        return content
+            return tries(self._try, messages, stop)
+        except _Again as error:
+            raise Failed(f"{error} ({self.tries} tries)") from None
 
-    def _message(self, error: urllib.error.HTTPError) -> str:
+    def _try(self, messages: Sequence[dict[str, str]], stop: threading.Event) -> str:
+        self.pace.wait(stop)
+        body = {"model": self.model, "messages": list(messages)}
         try:
-            text = error.read(10_000).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException):
-            text = str(error.reason)
+            response = self._client.post("chat/completions", json=body)
+            if response.is_success:
+                return _content(response.json())
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            # Refused, dropped or timed out; or what came is not what it should be.
+            raise _Again(self._clean(f"{type(error).__name__}: {error}")) from None
         # Some servers quote the key that they refuse.
-        text = text.replace(self.key, "***") if self.key else text
-        return " ".join(text.split())[:SHOWN] or str(error.reason)
+        said = " ".join(self._clean(response.text[:10_000]).split())[:SHOWN]
+        trouble = f"HTTP {response.status_code}: {said or response.reason_phrase}"
+        if response.status_code in HOPELESS:
+            raise Hopeless(f"endpoint={self.url!r}: {trouble}")
+        if response.status_code not in RETRIED:
+            raise Failed(trouble)
+        if asked := retry_after(response.headers.get("Retry-After")):
+            self.pace.hold(asked)
+        raise _Again(trouble)
+
+    @functools.cached_property
+    def _client(self) -> httpx.Client:
+        # It follows no redirect, which would carry the key to another address.
+        return httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else None,
+            timeout=self.timeout,
+            limits=httpx.Limits(max_connections=None),
+            follow_redirects=False,
+        )
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self.key, "***") if self.key else text
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect, which would carry the key to another address."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(_NoRedirect)
+def _content(answer: Any) -> str:
+    try:
+        content = answer["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        content = None
+    if not isinstance(content, str):
+        raise ValueError("an answer without choices[0].message.content")
+    return content
 
 
 def retry_after(header: str | None) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from beacon_jax.data import chat
 from beacon_jax.data.heldout import HELD_OUT
 from beacon_jax.data.sources import Record
-from beacon_jax.names import meant
+from beacon_jax.names import check_choice
 
 # Why a record becomes no example. Those of EXPECTED are harmless; all others count as
 # bad rows.
@@ -68,17 +68,9 @@ class Rules:
                 f"{self.max_length}: need 0 <= min_length <= max_length and max_length "
                 ">= 1."
             )
-        if self.chat_template and self.chat_template not in chat.TEMPLATES:
-            raise ValueError(
-                f"data.chat_template={self.chat_template!r} is unknown: "
-                f"{meant(self.chat_template, chat.TEMPLATES)}use one of "
-                f"{', '.join(chat.TEMPLATES)}."
-            )
-        if self.long not in LONG:
-            raise ValueError(
-                f"data.long={self.long!r} is unknown: {meant(self.long, LONG)}use "
-                f"{', '.join(LONG)}."
-            )
+        if self.chat_template:
+            check_choice("data.chat_template", self.chat_template, chat.TEMPLATES)
+        check_choice("data.long", self.long, LONG)
         if not 0.0 <= self.heldout < 1.0:
             raise ValueError(
                 f"data.heldout={self.heldout} is a share of the documents: use a "
@@ -216,7 +208,7 @@ def _of_tokens(
         return OTHER_VOCABULARY
     tokens = np.asarray(tokens, np.int32)
     if labels is None:
-        return Example(tokens, np.ones(len(tokens), bool))
+        return _all_targets(tokens)
     if len(labels) != len(tokens):
         return LABELS_LENGTH
     labelled = np.asarray(labels) != IGNORED

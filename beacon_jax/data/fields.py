@@ -60,13 +60,13 @@ class _BadField(Exception):
 
 
 def parse(where: str, data: bytes) -> Record | Dropped:
-    """Returns the record of a row that is UTF-8 JSON, or the reason if it is none."""
+    """Makes the record of a row of UTF-8 JSON, or says why the row is dropped."""
     row = decoded(data)
     return Dropped(where, row) if isinstance(row, str) else record(where, row)
 
 
 def decoded(data: bytes) -> dict[str, Any] | str:
-    """Returns the object of a row that is UTF-8 JSON, or the reason if it is none."""
+    """Parses a row of UTF-8 JSON: returns its object, or the reason why it is none."""
     try:
         # Not json.loads(bytes), which guesses UTF-16 and UTF-32.
         row = json.loads(data.decode("utf-8"))
@@ -78,7 +78,7 @@ def decoded(data: bytes) -> dict[str, Any] | str:
 
 
 def record(where: str, row: Any) -> Record | Dropped:
-    """Returns the record of a row, given as a dict of fields, or why it is dropped.
+    """Makes the record of a row of fields, or says why the row is dropped.
 
     Strings may be bytes, and lists may be arrays.
     """

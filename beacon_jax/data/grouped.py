@@ -29,7 +29,7 @@ from jaxtyping import Int
 
 from beacon_jax.data.examples import IGNORED, shift
 from beacon_jax.data.prepared import Prepared
-from beacon_jax.names import meant
+from beacon_jax.names import check_choice
 
 GROUPS = ("strict", "relaxed", "pad")
 EMPTY = -1  # a row without an example
@@ -60,23 +60,17 @@ class GroupConfig:
     def of(cls, config: Any) -> "GroupConfig":
         """Makes the settings from a whole config (`training.config`)."""
         data = config.data
+        same = ("batch_size", "group", "epochs", "steps")
         return cls(
             window=config.beacon.window if config.beacon.use else config.window,
-            batch_size=data.batch_size,
-            group=data.group,
             seed=config.seed,
             weights=tuple(data.weights),
-            epochs=data.epochs,
-            steps=data.steps,
             tokens=int(data.tokens),
+            **{name: data[name] for name in same},
         )
 
     def __post_init__(self) -> None:
-        if self.group not in GROUPS:
-            raise ValueError(
-                f"data.group={self.group!r} is unknown: {meant(self.group, GROUPS)}use "
-                f"{', '.join(GROUPS)}."
-            )
+        check_choice("data.group", self.group, GROUPS)
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size={self.batch_size} must be at least 1.")
         for name in ("epochs", "steps", "tokens"):
@@ -239,19 +233,15 @@ class GroupedBatches:
         return rows, left_out, epoch
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, dict[int, int]]:
-        config = self.config
-        seed = config.seed + epoch * 2**32
-        chosen = None
+        config, lengths = self.config, self.data.lengths
+        chosen = np.arange(len(lengths))
         if config.weights:
             draw = [config.seed, epoch]
             chosen = mixture(self.data.sources, config.weights, draw)
-        windows = windows_of(self.data.lengths, config.window)
-        if chosen is not None:
-            windows = windows[chosen]
+        windows = windows_of(lengths[chosen], config.window)
+        seed = config.seed + epoch * 2**32
         rows, left = order(windows, config.batch_size, config.group, seed)
-        if chosen is not None:
-            rows = np.where(rows == EMPTY, EMPTY, chosen[rows])
-        return rows, left
+        return np.where(rows == EMPTY, EMPTY, chosen[rows]), left
 
     @property
     def tokens_read(self) -> int:

@@ -1,10 +1,6 @@
 """Shows what a prepared folder holds, before a run spends hours on it.
 
-python -m beacon_jax.data.inspect --config=configs/X.py --out=DIR [--config.key=value]
-
-Prints counts and drops, writes lengths.png (a histogram), and shows one example, its
-labelled tokens between ⟦ and ⟧. The data are those of --config.data.prepared; what is
-not prepared yet is prepared first, into DIR/data if that names no folder.
+`beacon_jax.cli.inspect` is the command.
 """
 
 from collections import Counter

@@ -1,14 +1,6 @@
 """Tokenises sources once: text and conversations become a prepared folder.
 
-python -m beacon_jax.data.prepare --config=configs/X.py --out=DIR [--workers=N]
-  [--overwrite] [--config.key=value ...]
-
-Reads what config.data names (sources, root, heldout, min_length, max_length, long,
-chat_template) with the tokenizer of the config, and writes shards, an index and a
-manifest to DIR (`data.prepared`). Training in WORKDIR looks for the folder
-WORKDIR/data; without it training prepares by itself. The same command goes on with a
-folder that is not finished. A folder that was made with other settings is refused
-unless --overwrite.
+`beacon_jax.cli.prepare` tells users what is read and how a run goes on.
 """
 
 import concurrent.futures
@@ -30,32 +22,30 @@ import numpy as np
 from beacon_jax.data.examples import Rules
 from beacon_jax.data.prepared import (
     FORMAT,
-    INDEX,
     Prepared,
     read_manifest,
-    write_atomically,
     write_json,
 )
 from beacon_jax.data.shards import (
     STOP,
     Job,
-    Stopped,
+    ShardProgress,
     Worker,
-    load_tokenizer,
     run_job,
     start_worker,
 )
-from beacon_jax.data.sources import Part, open_parts, source_bytes
-from beacon_jax.data.tally import Progress, Tally, clock
-from beacon_jax.resources import TOKENIZER_FILES
+from beacon_jax.data.sources import Piece, open_parts, source_bytes
+from beacon_jax.data.tally import Tally, clock
+from beacon_jax.paths import whole_file
+from beacon_jax.resources import TOKENIZER_FILES, load_tokenizer
 
 SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they have it
 SUBSET_SEED = 42  # of `file[COUNT]`, as in the release
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings that a prepared folder is made with.
+class Preparation:
+    """The sources and rules that a prepared folder is made with.
 
     Attributes:
       sources: URIs (`data.sources`).
@@ -70,20 +60,14 @@ class Settings:
     root: str = ""
 
     @classmethod
-    def of(cls, data: Any, tokenizer: str | Path) -> "Settings":
+    def of(cls, data: Any, tokenizer: str | Path) -> "Preparation":
         """Makes the settings from config.data."""
-        rules = Rules(
-            min_length=data.min_length,
-            max_length=data.max_length,
-            chat_template=data.chat_template,
-            long=data.long,
-            heldout=data.heldout,
-        )
+        rules = Rules(**{f.name: data[f.name] for f in dataclasses.fields(Rules)})
         return cls(tuple(data.sources), str(tokenizer), rules, data.root)
 
 
 def prepare(
-    settings: Settings,
+    settings: Preparation,
     folder: str | Path,
     *,
     workers: int = 0,
@@ -155,15 +139,16 @@ def prepare(
         tally.check(final=True)
         _finish(folder, identity, jobs, tally)
         seconds = max(time.monotonic() - began, 1e-9)
+        total = tally.total()
         show(
-            f"prepared {tally.examples:,} examples, {tally.tokens:,} tokens in "
+            f"prepared {total['examples']:,} examples, {total['tokens']:,} tokens in "
             f"{folder} ({clock(seconds)})"
         )
     return Prepared(folder)
 
 
 def finished(
-    settings: Settings, folder: Path, *, overwrite: bool = False
+    settings: Preparation, folder: Path, *, overwrite: bool = False
 ) -> Prepared | None:
     """Returns the folder's data if finished and made with these settings, else None.
 
@@ -229,7 +214,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {short(old)} -> {short(new)}"]
 
 
-def _identity(settings: Settings, sizes: Sequence[int] | None) -> dict[str, Any]:
+def _identity(settings: Preparation, sizes: Sequence[int] | None) -> dict[str, Any]:
     """Returns everything that decides about the bytes of the folder.
 
     The bytes of each source are part of it if `sizes` gives them.
@@ -255,9 +240,9 @@ def _of_now(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity, "rules": rules}
 
 
-def _jobs(parts: Sequence[Part], folder: Path) -> list[Job]:
+def _jobs(parts: Sequence[Piece], folder: Path) -> list[Job]:
     """Puts consecutive parts together until they have SHARD_BYTES: a job each time."""
-    groups: list[list[Part]] = []
+    groups: list[list[Piece]] = []
     room = 0
     for part in parts:
         if room <= 0:
@@ -283,16 +268,14 @@ def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
 
     Shards are kept if the interrupted run had the same settings; else they are removed.
     """
-    unfinished = folder / "unfinished.json"
-    manifest = folder / "manifest.json"
+    unfinished, manifest = folder / "unfinished.json", folder / "manifest.json"
+    keep = False
     if unfinished.exists() and not manifest.exists():
         old = _of_now(json.loads(unfinished.read_text(encoding="utf-8")))
         changed = differences(old, identity)
         if changed and not overwrite:
             raise ValueError(_refusal(folder, changed))
         keep = not changed
-    else:
-        keep = False
     manifest.unlink(missing_ok=True)
     for pattern in (".*.partial", *(() if keep else ("shard-*", "index.npy"))):
         for file in folder.glob(pattern):
@@ -301,7 +284,7 @@ def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
 
 
 def _run(
-    settings: Settings,
+    settings: Preparation,
     jobs: Sequence[Job],
     workers: int,
     tally: Tally,
@@ -310,18 +293,18 @@ def _run(
     """Writes the shards that are not there yet."""
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 4)
-    progress = Progress(jobs, counters, show)
+    progress = ShardProgress(jobs, counters, show)
     todo = [job for job in jobs if not job.finished()]
     for job in jobs:
         if job.finished():
-            tally.add(job)
+            tally.add(job.index, job.report_path)
     count = min(workers or len(os.sched_getaffinity(0)), len(todo))
     if count <= 1:
         worker = Worker(load_tokenizer(settings.tokenizer), settings.rules, counters)
-        for job in todo:
-            with progress.every_second():
+        with progress.running():
+            for job in todo:
                 worker.write(job)
-            tally.add(job)
+                tally.add(job.index, job.report_path)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
         count,
@@ -329,9 +312,12 @@ def _run(
         initializer=start_worker,
         initargs=(settings.tokenizer, settings.rules, counters),
     )
-    with pool, _tokenizer_threads_off():
+    with progress.running():
         try:
-            _consume(pool, todo, 2 * count, tally, progress)
+            running = {pool.submit(run_job, job): job for job in todo}
+            for future in concurrent.futures.as_completed(running):
+                future.result()
+                tally.add(running[future].index, running[future].report_path)
         except BrokenProcessPool:
             raise OSError(
                 "a worker process died (see above), perhaps for want of memory: use "
@@ -340,60 +326,27 @@ def _run(
             ) from None
         finally:
             counters[STOP] = 1  # else the pool waits for shards nobody wants
-
-
-def _consume(
-    pool: concurrent.futures.Executor,
-    todo: Sequence[Job],
-    ahead: int,
-    tally: Tally,
-    progress: Progress,
-) -> None:
-    waiting = iter(todo)
-    running: dict[Any, Job] = {}
-    while True:
-        for job in waiting:
-            running[pool.submit(run_job, job)] = job
-            if len(running) >= ahead:
-                break
-        if not running:
-            return
-        done, _ = concurrent.futures.wait(
-            running, timeout=1, return_when=concurrent.futures.FIRST_COMPLETED
-        )
-        for future in done:
-            job = running.pop(future)
-            with contextlib.suppress(Stopped):
-                future.result()
-                tally.add(job)
-        progress.show()
+            pool.shutdown(cancel_futures=True)
 
 
 def _finish(
     folder: Path, identity: dict[str, Any], jobs: Sequence[Job], tally: Tally
 ) -> None:
-    partial = folder / ".index.npy.partial"
-    with partial.open("wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(INDEX), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(
-            file, {**header, "shape": (tally.examples,)}
-        )
-        sizes = []
-        for job in jobs:
-            index = np.load(job.index_path)
-            sizes.append(len(index))
-            file.write(index.tobytes())
-    partial.rename(folder / "index.npy")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in tally.bad_rows]
-    write_atomically(folder / "dropped.jsonl", "".join(lines).encode())
+    indices = [np.load(job.index_path) for job in jobs]
+    with whole_file(folder / "index.npy") as file:
+        np.save(file, np.concatenate(indices))
+    with whole_file(folder / "dropped.jsonl") as file:
+        for row in tally.bad_rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     shards = [
-        {"name": job.path.name, "examples": n}
-        for job, n in zip(jobs, sizes, strict=True)
+        {"name": job.path.name, "examples": len(index)}
+        for job, index in zip(jobs, indices, strict=True)
     ]
     manifest = {
         "format": FORMAT,
         "settings": identity,
-        **tally.manifest(),
+        "total": tally.total(),
+        "sources": tally.sources,
         "shards": shards,
     }
     write_json(folder / "manifest.json", manifest)
@@ -420,20 +373,6 @@ def _lock(folder: Path, show: Callable[[str], None]) -> Iterator[None]:
             show(f"another process prepares {folder}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def _tokenizer_threads_off() -> Iterator[None]:
-    """Turns off the tokenizer's threads: the worker processes are the parallelism."""
-    old = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if old is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = old
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ examples are known from the index, without reading one of them.
 
 import hashlib
 import json
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.data.examples import Example
+from beacon_jax.paths import whole_file
 
 FORMAT = 1
 INDEX = np.dtype([("length", "<i4"), ("source", "<i2"), ("hash", "<u8")])
@@ -58,6 +58,7 @@ def example_hash(data: bytes) -> int:
 
 
 def shard_name(index: int, count: int) -> str:
+    """Returns the file name of shard `index`, from 0, of `count`."""
     return f"shard-{index:05}-of-{count:05}.array_record"
 
 
@@ -123,11 +124,12 @@ class Prepared:
 
     @property
     def uris(self) -> list[str]:
+        """URIs of the sources, by their numbers."""
         return [source["uri"] for source in self.manifest["settings"]["sources"]]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all examples and their order: equal ones give equal batches."""
+        """Hash of all examples in their order: equal ones give equal batches."""
         digest = hashlib.sha256(self.lengths.tobytes())
         digest.update(self.sources.tobytes())
         digest.update(self.hashes.tobytes())
@@ -180,15 +182,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes all of the file or nothing, whenever the process is killed."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+    """Writes a value as JSON, all of the file or nothing."""
+    with whole_file(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())

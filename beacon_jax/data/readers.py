@@ -9,7 +9,7 @@ or one block, whatever the size of the file.
 import csv
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Subset(NamedTuple):
     seed: int
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """A file, or a piece of one, that one process reads at a time. Picklable.
 
     Attributes:
@@ -74,7 +74,8 @@ class Part(NamedTuple):
       first: number of the first line or row of the part.
       before: rows of the source in front of the part, known if there is a subset.
       limit: bytes of the longest line.
-      detail: what else the reader needs.
+      detail: what else the reader needs: the reason (unusable), the share that is held
+        out (kept), or the name, split and folder (tfds).
     """
 
     source: int
@@ -96,50 +97,39 @@ def ending(name: str) -> str:
     return next((e for e in ENDINGS if name.lower().endswith(e)), "")
 
 
-def cut(part: Part, part_bytes: int = PART_BYTES) -> list[Part]:
-    """Cuts a whole file or data set into parts.
+def cut(part: Piece, part_bytes: int = PART_BYTES) -> list[Piece]:
+    """Cuts a whole file or data set into pieces of about `part_bytes`.
 
     The kind of a whole file is ""; it is found from the name.
     """
     if part.kind:
         return _cut_tfds(part, part_bytes) if part.kind == "tfds" else [part]
     end = ending(part.name)
-    if end in TEXT_ENDINGS:
-        return _cut_text(part._replace(kind="text"), part_bytes)
-    if not end.startswith(JSON_ENDINGS):
-        return _cut_other(part._replace(kind=end[1:]), part_bytes)
-    if is_array(part.path):
-        return [part._replace(kind="array")]
-    part = part._replace(kind="lines")
-    return _cut_lines(part, part_bytes) if end in JSON_ENDINGS else [part]
-
-
-def _cut_other(part: Part, part_bytes: int) -> list[Part]:
-    cutters = {
-        "parquet": _cut_parquet,
-        "arrow": _cut_arrow,
-        "array_record": _cut_records,
-    }
+    kind = "text" if end in TEXT_ENDINGS else end[1:]
+    if end.startswith(JSON_ENDINGS):
+        kind = "array" if is_array(part.path) else "lines"
+    part = part._replace(kind=kind)
     try:
-        return cutters[part.kind](part, part_bytes) if part.kind in cutters else [part]
+        return _CUTTERS[kind](part, part_bytes) if kind in _CUTTERS else [part]
     except (pyarrow.ArrowException, OSError, RuntimeError, ValueError) as error:
-        return [unusable(part, _broken(error, f"damaged {part.kind}").reason)]
+        return [unusable(part, _broken(error, f"damaged {kind}").reason)]
 
 
-def read(part: Part) -> Iterator[tuple[int, Value]]:
+def read(part: Piece) -> Iterator[tuple[int, Value]]:
     """Yields the rows of a part, in order."""
     yield from _READERS[part.kind](part)
 
 
-def count(part: Part) -> int:
+def count(part: Piece) -> int:
     """Returns how many rows `read` gives, without parsing a row."""
     return sum(1 for _, row in read(part) if not (isinstance(row, Bad) and row.whole))
 
 
-def chosen(part: Part) -> Int64[np.ndarray, " n"] | None:
-    """Returns the rows of the part's subset that may be in it; None without a subset.
+def chosen(part: Piece) -> Int64[np.ndarray, " n"] | None:
+    """Returns the chosen rows int64 [n] of a piece, None if it has no subset.
 
-    They are sorted numbers, counted from 0 at the part's first row. The subset has the
+    They are sorted numbers, counted from 0 at the first row of the piece; those behind
+    its last row belong to later pieces. The subset has the
     rows that the release's `file[COUNT]` takes (train_test_split of `datasets`). Needs
     8 bytes per row of the source for a moment.
     """
@@ -155,22 +145,18 @@ def _drawn(subset: Subset) -> Int64[np.ndarray, " n"]:
     return np.sort(order[: subset.count])
 
 
-def unusable(part: Part, reason: str) -> Part:
-    """Returns the part as one that is only reported."""
+def unusable(part: Piece, reason: str) -> Piece:
+    """Returns a piece in place of this one, which is only reported with the reason."""
     return part._replace(kind="unusable", detail=(reason,))
 
 
-def _read_unusable(part: Part) -> Iterator[tuple[int, Value]]:
-    yield part.first, Bad(part.detail[0], whole=True)
-
-
-def _pieces(part: Part, sizes: list[tuple[int, int]], part_bytes: int) -> list[Part]:
+def _pieces(part: Piece, sizes: list[tuple[int, int]], part_bytes: int) -> list[Piece]:
     """Puts consecutive units of a file together until they have `part_bytes`.
 
     Args:
       sizes: (rows, bytes) of each unit.
     """
-    parts: list[Part] = []
+    parts: list[Piece] = []
     start = size = rows = 0
     first = 1
     for unit, (unit_rows, unit_bytes) in enumerate(sizes):
@@ -184,49 +170,35 @@ def _pieces(part: Part, sizes: list[tuple[int, int]], part_bytes: int) -> list[P
     return parts
 
 
-# Lines and JSON arrays
+# Lines
 
 
-def _cut_lines(part: Part, part_bytes: int) -> list[Part]:
-    if part.size <= part_bytes:
-        return [part]
+def _cut_lines(part: Piece, part_bytes: int) -> list[Piece]:
+    if part.size <= part_bytes or ending(part.name) not in JSON_ENDINGS:
+        return [part]  # small or compressed
     return [
         part._replace(start=start, stop=stop, first=line, size=stop - start)
         for start, stop, line in newlines(part.path, part_bytes)
     ]
 
 
-def _read_lines(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_lines(part: Piece) -> Iterator[tuple[int, Value]]:
     source = chunks(part.path, part.start, part.stop)
     for number, line in enumerate(lines(source, part.limit), part.first):
         if isinstance(line, Bad) or line.strip():
             yield number, line
 
 
-def _read_array(part: Part) -> Iterator[tuple[int, Value]]:
-    yield from enumerate(elements(chunks(part.path), part.limit), 1)
-
-
 # Text
 
 
-def _cut_text(part: Part, part_bytes: int) -> list[Part]:
-    blocks = -(-part.size // TEXT_BYTES)
-    step = max(1, part_bytes // TEXT_BYTES)
-    if blocks <= step:
-        return [part]
-    return [
-        part._replace(
-            start=i,
-            stop=min(i + step, blocks),
-            first=i + 1,
-            size=min((i + step) * TEXT_BYTES, part.size) - i * TEXT_BYTES,
-        )
-        for i in range(0, blocks, step)
-    ]
+def _cut_text(part: Piece, part_bytes: int) -> list[Piece]:
+    starts = range(0, part.size, TEXT_BYTES)
+    sizes = [(1, min(TEXT_BYTES, part.size - start)) for start in starts]
+    return _pieces(part, sizes, part_bytes) or [part]
 
 
-def _read_text(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_text(part: Piece) -> Iterator[tuple[int, Value]]:
     """Yields the blocks of a text.
 
     Block i reaches from the first line end after i * TEXT_BYTES to that of the next, so
@@ -246,15 +218,6 @@ def _read_text(part: Part) -> Iterator[tuple[int, Value]]:
                 yield i + 1, _text(data)
 
 
-def _read_kept(part: Part) -> Iterator[tuple[int, Value]]:
-    """Reads a lone file without its held-out blocks.
-
-    Args:
-      part: its detail is (share that is held out,).
-    """
-    return kept_runs(part.path, part.name, float(part.detail[0]), TEXT_BYTES)
-
-
 def _text(data: bytes) -> str | Bad:
     try:
         text = data.decode("utf-8")
@@ -267,7 +230,7 @@ def _text(data: bytes) -> str | Bad:
 # CSV
 
 
-def _read_csv(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_csv(part: Piece) -> Iterator[tuple[int, Value]]:
     """Yields rows as dicts by the names in the first row.
 
     A row has the number of the line that it begins on.
@@ -307,7 +270,7 @@ class _CsvLines:
       ended: what is wrong with the file, if reading it ended early.
     """
 
-    def __init__(self, part: Part):
+    def __init__(self, part: Piece):
         self.bad: Bad | None = None
         self.ended: Bad | None = None
         self._lines = lines(chunks(part.path), part.limit)
@@ -331,11 +294,9 @@ class _CsvLines:
 # Columns: parquet and arrow
 
 
-def _cut_parquet(part: Part, part_bytes: int) -> list[Part]:
+def _cut_parquet(part: Piece, part_bytes: int) -> list[Piece]:
     with pyarrow.parquet.ParquetFile(part.path) as file:
-        groups = [
-            file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)
-        ]
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         # Compressed sizes of all columns: those of the file.
         sizes = [
             (
@@ -350,7 +311,7 @@ def _cut_parquet(part: Part, part_bytes: int) -> list[Part]:
     return _pieces(part, sizes, part_bytes) or [part]
 
 
-def _read_parquet(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_parquet(part: Piece) -> Iterator[tuple[int, Value]]:
     try:
         # A buffer, and no pre-buffering: pages, not whole row groups, are in memory.
         with pyarrow.parquet.ParquetFile(
@@ -367,7 +328,7 @@ def _read_parquet(part: Part) -> Iterator[tuple[int, Value]]:
         yield part.first, _broken(error, "damaged parquet")
 
 
-def _cut_arrow(part: Part, part_bytes: int) -> list[Part]:
+def _cut_arrow(part: Piece, part_bytes: int) -> list[Piece]:
     sizes = [(batch.num_rows, batch.nbytes) for batch in _arrow(part.path)]
     return _pieces(part, sizes, part_bytes) or [part]
 
@@ -387,16 +348,10 @@ def _arrow(path: str) -> Iterator[pyarrow.RecordBatch]:
         yield from pyarrow.ipc.open_stream(source)
 
 
-def _read_arrow(part: Part) -> Iterator[tuple[int, Value]]:
-    def batches() -> Iterator[pyarrow.RecordBatch]:
-        for i, batch in enumerate(_arrow(part.path)):
-            if part.stop is not None and i >= part.stop:
-                return
-            if i >= part.start:
-                yield batch
-
+def _read_arrow(part: Piece) -> Iterator[tuple[int, Value]]:
     try:
-        yield from _batches(part, batches())
+        batches = itertools.islice(_arrow(part.path), part.start, part.stop)
+        yield from _batches(part, batches)
     except (pyarrow.ArrowException, OSError) as error:
         yield part.first, _broken(error, "damaged arrow")
 
@@ -409,7 +364,7 @@ def _broken(error: Exception, reason: str) -> Bad:
 
 
 def _batches(
-    part: Part, batches: Iterator[pyarrow.RecordBatch]
+    part: Piece, batches: Iterator[pyarrow.RecordBatch]
 ) -> Iterator[tuple[int, Value]]:
     number = part.first
     for batch in batches:
@@ -427,9 +382,9 @@ def _batches(
 
 
 def _cell(scalar: Any) -> Any:
-    """Returns a Python value.
+    """Returns the Python value of a cell.
 
-    It is an array for a list of integers, which is 100 times as fast.
+    A list of integers becomes an array, which is 100 times as fast.
     """
     kind = scalar.type
     if (
@@ -451,14 +406,14 @@ def _open_records(path: str) -> Any:
     return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
 
 
-def _cut_records(part: Part, part_bytes: int) -> list[Part]:
+def _cut_records(part: Piece, part_bytes: int) -> list[Piece]:
     reader = _open_records(part.path)
     if not reader.ok():
         return [unusable(part, "damaged array_record")]
     return _cut_rows(part, reader.num_records(), part_bytes)
 
 
-def _cut_rows(part: Part, rows: int, part_bytes: int) -> list[Part]:
+def _cut_rows(part: Piece, rows: int, part_bytes: int) -> list[Piece]:
     """Cuts a part into equal ranges of rows."""
     pieces = max(1, min(rows, -(-part.size // part_bytes)))
     edges = [rows * i // pieces for i in range(pieces + 1)]
@@ -473,7 +428,7 @@ def _cut_rows(part: Part, rows: int, part_bytes: int) -> list[Part]:
     ]
 
 
-def _read_records(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_records(part: Piece) -> Iterator[tuple[int, Value]]:
     number = part.start
     try:
         reader = _open_records(part.path)
@@ -545,25 +500,34 @@ def _data_source(name: str, split: str, data_dir: str) -> Any:
     )
 
 
-def _cut_tfds(part: Part, part_bytes: int) -> list[Part]:
+def _cut_tfds(part: Piece, part_bytes: int) -> list[Piece]:
     return _cut_rows(part, len(_data_source(*part.detail)), part_bytes)
 
 
-def _read_tfds(part: Part) -> Iterator[tuple[int, Value]]:
+def _read_tfds(part: Piece) -> Iterator[tuple[int, Value]]:
     rows = _data_source(*part.detail)
     for row in range(part.start, len(rows) if part.stop is None else part.stop):
         yield row + 1, rows[row]
 
 
-_READERS: dict[str, Callable[[Part], Iterator[tuple[int, Value]]]] = {
+_CUTTERS: dict[str, Callable[[Piece, int], list[Piece]]] = {
+    "lines": _cut_lines,
+    "text": _cut_text,
+    "parquet": _cut_parquet,
+    "arrow": _cut_arrow,
+    "array_record": _cut_records,
+}
+_READERS: dict[str, Callable[[Piece], Iterable[tuple[int, Value]]]] = {
     "lines": _read_lines,
-    "array": _read_array,
+    "array": lambda part: enumerate(elements(chunks(part.path), part.limit), 1),
     "text": _read_text,
-    "kept": _read_kept,
+    "kept": lambda part: kept_runs(
+        part.path, part.name, float(part.detail[0]), TEXT_BYTES
+    ),
     "csv": _read_csv,
     "parquet": _read_parquet,
     "arrow": _read_arrow,
     "array_record": _read_records,
     "tfds": _read_tfds,
-    "unusable": _read_unusable,
+    "unusable": lambda part: [(part.first, Bad(part.detail[0], whole=True))],
 }

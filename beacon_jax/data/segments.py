@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from beacon_jax.resources import load_tokenizer
+
 # Where a text may be cut, best first: behind a paragraph, a line, a sentence, a word.
 BOUNDARIES = tuple(
     re.compile(pattern)
@@ -34,8 +36,6 @@ def token_counter(tokenizer: str | Path | None = None) -> Count:
             -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
             for text in texts
         ]
-    from beacon_jax.data.shards import load_tokenizer  # takes seconds
-
     try:
         loaded = load_tokenizer(tokenizer)
     except (OSError, ValueError) as error:

@@ -6,18 +6,22 @@ processes made it, and however often it was interrupted. Only the index (14 byte
 example) and a bounded report are kept in memory.
 """
 
+import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import signal
+import struct
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from beacon_jax import runtime
-from beacon_jax.data.examples import EXPECTED, Example, Made, Rules, make_examples
+from beacon_jax.data.examples import Made, Rules, make_examples
 from beacon_jax.data.heldout import HELD_OUT
 from beacon_jax.data.prepared import (
     INDEX,
@@ -26,10 +30,12 @@ from beacon_jax.data.prepared import (
     shard_name,
     write_json,
 )
-from beacon_jax.data.sources import Dropped, Part, Record, held_out, read_part
+from beacon_jax.data.sources import Dropped, Piece, Record, held_out, read_part
+from beacon_jax.data.tally import ShardCounts, clock
+from beacon_jax.paths import whole_file
+from beacon_jax.resources import load_tokenizer
 
-FIRST = 5  # places that a report names for every reason
-BAD_ROWS = 1_000  # bad rows of a shard that dropped.jsonl may hold
+_ENTRY = struct.Struct("<ihQ")  # the bytes of an INDEX
 
 
 class Job(NamedTuple):
@@ -37,7 +43,7 @@ class Job(NamedTuple):
 
     index: int
     count: int
-    parts: tuple[Part, ...]
+    parts: tuple[Piece, ...]
     folder: str
 
     @property
@@ -63,16 +69,12 @@ class Job(NamedTuple):
         return all(file.exists() for file in files)
 
 
-class Stopped(Exception):
-    """Raised when the main process wants no more shards."""
-
-
 # Slots of the array that workers and main process share.
 EXAMPLES, TOKENS, BYTES, STOP = range(4)
 
 
 class Worker:
-    """The things a process needs for any job: tokenizer, rules, and shared counters."""
+    """Writer of shards: a process has one, with its tokenizer, for all its jobs."""
 
     def __init__(self, tokenizer: Any, rules: Rules, counters: Any):
         self.tokenizer, self.rules, self.counters = tokenizer, rules, counters
@@ -81,13 +83,14 @@ class Worker:
         """Writes the shard of a job, its index and its report; returns job.index.
 
         Raises:
-          Stopped: the main process set the STOP slot.
+          CancelledError: the main process set the STOP slot.
           OSError: the disk is full, say.
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
         partial = job.path.with_name(f".{job.path.name}.{os.getpid()}.partial")
-        report, index = _Report(), _Index()
+        counts = ShardCounts()
+        index = bytearray()  # 14 bytes an example; a list of tuples takes 200
         # One record a group: reading one row decompresses no other.
         writer = ArrayRecordWriter(str(partial), "group_size:1")
         for part in job.parts:
@@ -96,25 +99,28 @@ class Worker:
                 for example in made.examples:
                     data = encode(example)
                     writer.write(data)
-                    index.add(len(example.tokens), part.source, example_hash(data))
-                report.add(part.source, row.where, made)
+                    index += _ENTRY.pack(
+                        len(example.tokens), part.source, example_hash(data)
+                    )
+                counts.add(part.source, row.where, made)
         writer.close()
         partial.rename(job.path)
-        _save(job.index_path, index.array())
-        write_json(job.report_path, report.value)
+        with whole_file(job.index_path) as file:
+            np.save(file, np.frombuffer(index, INDEX))
+        write_json(job.report_path, counts.value)
         return job.index
 
-    def _made(self, part: Part, row: Record | Dropped) -> Made:
+    def _made(self, part: Piece, row: Record | Dropped) -> Made:
         if isinstance(row, Dropped):
             return Made(reason=row.reason)
         if held_out(part, row, self.rules.heldout):
             return Made(reason=HELD_OUT)
         made = make_examples(row, self.tokenizer, self.rules)
         self._count(EXAMPLES, len(made.examples))
-        self._count(TOKENS, _tokens(made.examples))
+        self._count(TOKENS, sum(len(x.tokens) for x in made.examples))
         return made
 
-    def _counted(self, part: Part) -> Iterator[Record | Dropped]:
+    def _counted(self, part: Piece) -> Iterator[Record | Dropped]:
         """Yields the rows of a part and counts its bytes.
 
         Between rows, bytes are estimated by the length of what the rows hold; at the
@@ -123,7 +129,7 @@ class Worker:
         done = 0
         for row in read_part(part):
             if self.counters[STOP]:
-                raise Stopped
+                raise concurrent.futures.CancelledError
             size = min(_size(row), part.size - done)
             self._count(BYTES, size)
             done += size
@@ -140,6 +146,7 @@ def start_worker(tokenizer_folder: str, rules: Rules, counters: Any) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     runtime.quiet()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -160,19 +167,6 @@ def run_job(job: Job) -> int:
 _worker: Worker | None = None
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """Loads a tokenizer as hf.load_tokenizer does, without importing jax."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, use_fast=True, trust_remote_code=False
-    )
-
-
-def _tokens(examples: tuple[Example, ...]) -> int:
-    return sum(len(example.tokens) for example in examples)
-
-
 def _size(row: Record | Dropped) -> int:
     """Returns the approximate bytes of a row."""
     if isinstance(row, Dropped):
@@ -184,67 +178,45 @@ def _size(row: Record | Dropped) -> int:
     return 4 * len(row.tokens[0]) if row.tokens is not None else 0
 
 
-class _Index:
-    """The index of a shard, which grows in blocks.
+class ShardProgress:
+    """Shows a line now and then: examples, tokens, rate, MB, time left."""
 
-    It takes 14 bytes an example, where a list of tuples takes 200.
-    """
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        counters: Any,
+        show: Callable[[str], None],
+        interval: float = 5.0,
+    ):
+        self._counters, self._show, self._interval = counters, show, interval
+        self._total = sum(job.size for job in jobs)
+        self._before = sum(job.size for job in jobs if job.finished())
+        self._began = time.monotonic()
 
-    def __init__(self):
-        self._blocks: list[np.ndarray] = []
-        self._rows: list[tuple[int, int, int]] = []
+    def line(self, elapsed: float) -> str:
+        """Returns the line that is shown after so many seconds."""
+        counters = self._counters
+        examples, tokens, size = counters[EXAMPLES], counters[TOKENS], counters[BYTES]
+        left = self._total - self._before - size
+        eta = clock(left * elapsed / size) if size else "?"
+        return (
+            f"{examples:,} examples  {tokens:,} tokens  {tokens / elapsed:,.0f} tok/s  "
+            f"{(self._before + size) / 1e6:,.0f}/{self._total / 1e6:,.0f} MB  ETA {eta}"
+        )
 
-    def add(self, *row: int) -> None:
-        self._rows.append(row)  # type: ignore[arg-type]
-        if len(self._rows) == 4096:
-            self._flush()
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Shows how far the shards are while the block works on them."""
+        over = threading.Event()
 
-    def _flush(self) -> None:
-        self._blocks.append(np.asarray(self._rows, INDEX))
-        self._rows = []
+        def look() -> None:
+            while not over.wait(self._interval):
+                self._show(self.line(time.monotonic() - self._began))
 
-    def array(self) -> np.ndarray:
-        self._flush()
-        return np.concatenate(self._blocks)
-
-
-class _Report:
-    """Counts of a shard by source, as JSON."""
-
-    def __init__(self):
-        self.value: dict[str, Any] = {"sources": {}, "bad": []}
-
-    def _source(self, source: int) -> dict[str, Any]:
-        keys = ("rows", "examples", "tokens", "labelled", "cut")
-        new = {**dict.fromkeys(keys, 0), "drops": {}}
-        return self.value["sources"].setdefault(str(source), new)
-
-    def add(self, source: int, where: str, made: Made) -> None:
-        """Counts a row and what became of it."""
-        counts = self._source(source)
-        counts["rows"] += 1
-        if made.reason:
-            self._drop(counts["drops"], where, made)
-            return
-        counts["examples"] += len(made.examples)
-        counts["tokens"] += _tokens(made.examples)
-        counts["labelled"] += sum(int(x.labelled.sum()) for x in made.examples)
-        counts["cut"] += made.lost
-
-    def _drop(self, drops: dict[str, Any], where: str, made: Made) -> None:
-        bad = made.reason not in EXPECTED
-        new = {"rows": 0, "tokens": 0, "bad": bad, "first": []}
-        drop = drops.setdefault(made.reason, new)
-        drop["rows"] += 1
-        drop["tokens"] += made.lost
-        if len(drop["first"]) < FIRST:
-            drop["first"].append(where)
-        if bad and len(self.value["bad"]) < BAD_ROWS:
-            self.value["bad"].append([where, made.reason])
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.save(file, array)
-    partial.rename(path)
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()

@@ -34,7 +34,7 @@ from beacon_jax.data.readers import (
     ROW_LIMIT,
     TEXT_ENDINGS,
     Bad,
-    Part,
+    Piece,
     Subset,
     chosen,
     count,
@@ -45,17 +45,6 @@ from beacon_jax.data.readers import (
     unusable,
 )
 from beacon_jax.resources import asset
-
-__all__ = [
-    "Dropped",
-    "Part",
-    "Record",
-    "Uri",
-    "open_parts",
-    "parse_uri",
-    "read_part",
-    "source_bytes",
-]
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +125,7 @@ def open_parts(
     row_limit: int = ROW_LIMIT,
     part_bytes: int = PART_BYTES,
     heldout: float = 0.0,
-) -> list[Part]:
+) -> list[Piece]:
     """Returns all parts of all sources; reading them in order gives the rows in order.
 
     A file of lines over `part_bytes` is read once (GB/s) to find the line that each
@@ -155,7 +144,7 @@ def open_parts(
       ValueError: a malformed URI, `long-llm:` without a root, an unknown split.
       FileNotFoundError: nothing there, or nothing with a supported ending.
     """
-    parts: list[Part] = []
+    parts: list[Piece] = []
     for index, text in enumerate(uris):
         uri = parse_uri(text)
         files = _files(uri, root, index)
@@ -170,7 +159,7 @@ def open_parts(
     return parts
 
 
-def held_out(part: Part, row: Record | Dropped, heldout: float) -> bool:
+def held_out(part: Piece, row: Record | Dropped, heldout: float) -> bool:
     """Tells whether a row belongs to the held-out documents (`data.heldout`).
 
     A file of text is one document; other files have one document per row.
@@ -193,7 +182,7 @@ def source_bytes(uris: Sequence[str], root: str = "") -> list[int]:
     ]
 
 
-def read_part(part: Part) -> Iterator[Record | Dropped]:
+def read_part(part: Piece) -> Iterator[Record | Dropped]:
     """Yields the rows of a part, in order.
 
     Bad data raises nothing. A file that is damaged or cut off gives what is before the
@@ -225,7 +214,7 @@ def _lone_text(uri: Uri) -> bool:
     return ending(uri.text) in TEXT_ENDINGS and path.is_file()
 
 
-def _subset(uri: Uri, parts: list[Part], seed: int) -> list[Part]:
+def _subset(uri: Uri, parts: list[Piece], seed: int) -> list[Piece]:
     """Returns the same parts, each with the subset and the number of rows before it."""
     assert uri.count is not None
     befores, rows = [], 0
@@ -241,11 +230,11 @@ def _subset(uri: Uri, parts: list[Part], seed: int) -> list[Part]:
     ]
 
 
-def _files(uri: Uri, root: str, source: int) -> list[Part]:
+def _files(uri: Uri, root: str, source: int) -> list[Piece]:
     """Returns one part per file, in order; its kind is "" until it is cut."""
     if uri.scheme == "tfds":
         size, detail = tfds_size(uri.path, root)
-        return [Part(source, uri.path, size, "tfds", "", detail=detail)]
+        return [Piece(source, uri.path, size, "tfds", "", detail=detail)]
     files = _named_files(uri, root)
     parts = [_file(source, name, path) for name, path in files]
     if not any(not part.kind for part in parts):
@@ -256,12 +245,12 @@ def _files(uri: Uri, root: str, source: int) -> list[Part]:
     return parts
 
 
-def _file(source: int, name: str, path: Path) -> Part:
+def _file(source: int, name: str, path: Path) -> Piece:
     try:
         size = path.stat().st_size
     except OSError:
-        return unusable(Part(source, name, 0, "", ""), "broken link")
-    part = Part(source, name, size, "", str(path))
+        return unusable(Piece(source, name, 0, "", ""), "broken link")
+    part = Piece(source, name, size, "", str(path))
     if path.is_dir():
         return unusable(part._replace(size=0), "linked folder, not followed")
     if not ending(name):
@@ -309,8 +298,8 @@ def _glob(uri: Uri, pattern: Path) -> list[tuple[str, Path]]:
         if path.is_dir():
             for inner, file in _walk(path, SKIPPED_FOLDERS):
                 found.setdefault(file, f"{name}/{inner}" if name != "." else inner)
-        elif path not in found and not _holds_no_rows(path):
-            found[path] = name
+        elif not _describes(path):
+            found.setdefault(path, name)
     if not found:
         raise FileNotFoundError(
             f"uri={uri.text!r} matches no file; the pattern is relative to {Path.cwd()}"
@@ -326,34 +315,27 @@ def _walk(root: Path, skip: frozenset[str]) -> Iterator[tuple[str, Path]]:
         here = Path(folder)
         folders[:] = sorted(name for name in folders if name not in skip)
         linked = [name for name in folders if (here / name).is_symlink()]
-        if _is_saved_dataset(files):
-            files = _rows_of_saved_dataset(files)
-        for name in sorted([*files, *linked]):  # os.walk does not enter the latter
+        # os.walk does not enter linked folders.
+        for name in sorted([*_with_rows(files), *linked]):
             path = here / name
             if name != "dataset_dict.json":
                 yield path.relative_to(root).as_posix(), path
 
 
-def _is_saved_dataset(files: Sequence[str]) -> bool:
-    return bool(HF_FILES & set(files)) and any(f.endswith(".arrow") for f in files)
+def _with_rows(files: Sequence[str]) -> Sequence[str]:
+    """Returns the files of a folder that hold rows.
 
-
-def _rows_of_saved_dataset(files: Sequence[str]) -> list[str]:
-    """Returns the files that hold the rows of a `datasets` folder.
-
-    These are not the caches (cache-*.arrow) that `map` and `filter` leave beside the
-    rows.
+    In a folder of `datasets` other files describe the rows, or are caches that `map`
+    and `filter` left (cache-*).
     """
-    return [
-        name
-        for name in files
-        if name.endswith(".arrow") and not name.startswith("cache-")
-    ]
+    arrow = [name for name in files if name.endswith(".arrow")]
+    if not arrow or not HF_FILES & set(files):
+        return files
+    return [name for name in arrow if not name.startswith("cache-")]
 
 
-def _holds_no_rows(path: Path) -> bool:
+def _describes(path: Path) -> bool:
     """Tells whether a file of a `datasets` folder only describes or caches its rows."""
     if path.name not in HF_FILES and not path.name.startswith("cache-"):
         return False
-    files = os.listdir(path.parent)
-    return _is_saved_dataset(files) and path.name not in _rows_of_saved_dataset(files)
+    return path.name not in _with_rows(os.listdir(path.parent))

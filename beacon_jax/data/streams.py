@@ -9,7 +9,7 @@ import gzip
 import re
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 
@@ -18,7 +18,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Bad(NamedTuple):
-    """A mark in place of a row that cannot be used.
+    """Mark in place of a row that cannot be used.
 
     Attributes:
       whole: whether the mark is about the file, and stands for no row.
@@ -50,22 +50,14 @@ def chunks(path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes
 
 
 def _raw_chunks(path: str, start: int, stop: int | None) -> Iterator[bytes | Bad]:
-    if path.endswith(".gz"):
-        yield from _gzip(path)
-    elif path.endswith(".zst"):
-        yield from _zstd(path)
-    else:
-        with open(path, "rb", buffering=0) as file:
-            yield from _range(file, start, stop)
-
-
-def _range(file: IO[bytes], start: int, stop: int | None) -> Iterator[bytes]:
-    file.seek(start)
-    left = stop - start if stop is not None else None
-    while chunk := file.read(CHUNK if left is None else min(CHUNK, left)):
-        if left is not None:
-            left -= len(chunk)
-        yield chunk
+    if path.endswith((".gz", ".zst")):
+        yield from _gzip(path) if path.endswith(".gz") else _zstd(path)
+        return
+    with open(path, "rb", buffering=0) as file:
+        at = file.seek(start)
+        while chunk := file.read(CHUNK if stop is None else min(CHUNK, stop - at)):
+            at += len(chunk)
+            yield chunk
 
 
 def _gzip(path: str) -> Iterator[bytes | Bad]:
@@ -90,19 +82,16 @@ def _zstd(path: str) -> Iterator[bytes | Bad]:
         except OSError as error:
             if error.errno is not None:
                 raise
-            yield Bad(_zstd_reason(str(error)), whole=True)
+            # Its limit keeps memory constant where `zstd --long=31` would take 2 GiB.
+            reasons = {
+                "Truncated": "truncated zstd",
+                "too much memory": "zstd window over 128 MiB",
+            }
+            known = (why for said, why in reasons.items() if said in str(error))
+            yield Bad(next(known, "damaged zstd"), whole=True)
         finally:
             with contextlib.suppress(OSError):
                 file.close()
-
-
-def _zstd_reason(message: str) -> str:
-    if "Truncated" in message:
-        return "truncated zstd"
-    # pyarrow's limit; keeps memory constant where `zstd --long=31` would take 2 GiB.
-    if "too much memory" in message:
-        return "zstd window over 128 MiB"
-    return "damaged zstd"
 
 
 def lines(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]:
@@ -145,9 +134,9 @@ def elements(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]
     """Yields the elements of a JSON array, not parsed.
 
     Their ends are found by quotes and brackets alone, so an element that is not JSON or
-    not UTF-8 costs only itself. With json.loads this makes 109 MB/s of CPU time on rows
-    of 45 KB. ijson (yajl2_c) makes 101 and ends at the first error; json.load holds
-    everything.
+    not UTF-8 costs only itself, and one beyond the limit is never held. With json.loads
+    this makes 180 MB/s of CPU time on rows of 50 KB. ijson 3.6 (yajl2_c) makes 660, but
+    ends at the first error and holds any row; json.load holds everything.
     """
     scanner = _Elements(limit)
     for chunk in source:
@@ -207,7 +196,8 @@ class _Elements:
                 yield from self._element(data[begin : at - 1])
                 begin = at
                 if mark == 0x5D:
-                    yield from self._close(data[at:])
+                    self.closed = True
+                    yield from self.feed(data[at:])
                     return
             elif mark in (0x7B, 0x5B):  # { [
                 self._depth += 1
@@ -240,11 +230,6 @@ class _Elements:
         elif element := b"".join(self._held).strip():
             yield element
         self._held, self._size = [], 0
-
-    def _close(self, rest: bytes) -> Iterator[Bad]:
-        self.closed = True
-        if rest.strip():
-            yield Bad("data after the array", whole=True)
 
 
 def newlines(path: str, every: int) -> Iterator[tuple[int, int, int]]:

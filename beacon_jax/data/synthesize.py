@@ -9,19 +9,19 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from beacon_jax.data.answers import Answers, Pair, parse_pairs
-from beacon_jax.data.endpoint import Endpoint, Failed, Hopeless, Stopped
+from beacon_jax.data.endpoint import Endpoint, Failed, Hopeless
 from beacon_jax.data.segments import Count, split, token_counter
 from beacon_jax.data.sources import Record, open_parts, read_part
+from beacon_jax.paths import whole_file
 from beacon_jax.progress import Progress
 
 INSTRUCTIONS = (
@@ -48,8 +48,8 @@ SHOW_EVERY = 10.0  # seconds
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The settings of a run: what is asked about which texts.
+class Inquiry:
+    """The settings of `synthesize`: what is asked about which texts.
 
     Attributes:
       limit: documents at most; 0: all.
@@ -120,7 +120,7 @@ class Report:
 
 
 def synthesize(
-    settings: Settings,
+    settings: Inquiry,
     *,
     stop: threading.Event | None = None,
     show: Callable[[str], None] | None = None,
@@ -169,7 +169,7 @@ def synthesize(
     return report
 
 
-def documents(settings: Settings, report: Report | None = None) -> Iterator[str]:
+def documents(settings: Inquiry, report: Report | None = None) -> Iterator[str]:
     """Yields the texts of the sources in their order, at most settings.limit."""
     parts = open_parts(list(settings.sources), root=settings.root)
     rows = itertools.chain.from_iterable(read_part(part) for part in parts)
@@ -184,7 +184,7 @@ def documents(settings: Settings, report: Report | None = None) -> Iterator[str]
             report.skipped += 1
 
 
-def _plan(settings: Settings, count: Count, report: Report) -> list[list[Segment]]:
+def _plan(settings: Inquiry, count: Count, report: Report) -> list[list[Segment]]:
     """Returns the segments of every document: places only, texts are read again."""
     plan = []
     for text in documents(settings, report):
@@ -204,14 +204,14 @@ def _plan(settings: Settings, count: Count, report: Report) -> list[list[Segment
     return plan
 
 
-def _key(settings: Settings, piece: str) -> str:
+def _key(settings: Inquiry, piece: str) -> str:
     """Returns a hash of what decides an answer: who is asked, and about what."""
     asked = [settings.endpoint.model, settings.pairs, INSTRUCTIONS, piece]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
 def _ask_all(
-    settings: Settings,
+    settings: Inquiry,
     plan: list[list[Segment]],
     answers: Answers,
     report: Report,
@@ -239,7 +239,8 @@ def _ask_all(
                     failed = _count(job, report)
                     in_a_row = in_a_row + 1 if failed else 0
                     if in_a_row >= FAILURES or failed == "hopeless":
-                        report.stopped = report.stopped or _last_failure(report)
+                        last = list(report.failures)[-1]
+                        report.stopped = report.stopped or f"the endpoint fails: {last}"
                         stop.set()
                 if time.monotonic() - shown > SHOW_EVERY:
                     shown = time.monotonic()
@@ -252,7 +253,7 @@ def _ask_all(
 
 
 def _open_questions(
-    settings: Settings, plan: list[list[Segment]], known: set[str]
+    settings: Inquiry, plan: list[list[Segment]], known: set[str]
 ) -> Iterator[tuple[str, str]]:
     """Yields (key, text) of each segment without an answer; equal texts once."""
     seen = set(known)
@@ -264,7 +265,11 @@ def _open_questions(
 
 
 def _ask(
-    settings: Settings, key: str, piece: str, answers: Answers, stop: threading.Event
+    settings: Inquiry,
+    key: str,
+    piece: str,
+    answers: Answers,
+    stop: threading.Event,
 ) -> list[Pair]:
     """Asks for pairs about a segment and keeps them.
 
@@ -297,7 +302,7 @@ def _count(job: "concurrent.futures.Future[list[Pair]]", report: Report) -> str:
     """Enters a finished job into the report; returns how it failed, or ""."""
     try:
         pairs = job.result()
-    except Stopped:
+    except concurrent.futures.CancelledError:
         return ""
     except (Failed, Hopeless) as error:
         report.failed += 1
@@ -307,10 +312,6 @@ def _count(job: "concurrent.futures.Future[list[Pair]]", report: Report) -> str:
     report.asked += 1
     report.useless += not pairs
     return ""
-
-
-def _last_failure(report: Report) -> str:
-    return f"the endpoint fails: {list(report.failures)[-1]}"
 
 
 def _progress(report: Report, total: int, seconds: float) -> str:
@@ -345,7 +346,7 @@ def _stopping(stop: threading.Event) -> Iterator[None]:
 
 
 def _conversations(
-    settings: Settings,
+    settings: Inquiry,
     plan: list[list[Segment]],
     answers: Answers,
     count: Count,
@@ -372,12 +373,12 @@ def _conversations(
             yield _turns(context, pairs)
 
 
-Part = tuple[Segment, list[Pair], list[int]]
+Answered = tuple[Segment, list[Pair], list[int]]
 
 
-def _groups(parts: Iterable[Part], room: int) -> Iterator[list[Part]]:
+def _groups(parts: Iterable[Answered], room: int) -> Iterator[list[Answered]]:
     """Yields runs of neighbours that fit into `room` tokens with their pairs."""
-    group: list[Part] = []
+    group: list[Answered] = []
     left = 0
     for part in parts:
         needs = part[0].tokens + sum(part[2])
@@ -416,22 +417,14 @@ def _write(path: Path, conversations: Iterable[list[dict[str, str]]]) -> None:
 
     What was there before stays until the new file is complete.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         for turns in conversations:
-            _dump({"conversations": turns}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _dump(row: dict[str, Any], file: IO[str]) -> None:
-    try:
-        line = json.dumps(row, ensure_ascii=False)
-        line.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, which a model can escape into JSON
-        line = json.dumps(row)
-    file.write(line + "\n")
+            row = {"conversations": turns}
+            try:
+                line = json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:  # a lone surrogate, as models can write in JSON
+                line = json.dumps(row).encode()
+            file.write(line + b"\n")
 
 
 if __name__ == "__main__":

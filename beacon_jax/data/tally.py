@@ -1,40 +1,82 @@
-"""Counts what a run of `data.prepare` makes, and shows how far the run is."""
+"""Counts what becomes of rows: in a shard, and in a prepared folder."""
 
-import contextlib
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beacon_jax.data.examples import LONGER, SHORTER
+from beacon_jax.data.examples import EXPECTED, LONGER, SHORTER, Made
 from beacon_jax.data.heldout import HELD_OUT
 from beacon_jax.data.prepared import DROPPED_LINES
-from beacon_jax.data.shards import BYTES, EXAMPLES, FIRST, TOKENS, Job
 
 COUNTS = ("rows", "examples", "tokens", "labelled", "cut")
+FIRST = 5  # places that are named for every reason
+BAD_ROWS = 1_000  # bad rows of a shard that dropped.jsonl may hold
 EARLY_ROWS = 1_000  # after so many a run that drops too many stops at once
 
 
+def _counts() -> dict[str, Any]:
+    return {**dict.fromkeys(COUNTS, 0), "drops": {}}
+
+
+def _dropped(counts: dict[str, Any], reason: str, bad: bool) -> dict[str, Any]:
+    """Returns the counts of one reason to leave out rows of a source."""
+    new = {"rows": 0, "tokens": 0, "bad": bad, "first": []}
+    return counts["drops"].setdefault(reason, new)
+
+
+class ShardCounts:
+    """The counts of a shard.
+
+    Attributes:
+      value: {"sources": {number: counts}, "bad": [[where, reason], ...]}, as JSON.
+    """
+
+    def __init__(self):
+        self.value: dict[str, Any] = {"sources": {}, "bad": []}
+
+    def add(self, source: int, where: str, made: Made) -> None:
+        """Counts a row and what became of it."""
+        counts = self.value["sources"].setdefault(str(source), _counts())
+        counts["rows"] += 1
+        if not made.reason:
+            counts["examples"] += len(made.examples)
+            counts["tokens"] += sum(len(x.tokens) for x in made.examples)
+            counts["labelled"] += sum(int(x.labelled.sum()) for x in made.examples)
+            counts["cut"] += made.lost
+            return
+        bad = made.reason not in EXPECTED
+        drop = _dropped(counts, made.reason, bad)
+        drop["rows"] += 1
+        drop["tokens"] += made.lost
+        drop["first"] = [*drop["first"], where][:FIRST]
+        if bad and len(self.value["bad"]) < BAD_ROWS:
+            self.value["bad"].append([where, made.reason])
+
+
 class Tally:
-    """Counts of a run, shard after shard, and the share of bad rows among them."""
+    """The counts of a folder, shard after shard, and the share of bad rows in them.
+
+    Attributes:
+      sources: counts of each source, with its URI.
+      bad_rows: {"where", "reason"} of the first DROPPED_LINES bad rows.
+    """
 
     def __init__(self, sources: Sequence[str], limit: float):
-        self.limit = limit
-        self.sources = [{"uri": uri, **dict.fromkeys(COUNTS, 0)} for uri in sources]
-        self.drops: list[dict[str, Any]] = [{} for _ in sources]
+        self.sources = [{"uri": uri, **_counts()} for uri in sources]
         self.bad_rows: list[dict[str, str]] = []
+        self._limit = limit
         self._reports: dict[int, Path] = {}
         self._next = 0
 
-    def add(self, job: Job) -> None:
-        """Adds a finished shard.
+    def add(self, shard: int, report: Path) -> None:
+        """Adds a finished shard by its number and the file of its `ShardCounts`.
 
         Shards are counted in order, so that where a run stops does not depend on which
         worker was faster.
         """
-        self._reports[job.index] = job.report_path
+        self._reports[shard] = report
         while self._next in self._reports:
             path = self._reports.pop(self._next)
             self._merge(json.loads(path.read_text(encoding="utf-8")))
@@ -47,8 +89,7 @@ class Tally:
             for key in COUNTS:
                 total[key] += counts[key]
             for reason, drop in counts["drops"].items():
-                new = {"rows": 0, "tokens": 0, "bad": drop["bad"], "first": []}
-                merged = self.drops[int(source)].setdefault(reason, new)
+                merged = _dropped(total, reason, drop["bad"])
                 merged["rows"] += drop["rows"]
                 merged["tokens"] += drop["tokens"]
                 merged["first"] = (merged["first"] + drop["first"])[:FIRST]
@@ -56,49 +97,29 @@ class Tally:
         for where, reason in report["bad"][:room]:
             self.bad_rows.append({"where": where, "reason": reason})
 
-    @property
-    def examples(self) -> int:
-        return sum(source["examples"] for source in self.sources)
-
-    @property
-    def tokens(self) -> int:
-        return sum(source["tokens"] for source in self.sources)
-
-    @property
-    def rows(self) -> int:
-        return sum(source["rows"] for source in self.sources)
-
-    @property
-    def bad(self) -> int:
-        drops = (drop for reasons in self.drops for drop in reasons.values())
-        return sum(drop["rows"] for drop in drops if drop["bad"])
+    def total(self) -> dict[str, int]:
+        """Returns the sums over all sources of COUNTS and of "bad" rows."""
+        total = {key: sum(source[key] for source in self.sources) for key in COUNTS}
+        drops = (drop for source in self.sources for drop in source["drops"].values())
+        return {**total, "bad": sum(drop["rows"] for drop in drops if drop["bad"])}
 
     def check(self, *, final: bool) -> None:
         """Raises ValueError with the table if too many rows are bad or none is left."""
-        enough = final or self.rows >= EARLY_ROWS
-        if enough and self.bad > self.limit * self.rows:
+        total, table = self.total(), drop_table({"sources": self.sources})
+        rows, bad = total["rows"], total["bad"]
+        if (final or rows >= EARLY_ROWS) and bad > self._limit * rows:
             raise ValueError(
-                f"{self.bad:,} of {'' if final else 'the first '}{self.rows:,} rows "
-                f"are bad, more than data.max_drop_fraction={self.limit} allows:\n"
-                f"{drop_table(self.manifest())}\n"
+                f"{bad:,} of {'' if final else 'the first '}{rows:,} rows "
+                f"are bad, more than data.max_drop_fraction={self._limit} allows:\n"
+                f"{table}\n"
                 "Correct them, or raise data.max_drop_fraction."
             )
-        if final and not self.examples:
-            table = drop_table(self.manifest())
+        if final and not total["examples"]:
             raise ValueError(
-                f"no example is left of {self.rows:,} rows in data.sources="
+                f"no example is left of {rows:,} rows in data.sources="
                 f"{[source['uri'] for source in self.sources]}"
                 + (f":\n{table}" if table else ": they are empty.")
             )
-
-    def manifest(self) -> dict[str, Any]:
-        """Returns the counts that become part of manifest.json."""
-        sources = [
-            {**source, "drops": drops}
-            for source, drops in zip(self.sources, self.drops, strict=True)
-        ]
-        total = {key: sum(source[key] for source in sources) for key in COUNTS}
-        return {"total": {**total, "bad": self.bad}, "sources": sources}
 
 
 def usage(manifest: dict[str, Any]) -> str:
@@ -109,17 +130,16 @@ def usage(manifest: dict[str, Any]) -> str:
         was cut.
     """
     total, rules = manifest["total"], manifest["settings"]["rules"]
-    drops: dict[str, list[int]] = {}
+    rows_of, tokens_of = Counter[str](), Counter[str]()  # by the reason
     for source in manifest["sources"]:
         for reason, drop in source["drops"].items():
-            counts = drops.setdefault(reason, [0, 0])
-            counts[0] += drop["rows"]
-            counts[1] += drop.get("tokens", 0)
-    used = total["rows"] - sum(rows for rows, _ in drops.values())
+            rows_of[reason] += drop["rows"]
+            tokens_of[reason] += drop.get("tokens", 0)
+    used = total["rows"] - rows_of.total()
     if "cut" not in total:
         return f"rows: {used:,} of {total['rows']:,}; tokens: {si(total['tokens'])}"
     cut = total["cut"]
-    seen = total["tokens"] + cut + sum(tokens for _, tokens in drops.values())
+    seen = total["tokens"] + cut + tokens_of.total()
     share = f" ({percent(total['tokens'], seen)})" if seen else ""
     lines = [
         f"rows: {used:,} of {total['rows']:,}; "
@@ -136,14 +156,14 @@ def usage(manifest: dict[str, Any]) -> str:
             "data.long='split' keeps them"
         )
     for reason, key in ((LONGER, "max_length"), (SHORTER, "min_length")):
-        if reason in drops:
-            rows, tokens = drops[reason]
+        if reason in rows_of:
             lines.append(
-                f"{si(tokens)} in {rows:,} rows {reason}={rules[key]:,}, left out"
+                f"{si(tokens_of[reason])} in {rows_of[reason]:,} rows "
+                f"{reason}={rules[key]:,}, left out"
             )
-    if HELD_OUT in drops:
+    if HELD_OUT in rows_of:
         lines.append(
-            f"{drops[HELD_OUT][0]:,} rows {HELD_OUT} (data.heldout={rules['heldout']})"
+            f"{rows_of[HELD_OUT]:,} rows {HELD_OUT} (data.heldout={rules['heldout']})"
         )
     return "; ".join(lines)
 
@@ -177,56 +197,8 @@ def drop_table(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class Progress:
-    """Shows a line every `interval` seconds: examples, tokens, rate, MB, ETA."""
-
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        counters: Any,
-        show: Callable[[str], None],
-        interval: float = 5.0,
-    ):
-        self._counters, self._show, self._interval = counters, show, interval
-        self._total = sum(job.size for job in jobs)
-        self._before = sum(job.size for job in jobs if job.finished())
-        self._began = self._last = time.monotonic()
-
-    def show(self) -> None:
-        now = time.monotonic()
-        if now - self._last >= self._interval:
-            self._last = now
-            self._show(self.line(now - self._began))
-
-    def line(self, elapsed: float) -> str:
-        counters = self._counters
-        examples, tokens, size = counters[EXAMPLES], counters[TOKENS], counters[BYTES]
-        left = self._total - self._before - size
-        eta = clock(left * elapsed / size) if size else "?"
-        return (
-            f"{examples:,} examples  {tokens:,} tokens  {tokens / elapsed:,.0f} tok/s  "
-            f"{(self._before + size) / 1e6:,.0f}/{self._total / 1e6:,.0f} MB  ETA {eta}"
-        )
-
-    @contextlib.contextmanager
-    def every_second(self) -> Iterator[None]:
-        """Shows progress while this process works on a shard itself."""
-        over = threading.Event()
-
-        def look() -> None:
-            while not over.wait(1.0):
-                self.show()
-
-        thread = threading.Thread(target=look, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-
 def clock(seconds: float) -> str:
+    """Returns a duration as "3:05", or "1:03:05" from an hour on."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from beacon_jax.data.heldout import block_name, blocks, is_heldout, row_name
-from beacon_jax.data.readers import Bad, Part, read
+from beacon_jax.data.readers import Bad, Piece, read
 from beacon_jax.data.sources import Dropped, open_parts, read_part
 
 log = logging.getLogger(__name__)
@@ -82,39 +82,19 @@ def load_documents(
     return chosen
 
 
-def training_documents(
-    sources: Sequence[str],
-    heldout: float,
-    *,
-    root: str = "",
-    turns: bool = False,
-    quiet: bool = False,
-) -> list[str]:
-    """Returns the texts of all sources, one after the other, without held-out ones.
-
-    Raises the same errors as `load_documents`.
-    """
-    split = ("train", heldout) if heldout else ("all", 0.5)
-    return [
-        text
-        for uri in sources
-        for text in load_documents(uri, *split, root=root, turns=turns, quiet=quiet)
-    ]
-
-
 def run_documents(config: Any, *, quiet: bool = False) -> list[str]:
     """Returns the texts that a run cuts rows from, or trains its tokenizer on.
 
-    For the tokenizer, conversations are texts, too.
+    They are those of all data.sources, one after the other, without held-out ones. For
+    the tokenizer, conversations are texts, too. Raises the same errors as
+    `load_documents`.
     """
     data = config.data
-    return training_documents(
-        data.sources,
-        data.heldout,
-        root=data.root,
-        turns=not data.stages,
-        quiet=quiet,
-    )
+    split = ("train", data.heldout) if data.heldout else ("all", 0.5)
+    more = {"root": data.root, "turns": not data.stages, "quiet": quiet}
+    return [
+        text for uri in data.sources for text in load_documents(uri, *split, **more)
+    ]
 
 
 def read_corpus(uri: str, *, root: str = "", turns: bool = False) -> Corpus:
@@ -161,7 +141,7 @@ def _listed(skipped: Sequence[Dropped]) -> str:
     return "; ".join(made)
 
 
-def _whole(file: list[Part], skipped: list[Dropped]) -> str | None:
+def _whole(file: list[Piece], skipped: list[Dropped]) -> str | None:
     """Returns a file of text, or None if it is empty or any of it is unusable."""
     pieces: list[str] = []
     for _, piece in itertools.chain.from_iterable(map(read, file)):
@@ -178,7 +158,7 @@ def _whole(file: list[Part], skipped: list[Dropped]) -> str | None:
 
 
 def _rows(
-    file: list[Part], skipped: list[Dropped], turns: bool
+    file: list[Piece], skipped: list[Dropped], turns: bool
 ) -> list[tuple[str, str]]:
     """Returns the documents of a file of rows; a name has the row's number from 0."""
     rows: list[tuple[str, str]] = []

@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from beacon_jax.data.chat import eos_of
 from beacon_jax.data.passkey import NEEDLE, QUESTION, draw_key
 
 # One token separates documents and is both bos and eos: beacons start from its
@@ -117,11 +118,6 @@ def ensure_tokenizer(
 
 def encode_stream(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
     """Returns all documents as one int32 stream [n], each followed by eos."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError(
-            f"tokenizer={tokenizer.name_or_path!r} has no eos token to put between "
-            "documents; set eos_token in its tokenizer_config.json"
-        )
+    eos = eos_of(tokenizer)
     ids = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
     return np.concatenate([np.asarray([*row, eos], np.int32) for row in ids])

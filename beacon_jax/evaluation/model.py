@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from beacon_jax.core.feed import FeedOutput, feed
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.plan import capacity
-from beacon_jax.hf.checkpoint import Checkpoint, load, load_tokenizer
+from beacon_jax.hf.checkpoint import Checkpoint, load
 from beacon_jax.inference import leaves
 from beacon_jax.inference.decode import Decoding, decode
 from beacon_jax.inference.loading import placed_on
@@ -26,6 +26,7 @@ from beacon_jax.inference.text import Streamer, finisher
 from beacon_jax.model.config import BeaconConfig, ModelConfig, check_ratio
 from beacon_jax.model.net import Net
 from beacon_jax.model.partition import Partition, make_partition
+from beacon_jax.resources import load_tokenizer
 
 GREEDY = make_sampling()
 Rows = Sequence[np.ndarray]  # one int32 [n] per row, lengths may differ

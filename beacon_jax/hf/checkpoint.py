@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,9 @@ import jax
 import numpy as np
 
 from beacon_jax.hf.conversion import (
-    HfSource,
     check_dtype,
     is_converted,
-    open_converted,
+    open_source,
     read_config,
     read_manifest,
     write_config,
@@ -25,12 +23,12 @@ from beacon_jax.hf.conversion import (
 from beacon_jax.hf.hashing import tree_hash
 from beacon_jax.hf.identify import Identity, folder_identity
 from beacon_jax.hf.keys import beacon_part, flatten, table, unflatten
-from beacon_jax.hf.placement import Place, put_blocks, read_parts
-from beacon_jax.hf.reader import TreeReader, open_hf
+from beacon_jax.hf.placement import Place
+from beacon_jax.hf.reader import TreeReader
 from beacon_jax.hf.writer import copy_small_files, new_folder
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig
-from beacon_jax.resources import TOKENIZERS, asset
+from beacon_jax.resources import asset
 
 SHARD_BYTES = 5_000_000_000  # per file of a saved checkpoint, as transformers does
 
@@ -96,31 +94,41 @@ def load(
         them.
     """
     path, cast = Path(asset(path)), check_dtype(dtype)
-    converted = is_converted(path)
-    manifest = read_manifest(path) if converted else {}
+    manifest = read_manifest(path) if is_converted(path) else {}
     ignore = ignore_sliding_window or manifest.get("ignore_sliding_window", False)
     config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=ignore)
     if beacon is not None:
         config = dataclasses.replace(config, beacon=beacon)
-    if converted:
-        leaves, hashes = _read_converted(path, config, manifest, cast, place)
-        copied = set(manifest["beacon_from_base"])
-        stored = {beacon_part(name) for name in open_converted(path).tensors} - copied
-    else:
-        source = HfSource(config, open_hf(path), cast, quiet=quiet)
-        leaves, hashes = {}, {}
-        stored = {beacon_part(e.name) for e in source.entries} - set(source.from_base)
-        for name, tensor in source.tensors.items():
-            if place is None:
-                leaves[name] = source.array(name)
-            else:
-                sharding, kind = place(config, name, tensor.shape)
-                pieces, kind = source.blocks(name), kind or cast or tensor.dtype
-                leaves[name] = put_blocks(tensor.shape, kind, sharding, pieces)
+    source = open_source(config, path, cast, quiet=quiet)
+    leaves: dict[str, Any] = {}
+    for name, tensor in source.tensors.items():
+        if place is None:
+            leaves[name] = source.array(name)
+        else:
+            sharding, kind = place(config, name, tensor.shape)
+            leaves[name] = source.put(name, kind or tensor.dtype, sharding)
+    hashes = source.hashes(leaves)
+    leaves = _with_fresh_beacons(leaves, config, place)
     variables = {"params": {}, "beacon": {}} | unflatten(leaves)
     identity = _identity(path, config, leaves, cast, hashes)
-    untrained = config.beacon is not None and not stored - {None}
+    stored = {beacon_part(name) for name in source.tensors} - {None, *source.from_base}
+    untrained = config.beacon is not None and not stored
     return Checkpoint(config, variables, path, hashes, identity, untrained)
+
+
+def _with_fresh_beacons(
+    leaves: dict[str, Any], config: ModelConfig, place: Place | None
+) -> dict[str, Any]:
+    """Adds the beacons that are not there yet, as copies of the base."""
+    if all(e.name in leaves for e in table(config)):
+        return leaves
+    fresh = flatten(init_beacon(unflatten(leaves)["params"], config), "beacon/")
+    made = {
+        name: x if place is None else _placed(x, config, name, place)
+        for name, x in fresh
+        if name not in leaves
+    }
+    return {e.name: (leaves | made)[e.name] for e in table(config)}
 
 
 def _identity(
@@ -141,56 +149,6 @@ def _identity(
         part = unflatten({k: x for k, x in leaves.items() if k.startswith("beacon/")})
         known["beacon"] = lambda: tree_hash(part["beacon"])
     return folder_identity(path, config, cast=cast, dtypes=dtypes, known=known)
-
-
-def _read_converted(
-    path: Path,
-    config: ModelConfig,
-    manifest: dict[str, Any],
-    cast: np.dtype | None,
-    place: Place | None,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads the tensors by name, and the hashes of the manifest that hold for them."""
-    reader = open_converted(path)
-    expected = {e.name: e.shape for e in table(config)}
-    # Parts that are copies of the base are made again: the settings may have changed.
-    from_base = set(manifest["beacon_from_base"])
-    stored = {
-        n: t for n, t in reader.tensors.items() if beacon_part(n) not in from_base
-    }
-    absent = [n for n in expected if n not in stored]
-    problems = [f"missing: {n}" for n in absent if n.startswith("params/")]
-    problems += [
-        f"not in beacon_param={config.beacon and list(config.beacon.param)}: {n}"
-        for n in stored
-        if n not in expected
-    ]
-    problems += [
-        f"wrong shape: {n} is {list(stored[n].shape)}, config.json says {list(shape)}"
-        for n, shape in expected.items()
-        if n in stored and stored[n].shape != shape
-    ]
-    if problems:
-        raise ValueError(f"{path} does not fit its config:\n  " + "\n  ".join(problems))
-    leaves = {}
-    for name, tensor in stored.items():
-        if place is None:
-            leaves[name] = reader.read(name).astype(cast or tensor.dtype, copy=False)
-        else:
-            sharding, kind = place(config, name, tensor.shape)
-            kind = kind or cast or tensor.dtype
-            leaves[name] = read_parts(reader, name, kind, sharding)
-    if absent:
-        fresh = init_beacon(unflatten(leaves)["params"], config)
-        for name, x in flatten(fresh, "beacon/"):
-            if name in absent:
-                leaves[name] = x if place is None else _placed(x, config, name, place)
-    hashes = {}
-    if all(leaves[n].dtype == t.dtype for n, t in stored.items()):
-        hashes["base"] = manifest["base_hash"]
-        if not absent and manifest["beacon_hash"]:
-            hashes["beacon"] = manifest["beacon_hash"]
-    return {name: leaves[name] for name in expected}, hashes
 
 
 def _placed(x: Any, config: ModelConfig, name: str, place: Place) -> Any:
@@ -220,6 +178,8 @@ def save_hf(
       overwrite: a checkpoint that lies there is replaced when the new one is complete.
       keep: other files of that checkpoint stay, as of an earlier export of one run.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     dst, source = Path(dst), Path(source) if source else None
     reader = TreeReader(variables)
     entries = table(config)
@@ -235,21 +195,15 @@ def save_hf(
         for e in entries
         for key in e.keys
     }
-    shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
-    for key in sorted(sizes, key=_natural):
-        if sizes[key] > room and shards[-1]:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(key)
-        room -= sizes[key]
-    names = [f"model-{i:05}-of-{len(shards):05}" for i in range(1, len(shards) + 1)]
-    names = [f"{name}.safetensors" for name in names]
+    shards = split_state_dict_into_shards_factory(
+        {key: sizes[key] for key in sorted(sizes, key=_natural)},
+        get_storage_size=lambda nbytes: nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
     plan = {
         name: (keys, {"format": "pt"})
-        for name, keys in zip(
-            names if len(shards) > 1 else ["model.safetensors"], shards, strict=True
-        )
+        for name, keys in shards.filename_to_tensors.items()
     }
     with new_folder(dst, overwrite=overwrite, keep=keep) as folder:
         base = None
@@ -264,32 +218,6 @@ def save_hf(
         write_hf_weights(folder, config, reader, plan)
         if len(plan) > 1:
             write_index(folder / "model.safetensors.index.json", plan)
-
-
-def has_tokenizer(path: str | Path) -> bool:
-    """Tells whether a folder has files that `load_tokenizer` can begin with."""
-    folder = Path(asset(path))
-    return any((folder / name).exists() for name in TOKENIZERS)
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """Loads the fast tokenizer of an HF or converted folder.
-
-    Nothing is downloaded, and no code of the folder is run.
-    """
-    # Without it transformers prints, on import, that PyTorch is not there.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    path = Path(asset(path))
-    if not has_tokenizer(path):
-        raise FileNotFoundError(
-            f"path={path} has no tokenizer files ({', '.join(TOKENIZERS)}): copy "
-            "them from the base model."
-        )
-    return AutoTokenizer.from_pretrained(
-        str(path), local_files_only=True, use_fast=True, trust_remote_code=False
-    )
 
 
 def _natural(key: str) -> list[Any]:

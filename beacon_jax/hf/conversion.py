@@ -11,10 +11,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from beacon_jax.hf.hashing import TreeHash
-from beacon_jax.hf.keys import EMBEDDING, LM_HEAD, Entry, resolve, table
+from beacon_jax.hf.keys import (
+    EMBEDDING,
+    LM_HEAD,
+    Entry,
+    beacon_part,
+    resolve,
+    table,
+)
+from beacon_jax.hf.placement import put_blocks, read_parts
 from beacon_jax.hf.reader import (
     BLOCK_BYTES,
     DTYPES,
@@ -33,7 +42,7 @@ from beacon_jax.hf.writer import (
 )
 from beacon_jax.model.beacon import beacon_token
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.names import meant
+from beacon_jax.names import check_choice
 from beacon_jax.progress import Progress
 
 VERSION = 1
@@ -122,8 +131,106 @@ def to_hf(src: Path, dst: Path, *, overwrite: bool = False) -> None:
             write_config(folder, hf | {key: manifest["dtype"]})
 
 
-class HfSource:
-    """Our tensors, as read from the files of an HF checkpoint."""
+class Source:
+    """Our tensors, as read from the files of a folder and cast.
+
+    Attributes:
+      tensors: shape and dtype of each by our name.
+      from_base: the parts of the beacons that are copies of the base (`keys.resolve`).
+    """
+
+    tensors: dict[str, Tensor]
+    from_base: list[str]
+
+    def blocks(self, name: str) -> Iterator[Any]:
+        """Yields the bytes of one of our tensors in order, in pieces, already cast."""
+        raise NotImplementedError
+
+    def array(self, name: str) -> np.ndarray:
+        """Returns one of our tensors as a whole."""
+        result = aligned_empty(self.tensors[name].shape, self.tensors[name].dtype)
+        flat, at = result.reshape(-1), 0
+        for piece in self.blocks(name):
+            flat[at : at + piece.size] = piece.reshape(-1)
+            at += piece.size
+        return result
+
+    def put(self, name: str, dtype: Any, sharding: Any) -> jax.Array:
+        """Returns one of our tensors in the shards of a mesh."""
+        return put_blocks(self.tensors[name].shape, dtype, sharding, self.blocks(name))
+
+    def hashes(self, leaves: Mapping[str, Any]) -> dict[str, str]:
+        """Returns those hashes of what was loaded, "base" and "beacon", that are known.
+
+        Args:
+          leaves: the loaded tensors by our names.
+        """
+        return {}
+
+
+class ConvertedSource(Source):
+    """The tensors of a converted folder, but those that are copies of the base.
+
+    They are made again, since the settings of the beacons may have changed.
+    """
+
+    def __init__(
+        self, config: ModelConfig, folder: Path, dtype: np.dtype | None = None
+    ):
+        self._manifest, self._reader = read_manifest(folder), open_converted(folder)
+        self.from_base = self._manifest["beacon_from_base"]
+        stored = {
+            name: tensor
+            for name, tensor in self._reader.tensors.items()
+            if beacon_part(name) not in self.from_base
+        }
+        expected = {e.name: e.shape for e in table(config)}
+        absent = [n for n in expected if n not in stored]
+        self._complete = not absent
+        problems = [f"missing: {n}" for n in absent if n.startswith("params/")]
+        problems += [
+            f"not in beacon_param={config.beacon and list(config.beacon.param)}: {n}"
+            for n in stored
+            if n not in expected
+        ]
+        problems += [
+            f"wrong shape: {n} is {list(stored[n].shape)}, config.json says "
+            f"{list(shape)}"
+            for n, shape in expected.items()
+            if n in stored and stored[n].shape != shape
+        ]
+        if problems:
+            raise ValueError(
+                f"{folder} does not fit its config:\n  " + "\n  ".join(problems)
+            )
+        self.tensors = {
+            n: Tensor(stored[n].shape, dtype or stored[n].dtype)
+            for n in expected
+            if n in stored
+        }
+
+    def blocks(self, name: str) -> Iterator[Any]:
+        for block in row_blocks(self._reader, name):
+            yield block.astype(self.tensors[name].dtype, copy=False)
+
+    def array(self, name: str) -> np.ndarray:
+        return self._reader.read(name).astype(self.tensors[name].dtype, copy=False)
+
+    def put(self, name: str, dtype: Any, sharding: Any) -> jax.Array:
+        return read_parts(self._reader, name, dtype, sharding)
+
+    def hashes(self, leaves: Mapping[str, Any]) -> dict[str, str]:
+        stored = self._reader.tensors
+        if any(leaves[n].dtype != stored[n].dtype for n in self.tensors):
+            return {}
+        hashes = {"base": self._manifest["base_hash"]}
+        if self._complete and self._manifest["beacon_hash"]:
+            hashes["beacon"] = self._manifest["beacon_hash"]
+        return hashes
+
+
+class HfSource(Source):
+    """Our tensors, as made of those of an HF checkpoint."""
 
     def __init__(
         self,
@@ -134,17 +241,16 @@ class HfSource:
         quiet: bool = False,
     ):
         found = {name: tensor.shape for name, tensor in reader.tensors.items()}
-        self.entries, self.from_base = resolve(config, found, quiet=quiet)
+        entries, self.from_base = resolve(config, found, quiet=quiet)
         self._reader, self._config = reader, config
-        self._by_name = {e.name: e for e in self.entries}
+        self._by_name = {e.name: e for e in entries}
         self.tensors = {
-            e.name: Tensor(e.shape, dtype or self._dtype(e)) for e in self.entries
+            e.name: Tensor(e.shape, dtype or self._dtype(e)) for e in entries
         }
         if config.tie_embeddings and LM_HEAD in found:
             self._check_tied()
 
     def blocks(self, name: str) -> Iterator[Any]:
-        """Yields the bytes of one of our tensors in order, in pieces, already cast."""
         entry, dtype = self._by_name[name], self.tensors[name].dtype
         for key in entry.keys:
             if name == "beacon/embed/embedding" and "embed" in self.from_base:
@@ -156,15 +262,6 @@ class HfSource:
                 pieces = row_blocks(self._reader, key)
             for piece in pieces:
                 yield piece.astype(dtype, copy=False)
-
-    def array(self, name: str) -> np.ndarray:
-        """Returns one of our tensors as a whole."""
-        result = aligned_empty(self.tensors[name].shape, self.tensors[name].dtype)
-        flat, at = result.reshape(-1), 0
-        for piece in self.blocks(name):
-            flat[at : at + piece.size] = piece.reshape(-1)
-            at += piece.size
-        return result
 
     def _dtype(self, entry: Entry) -> np.dtype:
         tensors = self._reader.tensors
@@ -189,16 +286,30 @@ class HfSource:
             )
 
 
+def open_source(
+    config: ModelConfig,
+    folder: Path,
+    dtype: np.dtype | None = None,
+    *,
+    quiet: bool = False,
+) -> Source:
+    """Opens the weights of an HF or a converted folder, to be cast to `dtype`."""
+    if is_converted(folder):
+        return ConvertedSource(config, folder, dtype)
+    return HfSource(config, open_hf(folder), dtype, quiet=quiet)
+
+
 def write_hf_weights(
     folder: Path,
     config: ModelConfig,
     reader: Reader,
     plan: Mapping[str, tuple[list[str], Mapping[str, str] | None]],
 ) -> None:
-    """Writes HF tensors from ours.
+    """Writes the files of an HF folder from our tensors.
 
     Args:
-      plan: file -> (HF keys in order, metadata).
+      reader: our tensors.
+      plan: file name -> (HF keys in order, metadata of the file).
     """
     where = {k: (e, i) for e in table(config) for i, k in enumerate(e.keys)}
     if config.tie_embeddings:
@@ -261,10 +372,17 @@ def open_converted(folder: Path) -> SafetensorsReader:
 
 
 def is_converted(folder: Path) -> bool:
+    """Tells whether a folder holds a converted checkpoint."""
     return (folder / MANIFEST).exists()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the content of beacon_jax.json.
+
+    Raises:
+      FileNotFoundError: the folder is not a converted checkpoint.
+      ValueError: it has another version.
+    """
     path = folder / MANIFEST
     if not path.exists():
         raise FileNotFoundError(
@@ -281,6 +399,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Returns the content of config.json.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is not JSON.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(
@@ -294,15 +418,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write_config(folder: Path, hf: Mapping[str, Any]) -> None:
+    """Writes config.json with sorted keys."""
     (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
 
 
 def check_dtype(dtype: str | None) -> np.dtype | None:
-    names = [d.name for d in DTYPES.values() if d.itemsize < 8]
-    if dtype is not None and dtype not in names:
-        near = meant(dtype, names)
-        raise ValueError(f"dtype={dtype!r} is unknown: {near}use {', '.join(names)}.")
-    return np.dtype(dtype) if dtype else None
+    """Returns the dtype of that name; None: none is asked for."""
+    if dtype is None:
+        return None
+    check_choice("dtype", dtype, [d.name for d in DTYPES.values() if d.itemsize < 8])
+    return np.dtype(dtype)
 
 
 def _check_different(src: Path, dst: Path) -> None:

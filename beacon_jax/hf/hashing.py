@@ -32,6 +32,7 @@ class TreeHash:
         self._lines[name] = f"{name} {shape} {dtype.name} {digest.hexdigest()}\n"
 
     def hexdigest(self) -> str:
+        """Returns the hash of all tensors, whatever order they came in."""
         lines = "".join(line for _, line in sorted(self._lines.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 

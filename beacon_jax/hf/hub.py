@@ -58,7 +58,7 @@ def find(path: str | Path, name: str = "path") -> Path:
 
 
 def download(id: str, name: str = "path", cache: Path | None = None) -> Path:
-    """Downloads a model's config, tokenizer and weights; no file that is there already.
+    """Downloads a model's config, tokenizer and weights; files that are there are kept.
 
     Args:
       id: "org/name". The hub is the one of HF_ENDPOINT.

@@ -7,21 +7,19 @@ somebody asks, a block of 16 MB at a time, once per process.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beacon_jax.hf.conversion import (
-    HfSource,
     is_converted,
-    open_converted,
+    open_source,
     read_config,
     read_manifest,
 )
 from beacon_jax.hf.hashing import TreeHash
-from beacon_jax.hf.reader import SafetensorsReader, TorchReader, open_hf, row_blocks
 from beacon_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -50,10 +48,12 @@ class Identity:
 
     @property
     def base(self) -> str | None:
+        """Hash of the base, None if the model was made in memory."""
         return self._resolve("base")
 
     @property
     def beacon(self) -> str | None:
+        """Hash of the beacons, None without any."""
         return self._resolve("beacon")
 
     def __eq__(self, other: object) -> bool:
@@ -137,32 +137,13 @@ def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
 def _folder_hash(path, stamp, config, part, cast, dtypes) -> str:
     """Computes `tree_hash` of one part of a folder's model, as a stream."""
     del stamp  # only a part of the key
-    source = _Folder(path, config, cast)
+    source = open_source(config, path, cast)
     final, result = dict(dtypes or ()), TreeHash()
-    for name, (shape, dtype) in source.tensors.items():
+    for name, tensor in source.tensors.items():
         if not name.startswith(f"{part}/"):
             continue
-        kind = final.get(name, dtype)
+        kind = final.get(name, tensor.dtype)
         pieces = (x.astype(kind, copy=False) for x in source.blocks(name))
-        for _ in result.add(name.split("/", 1)[1], shape, kind, pieces):
+        for _ in result.add(name.split("/", 1)[1], tensor.shape, kind, pieces):
             pass
     return result.hexdigest()
-
-
-class _Folder:
-    """Our tensors of an HF or converted folder, cast, in blocks."""
-
-    def __init__(self, path: Path, config: ModelConfig, cast: np.dtype | None):
-        self._cast, converted = cast, is_converted(path)
-        self._reader: SafetensorsReader | TorchReader
-        self._reader = open_converted(path) if converted else open_hf(path)
-        self._hf = None if converted else HfSource(config, self._reader, cast)
-        found = self._reader.tensors if self._hf is None else self._hf.tensors
-        self.tensors = {n: (t.shape, cast or t.dtype) for n, t in found.items()}
-
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        if self._hf is not None:
-            yield from self._hf.blocks(name)
-            return
-        for block in row_blocks(self._reader, name):
-            yield block.astype(self.tensors[name][1], copy=False)

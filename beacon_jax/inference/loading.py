@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from beacon_jax import runtime
+from beacon_jax import resources, runtime
 from beacon_jax.hf import checkpoint, hub
 from beacon_jax.hf.placement import Place
 from beacon_jax.inference import validate
@@ -115,7 +115,7 @@ def _check(path: Any, dtype: Any, beacon: Any) -> None:
 def _tokenizer(path: Path) -> Any:
     """Loads the tokenizer of a folder, or None if it has none."""
     try:
-        return checkpoint.load_tokenizer(path)
+        return resources.load_tokenizer(path)
     except FileNotFoundError:
         return None
 

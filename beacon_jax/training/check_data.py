@@ -4,7 +4,7 @@ from typing import Any
 
 from beacon_jax.data.batches import STAGE_KEYS, BatchConfig
 from beacon_jax.data.grouped import GroupConfig
-from beacon_jax.data.prepare import Settings
+from beacon_jax.data.prepare import Preparation
 from beacon_jax.data.sources import parse_uri
 from beacon_jax.training.config import Config, default_config
 
@@ -50,7 +50,7 @@ def check_data(config: Config) -> None:
     _check_sources(data)
     check_numbers("data.weights", data.weights, whole=False)
     check_numbers("data.dummy_every", data.dummy_every)
-    Settings.of(data, "")  # checks lengths, long, heldout and chat_template
+    Preparation.of(data, "")  # checks lengths, long, heldout and chat_template
     unused = ROW_KEYS if data.stages else STAGE_KEYS
     defaults = default_config().data
     # A config that was read from JSON has lists where the defaults have tuples.

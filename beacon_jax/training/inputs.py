@@ -17,7 +17,7 @@ from jaxtyping import Int
 from beacon_jax.core.plan import draw_ratios, memory_slots, plan_slots
 from beacon_jax.data.batches import BatchConfig, Batches, StepBatches
 from beacon_jax.data.grouped import GroupConfig, GroupedBatches
-from beacon_jax.data.prepare import Settings, finished, prepare
+from beacon_jax.data.prepare import Preparation, finished, prepare
 from beacon_jax.data.prepared import Prepared
 from beacon_jax.data.tally import percent, si, usage
 from beacon_jax.data.text import run_documents
@@ -93,7 +93,7 @@ def _prepared(
 ) -> Prepared:
     """Returns the prepared data: made by the first process, awaited by the others."""
     data = config.data
-    settings = Settings.of(data, tokenizer_folder)
+    settings = Preparation.of(data, tokenizer_folder)
 
     def show(line: str) -> None:
         stage.alive()

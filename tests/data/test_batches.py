@@ -7,13 +7,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from beacon_jax.data.batches import (
-    IGNORE,
     KINDS,
     BatchConfig,
     Batches,
-    Stage,
-    heldout_rows,
+    BatchStage,
 )
+from beacon_jax.data.examples import IGNORED
 from beacon_jax.data.passkey import contains, last_window_start, make_passkey
 from beacon_jax.data.text import load_documents
 from beacon_jax.data.tokenizer import encode_stream, train_tokenizer
@@ -34,7 +33,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batches(source):
     tokenizer, stream = source
-    stages = (Stage(3, 64, 8, (("repeat", 1.0),)), Stage(5, 192, 16, MIX))
+    stages = (BatchStage(3, 64, 8, (("repeat", 1.0),)), BatchStage(5, 192, 16, MIX))
     config = BatchConfig(stages, seed=3, passkey_questions=3, passkey_window=32)
     return Batches(stream, tokenizer, config)
 
@@ -96,7 +95,7 @@ def test_passkeys_without_room_or_text_are_errors(source):
 
 def test_a_tail_puts_answers_anywhere_in_the_last_half(source):
     tokenizer, stream = source
-    config = BatchConfig((Stage(40, 96, 4, (("passkey", 1.0),)),), passkey_tail=40)
+    config = BatchConfig((BatchStage(40, 96, 4, (("passkey", 1.0),)),), passkey_tail=40)
     ends = []
     for step in range(40):
         batch = Batches(stream, tokenizer, config).batch(step)
@@ -128,7 +127,7 @@ def test_labels_are_shifted_once_and_ignored_exactly_where_weights_are_zero(batc
     for step in range(3, 7):
         batch = batches.batch(step)
         assert batch["tokens"].dtype == batch["labels"].dtype == np.int32
-        counted = batch["labels"] != IGNORE
+        counted = batch["labels"] != IGNORED
         np.testing.assert_array_equal(counted, batch["weights"] > 0)
         shifted = np.roll(batch["tokens"], -1, 1)
         np.testing.assert_array_equal(batch["labels"][counted], shifted[counted])
@@ -166,39 +165,32 @@ def test_copies_and_repeats_are_predictable_where_they_count(batches):
 
 def test_dummies_stand_after_every_rth_token_and_labels_skip_them(source):
     tokenizer, stream = source
-    stages = (Stage(1, 192, 8, (("repeat", 1.0), ("passkey", 1.0)), dummies=1.0),)
+    stages = (BatchStage(1, 192, 8, (("repeat", 1.0), ("passkey", 1.0)), dummies=1.0),)
     batches = Batches(stream, tokenizer, BatchConfig(stages, dummy_every=(4,)))
     batch = batches.batch(0)
     dummy = (np.arange(192) + 1) % 5 == 0
     assert (batch["tokens"][:, dummy] == tokenizer.eos_token_id).all()
-    assert (batch["labels"][:, dummy] == IGNORE).all()
+    assert (batch["labels"][:, dummy] == IGNORED).all()
     tokens, labels = batch["tokens"][:, ~dummy], batch["labels"][:, ~dummy]
-    counted = labels != IGNORE
+    counted = labels != IGNORED
     assert counted.any(1).all()
     np.testing.assert_array_equal(
         labels[:, :-1][counted[:, :-1]], tokens[:, 1:][counted[:, :-1]]
     )
 
 
-def test_heldout_rows_do_not_overlap(source):
-    rows = heldout_rows(np.arange(1000, dtype=np.int32), 96, 10)
-    assert rows.shape == (10, 96) and len(np.unique(rows)) == rows.size
-    with pytest.raises(ValueError, match="count=11 rows of length=96"):
-        heldout_rows(np.arange(1000, dtype=np.int32), 96, 11)
-
-
 def test_config_errors_name_the_field():
     with pytest.raises(ValueError, match="length=0"):
-        Stage(1, 0, 1)
+        BatchStage(1, 0, 1)
     with pytest.raises(ValueError, match=r"mix has \['nope'\]"):
-        Stage(1, 8, 1, (("nope", 1.0),))
+        BatchStage(1, 8, 1, (("nope", 1.0),))
     with pytest.raises(ValueError, match="dummies=2"):
-        Stage(1, 8, 1, dummies=2)
+        BatchStage(1, 8, 1, dummies=2)
     with pytest.raises(ValueError, match="data.stages is empty"):
         BatchConfig(())
 
 
 def test_a_text_shorter_than_two_rows_is_an_error(source):
-    config = BatchConfig((Stage(1, 64, 1),))
+    config = BatchConfig((BatchStage(1, 64, 1),))
     with pytest.raises(ValueError, match="the text has 100 tokens"):
         Batches(source[1][:100], source[0], config)

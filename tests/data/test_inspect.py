@@ -12,8 +12,8 @@ from beacon_jax.cli import options
 from beacon_jax.data.examples import Example, Rules
 from beacon_jax.data.grouped import GroupConfig
 from beacon_jax.data.inspect import histogram, marked, report, sample
-from beacon_jax.data.prepare import Settings, prepare
-from beacon_jax.data.shards import load_tokenizer
+from beacon_jax.data.prepare import Preparation, prepare
+from beacon_jax.resources import load_tokenizer
 
 TOKENIZER = "assets/tiny-base"
 CHAT = {
@@ -37,7 +37,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(sources, tmp_path_factory):
-    settings = Settings(sources, TOKENIZER, Rules(10, 200, "no", "cut"))
+    settings = Preparation(sources, TOKENIZER, Rules(10, 200, "no", "cut"))
     return prepare(settings, tmp_path_factory.mktemp("data"), workers=1)
 
 

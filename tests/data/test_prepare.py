@@ -18,10 +18,10 @@ from beacon_jax.cli import options
 from beacon_jax.cli import prepare as command
 from beacon_jax.data import prepare as module
 from beacon_jax.data.examples import Rules, make_examples
-from beacon_jax.data.prepare import Settings, prepare, tokenizer_hash
+from beacon_jax.data.prepare import Preparation, prepare, tokenizer_hash
 from beacon_jax.data.prepared import Prepared
-from beacon_jax.data.shards import load_tokenizer
 from beacon_jax.data.sources import Record
+from beacon_jax.resources import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = str(ROOT / "assets/tiny-base")
@@ -49,7 +49,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def settings(source):
-    return Settings((str(source),), TOKENIZER, Rules(20, 100, long="cut"))
+    return Preparation((str(source),), TOKENIZER, Rules(20, 100, long="cut"))
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +183,8 @@ from beacon_jax.data import prepare, shards
 from beacon_jax.data.examples import Rules
 if __name__ == "__main__":
     prepare.SHARD_BYTES = 10_000
-    settings = prepare.Settings((sys.argv[1],), sys.argv[2], Rules(20, 100, long="cut"))
+    rules = Rules(20, 100, long="cut")
+    settings = prepare.Preparation((sys.argv[1],), sys.argv[2], rules)
     prepare.prepare(settings, sys.argv[3], workers=2)
 """
 
@@ -253,7 +254,7 @@ def test_other_settings_are_refused_and_all_named(settings, source, tmp_path):
 def test_a_source_that_changed_is_refused(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text(sentence(1, 30))
-    settings = Settings((str(file),), TOKENIZER)
+    settings = Preparation((str(file),), TOKENIZER)
     prepare(settings, tmp_path / "out", workers=1)
     file.write_text(sentence(1, 40))
     with pytest.raises(ValueError, match=r"sources\[0\]\.bytes: \d+ -> \d+"):
@@ -297,7 +298,7 @@ def test_it_stops_early_if_the_first_rows_are_bad(tmp_path, monkeypatch):
     monkeypatch.setattr(
         module.Worker, "write", lambda w, job: written.append(job) or write(w, job)
     )
-    settings = Settings((str(source),), TOKENIZER)
+    settings = Preparation((str(source),), TOKENIZER)
     with pytest.raises(ValueError, match="1,500 of the first 1,500 rows are bad"):
         prepare(settings, tmp_path / "out", workers=1)
     assert len(written) == 1

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beacon_jax.data.examples import Example
-from beacon_jax.data.prepare import Settings, prepare
+from beacon_jax.data.prepare import Preparation, prepare
 from beacon_jax.data.prepared import Prepared, decode, encode, example_hash
 
 TOKENIZER = "assets/tiny-base"
@@ -19,7 +19,7 @@ def folder(tmp_path):
     source = tmp_path / "a.jsonl"
     rows = [json.dumps({"text": f"row {i} " * (i + 1)}) for i in range(20)]
     source.write_text("\n".join(rows), encoding="utf-8")
-    prepare(Settings((str(source),), TOKENIZER), tmp_path / "data", workers=1)
+    prepare(Preparation((str(source),), TOKENIZER), tmp_path / "data", workers=1)
     return tmp_path / "data"
 
 
@@ -56,7 +56,7 @@ def test_the_fingerprint_follows_the_examples(folder, tmp_path):
     before = Prepared(folder).fingerprint
     text = source.read_text().replace("row 7", "raw 7", 1)  # as many bytes
     source.write_text(text)
-    again = prepare(Settings((str(source),), TOKENIZER), tmp_path / "b", workers=1)
+    again = prepare(Preparation((str(source),), TOKENIZER), tmp_path / "b", workers=1)
     assert again.fingerprint != before == Prepared(folder).fingerprint
 
 

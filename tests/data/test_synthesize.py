@@ -22,7 +22,7 @@ from beacon_jax.data.synthesize import (
     FAILURES,
     SHORTEST_SEGMENT,
     TURN_TOKENS,
-    Settings,
+    Inquiry,
     synthesize,
 )
 from tests.data import chat_tokenizers
@@ -61,7 +61,7 @@ def make(server, books, tmp_path, *, tries=6, key="", wait=0.01, **more):
     )
     more = {"segment_tokens": 100, "max_tokens": 800, "concurrency": 3, **more}
     out = more.pop("out", tmp_path / "qa.jsonl")
-    return Settings((str(books),), out, endpoint, **more)
+    return Inquiry((str(books),), out, endpoint, **more)
 
 
 def run(settings, **more):
@@ -440,7 +440,7 @@ def test_file_of_something_else_is_not_overwritten(books, tmp_path):
 def test_source_without_long_text_is_an_error(tmp_path):
     path = tmp_path / "short.jsonl"
     path.write_text(json.dumps({"text": "Too short."}) + "\n")
-    settings = Settings((str(path),), tmp_path / "qa.jsonl", Endpoint("http://x", "m"))
+    settings = Inquiry((str(path),), tmp_path / "qa.jsonl", Endpoint("http://x", "m"))
     with pytest.raises(ValueError, match=f"at least {SHORTEST_SEGMENT} tokens"):
         run(settings)
 

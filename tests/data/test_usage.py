@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from beacon_jax.data.examples import Rules
-from beacon_jax.data.prepare import Settings, finished, prepare
+from beacon_jax.data.prepare import Preparation, finished, prepare
 from beacon_jax.data.prepared import write_json
-from beacon_jax.data.shards import load_tokenizer
 from beacon_jax.data.tally import si, usage
 from beacon_jax.data.text import load_documents
+from beacon_jax.resources import load_tokenizer
 
 TOKENIZER = str(Path(__file__).parents[2] / "assets/tiny-base")
 LINES = [f"line {i} of a text about rivers and stones\n" for i in range(4000)]
@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def prepared(source, out, **rules):
-    settings = Settings((str(source),), TOKENIZER, Rules(**rules))
+    settings = Preparation((str(source),), TOKENIZER, Rules(**rules))
     return prepare(settings, out, workers=1)
 
 
@@ -90,7 +90,7 @@ def test_held_out_documents_are_those_of_the_evaluation(folder, tmp_path, alone)
 
 
 def test_a_folder_of_an_earlier_version_need_not_be_prepared_again(folder, tmp_path):
-    settings = Settings((str(folder),), TOKENIZER, Rules(max_length=100, long="cut"))
+    settings = Preparation((str(folder),), TOKENIZER, Rules(max_length=100, long="cut"))
     prepare(settings, tmp_path / "out", workers=1)
     path = tmp_path / "out" / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -15,7 +15,7 @@ from beacon_jax import hf
 from beacon_jax.cli import options
 from beacon_jax.cli import train as command
 from beacon_jax.core.plan import memory_slots, plan_slots
-from beacon_jax.data.batches import BatchConfig, Batches, Stage
+from beacon_jax.data.batches import BatchConfig, Batches, BatchStage
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.training import inputs, trainer
 from beacon_jax.training.steps import Programs
@@ -171,7 +171,7 @@ def drawn(config, steps, **beacon):
     """Plans [steps, N] of nine windows."""
     beacon = BeaconConfig(32, (2, 4, 8), **beacon)
     model = ModelConfig(**SMALL, beacon=beacon)
-    batches = Batches(np.zeros(999), None, BatchConfig((Stage(steps, 288, 1),)))
+    batches = Batches(np.zeros(999), None, BatchConfig((BatchStage(steps, 288, 1),)))
     draw = inputs.draw_plans
     plans = [draw(config, model, batches, i, 1)[:, 0] for i in range(steps)]
     return model, np.stack(plans)
