@@ -172,38 +172,17 @@ def feed_jit(
     Args:
       static: the ratios to compile.
     """
-    config, dtype = net.config, net.dtype
-    b, t = tokens.shape
-    ratios = jnp.broadcast_to(ratios, (b, ratios.shape[-1]))
-    w = memory.window
-    n = -(-(t + w) // w)  # an open window may hold w tokens
-    raw = memory.raw
-    # The open window's tokens go in front: it is run again from its start.
-    at = jnp.arange(n * w) - raw[:, None]
-    pieces = jnp.concatenate([memory.tokens, tokens], axis=1)
-    source = jnp.where(at < 0, jnp.arange(n * w), jnp.minimum(at, t - 1) + w)
-    all_tokens = jnp.take_along_axis(pieces, source, axis=1)
-    total = raw + lengths
-    valid = jnp.clip(total[:, None] - jnp.arange(n) * w, 0, w)  # [B, N]
-    planned = plan.at(ratios, memory.windows[:, None] + jnp.arange(n))
-    goes_on = (jnp.arange(n) == 0) & (raw[:, None] > 0)
-    per_row = jnp.where(goes_on, memory.ratio[:, None], planned)  # [B, N]
-    index = jnp.max(jnp.where(valid > 0, lookup(per_row, static), NOOP), axis=0)
-    shared = jnp.asarray((0, *static))[index]
-    final = jnp.where(total > 0, (total - 1) // w, -1)
-    begun = total // w if close else jnp.maximum(final, 0)  # windows that close
-    all_labels = jnp.full((b, n * w), IGNORE)
-    if outputs in ("loss", "score"):
-        assert labels is not None
-        shifted = jnp.take_along_axis(labels, jnp.clip(at, 0, t - 1), axis=1)
-        new = (at >= 0) & (jnp.arange(n * w) < total[:, None])
-        all_labels = jnp.where(new, shifted, IGNORE)
-    by_step = lambda x: x.reshape(b, n, w).swapaxes(0, 1)
-    branches = window_branches(net, static, w)
+    config, t = net.config, tokens.shape[1]
+    law = Law.of(config, memory.window)
+    laid = _lay_out(memory, tokens, lengths, ratios, static, close)
+    branches = window_branches(net, static, law.window)
     head = Decoder(net, Layout(1, 1, 0))
     logits = lambda h: apply(head, variables, h, method="logits")
-
-    law = Law.of(config, w)
+    xs = laid.steps
+    if labels is not None and outputs in ("loss", "score"):
+        shifted = jnp.take_along_axis(labels, jnp.clip(laid.at, 0, t - 1), axis=1)
+        shifted = jnp.where(laid.new, shifted, IGNORE)
+        xs = xs | {"labels": _by_window(shifted, law.window)}
 
     def step(carry, x):
         k, v, slots, sinks, last = carry
@@ -211,57 +190,103 @@ def feed_jit(
         hidden, kept, k, v = lax.switch(
             x["index"], branches, variables, x["tokens"], k, v, slots, x["valid"]
         )
-        closes = x["step"] < begun
+        closes = x["closes"]
         k, v = append(config, (k, v), kept, slots, x["ratio"], closes)
         sinks = jnp.where(closes & (slots == 0), law.sink, sinks)
         slots = slots + jnp.where(closes, law.kept(x["ratio"], slots), 0)
         end = jnp.maximum(x["valid"] - 1, 0)[:, None, None]
         here = jnp.take_along_axis(hidden, end, axis=1)[:, 0]
-        last = jnp.where((x["step"] == final)[:, None], here, last)
-        out = None
+        last = jnp.where(x["ends"][:, None], here, last)
+        out = {}
         if outputs == "logits":
-            out = logits(hidden)
+            out["logits"] = logits(hidden)
         elif outputs == "loss":
-            out = token_losses(logits, hidden, x["labels"])
+            out["token_loss"] = token_losses(logits, hidden, x["labels"])
         elif outputs == "score":
-            out = token_scores(logits, hidden, x["labels"])
+            scores = token_scores(logits, hidden, x["labels"])
+            out["token_loss"], out["greedy"] = scores
         return (k, v, slots, sinks, last), out
 
-    last = jnp.zeros((b, config.hidden_size), dtype)
+    last = jnp.zeros((memory.rows, config.hidden_size), net.dtype)
     carry = (memory.k, memory.v, memory.slots, memory.sinks, last)
-    xs = dict(
-        tokens=by_step(all_tokens),
-        labels=by_step(all_labels),
-        valid=valid.T,
-        index=index,
-        ratio=shared,
-        step=jnp.arange(n),
-    )
     (k, v, slots, sinks, last), out = lax.scan(step, carry, xs)
+    place = jnp.minimum(jnp.arange(t) + memory.raw[:, None], laid.at.shape[1] - 1)
 
     def of_new_tokens(x):
         """[N, B, W, ...] -> [B, T, ...]"""
-        x = x.swapaxes(0, 1).reshape(b, n * w, *x.shape[3:])
-        new = jnp.minimum(jnp.arange(t) + raw[:, None], n * w - 1)
-        new = new.reshape(b, t, *(1,) * (x.ndim - 2))
-        return jnp.take_along_axis(x, new, axis=1)
+        x = x.swapaxes(0, 1).reshape(len(place), -1, *x.shape[3:])
+        at = place.reshape(*place.shape, *(1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, at, axis=1)
 
-    out = jax.tree.map(of_new_tokens, out)
-    last_one = jnp.minimum(begun, n - 1)[:, None]
-    opened = jnp.take_along_axis(all_tokens.reshape(b, n, w), last_one[..., None], 1)
-    after = MemoryState(
-        k=k,
-        v=v,
-        slots=slots,
-        sinks=sinks,
-        raw=total - begun * w,
-        ratio=jnp.take_along_axis(per_row, last_one, axis=1)[:, 0],
-        windows=memory.windows + begun,
-        tokens=opened[:, 0],
-    )
-    given: dict[str, Any] = {"logits": None, "token_loss": None}
-    if outputs == "score":
-        given["token_loss"], given["greedy"] = out
-    elif outputs != "last":
-        given["logits" if outputs == "logits" else "token_loss"] = out
+    given = {"logits": None, "token_loss": None} | jax.tree.map(of_new_tokens, out)
+    after = laid.opened.replace(k=k, v=v, slots=slots, sinks=sinks)
     return FeedOutput(logits(last), **given), after
+
+
+class _Laid(NamedTuple):
+    """Old and new tokens of every row, laid out in N windows.
+
+    Attributes:
+      steps: of each window: tokens [N, B, W]; valid [N, B], how many are real; index
+        [N] of the branch and ratio [N], which rows share; closes [N, B], rows whose
+        window is compressed; ends [N, B], rows whose last token is in it.
+      at: number of the new token at each place [B, N W]; negative in the open window.
+      new: places [B, N W] of new tokens that are real.
+      opened: the memory afterwards, but for its slots and buffers.
+    """
+
+    steps: dict[str, Array]
+    at: Int[Array, "B NW"]
+    new: Bool[Array, "B NW"]
+    opened: MemoryState
+
+
+def _lay_out(
+    memory: MemoryState,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    ratios: Int[Array, "*B P"],
+    static: tuple[int, ...],
+    close: bool,
+) -> _Laid:
+    """Lays tokens out behind those of the open window, which runs again from its start.
+
+    So interleaving stays static.
+    """
+    (b, t), w, raw = tokens.shape, memory.window, memory.raw
+    n = -(-(t + w) // w)  # an open window may hold w tokens
+    window, place = jnp.arange(n), jnp.arange(n * w)
+    at = place - raw[:, None]
+    pieces = jnp.concatenate([memory.tokens, tokens], axis=1)
+    source = jnp.where(at < 0, place, jnp.minimum(at, t - 1) + w)
+    all_tokens = jnp.take_along_axis(pieces, source, axis=1)
+    total = raw + lengths
+    valid = jnp.clip(total[:, None] - window * w, 0, w)  # [B, N]
+    plans = jnp.broadcast_to(ratios, (b, ratios.shape[-1]))
+    planned = plan.at(plans, memory.windows[:, None] + window)
+    goes_on = (window == 0) & (raw[:, None] > 0)
+    per_row = jnp.where(goes_on, memory.ratio[:, None], planned)  # [B, N]
+    index = jnp.max(jnp.where(valid > 0, lookup(per_row, static), NOOP), axis=0)
+    final = jnp.where(total > 0, (total - 1) // w, -1)
+    begun = total // w if close else jnp.maximum(final, 0)  # windows that close
+    steps = {
+        "tokens": _by_window(all_tokens, w),
+        "valid": valid.T,
+        "index": index,
+        "ratio": jnp.asarray((0, *static))[index],
+        "closes": window[:, None] < begun,
+        "ends": window[:, None] == final,
+    }
+    here = jnp.minimum(begun, n - 1)[:, None]
+    opened = memory.replace(
+        raw=total - begun * w,
+        ratio=jnp.take_along_axis(per_row, here, axis=1)[:, 0],
+        windows=memory.windows + begun,
+        tokens=jnp.take_along_axis(all_tokens, here * w + jnp.arange(w), axis=1),
+    )
+    return _Laid(steps, at, (at >= 0) & (place < total[:, None]), opened)
+
+
+def _by_window(x: Array, window: int) -> Int[Array, "N B W"]:
+    """[B, N W] -> [N, B, W]"""
+    return x.reshape(len(x), -1, window).swapaxes(0, 1)
