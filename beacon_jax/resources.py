@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
 
 
 def folder(kind: str) -> Path:
-    """The folder "configs", "assets" or "launch"."""
+    """Returns the folder "configs", "assets", "benchmarks" or "launch"."""
     inside = PACKAGE / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
 

@@ -169,7 +169,13 @@ def test_only_arrays_on_several_cpu_devices_count():
 def stress(*options):
     """The exit status and the output of `make stress`, one round."""
     found = subprocess.run(
-        [sys.executable, "-m", "benchmarks.stress_collectives", "--rounds=1", *options],
+        [
+            sys.executable,
+            "-m",
+            "beacon_jax.bench.stress_collectives",
+            "--rounds=1",
+            *options,
+        ],
         capture_output=True,
         text=True,
     )

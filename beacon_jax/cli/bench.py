@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _readme(o: flags.FlagValues) -> None:
     with starting():  # jax takes seconds
-        from beacon_jax.benchmark import records, report
+        from beacon_jax.bench import records, report
 
     texts = [
         report.readme_text(records.read(Path(file)), f"../{Path(file).as_posix()}")
@@ -73,7 +73,7 @@ def _readme(o: flags.FlagValues) -> None:
 
 def _plan(o: flags.FlagValues) -> None:
     with Progress().stage("planning"):
-        from beacon_jax.benchmark import plan
+        from beacon_jax.bench import plan
 
         made = plan.make(o.preset, o.lengths, o.ratios)
     print(plan.text(made))
@@ -86,7 +86,7 @@ def _plan(o: flags.FlagValues) -> None:
 def _measure(o: flags.FlagValues) -> None:
     require("matplotlib", extra="plots", for_="bench")
     with starting():
-        from beacon_jax.benchmark import report, runner
+        from beacon_jax.bench import report, runner
 
     # It measures compilation too, so programs of earlier runs are of no use.
     runtime.quiet()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beacon_jax.benchmark.device import random_variables
+from beacon_jax.bench.device import random_variables
 from beacon_jax.core.loop import decode_step, feed, feed_jit
 from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.decode import decode_block

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import long_prompt
-from benchmarks.long_prompt import RESULT, STATE, Prompt
+from beacon_jax.bench import long_prompt
+from beacon_jax.bench.long_prompt import RESULT, STATE, Prompt
 
 PROMPT = Prompt("nano", layers=0, tokens=61, window=8, ratio=2, piece=16)
 

@@ -28,15 +28,15 @@ import numpy as np
 
 from beacon_jax import flops
 from beacon_jax.attention import IMPLEMENTATIONS
-from beacon_jax.benchmark.case import Case, Latest, Settings, timed
-from beacon_jax.benchmark.device import (
+from beacon_jax.bench.case import Case, Latest, Settings, timed
+from beacon_jax.bench.device import (
     check_fits,
     peak_bytes,
     random_array,
     random_variables,
 )
-from beacon_jax.benchmark.records import Row
-from beacon_jax.benchmark.sizes import (
+from beacon_jax.bench.records import Row
+from beacon_jax.bench.sizes import (
     activation_bytes,
     decode_bytes,
     entries_after,
@@ -44,13 +44,13 @@ from beacon_jax.benchmark.sizes import (
     slots_after,
     weight_bytes,
 )
-from beacon_jax.benchmark.timing import (
+from beacon_jax.bench.timing import (
     Compiled,
     Timing,
     alternately,
     compile_program,
 )
-from beacon_jax.benchmark.torch_model import TorchModel, library
+from beacon_jax.bench.torch_model import TorchModel, library
 from beacon_jax.core.law import Law
 from beacon_jax.core.loop import feed_jit
 from beacon_jax.core.memory import MemoryState, init_memory

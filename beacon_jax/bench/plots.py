@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from beacon_jax.attention import IMPLEMENTATIONS
-from beacon_jax.benchmark.kernels import DEFAULT, INT8_MEMORY, LIBRARY
-from beacon_jax.benchmark.records import Row
-from beacon_jax.benchmark.report import peaks, unit_of
-from beacon_jax.benchmark.serving import FULL, FULL_LIBRARY
+from beacon_jax.bench.kernels import DEFAULT, INT8_MEMORY, LIBRARY
+from beacon_jax.bench.records import Row
+from beacon_jax.bench.report import peaks, unit_of
+from beacon_jax.bench.serving import FULL, FULL_LIBRARY
 
 DPI = 120
 Point = tuple[float, float, float, float]  # x, median, least, most

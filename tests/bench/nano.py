@@ -4,7 +4,7 @@ import dataclasses
 
 from absl import flags
 
-from beacon_jax.benchmark import runner
+from beacon_jax.bench import runner
 from beacon_jax.cli import bench
 from beacon_jax.model.config import BeaconConfig
 from tests.tiny import tiny

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from beacon_jax.benchmark import plan
-from beacon_jax.benchmark.sizes import GIB
+from beacon_jax.bench import plan
+from beacon_jax.bench.sizes import GIB
 from beacon_jax.model.presets import get_preset
 from beacon_jax.training.hardware import find_chip
 

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 
 from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
 from beacon_jax.attention.api import INT8
-from beacon_jax.benchmark.case import Case, Latest, Settings, timed
-from beacon_jax.benchmark.device import check_platform, random_array
-from beacon_jax.benchmark.records import Row
-from beacon_jax.benchmark.timing import (
+from beacon_jax.bench.case import Case, Latest, Settings, timed
+from beacon_jax.bench.device import check_platform, random_array
+from beacon_jax.bench.records import Row
+from beacon_jax.bench.timing import (
     Compiled,
     Timing,
     compile_program,

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from beacon_jax.benchmark.records import Row
-from beacon_jax.benchmark.timing import Compiled, Timing
+from beacon_jax.bench.records import Row
+from beacon_jax.bench.timing import Compiled, Timing
 from beacon_jax.model.config import ModelConfig
 
 

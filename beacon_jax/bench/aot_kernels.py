@@ -1,6 +1,6 @@
 """Compiles the attention kernels for accelerators that are not here.
 
-python -m benchmarks.aot_kernels [--cases=NAME,...] [--out=FOLDER]
+python -m beacon_jax.bench.aot_kernels [--cases=NAME,...] [--out=FOLDER]
 
 At the shapes of real models, with what each kernel takes of its chip: registers, spills
 and shared memory per program on GPU (from ptxas), VMEM on TPU. A kernel that does not
@@ -32,13 +32,14 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from beacon_jax import resources
 from beacon_jax.attention import prefix_attention
-from beacon_jax.benchmark.records import provenance
+from beacon_jax.bench.records import provenance
 from beacon_jax.evaluation.report import table
 from beacon_jax.model.presets import get_preset
 from beacon_jax.model.rotary import inverse_frequencies
 
-TARGETS = Path(__file__).parent / "targets"
+TARGETS = resources.folder("benchmarks") / "targets"
 GPUS = ("a100_80gb", "h200")
 TPUS = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4")
 MEMORY = 16384  # slots

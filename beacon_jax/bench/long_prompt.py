@@ -1,6 +1,6 @@
 """A long prompt through a random model on what is here: bounded memory, one program.
 
-python -m benchmarks.long_prompt [--tokens=131072] [--ratio=8] [--window=1024]
+python -m beacon_jax.bench.long_prompt [--tokens=131072] [--ratio=8] [--window=1024]
   [--preset=qwen2-0.5b] [--layers=2] [--piece=8192] [--dtype=bfloat16] [--out=FOLDER]
 
 Feeds the prompt in pieces and saves the memory after each: the same command goes on
@@ -28,9 +28,9 @@ from absl import app, flags
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from beacon_jax.benchmark.device import random_variables
-from beacon_jax.benchmark.records import provenance, versions
-from beacon_jax.benchmark.sizes import kv_token_bytes
+from beacon_jax.bench.device import random_variables
+from beacon_jax.bench.records import provenance, versions
+from beacon_jax.bench.sizes import kv_token_bytes
 from beacon_jax.core.loop import feed, feed_jit
 from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.core.plan import capacity

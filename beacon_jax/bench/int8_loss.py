@@ -1,6 +1,6 @@
 """What rounding the memory to int8 costs: losses behind a compressed text.
 
-python -m benchmarks.int8_loss [--model=assets/tiny-beacon] [--ratios=2,4,8]
+python -m beacon_jax.bench.int8_loss [--model=assets/tiny-beacon] [--ratios=2,4,8]
   [--length=256] [--samples=256] [--out=FOLDER]
 
 Held-out texts are compressed into a float and into an int8 memory, and the window that
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from beacon_jax.benchmark.records import provenance
+from beacon_jax.bench.mount_loss import losses
+from beacon_jax.bench.records import provenance
 from beacon_jax.core.memory import init_memory
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.model import Model, load_model
@@ -24,7 +25,6 @@ from beacon_jax.evaluation.statistics import mean_interval
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
 from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
-from benchmarks.mount_loss import losses
 
 
 def remember(model: Model, texts: list[np.ndarray], ratio: int, dtype: Any) -> Memory:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beacon_jax.benchmark.records import Row
+from beacon_jax.bench.records import Row
 from beacon_jax.evaluation.report import table
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from beacon_jax.benchmark import runner
+from beacon_jax.bench import runner
 from beacon_jax.model import presets
-from tests.benchmark.nano import NANO, options
+from tests.bench.nano import NANO, options
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
-from beacon_jax.benchmark.case import Case, Settings
-from beacon_jax.benchmark.device import check_platform, random_array
-from beacon_jax.benchmark.records import Row
+from beacon_jax.bench.case import Case, Settings
+from beacon_jax.bench.device import check_platform, random_array
+from beacon_jax.bench.records import Row
 
 DTYPES = ("float32", "bfloat16")
 FLOAT32_ERROR = 5e-6

@@ -1,6 +1,6 @@
 """What mounting documents that were compressed separately costs, in nats per token.
 
-python -m benchmarks.mount_loss [--model=FOLDER] [--out=FOLDER]
+python -m beacon_jax.bench.mount_loss [--model=FOLDER] [--out=FOLDER]
 
 A held-out text is cut into A, B and the window that follows them, whose tokens are
 predicted after (a) A + B compressed at once, (b) A and B compressed by themselves and
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from beacon_jax.benchmark.records import provenance
+from beacon_jax.bench.records import provenance
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.methods import Beacon

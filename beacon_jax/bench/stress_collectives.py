@@ -1,7 +1,7 @@
 """Launches a small sharded step 30,000 times on busy cores; it must never hang.
 
-python -m benchmarks.stress_collectives [--launches=30000] [--rounds=3] [--devices=2]
-  [--without=pool,limit]
+python -m beacon_jax.bench.stress_collectives [--launches=30000] [--rounds=3]
+  [--devices=2] [--without=pool,limit]
 
 Every round is a process of its own, prepared as the package prepares each of its
 commands (`beacon_jax.runtime`), while another program keeps every core busy. Ends with
@@ -95,7 +95,7 @@ def launch(count: int, without: Sequence[str]) -> None:
 
 def run_round(o: flags.FlagValues) -> tuple[int, str | None]:
     """One process; (launches reported, what went wrong)."""
-    command = [sys.executable, "-m", "benchmarks.stress_collectives", "--child"]
+    command = [sys.executable, "-m", "beacon_jax.bench.stress_collectives", "--child"]
     command += [f"--launches={o.launches}", f"--without={','.join(o.without)}"]
     process = subprocess.Popen(
         command, env=child_environment(o.devices), stdout=subprocess.PIPE, text=True

@@ -1,6 +1,6 @@
 """The lean backward pass against plain reverse mode, over the number of windows.
 
-python -m benchmarks.lean_backward [--out=FOLDER]
+python -m beacon_jax.bench.lean_backward [--out=FOLDER]
 
 At equal shapes on this machine: seconds per step (median and spread) and bytes of
 temporaries, for every `remat`. Plain reverse mode needs a buffer per window; the lean
@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from beacon_jax.benchmark.records import provenance
+from beacon_jax.bench.records import provenance
 from beacon_jax.core.train_loss import train_loss
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.net import Net

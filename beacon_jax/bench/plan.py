@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from beacon_jax import flops
-from beacon_jax.benchmark.sizes import (
+from beacon_jax.bench.sizes import (
     GIB,
     activation_bytes,
     decode_bytes,

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from beacon_jax.benchmark.records import DoesNotFit, Row
-from beacon_jax.benchmark.sizes import GIB
-from beacon_jax.benchmark.timing import compile_program, measure_queued
+from beacon_jax.bench.records import DoesNotFit, Row
+from beacon_jax.bench.sizes import GIB
+from beacon_jax.bench.timing import compile_program, measure_queued
 from beacon_jax.model.config import ModelConfig, param_shapes
 
 # Edge of the square product and bytes of the copied array, per platform: large enough

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beacon_jax.benchmark.case import Case, Settings, timed
-from beacon_jax.benchmark.device import check_fits, peak_bytes, random_variables
-from beacon_jax.benchmark.records import Row
-from beacon_jax.benchmark.timing import compile_program, measure
+from beacon_jax.bench.case import Case, Settings, timed
+from beacon_jax.bench.device import check_fits, peak_bytes, random_variables
+from beacon_jax.bench.records import Row
+from beacon_jax.bench.timing import compile_program, measure
 from beacon_jax.core.plan import draw_ratios, memory_slots, plan_slots
 from beacon_jax.core.windows import split_windows
 from beacon_jax.flops import training_step

@@ -1,6 +1,6 @@
 """How long `--help` of each command takes; fails if one takes more than a second.
 
-python -m benchmarks.help_time
+python -m beacon_jax.bench.help_time
 
 Processor time, the least of five runs: other programs do not change it, and on a free
 machine the clock shows the same.

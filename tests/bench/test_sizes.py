@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from beacon_jax.benchmark.device import random_variables
-from beacon_jax.benchmark.sizes import (
+from beacon_jax.bench.device import random_variables
+from beacon_jax.bench.sizes import (
     entries_after,
     kv_token_bytes,
     slots_after,
@@ -15,7 +15,7 @@ from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.plan import plan_ratios
 from beacon_jax.inference.prefill import prefill
 from beacon_jax.model.net import Net
-from tests.benchmark.nano import NANO, SINK
+from tests.bench.nano import NANO, SINK
 
 
 @pytest.mark.parametrize("config, ratio", [(NANO, 0), (NANO, 2), (SINK, 2)])

@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 
-from beacon_jax.benchmark import (
+from beacon_jax.bench import (
     device,
     report,
     runner,
@@ -14,7 +14,7 @@ from beacon_jax.benchmark import (
     torch_model,
 )
 from beacon_jax.inference.decode import BLOCK
-from tests.benchmark.nano import NANO, options, settings
+from tests.bench.nano import NANO, options, settings
 
 
 @pytest.mark.parametrize("window", [32, 64, 1024, 2048])

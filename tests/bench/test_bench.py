@@ -12,8 +12,8 @@ from absl import flags
 
 from beacon_jax.attention import IMPLEMENTATIONS
 from beacon_jax.attention.api import INT8
-from beacon_jax.benchmark import device as devices
-from beacon_jax.benchmark import (
+from beacon_jax.bench import device as devices
+from beacon_jax.bench import (
     kernels,
     parity,
     plots,
@@ -23,13 +23,13 @@ from beacon_jax.benchmark import (
     serving,
     timing,
 )
-from beacon_jax.benchmark.case import Case, Latest
+from beacon_jax.bench.case import Case, Latest
 from beacon_jax.cli import bench
 from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.plan import plan_ratios
 from beacon_jax.inference.prefill import prefill
 from beacon_jax.model.net import Net
-from tests.benchmark.nano import NANO, options, settings
+from tests.bench.nano import NANO, options, settings
 
 TIMES = {"median_s", "min_s", "max_s", "repeats", "calls"}
 FIELDS = {

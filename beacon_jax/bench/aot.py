@@ -1,6 +1,6 @@
 """Compiles whole training steps for eight accelerators that are not here.
 
-python -m benchmarks.aot [--cases=NAME,...] [--search] [--out=FOLDER]     (`make aot`)
+python -m beacon_jax.bench.aot [--cases=NAME,...] [--search] [--out=FOLDER]
 
 XLA's own compilers for CUDA and TPU run without hardware: what comes out is the program
 that would run there, and `memory_analysis()` says what it needs on each device. Prints
@@ -30,7 +30,8 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 
-from beacon_jax.benchmark.records import provenance
+from beacon_jax import resources
+from beacon_jax.bench.records import provenance
 from beacon_jax.core.plan import memory_slots
 from beacon_jax.evaluation.report import table
 from beacon_jax.model.config import param_shapes
@@ -44,7 +45,7 @@ from beacon_jax.training.trainer import make_update
 GIB = 2**30
 # Bytes of a chip that a program can have: 95 % (XLA_CLIENT_MEM_FRACTION in launch/).
 USABLE = {"a100_80gb": 0.95 * 80e9, "h200": 0.95 * 141e9, "v5p": 95e9, "v5e": 16e9}
-TARGETS = Path(__file__).parent / "targets"
+TARGETS = resources.folder("benchmarks") / "targets"
 
 
 @dataclasses.dataclass(frozen=True)

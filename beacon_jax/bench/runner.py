@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from beacon_jax.benchmark import (
+from beacon_jax.bench import (
     device,
     kernels,
     parity,
@@ -19,8 +19,8 @@ from beacon_jax.benchmark import (
     serving,
     training,
 )
-from beacon_jax.benchmark.case import Case, Settings
-from beacon_jax.benchmark.records import Records, Row, describe, versions
+from beacon_jax.bench.case import Case, Settings
+from beacon_jax.bench.records import Records, Row, describe, versions
 from beacon_jax.evaluation.runner import integers
 from beacon_jax.model.config import ModelConfig, check_ratio
 from beacon_jax.model.presets import get_preset

@@ -1,6 +1,7 @@
 """Peak memory and speed of preparing data, and the speed of reading it back.
 
-python -m benchmarks.prepare_memory [--megabytes=100,2000] [--workers=2] [--out=FOLDER]
+python -m beacon_jax.bench.prepare_memory [--megabytes=100,2000] [--workers=2]
+  [--out=FOLDER]
 
 Writes a text of each size as JSON lines (documents of 2 to 14 KB, lines of the standard
 library in random order), prepares it with the tokenizer of assets/tiny-base in a
@@ -24,7 +25,7 @@ from beacon_jax.data.grouped import GroupConfig, GroupedBatches
 from beacon_jax.data.prepared import Prepared
 from beacon_jax.data.text import load_documents
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LOADED_STEPS = 100
 
 

@@ -1,6 +1,6 @@
 """Kills a training run with SIGKILL again and again; it must end as if it never were.
 
-python -m benchmarks.kill_and_resume [--kills=10] [--out=FOLDER]
+python -m beacon_jax.bench.kill_and_resume [--kills=10] [--out=FOLDER]
 
 Trains the quickstart's beacons for a few dozen steps, once undisturbed and once killed
 at random moments, also while a checkpoint is written. The exports have to be equal
