@@ -11,35 +11,30 @@ Needs the `aot` extra: pip install "beacon_jax[aot]".
 
 import dataclasses
 import functools
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip to share
+import numpy as np
 
+from beacon_jax.bench import targets  # before jax
+
+# isort: split
 import jax
 import jax.numpy as jnp
-import numpy as np
-from absl import app, flags
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from beacon_jax import resources
 from beacon_jax.attention import prefix_attention
-from beacon_jax.bench.records import provenance
-from beacon_jax.evaluation.report import table
+from beacon_jax.bench.records import Row
+from beacon_jax.bench.report import by_column
 from beacon_jax.model.presets import get_preset
 from beacon_jax.model.rotary import inverse_frequencies
 
-TARGETS = resources.folder("benchmarks") / "targets"
 GPUS = ("a100_80gb", "h200")
 TPUS = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4")
 MEMORY = 16384  # slots
@@ -47,10 +42,10 @@ ARCHITECTURES = {"a100_80gb": "sm_80", "h200": "sm_90a"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One program to compile.
+class KernelCase:
+    """Names one program to compile.
 
-    target: a file of `targets` without .txtpb, or a TPU topology.
+    target: of `targets.devices`.
     queries: T, a window of T / 1.5 tokens with its beacons at ratio 2.
     backward: forward and backward on one layer's buffer, as in training; otherwise
       forward on a layer of the stacked buffer, as in inference.
@@ -75,59 +70,35 @@ class Case:
         return f"{self.model}-{self.queries}-{way}{kind}-{self.target.split(':')[0]}"
 
 
-CASES = {
-    case.name: case
-    for target in (*GPUS, *TPUS)
-    for model in ("llama2-7b", "qwen2-7b")
-    for queries in (1536, 3072)
-    for backward in (False, True)
-    for case in [
-        Case(
-            model,
-            target,
-            queries,
-            backward,
-            "pallas_gpu" if target in GPUS else "pallas_tpu",
-        )
-    ]
-}
+def _cases() -> Iterator[KernelCase]:
+    for target in (*GPUS, *TPUS):
+        platform = "gpu" if target in GPUS else "tpu"
+        for model in ("llama2-7b", "qwen2-7b"):
+            for queries in (1536, 3072):
+                for backward in (False, True):
+                    kernel = f"pallas_{platform}"
+                    yield KernelCase(model, target, queries, backward, kernel)
+    # A token, and a window's beacons at ratio 8, for eight rows.
+    for target in (*GPUS, *TPUS):
+        for model in ("llama2-7b", "qwen2-7b"):
+            for queries, options in (
+                (1, {}),
+                (128, {}),
+                (1, {"int8": True}),
+                (1, {"int8": True, "mean": True}),
+            ):
+                kernel = "decode_gpu"
+                if target in TPUS:
+                    one = queries == 1 and not options
+                    kernel = "decode_tpu" if one else "pallas_tpu"
+                case = KernelCase(model, target, queries, False, kernel, rows=8)
+                yield dataclasses.replace(case, **options)
 
 
-# A token, and a window's beacons at ratio 8, for eight rows.
-CASES |= {
-    case.name: case
-    for target in (*GPUS, *TPUS)
-    for model in ("llama2-7b", "qwen2-7b")
-    for queries, int8, mean in (
-        (1, False, False),
-        (128, False, False),
-        (1, True, False),
-        (1, True, True),
-    )
-    for on_tpu in ["decode_tpu" if queries == 1 and not int8 else "pallas_tpu"]
-    for kernel in ["decode_gpu" if target in GPUS else on_tpu]
-    for case in [
-        Case(model, target, queries, False, kernel, rows=8, int8=int8, mean=mean)
-    ]
-}
+CASES = {case.name: case for case in _cases()}
 
 
-def device_mesh(target: str) -> Mesh:
-    """Of one device of the target, which is not here."""
-    file = TARGETS / f"{target}.txtpb"
-    if file.exists():
-        where: Any = topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="",
-            topology="1x1x8",
-            target_config=file.read_text(),
-        )
-    else:
-        where = topologies.get_topology_desc(platform="tpu", topology_name=target)
-    return Mesh(np.asarray(where.devices[:1]), ("all",))
-
-
-def program(case: Case, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def program(case: KernelCase, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """A function and its arguments as shapes on the mesh's device."""
     config = get_preset(case.model)
     t, s = case.queries, MEMORY + case.queries
@@ -218,9 +189,9 @@ def registers(ptx: Path, architecture: str) -> dict[str, int]:
     return {"registers": find(used), "spilled": find(spilled)}
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Compiles a case."""
-    mesh = device_mesh(case.target)
+def measure(case: KernelCase) -> Row:
+    """Compiles a case for one device of its target."""
+    mesh = Mesh(np.asarray(targets.devices(case.target)[:1]), ("all",))
     function, arguments = program(case, mesh)
     start = time.perf_counter()
     executable = compiled(function, arguments, mesh)
@@ -239,57 +210,38 @@ def measure(case: Case) -> dict[str, Any]:
     return result
 
 
-def main(argv):
-    del argv
-    names = flags.FLAGS.cases or list(CASES)
-    out = Path(flags.FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
-    results, failed = [], []
-    for name in names:
-        try:
-            results.append(measure(CASES[name]))
-        except Exception as error:  # every case is reported before the script fails
-            failed.append(name)
-            results.append({"case": name, "error": str(error).splitlines()[0][:300]})
-        print(json.dumps(results[-1]), flush=True)
-        record = provenance() | {"results": results}
-        (out / "aot_kernels.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(_table(results))
-    if failed:
-        sys.exit(f"error: did not compile: {', '.join(failed)}")
+def measure_named(name: str) -> Row:
+    """Compiles the case of a name; an error is a result, so that others follow."""
+    try:
+        return measure(CASES[name])
+    except Exception as error:
+        return {"case": name, "error": str(error).splitlines()[0][:300]}
 
 
-def _table(results: list[dict[str, Any]]) -> str:
-    heads = [
-        "case",
-        "kernel",
-        "registers",
-        "spilled",
-        "shared KiB",
-        "VMEM MiB",
-        "threads",
-        "temp MiB",
-        "compile s",
-    ]
-    rows = []
-    for r in results:
-        for k in r.get("kernels", [{}]):
-            rows.append(
-                [
-                    r["case"],
-                    k.get("kernel", r.get("error", "-")[:60]),
-                    *(str(k.get(key, "-")) for key in ("registers", "spilled")),
-                    f"{k['shared_memory'] / 1024:.0f}" if "registers" in k else "-",
-                    f"{k['vmem'] / 2**20:.1f}" if "vmem" in k else "-",
-                    str(k.get("threads", "-")),
-                    str(r.get("temp_mib", "-")),
-                    str(r.get("compile_s", "-")),
-                ]
-            )
-    return table(heads, rows)
+def _table(results: list[Row]) -> str:
+    get = lambda key: lambda r: r.get(key, "-")
+    columns = {
+        "case": get("case"),
+        "kernel": lambda r: r.get("kernel", r.get("error", "-")[:60]),
+        "registers": get("registers"),
+        "spilled": get("spilled"),
+        "shared KiB": lambda r: (
+            f"{r['shared_memory'] / 1024:.0f}" if "registers" in r else "-"
+        ),
+        "VMEM MiB": lambda r: f"{r['vmem'] / 2**20:.1f}" if "vmem" in r else "-",
+        "threads": get("threads"),
+        "temp MiB": get("temp_mib"),
+        "compile s": get("compile_s"),
+    }
+    return by_column(columns, [r | k for r in results for k in r.get("kernels", [{}])])
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("cases", None, f"Of {', '.join(CASES)}; all by default.")
-    flags.DEFINE_string("out", "out/aot", "Folder of aot_kernels.json.")
-    app.run(main)
+    targets.compile_all(
+        CASES,
+        measure_named,
+        file="aot_kernels.json",
+        text=_table,
+        fault="did not compile",
+        wrong=lambda result: "error" in result,
+    )

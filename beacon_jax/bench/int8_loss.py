@@ -7,57 +7,28 @@ Held-out texts are compressed into a float and into an int8 memory, and the wind
 follows is predicted behind each. Writes int8_loss.json; a few minutes on two CPU cores.
 """
 
-import json
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 from absl import app, flags
 
-from beacon_jax.bench.mount_loss import losses
-from beacon_jax.bench.records import provenance
-from beacon_jax.core.memory import init_memory
-from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.model import Model, load_model
-from beacon_jax.evaluation.report import table
-from beacon_jax.evaluation.settings import Settings
+from beacon_jax.bench.losses import compare, define_flags, held_out, remember, triple
+from beacon_jax.bench.records import Row, write_result
+from beacon_jax.bench.report import by_column
+from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation.report import interval
 from beacon_jax.evaluation.statistics import mean_interval
-from beacon_jax.evaluation.tasks.perplexity import Perplexity
-from beacon_jax.inference.ledger import Ledger
-from beacon_jax.inference.memory import Memory
 
 
-def remember(model: Model, texts: list[np.ndarray], ratio: int, dtype: Any) -> Memory:
-    """The memory of texts of one length, keys and values in `dtype`."""
-    room = model.new_memory(1, ratio).capacity
-    state = init_memory(model.config, len(texts), room, dtype)
-    state = model.feed(state, texts, ratio)[1]
-    feed = lambda text: Ledger.empty().feed(model.config, model.plan(ratio), text)
-    return Memory(model.config, state, tuple(map(feed, texts)))
-
-
-def measure(
-    model: Model, texts: list[np.ndarray], ratio: int, batch: int
-) -> dict[str, Any]:
-    """Both losses at one ratio, and their difference row by row."""
-    found: dict[str, list[np.ndarray]] = {"float32": [], "int8": []}
-    nbytes = {}
-    for start in range(0, len(texts), batch):
-        rows = texts[start : start + batch]
-        past = [row[: -model.window] for row in rows]
-        last = [row[-model.window :] for row in rows]
-        for dtype, values in found.items():
-            memory = remember(model, past, ratio, dtype)
-            values.append(losses(model, memory, last, ratio))
-            nbytes[dtype] = memory.slot_nbytes
-    loss = {dtype: np.concatenate(values) for dtype, values in found.items()}
-    triple = lambda values: dict(zip(("value", "low", "high"), values, strict=True))
+def measure(model: Model, texts: Rows, ratio: int, batch: int) -> Row:
+    """Measures both losses at one ratio, and their difference row by row."""
+    both = lambda past: {
+        dtype: remember(model, past, ratio, dtype) for dtype in ("float32", "int8")
+    }
+    loss, memories = compare(model, texts, ratio, batch, -model.window, both)
     return {
         "ratio": ratio,
         "rows": len(texts),
         "loss": {dtype: triple(mean_interval(x)) for dtype, x in loss.items()},
         "cost": triple(mean_interval(loss["int8"] - loss["float32"])),
-        "slot_bytes": nbytes,
+        "slot_bytes": {dtype: m.slot_nbytes for dtype, m in memories.items()},
     }
 
 
@@ -65,39 +36,28 @@ def main(argv: list[str]) -> None:
     del argv
     f = flags.FLAGS
     ratios = [int(r) for r in f.ratios]
-    window = load_model(f.model, 2, ratios).window
-    model = load_model(f.model, f.length + window, ratios)
-    settings = Settings(lengths=(f.length + window,), samples=f.samples)
-    inputs = Inputs(settings, model.tokenizer)
-    texts = [e.tokens for e in Perplexity().examples(model, settings, inputs)]
+    model, texts = held_out(f.model, ratios, f.samples, f.length)
     results = [measure(model, texts, ratio, f.batch_size) for ratio in ratios]
-    record = provenance() | {
-        "model": f.model,
-        "text": "stdlib, held out",
-        "past_tokens": f.length,
-        "predicted_tokens_per_row": window,
-        "results": results,
+    write_result(
+        f.out,
+        "int8_loss.json",
+        model=f.model,
+        text="stdlib, held out",
+        past_tokens=f.length,
+        predicted_tokens_per_row=model.window,
+        results=results,
+    )
+    columns = {
+        "ratio": lambda r: f"x{r['ratio']}",
+        "float32": lambda r: f"{r['loss']['float32']['value']:.4f}",
+        "int8": lambda r: f"{r['loss']['int8']['value']:.4f}",
+        "int8 - float32": lambda r: interval(r["cost"], 4),
+        "bytes a slot": lambda r: "{float32:,} / {int8:,}".format(**r["slot_bytes"]),
     }
-    out = Path(f.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "int8_loss.json").write_text(json.dumps(record, indent=2) + "\n")
-    rows = [
-        [
-            f"x{r['ratio']}",
-            *(f"{r['loss'][d]['value']:.4f}" for d in ("float32", "int8")),
-            "{value:.4f} [{low:.4f}, {high:.4f}]".format(**r["cost"]),
-            f"{r['slot_bytes']['float32']:,} / {r['slot_bytes']['int8']:,}",
-        ]
-        for r in results
-    ]
-    print(table(["ratio", "float32", "int8", "int8 - float32", "bytes a slot"], rows))
+    print(by_column(columns, results))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", "assets/tiny-beacon", "With beacons.")
-    flags.DEFINE_list("ratios", ["2", "4", "8"], "Raw tokens per slot.")
     flags.DEFINE_integer("length", 256, "Tokens of the past, whole windows.")
-    flags.DEFINE_integer("samples", 256, "Texts.")
-    flags.DEFINE_integer("batch_size", 32, "Texts at a time.")
-    flags.DEFINE_string("out", "out/int8-loss", "Folder of the result.")
+    define_flags(batch_size=32, out="out/int8-loss")
     app.run(main)

@@ -12,86 +12,52 @@ compressed at once or as two halves. Writes mount_loss.json and mount_loss.md.
 """
 
 import json
-from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags
 
-from beacon_jax.bench.records import provenance
+from beacon_jax.bench.losses import compare, define_flags, held_out, remember, triple
+from beacon_jax.bench.records import Row, write_result
+from beacon_jax.bench.report import by_column
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.methods import Beacon
-from beacon_jax.evaluation.model import Model, Rows, load_model
-from beacon_jax.evaluation.report import interval, table
+from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation.report import interval
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval, ratio_interval
 from beacon_jax.evaluation.tasks.base import Metric
 from beacon_jax.evaluation.tasks.passkey import Passkey
-from beacon_jax.evaluation.tasks.perplexity import Perplexity
-from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.mount import concatenate
 
 
-def remember(model: Model, texts: list[np.ndarray], ratio: int) -> Memory:
-    """The memory of texts that are read from their starts."""
-    state = model.new_memory(len(texts), ratio)
-    if len(texts[0]):
-        state = model.feed(state, texts, ratio)[1]
-    feed = lambda text: Ledger.empty().feed(model.config, model.plan(ratio), text)
-    return Memory(model.config, state, tuple(map(feed, texts)))
+def measure(model: Model, texts: Rows, ratio: int, half: int, batch: int) -> Row:
+    """Measures all cases at one ratio and one length of A and of B."""
 
-
-def losses(model: Model, memory: Memory, rows: list[np.ndarray], ratio: int):
-    """Mean loss of each row's tokens but the first behind a memory [B]; float64."""
-    # Raw entries of closed windows come on top of what a plan needs.
-    room = model.new_memory(1, ratio).capacity + 2 * model.window
-    state = memory.state.resized(room)
-    out, _ = model.feed(
-        state,
-        [row[:-1] for row in rows],
-        ratio,
-        outputs="loss",
-        labels=[row[1:] for row in rows],
-    )
-    return np.asarray(out.token_loss, np.float64)[:, : len(rows[0]) - 1].mean(1)
-
-
-def measure(
-    model: Model, texts: list[np.ndarray], ratio: int, half: int, batch: int
-) -> dict[str, Any]:
-    """All cases at one ratio and one length of A and of B."""
-    found: dict[str, list[np.ndarray]] = {}
-    slots = {}
-    for start in range(0, len(texts), batch):
-        rows = texts[start : start + batch]
-        end = model.longest - model.window
-        a, b, both = (
-            [row[end - begin : end - stop] for row in rows]
-            for begin, stop in ((2 * half, half), (half, 0), (2 * half, 0))
-        )
-        last = [row[end:] for row in rows]
+    def memories(past: Rows) -> dict[str, Memory]:
+        a, b = ([r[len(r) - n :][:half] for r in past] for n in (2 * half, half))
+        both = [row[len(row) - 2 * half :] for row in past]
         alone = remember(model, b, ratio)
-        memories = {
+        return {
             "at_once": remember(model, both, ratio),
             "mounted": concatenate([remember(model, a, ratio), alone]),
             "second": alone,
-            "nothing": remember(model, [row[:0] for row in rows], ratio),
+            "nothing": remember(model, [row[:0] for row in past], ratio),
         }
-        for name, memory in memories.items():
-            found.setdefault(name, []).append(losses(model, memory, last, ratio))
-            entries = memory.state.slots + memory.state.open_entries("interleave")
-            slots[name] = int(entries[0])
-    loss = {name: np.concatenate(values) for name, values in found.items()}
-    triple = lambda values: dict(zip(("value", "low", "high"), values, strict=True))
+
+    end = model.longest - model.window
+    loss, made = compare(model, texts, ratio, batch, end, memories)
+    held = {
+        name: memory.state.slots + memory.state.open_entries("interleave")
+        for name, memory in made.items()
+    }
     gained = loss["second"] - loss["mounted"], loss["second"] - loss["at_once"]
     return {
         "ratio": ratio,
         "tokens_each": half,
         "rows": len(texts),
-        "entries": slots,
+        "entries": {name: int(entries[0]) for name, entries in held.items()},
         "loss": {name: triple(mean_interval(x)) for name, x in loss.items()},
         "cost_of_mounting": triple(mean_interval(loss["mounted"] - loss["at_once"])),
         "gain_of_first": triple(mean_interval(gained[1])),
@@ -133,48 +99,40 @@ def passkey_table(metrics: list[Metric]) -> str:
     metrics = [m for m in metrics if m["metric"] == "accuracy"]
     depths = sorted({m["depth"] for m in metrics if m["depth"] is not None})
     cells = {(m["method"], m["depth"]): m for m in metrics}
-    rows = [
-        [
-            name,
-            interval(cells[name, None], 2),
-            *(f"{cells[name, d]['value']:.2f}" for d in depths),
-        ]
-        for name in dict.fromkeys(m["method"] for m in metrics)
-    ]
-    head = ["passkey, 256 tokens", "accuracy", *(f"depth {d:g}" for d in depths)]
-    return table(head, rows) + "\n"
+    columns = {
+        "passkey, 256 tokens": lambda m: m["method"],
+        "accuracy": lambda m: interval(m, 2),
+    } | {
+        f"depth {d:g}": lambda m, d=d: f"{cells[m['method'], d]['value']:.2f}"
+        for d in depths
+    }
+    return by_column(columns, [m for m in metrics if m["depth"] is None]) + "\n"
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
-    head = [
-        *("A, B: tokens each", "ratio", "at once", "mounted", "B alone", "nothing"),
-        *("mounted - at once", "entries: at once / mounted / B"),
-    ]
-    rows = []
-    for r in results:
-        entries = (r["entries"][name] for name in ("at_once", "mounted", "second"))
-        rows.append(
-            [
-                r["tokens_each"],
-                f"x{r['ratio']}",
-                *(f"{x['value']:.3f}" for x in r["loss"].values()),
-                interval(r["cost_of_mounting"], 3),
-                " / ".join(map(str, entries)),
-            ]
-        )
-    return table(head, rows) + "\n"
+def loss_table(results: list[Row]) -> str:
+    titles = ("at once", "mounted", "B alone", "nothing")
+    names = ("at_once", "mounted", "second")
+    columns = {
+        "A, B: tokens each": lambda r: r["tokens_each"],
+        "ratio": lambda r: f"x{r['ratio']}",
+        **{
+            title: lambda r, name=name: f"{r['loss'][name]['value']:.3f}"
+            for title, name in zip(titles, (*names, "nothing"), strict=True)
+        },
+        "mounted - at once": lambda r: interval(r["cost_of_mounting"], 3),
+        "entries: at once / mounted / B": lambda r: " / ".join(
+            str(r["entries"][name]) for name in names
+        ),
+    }
+    return by_column(columns, results) + "\n"
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     del argv
     f = flags.FLAGS
     ratios, lengths = [int(r) for r in f.ratios], [int(n) for n in f.tokens]
-    window = load_model(f.model, 2, ratios).window
-    longest = 2 * -(-max(lengths) // window) * window + window
-    model = load_model(f.model, longest, ratios)
-    settings = Settings(lengths=(longest,), samples=f.samples)
-    inputs = Inputs(settings, model.tokenizer)
-    texts = [e.tokens for e in Perplexity().examples(model, settings, inputs)]
+    # Each half may end in an open window.
+    model, texts = held_out(f.model, ratios, f.samples, 2 * max(lengths))
     results = []
     for half in lengths:
         for ratio in ratios:
@@ -182,27 +140,22 @@ def main(argv):
             print(json.dumps(results[-1]), flush=True)
     keys = Settings(lengths=(256,), samples=f.samples, batch_size=f.batch_size)
     found = passkeys(model, ratios, keys)
-    out = Path(f.out)
-    out.mkdir(parents=True, exist_ok=True)
-    record = provenance() | {
-        "model": f.model,
-        "text": "stdlib, held out",
-        "predicted_tokens_per_row": window,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "results": results,
-        "passkeys": found,
-    }
-    (out / "mount_loss.json").write_text(json.dumps(record, indent=2) + "\n")
-    tables = markdown(results) + "\n" + passkey_table(found)
-    (out / "mount_loss.md").write_text(tables)
+    file = write_result(
+        f.out,
+        "mount_loss.json",
+        model=f.model,
+        text="stdlib, held out",
+        predicted_tokens_per_row=model.window,
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        results=results,
+        passkeys=found,
+    )
+    tables = loss_table(results) + "\n" + passkey_table(found)
+    file.with_suffix(".md").write_text(tables)
     print(tables)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", "assets/tiny-beacon", "HF or converted folder.")
-    flags.DEFINE_list("ratios", ["2", "4", "8"], "Raw tokens per beacon.")
     flags.DEFINE_list("tokens", ["128", "120"], "Tokens of A, and of B.")
-    flags.DEFINE_integer("samples", 256, "Rows.")
-    flags.DEFINE_integer("batch_size", 64, "Rows at a time.")
-    flags.DEFINE_string("out", "out/mount_loss", "Folder of the results.")
+    define_flags(batch_size=64, out="out/mount_loss")
     app.run(main)

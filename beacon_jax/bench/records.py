@@ -75,6 +75,18 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
+def write_json(path: Path, content: Row) -> Path:
+    """Writes a file of JSON, and its folder if there is none; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def write_result(folder: str, name: str, **content: Any) -> Path:
+    """Writes what a script found: `provenance` and `content`; returns the path."""
+    return write_json(Path(folder) / name, provenance() | content)
+
+
 @functools.cache
 def source_hash() -> str:
     """12 hex digits of the code that is measured, as it was at the first call."""
@@ -128,10 +140,8 @@ class Records:
 
     def write(self, run: Row) -> Path:
         """Writes bench.json and returns its path."""
-        path = self._file.with_name("bench.json")
         content = {"schema": SCHEMA, "run": run, "rows": self.rows}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return path
+        return write_json(self._file.with_name("bench.json"), content)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tables from the rows of a bench.json, and their place in docs/benchmarks.md."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,14 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # Shown per key, in this order; what is not in a key is left out.
 NAMES = ("preset", "way", "implementation", "method", "length", "queries")
 SIZES = ("memory", "live", "batch", "window")
+
+
+def by_column(
+    columns: Mapping[str, Callable[[Row], object]], rows: Sequence[Row]
+) -> str:
+    """Makes a Markdown table; a column has a title and what it shows of a row."""
+    cells = [[show(row) for show in columns.values()] for row in rows]
+    return table(list(columns), cells)
 
 
 def line(row: Row) -> str:

@@ -21,6 +21,7 @@ from beacon_jax.bench.timing import compile_program, measure
 from beacon_jax.core.plan import draw_ratios, memory_slots, plan_slots
 from beacon_jax.core.windows import split_windows
 from beacon_jax.flops import training_step
+from beacon_jax.model.config import ModelConfig
 from beacon_jax.training.config import default_config
 from beacon_jax.training.hardware import peak_flops
 from beacon_jax.training.memory import choose_remat, step_bytes
@@ -43,12 +44,12 @@ def _step(s: Settings, length: int) -> Row:
     placement = make_placement(config.mesh, config.rules, [1], [s.device])
     windows = -(-length // model.beacon.window)
     slots = memory_slots(model, windows, likely=True)
-    trained, frozen = jax.eval_shape(lambda: _start(s))
+    trained, frozen = jax.eval_shape(lambda: start(model, s.dtype))
     need = step_bytes(
         model,
         placement,
-        _placed(placement.trained(model, trained), trained),
-        _placed(placement.frozen(model, frozen), frozen),
+        placed(trained, placement.trained(model, trained)),
+        placed(frozen, placement.frozen(model, frozen)),
         rows=1,
         windows=windows,
         slots=slots,
@@ -57,7 +58,7 @@ def _step(s: Settings, length: int) -> Row:
     remat = choose_remat(need, s.device)
     check_fits(s.device, need[remat])
     before = peak_bytes(s.device)
-    trained, frozen = _start(s)
+    trained, frozen = start(model, s.dtype)
     trained = jax.device_put(trained, placement.trained(model, trained))
     frozen = jax.device_put(frozen, placement.frozen(model, frozen))
     state = _state(config, placement, trained)
@@ -89,14 +90,15 @@ def _step(s: Settings, length: int) -> Row:
     }
 
 
-def _start(s: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Random (trained, frozen)."""
-    variables = random_variables(s.config, s.dtype)
+def start(model: ModelConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Draws (trained, frozen) parameters: beacons in float32, a base in `dtype`."""
+    variables = random_variables(model, dtype)
     beacon = jax.tree.map(lambda x: x.astype(jnp.float32), variables["beacon"])
     return {"beacon": beacon}, {"params": variables["params"]}
 
 
-def _placed(shardings: Any, shapes: Any) -> Any:
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Returns the shapes of a tree of arrays with their shardings."""
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     return jax.tree.map(place, shapes, shardings)
 
