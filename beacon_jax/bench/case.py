@@ -1,12 +1,14 @@
-"""One thing to measure."""
+"""What a run of `bench` measures, one row after the other."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from beacon_jax.bench.records import Row
-from beacon_jax.bench.timing import Compiled, Timing
-from beacon_jax.model.config import ModelConfig
+from beacon_jax.bench.timing import CallTime, Compiled
+from beacon_jax.model.config import BeaconConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a run measures, and how often.
+class Bench:
+    """Says what a run measures, and how often.
 
     Attributes:
       preset: name of the model.
@@ -50,7 +52,19 @@ class Settings:
     window: int | None = None
     against: Sequence[str] = ()
 
+    @property
+    def beacon(self) -> BeaconConfig:
+        """The model's beacons; every preset has some."""
+        assert self.config.beacon is not None
+        return self.config.beacon
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of `dtype`."""
+        return jnp.dtype(self.dtype).itemsize
+
     def key(self, part: str, **rest: Any) -> Row:
+        """Makes the key of a row: its part, the model, and what `rest` says."""
         if self.window is not None:
             rest = {"window": self.window, **rest}
         return {"part": part, "preset": self.preset, "dtype": self.dtype, **rest}
@@ -64,16 +78,17 @@ class Latest:
         self._key, self._value = None, None
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Returns what was made for `key` if that is the last, else makes it."""
         if self._value is None or key != self._key:
             self._key = self._value = None
             self._key, self._value = key, make()
         return self._value
 
 
-def timed(timing: Timing, program: Compiled) -> Row:
-    """The fields that every row with a time has."""
+def timed(time: CallTime, program: Compiled) -> Row:
+    """Makes the fields that every row with a time has."""
     return {
-        "seconds": dataclasses.asdict(timing),
+        "seconds": dataclasses.asdict(time),
         "compile_s": program.seconds,
         "program_bytes": program.nbytes,
     }

@@ -1,7 +1,7 @@
 """The device that is measured: its memory, its real peaks, random arrays made on it."""
 
 import functools
-import os
+import itertools
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from beacon_jax.bench.records import DoesNotFit, Row
 from beacon_jax.bench.sizes import GIB
 from beacon_jax.bench.timing import compile_program, measure_queued
 from beacon_jax.model.config import ModelConfig, param_shapes
+from beacon_jax.training.hardware import device_bytes
 
 # Edge of the square product and bytes of the copied array, per platform: large enough
 # to reach the peak, and 0.1 s on a CPU.
@@ -19,17 +20,9 @@ MATMUL = {"cpu": 512}
 COPY = {"cpu": 2**26}
 
 
-def memory_limit(device: Any) -> int | None:
-    """Bytes that programs can have: what the device says, or the host's for a CPU."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return limit
-
-
 def check_fits(device: Any, needed: float) -> None:
     """Raises DoesNotFit if the formula's bytes are more than there are."""
-    limit = memory_limit(device)
+    limit = device_bytes(device)
     if limit is not None and needed > limit:
         raise DoesNotFit(
             f"{needed / GIB:.1f} GiB by formula, {device.device_kind} has "
@@ -49,13 +42,21 @@ def check_platform(implementation: str, device: Any) -> None:
 
 
 def peak_bytes(device: Any) -> int | None:
-    """The most bytes that this process had at once so far; a device cannot be asked to
-    forget, so the rows of a run go from small to large."""
+    """Returns the most bytes that this process had at once so far.
+
+    A device cannot be asked to forget, so the rows of a run go from small to large.
+    """
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
+def risen(device: Any, before: int | None) -> int | None:
+    """Returns the process's peak, if it has risen since it was `before`."""
+    after = peak_bytes(device)
+    return after if after != before else None
+
+
 def random_array(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Normal numbers made on the device; the leading axis one by one, so that the
+    """Draws normal numbers on the device; the leading axis one by one, so that the
     float32 and uint32 numbers behind them never exist for all of a large array."""
     return _random(key, tuple(shape), jnp.dtype(dtype).name)
 
@@ -69,21 +70,18 @@ def _random(key, shape, dtype):
 
 
 def random_variables(config: ModelConfig, dtype: Any) -> dict[str, Any]:
-    """{"params", "beacon"} of the config, of the usual size (0.02), norms 1."""
+    """Draws {"params", "beacon"} of the usual size (0.02), norms 1."""
     # rbg: an accelerator's own generator, many times as fast as threefry.
-    root = jax.random.key(0, impl="rbg")
-    is_shape = lambda x: isinstance(x, tuple)
-    leaves, tree = jax.tree.flatten(param_shapes(config), is_leaf=is_shape)
-    paths = jax.tree.leaves_with_path(param_shapes(config), is_leaf=is_shape)
-    names = [path[-1].key for path, _ in paths]
+    root, numbers = jax.random.key(0, impl="rbg"), itertools.count()
 
-    def make(i: int, name: str, shape: tuple[int, ...]) -> Array:
-        if name == "scale":
+    def make(path: tuple[Any, ...], shape: tuple[int, ...]) -> Array:
+        key = jax.random.fold_in(root, next(numbers))
+        if path[-1].key == "scale":
             return jnp.ones(shape, dtype)
-        return _small(random_array(jax.random.fold_in(root, i), shape, dtype))
+        return _small(random_array(key, shape, dtype))
 
-    pairs = zip(names, leaves, strict=True)
-    made = jax.tree.unflatten(tree, [make(i, n, s) for i, (n, s) in enumerate(pairs)])
+    is_shape = lambda x: isinstance(x, tuple)
+    made = jax.tree.map_with_path(make, param_shapes(config), is_leaf=is_shape)
     return jax.block_until_ready(made)  # else the first call that is timed waits
 
 
@@ -93,7 +91,7 @@ def _small(x):
 
 
 def measure_peaks(device: Any, dtype: Any, repeats: int) -> Row:
-    """TFLOP/s of a large matrix product and GB/s of a copy, as they are here."""
+    """Measures TFLOP/s of a large matrix product and GB/s of a copy."""
     n = MATMUL.get(device.platform, 8192)
     key = jax.random.key(0, impl="rbg")
     a = random_array(key, (n, n), dtype)

@@ -29,14 +29,15 @@ SETTINGS = {
 
 
 def command(workdir: Path) -> list[str]:
+    """Returns the command line of a run of ninety steps."""
     options = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
     module = [sys.executable, "-m", "beacon_jax.train"]
-    config = ["--config=configs/quickstart.py:smoke", f"--workdir={workdir}"]
+    config = ["--config=quickstart:smoke", f"--workdir={workdir}"]
     return [*module, *config, *options]
 
 
 def steps_done(workdir: Path) -> int:
-    """The last step that metrics.jsonl has, 0 without one."""
+    """Returns the last step that metrics.jsonl has, 0 without one."""
     file = workdir / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     for line in reversed(lines):
@@ -48,7 +49,7 @@ def steps_done(workdir: Path) -> int:
 
 
 def killed_run(workdir: Path, kills: int, rng: random.Random) -> int:
-    """Kills `kills` times, then lets the run end; the number of kills that hit."""
+    """Kills `kills` times, then lets the run end; returns how many kills hit."""
     total = sum(v for k, v in SETTINGS.items() if k.endswith("steps"))
     hit = 0
     for i in range(kills):
@@ -67,6 +68,7 @@ def killed_run(workdir: Path, kills: int, rng: random.Random) -> int:
 
 
 def digest(workdir: Path) -> str:
+    """Returns the SHA-256 of the exported weights."""
     weights = (workdir / "export" / "model.safetensors").read_bytes()
     return hashlib.sha256(weights).hexdigest()
 

@@ -8,9 +8,9 @@ one needs one, so its line is flat but for the buffer itself. Writes lean_backwa
 and lean_backward.png.
 """
 
+import dataclasses
 import json
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +20,59 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from beacon_jax.bench.records import provenance
+from beacon_jax.bench.records import Row, write_result
+from beacon_jax.bench.timing import compile_program, measure
 from beacon_jax.core.train_loss import train_loss
-from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.net import Net
+from beacon_jax.model.presets import get_preset
 from beacon_jax.training.initial import random_variables
 
 REMAT = ("lean", "lean-layer", "window", "none")
-MODEL = ModelConfig(
-    family="llama",
+WINDOW = 128
+MODEL = dataclasses.replace(
+    get_preset("tiny"),
     vocab_size=512,
     hidden_size=256,
     intermediate_size=512,
     num_layers=4,
-    num_heads=4,
     num_kv_heads=4,
     head_dim=64,
     max_position=8192,
-    eos_ids=(2,),
-    bos_ids=(1,),
-    beacon=BeaconConfig(window=128, ratios=(2, 8)),
+    beacon=BeaconConfig(window=WINDOW, ratios=(2, 8)),
 )
 
 
-def measure(remat: str, windows: int, repeats: int) -> dict[str, object]:
-    assert MODEL.beacon is not None
+def measure_step(remat: str, windows: int, repeats: int) -> Row:
+    """Measures the gradient of a text of so many windows, its ratios 2, 8, 2, ..."""
     variables = random_variables(MODEL, 0)
-    shape = (windows, 1, MODEL.beacon.window)
+    shape = (windows, 1, WINDOW)
     tokens = np.random.default_rng(0).integers(3, 512, shape).astype(np.int32)
     batch = {
         "tokens": tokens,
         "labels": np.roll(tokens, -1, -1),
-        "valid": np.full(shape[:2], shape[2], np.int32),
+        "valid": np.full(shape[:2], WINDOW, np.int32),
     }
     plan = jnp.asarray([2, 8] * windows)[:windows]
     loss = lambda beacon, params: train_loss(
         Net(MODEL), beacon, params, batch, plan, remat=remat
     )[0]
     arguments = variables["beacon"], variables["params"]
-    start = time.perf_counter()
-    step = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
-    compiled = time.perf_counter() - start
-    jax.block_until_ready(step(*arguments))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(step(*arguments))
-        times.append(time.perf_counter() - start)
-    memory: Any = step.memory_analysis()
+    step = compile_program(jax.value_and_grad(loss), *arguments)
+    times = measure(lambda: step.run(*arguments), repeats=repeats)
+    memory: Any = step.run.memory_analysis()
     return {
         "remat": remat,
         "windows": windows,
-        "seconds": float(np.median(times)),
-        "spread": float(np.max(times) - np.min(times)),
-        "compile_seconds": compiled,
+        "seconds": times.median_s,
+        "spread": times.max_s - times.min_s,
+        "compile_seconds": step.seconds,
         "temp_bytes": memory.temp_size_in_bytes,
     }
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
+    """Draws seconds and temporaries over the number of windows, a line per `remat`."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for remat in REMAT:
@@ -94,22 +88,21 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     del argv
-    out = Path(flags.FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
     rows = []
     for windows in map(int, flags.FLAGS.windows):
         for remat in REMAT:
-            rows.append(measure(remat, windows, flags.FLAGS.repeats))
+            rows.append(measure_step(remat, windows, flags.FLAGS.repeats))
             print(json.dumps(rows[-1]), flush=True)
-    record = provenance() | {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "machine": platform.machine(),
-        "rows": rows,
-    }
-    (out / "lean_backward.json").write_text(json.dumps(record, indent=2) + "\n")
-    plot(rows, out / "lean_backward.png")
+    file = write_result(
+        flags.FLAGS.out,
+        "lean_backward.json",
+        device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        machine=platform.machine(),
+        rows=rows,
+    )
+    plot(rows, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

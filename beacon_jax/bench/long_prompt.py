@@ -29,10 +29,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from beacon_jax.bench.device import random_variables
-from beacon_jax.bench.records import provenance, versions
-from beacon_jax.bench.sizes import kv_token_bytes
+from beacon_jax.bench.records import provenance, versions, write_json
 from beacon_jax.core.loop import feed, feed_jit
-from beacon_jax.core.memory import MemoryState, init_memory
+from beacon_jax.core.memory import MemoryState, init_memory, slot_nbytes
 from beacon_jax.core.plan import capacity
 from beacon_jax.model.config import ModelConfig, check_ratio
 from beacon_jax.model.net import Net
@@ -43,8 +42,8 @@ LOGITS = "last_logits"
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What is run; a saved state belongs to exactly one."""
+class LongPrompt:
+    """Names what is run; a saved state belongs to exactly one."""
 
     preset: str
     layers: int
@@ -55,6 +54,7 @@ class Prompt:
     dtype: str = "float32"
 
     def model(self) -> ModelConfig:
+        """Returns the config of the model; ValueError names a wrong option."""
         config = get_preset(self.preset)
         if config.beacon is None:
             raise ValueError(f"--preset={self.preset} has no beacons.")
@@ -68,13 +68,14 @@ class Prompt:
         return dataclasses.replace(config, num_layers=layers, beacon=beacon)
 
     def text(self, config: ModelConfig) -> np.ndarray:
+        """Draws the token ids of the prompt [T]."""
         rng = np.random.default_rng(0)
         return rng.integers(0, config.vocab_size, self.tokens, dtype=np.int32)
 
 
 @dataclasses.dataclass
-class Progress:
-    """What earlier processes did; peaks are the most of all of them."""
+class Fed:
+    """Counts what all processes did so far; the peak is the most of any of them."""
 
     done: int = 0
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -83,14 +84,15 @@ class Progress:
 
 
 def leaves(memory: MemoryState) -> list[str]:
+    """Names the arrays that a memory has."""
     names = [field.name for field in dataclasses.fields(memory)]
     return [name for name in names if getattr(memory, name) is not None]
 
 
 def save(
-    file: Path, prompt: Prompt, progress: Progress, memory: MemoryState, logits: Any
+    file: Path, prompt: LongPrompt, progress: Fed, memory: MemoryState, logits: Any
 ) -> None:
-    """All or nothing: a run killed meanwhile finds the state before."""
+    """Writes the state all or nothing: a run killed meanwhile finds the one before."""
     arrays = {name: np.asarray(getattr(memory, name)) for name in leaves(memory)}
     what = {"prompt": dataclasses.asdict(prompt)}
     what["progress"] = dataclasses.asdict(progress)
@@ -99,10 +101,10 @@ def save(
     os.replace(part, file)
 
 
-def restore(file: Path, prompt: Prompt, empty: MemoryState):
-    """(progress, memory, logits) of a saved run, or of one that begins."""
+def restore(file: Path, prompt: LongPrompt, empty: MemoryState):
+    """Returns (progress, memory, logits) of a saved run, or of one that begins."""
     if not file.exists():
-        return Progress(), empty, None
+        return Fed(), empty, None
     with safe_open(file, "np") as saved:
         run = json.loads(saved.metadata()["run"])
         if run["prompt"] != dataclasses.asdict(prompt):
@@ -113,11 +115,11 @@ def restore(file: Path, prompt: Prompt, empty: MemoryState):
         names = (*leaves(empty), LOGITS)
         arrays = {name: jnp.asarray(saved.get_tensor(name)) for name in names}
     logits = arrays.pop(LOGITS)
-    return Progress(**run["progress"]), empty.replace(**arrays), logits
+    return Fed(**run["progress"]), empty.replace(**arrays), logits
 
 
-def run(prompt: Prompt, out: Path) -> dict[str, Any]:
-    """Feeds what is left of the prompt; the result, as it is written."""
+def run(prompt: LongPrompt, out: Path) -> dict[str, Any]:
+    """Feeds what is left of the prompt; returns the result, as it is written."""
     config = prompt.model()
     out.mkdir(parents=True, exist_ok=True)
     ratios = np.asarray([prompt.ratio], np.int32)
@@ -150,20 +152,20 @@ def run(prompt: Prompt, out: Path) -> dict[str, Any]:
         progress.done += len(part)
         progress.peak_rss_bytes = max(progress.peak_rss_bytes, rss())
         save(out / STATE, prompt, progress, memory, logits)
-        report(prompt, progress)
+        tell(prompt, progress)
     compiled = jitted._cache_size() - programs
     result = summary(prompt, config, progress, memory, logits, compiled)
-    (out / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(out / RESULT, result)
     return result
 
 
 def rss() -> int:
-    """The most bytes that this process had in memory."""
+    """Returns the most bytes that this process had in memory."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most * (1 if sys.platform == "darwin" else 1024)
 
 
-def report(prompt: Prompt, progress: Progress) -> None:
+def tell(prompt: LongPrompt, progress: Fed) -> None:
     last = progress.seconds[-1]
     left = prompt.tokens - progress.done
     rate = progress.done / sum(progress.seconds)
@@ -180,16 +182,18 @@ def say(text: str) -> None:
 
 
 def summary(
-    prompt: Prompt,
+    prompt: LongPrompt,
     config: ModelConfig,
-    progress: Progress,
+    progress: Fed,
     memory: MemoryState,
     logits: Any,
     compiled: int,
 ) -> dict[str, Any]:
-    """The result, with what was promised of it. Times include compiling, once per
-    process."""
-    token = kv_token_bytes(config, jnp.dtype(prompt.dtype).itemsize)
+    """Makes the result, with what was promised of it.
+
+    Times include compiling, once per process.
+    """
+    token = slot_nbytes(config, prompt.dtype)
     full = prompt.tokens * token
     assert config.beacon is not None
     sink = config.beacon.sink
@@ -232,7 +236,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}: options begin with --.")
     o = flags.FLAGS
-    prompt = Prompt(o.preset, o.layers, o.tokens, o.window, o.ratio, o.piece, o.dtype)
+    prompt = LongPrompt(
+        o.preset, o.layers, o.tokens, o.window, o.ratio, o.piece, o.dtype
+    )
     try:
         result = run(prompt, Path(o.out))
     except ValueError as error:

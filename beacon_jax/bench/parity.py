@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
-from beacon_jax.bench.case import Case, Settings
+from beacon_jax.bench.case import Bench, Case
 from beacon_jax.bench.device import check_platform, random_array
 from beacon_jax.bench.records import Row
 
@@ -28,9 +28,9 @@ FLOAT32_ERROR = 5e-6
 NAMES = ("out", "d_q", "d_k", "d_v")
 
 
-def cases(s: Settings) -> Iterator[Case]:
-    assert s.config.beacon is not None
-    window = s.config.beacon.window
+def cases(s: Bench) -> Iterator[Case]:
+    """Yields every implementation in every dtype, on a window and in decoding."""
+    window = s.beacon.window
     for way, queries in (("window", window // 2 + 4), ("decode", 1)):
         for dtype in DTYPES:
             for name in IMPLEMENTATIONS:
@@ -40,7 +40,7 @@ def cases(s: Settings) -> Iterator[Case]:
                 yield Case(key | {"memory": 4 * window}, run)
 
 
-def _errors(s: Settings, name: str, dtype: str, queries: int) -> Row:
+def _errors(s: Bench, name: str, dtype: str, queries: int) -> Row:
     check_platform(name, s.device)
     if dtype == "bfloat16" and name == "reference":
         raise NotImplementedError("it is the measure of the others.")
@@ -58,11 +58,9 @@ def _errors(s: Settings, name: str, dtype: str, queries: int) -> Row:
     return {"errors": errors, "allowed": dict(zip(NAMES, allowed, strict=False))}
 
 
-def _inputs(s: Settings, queries: int, dtype: str) -> list[jax.Array]:
-    """q, k, v, the cotangent of the result, and the prefix of both rows."""
-    c = s.config
-    assert c.beacon is not None
-    memory = 4 * c.beacon.window
+def _inputs(s: Bench, queries: int, dtype: str) -> list[jax.Array]:
+    """Draws q, k, v, the cotangent of the result, and the prefix of both rows."""
+    c, memory = s.config, 4 * s.beacon.window
     prefix = jnp.asarray([0, 3 * memory // 4 + 1], jnp.int32)
     root = jax.random.key(0, impl="rbg")
     make = lambda i, *shape: random_array(jax.random.fold_in(root, i), shape, dtype)

@@ -16,31 +16,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from beacon_jax import flops
+from beacon_jax.bench.records import Row
+from beacon_jax.bench.report import by_column
 from beacon_jax.bench.sizes import (
     GIB,
     activation_bytes,
     decode_bytes,
     entries_after,
-    kv_token_bytes,
     slots_after,
     weight_bytes,
 )
 from beacon_jax.core.law import Law
-from beacon_jax.evaluation.report import table
+from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.evaluation.runner import integers
-from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.presets import get_preset
 from beacon_jax.training.hardware import Chip, find_chip
 
-CHIPS = (
-    "A100 80GB",
-    "H100",
-    "H200",
-    "TPU v4",
-    "TPU v5e",
-    "TPU v5p",
-    "TPU v6e",
-)
+CHIPS = ("A100 80GB", "H100", "H200", "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e")
 PRESETS = ("llama2-7b", "qwen2-7b", "llama3-8b", "llama2-70b", "qwen2-72b")
 LENGTHS = (4096, 32768, 131072, 524288, 1048576)
 RATIOS = (2, 4, 8, 16, 32)
@@ -51,7 +43,7 @@ LONGEST = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What a prefill needs; ratio 0 is full attention. Bytes in bfloat16."""
+    """Says what a prefill needs; ratio 0 is full attention. Bytes in bfloat16."""
 
     preset: str
     length: int
@@ -66,10 +58,10 @@ class Load:
 
 
 def load(preset: str, length: int, ratio: int) -> Load:
-    """The load of a text of `length` tokens, one row."""
+    """Computes the load of a text of `length` tokens, one row."""
     config = get_preset(preset)
     assert config.beacon is not None
-    token = kv_token_bytes(config)
+    token = slot_nbytes(config, "bfloat16")
     weights = weight_bytes(config, beacon=ratio > 0)
     step = config.beacon.window if ratio else min(CHUNK, length)
     starts = range(0, length, step)
@@ -77,8 +69,6 @@ def load(preset: str, length: int, ratio: int) -> Load:
     written = length + (length // ratio if ratio else 0)
     kept = slots_after(config, length, ratio) * token
     spent = flops.prefill(config, length, ratio)
-    if not ratio:
-        spent = flops.full_attention(config, length)
     rows = int(Law.of(config).entries(ratio, step))
     entries = entries_after(config, length, ratio)
     return Load(
@@ -97,7 +87,7 @@ def load(preset: str, length: int, ratio: int) -> Load:
 
 @dataclasses.dataclass(frozen=True)
 class Roof:
-    """A load on `chips` of a kind: seconds to the first token, and per token."""
+    """Says how long a load takes on `chips` of a kind: first token, and every other."""
 
     chips: int
     prefill_s: float
@@ -105,6 +95,7 @@ class Roof:
 
 
 def roof(work: Load, chip: Chip) -> Roof:
+    """Computes the best times of a load on the fewest chips that hold it."""
     count = 1
     while work.held_bytes > count * USABLE * chip.memory * 1e9:
         count *= 2
@@ -116,110 +107,89 @@ def roof(work: Load, chip: Chip) -> Roof:
     )
 
 
-def break_even(config: ModelConfig, ratios: Sequence[int]) -> dict[int, int | None]:
-    """Returns the shortest prompt, by ratio, that compression costs no more FLOPs for.
-
-    None if it is longer than 1M tokens."""
-    return {r: flops.break_even(config, r, LONGEST) for r in ratios}
-
-
 def make(
     presets: Sequence[str] | None = None,
     lengths: Sequence[str] | None = None,
     ratios: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The whole plan as JSON values: chips, rows with a roof per chip, break-even.
+    """Makes the plan as JSON values: chips, rows with a roof per chip, break-even.
 
     Args:
       presets, lengths, ratios: as on the command line; None for the usual ones.
+
+    Returns:
+      {"chips", "rows", "break_even"}; the last has, by preset and ratio, the shortest
+      prompt that compression costs no more FLOPs for, None above 1M tokens.
 
     Raises:
       ValueError: a name or number that cannot be.
     """
     presets = presets or PRESETS
-    return _make(
-        presets,
-        integers("lengths", lengths) if lengths else LENGTHS,
-        integers("ratios", ratios) if ratios else RATIOS,
-    )
-
-
-def _make(
-    presets: Sequence[str], lengths: Sequence[int], ratios: Sequence[int]
-) -> dict[str, Any]:
+    counts = integers("lengths", lengths) if lengths else LENGTHS
+    asked = integers("ratios", ratios) if ratios else RATIOS
     chips = {name: chip for name in CHIPS if (chip := find_chip(name)) is not None}
     rows = []
     for preset in presets:
-        for length in lengths:
-            for ratio in (0, *ratios):
+        for length in counts:
+            for ratio in (0, *asked):
                 work = load(preset, length, ratio)
                 roofs = {n: dataclasses.asdict(roof(work, c)) for n, c in chips.items()}
                 rows.append(dataclasses.asdict(work) | {"roofs": roofs})
-    even = {p: break_even(get_preset(p), ratios) for p in presets}
+    even = lambda config: {r: flops.break_even(config, r, LONGEST) for r in asked}
     return {
         "chips": {name: dataclasses.asdict(chip) for name, chip in chips.items()},
         "rows": rows,
-        "break_even": even,
+        "break_even": {preset: even(get_preset(preset)) for preset in presets},
     }
 
 
 def text(plan: dict[str, Any]) -> str:
-    """The plan as Markdown tables."""
-    made = [_chips(plan)]
-    presets = list(dict.fromkeys(row["preset"] for row in plan["rows"]))
-    for preset in presets:
+    """Writes the plan as Markdown tables."""
+    chips = by_column(
+        {
+            "chip": lambda chip: chip["name"],
+            "bf16 TFLOP/s": lambda chip: f"{chip['tflops']:g}",
+            "GB/s": lambda chip: f"{chip['bandwidth']:g}",
+            "GB": lambda chip: f"{chip['memory']:g}",
+        },
+        [{"name": name, **chip} for name, chip in plan["chips"].items()],
+    )
+    made = [
+        "Published peaks (data sheets; see training/hardware.py). Below: fewest chips, "
+        f"best time to the first token, best time per token.\n\n{chips}"
+    ]
+    for preset in dict.fromkeys(row["preset"] for row in plan["rows"]):
         rows = [row for row in plan["rows"] if row["preset"] == preset]
-        made.append(_preset(preset, rows, list(plan["chips"])))
-    made.append(_break_even(plan["break_even"]))
+        made.append(f"{preset}\n\n{_preset(rows)}")
+    even = plan["break_even"]
+    show = lambda n: f"{n:,}" if n else f"> {LONGEST:,}"
+    columns = {"break-even, tokens": lambda preset: preset["name"]} | {
+        f"x{r}": lambda preset, r=r: show(preset[r]) for r in next(iter(even.values()))
+    }
+    made.append(by_column(columns, [{"name": n, **found} for n, found in even.items()]))
     return "\n\n".join(made)
 
 
-def _chips(plan: dict[str, Any]) -> str:
-    head = ["chip", "bf16 TFLOP/s", "GB/s", "GB"]
-    lines = [
-        [name, *(f"{chip[k]:g}" for k in ("tflops", "bandwidth", "memory"))]
-        for name, chip in plan["chips"].items()
-    ]
-    return (
-        "Published peaks (data sheets; see training/hardware.py). Below: fewest chips, "
-        "best time to the first token, best time per token.\n\n" + table(head, lines)
-    )
-
-
-def _preset(preset: str, rows: list[dict[str, Any]], chips: list[str]) -> str:
+def _preset(rows: list[Row]) -> str:
     full = {row["length"]: row["flops"] for row in rows if row["ratio"] == 0}
-    lines = []
-    for row in rows:
-        roofs = [row["roofs"][name] for name in chips]
-        lines.append(
-            [
-                f"{row['length']:,}",
-                f"x{row['ratio']}" if row["ratio"] else "full",
-                _three(row["flops"] / 1e15),
-                f"{full[row['length']] / row['flops']:.2f}",
-                _three(row["kv_bytes"] / GIB),
-                f"{row['moved_bytes'] / GIB:,.0f}",
-                f"{row['held_bytes'] / GIB:.1f}",
-                *(_cell(**r) for r in roofs),
-            ]
-        )
-    head = ["tokens", "ratio", "PFLOP", "full / it", "KV GiB", "moved GiB", "held GiB"]
-    return f"{preset}\n\n{table([*head, *chips], lines)}"
+    columns = {
+        "tokens": lambda row: f"{row['length']:,}",
+        "ratio": lambda row: f"x{row['ratio']}" if row["ratio"] else "full",
+        "PFLOP": lambda row: _three(row["flops"] / 1e15),
+        "full / it": lambda row: f"{full[row['length']] / row['flops']:.2f}",
+        "KV GiB": lambda row: _three(row["kv_bytes"] / GIB),
+        "moved GiB": lambda row: f"{row['moved_bytes'] / GIB:,.0f}",
+        "held GiB": lambda row: f"{row['held_bytes'] / GIB:.1f}",
+    }
+    roofs = {n: lambda row, n=n: _cell(**row["roofs"][n]) for n in rows[0]["roofs"]}
+    return by_column(columns | roofs, rows)
 
 
 def _three(value: float) -> str:
-    """Three digits, or all before the point: 1,585 and not 1.58e+03."""
+    """Writes three digits, or all before the point: 1,585 and not 1.58e+03."""
     return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def _cell(chips: int, prefill_s: float, token_s: float) -> str:
     many = f"{chips}×: " if chips > 1 else ""
     return f"{many}{_three(prefill_s)} s, {_three(token_s * 1e3)} ms"
-
-
-def _break_even(even: dict[str, dict[int, int | None]]) -> str:
-    ratios = list(next(iter(even.values())))
-    say = lambda n: f"{n:,}" if n else f"> {LONGEST:,}"
-    lines = [[name, *(say(found[r]) for r in ratios)] for name, found in even.items()]
-    head = ["break-even, tokens", *(f"x{r}" for r in ratios)]
-    return table(head, lines)

@@ -25,12 +25,11 @@ from beacon_jax.data.grouped import GroupConfig, GroupedBatches
 from beacon_jax.data.prepared import Prepared
 from beacon_jax.data.text import load_documents
 
-ROOT = Path(__file__).parents[2]
 LOADED_STEPS = 100
 
 
 def write_text(path: Path, megabytes: int) -> int:
-    """JSON lines of about that size; returns the documents."""
+    """Writes JSON lines of about that size; returns the number of documents."""
     rng = np.random.default_rng(0)
     lines = "".join(load_documents("stdlib", "train")).splitlines(keepends=True)
     count = 0
@@ -44,18 +43,18 @@ def write_text(path: Path, megabytes: int) -> int:
 
 
 def run(file: Path, folder: Path, workers: int) -> dict[str, float]:
-    """Prepares in another process; its peak memory and its time."""
+    """Prepares in another process; returns its peak memory and its time."""
     command = [sys.executable, "-m", "beacon_jax.data.prepare", f"--out={folder}"]
-    command += ["--config=configs/llama2_7b_pretrain.py", f"--workers={workers}"]
+    command += ["--config=llama2_7b_pretrain", f"--workers={workers}"]
     settings = {
-        "init_from": str(ROOT / "assets/tiny-base"),
-        "data.sources": repr((str(file),)),
+        "init_from": "tiny-base",
+        "data.sources": repr((str(file.absolute()),)),
         "data.min_length": 0,
         "data.tokens": 0,
     }
     command += [f"--config.{key}={value}" for key, value in settings.items()]
     began = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr)
+    process = subprocess.Popen(command, stdout=sys.stderr)
     peaks: dict[int, float] = {}
     while process.poll() is None:
         for pid in [process.pid, *children(process.pid)]:
@@ -72,6 +71,7 @@ def run(file: Path, folder: Path, workers: int) -> dict[str, float]:
 
 
 def children(pid: int) -> list[int]:
+    """Returns the processes that a process has started (Linux)."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     except OSError:
@@ -80,7 +80,7 @@ def children(pid: int) -> list[int]:
 
 
 def peak(pid: int) -> float:
-    """The most that a process ever held in memory, MiB (Linux)."""
+    """Returns the most that a process ever held in memory, in MiB (Linux)."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -90,7 +90,7 @@ def peak(pid: int) -> float:
 
 
 def loader_speed(folder: Path) -> float:
-    """Tokens/s of whole batches of eight rows."""
+    """Measures tokens/s of whole batches of eight rows."""
     batches = GroupedBatches(
         Prepared(folder), GroupConfig(1024, 8, epochs=0, steps=200)
     )

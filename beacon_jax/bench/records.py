@@ -38,7 +38,7 @@ class DoesNotFit(Exception):
 
 
 def versions(device: Any) -> Row:
-    """What has to be equal for a row to be the same measurement."""
+    """Returns what has to be equal for a row to be the same measurement."""
     return {
         "device": device.device_kind,
         "platform": device.platform,
@@ -48,7 +48,7 @@ def versions(device: Any) -> Row:
 
 
 def describe(device: Any) -> Row:
-    """The run of bench.json: versions, and what else is worth knowing."""
+    """Returns the run of bench.json: versions, and what else is worth knowing."""
     more = {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -59,13 +59,13 @@ def describe(device: Any) -> Row:
 
 
 def provenance() -> Row:
-    """What every file of results says of its run: its day and what it ran."""
+    """Returns what every file of results says of its run: its day and what it ran."""
     day = time.strftime("%Y-%m-%d")
     return {"date": day, "commit": commit(), "jax": metadata.version("jax")}
 
 
 def commit() -> str | None:
-    """The commit of the checkout that runs; None outside of one, or without git."""
+    """Returns the commit of the checkout; None outside of one, or without git."""
     folder = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
@@ -89,7 +89,7 @@ def write_result(folder: str, name: str, **content: Any) -> Path:
 
 @functools.cache
 def source_hash() -> str:
-    """12 hex digits of the code that is measured, as it was at the first call."""
+    """Returns 12 hex digits of the code that is measured, as at the first call."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for folder in SOURCES:
@@ -98,8 +98,8 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-class Records:
-    """The rows of a folder."""
+class RowFile:
+    """Keeps the rows of a folder."""
 
     def __init__(self, folder: Path, versions: Row):
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,11 +115,11 @@ class Records:
 
     @property
     def rows(self) -> list[Row]:
-        """The rows of the versions given, in the order of their first measurement."""
+        """Rows of the versions given, in the order of their first measurement."""
         return list(self._rows.values())
 
     def measure(self, key: Row, run: Callable[[], Row]) -> tuple[Row, bool]:
-        """The row of `key`, and whether it was measured just now.
+        """Returns the row of `key`, and whether it was measured just now.
 
         Args:
           run: returns what a row has besides key, versions, status and reason; its
@@ -145,7 +145,7 @@ class Records:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a bench.json; ValueError for anything else."""
+    """Reads a bench.json; ValueError for anything else."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file: name the bench.json of a run.")
     try:

@@ -19,8 +19,8 @@ from beacon_jax.bench import (
     serving,
     training,
 )
-from beacon_jax.bench.case import Case, Settings
-from beacon_jax.bench.records import Records, Row, describe, versions
+from beacon_jax.bench.case import Bench, Case
+from beacon_jax.bench.records import Row, RowFile, describe, versions
 from beacon_jax.evaluation.runner import integers
 from beacon_jax.model.config import ModelConfig, check_ratio
 from beacon_jax.model.presets import get_preset
@@ -39,8 +39,8 @@ PARTS = {
 LENGTHS, RATIOS = ("4096", "32768", "131072"), ("4", "8")
 
 
-def make_settings(options: Any) -> list[Settings]:
-    """The settings of every preset of the command line's options, on the first device.
+def make_settings(options: Any) -> list[Bench]:
+    """Makes what is measured, per preset of the command line, on the first device.
 
     Raises:
       ValueError: a number, preset or ratio that cannot be; names the option.
@@ -51,29 +51,29 @@ def make_settings(options: Any) -> list[Settings]:
         raise ValueError(
             f"--against has {unknown}: {near}use {', '.join(serving.AGAINST)}."
         )
+    several = ("batches", "queries", "memory")
+    given = {name: integers(name, getattr(options, name)) for name in several}
+    ratios = integers("ratios", options.ratios or RATIOS)
+    (repeats,) = integers("repeats", [str(options.repeats)])
     made = []
     for preset in options.preset or ["tiny"]:
         config = _with_window(get_preset(preset), options.window)
-        window = config.beacon.window if config.beacon else 0
+        for ratio in ratios:
+            check_ratio(ratio, config.beacon.window if config.beacon else 0)
         # The tiny model's positions end at 512.
         lengths = LENGTHS if config.max_position > 512 else ("256", "512")
-        ratios = integers("ratios", options.ratios or RATIOS)
-        for ratio in ratios:
-            check_ratio(ratio, window)
         made.append(
-            Settings(
+            Bench(
                 preset=preset,
                 config=config,
                 lengths=integers("lengths", options.lengths or lengths),
                 ratios=ratios,
-                batches=integers("batches", options.batches),
-                queries=integers("queries", options.queries),
-                memory=integers("memory", options.memory),
-                repeats=integers("repeats", [str(options.repeats)])[0],
+                repeats=repeats,
                 dtype=options.dtype,
                 device=jax.devices()[0],
                 window=options.window,
                 against=options.against,
+                **given,
             )
         )
     return made
@@ -108,7 +108,7 @@ def run_all(options: Any, parts: Sequence[str]) -> list[Row]:
     return rows
 
 
-def run(settings: Settings, parts: Sequence[str], out: Path) -> list[Row]:
+def run(settings: Bench, parts: Sequence[str], out: Path) -> list[Row]:
     """Measures what is missing in `out`, writes bench.json and plots there.
 
     Returns:
@@ -121,7 +121,7 @@ def run(settings: Settings, parts: Sequence[str], out: Path) -> list[Row]:
     if unknown:
         near = meant(unknown[0], PARTS)
         raise ValueError(f"--parts has {unknown}: {near}use {', '.join(PARTS)}.")
-    records = Records(out, versions(settings.device))
+    records = RowFile(out, versions(settings.device))
     peaks = lambda: device.measure_peaks(
         settings.device, settings.dtype, settings.repeats
     )
@@ -139,7 +139,7 @@ def run(settings: Settings, parts: Sequence[str], out: Path) -> list[Row]:
     return records.rows
 
 
-def _measure(records: Records, cases: Sequence[Case], progress: Progress) -> None:
+def _measure(records: RowFile, cases: Sequence[Case], progress: Progress) -> None:
     for i, case in enumerate(cases):
         start = time.perf_counter()
         name = " ".join(f"{k}={v}" for k, v in case.key.items() if v is not None)

@@ -28,32 +28,33 @@ import numpy as np
 
 from beacon_jax import flops
 from beacon_jax.attention import IMPLEMENTATIONS
-from beacon_jax.bench.case import Case, Latest, Settings, timed
+from beacon_jax.bench.case import Bench, Case, Latest, timed
 from beacon_jax.bench.device import (
     check_fits,
     peak_bytes,
     random_array,
     random_variables,
+    risen,
 )
 from beacon_jax.bench.records import Row
 from beacon_jax.bench.sizes import (
     activation_bytes,
     decode_bytes,
     entries_after,
-    kv_token_bytes,
     slots_after,
     weight_bytes,
 )
 from beacon_jax.bench.timing import (
+    CallTime,
     Compiled,
-    Timing,
     alternately,
     compile_program,
+    seconds_of,
 )
 from beacon_jax.bench.torch_model import TorchModel, library
 from beacon_jax.core.law import Law
 from beacon_jax.core.loop import feed_jit
-from beacon_jax.core.memory import MemoryState, init_memory
+from beacon_jax.core.memory import MemoryState, init_memory, slot_nbytes
 from beacon_jax.core.plan import capacity
 from beacon_jax.inference.decode import BLOCK, Loop, decode_block
 from beacon_jax.inference.sampling import make_sampling, row_seeds
@@ -81,14 +82,14 @@ class Sampler(NamedTuple):
     sample: Callable[[], float]
 
 
-class Group:
-    """Methods that are timed in turn, when the first of them is asked for."""
+class InTurn:
+    """Times methods in turn, when the first of them is asked for."""
 
     def __init__(self, makers: dict[str, Callable[[], Sampler]], repeats: int):
         self._makers, self._repeats = makers, repeats
-        self._found: dict[str, tuple[Timing, Compiled] | Exception] = {}
+        self._found: dict[str, tuple[CallTime, Compiled] | Exception] = {}
 
-    def measure(self, method: str) -> tuple[Timing, Compiled]:
+    def measure(self, method: str) -> tuple[CallTime, Compiled]:
         """Returns a method's times and program; raises what it raised."""
         if not self._found:
             self._measure()
@@ -107,113 +108,95 @@ class Group:
         times = alternately(
             {m: sampler.sample for m, sampler in made.items()}, repeats=self._repeats
         )
-        for method, timing in times.items():
-            self._found[method] = timing, made[method].program
+        for method, taken in times.items():
+            self._found[method] = taken, made[method].program
 
 
 class _Held:
-    """What the cases share: weights, the other library's model, the group."""
+    """Keeps what the cases share: weights, the other library's model, the group."""
 
-    def __init__(self, s: Settings):
+    def __init__(self, s: Bench):
         self._s = s
         self._weights, self._torch, self._group = Latest(), Latest(), Latest()
 
     def variables(self) -> dict[str, Any]:
-        make = lambda: random_variables(self._s.config, self._s.dtype)
-        return self._weights.get("weights", make)
+        s = self._s
+        return self._weights.get("", lambda: random_variables(s.config, s.dtype))
 
     def torch(self) -> TorchModel:
         s, variables = self._s, self.variables()
-        return self._torch.get(
-            "torch", lambda: TorchModel(s.config, variables, s.dtype)
-        )
+        return self._torch.get("", lambda: TorchModel(s.config, variables, s.dtype))
 
     def measure(
-        self, method: str, makers: dict[str, Callable[[], Sampler]], *key: Any
-    ) -> tuple[Timing, Compiled]:
-        """In turn with the others of `key`, if there is something to compare with."""
+        self, method: str, make: Callable[[str], Sampler], methods: list[str], *key: Any
+    ) -> tuple[CallTime, Compiled]:
+        """Measures a method, in turn with the others if another library is compared."""
         if not self._s.against:
-            key, makers = (method, *key), {method: makers[method]}
-        make = lambda: Group(makers, self._s.repeats)
-        return self._group.get(key, make).measure(method)
+            key, methods = (method, *key), [method]
+        makers = {m: functools.partial(make, m) for m in methods}
+        group = self._group.get(key, lambda: InTurn(makers, self._s.repeats))
+        return group.measure(method)
 
 
-def _methods(s: Settings) -> list[str]:
+def _methods(s: Bench) -> list[str]:
     return [f"x{r}" for r in s.ratios] + [FULL, *s.against]
 
 
-def prefill_cases(s: Settings) -> Iterator[Case]:
-    """Every length with every ratio and in full, the smallest buffer first: the peak
-    of a device's memory never goes down again."""
-    held, methods = _Held(s), [*_methods(s), FULL_LIBRARY]
-    rows = [(n, m) for n in s.lengths for m in methods if _applies(s, n, m)]
+def _prefill_methods(s: Bench, length: int) -> list[str]:
+    whole = {"gpu": True, "cpu": length <= LONGEST_ON_CPU}
+    return _methods(s) + [FULL_LIBRARY] * whole.get(s.device.platform, False)
+
+
+def prefill_cases(s: Bench) -> Iterator[Case]:
+    """Yields every length with every ratio and in full.
+
+    The smallest buffer is the first: the peak of a device's memory never goes down.
+    """
+    held = _Held(s)
+    rows = [(n, m) for n in s.lengths for m in _prefill_methods(s, n)]
     # A group is held as long as it is asked for.
-    first = (lambda n, m: n) if s.against else (lambda n, m: 0)
-    for length, method in sorted(rows, key=lambda x: (first(*x), _slots(s, *x))):
+    order = lambda n, m: (n if s.against else 0, _slots(s, n, m))
+    for length, method in sorted(rows, key=lambda row: order(*row)):
         key = s.key("prefill", method=method, length=length)
         yield Case(key, functools.partial(_prefill, s, held, length, method))
 
 
-def decode_cases(s: Settings) -> Iterator[Case]:
-    """Behind every length, with every ratio and in full, for every batch size."""
-    held, methods = _Held(s), _methods(s)
-    rows = [(n, b, m) for n in s.lengths for m in methods for b in s.batches]
-    first = (lambda n, b, m: (n, b)) if s.against else (lambda n, b, m: (0, 0))
-    size = lambda n, b, m: b * _slots(s, n, m)
-    for length, batch, method in sorted(rows, key=lambda x: (*first(*x), size(*x))):
+def decode_cases(s: Bench) -> Iterator[Case]:
+    """Yields, behind every length, every ratio and full, for every batch size."""
+    held = _Held(s)
+    rows = [(n, b, m) for n in s.lengths for m in _methods(s) for b in s.batches]
+    order = lambda n, b, m: ((n, b) if s.against else (0, 0), b * _slots(s, n, m))
+    for length, batch, method in sorted(rows, key=lambda row: order(*row)):
         key = s.key("decode", method=method, length=length, batch=batch)
         yield Case(key, functools.partial(_decode, s, held, length, method, batch))
-
-
-def _applies(s: Settings, length: int, method: str) -> bool:
-    platform = s.device.platform
-    return method != FULL_LIBRARY or (
-        platform == "gpu" or (platform == "cpu" and length <= LONGEST_ON_CPU)
-    )
 
 
 def _ratio(method: str) -> int:
     return int(method[1:]) if method.startswith("x") else 0
 
 
-def _slots(s: Settings, length: int, method: str) -> int:
+def _slots(s: Bench, length: int, method: str) -> int:
     return slots_after(s.config, length, _ratio(method))
 
 
-def _room(s: Settings, length: int, method: str) -> int:
-    """Capacity of the buffer."""
-    ratio = _ratio(method)
-    if not ratio:
-        return length
-    assert s.config.beacon is not None
-    closed = length // s.config.beacon.window + 1
-    return capacity(s.config, [ratio] * closed)
+def _room(s: Bench, length: int, method: str) -> int:
+    """Returns the capacity of the buffer."""
+    ratio, closed = _ratio(method), length // s.beacon.window + 1
+    return capacity(s.config, [ratio] * closed) if ratio else length
 
 
-def _kv_bytes(s: Settings) -> int:
-    return kv_token_bytes(s.config, jnp.dtype(s.dtype).itemsize)
-
-
-def _weights(s: Settings) -> int:
-    return weight_bytes(s.config, jnp.dtype(s.dtype).itemsize)
-
-
-def _prefill(s: Settings, held: _Held, length: int, method: str) -> Row:
+def _prefill(s: Bench, held: _Held, length: int, method: str) -> Row:
     before = peak_bytes(s.device)
-    methods = [m for m in [*_methods(s), FULL_LIBRARY] if _applies(s, length, m)]
-    makers = {m: functools.partial(_prefiller, s, held, length, m) for m in methods}
-    timing, program = held.measure(method, makers, length)
-    if ratio := _ratio(method):
-        spent = flops.prefill(s.config, length, ratio).total
-    else:
-        spent = flops.full_attention(s.config, length).total
-    return timed(timing, program) | {
-        "tokens_per_second": length / timing.median_s,
+    make = functools.partial(_prefiller, s, held, length)
+    taken, program = held.measure(method, make, _prefill_methods(s, length), length)
+    spent = flops.prefill(s.config, length, _ratio(method)).total
+    return timed(taken, program) | {
+        "tokens_per_second": length / taken.median_s,
         "model_flops": spent,
-        "tflops": spent / timing.median_s / 1e12,
+        "tflops": spent / taken.median_s / 1e12,
         "formula_bytes": _prefill_bytes(s, length, method),
-        "kv_bytes": _slots(s, length, method) * _kv_bytes(s),
-        "peak_bytes": _risen(s, before),
+        "kv_bytes": _slots(s, length, method) * slot_nbytes(s.config, s.dtype),
+        "peak_bytes": risen(s.device, before),
         **_named(method),
     }
 
@@ -222,27 +205,26 @@ def _named(method: str) -> Row:
     return {"library": library()} if method == TORCH else {}
 
 
-def _prefill_bytes(s: Settings, length: int, method: str) -> int:
-    size = jnp.dtype(s.dtype).itemsize
-    step = _chunk(s, length, method)
+def _prefill_bytes(s: Bench, length: int, method: str) -> int:
+    step, law = _chunk(s, length, method), Law.of(s.config)
     if ratio := _ratio(method):
-        law = Law.of(s.config)
         step = int(law.entries(ratio, law.window))
-    buffer = _room(s, length, method) * _kv_bytes(s)
-    return _weights(s) + buffer + activation_bytes(s.config, step, size)
+    buffer = _room(s, length, method) * slot_nbytes(s.config, s.dtype)
+    activations = activation_bytes(s.config, step, s.dtype)
+    return weight_bytes(s.config, s.dtype) + buffer + activations
 
 
-def _prefiller(s: Settings, held: _Held, length: int, method: str) -> Sampler:
+def _prefiller(s: Bench, held: _Held, length: int, method: str) -> Sampler:
     check_fits(s.device, _prefill_bytes(s, length, method))
     if method == TORCH:
         model, tokens = held.torch(), _tokens(s, length)
-        return Sampler(_EAGER, lambda: _seconds(lambda: model.first_token(tokens)))
+        return Sampler(_EAGER, lambda: seconds_of(lambda: model.first_token(tokens)))
     make = _compressed if _ratio(method) else _full
     program, fresh, run = make(s, held.variables(), length, method)
 
     def sample() -> float:
         empty = jax.block_until_ready(fresh())
-        return _seconds(lambda: run(empty))
+        return seconds_of(lambda: run(empty))
 
     return Sampler(program, sample)
 
@@ -250,19 +232,7 @@ def _prefiller(s: Settings, held: _Held, length: int, method: str) -> Sampler:
 _EAGER = Compiled(None, 0.0, None)
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
-def _risen(s: Settings, before: int | None) -> int | None:
-    """The process's peak, if this row set it."""
-    after = peak_bytes(s.device)
-    return after if before is not None and after != before else None
-
-
-def _tokens(s: Settings, length: int) -> np.ndarray:
+def _tokens(s: Bench, length: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     return rng.integers(0, s.config.vocab_size, (1, length), dtype=np.int32)
 
@@ -270,13 +240,13 @@ def _tokens(s: Settings, length: int) -> np.ndarray:
 Made = tuple[Compiled, Callable[[], Any], Callable[[Any], Any]]
 
 
-def _compressed(s: Settings, variables, length: int, method: str) -> Made:
-    """The program that feeds the text, what makes an empty memory, and what turns that
-    into the first token. One scan over a power of two of windows, as in `prefill`."""
+def _compressed(s: Bench, variables, length: int, method: str) -> Made:
+    """Makes the program that feeds the text, what makes an empty memory, and what turns
+    that into the first token. One scan over a power of two of windows, as in `prefill`.
+    """
     c, dtype = s.config, jnp.dtype(s.dtype).type
-    assert c.beacon is not None
-    windows = 1 << (-(-length // c.beacon.window) - 1).bit_length()
-    size = c.beacon.window * windows
+    windows = 1 << (-(-length // s.beacon.window) - 1).bit_length()
+    size = s.beacon.window * windows
     ratio = _ratio(method)
     plan = jnp.full((1,), ratio, jnp.int32)
     fresh = functools.partial(init_memory, c, 1, _room(s, length, method), dtype)
@@ -313,13 +283,13 @@ def _compressed(s: Settings, variables, length: int, method: str) -> Made:
     return program, fresh, run
 
 
-def _chunk(s: Settings, length: int, method: str) -> int:
+def _chunk(s: Bench, length: int, method: str) -> int:
     chunk = CHUNK.get(s.device.platform, 8192)
     return chunk if method == FULL and length % chunk == 0 else length
 
 
-def _full(s: Settings, variables, length: int, method: str) -> Made:
-    """As `_compressed`, with every entry kept."""
+def _full(s: Bench, variables, length: int, method: str) -> Made:
+    """Does as `_compressed`, with every entry kept."""
     c, dtype = dataclasses.replace(s.config, beacon=None), jnp.dtype(s.dtype)
     size = _chunk(s, length, method)
     name = FULL_LIBRARY if method == FULL_LIBRARY else None
@@ -371,44 +341,40 @@ def _library(platform: str):
         del IMPLEMENTATIONS[FULL_LIBRARY]
 
 
-def _decode(s: Settings, held: _Held, length: int, method: str, batch: int) -> Row:
-    """Greedy tokens by the loop that `generate` runs, `BLOCK` per call."""
-    c, before = s.config, peak_bytes(s.device)
-    assert c.beacon is not None
-    makers = {
-        m: functools.partial(_decoder, s, held, length, m, batch) for m in _methods(s)
-    }
-    timing, program = held.measure(method, makers, length, batch)
-    ratio, window = _ratio(method), c.beacon.window
-    entries = entries_after(c, length - length % window + window // 2, ratio)
-    read = decode_bytes(c, batch, entries, ratio, jnp.dtype(s.dtype).itemsize)
-    return timed(timing, program) | {
-        "tokens_per_second": batch / timing.median_s,
+def _decode(s: Bench, held: _Held, length: int, method: str, batch: int) -> Row:
+    """Measures greedy tokens by the loop that `generate` runs, `BLOCK` per call."""
+    before, ratio, window = peak_bytes(s.device), _ratio(method), s.beacon.window
+    make = functools.partial(_decoder, s, held, length, batch)
+    taken, program = held.measure(method, make, _methods(s), length, batch)
+    entries = entries_after(s.config, length - length % window + window // 2, ratio)
+    read = decode_bytes(s.config, batch, entries, ratio, s.dtype)
+    return timed(taken, program) | {
+        "tokens_per_second": batch / taken.median_s,
         "read_bytes": read,
-        "gbs": read / timing.median_s / 1e9,
+        "gbs": read / taken.median_s / 1e9,
         "formula_bytes": _decode_needs(s, length, method, batch),
-        "kv_bytes": batch * entries * _kv_bytes(s),
-        "peak_bytes": _risen(s, before),
+        "kv_bytes": batch * entries * slot_nbytes(s.config, s.dtype),
+        "peak_bytes": risen(s.device, before),
         **_named(method),
     }
 
 
-def _decode_room(s: Settings, length: int, method: str) -> int:
-    """Slots for the text and one window more, or one block if that is longer."""
-    assert s.config.beacon is not None
-    window = s.config.beacon.window
+def _decode_room(s: Bench, length: int, method: str) -> int:
+    """Counts slots for the text and a window more, or a block if that is longer."""
+    window = s.beacon.window
     more = length + max(window, BLOCK)
     # In full also the open window's room, as `check_capacity` asks.
     return _room(s, more, method) if _ratio(method) else more + window
 
 
-def _decode_needs(s: Settings, length: int, method: str, batch: int) -> int:
-    return _weights(s) + batch * _decode_room(s, length, method) * _kv_bytes(s)
+def _decode_needs(s: Bench, length: int, method: str, batch: int) -> int:
+    memory = _decode_room(s, length, method) * slot_nbytes(s.config, s.dtype)
+    return weight_bytes(s.config, s.dtype) + batch * memory
 
 
 def places(window: int) -> dict[int, float]:
-    """Raw tokens of the open window that a measured block starts behind, and the
-    block's share in the mean of the window."""
+    """Returns the raw tokens of the open window that measured blocks start behind, and
+    each block's share in the mean of the window."""
     blocks = window // BLOCK
     if window % BLOCK or blocks < 2:
         return {0: 1.0}
@@ -418,13 +384,12 @@ def places(window: int) -> dict[int, float]:
     return {BLOCK * i: share for i in spread} | {BLOCK * (blocks - 1): 1 / blocks}
 
 
-def _decoder(s: Settings, held: _Held, length: int, method: str, batch: int) -> Sampler:
+def _decoder(s: Bench, held: _Held, length: int, batch: int, method: str) -> Sampler:
     check_fits(s.device, _decode_needs(s, length, method, batch))
     if method == TORCH:
         return _torch_decoder(s, held, length, batch)
     c, ratio, variables = s.config, _ratio(method), held.variables()
-    assert c.beacon is not None
-    window, closed = c.beacon.window, length // c.beacon.window
+    window, closed = s.beacon.window, length // s.beacon.window
     memory = _filled(s, length, ratio, batch, _decode_room(s, length, method))
     program, run = _block(s, variables, memory, ratio, closed + BLOCK // window + 2)
     start = dataclasses.replace(memory, k=None, v=None)  # copied: they get donated
@@ -448,20 +413,19 @@ def _decoder(s: Settings, held: _Held, length: int, method: str, batch: int) -> 
     return Sampler(program, sample)
 
 
-def _torch_decoder(s: Settings, held: _Held, length: int, batch: int) -> Sampler:
-    """In the middle of the window."""
-    assert s.config.beacon is not None
-    window, model = s.config.beacon.window, held.torch()
+def _torch_decoder(s: Bench, held: _Held, length: int, batch: int) -> Sampler:
+    """Makes the sampler of torch, in the middle of the window."""
+    window, model = s.beacon.window, held.torch()
     middle = length - length % window + max((window - BLOCK) // 2, 0)
     cache = model.cache(batch, middle)
     decode = lambda: model.decode(cache, batch, BLOCK)
-    return Sampler(_EAGER, lambda: _seconds(decode) / BLOCK)
+    return Sampler(_EAGER, lambda: seconds_of(decode) / BLOCK)
 
 
 def _block(
-    s: Settings, variables: Any, memory: MemoryState, ratio: int, windows: int
+    s: Bench, variables: Any, memory: MemoryState, ratio: int, windows: int
 ) -> tuple[Compiled, Callable[..., Any]]:
-    """The program of a block, and (memory, logits) -> (loop, memory)."""
+    """Makes the program of a block, and (memory, logits) -> (loop, memory)."""
     c, batch = s.config, memory.rows
     plan = jnp.full((windows,), ratio, jnp.int32)
     sampling, rows = make_sampling().for_rows(batch), jnp.ones((batch,), bool)
@@ -488,12 +452,10 @@ def _block(
     return program, lambda memory, logits: program.run(variables, memory, logits)
 
 
-def _filled(s: Settings, length: int, ratio: int, batch: int, room: int) -> MemoryState:
-    """A memory as `length` tokens would leave it, with random content."""
-    c, dtype = s.config, jnp.dtype(s.dtype)
-    assert c.beacon is not None
+def _filled(s: Bench, length: int, ratio: int, batch: int, room: int) -> MemoryState:
+    """Makes a memory as `length` tokens would leave it, with random content."""
+    c, dtype, window = s.config, jnp.dtype(s.dtype), s.beacon.window
     empty = init_memory(c, batch, 1, dtype)
-    window = c.beacon.window
     rows = lambda n: jnp.full((batch,), n, jnp.int32)
     shape = (c.num_layers, batch, room, c.num_kv_heads, c.head_dim)
     root = jax.random.key(1, impl="rbg")

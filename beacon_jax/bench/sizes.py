@@ -4,22 +4,24 @@ Weights and KV cache are exact. Activations are those of one window (or piece) i
 layer: residual stream, projections, both halves of the MLP; compilers add to that.
 """
 
+from typing import Any
+
+import jax.numpy as jnp
+
 from beacon_jax.core.law import Law
+from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.presets import count_params
 
 GIB = 2**30
 
 
-def weight_bytes(config: ModelConfig, size: int = 2, *, beacon: bool = True) -> int:
-    """Bytes of all parameters in numbers of `size` bytes."""
+def weight_bytes(
+    config: ModelConfig, dtype: Any = "bfloat16", *, beacon: bool = True
+) -> int:
+    """Counts the bytes of all parameters."""
     base, own = count_params(config)
-    return size * (base + (own if beacon else 0))
-
-
-def kv_token_bytes(config: ModelConfig, size: int = 2) -> int:
-    """Bytes of one entry: keys and values of all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+    return jnp.dtype(dtype).itemsize * (base + (own if beacon else 0))
 
 
 def slots_after(config: ModelConfig, length: int, ratio: int) -> int:
@@ -28,29 +30,27 @@ def slots_after(config: ModelConfig, length: int, ratio: int) -> int:
     Args:
       ratio: 0 for full attention, which keeps every token, whole window or not.
     """
-    if ratio == 0:
-        return length
     law = Law.of(config)
-    return law.closed(ratio, length // law.window)
+    return law.closed(ratio, length // law.window) if ratio else length
 
 
 def entries_after(config: ModelConfig, length: int, ratio: int) -> int:
-    """Entries that the next token sees: slots and the open window with its beacons."""
+    """Counts what the next token sees: slots and the open window with its beacons."""
     slots, law = slots_after(config, length, ratio), Law.of(config)
     return slots + int(law.entries(ratio, length % law.window)) if ratio else slots
 
 
-def activation_bytes(config: ModelConfig, rows: int, size: int = 2) -> int:
-    """Bytes of a layer's activations for `rows` entries."""
+def activation_bytes(config: ModelConfig, rows: int, dtype: Any = "bfloat16") -> int:
+    """Counts the bytes of a layer's activations for `rows` entries."""
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     wide = 4 * config.hidden_size + 2 * config.intermediate_size + heads
-    return rows * wide * size
+    return rows * wide * jnp.dtype(dtype).itemsize
 
 
 def decode_bytes(
-    config: ModelConfig, batch: int, entries: int, ratio: int, size: int = 2
+    config: ModelConfig, batch: int, entries: int, ratio: int, dtype: Any = "bfloat16"
 ) -> float:
-    """Bytes that one decoding step must read: weights, and each row's live entries.
+    """Counts the bytes that one decoding step must read: weights and live entries.
 
     The embedding table is read at `batch` rows, which is nothing, unless it is lm_head
     too. At ratio r every r-th step reads the beacons' projections as well.
@@ -59,4 +59,5 @@ def decode_bytes(
     if not config.tie_embeddings:
         base -= config.vocab_size * config.hidden_size
     weights = base + (own / ratio if ratio else 0)
-    return size * weights + batch * entries * kv_token_bytes(config, size)
+    held = batch * entries * slot_nbytes(config, dtype)
+    return jnp.dtype(dtype).itemsize * weights + held

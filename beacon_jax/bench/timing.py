@@ -18,7 +18,7 @@ LONG_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
+class CallTime:
     """Seconds of one call: median and spread of `repeats` samples of `calls` calls."""
 
     median_s: float
@@ -27,10 +27,10 @@ class Timing:
     repeats: int
     calls: int = 1
 
-    def scaled(self, share: float) -> "Timing":
-        """The timing of a part: a call that does n things lasts n times as long."""
+    def scaled(self, share: float) -> "CallTime":
+        """Returns the time of a part of the call, which is `share` of it."""
         times = (self.median_s * share, self.min_s * share, self.max_s * share)
-        return Timing(*times, self.repeats, self.calls)
+        return CallTime(*times, self.repeats, self.calls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,72 +45,45 @@ class Compiled:
 
 
 def compile_program(
-    function: Callable[..., Any], *args: Any, donate: Sequence[int] = (), **static: Any
+    function: Callable[..., Any], *args: Any, donate: Sequence[int] = ()
 ) -> Compiled:
     """Compiles `function` for these arguments (arrays or shapes).
 
     Args:
       donate: arguments whose memory the results may take.
-      static: keyword arguments that are bound first.
     """
-    bound = (lambda *a: function(*a, **static)) if static else function
     start = time.perf_counter()
-    program = jax.jit(bound, donate_argnums=tuple(donate)).lower(*args).compile()
+    program = jax.jit(function, donate_argnums=tuple(donate)).lower(*args).compile()
     seconds = time.perf_counter() - start
-    return Compiled(program, seconds, _program_bytes(program))
-
-
-def _program_bytes(program: Any) -> int | None:
-    found = program.memory_analysis()
+    found: Any = program.memory_analysis()
     if found is None:
-        return None
-    return (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
-    )
+        return Compiled(program, seconds, None)
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    needed = found.argument_size_in_bytes + results + found.temp_size_in_bytes
+    return Compiled(program, seconds, needed)
 
 
-def measure(
-    call: Callable[..., Any],
-    *,
-    prepare: Callable[[], Any] | None = None,
-    repeats: int = 5,
-    warmup: int = 1,
-) -> Timing:
-    """Times `call(prepare())`, or `call()`; `prepare` is outside of the time.
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Times one call, and waits for the arrays that it returns."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
 
-    Args:
-      call: returns arrays, which are waited for.
-    """
 
-    def once() -> float:
-        given = () if prepare is None else (jax.block_until_ready(prepare()),)
-        start = time.perf_counter()
-        jax.block_until_ready(call(*given))
-        return time.perf_counter() - start
-
-    for _ in range(warmup):
-        once()
-    return _summary([once() for _ in range(repeats)])
+def measure(call: Callable[[], Any], *, repeats: int = 5) -> CallTime:
+    """Times a call that is long enough to be timed by itself."""
+    return alternately({"": lambda: seconds_of(call)}, repeats=repeats)[""]
 
 
 def measure_queued(
     call: Callable[[], Any], *, repeats: int = 5, least: float = SAMPLE_SECONDS
-) -> Timing:
+) -> CallTime:
     """Times a short call: as many in a row as last `least` seconds, waited for once.
 
     Devices run calls in order, so that the time per call is that of the device as long
     as it lasts longer than a launch on the host (5 to 10 us).
     """
-
-    def sample(calls: int) -> float:
-        start = time.perf_counter()
-        results = [call() for _ in range(calls)]
-        jax.block_until_ready(results)
-        return (time.perf_counter() - start) / calls
-
+    sample = lambda calls: seconds_of(lambda: [call() for _ in range(calls)]) / calls
     first = sample(1)
     if first > LONG_SECONDS:  # no warm-up: it counts
         return _summary([first, *(sample(1) for _ in range(repeats - 1))])
@@ -118,14 +91,14 @@ def measure_queued(
     return _summary([sample(calls) for _ in range(repeats)], calls)
 
 
-def _summary(samples: list[float], calls: int = 1) -> Timing:
+def _summary(samples: list[float], calls: int = 1) -> CallTime:
     median = statistics.median(samples)
-    return Timing(median, min(samples), max(samples), len(samples), calls)
+    return CallTime(median, min(samples), max(samples), len(samples), calls)
 
 
 def alternately(
     samplers: Mapping[str, Callable[[], float]], *, repeats: int = 5
-) -> dict[str, Timing]:
+) -> dict[str, CallTime]:
     """Times several things in turn, one sample of each and again from the first, so
     that whatever else the machine does meets all of them alike.
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beacon_jax.bench.case import Case, Settings, timed
-from beacon_jax.bench.device import check_fits, peak_bytes, random_variables
+from beacon_jax.bench.case import Bench, Case, timed
+from beacon_jax.bench.device import check_fits, peak_bytes, random_variables, risen
 from beacon_jax.bench.records import Row
 from beacon_jax.bench.timing import compile_program, measure
 from beacon_jax.core.plan import draw_ratios, memory_slots, plan_slots
@@ -30,19 +30,19 @@ from beacon_jax.training.sharding import Placement, make_placement, put
 from beacon_jax.training.trainer import make_update
 
 
-def cases(s: Settings) -> Iterator[Case]:
+def cases(s: Bench) -> Iterator[Case]:
+    """Yields a step of every length, the shortest first."""
     for length in sorted(s.lengths):
         key = s.key("train", length=length)
         yield Case(key, functools.partial(_step, s, length))
 
 
-def _step(s: Settings, length: int) -> Row:
+def _step(s: Bench, length: int) -> Row:
     model = s.config
-    assert model.beacon is not None
     config = default_config()
     config.dtype = s.dtype
     placement = make_placement(config.mesh, config.rules, [1], [s.device])
-    windows = -(-length // model.beacon.window)
+    windows = -(-length // s.beacon.window)
     slots = memory_slots(model, windows, likely=True)
     trained, frozen = jax.eval_shape(lambda: start(model, s.dtype))
     need = step_bytes(
@@ -77,7 +77,7 @@ def _step(s: Settings, length: int) -> Row:
         return values
 
     timing = measure(call, repeats=s.repeats)
-    peak, after = peak_flops([s.device]), peak_bytes(s.device)
+    peak = peak_flops([s.device])
     return timed(timing, program) | {
         "tokens_per_second": length / timing.median_s,
         "model_flops": spent,
@@ -86,7 +86,7 @@ def _step(s: Settings, length: int) -> Row:
         "remat": remat,
         "plan": plan[:, 0].tolist(),
         "formula_bytes": need[remat],
-        "peak_bytes": after if after != before else None,
+        "peak_bytes": risen(s.device, before),
     }
 
 
@@ -104,7 +104,7 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 
 def _state(config: Any, placement: Placement, trained: Any) -> dict[str, Any]:
-    """A fresh state of the trainer."""
+    """Makes a fresh state of the trainer."""
     optimizer = make_optimizer(config.optimizer, 1000)
     fresh = jax.eval_shape(optimizer.init, trained)
     where = placement.optimizer(fresh, jax.tree.map(lambda x: x.sharding, trained))
@@ -115,13 +115,12 @@ def _state(config: Any, placement: Placement, trained: Any) -> dict[str, Any]:
     }
 
 
-def _inputs(s: Settings, length: int, windows: int, slots: int):
-    """A batch of one row as windows, and its plan [N, 1], which fits into `slots`."""
+def _inputs(s: Bench, length: int, windows: int, slots: int):
+    """Makes a batch of one row as windows, and its plan [N, 1] that fits `slots`."""
     model = s.config
-    assert model.beacon is not None
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (1, length + 1))
     cut = functools.partial(
-        split_windows, window=model.beacon.window, count=windows, align="right"
+        split_windows, window=s.beacon.window, count=windows, align="right"
     )
     ids, valid = cut(tokens[:, :-1].astype(np.int32), None)
     labels, _ = cut(tokens[:, 1:].astype(np.int32), None, fill=-100)

@@ -55,7 +55,7 @@ def test_a_method_that_fails_costs_the_others_nothing():
         raise NotImplementedError("not here")
 
     good = serving.Sampler(serving._EAGER, lambda: 3.0)
-    group = serving.Group({"bad": refuse, "good": lambda: good}, repeats=2)
+    group = serving.InTurn({"bad": refuse, "good": lambda: good}, repeats=2)
     assert group.measure("good")[0].median_s == 3.0
     with pytest.raises(NotImplementedError, match="not here"):
         group.measure("bad")

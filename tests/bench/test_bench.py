@@ -169,9 +169,9 @@ def test_the_same_command_measures_nothing_twice(measured, monkeypatch):
 def test_rows_of_other_versions_are_measured_again(tmp_path, device):
     versions = records.versions(device)
     key, run = {"part": "x"}, lambda: {"value": 1}
-    assert records.Records(tmp_path, versions).measure(key, run)[1]
-    assert not records.Records(tmp_path, versions).measure(key, run)[1]
-    other = records.Records(tmp_path, versions | {"jax": "0"})
+    assert records.RowFile(tmp_path, versions).measure(key, run)[1]
+    assert not records.RowFile(tmp_path, versions).measure(key, run)[1]
+    other = records.RowFile(tmp_path, versions | {"jax": "0"})
     assert other.rows == [] and other.measure(key, run)[1]
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
 
@@ -188,18 +188,18 @@ def test_the_source_hash_is_that_of_the_code_that_is_measured(monkeypatch):
 
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path, device):
     versions = records.versions(device)
-    rows = records.Records(tmp_path, versions)
+    rows = records.RowFile(tmp_path, versions)
     rows.measure({"part": "x"}, lambda: {"value": 1})
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"key": {"part": "y"}, "val')
-    again = records.Records(tmp_path, versions)
+    again = records.RowFile(tmp_path, versions)
     assert [row["key"]["part"] for row in again.rows] == ["x"]
     again.measure({"part": "y"}, lambda: {"value": 2})
-    assert len(records.Records(tmp_path, versions).rows) == 2
+    assert len(records.RowFile(tmp_path, versions).rows) == 2
 
 
 def test_an_error_is_a_row_and_is_tried_again(tmp_path, device):
-    rows = records.Records(tmp_path, records.versions(device))
+    rows = records.RowFile(tmp_path, records.versions(device))
 
     def broken():
         raise RuntimeError("no\nsecond line")
@@ -211,7 +211,7 @@ def test_an_error_is_a_row_and_is_tried_again(tmp_path, device):
 
 
 def test_what_does_not_fit_is_a_row_not_a_crash(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "memory_limit", lambda _: 10)
+    monkeypatch.setattr(devices, "device_bytes", lambda _: 10)
     given = options(f"--out={tmp_path}", "--parts=prefill,decode,train")
     rows = runner.run_all(given, given.parts)
     assert {row["status"] for row in rows[1:]} == {"does not fit"}
@@ -266,15 +266,24 @@ def test_decoding_starts_from_a_memory_as_prefill_leaves_it(ratio):
     assert made.k.shape == real.k.shape
 
 
-def test_preparation_is_not_in_the_time():
-    order = []
-    found = timing.measure(
-        lambda x: order.append("call") or jnp.ones(1),
-        prepare=lambda: order.append("prepare"),
-        repeats=3,
-        warmup=2,
-    )
-    assert order == ["prepare", "call"] * 5 and found.repeats == 3
+def test_making_an_empty_memory_is_not_in_the_time(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def lasts(seconds):
+        clock[0] += seconds
+        return jnp.ones(1)
+
+    made = serving._EAGER, lambda: lasts(5.0), lambda empty: lasts(1.0)
+    monkeypatch.setattr(serving, "_compressed", lambda *_: made)
+    s = settings()
+    assert serving._prefiller(s, serving._Held(s), 21, "x2").sample() == 1.0
+
+
+def test_a_call_is_warmed_up_before_it_is_measured():
+    calls = []
+    found = timing.measure(lambda: calls.append(1), repeats=3)
+    assert len(calls) == 4 and found.repeats == 3
 
 
 def test_a_short_call_is_repeated_until_it_can_be_timed():

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from beacon_jax.bench import long_prompt
-from beacon_jax.bench.long_prompt import RESULT, STATE, Prompt
+from beacon_jax.bench.long_prompt import RESULT, STATE, LongPrompt
 
-PROMPT = Prompt("nano", layers=0, tokens=61, window=8, ratio=2, piece=16)
+PROMPT = LongPrompt("nano", layers=0, tokens=61, window=8, ratio=2, piece=16)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_cut_off_save_leaves_the_state_before(tmp_path, monkeypatch):
     monkeypatch.setattr(long_prompt, "save_file", cut)
     with pytest.raises(OSError):
         long_prompt.save(
-            tmp_path / STATE, PROMPT, long_prompt.Progress(), memory, np.ones(1)
+            tmp_path / STATE, PROMPT, long_prompt.Fed(), memory, np.ones(1)
         )
     assert (tmp_path / STATE).read_bytes() == before
 

@@ -6,7 +6,6 @@ import pytest
 
 from beacon_jax.bench import plan
 from beacon_jax.bench.sizes import GIB
-from beacon_jax.model.presets import get_preset
 from beacon_jax.training.hardware import find_chip
 
 LENGTH = 131072
@@ -62,9 +61,9 @@ def test_what_does_not_fit_takes_more_chips():
 def test_break_even_is_where_the_design_says():
     """docs/design.md section 4: Llama-2 x8 ~8K, x4 ~20K; Qwen2-7B x8 ~12K, x4 ~28K, x2
     not within 128K. With whole windows: 9 of 1024 and 20; 6 of 2048 and 14."""
-    llama = plan.break_even(get_preset("llama2-7b"), (4, 8))
-    assert llama == {4: 20480, 8: 9216}
-    qwen = plan.break_even(get_preset("qwen2-7b"), (2, 4, 8))
+    made = plan.make(["llama2-7b", "qwen2-7b"], ["4096"], ["2", "4", "8"])
+    llama, qwen = made["break_even"].values()
+    assert llama[4] == 20480 and llama[8] == 9216
     assert qwen[4] == 28672 and qwen[8] == 12288
     assert qwen[2] is not None and qwen[2] > LENGTH
 

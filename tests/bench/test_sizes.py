@@ -7,11 +7,10 @@ import pytest
 from beacon_jax.bench.device import random_variables
 from beacon_jax.bench.sizes import (
     entries_after,
-    kv_token_bytes,
     slots_after,
     weight_bytes,
 )
-from beacon_jax.core.memory import init_memory
+from beacon_jax.core.memory import init_memory, slot_nbytes
 from beacon_jax.inference.plan import plan_ratios
 from beacon_jax.inference.prefill import prefill
 from beacon_jax.model.net import Net
@@ -30,8 +29,8 @@ def test_slots_and_entries_are_those_of_a_real_memory(config, ratio, length):
     entries = memory.slots + memory.open_entries("interleave")
     assert entries_after(config, length, ratio) == int(entries[0])
     open_tokens = int(memory.raw[0]) if ratio == 0 else 0
+    assert slot_nbytes(config, "float32") == memory.slot_nbytes
     assert slots_after(config, length, ratio) == int(memory.slots[0]) + open_tokens
-    assert kv_token_bytes(config, 4) == memory.slot_nbytes
 
 
 def test_weights_have_the_shapes_and_bytes_of_the_config():
