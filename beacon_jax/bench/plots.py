@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from beacon_jax.attention import IMPLEMENTATIONS
 from beacon_jax.bench.kernels import DEFAULT, INT8_MEMORY, LIBRARY
 from beacon_jax.bench.records import Row
-from beacon_jax.bench.report import peaks, unit_of
+from beacon_jax.bench.report import grouped, peaks, unit_of
 from beacon_jax.bench.serving import FULL, FULL_LIBRARY
 
 DPI = 120
@@ -63,14 +63,6 @@ def _panels(count: int, width: int = 3) -> tuple[Figure, list[Any]]:
     return figure, axes
 
 
-def _groups(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        key = tuple(row["key"].get(name) for name in names)
-        found.setdefault(key, []).append(row)
-    return found
-
-
 def _style(value: str) -> dict[str, Any]:
     name = value.removesuffix(INT8_MEMORY)
     int8 = {"linestyle": "-.", "marker": "^"} if name != value else {}
@@ -87,8 +79,8 @@ def _style(value: str) -> dict[str, Any]:
 
 
 def _lines(panel: Any, rows: Sequence[Row], name: str, point: Callable[[Row], Point]):
-    """A line with its spread per value of `name`."""
-    for (value,), group in _groups(rows, name).items():
+    """Draws a line with its spread per value of `name`."""
+    for (value,), group in grouped(rows, name).items():
         x, middle, low, high = zip(*sorted(map(point, group)), strict=True)
         (drawn,) = panel.plot(x, middle, label=str(value), **_style(str(value)))
         panel.fill_between(x, low, high, color=drawn.get_color(), alpha=0.12)
@@ -99,7 +91,7 @@ def _level(panel: Any, value: float, text: str) -> None:
 
 
 def _legend(figure: Figure, columns: int) -> None:
-    """One for all panels, below them: inside it would hide lines."""
+    """Draws one for all panels, below them: inside it would hide lines."""
     found = {}
     for panel in figure.axes:
         for line, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -116,7 +108,7 @@ def _legend(figure: Figure, columns: int) -> None:
 
 
 def _log_y(panel: Any) -> None:
-    """1, 2, 5, 10, ... in digits."""
+    """Marks 1, 2, 5, 10, ... in digits."""
     panel.grid(alpha=0.2)
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -125,20 +117,26 @@ def _log_y(panel: Any) -> None:
 
 
 def _flops(rates: Sequence[float]) -> tuple[float, str]:
-    """FLOP/s per unit, and the unit that fits the largest of these rates."""
+    """Returns FLOP/s per unit, and the unit that fits the largest of these rates."""
     return (1e9, "GFLOP/s") if max(rates) < 1e12 else (1e12, "TFLOP/s")
 
 
+def _times(row: Row, per_second: float) -> tuple[float, float, float]:
+    """Returns median, least and most seconds, in units of which so many are one."""
+    middle, low, high = (row["seconds"][k] for k in ("median_s", "min_s", "max_s"))
+    return per_second * middle, per_second * low, per_second * high
+
+
 def _rate(row: Row, amount: float) -> tuple[float, float, float]:
-    """Median, least and most of `amount` per second."""
+    """Returns median, least and most of `amount` per second."""
     t = row["seconds"]
     low, middle, high = (amount / t[k] for k in ("max_s", "median_s", "min_s"))
     return middle, low, high
 
 
 def _kernels(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
-    """Time and rate side by side: time has to fall with the live slots."""
-    groups = _groups(rows, "way", "queries", "memory", "batch", "preset", "dtype")
+    """Draws time and rate side by side: time has to fall with the live slots."""
+    groups = grouped(rows, "way", "queries", "memory", "batch", "preset", "dtype")
     figure, panels = _panels(2 * len(groups), width=4)
     per_flop, unit = _flops([1e12 * row["tflops"] for row in (*rows, *top.values())])
     pairs = zip(panels[::2], panels[1::2], strict=False)
@@ -150,14 +148,11 @@ def _kernels(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
         middle = statistics.median(row["seconds"]["median_s"] for row in group)
         per_second, unit_of_time = unit_of(middle)
 
-        def spent(row: Row, per_second: float = per_second) -> Point:
-            t = row["seconds"]
-            times = (per_second * t[k] for k in ("median_s", "min_s", "max_s"))
-            return row["key"]["live"], *times
-
-        def reached(row: Row, name: str = name, scale: float = scale) -> Point:
-            return row["key"]["live"], *_rate(row, row[name] / scale)
-
+        spent = lambda row, n=per_second: (row["key"]["live"], *_times(row, n))
+        reached = lambda row, name=name, scale=scale: (
+            row["key"]["live"],
+            *_rate(row, row[name] / scale),
+        )
         _lines(left, group, "implementation", spent)
         _lines(right, group, "implementation", reached)
         if dtype in top:
@@ -177,18 +172,37 @@ def _kernels(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
     return figure
 
 
+def _panel_each(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    of: str,
+    x: str,
+    point: Callable[[Row], tuple[float, float, float]],
+) -> tuple[Figure, list[tuple[Any, tuple[Any, ...]]]]:
+    """Draws a panel per value of `names`, a line per value of `of`, over the key `x`.
+
+    Returns:
+      The figure, and each panel with the values of `names`.
+    """
+    groups = grouped(rows, *names)
+    figure, panels = _panels(len(groups))
+    made = list(zip(panels, groups, strict=False))
+    for panel, values in made:
+        group = groups[values]
+        _lines(panel, group, of, lambda row: (row["key"][x], *point(row)))
+        ticks = sorted({row["key"][x] for row in group})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [f"{n:,}" for n in ticks], fontsize=8)
+        panel.minorticks_off()
+    return figure, made
+
+
 def _prefill(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
     del top
-    groups = _groups(rows, "preset", "dtype")
-    figure, panels = _panels(len(groups))
-    for panel, ((preset, dtype), group) in zip(panels, groups.items(), strict=False):
-
-        def point(row: Row) -> Point:
-            t = row["seconds"]
-            return row["key"]["length"], t["median_s"], t["min_s"], t["max_s"]
-
-        _lines(panel, group, "method", point)
-        _log2(panel, sorted({row["key"]["length"] for row in group}))
+    times = lambda row: _times(row, 1)
+    names = ("preset", "dtype")
+    figure, panels = _panel_each(rows, names, "method", "length", times)
+    for panel, (preset, dtype) in panels:
         _log_y(panel)
         panel.set_title(f"{preset}, {dtype}", fontsize=9)
         panel.set_xlabel("tokens")
@@ -199,18 +213,10 @@ def _prefill(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
 
 def _decode(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
     del top
-    groups = _groups(rows, "preset", "length", "dtype")
-    figure, panels = _panels(len(groups))
-    for panel, ((preset, length, dtype), group) in zip(
-        panels, groups.items(), strict=False
-    ):
-
-        def point(row: Row) -> Point:
-            batch = row["key"]["batch"]
-            return batch, *_rate(row, batch)
-
-        _lines(panel, group, "method", point)
-        _log2(panel, sorted({row["key"]["batch"] for row in group}))
+    rate = lambda row: _rate(row, row["key"]["batch"])
+    names = ("preset", "length", "dtype")
+    figure, panels = _panel_each(rows, names, "method", "batch", rate)
+    for panel, (preset, length, dtype) in panels:
         panel.set_title(f"{preset} behind {length:,} tokens, {dtype}", fontsize=9)
         panel.set_xlabel("rows")
         panel.set_ylabel("tokens/s")
@@ -220,25 +226,14 @@ def _decode(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
 
 
 def _train(rows: Sequence[Row], top: dict[str, Row]) -> Figure:
-    figure, (panel,) = _panels(1)
     per_flop, unit = _flops([1e12 * row["tflops"] for row in (*rows, *top.values())])
-
-    def point(row: Row) -> Point:
-        return row["key"]["length"], *_rate(row, row["model_flops"] / per_flop)
-
-    _lines(panel, rows, "preset", point)
+    rate = lambda row: _rate(row, row["model_flops"] / per_flop)
+    figure, ((panel, _),) = _panel_each(rows, (), "preset", "length", rate)
     for dtype in sorted({row["key"]["dtype"] for row in rows} & set(top)):
         peak = top[dtype]["tflops"] * 1e12 / per_flop
         _level(panel, peak, f"measured matrix product, {dtype}")
-    _log2(panel, sorted({row["key"]["length"] for row in rows}))
     panel.set_xlabel("tokens")
     panel.set_ylabel(f"model {unit} of a step")
     panel.set_ylim(bottom=0)
     _legend(figure, 4)
     return figure
-
-
-def _log2(panel: Any, ticks: Sequence[int]) -> None:
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(ticks, [f"{n:,}" for n in ticks], fontsize=8)
-    panel.minorticks_off()

@@ -1,28 +1,37 @@
 """Tables from the rows of a bench.json, and their place in docs/benchmarks.md."""
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from beacon_jax.bench.records import Row
 from beacon_jax.evaluation.report import table
 
+Columns = dict[str, Callable[[Row], Any]]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # Shown per key, in this order; what is not in a key is left out.
 NAMES = ("preset", "way", "implementation", "method", "length", "queries")
 SIZES = ("memory", "live", "batch", "window")
 
 
-def by_column(
-    columns: Mapping[str, Callable[[Row], object]], rows: Sequence[Row]
-) -> str:
+def by_column(columns: Columns, rows: Sequence[Row]) -> str:
     """Makes a Markdown table; a column has a title and what it shows of a row."""
     cells = [[show(row) for show in columns.values()] for row in rows]
     return table(list(columns), cells)
 
 
+def grouped(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Groups rows by what their keys say of `names`; None where one says nothing."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row["key"].get(n) for n in names), []).append(row)
+    return found
+
+
 def line(row: Row) -> str:
-    """A row in one line, for the terminal."""
+    """Says a row in one line, for the terminal."""
     key = row["key"]
     what = [str(key[name]) for name in NAMES if name in key]
     what += [f"{name}={key[name]}" for name in SIZES if name in key]
@@ -37,20 +46,20 @@ def line(row: Row) -> str:
 
 
 def _error(row: Row) -> str:
-    """The largest error and what is allowed for it."""
+    """Says the largest error and what is allowed for it."""
     shares = {k: error / row["allowed"][k] for k, error in row["errors"].items()}
     worst = max(shares, key=shares.__getitem__)
     return f"{worst} {row['errors'][worst]:.2g} of {row['allowed'][worst]:.2g} allowed"
 
 
 def unit_of(seconds: float) -> tuple[float, str]:
-    """How many of the unit that fits are a second, and its name."""
+    """Returns how many of the unit that fits are a second, and its name."""
     units = ((1, "s", 1.0), (1e3, "ms", 1e-3), (1e6, "µs", 0.0))
     return next((scale, unit) for scale, unit, least in units if seconds >= least)
 
 
 def _seconds(row: Row) -> str:
-    """Median and spread in the unit that fits."""
+    """Says median and spread in the unit that fits."""
     t = row["seconds"]
     scale, unit = unit_of(t["median_s"])
     low, middle, high = (scale * t[k] for k in ("min_s", "median_s", "max_s"))
@@ -67,7 +76,7 @@ def _rate(row: Row) -> str:
 
 
 def _flops(tflops: float) -> str:
-    """In the unit that fits: a CPU has 0.1 TFLOP/s."""
+    """Writes a rate in the unit that fits: a CPU has 0.1 TFLOP/s."""
     return f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.3g} GFLOP/s"
 
 
@@ -76,7 +85,7 @@ def _of(rows: Sequence[Row], part: str) -> list[Row]:
 
 
 def peaks(rows: Sequence[Row]) -> dict[str, Row]:
-    """The measured peaks by dtype."""
+    """Returns the measured peaks by dtype."""
     found = [row for row in _of(rows, "peaks") if row["status"] == "ok"]
     return {row["key"]["dtype"]: row for row in found}
 
@@ -87,7 +96,7 @@ def _share(row: Row, known: dict[str, Row], rate: str, peak: str) -> str:
 
 
 def _bytes(value: float | None) -> str:
-    """In the unit that fits; a dash for what the platform does not tell."""
+    """Writes a size in the unit that fits; a dash for what nobody tells."""
     if value is None:
         return "–"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
@@ -97,7 +106,7 @@ def _bytes(value: float | None) -> str:
 
 
 def sections(rows: Sequence[Row]) -> list[str]:
-    """Markdown tables of the parts that were measured."""
+    """Makes Markdown tables of the parts that were measured."""
     known = peaks(rows)
     made = [_peaks(known), _parity(rows), _prefill(rows, known), _decode(rows, known)]
     made += [_train(rows, known), _kernels(rows, known)]
@@ -113,15 +122,20 @@ def _peaks(known: dict[str, Row]) -> str:
     )
 
 
-def _parity(rows: Sequence[Row]) -> str:
+def _part(title: str, rows: Sequence[Row], what: Columns, found: Columns) -> str:
+    """Makes the table of a part.
+
+    Args:
+      what: columns that say what was measured, from a row's key.
+      found: those of what was found; of other rows the first says why there is none.
+    """
     lines = []
-    for row in _of(rows, "parity"):
-        key = row["key"]
-        start = [key[n] for n in ("preset", "way", "implementation", "dtype")]
+    for row in rows:
+        start = [show(row["key"]) for show in what.values()]
+        none = [_status(row), *"–" * (len(found) - 1)]
         good = row["status"] == "ok"
-        lines.append([*start, _error(row) if good else _status(row)])
-    head = ["model", "", "implementation", "numbers", "largest error"]
-    return _titled("Parity with the reference", head, lines)
+        lines.append(start + ([show(row) for show in found.values()] if good else none))
+    return _titled(title, [*what, *found], lines)
 
 
 def _status(row: Row) -> str:
@@ -129,15 +143,89 @@ def _status(row: Row) -> str:
     return row["status"] + reason.replace("|", "/")
 
 
-def fastest(rows: Sequence[Row], start: str) -> dict[tuple[Any, ...], float]:
-    """Seconds of the fastest method whose name begins so, by (part, preset, window,
-    dtype, length, batch)."""
-    best: dict[tuple[Any, ...], float] = {}
-    for row in rows:
-        if row["key"].get("method", "").startswith(start) and row["status"] == "ok":
-            where = _where(row)
-            best[where] = min(best.get(where, 1e99), row["seconds"]["median_s"])
-    return best
+def _parity(rows: Sequence[Row]) -> str:
+    names = {"model": "preset", "": "way", "implementation": "implementation"}
+    names |= {"numbers": "dtype"}
+    what: Columns = {title: operator.itemgetter(n) for title, n in names.items()}
+    found = {"largest error": _error}
+    return _part("Parity with the reference", _of(rows, "parity"), what, found)
+
+
+def _prefill(rows: Sequence[Row], known: dict[str, Row]) -> str:
+    what = {"model": _model, "tokens": _length, "method": _method}
+    found = {"first token": _seconds} | _against(rows, "prefill")
+    found["of matmul peak"] = lambda row: _share(row, known, "tflops", "tflops")
+    sizes = {"KV": "kv_bytes", "by formula": "formula_bytes"}
+    sizes |= {"compiled": "program_bytes", "peak": "peak_bytes"}
+    found |= {title: lambda row, n=n: _bytes(row[n]) for title, n in sizes.items()}
+    found["compile s"] = lambda row: f"{row['compile_s']:.0f}"
+    return _part("Prefill", _sorted(rows, "prefill"), what, found)
+
+
+def _decode(rows: Sequence[Row], known: dict[str, Row]) -> str:
+    what = {"model": _model, "tokens before": _length}
+    what |= {"rows": lambda key: str(key["batch"]), "method": _method}
+    found: Columns = {"tokens/s": lambda row: f"{row['tokens_per_second']:,.4g}"}
+    found |= {"a step": _seconds} | _against(rows, "decode")
+    found["of bandwidth"] = lambda row: _share(row, known, "gbs", "bandwidth_gbs")
+    found["KV"] = lambda row: _bytes(row["kv_bytes"])
+    return _part("Decoding", _sorted(rows, "decode"), what, found)
+
+
+def _train(rows: Sequence[Row], known: dict[str, Row]) -> str:
+    what = {"model": lambda key: key["preset"], "tokens": _length}
+    found = {
+        "step": _seconds,
+        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+        "MFU": lambda row: "–" if row["mfu"] is None else f"{row['mfu']:.1%}",
+        "of matmul peak": lambda row: _share(row, known, "tflops", "tflops"),
+        "memory": lambda row: _bytes(row["program_bytes"]),
+        "remat": lambda row: row["remat"],
+    }
+    return _part("Training step", _of(rows, "train"), what, found)
+
+
+def _model(key: Row) -> str:
+    return key["preset"] + (f", W {key['window']:,}" if "window" in key else "")
+
+
+def _length(key: Row) -> str:
+    return f"{key['length']:,}"
+
+
+def _method(key: Row) -> str:
+    return key["method"]
+
+
+def _sorted(rows: Sequence[Row], part: str) -> list[Row]:
+    """Sorts the rows of a part by model, length, batch and ratio."""
+
+    def place(row: Row) -> tuple[Any, ...]:
+        key = row["key"]
+        ratio = int(key["method"][1:]) if key["method"].startswith("x") else 0
+        return key["preset"], key["length"], key.get("batch", 1), ratio
+
+    return sorted(_of(rows, part), key=place)
+
+
+def _against(rows: Sequence[Row], part: str) -> Columns:
+    """Makes the columns of what a part is compared with: full attention, and every
+    other library that was measured."""
+    others = [row["key"]["method"] for row in _of(rows, part) if "library" in row]
+    columns = {}
+    for name in dict.fromkeys(["full", *others]):
+        best: dict[tuple[Any, ...], float] = {}  # seconds of its fastest method
+        for row in rows:
+            method = row["key"].get("method", "")
+            if method.startswith(name) and row["status"] == "ok":
+                seconds = row["seconds"]["median_s"]
+                best[_where(row)] = min(best.get(_where(row), seconds), seconds)
+        columns[f"against {name}"] = lambda row, best=best: (
+            f"{best[_where(row)] / row['seconds']['median_s']:.2f}×"
+            if _where(row) in best
+            else "–"
+        )
+    return columns
 
 
 def _where(row: Row) -> tuple[Any, ...]:
@@ -145,113 +233,10 @@ def _where(row: Row) -> tuple[Any, ...]:
     return tuple(row["key"].get(name) for name in names)
 
 
-def _against(row: Row, best: dict[tuple[Any, ...], float]) -> str:
-    top = best.get(_where(row))
-    return f"{top / row['seconds']['median_s']:.2f}×" if top else "–"
-
-
-def _others(rows: Sequence[Row], part: str) -> dict[str, dict[tuple[Any, ...], float]]:
-    """The columns of what a part is compared with: full attention, and every other
-    library that was measured."""
-    found = (row["key"]["method"] for row in _of(rows, part) if "library" in row)
-    return {name: fastest(rows, name) for name in ("full", *dict.fromkeys(found))}
-
-
-def _model(key: Row) -> str:
-    return key["preset"] + (f", W {key['window']:,}" if "window" in key else "")
-
-
-def _prefill(rows: Sequence[Row], known: dict[str, Row]) -> str:
-    others, lines = _others(rows, "prefill"), []
-    found = sorted(_of(rows, "prefill"), key=lambda r: (r["key"]["preset"], *_by(r)))
-    for row in found:
-        key = row["key"]
-        start = [_model(key), f"{key['length']:,}", key["method"]]
-        if row["status"] != "ok":
-            lines.append([*start, _status(row), *"––––––", *("–" for _ in others)])
-            continue
-        lines.append(
-            [
-                *start,
-                _seconds(row),
-                *(_against(row, best) for best in others.values()),
-                _share(row, known, "tflops", "tflops"),
-                _bytes(row["kv_bytes"]),
-                _bytes(row["formula_bytes"]),
-                _bytes(row["program_bytes"]),
-                _bytes(row["peak_bytes"]),
-                f"{row['compile_s']:.0f}",
-            ]
-        )
-    head = ["model", "tokens", "method", "first token"]
-    head += [f"against {name}" for name in others]
-    head += ["of matmul peak", "KV", "by formula", "compiled", "peak"]
-    return _titled("Prefill", [*head, "compile s"], lines)
-
-
-def _by(row: Row) -> tuple[Any, ...]:
-    key = row["key"]
-    ratio = int(key["method"][1:]) if key["method"].startswith("x") else 0
-    return key["length"], key.get("batch", 1), ratio
-
-
-def _decode(rows: Sequence[Row], known: dict[str, Row]) -> str:
-    others, lines = _others(rows, "decode"), []
-    found = sorted(_of(rows, "decode"), key=lambda r: (r["key"]["preset"], *_by(r)))
-    for row in found:
-        key = row["key"]
-        start = [_model(key), f"{key['length']:,}", str(key["batch"]), key["method"]]
-        if row["status"] != "ok":
-            lines.append([*start, _status(row), *"–––", *("–" for _ in others)])
-            continue
-        lines.append(
-            [
-                *start,
-                f"{row['tokens_per_second']:,.4g}",
-                _seconds(row),
-                *(_against(row, best) for best in others.values()),
-                _share(row, known, "gbs", "bandwidth_gbs"),
-                _bytes(row["kv_bytes"]),
-            ]
-        )
-    head = ["model", "tokens before", "rows", "method", "tokens/s", "a step"]
-    head += [f"against {name}" for name in others]
-    head += ["of bandwidth", "KV"]
-    return _titled("Decoding", head, lines)
-
-
-def _train(rows: Sequence[Row], known: dict[str, Row]) -> str:
-    lines = []
-    for row in _of(rows, "train"):
-        key = row["key"]
-        start = [key["preset"], f"{key['length']:,}"]
-        if row["status"] != "ok":
-            lines.append([*start, _status(row), *"–––––"])
-            continue
-        mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        lines.append(
-            [
-                *start,
-                _seconds(row),
-                f"{row['tokens_per_second']:,.0f}",
-                mfu,
-                _share(row, known, "tflops", "tflops"),
-                _bytes(row["program_bytes"]),
-                row["remat"],
-            ]
-        )
-    head = ["model", "tokens", "step", "tokens/s", "MFU", "of matmul peak"]
-    return _titled("Training step", [*head, "memory", "remat"], lines)
-
-
 def _kernels(rows: Sequence[Row], known: dict[str, Row]) -> str:
-    """One line per shape and implementation, one column per fill."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in _of(rows, "kernels"):
-        key = row["key"]
-        names = ("preset", "dtype", "way", "batch", "queries", "memory")
-        name = *(key[n] for n in names), key["implementation"]
-        groups.setdefault(name, []).append(row)
+    """Makes a line per shape and implementation, a column per fill."""
+    names = ("preset", "dtype", "way", "batch", "queries", "memory", "implementation")
+    groups = grouped(_of(rows, "kernels"), *names)
     lines, refusals = [], {}
     for name, found in groups.items():
         preset, _, way, batch, queries, memory, implementation = name
@@ -272,7 +257,7 @@ def _kernels(rows: Sequence[Row], known: dict[str, Row]) -> str:
 
 
 def _why(reason: str, implementation: str) -> str:
-    """Without what was asked for, which stands in front of it already."""
+    """Drops what was asked for, which stands in front of it already."""
     name = implementation.removesuffix(", int8 memory")
     asked = f"implementation='{name}'"
     return reason.removeprefix(f"{asked}: {name}: ").removeprefix(f"{asked} ")
@@ -281,9 +266,8 @@ def _why(reason: str, implementation: str) -> str:
 def _kernel_cell(row: Row, known: dict[str, Row]) -> str:
     if row["status"] != "ok":
         return row["status"]
-    names = ("tflops", "tflops")
-    if row["key"]["way"] == "decode":
-        names = ("gbs", "bandwidth_gbs")
+    decode = row["key"]["way"] == "decode"
+    names = ("gbs", "bandwidth_gbs") if decode else ("tflops", "tflops")
     share = _share(row, known, *names)
     return f"{_seconds(row).split(' [')[0]}, {_rate(row)}, {share}"
 
@@ -293,7 +277,7 @@ def _titled(title: str, head: list[str], lines: list[list[str]]) -> str:
 
 
 def readme_text(content: dict[str, Any], source: str) -> str:
-    """What stands between the markers: where it comes from, then the tables.
+    """Makes what stands between the markers: where it comes from, then the tables.
 
     Args:
       content: of a bench.json.
@@ -309,7 +293,7 @@ def readme_text(content: dict[str, Any], source: str) -> str:
 
 
 def _folded(section: str) -> str:
-    """The long table of the kernels is shown when it is asked for."""
+    """Folds the long table of the kernels: it is shown when it is asked for."""
     title = "**Attention**"
     if not section.startswith(title):
         return section
@@ -327,11 +311,8 @@ def update_readme(page: Path, text: str) -> None:
     if not page.is_file():
         raise ValueError(f"{page}: no such page here; run this in the repository.")
     old = page.read_text(encoding="utf-8")
-    if (
-        old.count(BEGIN) != 1
-        or old.count(END) != 1
-        or old.index(END) < old.index(BEGIN)
-    ):
+    markers = re.findall(f"{re.escape(BEGIN)}|{re.escape(END)}", old)
+    if markers != [BEGIN, END]:
         raise ValueError(
             f"{page} must have the line {BEGIN} once and {END} once behind it: the "
             "table goes in between."
