@@ -1,4 +1,4 @@
-"""What is left of the memory of this computer, or of the container it runs in."""
+"""Memory that is left of this computer, or of the container it runs in."""
 
 import os
 from pathlib import Path

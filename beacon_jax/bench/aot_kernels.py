@@ -99,7 +99,7 @@ CASES = {case.name: case for case in _cases()}
 
 
 def program(case: KernelCase, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
-    """A function and its arguments as shapes on the mesh's device."""
+    """Returns a function and its arguments as shapes on the mesh's device."""
     config = get_preset(case.model)
     t, s = case.queries, MEMORY + case.queries
     here = NamedSharding(mesh, PartitionSpec())
@@ -130,7 +130,7 @@ def program(case: KernelCase, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
 
 def compiled(function, arguments, mesh: Mesh, **options) -> Any:
-    """For the mesh's device. options: of the compiler."""
+    """Compiles a function for the mesh's device, with options of the compiler."""
     # Pallas wants to know the chip, and asks the mesh.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function).lower(*arguments)
@@ -138,8 +138,8 @@ def compiled(function, arguments, mesh: Mesh, **options) -> Any:
 
 
 def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict]:
-    """What each kernel of ours takes of a program: registers per thread, bytes spilled
-    per thread, bytes of shared memory and threads per block."""
+    """Returns what each kernel of ours takes: registers and bytes spilled per thread,
+    bytes of shared memory and threads per block."""
     with tempfile.TemporaryDirectory() as folder:
         compiled(
             function, arguments, mesh, xla_dump_to=folder, xla_dump_emitter_re="ptx"
@@ -164,7 +164,7 @@ def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict
 
 
 def tpu_kernels(program) -> list[dict]:
-    """Bytes of vector memory that each kernel of ours takes."""
+    """Returns the bytes of vector memory that each kernel of ours takes."""
     used = (
         r'used_scoped_memory_configs":\[{"memory_space":"1","offset":"0","size":"(\d+)'
     )
@@ -178,7 +178,7 @@ def tpu_kernels(program) -> list[dict]:
 
 
 def registers(ptx: Path, architecture: str) -> dict[str, int]:
-    """Of a kernel, from ptxas."""
+    """Asks ptxas for the registers and spilled bytes of a kernel."""
     import nvidia.cuda_nvcc  # pyright: ignore[reportMissingImports]
 
     ptxas = Path(next(iter(nvidia.cuda_nvcc.__path__))) / "bin" / "ptxas"

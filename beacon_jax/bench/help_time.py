@@ -1,4 +1,4 @@
-"""How long `--help` of each command takes; fails if one takes more than a second.
+"""Measures how long `--help` of each command takes; fails above a second.
 
 python -m beacon_jax.bench.help_time
 
@@ -17,7 +17,7 @@ RUNS = 5
 
 
 def seconds(*words: str) -> float:
-    """The least processor time of RUNS processes."""
+    """Measures the least processor time of RUNS processes."""
     command = [sys.executable, "-m", "beacon_jax", *words, "--help"]
     taken = []
     for _ in range(RUNS):

@@ -80,7 +80,7 @@ class Mounted(Beacon):
 
 
 def passkeys(model: Model, ratios: list[int], settings: Settings) -> list[Metric]:
-    """Accuracy of the passkey task per ratio, at once and mounted."""
+    """Measures the passkey task per ratio, at once and mounted."""
     task, predictions = Passkey(), []
     examples = task.examples(model, settings, Inputs(settings, model.tokenizer))
     for method in (kind(r) for r in ratios for kind in (Beacon, Mounted)):

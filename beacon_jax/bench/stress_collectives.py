@@ -26,7 +26,7 @@ LAYERS = 2  # collectives of each kind per launch
 
 
 def child_environment(devices: int) -> dict[str, str]:
-    """Of a fresh shell: the pool is for the child to prepare."""
+    """Returns that of a fresh shell: the pool is for the child to prepare."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     for name in ("PJRT_NPROC", "XLA_FLAGS"):
         env.pop(name, None)
@@ -34,14 +34,14 @@ def child_environment(devices: int) -> dict[str, str]:
 
 
 def busy_cores() -> list[subprocess.Popen]:
-    """A program per core that does nothing else; they end with this process's end."""
+    """Starts a program per core that only spins; they end with this process."""
     spin = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(10**6))"
     command = [sys.executable, "-c", spin]
     return [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
 
 
 def launch(count: int, without: Sequence[str]) -> None:
-    """The child: prints {"done": launches} at the start, the end and every second."""
+    """Launches in the child; prints {"done": launches} at start, end, each second."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -94,7 +94,7 @@ def launch(count: int, without: Sequence[str]) -> None:
 
 
 def run_round(o: flags.FlagValues) -> tuple[int, str | None]:
-    """One process; (launches reported, what went wrong)."""
+    """Runs one process; returns the launches reported, and what went wrong."""
     command = [sys.executable, "-m", "beacon_jax.bench.stress_collectives", "--child"]
     command += [f"--launches={o.launches}", f"--without={','.join(o.without)}"]
     process = subprocess.Popen(

@@ -18,7 +18,7 @@ from beacon_jax.model.config import ModelConfig
 
 
 def library() -> str:
-    """Names and versions; NotImplementedError if torch is not installed."""
+    """Returns names and versions; NotImplementedError if torch is not installed."""
     try:
         torch = importlib.import_module("torch")
     except ImportError:
@@ -66,14 +66,14 @@ class TorchModel:
         assert not found, f"{sorted(found)} got no weights"
 
     def first_token(self, tokens: np.ndarray) -> np.ndarray:
-        """The most likely token [B] behind tokens [B, T], with a cache as it goes."""
+        """Returns the most likely token [B] behind tokens [B, T], with a cache."""
         with self._torch.inference_mode():
             ids = self._torch.from_numpy(tokens.astype(np.int64))
             out = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
             return out.logits[:, -1].argmax(-1).numpy()
 
     def cache(self, batch: int, length: int) -> Any:
-        """A cache that holds `length` random entries per row."""
+        """Makes a cache that holds `length` random entries per row."""
         c, torch = self._config, self._torch
         made = importlib.import_module("transformers").DynamicCache()
         shape = (batch, c.num_kv_heads, length, c.head_dim)
