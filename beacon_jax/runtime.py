@@ -13,6 +13,7 @@ Importing this module does not import jax.
 """
 
 import collections
+import functools
 import logging
 import os
 import re
@@ -144,13 +145,9 @@ def _integer(name: str) -> int | None:
         return None
 
 
-_warned: set[str] = set()
-
-
+@functools.cache
 def _warn_once(text: str) -> None:
-    if text not in _warned:
-        _warned.add(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 # --- launches in flight ----------------------------------------------------------

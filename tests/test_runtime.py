@@ -28,7 +28,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.delitem(sys.modules, "jax")
     monkeypatch.delitem(sys.modules, "jax._src.xla_bridge")
-    monkeypatch.setattr(runtime, "_warned", set())
+    runtime._warn_once.cache_clear()
     return monkeypatch
 
 

@@ -29,13 +29,11 @@ import jax.numpy as jnp
 from beacon_jax.bench.records import Row
 from beacon_jax.bench.report import by_column
 from beacon_jax.bench.sizes import GIB
-from beacon_jax.bench.training import placed, start
+from beacon_jax.bench.training import abstract, placed
 from beacon_jax.core.plan import memory_slots
 from beacon_jax.model.presets import get_preset
 from beacon_jax.training.config import default_config
-from beacon_jax.training.memory import step_bytes
 from beacon_jax.training.optim import make_optimizer
-from beacon_jax.training.sharding import make_placement
 from beacon_jax.training.trainer import make_update
 
 # Bytes of a chip that a program can have: 95 % (XLA_CLIENT_MEM_FRACTION in launch/).
@@ -112,12 +110,12 @@ def abstract_step(case: StepCase) -> tuple[Any, tuple[Any, ...], float]:
     for name, size in zip(("data", "fsdp", "tensor"), case.mesh, strict=True):
         config.mesh[name] = size
     rows = case.mesh[0] * case.mesh[1]
-    devices = targets.devices(case.target)
-    placement = make_placement(config.mesh, config.rules, [rows], devices)
     windows = -(-case.length // beacon.window)
-    trained, frozen = jax.eval_shape(lambda: start(model, config.dtype))
-    trained = placed(trained, placement.trained(model, trained))
-    frozen = placed(frozen, placement.frozen(model, frozen))
+    slots = case.slots or memory_slots(model, windows)
+    devices = targets.devices(case.target)
+    placement, trained, frozen, need = abstract(
+        model, config, devices, rows, windows, slots
+    )
     optimizer = make_optimizer(config.optimizer, 1000)
     fresh = jax.eval_shape(optimizer.init, trained)
     where = jax.tree.map(lambda x: x.sharding, trained)
@@ -130,17 +128,6 @@ def abstract_step(case: StepCase) -> tuple[Any, tuple[Any, ...], float]:
         "step": on(placement.everywhere, ()),
     }
     update = make_update(config, model, optimizer, placement, state, case.remat)
-    need = step_bytes(
-        model,
-        placement,
-        trained,
-        frozen,
-        rows=1,
-        windows=windows,
-        slots=case.slots or memory_slots(model, windows),
-        dtype=jnp.bfloat16,
-        offload=case.offload,
-    )
     split = placement.partition.sharding((None, "batch"))
     shape = (windows, rows, beacon.window)
     batch = {

@@ -33,12 +33,12 @@ def check_fits(device: Any, needed: float) -> None:
 def check_platform(implementation: str, device: Any) -> None:
     """Raises NotImplementedError for a kernel of another platform: it would run
     interpreted, or be another implementation in its place."""
-    for ending in ("gpu", "tpu", "cpu"):
-        if implementation.endswith(f"_{ending}") and ending != device.platform:
-            raise NotImplementedError(
-                f"implementation={implementation!r} is for {ending}, this is "
-                f"{device.platform}."
-            )
+    platform = implementation.rpartition("_")[2]
+    if platform in {"gpu", "tpu", "cpu"} - {device.platform}:
+        raise NotImplementedError(
+            f"implementation={implementation!r} is for {platform}, this is "
+            f"{device.platform}."
+        )
 
 
 def peak_bytes(device: Any) -> int | None:

@@ -116,16 +116,15 @@ class _Held:
     """Keeps what the cases share: weights, the other library's model, the group."""
 
     def __init__(self, s: Bench):
-        self._s = s
-        self._weights, self._torch, self._group = Latest(), Latest(), Latest()
+        self._s, self._group = s, Latest()
 
+    @functools.cached_property
     def variables(self) -> dict[str, Any]:
-        s = self._s
-        return self._weights.get("", lambda: random_variables(s.config, s.dtype))
+        return random_variables(self._s.config, self._s.dtype)
 
+    @functools.cached_property
     def torch(self) -> TorchModel:
-        s, variables = self._s, self.variables()
-        return self._torch.get("", lambda: TorchModel(s.config, variables, s.dtype))
+        return TorchModel(self._s.config, self.variables, self._s.dtype)
 
     def measure(
         self, method: str, make: Callable[[str], Sampler], methods: list[str], *key: Any
@@ -217,10 +216,10 @@ def _prefill_bytes(s: Bench, length: int, method: str) -> int:
 def _prefiller(s: Bench, held: _Held, length: int, method: str) -> Sampler:
     check_fits(s.device, _prefill_bytes(s, length, method))
     if method == TORCH:
-        model, tokens = held.torch(), _tokens(s, length)
+        model, tokens = held.torch, _tokens(s, length)
         return Sampler(_EAGER, lambda: seconds_of(lambda: model.first_token(tokens)))
     make = _compressed if _ratio(method) else _full
-    program, fresh, run = make(s, held.variables(), length, method)
+    program, fresh, run = make(s, held.variables, length, method)
 
     def sample() -> float:
         empty = jax.block_until_ready(fresh())
@@ -388,7 +387,7 @@ def _decoder(s: Bench, held: _Held, length: int, batch: int, method: str) -> Sam
     check_fits(s.device, _decode_needs(s, length, method, batch))
     if method == TORCH:
         return _torch_decoder(s, held, length, batch)
-    c, ratio, variables = s.config, _ratio(method), held.variables()
+    c, ratio, variables = s.config, _ratio(method), held.variables
     window, closed = s.beacon.window, length // s.beacon.window
     memory = _filled(s, length, ratio, batch, _decode_room(s, length, method))
     program, run = _block(s, variables, memory, ratio, closed + BLOCK // window + 2)
@@ -415,7 +414,7 @@ def _decoder(s: Bench, held: _Held, length: int, batch: int, method: str) -> Sam
 
 def _torch_decoder(s: Bench, held: _Held, length: int, batch: int) -> Sampler:
     """Makes the sampler of torch, in the middle of the window."""
-    window, model = s.beacon.window, held.torch()
+    window, model = s.beacon.window, held.torch
     middle = length - length % window + max((window - BLOCK) // 2, 0)
     cache = model.cache(batch, middle)
     decode = lambda: model.decode(cache, batch, BLOCK)

@@ -41,20 +41,9 @@ def _step(s: Bench, length: int) -> Row:
     model = s.config
     config = default_config()
     config.dtype = s.dtype
-    placement = make_placement(config.mesh, config.rules, [1], [s.device])
     windows = -(-length // s.beacon.window)
     slots = memory_slots(model, windows, likely=True)
-    trained, frozen = jax.eval_shape(lambda: start(model, s.dtype))
-    need = step_bytes(
-        model,
-        placement,
-        placed(trained, placement.trained(model, trained)),
-        placed(frozen, placement.frozen(model, frozen)),
-        rows=1,
-        windows=windows,
-        slots=slots,
-        dtype=jnp.dtype(s.dtype),
-    )
+    placement, *_, need = abstract(model, config, [s.device], 1, windows, slots)
     remat = choose_remat(need, s.device)
     check_fits(s.device, need[remat])
     before = peak_bytes(s.device)
@@ -95,6 +84,38 @@ def start(model: ModelConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any
     variables = random_variables(model, dtype)
     beacon = jax.tree.map(lambda x: x.astype(jnp.float32), variables["beacon"])
     return {"beacon": beacon}, {"params": variables["params"]}
+
+
+def abstract(
+    model: ModelConfig, config: Any, devices: Any, rows: int, windows: int, slots: int
+) -> tuple[Placement, Any, Any, dict[str, float]]:
+    """Plans a step of the trainer on devices that need not be here.
+
+    Args:
+      config: of a training run.
+      rows: of the batch, one on each device that a batch is split over.
+      windows, slots: of a row.
+
+    Returns:
+      The placement, shapes with shardings of the trained and of the frozen parameters,
+      and the estimate of `training.memory`: bytes per device by `remat`.
+    """
+    placement = make_placement(config.mesh, config.rules, [rows], devices)
+    trained, frozen = jax.eval_shape(lambda: start(model, config.dtype))
+    trained = placed(trained, placement.trained(model, trained))
+    frozen = placed(frozen, placement.frozen(model, frozen))
+    need = step_bytes(
+        model,
+        placement,
+        trained,
+        frozen,
+        rows=1,
+        windows=windows,
+        slots=slots,
+        dtype=jnp.dtype(config.dtype),
+        offload=config.offload,
+    )
+    return placement, trained, frozen, need
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
