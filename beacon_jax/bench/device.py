@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from beacon_jax import host
 from beacon_jax.bench.records import DoesNotFit, Row
 from beacon_jax.bench.sizes import GIB
 from beacon_jax.bench.timing import compile_program, measure_queued
 from beacon_jax.model.config import ModelConfig, param_shapes
-from beacon_jax.training.hardware import device_bytes
 
 # Edge of the square product and bytes of the copied array, per platform: large enough
 # to reach the peak, and 0.1 s on a CPU.
@@ -20,9 +20,15 @@ MATMUL = {"cpu": 512}
 COPY = {"cpu": 2**26}
 
 
+def memory_limit(device: Any) -> int | None:
+    """Returns the bytes of a device, in use or not; None: nobody tells."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return host.total_bytes() if device.platform == "cpu" and not limit else limit
+
+
 def check_fits(device: Any, needed: float) -> None:
     """Raises DoesNotFit if the formula's bytes are more than there are."""
-    limit = device_bytes(device)
+    limit = memory_limit(device)
     if limit is not None and needed > limit:
         raise DoesNotFit(
             f"{needed / GIB:.1f} GiB by formula, {device.device_kind} has "

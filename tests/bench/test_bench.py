@@ -211,7 +211,7 @@ def test_an_error_is_a_row_and_is_tried_again(tmp_path, device):
 
 
 def test_what_does_not_fit_is_a_row_not_a_crash(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "device_bytes", lambda _: 10)
+    monkeypatch.setattr(devices, "memory_limit", lambda _: 10)
     given = options(f"--out={tmp_path}", "--parts=prefill,decode,train")
     rows = runner.run_all(given, given.parts)
     assert {row["status"] for row in rows[1:]} == {"does not fit"}
