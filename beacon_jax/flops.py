@@ -57,6 +57,7 @@ class Flops:
 
     @property
     def total(self) -> int:
+        """Forward FLOPs of everything."""
         return self.base + self.beacon + self.attention + self.lm_head
 
     def __add__(self, other: "Flops") -> "Flops":

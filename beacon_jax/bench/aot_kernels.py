@@ -65,6 +65,7 @@ class KernelCase:
 
     @property
     def name(self) -> str:
+        """The case's name on the command line."""
         way = "backward" if self.backward else "decode" if self.rows > 1 else "forward"
         kind = "-int8" * self.int8 + "-mean" * self.mean
         return f"{self.model}-{self.queries}-{way}{kind}-{self.target.split(':')[0]}"

@@ -36,6 +36,7 @@ from beacon_jax.core.plan import capacity
 from beacon_jax.model.config import ModelConfig, check_ratio
 from beacon_jax.model.net import Net
 from beacon_jax.model.presets import get_preset
+from beacon_jax.progress import say
 
 STATE, RESULT = "state.safetensors", "long_prompt.json"
 LOGITS = "last_logits"
@@ -133,7 +134,8 @@ def run(prompt: LongPrompt, out: Path) -> dict[str, Any]:
         progress.processes += 1
         variables = random_variables(config, prompt.dtype)
         say(
-            f"{room:,} slots, {memory.nbytes / 2**20:,.0f} MiB; {rss() / 2**30:.1f} GiB"
+            f"long_prompt: {room:,} slots, {memory.nbytes / 2**20:,.0f} MiB; "
+            f"{rss() / 2**30:.1f} GiB"
         )
     jitted: Any = feed_jit
     programs = jitted._cache_size()
@@ -166,19 +168,16 @@ def rss() -> int:
 
 
 def tell(prompt: LongPrompt, progress: Fed) -> None:
+    """Says how far the prompt is read, and how fast."""
     last = progress.seconds[-1]
     left = prompt.tokens - progress.done
     rate = progress.done / sum(progress.seconds)
     say(
-        f"{progress.done:,} of {prompt.tokens:,} tokens, this piece "
+        f"long_prompt: {progress.done:,} of {prompt.tokens:,} tokens, this piece "
         f"{min(prompt.piece, progress.done) / last:,.0f} tokens/s, all {rate:,.0f}; "
         f"{left / rate / 60:.1f} min left; peak {progress.peak_rss_bytes / 2**30:.2f} "
         "GiB"
     )
-
-
-def say(text: str) -> None:
-    print(f"long_prompt: {text}", file=sys.stderr, flush=True)
 
 
 def summary(

@@ -96,6 +96,7 @@ def passkeys(model: Model, ratios: list[int], settings: Settings) -> list[Metric
 
 
 def passkey_table(metrics: list[Metric]) -> str:
+    """Makes the table of accuracies, a column per depth."""
     metrics = [m for m in metrics if m["metric"] == "accuracy"]
     depths = sorted({m["depth"] for m in metrics if m["depth"] is not None})
     cells = {(m["method"], m["depth"]): m for m in metrics}
@@ -110,6 +111,7 @@ def passkey_table(metrics: list[Metric]) -> str:
 
 
 def loss_table(results: list[Row]) -> str:
+    """Makes the table of losses, a row per length and ratio."""
     titles = ("at once", "mounted", "B alone", "nothing")
     names = ("at_once", "mounted", "second")
     columns = {

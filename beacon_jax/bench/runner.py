@@ -2,9 +2,8 @@
 
 import dataclasses
 import re
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from beacon_jax.evaluation.runner import integers
 from beacon_jax.model.config import ModelConfig, check_ratio
 from beacon_jax.model.presets import get_preset
 from beacon_jax.names import meant
-from beacon_jax.progress import Progress
+from beacon_jax.progress import Progress, say
 
 PARTS = {
     "parity": parity.cases,
@@ -34,8 +33,6 @@ PARTS = {
     "decode": serving.decode_cases,
     "train": training.cases,
 }
-
-
 LENGTHS, RATIOS = ("4096", "32768", "131072"), ("4", "8")
 
 
@@ -45,12 +42,7 @@ def make_settings(options: Any) -> list[Bench]:
     Raises:
       ValueError: a number, preset or ratio that cannot be; names the option.
     """
-    unknown = [name for name in options.against if name not in serving.AGAINST]
-    if unknown:
-        near = meant(unknown[0], serving.AGAINST)
-        raise ValueError(
-            f"--against has {unknown}: {near}use {', '.join(serving.AGAINST)}."
-        )
+    _check_known("--against", options.against, serving.AGAINST)
     several = ("batches", "queries", "memory")
     given = {name: integers(name, getattr(options, name)) for name in several}
     ratios = integers("ratios", options.ratios or RATIOS)
@@ -77,6 +69,13 @@ def make_settings(options: Any) -> list[Bench]:
             )
         )
     return made
+
+
+def _check_known(flag: str, names: Sequence[str], known: Collection[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        near = meant(unknown[0], known)
+        raise ValueError(f"{flag} has {unknown}: {near}use {', '.join(known)}.")
 
 
 def _with_window(config: ModelConfig, window: int | None) -> ModelConfig:
@@ -117,17 +116,13 @@ def run(settings: Bench, parts: Sequence[str], out: Path) -> list[Row]:
     Raises:
       ValueError: an unknown part.
     """
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        near = meant(unknown[0], PARTS)
-        raise ValueError(f"--parts has {unknown}: {near}use {', '.join(PARTS)}.")
+    _check_known("--parts", parts, PARTS)
     records = RowFile(out, versions(settings.device))
-    peaks = lambda: device.measure_peaks(
-        settings.device, settings.dtype, settings.repeats
-    )
+    peaks = (settings.device, settings.dtype, settings.repeats)
     key = {"part": "peaks", "dtype": settings.dtype}
+    case = Case(key, lambda: device.measure_peaks(*peaks))
     progress = Progress()
-    _measure(records, [Case(key, peaks)], progress)
+    _measure(records, [case], progress)
     for part in parts:
         # A list of its own: weights and programs of a part end with it.
         _measure(records, list(PARTS[part](settings)), progress)
@@ -135,7 +130,7 @@ def run(settings: Bench, parts: Sequence[str], out: Path) -> list[Row]:
     path = records.write(describe(settings.device))
     with progress.stage("drawing"):
         plots.draw(records.rows, out)
-    _say(f"wrote {path}")
+    say(f"bench: wrote {path}")
     return records.rows
 
 
@@ -147,8 +142,4 @@ def _measure(records: RowFile, cases: Sequence[Case], progress: Progress) -> Non
             row, new = records.measure(case.key, case.run)
         seconds = time.perf_counter() - start
         how = f"in {seconds:.1f} s" if new else "was there"
-        _say(f"{i + 1}/{len(cases)} {report.line(row)} ({how})")
-
-
-def _say(text: str) -> None:
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+        say(f"bench: {i + 1}/{len(cases)} {report.line(row)} ({how})")
