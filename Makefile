@@ -4,7 +4,7 @@
 PYTHON ?=
 EXTRAS ?=
 PY := .venv/bin/python
-CODE := $(wildcard beacon_jax configs tests launch benchmarks docs)
+CODE := $(wildcard beacon_jax configs tests launch docs)
 MAX_LINES := 600
 # The environment may forbid bytecode; compiling jax and transformers anew in every
 # process costs seconds each time.
@@ -43,7 +43,7 @@ test-all: setup  ## All tests, what CI runs
 
 # 30,000 launches on two CPU devices with every core busy, three times: none may hang.
 stress: setup  ## Launches on two busy CPU devices that must not hang: about an hour
-	$(PY) -m benchmarks.stress_collectives
+	$(PY) -m beacon_jax.bench.stress_collectives
 
 # Every cell of the Colab notebook, small, on the CPU. UPDATE=1 keeps the outputs of its
 # results in the file, as it is committed.
@@ -58,8 +58,8 @@ AOT_KERNELS ?=
 AOT_STEPS ?=
 aot:  ## Compile kernels and 7B steps for GPUs and TPUs that are not here: about an hour
 	@VENV=.venv-aot EXTRAS=aot,plots PYTHON="$(PYTHON)" bash launch/setup.sh
-	.venv-aot/bin/python -m benchmarks.aot_kernels --cases=$(AOT_KERNELS) --out=out/aot
-	.venv-aot/bin/python -m benchmarks.aot --cases=$(AOT_STEPS) --out=out/aot
+	.venv-aot/bin/python -m beacon_jax.bench.aot_kernels --cases=$(AOT_KERNELS) --out=out/aot
+	.venv-aot/bin/python -m beacon_jax.bench.aot --cases=$(AOT_STEPS) --out=out/aot
 
 # One case of each kind, as CI runs them: a kernel of each chip's compiler, a whole step.
 aot-smoke:  ## Three of those cases: about two minutes

@@ -1,4 +1,4 @@
-"""How long JAX compiles: what a program costs once, apart from what it computes.
+"""Measures how long JAX compiles: what a program costs once, beside what it computes.
 
 JAX reports how long each tracing, lowering and compiling (or reading from the
 compilation cache) took when it ends. One may lie inside of another, so the time is that
@@ -18,7 +18,7 @@ REMEMBERED = 1_000  # intervals that a later one may still enclose
 
 
 class Watch:
-    """Adds up what it hears; `clock` gives seconds."""
+    """Adds up the seconds of compilation that JAX reports, in any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock, self._lock = clock, threading.Lock()
@@ -27,7 +27,7 @@ class Watch:
         self._begun: float | None = None
 
     def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
-        """A listener of `jax.monitoring`: `event` has ended; it took so long."""
+        """Listens to `jax.monitoring`: `event` took so long and ended now."""
         if event not in EVENTS:
             return
         now = self._clock()
@@ -44,15 +44,48 @@ class Watch:
             self._begun = now if event == LOWERED else None
 
     def seconds(self) -> float:
-        """Of all compilation so far, in this process."""
+        """Returns the seconds of all compilation so far, in this process."""
         with self._lock:
             return self._past + sum(end - start for start, end in self._kept)
 
     def running(self) -> float | None:
-        """Seconds since XLA began to compile what is not finished yet, else None."""
+        """Returns the seconds since XLA began to compile what is not finished yet.
+
+        None: it compiles nothing.
+        """
         begun = self._begun
         return None if begun is None else self._clock() - begun
 
 
 watch = Watch()
 monitoring.register_event_duration_secs_listener(watch)
+
+
+class Stopwatch:
+    """Measures wall time from its start, apart from that of compilation."""
+
+    def __init__(self) -> None:
+        self._start = _now()
+
+    def read(self) -> tuple[float, float]:
+        """Returns the seconds of work and of compilation since the start.
+
+        The caller waits for the devices first (`jax.block_until_ready`).
+        """
+        return _between(self._start, _now())
+
+    def lap(self) -> tuple[float, float]:
+        """Reads the watch and starts it again."""
+        before, self._start = self._start, _now()
+        return _between(before, self._start)
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), watch.seconds()
+
+
+def _between(
+    start: tuple[float, float], end: tuple[float, float]
+) -> tuple[float, float]:
+    passed, compiled = end[0] - start[0], end[1] - start[1]
+    return max(passed - compiled, 0.0), compiled

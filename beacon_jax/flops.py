@@ -57,6 +57,7 @@ class Flops:
 
     @property
     def total(self) -> int:
+        """Forward FLOPs of everything."""
         return self.base + self.beacon + self.attention + self.lm_head
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -153,8 +154,8 @@ def training_step(
 
 
 def break_even(config: ModelConfig, ratio: int, longest: int = 2**20) -> int | None:
-    """The shortest prompt, in whole windows, whose compression costs no more FLOPs than
-    full attention; None if there is none up to `longest` tokens."""
+    """Finds the shortest prompt, in whole windows, that costs no more FLOPs compressed
+    than in full; None if there is none up to `longest` tokens."""
     law = _law(config)
     spent, memory = Flops(lm_head=full_attention(config, 0).lm_head), 0
     for length in range(law.window, longest + 1, law.window):
@@ -182,7 +183,7 @@ def _sequences(
     *,
     scored: int,
 ) -> Flops:
-    """Texts of windows, each behind what those before it left."""
+    """Counts texts of windows, each behind what those before it left."""
     _check(config, plans)
     law = _law(config)
     plans, valid = plans.astype(np.int64), valid.astype(np.int64)
@@ -205,7 +206,7 @@ def _sequences(
 def _spent(
     config: ModelConfig, *, raw: int, beacons: int = 0, pairs: int = 0, scored: int = 0
 ) -> Flops:
-    """FLOPs of raw and beacon rows, pairs of query and visible key, rows of logits."""
+    """Counts FLOPs of raw and beacon rows, pairs of query and key, and logits."""
     c = config
     layers = param_shapes(c)["params"]["layers"]
     weights = {

@@ -1,7 +1,14 @@
-"""What is left of the memory of this computer, or of the container it runs in."""
+"""Memory of this computer, and what is left of it or of the container it runs in."""
 
 import os
 from pathlib import Path
+
+
+def total_bytes() -> int | None:
+    """Returns the bytes of the machine's memory; None: not known."""
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_bytes() -> int | None:
@@ -21,6 +28,4 @@ def free_bytes() -> int | None:
             found.append(int(limit) - int((group / "memory.current").read_text()))
     except (OSError, ValueError):
         pass
-    if not found and hasattr(os, "sysconf"):
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min(found, default=None)
+    return min(found, default=total_bytes())

@@ -1,4 +1,4 @@
-"""Ends a process by an exception that a signal's handler raises in the main thread.
+"""Raises in the main thread, and ends the process, when a signal comes.
 
 Python runs a handler between two of its own instructions, wherever it is: perhaps in a
 callback of the garbage collector (jax has one), a `__del__` or a weak reference, where
@@ -38,6 +38,7 @@ class Insistent:
         sys.unraisablehook = self._ignored
 
     def remove(self) -> None:
+        """Stops hearing of them, if nobody else has begun to."""
         if self._before is not None and sys.unraisablehook == self._ignored:
             sys.unraisablehook = self._before
 

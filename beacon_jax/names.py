@@ -1,7 +1,10 @@
-"""Finds the name that somebody may have meant."""
+"""Finds the name that somebody may have meant, also of an argument of a call."""
 
 import difflib
-from collections.abc import Collection, Iterable
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 
 def nearest(value: object, known: Iterable[str]) -> str:
@@ -26,3 +29,71 @@ def check_choice(name: str, value: object, known: Collection[str]) -> None:
         raise ValueError(
             f"{name}={value!r} is unknown: {meant(value, known)}use {', '.join(known)}."
         )
+
+
+def unknown(
+    called: str,
+    name: str,
+    value: Any,
+    names: Sequence[str],
+    elsewhere: Mapping[str, str] | None = None,
+) -> TypeError:
+    """Makes the error of an argument that a call does not have.
+
+    Args:
+      called: how users call it: "load", "Memory.load".
+      names: of its arguments; the nearest one is named.
+      elsewhere: what other libraries call an argument, and its name here, or a whole
+        sentence.
+    """
+    meant = (elsewhere or {}).get(name) or nearest(name, names)
+    hint = f"did you mean {meant}?" if meant in names else "it has no such one."
+    if " " in meant:
+        hint = meant
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return TypeError(
+        f"{called}({name}={shown}): {hint} The arguments are {', '.join(names)}."
+    )
+
+
+def hinted[F: Callable[..., Any]](
+    called: str, elsewhere: Mapping[str, str] | None = None
+) -> Callable[[F], F]:
+    """Makes a decorator: what is no argument of the function names the nearest one.
+
+    Args:
+      called, elsewhere: as in `unknown`.
+    """
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        parameters = [
+            p for p in signature.parameters.values() if p.name not in ("self", "cls")
+        ]
+        names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+        @functools.wraps(function)
+        def checked(*given: Any, **keywords: Any) -> Any:
+            for name, value in keywords.items():
+                if name not in names and len(names) == len(parameters):
+                    raise unknown(called, name, value, names, elsewhere)
+            try:
+                signature.bind(*given, **keywords)
+            except TypeError as error:
+                said = f"{called}: {error}. The arguments are {', '.join(names)}"
+                if by_name and len(given) > len(signature.parameters) - len(by_name):
+                    said += f" ({', '.join(by_name)} only by name)"
+                raise TypeError(f"{said}.") from None
+            return function(*given, **keywords)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def hinted_init[C: type](kind: C) -> C:
+    """Decorates a class: what is no argument of it names the nearest one."""
+    kind.__init__ = hinted(kind.__name__)(kind.__init__)
+    return kind

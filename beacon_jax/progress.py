@@ -16,12 +16,13 @@ LOOK = 0.25  # seconds between two looks at the clock
 
 
 def say(line: str) -> None:
+    """Prints a line on stderr, if somebody reads it."""
     with contextlib.suppress(OSError):  # nobody reads it: no reason to stop the work
         print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """The stages of a command, one at a time; call one to report how far it is."""
+    """Shows the stages of a command, one at a time."""
 
     def __init__(
         self,
@@ -81,7 +82,10 @@ def starting() -> contextlib.AbstractContextManager["Stage"]:
 
 
 class Stage:
-    """One kind of work: how long it takes and, if it is counted, how far it is."""
+    """One kind of work: how long it takes and, if it is counted, how far it is.
+
+    Call it to report how far it is.
+    """
 
     def __init__(self, doing: str, unit: str, note: str, clock: Callable[[], float]):
         self.note = note
@@ -92,40 +96,42 @@ class Stage:
         self.shown = False
 
     def __call__(self, done: float, total: float = 0) -> None:
-        """`done` of `total` (0: nobody knows) are finished."""
+        """Reports that `done` of `total` (0: nobody knows) are finished."""
         if self._first is None or done < self._first[0]:
             # The first report comes after the compilation: rates are counted from it.
             self._first = (done, self._clock())
         self._done, self._total = done, total
 
     def add(self, more: float) -> None:
-        """`more` are finished besides those before."""
+        """Reports that `more` are finished besides those before."""
         self(self._done + more, self._total)
 
     def begin(self, done: float, total: float) -> None:
-        """`done` of `total` were there already: the rate is that of what follows."""
+        """Reports what was there already: the rate is that of what follows."""
         self._first = (done, self._clock())
         self._done, self._total = done, total
 
     def skip(self, more: float) -> None:
-        """`more` need no work: they do not count in the rate."""
+        """Reports that `more` need no work: they do not count in the rate."""
         if self._first is not None:
             self._first = (self._first[0] + more, self._first[1])
         self._done += more
 
     def becomes(self, doing: str) -> None:
-        """Other work of the same stage begins: it is counted and timed anew."""
+        """Begins other work of the same stage, which is counted and timed anew."""
         self._doing, self._first, self.shown = doing, None, False
         self._done = self._total = 0.0
         self._start = self.quiet_since = self._clock()
 
     def alive(self) -> None:
-        """Something else was shown to the user just now, an answer for example: its
-        line is not to be written into."""
+        """Reports that something else was shown just now, an answer for example.
+
+        Its line is not to be written into.
+        """
         self.quiet_since, self.shown = self._clock(), False
 
     def line(self, *, ended: bool = False) -> str:
-        """What is shown now."""
+        """Returns what is shown now."""
         now = self._clock()
         passed = f"{now - self._start:,.0f} s"
         note = f" ({self.note})" if self.note else ""
@@ -145,7 +151,7 @@ class Stage:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people write them: "40 s", "3 min 20 s", "2 h 5 min"."""
+    """Writes seconds as people do: "40 s", "3 min 20 s", "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -156,7 +162,7 @@ def duration(seconds: float) -> str:
 
 
 def _compiling(least: float) -> str:
-    """What to say while XLA compiles for longer than `least` seconds."""
+    """Returns what to say while XLA compiles for longer than `least` seconds."""
     module = sys.modules.get("beacon_jax.compiling")  # it imports jax
     running = module.watch.running() if module else None
     if running is None or running < least:

@@ -32,18 +32,18 @@ TOKENIZER_FILES = (
 
 
 def folder(kind: str) -> Path:
-    """The folder "configs", "assets" or "launch"."""
+    """Returns the folder "configs", "assets", "benchmarks" or "launch"."""
     inside = PACKAGE / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
 
 
 def config_names() -> list[str]:
-    """Names that --config takes, as quickstart."""
+    """Returns the names that --config takes, as quickstart."""
     return sorted(path.stem for path in folder("configs").glob("*.py"))
 
 
 def config(name: str) -> str:
-    """The path of a config, with its argument: "quickstart:smoke", "my/own.py:x".
+    """Returns the path of a config with its argument: "quickstart:smoke", "own.py:x".
 
     Raises:
       FileNotFoundError: neither a file nor one of `config_names()`.
@@ -63,7 +63,7 @@ def config(name: str) -> str:
 
 
 def asset(path: str | Path) -> str:
-    """A path; one of a model or a file that comes with the package is found by name.
+    """Returns a path; what comes with the package is found by name.
 
     "tiny-beacon", "tiny-base", "assets/tiny-beacon" and "assets/smoke/text.jsonl" name
     files of the package where no such path exists. Others are returned as they are.
@@ -78,7 +78,7 @@ def asset(path: str | Path) -> str:
 
 
 def models() -> list[str]:
-    """Names of the models that come with the package."""
+    """Returns the names of the models that come with the package."""
     return sorted(p.parent.name for p in folder("assets").glob("*/config.json"))
 
 
@@ -111,13 +111,13 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def floors(name: str) -> Path:
-    """X_floors.json of the folder configs here, or else of the package."""
+    """Returns the path of X_floors.json in configs/ here, or else of the package."""
     here = Path("configs") / f"{name}_floors.json"
     return here if here.is_file() else folder("configs") / here.name
 
 
 def has(package: str) -> bool:
-    """Whether a package is installed; it is not imported."""
+    """Tells whether a package is installed; it is not imported."""
     return importlib.util.find_spec(package) is not None
 
 

@@ -13,6 +13,7 @@ Importing this module does not import jax.
 """
 
 import collections
+import functools
 import logging
 import os
 import re
@@ -48,8 +49,8 @@ QUIET = {
 
 
 def for_command() -> None:
-    """What a command line wants before it computes: compiled programs of earlier runs,
-    and no line of other libraries that is not for its user."""
+    """Prepares a command that computes: programs of earlier runs are at hand, and lines
+    of other libraries that are not for its user stay away."""
     quiet()
     enable_compilation_cache()
 
@@ -99,7 +100,7 @@ def prepare() -> None:
 
 
 def _asked_devices() -> int:
-    """CPU devices that the backend will have, from jax's config or the environment."""
+    """Counts the CPU devices of the backend to be, from jax's config or environment."""
     config = getattr(sys.modules.get("jax"), "config", None)
     asked = getattr(config, "jax_num_cpu_devices", None)
     if asked is None:  # jax is not imported yet
@@ -115,8 +116,10 @@ def _flags() -> str:
 
 
 def _started_devices() -> int | None:
-    """Devices of a CPU backend that runs and that arrays go to (1: another platform
-    is the default); None: no backend has started."""
+    """Counts the devices of the CPU backend that runs and that arrays go to.
+
+    1: another platform is the default; None: no backend has started.
+    """
     bridge = sys.modules.get("jax._src.xla_bridge")  # jax has no public way to ask
     if bridge is None or not bridge.backends_are_initialized():
         return None
@@ -125,7 +128,7 @@ def _started_devices() -> int | None:
 
 
 def _pool_size() -> int:
-    """Threads that XLA gives its CPU pools: PJRT_NPROC, NPROC, else all cores."""
+    """Counts the threads of XLA's CPU pools: PJRT_NPROC, NPROC, else all cores."""
     for name in (POOL, "NPROC"):
         if (asked := _integer(name)) is not None:
             return asked
@@ -135,20 +138,16 @@ def _pool_size() -> int:
 
 
 def _integer(name: str) -> int | None:
-    """An environment variable, None if it is not a number."""
+    """Reads an environment variable; None if it is not a number."""
     try:
         return int(os.environ[name])
     except (KeyError, ValueError):
         return None
 
 
-_warned: set[str] = set()
-
-
+@functools.cache
 def _warn_once(text: str) -> None:
-    if text not in _warned:
-        _warned.add(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 # --- launches in flight ----------------------------------------------------------
@@ -166,7 +165,8 @@ class LaunchLimit:
         self._ahead: collections.deque[Any] = collections.deque()
 
     def __call__(self, result: Any) -> None:
-        """
+        """Takes note of a launch, and waits if too many are on their way.
+
         Args:
           result: an array of this launch that is not donated to a later one.
         """
@@ -184,7 +184,7 @@ def _done(array: Any) -> bool:
 
 
 def _on_cpu_devices(x: Any) -> bool:
-    """Whether x is an array, not a tracer, that several CPU devices share."""
+    """Tells whether x is an array, not a tracer, that several CPU devices share."""
     jax = sys.modules["jax"]
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
         return False
@@ -200,7 +200,7 @@ launched = LaunchLimit()
 
 
 def cache_folder() -> Path:
-    """The default place of compiled programs, the user's alone."""
+    """Returns the default place of compiled programs, the user's alone."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "beacon_jax" / "xla"
 

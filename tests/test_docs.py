@@ -93,9 +93,7 @@ def test_every_command_has_the_flags_that_a_page_gives_it(monkeypatch):
 def test_every_module_script_config_and_room_that_a_page_names_exists():
     for page in PAGES:
         text = page.read_text("utf-8")
-        for module in re.findall(
-            r"-m ((?:beacon_jax|tests|benchmarks)(?:\.[a-z_]+)+)", text
-        ):
+        for module in re.findall(r"-m ((?:beacon_jax|tests)(?:\.[a-z_]+)+)", text):
             path = ROOT / module.replace(".", "/")
             assert path.with_suffix(".py").is_file() or path.is_dir(), (page, module)
         for path in re.findall(r"\b(?:configs|launch)/\w+\.(?:py|sh|ipynb)", text):
@@ -139,7 +137,7 @@ def test_a_link_or_an_anchor_that_leads_nowhere_fails_the_build(tmp_path):
 def test_every_section_of_the_docs_that_the_code_cites_is_there():
     cited = re.compile(r"docs/([\w-]+\.md)(?:[\s#]+sections?[\s#]+([\d.]+\d|\d))?")
     count = 0
-    for folder in ("beacon_jax", "configs", "tests", "benchmarks", "launch"):
+    for folder in ("beacon_jax", "configs", "tests", "launch"):
         for path in (ROOT / folder).rglob("*.py"):
             for page, section in cited.findall(path.read_text("utf-8")):
                 if path == Path(__file__):

@@ -28,7 +28,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.delitem(sys.modules, "jax")
     monkeypatch.delitem(sys.modules, "jax._src.xla_bridge")
-    monkeypatch.setattr(runtime, "_warned", set())
+    runtime._warn_once.cache_clear()
     return monkeypatch
 
 
@@ -169,7 +169,13 @@ def test_only_arrays_on_several_cpu_devices_count():
 def stress(*options):
     """The exit status and the output of `make stress`, one round."""
     found = subprocess.run(
-        [sys.executable, "-m", "benchmarks.stress_collectives", "--rounds=1", *options],
+        [
+            sys.executable,
+            "-m",
+            "beacon_jax.bench.stress_collectives",
+            "--rounds=1",
+            *options,
+        ],
         capture_output=True,
         text=True,
     )

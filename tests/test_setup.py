@@ -135,7 +135,7 @@ def test_a_python_that_cannot_make_an_environment_is_passed_over(find, tmp_path)
 def test_every_extra_that_a_user_is_told_to_install_is_there():
     root = Path(__file__).parents[1]
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    folders = ("beacon_jax", "benchmarks", "launch", "configs")
+    folders = ("beacon_jax", "launch", "configs")
     files = [f for name in folders for f in (root / name).rglob("*.*") if f.is_file()]
     texts = [f.read_text("utf-8") for f in files if f.suffix in (".py", ".sh")]
     pages = [root / "README.md", *(root / "docs").glob("*.md")]

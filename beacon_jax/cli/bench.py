@@ -10,15 +10,13 @@ Examples:
   beacon-jax bench --plan
 """
 
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from beacon_jax import runtime
-from beacon_jax.cli.ending import fail
+from beacon_jax.cli.ending import command
 from beacon_jax.cli.options import Group
 from beacon_jax.paths import check_folder
 from beacon_jax.progress import Progress, starting
@@ -48,21 +46,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.text("readme", None, "bench.json files; their tables go into docs/benchmarks.md.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unknown arguments {argv[1:]}: options begin with --.")
-    try:
-        o = flags.FLAGS
-        if o.out:
-            check_folder("--out", Path(o.out))
-        (_readme if o.readme else _plan if o.plan else _measure)(o)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+@command
+def main(o: flags.FlagValues) -> None:
+    if o.out:
+        check_folder("--out", Path(o.out))
+    (_readme if o.readme else _plan if o.plan else _measure)(o)
 
 
 def _readme(o: flags.FlagValues) -> None:
     with starting():  # jax takes seconds
-        from beacon_jax.benchmark import records, report
+        from beacon_jax.bench import records, report
 
     texts = [
         report.readme_text(records.read(Path(file)), f"../{Path(file).as_posix()}")
@@ -73,20 +66,18 @@ def _readme(o: flags.FlagValues) -> None:
 
 def _plan(o: flags.FlagValues) -> None:
     with Progress().stage("planning"):
-        from beacon_jax.benchmark import plan
+        from beacon_jax.bench import plan, records
 
         made = plan.make(o.preset, o.lengths, o.ratios)
     print(plan.text(made))
     if o.out:
-        file = Path(o.out) / "plan.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        records.write_json(Path(o.out) / "plan.json", made)
 
 
 def _measure(o: flags.FlagValues) -> None:
     require("matplotlib", extra="plots", for_="bench")
     with starting():
-        from beacon_jax.benchmark import report, runner
+        from beacon_jax.bench import report, runner
 
     # It measures compilation too, so programs of earlier runs are of no use.
     runtime.quiet()

@@ -223,7 +223,7 @@ def read(
         return Context(memory, [], 0, 0.0, 0.0, ratio)
     import jax
 
-    from beacon_jax.inference.timing import Stopwatch
+    from beacon_jax.compiling import Stopwatch
 
     notes: list[str] = []
 

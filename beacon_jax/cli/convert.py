@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from beacon_jax import runtime
-from beacon_jax.cli.ending import fail
+from beacon_jax.cli.ending import MENDED, fail
 from beacon_jax.cli.options import Group
 from beacon_jax.paths import check_folder
 from beacon_jax.progress import Progress, starting
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
                 overwrite=options.overwrite,
                 ignore_sliding_window=options.ignore_sliding_window,
             )
-    except (ValueError, OSError, ImportError) as error:
+    except MENDED as error:
         fail(error)
     print(f"wrote {dst}")
     if options.verify and argv[1] == "from-hf":

@@ -1,12 +1,13 @@
 """Ends a command that fails, is interrupted, or has no reader any more."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,6 +20,32 @@ PATIENCE = 3.0  # seconds that Ctrl-C waits for Python: XLA compiles for minutes
 CLEANING = 7.0  # seconds more for what a command does when it is interrupted
 INTERRUPTED = 128 + signal.SIGINT  # exit codes as shells know them
 UNREAD = 128 + signal.SIGPIPE
+
+
+# What the user of a command can mend, or has to know of: one line, no traceback.
+MENDED = (ValueError, OSError, ImportError, FloatingPointError)
+
+
+def command(
+    run: Callable[["flags.FlagValues"], None],
+) -> Callable[[Sequence[str]], None]:
+    """Makes the `main` of a command whose arguments are all flags.
+
+    Other arguments, and errors that the user can mend, end it with one line.
+    """
+
+    @functools.wraps(run)
+    def main(argv: Sequence[str]) -> None:
+        from absl import flags
+
+        if len(argv) > 1:
+            sys.exit(f"error: unexpected arguments {argv[1:]}: every option has --.")
+        try:
+            run(flags.FLAGS)
+        except MENDED as error:
+            fail(error)
+
+    return main
 
 
 def fail(error: Exception, values: "flags.FlagValues | None" = None) -> NoReturn:
@@ -91,7 +118,7 @@ def wait_for_python() -> None:
 
 
 class _Answer:
-    """What Ctrl-C does: a line, once, and the end of the process."""
+    """Answers Ctrl-C: with a line, once, and the end of the process."""
 
     def __init__(self, line: str):
         self._lines = [line]

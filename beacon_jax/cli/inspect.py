@@ -10,13 +10,13 @@ Example:
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from beacon_jax.cli import prepare
-from beacon_jax.cli.ending import fail
+from beacon_jax.cli.ending import command
 from beacon_jax.cli.prepare import from_flags, tokenizer_folder
 from beacon_jax.paths import check_folder
 from beacon_jax.progress import Progress, starting
@@ -27,40 +27,35 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     prepare.define_flags(values, "Folder for lengths.png, and for data/.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}: every option has --.")
-    values = flags.FLAGS
-    config = values.config
+@command
+def main(values: flags.FlagValues) -> None:
+    config: Any = values.config
     if not values.out:
         sys.exit("error: --out='' names no folder for lengths.png: use WORKDIR, say.")
     out = Path(values.out).expanduser()
-    try:
-        require("matplotlib", extra="plots", for_="lengths.png of inspect")
-        check_folder("--out", out)
-        with starting():  # after the flags
-            from beacon_jax.data.grouped import GroupConfig
-            from beacon_jax.data.inspect import (
-                CLOSE,
-                OPEN,
-                histogram,
-                marked,
-                report,
-                sample,
-            )
+    require("matplotlib", extra="plots", for_="lengths.png of inspect")
+    check_folder("--out", out)
+    with starting():  # after the flags
+        from beacon_jax.data.grouped import GroupConfig
+        from beacon_jax.data.inspect import (
+            CLOSE,
+            OPEN,
+            histogram,
+            marked,
+            report,
+            sample,
+        )
 
-        folder = Path(config.data.prepared or out / "data").expanduser()
-        data = from_flags(values, folder)
-        grouping = GroupConfig.of(config)
-        out.mkdir(parents=True, exist_ok=True)
-        with Progress().stage("inspecting"):
-            histogram(data, grouping.window, out / "lengths.png")
-            text = report(data, grouping)
-            tokenizer = load_tokenizer(tokenizer_folder(config, folder.parent))
-            index = sample(data)
-        print(text)
-        print(f"\nexample {index}, labelled tokens between {OPEN} and {CLOSE}:")
-        print(marked(data.read(index), tokenizer))
-        print(f"\nwrote {out / 'lengths.png'}", flush=True)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+    folder = Path(config.data.prepared or out / "data").expanduser()
+    data = from_flags(values, folder)
+    grouping = GroupConfig.of(config)
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress().stage("inspecting"):
+        histogram(data, grouping.window, out / "lengths.png")
+        text = report(data, grouping)
+        tokenizer = load_tokenizer(tokenizer_folder(config, folder.parent))
+        index = sample(data)
+    print(text)
+    print(f"\nexample {index}, labelled tokens between {OPEN} and {CLOSE}:")
+    print(marked(data.read(index), tokenizer))
+    print(f"\nwrote {out / 'lengths.png'}", flush=True)

@@ -13,13 +13,12 @@ Example:
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from beacon_jax.cli.ending import fail
+from beacon_jax.cli.ending import command
 from beacon_jax.cli.options import Group
 from beacon_jax.paths import check_folder
 from beacon_jax.progress import Progress, starting
@@ -88,20 +87,15 @@ def tokenizer_folder(config: Any, workdir: Path) -> Path:
     return ensure_tokenizer(config, lambda: run_documents(config), workdir)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}: every option has --.")
-    values = flags.FLAGS
-    out = values.out or values.config.data.prepared
+@command
+def main(values: flags.FlagValues) -> None:
+    out: Any = values.out or values.config.data.prepared
     if not out:
         sys.exit("error: --out='' names no folder: use WORKDIR/data, say.")
-    try:
-        folder = Path(out).expanduser()
-        if not (folder / "manifest.json").exists():  # a finished one may be read-only
-            check_folder("--out" if values.out else "--config.data.prepared", folder)
-        data = from_flags(values, folder)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+    folder = Path(out).expanduser()
+    if not (folder / "manifest.json").exists():  # a finished one may be read-only
+        check_folder("--out" if values.out else "--config.data.prepared", folder)
+    data = from_flags(values, folder)
     from beacon_jax.data.tally import drop_table, usage
 
     for source in data.manifest["sources"]:

@@ -16,13 +16,12 @@ Example:
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from beacon_jax.cli.ending import fail, wait_for_python
+from beacon_jax.cli.ending import command, wait_for_python
 from beacon_jax.cli.options import Group
 from beacon_jax.paths import check_file
 
@@ -94,20 +93,16 @@ def describe(report: "Report") -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}: every option has --.")
+@command
+def main(values: flags.FlagValues) -> None:
     from beacon_jax.data.synthesize import synthesize
 
-    try:
-        settings = from_flags(flags.FLAGS)
-        check_file("--out", settings.out)
-        if not settings.endpoint.key:
-            print(f"no key in {flags.FLAGS.api_key_env}: asking without one")
-        wait_for_python()  # the first Ctrl-C lets the questions on their way end
-        report = synthesize(settings, show=lambda line: print(line, flush=True))
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+    settings = from_flags(values)
+    check_file("--out", settings.out)
+    if not settings.endpoint.key:
+        print(f"no key in {values.api_key_env}: asking without one")
+    wait_for_python()  # the first Ctrl-C lets the questions on their way end
+    report = synthesize(settings, show=lambda line: print(line, flush=True))
     print(describe(report), flush=True)
     if report.stopped or report.failed:
         sys.exit(1)

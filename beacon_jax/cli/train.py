@@ -8,12 +8,9 @@ Example:
   beacon-jax train --config=quickstart:smoke --workdir=out/smoke --config.seed=1
 """
 
-import sys
-from collections.abc import Sequence
-
 from absl import flags, logging
 
-from beacon_jax.cli.ending import fail
+from beacon_jax.cli.ending import command
 from beacon_jax.cli.options import Group
 from beacon_jax.progress import starting
 
@@ -25,20 +22,17 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.switch("distributed", False, "One of several processes.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments {argv[1:]}: every option has --.")
+@command
+def main(o: flags.FlagValues) -> None:
     logging.set_verbosity(logging.WARNING)
     with starting():  # after the flags: jax takes seconds
         from beacon_jax.training import processes
         from beacon_jax.training.console import drop_unread
         from beacon_jax.training.trainer import train
 
-        if flags.FLAGS.distributed:
+        if o.distributed:
             processes.start()
     try:
-        train(flags.FLAGS.config, flags.FLAGS.workdir)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        fail(error)
+        train(o.config, o.workdir)
     finally:
         drop_unread()

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 
+from beacon_jax.compiling import Stopwatch
 from beacon_jax.evaluation import groups, report, timing
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.methods import Method
@@ -33,7 +34,6 @@ from beacon_jax.evaluation.model import Model
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.tasks.base import Example, Metric, Task
 from beacon_jax.progress import Progress, Stage
-from beacon_jax.stopwatch import Stopwatch
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 

@@ -12,7 +12,7 @@ from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.options import ELSEWHERE, CompleteOptions, Completion, collect
 from beacon_jax.inference.template import encode_turns, try_template, turn_ends
 from beacon_jax.inference.validate_ratio import check_ratios
-from beacon_jax.keywords import hinted
+from beacon_jax.names import hinted
 
 if TYPE_CHECKING:
     from beacon_jax.inference.model import Generation, Model

@@ -13,10 +13,10 @@ from beacon_jax.hf import checkpoint, hub
 from beacon_jax.hf.placement import Place
 from beacon_jax.inference import validate
 from beacon_jax.inference.model import Model
-from beacon_jax.keywords import hinted
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import variable_axes
 from beacon_jax.model.partition import Partition, make_partition
+from beacon_jax.names import hinted
 
 _DEVICE = (
     "jax chooses the device (set JAX_PLATFORMS=cpu before Python starts), and "

@@ -16,9 +16,9 @@ from beacon_jax.hf.identify import Identity
 from beacon_jax.inference import mount, packs, room, validate
 from beacon_jax.inference.account import Account
 from beacon_jax.inference.ledger import Ledger
-from beacon_jax.keywords import hinted
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import Partition
+from beacon_jax.names import hinted
 from beacon_jax.runtime import launched
 
 if TYPE_CHECKING:

@@ -51,7 +51,7 @@ from beacon_jax.inference.template import (
     turn_ends,
 )
 from beacon_jax.inference.text import Streamer, finisher
-from beacon_jax.inference.timing import Stopwatch
+from beacon_jax.inference.timing import AnswerWatch
 from beacon_jax.inference.validate_ratio import check_ratios
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
@@ -255,7 +255,7 @@ class Model:
         show = [_shown(asked.on_text, None if single else i) for i in range(count)]
         stop = turn_ends(self, asked.stop) if asked.instruct else asked.stop
         streams = [Streamer(self.tokenizer, s, stop) for s in show]
-        start, watch = time.perf_counter(), Stopwatch(asked.on_tokens)
+        start, watch = time.perf_counter(), AnswerWatch(asked.on_tokens)
         dtype = choose_dtype(self, memory, asked.memory_dtype)
         memory = _rows_for(memory, count)
         rows, marked = self._prompt_rows(prompts, context, memory, asked)

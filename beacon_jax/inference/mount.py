@@ -3,7 +3,7 @@
 No document has seen the others: what attention across them would have added is lost. On
 assets/tiny-beacon, with halves of one text of 256 tokens, this costs 0.000 to 0.001
 nats per token of what follows, and passkeys are found as often
-(`benchmarks/mount_loss.py`). A model of 0.7 M parameters that gains at most 0.004 from
+(`bench/mount_loss.py`). A model of 0.7 M parameters that gains at most 0.004 from
 the first half says little about large ones.
 
 A row's keys are turned to their new slots. Of an open window the raw entries are kept,

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 from beacon_jax.inference.spans import Spans
-from beacon_jax.keywords import hinted, unknown
+from beacon_jax.names import hinted, unknown
 
 type Ratio = int | Sequence[int] | Callable[[int, int, int], int] | str | None
 type Text = str | Sequence[int] | np.ndarray  # a text, or the token ids [n] of one

@@ -1,13 +1,12 @@
 """Time to the first token and speed of those after it, compilation apart."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Int
 
-from beacon_jax.compiling import watch
+from beacon_jax.compiling import Stopwatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,23 +33,14 @@ class Timing:
         return self.later_tokens / self.later
 
 
-class Stopwatch:
-    """Measures a call from now on: wall time, and how much of it was compilation."""
+class AnswerWatch(Stopwatch):
+    """Measures a batch of answers: compilation, the first token, and those after it."""
 
     def __init__(self, on_tokens: Callable[[int], None] | None = None):
         """Starts the watch; `on_tokens` is told of every block, see `block`."""
-        self._start, self._compiled = time.perf_counter(), watch.seconds()
+        super().__init__()
         self._first: float | None = None
         self._on_tokens = on_tokens
-
-    def read(self) -> tuple[float, float]:
-        """Returns the seconds since the start, and those of compilation.
-
-        The first number does not include the second.
-        """
-        compiled = watch.seconds() - self._compiled
-        passed = time.perf_counter() - self._start
-        return max(passed - compiled, 0.0), compiled
 
     def block(self, tokens: Int[np.ndarray, "B n"]) -> None:
         """Takes note that new tokens [B, n] are there, -1 where a row has none."""

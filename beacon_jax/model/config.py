@@ -15,8 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from beacon_jax.keywords import hinted_init
-from beacon_jax.names import meant
+from beacon_jax.names import hinted_init, meant
 
 logger = logging.getLogger(__name__)
 

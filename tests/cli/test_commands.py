@@ -41,7 +41,10 @@ def test_every_file_of_a_command_is_in_the_overview_and_has_a_module_of_its_name
     assert commands == set(cli.COMMANDS)
     for name, what in cli.COMMANDS.items():
         assert f"{name:<12}{what}" in cli.overview()
-        assert len((ROOT / "beacon_jax" / f"{name}.py").read_text().splitlines()) <= 6
+        shim = ROOT / "beacon_jax" / f"{name}.py"
+        if name == "bench":  # what it runs is a package of that name
+            shim = shim.with_suffix("") / "__main__.py"
+        assert len(shim.read_text().splitlines()) <= 6
 
 
 @pytest.mark.parametrize("name", WITH_FLAGS)

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from beacon_jax.compiling import Stopwatch
 from beacon_jax.evaluation import plots, report, timing
-from beacon_jax.stopwatch import Stopwatch
 
 FAMILIES = ("beacon", "streaming", "snapkv", "mean_pool")
 

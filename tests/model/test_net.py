@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beacon_jax.benchmark.device import random_variables
+from beacon_jax.bench.device import random_variables
 from beacon_jax.core.decode import decode_step
 from beacon_jax.core.feed import feed, feed_jit
 from beacon_jax.core.memory import init_memory

@@ -88,7 +88,7 @@ def test_two_processes_train_as_one(config, tmp_path, monkeypatch, mesh, plans):
 
 
 def test_a_killed_run_ends_as_if_it_never_was(config, tmp_path):
-    """benchmarks/kill_and_resume.py does this ten times, at random moments."""
+    """beacon_jax/bench/kill_and_resume.py does this ten times, at random moments."""
     config.data.stages.stage1.steps = 40
     config.save_every = 3
     file = tmp_path / "config.json"

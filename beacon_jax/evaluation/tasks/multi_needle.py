@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from beacon_jax.compiling import Stopwatch
 from beacon_jax.evaluation import prompts
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.methods import Method, remember_prompts
@@ -26,7 +27,6 @@ from beacon_jax.evaluation.statistics import wilson
 from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
 from beacon_jax.evaluation.tasks.haystack import Haystack, ask, templated
 from beacon_jax.evaluation.tasks.synthetic import Synthetic
-from beacon_jax.stopwatch import Stopwatch
 
 TURNS = 3
 NAMES = """

@@ -1,0 +1,248 @@
+"""Compiles the attention kernels for accelerators that are not here.
+
+python -m beacon_jax.bench.aot_kernels [--cases=NAME,...] [--out=FOLDER]
+
+At the shapes of real models, with what each kernel takes of its chip: registers, spills
+and shared memory per program on GPU (from ptxas), VMEM on TPU. A kernel that does not
+compile, for lack of shared memory say, ends the script with 1.
+
+Needs the `aot` extra: pip install "beacon_jax[aot]".
+"""
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beacon_jax.bench import targets  # before jax
+
+# isort: split
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from beacon_jax.attention import prefix_attention
+from beacon_jax.bench.records import Row
+from beacon_jax.bench.report import by_column
+from beacon_jax.model.presets import get_preset
+from beacon_jax.model.rotary import inverse_frequencies
+
+GPUS = ("a100_80gb", "h200")
+TPUS = ("v4:2x2x1", "v5e:2x4", "v5p:2x2x2", "v6e:2x4")
+MEMORY = 16384  # slots
+ARCHITECTURES = {"a100_80gb": "sm_80", "h200": "sm_90a"}
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCase:
+    """Names one program to compile.
+
+    target: of `targets.devices`.
+    queries: T, a window of T / 1.5 tokens with its beacons at ratio 2.
+    backward: forward and backward on one layer's buffer, as in training; otherwise
+      forward on a layer of the stacked buffer, as in inference.
+    rows: B; above one of two layers only: 32 would not fit.
+    int8: of a memory with scales per slot.
+    mean: whose keys lack their mean.
+    """
+
+    model: str
+    target: str
+    queries: int
+    backward: bool
+    implementation: str
+    rows: int = 1
+    int8: bool = False
+    mean: bool = False
+
+    @property
+    def name(self) -> str:
+        """The case's name on the command line."""
+        way = "backward" if self.backward else "decode" if self.rows > 1 else "forward"
+        kind = "-int8" * self.int8 + "-mean" * self.mean
+        return f"{self.model}-{self.queries}-{way}{kind}-{self.target.split(':')[0]}"
+
+
+def _cases() -> Iterator[KernelCase]:
+    for target in (*GPUS, *TPUS):
+        platform = "gpu" if target in GPUS else "tpu"
+        for model in ("llama2-7b", "qwen2-7b"):
+            for queries in (1536, 3072):
+                for backward in (False, True):
+                    kernel = f"pallas_{platform}"
+                    yield KernelCase(model, target, queries, backward, kernel)
+    # A token, and a window's beacons at ratio 8, for eight rows.
+    for target in (*GPUS, *TPUS):
+        for model in ("llama2-7b", "qwen2-7b"):
+            for queries, options in (
+                (1, {}),
+                (128, {}),
+                (1, {"int8": True}),
+                (1, {"int8": True, "mean": True}),
+            ):
+                kernel = "decode_gpu"
+                if target in TPUS:
+                    one = queries == 1 and not options
+                    kernel = "decode_tpu" if one else "pallas_tpu"
+                case = KernelCase(model, target, queries, False, kernel, rows=8)
+                yield dataclasses.replace(case, **options)
+
+
+CASES = {case.name: case for case in _cases()}
+
+
+def program(case: KernelCase, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """Returns a function and its arguments as shapes on the mesh's device."""
+    config = get_preset(case.model)
+    t, s = case.queries, MEMORY + case.queries
+    here = NamedSharding(mesh, PartitionSpec())
+    on = functools.partial(jax.ShapeDtypeStruct, sharding=here)
+    b, heads = case.rows, config.num_kv_heads
+    stack = () if case.backward else (config.num_layers if b == 1 else 2,)
+    q = on((b, t, config.num_heads, config.head_dim), jnp.bfloat16)
+    dtype = jnp.int8 if case.int8 else jnp.bfloat16
+    keys = on((*stack, b, s, heads, config.head_dim), dtype)
+    arguments = (q, keys, keys, on((b,), jnp.int32))
+    attend = functools.partial(prefix_attention, implementation=case.implementation)
+    if not case.backward:
+        names = ("layer", "k_scale", "v_scale", "k_mean")
+        scale = on((*stack, b, heads, s), jnp.float32)
+        more = (on((), jnp.int32), *[scale] * (2 if case.int8 else 0))
+        if case.mean:
+            more += (on((*stack, b, heads, config.head_dim), jnp.float32),)
+            attend = functools.partial(attend, frequencies=inverse_frequencies(config))
+        layered = lambda q, k, v, prefix, *more: attend(
+            q, k, v, prefix, **dict(zip(names, more, strict=False))
+        )
+        return layered, (*arguments, *more)
+
+    def gradients(q, k, v, prefix, d_out):
+        return jax.vjp(lambda q, k, v: attend(q, k, v, prefix), q, k, v)[1](d_out)
+
+    return gradients, (*arguments, q)
+
+
+def compiled(function, arguments, mesh: Mesh, **options) -> Any:
+    """Compiles a function for the mesh's device, with options of the compiler."""
+    # Pallas wants to know the chip, and asks the mesh.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function).lower(*arguments)
+    return lowered.compile(compiler_options=options)
+
+
+def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict]:
+    """Returns what each kernel of ours takes: registers and bytes spilled per thread,
+    bytes of shared memory and threads per block."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled(
+            function, arguments, mesh, xla_dump_to=folder, xla_dump_emitter_re="ptx"
+        )
+        sequence = next(Path(folder).glob("*thunk_sequence.txt")).read_text()
+        kernels = {}
+        for file in Path(folder).glob("*.ptx"):
+            if match := re.search(r"\.entry (prefix_\w+)", file.read_text()):
+                kernels[match[1]] = registers(file, architecture)
+    numbers = r"grid: \[([\d, ]+)\] threads: \[(\d+).*?shared_memory: (\d+)"
+    found = re.findall(rf"(prefix_\w+) {numbers}", sequence)
+    return [
+        {
+            "kernel": name,
+            "grid": [int(x) for x in grid.split(",")],
+            "threads": int(threads),
+            "shared_memory": int(shared),
+            **kernels[name],
+        }
+        for name, grid, threads, shared in found
+    ]
+
+
+def tpu_kernels(program) -> list[dict]:
+    """Returns the bytes of vector memory that each kernel of ours takes."""
+    used = (
+        r'used_scoped_memory_configs":\[{"memory_space":"1","offset":"0","size":"(\d+)'
+    )
+    return [
+        {"kernel": name, "vmem": int(size)}
+        for line in program.as_text().splitlines()
+        if "tpu_custom_call" in line
+        for name in re.findall(r"^\s*(?:ROOT )?%(prefix_\w+)", line)
+        for size in re.findall(used, line)
+    ]
+
+
+def registers(ptx: Path, architecture: str) -> dict[str, int]:
+    """Asks ptxas for the registers and spilled bytes of a kernel."""
+    import nvidia.cuda_nvcc  # pyright: ignore[reportMissingImports]
+
+    ptxas = Path(next(iter(nvidia.cuda_nvcc.__path__))) / "bin" / "ptxas"
+    command = [ptxas, "-v", f"--gpu-name={architecture}", ptx, "-o", os.devnull]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    used, spilled = r"Used (\d+) registers", r"(\d+) bytes spill stores"
+    find = lambda pattern: int(re.findall(pattern, told)[-1])
+    return {"registers": find(used), "spilled": find(spilled)}
+
+
+def measure(case: KernelCase) -> Row:
+    """Compiles a case for one device of its target."""
+    mesh = Mesh(np.asarray(targets.devices(case.target)[:1]), ("all",))
+    function, arguments = program(case, mesh)
+    start = time.perf_counter()
+    executable = compiled(function, arguments, mesh)
+    memory: Any = executable.memory_analysis()
+    result = {
+        "case": case.name,
+        **dataclasses.asdict(case),
+        "compile_s": round(time.perf_counter() - start, 1),
+        "temp_mib": round(memory.temp_size_in_bytes / 2**20, 1),
+    }
+    if case.target in GPUS:
+        architecture = ARCHITECTURES[case.target]
+        result["kernels"] = gpu_kernels(function, arguments, mesh, architecture)
+    else:
+        result["kernels"] = tpu_kernels(executable)
+    return result
+
+
+def measure_named(name: str) -> Row:
+    """Compiles the case of a name; an error is a result, so that others follow."""
+    try:
+        return measure(CASES[name])
+    except Exception as error:
+        return {"case": name, "error": str(error).splitlines()[0][:300]}
+
+
+def _table(results: list[Row]) -> str:
+    get = lambda key: lambda r: r.get(key, "-")
+    columns = {
+        "case": get("case"),
+        "kernel": lambda r: r.get("kernel", r.get("error", "-")[:60]),
+        "registers": get("registers"),
+        "spilled": get("spilled"),
+        "shared KiB": lambda r: (
+            f"{r['shared_memory'] / 1024:.0f}" if "registers" in r else "-"
+        ),
+        "VMEM MiB": lambda r: f"{r['vmem'] / 2**20:.1f}" if "vmem" in r else "-",
+        "threads": get("threads"),
+        "temp MiB": get("temp_mib"),
+        "compile s": get("compile_s"),
+    }
+    return by_column(columns, [r | k for r in results for k in r.get("kernels", [{}])])
+
+
+if __name__ == "__main__":
+    targets.compile_all(
+        CASES,
+        measure_named,
+        file="aot_kernels.json",
+        text=_table,
+        fault="did not compile",
+        wrong=lambda result: "error" in result,
+    )

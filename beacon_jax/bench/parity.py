@@ -1,0 +1,98 @@
+"""Compiled kernels against the specification, on the device and at a preset's shapes.
+
+The tests say more, but interpret the kernels. Here two rows, one with an empty memory
+and one with 3/4 of 4 windows, meet half a window and 4 queries (and, forward only, one
+query, as in decoding); every dead slot holds NaN. What is right is the reference in
+float32 at the highest precision, on the same rounded inputs. Errors are shares of the
+largest value, and allowed are
+
+  float32   5e-6, products at the highest precision
+  bfloat16  twice the error of the reference itself in bfloat16
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
+from beacon_jax.bench.case import Bench, Case
+from beacon_jax.bench.device import check_platform, random_array
+from beacon_jax.bench.records import Row
+
+DTYPES = ("float32", "bfloat16")
+FLOAT32_ERROR = 5e-6
+NAMES = ("out", "d_q", "d_k", "d_v")
+
+
+def cases(s: Bench) -> Iterator[Case]:
+    """Yields every implementation in every dtype, on a window and in decoding."""
+    window = s.beacon.window
+    for way, queries in (("window", window // 2 + 4), ("decode", 1)):
+        for dtype in DTYPES:
+            for name in IMPLEMENTATIONS:
+                key = {"part": "parity", "preset": s.preset, "dtype": dtype}
+                key |= {"way": way, "implementation": name, "queries": queries}
+                run = functools.partial(_errors, s, name, dtype, queries)
+                yield Case(key | {"memory": 4 * window}, run)
+
+
+def _errors(s: Bench, name: str, dtype: str, queries: int) -> Row:
+    check_platform(name, s.device)
+    if dtype == "bfloat16" and name == "reference":
+        raise NotImplementedError("it is the measure of the others.")
+    given = _inputs(s, queries, dtype)
+    backward = queries > 1
+    right = _run("reference", [x.astype(jnp.float32) for x in given], backward)
+    ours = _distance(_run(name, given, backward), right)
+    allowed = [FLOAT32_ERROR] * len(right)
+    if dtype == "bfloat16":
+        naive = _distance(_run("reference", given, backward), right)
+        allowed = [2 * error for error in naive]
+    errors = dict(zip(NAMES, ours, strict=False))
+    if not all(e <= a for e, a in zip(ours, allowed, strict=True)):  # NaN is not
+        raise ArithmeticError(f"errors {errors}, allowed {allowed}")
+    return {"errors": errors, "allowed": dict(zip(NAMES, allowed, strict=False))}
+
+
+def _inputs(s: Bench, queries: int, dtype: str) -> list[jax.Array]:
+    """Draws q, k, v, the cotangent of the result, and the prefix of both rows."""
+    c, memory = s.config, 4 * s.beacon.window
+    prefix = jnp.asarray([0, 3 * memory // 4 + 1], jnp.int32)
+    root = jax.random.key(0, impl="rbg")
+    make = lambda i, *shape: random_array(jax.random.fold_in(root, i), shape, dtype)
+    q = make(0, 2, queries, c.num_heads, c.head_dim)
+    shape = (2, memory + queries, c.num_kv_heads, c.head_dim)
+    dead = jnp.arange(shape[1]) >= (prefix + queries)[:, None]
+    poison = lambda x: jnp.where(dead[..., None, None], jnp.nan, x).astype(dtype)
+    d_out = make(3, *q.shape)
+    return [q, poison(make(1, *shape)), poison(make(2, *shape)), d_out, prefix]
+
+
+def _run(name: str, given: list[jax.Array], backward: bool) -> list[np.ndarray]:
+    *arrays, prefix = given
+    with jax.default_matmul_precision("highest"):
+        found = _program(name, backward)(*arrays, prefix.astype(jnp.int32))
+    return [np.asarray(x, np.float64) for x in found]
+
+
+@functools.cache
+def _program(name: str, backward: bool) -> Callable[..., Any]:
+    def both(q, k, v, d_out, prefix):
+        attend: Callable[..., Any] = lambda q, k, v: prefix_attention(
+            q, k, v, prefix, implementation=name
+        )
+        if not backward:
+            return (attend(q, k, v),)
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(d_out)
+
+    return jax.jit(both)
+
+
+def _distance(ours: list[np.ndarray], right: list[np.ndarray]) -> list[float]:
+    pairs = zip(ours, right, strict=True)
+    return [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs]

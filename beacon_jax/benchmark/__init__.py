@@ -1,1 +1,0 @@
-"""Speed and memory: attention, prefill, decoding and training steps (`bench.py`)."""
