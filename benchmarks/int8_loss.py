@@ -15,6 +15,7 @@ import numpy as np
 from absl import app, flags
 
 from beacon_jax.benchmark.records import provenance
+from beacon_jax.core.law import Law
 from beacon_jax.core.memory import init_memory
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.model import Model, load_model
@@ -22,7 +23,7 @@ from beacon_jax.evaluation.report import table
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
 from benchmarks.mount_loss import losses
 
@@ -32,7 +33,9 @@ def remember(model: Model, texts: list[np.ndarray], ratio: int, dtype: Any) -> M
     room = model.new_memory(1, ratio).capacity
     state = init_memory(model.config, len(texts), room, dtype)
     state = model.feed(state, texts, ratio)[1]
-    feed = lambda text: Ledger.empty().feed(model.config, model.plan(ratio), text)
+    feed = lambda text: History.empty().feed(
+        Law.of(model.config), model.plan(ratio), text
+    )
     return Memory(model.config, state, tuple(map(feed, texts)))
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from absl import app, flags
 
 from beacon_jax.benchmark.records import provenance
+from beacon_jax.core.law import Law
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.methods import Beacon
@@ -30,7 +31,7 @@ from beacon_jax.evaluation.statistics import mean_interval, ratio_interval
 from beacon_jax.evaluation.tasks.base import Metric
 from beacon_jax.evaluation.tasks.passkey import Passkey
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.mount import concatenate
 
@@ -40,7 +41,9 @@ def remember(model: Model, texts: list[np.ndarray], ratio: int) -> Memory:
     state = model.new_memory(len(texts), ratio)
     if len(texts[0]):
         state = model.feed(state, texts, ratio)[1]
-    feed = lambda text: Ledger.empty().feed(model.config, model.plan(ratio), text)
+    feed = lambda text: History.empty().feed(
+        Law.of(model.config), model.plan(ratio), text
+    )
     return Memory(model.config, state, tuple(map(feed, texts)))
 
 

@@ -18,7 +18,7 @@ from beacon_jax.inference.feeding import (
     choose_dtype,
     decoded_memory,
     feed_rows,
-    ledgers_of,
+    histories,
 )
 from beacon_jax.inference.generation import Generation
 from beacon_jax.inference.memory import Memory
@@ -427,16 +427,16 @@ class Model:
     ) -> list[Plan]:
         check_memory(self, memory, len(rows))
         validate.matched(asked.spans, spans)
-        ledgers, lengths = ledgers_of(memory, len(rows)), [len(row) for row in rows]
-        room.check_request(self, asked, lengths, new, ledgers, dtype)
+        before, lengths = histories(memory, len(rows)), [len(row) for row in rows]
+        room.check_request(self, asked, lengths, new, before, dtype)
         slot = slot_nbytes(self.config, dtype)
         plans = []
-        for row, ledger, marked in zip(rows, ledgers, spans, strict=True):
+        for row, history, marked in zip(rows, before, spans, strict=True):
             plan = make_plan(
                 self.config,
                 asked.ratio,
                 length=len(row),
-                before=ledger,
+                before=history,
                 new_tokens=new,
                 max_slots=asked.max_slots,
                 max_bytes=asked.max_bytes,
@@ -445,9 +445,9 @@ class Model:
                 lossless=asked.lossless,
                 seed=int(np.atleast_1d(asked.seed)[0]),
             )
-            warn_beyond_training(self.config, plan, len(row) + new, ledger)
+            warn_beyond_training(self.config, plan, len(row) + new, history)
             plans.append(plan)
-        warn_of_ratios(self.config, asked.ratio, plans, lengths, ledgers, new)
+        warn_of_ratios(self.config, asked.ratio, plans, lengths, before, new)
         return plans
 
     def _decode(

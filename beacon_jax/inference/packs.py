@@ -55,7 +55,7 @@ from beacon_jax.hf.reader import ALL_DTYPES, BLOCK_BYTES, Tensor
 from beacon_jax.hf.writer import DTYPE_NAMES, safetensors_header, write_safetensors
 from beacon_jax.inference import leaves, validate
 from beacon_jax.inference.compatible import config_differences, identity_differences
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
 from beacon_jax.model.partition import Partition
 
@@ -145,7 +145,7 @@ def read(
     *,
     mesh: str | Mesh | Partition | None = None,
     allow_other_model: bool = False,
-) -> tuple[ModelConfig, MemoryState, tuple[Ledger, ...], Identity]:
+) -> tuple[ModelConfig, MemoryState, tuple[History, ...], Identity]:
     """Reads a pack: what a `Memory` is made of, which `Memory.load` does.
 
     Args:
@@ -188,8 +188,8 @@ def read(
         lambda name: pack.part(f"state.{name}"),
         partition,
     )
-    ledgers = tuple(_ledger(pack, i, row) for i, row in enumerate(rows))
-    return config, state, ledgers, identity
+    histories = tuple(_history(pack, i, row) for i, row in enumerate(rows))
+    return config, state, histories, identity
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -225,8 +225,8 @@ class _Source:
     `entries` counts the live ones per row: slots and open window.
     """
 
-    def __init__(self, memory: "Memory", rows: tuple[Ledger, ...]):
-        self.entries = leaves.live_entries(memory.config, memory.state)
+    def __init__(self, memory: "Memory", rows: tuple[History, ...]):
+        self.entries = memory.entries.tolist()
         self._parts: dict[str, leaves.Part] = {}
         for name, part in leaves.parts(memory.state, self.entries).items():
             self._parts[f"state.{name}"] = part
@@ -356,12 +356,12 @@ class _Pack:
         )
 
 
-def _ledger(pack: _Pack, row: int, about: Mapping[str, Any]) -> Ledger:
+def _history(pack: _Pack, row: int, about: Mapping[str, Any]) -> History:
     get = lambda name: pack.array(f"row.{name}/{row}")
     spans, ratios, marks = get("spans"), get("ratios"), get("marks")
     assert spans is not None and ratios is not None and marks is not None
     fed = int(marks[-1, 0]) + about["raw"]
-    return Ledger(spans, ratios, marks, fed, get("tokens"), about["ratio"])
+    return History(spans, ratios, marks, fed, get("tokens"), about["ratio"])
 
 
 def _check_model(
@@ -403,7 +403,7 @@ def _metadata(manifest: str) -> dict[str, str]:
     }
 
 
-def _text_hash(row: Ledger) -> str | None:
+def _text_hash(row: History) -> str | None:
     """SHA-256 of a row's token ids, int32 little endian; None: they were not kept."""
     if row.tokens is None:
         return None

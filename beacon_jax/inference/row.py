@@ -7,7 +7,7 @@ from jaxtyping import Int
 
 from beacon_jax import flops
 from beacon_jax.core.law import Law
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.inference.spans import marked_tokens
 from beacon_jax.inference.validate import LOSSLESS, one_of
 from beacon_jax.model.config import ModelConfig
@@ -26,7 +26,7 @@ class Row:
     """
 
     def __init__(
-        self, config: ModelConfig, length: int, new: int, before: Ledger | None
+        self, config: ModelConfig, length: int, new: int, before: History | None
     ):
         if length < 0 or new < 0:
             raise ValueError(
@@ -34,8 +34,8 @@ class Row:
             )
         self.config, self.law = config, Law.of(config)
         self.window = self.law.window
-        self.before = before or Ledger.empty()
-        self.first, self.start = self.before.windows, int(self.before.marks[-1, 0])
+        self.before = before or History.empty()
+        self.first, self.start = self.before.windows, self.before.start
         self.length = length
         self.text = self.before.length - self.start + length
         self.total = self.text + new

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 from hypothesis import strategies as st
 
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.core.law import Law
+from beacon_jax.inference.history import History
 from beacon_jax.model.config import BeaconConfig
 from tests.tiny import tiny
 
@@ -24,8 +25,8 @@ def with_beacon(**changes):
 
 def fed(ratios, length, config=CONFIG, before=None):
     """An account after `length` more tokens."""
-    before = before or Ledger.empty()
-    return before.feed(config, np.asarray(ratios), np.arange(length))
+    before = before or History.empty()
+    return before.feed(Law.of(config), np.asarray(ratios), np.arange(length))
 
 
 def entries_by_token(config, plan, length, new, before):
