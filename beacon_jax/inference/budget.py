@@ -29,9 +29,15 @@ class Budget:
         cls,
         max_slots: int | None,
         max_bytes: int | str | None,
-        slot_nbytes: int | None,
-    ) -> "Budget":
-        """Returns the smaller of the budgets that are given."""
+        slot_nbytes: int | None = None,
+    ) -> "Budget | None":
+        """Returns the smaller of the budgets that are given; None: there is none.
+
+        Args:
+          max_slots: a number of slots.
+          max_bytes: the same as bytes of keys and values: a number or "512MiB".
+          slot_nbytes: bytes of one slot (`Memory.slot_nbytes`), for `max_bytes`.
+        """
         found = []
         if max_slots is not None:
             whole("max_slots", max_slots, 1, "give a number of slots, from 1 on")
@@ -41,10 +47,10 @@ class Budget:
                 raise ValueError(f"max_bytes={max_bytes!r} needs slot_nbytes.")
             slots = parse_bytes(max_bytes) // slot_nbytes
             found.append(cls(slots, f"max_bytes={max_bytes!r}", slot_nbytes))
-        return min(found, key=lambda budget: budget.slots)
+        return min(found, key=lambda budget: budget.slots, default=None)
 
     def enough(self, slots: int) -> str:
-        """The argument that allows for `slots`."""
+        """Names the argument, with a value that allows for `slots`."""
         if self.nbytes is None:
             return f"max_slots={slots}"
         nbytes = slots * self.nbytes

@@ -19,7 +19,7 @@ from beacon_jax.inference.history import History
 from beacon_jax.inference.options import Ratio
 from beacon_jax.inference.prefill import power_of_two
 from beacon_jax.inference.row import Row
-from beacon_jax.inference.validate import budget, warn
+from beacon_jax.inference.validate import alone, warn
 from beacon_jax.inference.validate_ratio import (
     check_returned,
     named_ratio,
@@ -53,9 +53,7 @@ def make_plan(
     length: int,
     new_tokens: int = 0,
     before: History | None = None,
-    max_slots: int | None = None,
-    max_bytes: int | str | None = None,
-    slot_nbytes: int | None = None,
+    budget: Budget | None = None,
     spans: Sequence[tuple[int, int]] | Int[np.ndarray, "S 2"] = (),
     lossless: str = "windows",
     seed: int = 0,
@@ -75,14 +73,12 @@ def make_plan(
       length: tokens given, without those that `before` has pending.
       new_tokens: most that are generated behind them.
       before: the row's history so far; None: an empty memory.
-      max_slots: the most entries the row may hold, from the end of the text to that of
+      budget: the most entries the row may hold, from the end of the text to that of
         the new tokens: slots, those of `before` too, and the open window with its
         beacons. While the text is read, the window at work takes W + W / ratio on top.
         The smallest ratio for all windows that fits is chosen (of the config's, or
         with a warning of larger divisors of W), then the next smaller one for as many
         of the latest windows as fit. Never 0. No `ratio` may be given with it.
-      max_bytes: the same as bytes of keys and values: a number or "512MiB".
-      slot_nbytes: bytes of one slot (`Memory.slot_nbytes`); needed with `max_bytes`.
       spans: ranges [start, stop) of the `length` tokens that nothing may be lost of,
         see `spans.token_spans`.
       lossless: "windows": a window that a span touches is not compressed. "slots": it
@@ -97,9 +93,9 @@ def make_plan(
         being compressed.
     """
     row = Row(config, length, new_tokens, before).with_spans(spans, lossless)
-    if max_slots is not None or max_bytes is not None:
-        budget(ratio, max_slots, max_bytes)
-        base, note = spend(row, Budget.read(max_slots, max_bytes, slot_nbytes))
+    if budget is not None:
+        alone(ratio)
+        base, note = spend(row, budget)
     elif isinstance(ratio, str) and ratio != "full":
         base, note = _auto(row, ratio)
     else:

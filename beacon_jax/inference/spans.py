@@ -12,7 +12,7 @@ type Spans = str | re.Pattern[str] | Sequence[tuple[int, int]] | Int[np.ndarray,
 
 def token_spans(
     spans: Spans | None,
-    text: str | None = None,
+    text: Any = None,
     tokenizer: Any = None,
     *,
     first: bool = True,
@@ -22,7 +22,7 @@ def token_spans(
     Args:
       spans: a regular expression: every token is taken that shares a character with a
         match. Ranges are returned as they are; None: none.
-      text: what the expression is searched in; None: token ids were given.
+      text: what the expression is searched in; no str: token ids were given.
       tokenizer: a fast tokenizer of transformers.
       first: whether the text was encoded with the tokens put before a text (bos).
 
@@ -33,7 +33,7 @@ def token_spans(
     if spans is None or not isinstance(spans, str | re.Pattern):
         given = np.asarray([] if spans is None else spans)
         return given.reshape(-1, 2) if not given.size else given
-    if text is None:
+    if not isinstance(text, str):
         raise ValueError(
             f"spans={_shown(spans)} is an expression, but token ids were given: give "
             "the text itself, or token ranges as (start, stop)."

@@ -328,16 +328,18 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
     Raises:
       TypeError, ArgumentError: as `numbers`; or something that cannot be called.
     """
-    numbers("seed", asked.seed, rows)
-    if asked.capacity is not None:
-        numbers("capacity", asked.capacity)
+    for name in (name for name in _RULES if hasattr(asked, name)):
+        given = getattr(asked, name)
+        if name != "capacity" or given is not None:
+            numbers(name, given, rows)
     if asked.max_slots is not None:
         whole("max_slots", asked.max_slots, 1, "give a number of slots, from 1 on")
     if asked.max_bytes is not None:
         remedy = "give a number of bytes, or text such as '512MiB'"
         is_a("max_bytes", asked.max_bytes, str | int | float | np.number, remedy)
         parse_bytes(asked.max_bytes)
-    budget(asked.ratio, asked.max_slots, asked.max_bytes)
+    if asked.max_slots is not None or asked.max_bytes is not None:
+        alone(asked.ratio)
     if asked.memory_dtype is not None:
         is_a("memory_dtype", asked.memory_dtype, str, "give 'int8', or None")
     one_of("lossless", asked.lossless, LOSSLESS)
@@ -349,15 +351,6 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
     callback("on_text", asked.on_text, *takes)
     callback("on_tokens", asked.on_tokens, "number of new tokens")
     switch("instruct", asked.instruct)
-    for name in (
-        "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-    ):
-        numbers(name, getattr(asked, name), rows)
     ends = [asked.stop] if isinstance(asked.stop, str) else asked.stop
     if not isinstance(ends, Sequence) or not all(isinstance(s, str) for s in ends):
         raise TypeError(
@@ -373,9 +366,9 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
         )
 
 
-def budget(ratio: Any, max_slots: Any, max_bytes: Any) -> None:
-    """Raises ValueError for a ratio beside the budget that chooses one."""
-    if ratio is not None and (max_slots is not None or max_bytes is not None):
+def alone(ratio: Any) -> None:
+    """Raises ArgumentError for a ratio beside the budget that chooses one."""
+    if ratio is not None:
         raise ArgumentError(
             "ratio",
             ratio,

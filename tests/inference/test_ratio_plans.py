@@ -18,7 +18,6 @@ from beacon_jax.inference.plan import (
     Plan,
     fitting_ratio,
     group_rows,
-    make_plan,
     plan_ratios,
     positions,
     stack_ratios,
@@ -33,6 +32,7 @@ from tests.inference.plans import (
     cases,
     entries_by_token,
     fed,
+    make_plan,
     with_beacon,
 )
 
@@ -464,7 +464,10 @@ def test_a_plain_model_is_never_compressed():
         ({"ratio": []}, r"ratios=\[\] is empty"),
         ({"ratio": [2, 3]}, "ratio=3 does not divide window=8"),
         ({"ratio": 4, "max_slots": 40}, "ratio=4 together with max_slots"),
-        ({"ratio": "auto", "max_bytes": 9}, "ratio='auto' together with"),
+        (
+            {"ratio": "auto", "max_bytes": 9, "slot_nbytes": 3},
+            "ratio='auto' together with",
+        ),
         ({"max_slots": 0}, "max_slots=0 must be at least 1: give a number of slots"),
         (
             {"lossless": "beacons"},
