@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from beacon_jax.inference.row import Row
 from beacon_jax.inference.validate import parse_bytes, warn, whole
+from beacon_jax.model.config import divisors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +62,8 @@ def spend(row: Row, budget: Budget) -> tuple[Int[np.ndarray, " n"], str]:
     """Returns the ratios that a budget buys, and a note that names them."""
     beacon = row.config.beacon
     trained = sorted({r for r in beacon.ratios if r}) if beacon else []
-    divisors = [r for r in range(1, row.window + 1) if row.window % r == 0]
-    larger = [r for r in divisors if r > max(trained, default=0)] if beacon else []
-    ladder = trained + larger or [0]
+    larger = [r for r in divisors(row.window) if r > max(trained, default=0)]
+    ladder = trained + larger if beacon else [0]
     held = lambda base: row.held(row.applied(base))
     fits = (i for i, r in enumerate(ladder) if held(row.uniform(r)) <= budget.slots)
     step = next(fits, None)

@@ -22,7 +22,11 @@ from jaxtyping import Int
 from beacon_jax.core import move
 from beacon_jax.core.law import Law, default_window
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.inference.compatible import config_differences, identity_differences
+from beacon_jax.inference.compatible import (
+    config_differences,
+    identity_differences,
+    known,
+)
 from beacon_jax.inference.history import join
 from beacon_jax.inference.prefill import buffer_size
 from beacon_jax.model.config import ModelConfig
@@ -108,14 +112,8 @@ def _check(memories: "list[Memory]") -> None:
 
 def _differences(a: "Memory", b: "Memory") -> list[str]:
     """Says in words what keeps two memories from being mounted."""
-    found = [
-        ("rows", len(a), len(b)),
-        ("dtype", a.dtype, b.dtype),
-    ]
-    found = [(name, x, y) for name, x, y in found if x != y]
+    both = [("rows", len(a), len(b)), ("dtype", a.dtype, b.dtype)]
+    found = [(name, x, y) for name, x, y in both if x != y]
     found += config_differences(a.config, b.config)
     found += identity_differences(a.identity, b.identity)
-    return [
-        f"{name} {'unknown' if y is None else y}, not {'unknown' if x is None else x}"
-        for name, x, y in found
-    ]
+    return [f"{name} {known(y)}, not {known(x)}" for name, x, y in found]

@@ -25,7 +25,7 @@ from beacon_jax.inference.validate_ratio import (
     named_ratio,
     warn_about_ratios,
 )
-from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.config import ModelConfig, divisors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -232,11 +232,11 @@ def fitting_ratio(
     It is one ratio for all further windows; None if there is none.
     """
     row = Row(config, length, 0, before)
-    divisors = (r for r in range(1, row.window + 1) if row.window % r == 0)
-    for r in divisors if config.beacon else ():
-        if row.positions(row.applied(row.uniform(r))) <= config.trained_positions:
-            return r
-    return None
+    fits = lambda r: (
+        row.positions(row.applied(row.uniform(r))) <= config.trained_positions
+    )
+    choices = divisors(row.window) if config.beacon else []
+    return next(filter(fits, choices), None)
 
 
 def warn_beyond_training(
