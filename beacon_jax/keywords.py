@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from beacon_jax.names import nearest
+from beacon_jax.names import nearest, short
 
 
 def unknown(
@@ -27,8 +27,7 @@ def unknown(
     hint = f"did you mean {meant}?" if meant in names else "it has no such one."
     if " " in meant:
         hint = meant
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = short(repr(value))
     return TypeError(
         f"{called}({name}={shown}): {hint} The arguments are {', '.join(names)}."
     )

@@ -1,4 +1,4 @@
-"""Finds the name that somebody may have meant."""
+"""Finds the name that somebody may have meant; shortens values for a message."""
 
 import difflib
 from collections.abc import Iterable
@@ -18,3 +18,8 @@ def meant(value: object, known: Iterable[str]) -> str:
     """
     near = nearest(value, known)
     return f"did you mean {near}? " if near else ""
+
+
+def short(text: str) -> str:
+    """Returns a text of at most 60 characters, cut with "..." if it is longer."""
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -151,19 +151,28 @@ class History:
                 "memory holds."
             )
         kept = None if self.tokens is None else self.tokens[:tokens]
-        if tokens >= self.start:
-            return dataclasses.replace(self, fed=min(tokens, self.fed), tokens=kept)
-        whole = int(np.flatnonzero(self.marks[:, 0] <= tokens)[-1])
-        start, slots = self.marks[whole].tolist()
-        if kept is None and tokens > start:
+        if (place := self.cut_place(tokens)) < tokens:
             raise ValueError(
                 f"tokens={tokens} lies inside a window that is compressed, and the "
-                f"tokens were not kept: truncate to {start}, where a window ends, or "
+                f"tokens were not kept: truncate to {place}, where a window ends, or "
                 "keep the tokens (save(..., tokens=True))."
             )
+        if tokens >= self.start:
+            return dataclasses.replace(self, fed=min(tokens, self.fed), tokens=kept)
+        marks = self.marks[self.marks[:, 0] <= tokens]
+        start, slots = marks[-1].tolist()
         spans, ratios = self.spans[:slots], self.ratios[:slots]
-        marks = self.marks[: whole + 1]
         return History(spans, ratios, marks, start, kept, self.ratio)
+
+    def cut_place(self, tokens: int) -> int:
+        """Finds the last place at or before `tokens` where the row can be cut.
+
+        Without token ids it cannot be cut inside a window that was closed.
+        """
+        if self.tokens is not None or tokens >= self.start:
+            return tokens
+        ends = self.marks[:, 0]
+        return int(ends[ends <= tokens][-1])
 
     def forget_tokens(self) -> "History":
         """Returns the history without token ids; none of them may be pending."""

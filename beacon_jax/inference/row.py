@@ -94,26 +94,22 @@ class Row:
             slots[i + 1 :] += len(at) if ratios[i] else 0
         return slots
 
-    def entries(
-        self, ratios: Int[np.ndarray, " n"], raw: Int[np.ndarray, " n"]
-    ) -> Int[np.ndarray, " n"]:
-        """Counts each window's entries before it closes: raw tokens and beacons."""
-        return self.law.entries(ratios, raw)
-
     def positions(self, ratios: Int[np.ndarray, " n"]) -> int:
         """Returns the most positions at once (docs/specification.md section 2)."""
-        slots, raw = self.slots(ratios), self.raw(self.total)
-        open_at = (slots[:-1] + self.entries(ratios, raw))[raw > 0]
-        return int(max(slots[self.total // self.window], open_at.max(initial=0)))
+        return self._most(ratios, 0)
 
     def held(self, ratios: Int[np.ndarray, " n"]) -> int:
         """Returns the most entries in the buffer from the end of the text on."""
-        slots, full = self.slots(ratios), self.text // self.window
-        most = int(slots[self.total // self.window])
-        if self.total > self.text or self.text % self.window:
-            raw = self.raw(self.total)
-            most = max(most, int((slots[:-1] + self.entries(ratios, raw))[full:].max()))
-        return most
+        return self._most(ratios, self.text // self.window)
+
+    def _most(self, ratios: Int[np.ndarray, " n"], first: int) -> int:
+        """Counts the most entries at once from window `first` on.
+
+        A window has the most before it closes: its raw tokens and all its beacons.
+        """
+        slots, raw = self.slots(ratios), self.raw(self.total)
+        opened = (slots[:-1] + self.law.entries(ratios, raw))[first:][raw[first:] > 0]
+        return int(max(slots[self.total // self.window], opened.max(initial=0)))
 
     def flops(self, ratios: Int[np.ndarray, " n"]) -> int:
         """Counts the FLOPs of reading the text.

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from beacon_jax.names import short
+
 type Spans = str | re.Pattern[str] | Sequence[tuple[int, int]] | Int[np.ndarray, "S 2"]
 
 
@@ -120,5 +122,4 @@ def _runs(marked: Bool[np.ndarray, " T"]) -> Int[np.ndarray, "S 2"]:
 
 
 def _shown(spans: Any) -> str:
-    text = repr(spans.pattern if isinstance(spans, re.Pattern) else spans)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return short(repr(spans.pattern if isinstance(spans, re.Pattern) else spans))
