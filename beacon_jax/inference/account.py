@@ -48,14 +48,14 @@ class Account:
         starts = row.marks[:-1, 1]
         # Sinks and entries that were kept have 0 beside the beacons' ratio.
         closed = np.maximum.reduceat(row.ratios, starts) if len(starts) else []
-        planned = {int(r) for r in closed} | ({row.ratio} if row.raw else set())
+        planned = {*map(int, closed), row.opened}
         return cls(
             tokens=row.length,
             slots=row.slots,
             open_tokens=row.raw,
             entries=entries,
             nbytes=entries * slot_nbytes,
-            ratios=tuple(sorted(planned)),
+            ratios=tuple(sorted(r for r in planned if r is not None)),
             fed=row.fed,
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.core.law import Law
-from beacon_jax.core.plan import at
+from beacon_jax.core.plan import ahead
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +63,11 @@ class History:
         return self.fed - self.start
 
     @property
+    def opened(self) -> int | None:
+        """Ratio of the open window; None: no window is open."""
+        return self.ratio if self.raw else None
+
+    @property
     def windows(self) -> int:
         """Windows closed so far."""
         return len(self.marks) - 1
@@ -85,10 +90,7 @@ class History:
           plan: ratio of each window of the row by its number, the last one going on. A
             window that is open keeps the ratio it was begun with.
         """
-        ratios = at(plan, self.windows + np.arange(count)).astype(np.int32)
-        if self.raw:
-            ratios[:1] = self.ratio
-        return ratios
+        return ahead(plan, self.windows, count, self.opened)
 
     def feed(
         self,

@@ -40,7 +40,7 @@ class Row:
         self.text = self.before.length - self.start + length
         self.total = self.text + new
         self.count = max(-(-self.total // self.window), 1)
-        self.fixed = self.before.ratio if self.before.raw else None
+        self.fixed = self.before.opened
         self.lossless = np.zeros(self.count, bool)
         self.offsets: dict[int, Int[np.ndarray, " k"]] = {}
 
