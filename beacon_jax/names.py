@@ -1,4 +1,4 @@
-"""Finds the name that somebody may have meant, also of an argument of a call."""
+"""Finds the name that somebody may have meant; shortens values for a message."""
 
 import difflib
 import functools
@@ -50,8 +50,7 @@ def unknown(
     hint = f"did you mean {meant}?" if meant in names else "it has no such one."
     if " " in meant:
         hint = meant
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = short(repr(value))
     return TypeError(
         f"{called}({name}={shown}): {hint} The arguments are {', '.join(names)}."
     )
@@ -97,3 +96,8 @@ def hinted_init[C: type](kind: C) -> C:
     """Decorates a class: what is no argument of it names the nearest one."""
     kind.__init__ = hinted(kind.__name__)(kind.__init__)
     return kind
+
+
+def short(text: str) -> str:
+    """Returns a text of at most 60 characters, cut with "..." if it is longer."""
+    return text if len(text) <= 60 else text[:57] + "..."

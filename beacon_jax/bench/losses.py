@@ -12,7 +12,7 @@ from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.model import Model, Rows, load_model
 from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
 
 
@@ -46,7 +46,9 @@ def remember(model: Model, texts: Rows, ratio: int, dtype: Any = None) -> Memory
     state = model.new_memory(len(texts), ratio, dtype)
     if len(texts[0]):
         state = model.feed(state, texts, ratio)[1]
-    feed = lambda text: Ledger.empty().feed(model.config, model.plan(ratio), text)
+    feed = lambda text: History.empty().feed(
+        Law.of(model.config), model.plan(ratio), text
+    )
     return Memory(model.config, state, tuple(map(feed, texts)))
 
 

@@ -38,6 +38,21 @@ def at(ratios: Any, windows: Any) -> Any:
     return xp.take_along_axis(ratios, number, axis=1)
 
 
+def ahead(
+    plan: Int[np.ndarray, " P"], windows: int, count: int, opened: int | None
+) -> Int[np.ndarray, " n"]:
+    """Returns the ratios of the next `count` windows of a row, the open one first.
+
+    Args:
+      windows: closed so far.
+      opened: ratio of the open window, which it keeps; None: none is open.
+    """
+    used = at(plan, windows + np.arange(count)).astype(np.int32)
+    if opened is not None:
+        used[:1] = opened
+    return used
+
+
 def of_rows(ratios: Ratios, rows: int) -> Int[np.ndarray, "B P"]:
     """Returns a plan for each row, from one for all of them or one for each."""
     plan = np.asarray(ratios, np.int32)
@@ -68,10 +83,8 @@ def coming(
         *columns, of_rows(ratios, memory.rows), strict=True
     ):
         count = (int(raw) + int(new)) // memory.window + 1
-        used = at(plan, windows + np.arange(count))
-        if raw:
-            used[0] = ratio
-        found.append((int(slots), used))
+        opened = int(ratio) if raw else None
+        found.append((int(slots), ahead(plan, int(windows), count, opened)))
     return found
 
 

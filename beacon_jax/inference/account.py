@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beacon_jax.inference.ledger import Ledger
-from beacon_jax.model.config import ModelConfig
+from beacon_jax.inference.history import History
 
 MIB = 2**20
 
@@ -39,23 +38,24 @@ class Account:
     fed: int
 
     @classmethod
-    def of(cls, config: ModelConfig, row: Ledger, slot_nbytes: int) -> "Account":
+    def of(cls, row: History, entries: int, slot_nbytes: int) -> "Account":
         """Makes the account of a row.
 
         Args:
+          entries: that the row holds (`Memory.entries`).
           slot_nbytes: bytes of one entry (`Memory.slot_nbytes`).
         """
-        entries, starts = row.entries(config), row.marks[:-1, 1]
+        starts = row.marks[:-1, 1]
         # Sinks and entries that were kept have 0 beside the beacons' ratio.
         closed = np.maximum.reduceat(row.ratios, starts) if len(starts) else []
-        planned = {int(r) for r in closed} | ({int(row.ratio)} if row.raw else set())
+        planned = {*map(int, closed), row.opened}
         return cls(
             tokens=row.length,
             slots=row.slots,
             open_tokens=row.raw,
             entries=entries,
             nbytes=entries * slot_nbytes,
-            ratios=tuple(sorted(planned)),
+            ratios=tuple(sorted(r for r in planned if r is not None)),
             fed=row.fed,
         )
 

@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from beacon_jax.inference.row import Row
 from beacon_jax.inference.validate import parse_bytes, warn, whole
+from beacon_jax.model.config import divisors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +30,15 @@ class Budget:
         cls,
         max_slots: int | None,
         max_bytes: int | str | None,
-        slot_nbytes: int | None,
-    ) -> "Budget":
-        """Returns the smaller of the budgets that are given."""
+        slot_nbytes: int | None = None,
+    ) -> "Budget | None":
+        """Returns the smaller of the budgets that are given; None: there is none.
+
+        Args:
+          max_slots: a number of slots.
+          max_bytes: the same as bytes of keys and values: a number or "512MiB".
+          slot_nbytes: bytes of one slot (`Memory.slot_nbytes`), for `max_bytes`.
+        """
         found = []
         if max_slots is not None:
             whole("max_slots", max_slots, 1, "give a number of slots, from 1 on")
@@ -41,10 +48,10 @@ class Budget:
                 raise ValueError(f"max_bytes={max_bytes!r} needs slot_nbytes.")
             slots = parse_bytes(max_bytes) // slot_nbytes
             found.append(cls(slots, f"max_bytes={max_bytes!r}", slot_nbytes))
-        return min(found, key=lambda budget: budget.slots)
+        return min(found, key=lambda budget: budget.slots, default=None)
 
     def enough(self, slots: int) -> str:
-        """The argument that allows for `slots`."""
+        """Names the argument, with a value that allows for `slots`."""
         if self.nbytes is None:
             return f"max_slots={slots}"
         nbytes = slots * self.nbytes
@@ -55,9 +62,8 @@ def spend(row: Row, budget: Budget) -> tuple[Int[np.ndarray, " n"], str]:
     """Returns the ratios that a budget buys, and a note that names them."""
     beacon = row.config.beacon
     trained = sorted({r for r in beacon.ratios if r}) if beacon else []
-    divisors = [r for r in range(1, row.window + 1) if row.window % r == 0]
-    larger = [r for r in divisors if r > max(trained, default=0)] if beacon else []
-    ladder = trained + larger or [0]
+    larger = [r for r in divisors(row.window) if r > max(trained, default=0)]
+    ladder = trained + larger if beacon else [0]
     held = lambda base: row.held(row.applied(base))
     fits = (i for i, r in enumerate(ladder) if held(row.uniform(r)) <= budget.slots)
     step = next(fits, None)

@@ -185,13 +185,9 @@ class Chat:
         end, row = self._base + tokens, memory.rows[0]
         if end == row.length:
             return memory, tokens
-        if row.tokens is None:
-            # Back to where a window ends; the conversation has the tokens behind it.
-            ends = [int(e) for e in row.marks[:, 0] if e <= end]
-            if end < row.marks[-1, 0] and ends[-1] != end:
-                if ends[-1] < self._base:
-                    return self._context, 0
-                end = ends[-1]
+        end = row.cut_place(end)  # the conversation has the tokens behind it
+        if end < self._base:
+            return self._context, 0
         return memory.truncate(end), end - self._base
 
 

@@ -14,7 +14,7 @@ Difference = tuple[str, Any, Any]  # (field, one value, the other)
 
 
 def config_differences(a: ModelConfig, b: ModelConfig) -> list[Difference]:
-    """The fields that keys and values depend on and that are not equal."""
+    """Lists the fields that keys and values depend on and that are not equal."""
     if (a.beacon is None) != (b.beacon is None):
         return [("config.beacon", a.beacon, b.beacon)]
     x, y = _flat(a), _flat(b)
@@ -22,11 +22,29 @@ def config_differences(a: ModelConfig, b: ModelConfig) -> list[Difference]:
 
 
 def identity_differences(a: Identity, b: Identity) -> list[Difference]:
-    """The weights that are not known to be equal: base, beacon or both."""
+    """Lists the weights that are not known to be equal: base, beacon or both."""
     if a == b:
         return []
     pairs = (("base", a.base, b.base), ("beacon", a.beacon, b.beacon))
     return [(f"hash of the {part} weights", x, y) for part, x, y in pairs if x != y]
+
+
+def other_model(found: list[Difference], where: str) -> str:
+    """Says that another model wrote a memory, and what differs, in lines.
+
+    Args:
+      where: what has the first value of each difference: "memory" or "pack".
+    """
+    lines = [
+        f"{name}: {known(x)} in the {where}, {known(y)} in the model"
+        for name, x, y in found
+    ]
+    return "\n  ".join(["was written by another model:", *lines])
+
+
+def known(value: Any) -> str:
+    """Returns a value of a difference in words."""
+    return "unknown" if value is None else str(value)
 
 
 def _flat(config: ModelConfig) -> dict[str, Any]:
@@ -43,9 +61,8 @@ def check_same_model(memory: Any, model: Any) -> None:
     found = config_differences(memory.config, model.config)
     found += identity_differences(memory.identity, model.identity)
     if found:
-        lines = [f"{name}: {x} in the memory, {y} in the model" for name, x, y in found]
         raise ValueError(
-            "memory was written by another model:\n  " + "\n  ".join(lines) + "\n"
+            f"memory {other_model(found, 'memory')}\n"
             "Compress the text again with this one, or load the pack with "
             "Memory.load(path, model, allow_other_model=True)."
         )

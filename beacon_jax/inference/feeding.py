@@ -21,7 +21,7 @@ from beacon_jax.core.plan import needed_slots
 from beacon_jax.inference import leaves
 from beacon_jax.inference.compatible import check_same_model
 from beacon_jax.inference.decode import Decoded
-from beacon_jax.inference.ledger import Ledger, kept_window
+from beacon_jax.inference.history import History, kept_window
 from beacon_jax.inference.memory import Memory, join_rows, take_rows
 from beacon_jax.inference.options import OnProgress
 from beacon_jax.inference.plan import Plan, group_rows, stack_ratios
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 PIECE_WINDOWS = 16  # fed at a time where progress is to be shown
 
 
-def ledgers_of(memory: Memory | None, rows: int) -> Sequence[Ledger]:
-    """Returns the rows' accounts so far; they are empty without a memory."""
-    return memory.rows if memory is not None else [Ledger.empty()] * rows
+def histories(memory: Memory | None, rows: int) -> Sequence[History]:
+    """Returns the rows' histories so far; they are empty without a memory."""
+    return memory.rows if memory is not None else [History.empty()] * rows
 
 
 def feed_rows(
@@ -59,15 +59,15 @@ def feed_rows(
     Returns:
       The logits after each row's last token, and the new memory.
     """
-    ledgers = ledgers_of(memory, len(rows))
-    fed = [np.concatenate([x.pending, r]) for x, r in zip(ledgers, rows, strict=True)]
+    before = histories(memory, len(rows))
+    fed = [np.concatenate([x.pending, r]) for x, r in zip(before, rows, strict=True)]
     ratios = stack_ratios(plans)
     state = memory.state if memory else _nothing(model, len(rows), dtype)
     lengths, done = np.asarray([len(r) for r in fed]), 0
     size = _room(model.config, state, ratios, lengths + new, capacity, plans)
     if size > state.capacity:
         check_buffer(model, len(rows), size, choose_dtype(model, memory, dtype))
-    groups = _groups(model.config, rows, plans, ledgers)
+    groups = _groups(model.config, rows, plans, before)
     outs, states = [], []
     for group in groups:
         whole = len(group) == len(rows)
@@ -94,9 +94,10 @@ def feed_rows(
         logits, state = jnp.concatenate(outs), join_rows(states)
         if (order != np.arange(len(order))).any():
             logits, state = logits[order], take_rows(state, order)
+    law = Law.of(model.config)
     after = tuple(
-        ledger.feed(model.config, plan.ratios, row, keep=plan.keep)
-        for ledger, plan, row in zip(ledgers, plans, fed, strict=True)
+        history.feed(law, plan.ratios, row, keep=plan.keep)
+        for history, plan, row in zip(before, plans, fed, strict=True)
     )
     return logits, Memory(model.config, state, after, model.identity)
 
@@ -117,7 +118,7 @@ def _groups(
     config: ModelConfig,
     rows: list[np.ndarray],
     plans: list[Plan],
-    ledgers: Sequence[Ledger],
+    before: Sequence[History],
 ) -> list[list[int]]:
     """Groups rows that are fed together; one that keeps raw entries is fed alone."""
     alone = [i for i, plan in enumerate(plans) if plan.keep]
@@ -128,7 +129,7 @@ def _groups(
         config,
         [plans[i] for i in rest],
         [len(rows[i]) for i in rest],
-        [ledgers[i] for i in rest],
+        [before[i] for i in rest],
     )
     return [[rest[i] for i in group] for group in groups] + [[i] for i in alone]
 
@@ -282,11 +283,11 @@ def check_memory(model: "Model", memory: Memory | None, rows: int) -> None:
 
 def decoded_memory(memory: Memory, plans: list[Plan], result: Decoded) -> Memory:
     """Returns the memory after decoding: up to the end of each row's text."""
-    rows = []
+    rows, law = [], Law.of(memory.config)
     for row, plan, fed, surplus in zip(
         memory.rows, plans, result.fed, result.surplus, strict=True
     ):
-        after = row.feed(memory.config, plan.ratios, fed[fed >= 0])
+        after = row.feed(law, plan.ratios, fed[fed >= 0])
         rows.append(after.cut(after.length - int(surplus)) if surplus else after)
     memory = dataclasses.replace(memory, state=result.memory, rows=tuple(rows))
     return memory.with_rows(memory.rows) if result.surplus.any() else memory

@@ -1,4 +1,4 @@
-"""What `Model.complete` returns: the new text and what it took."""
+"""The result of `Model.complete`: the new text, its memory and its times."""
 
 import dataclasses
 import functools
@@ -8,11 +8,12 @@ from jaxtyping import Int
 
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.timing import Timing
+from beacon_jax.names import short
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Generation:
-    """What `Model.complete` returns for one prompt.
+    """The continuation of one prompt, and what it took.
 
     Attributes:
       text: the new text, without the end token and in front of a stop string ("" for a
@@ -44,8 +45,7 @@ class Generation:
         return self.batch if len(self.batch) == 1 else self.batch[self.row]
 
     def __repr__(self) -> str:
-        text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
         return (
-            f"Generation({text!r}: {len(self.tokens)} tokens behind "
+            f"Generation({short(self.text)!r}: {len(self.tokens)} tokens behind "
             f"{self.prompt_tokens:,} read, finish={self.finish!r})"
         )

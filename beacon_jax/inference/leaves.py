@@ -58,12 +58,6 @@ def axes(name: str, ndim: int) -> tuple[str | None, ...]:
     return AXES.get(name.rsplit(".", 1)[-1], ("batch", *(None,) * (ndim - 1)))
 
 
-def live_entries(config: ModelConfig, state: MemoryState) -> list[int]:
-    """Counts the entries of each row that mean something: slots and open window."""
-    placement = config.beacon.placement if config.beacon else "interleave"
-    return np.asarray(state.slots + state.open_entries(placement)).tolist()
-
-
 def parts(state: MemoryState, live: Sequence[int]) -> dict[str, Part]:
     """Returns the parts of a state that are to be stored, by name.
 

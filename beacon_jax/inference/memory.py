@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from beacon_jax.core.law import Law
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference import mount, packs, room, validate
 from beacon_jax.inference.account import Account
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import Partition
 from beacon_jax.names import hinted
@@ -32,13 +33,13 @@ class Memory:
     Attributes:
       config: of the model that wrote it.
       state: keys and values on the device(s).
-      rows: what the slots of each row stand for.
+      rows: what each row has read, and what its slots stand for.
       identity: hashes of the model's weights.
     """
 
     config: ModelConfig
     state: MemoryState
-    rows: tuple[Ledger, ...]
+    rows: tuple[History, ...]
     identity: Identity = dataclasses.field(default_factory=Identity)
 
     def __len__(self) -> int:
@@ -98,7 +99,10 @@ class Memory:
     @property
     def entries(self) -> Int[np.ndarray, " B"]:
         """Entries in use per row: slots, and the open window with its beacons."""
-        return np.asarray([row.entries(self.config) for row in self.rows])
+        state = self.state
+        raw, ratio = np.asarray(state.raw), np.asarray(state.ratio)
+        law = Law.of(self.config, state.window)
+        return np.asarray(state.slots) + law.entries(ratio, raw)
 
     @property
     def used_nbytes(self) -> int:
@@ -126,7 +130,8 @@ class Memory:
         number = validate.whole("row", row, -(2**63), "give the number of a row")
         if not -len(self) <= number < len(self):
             raise IndexError(f"row={number}: {validate.numbered(len(self))}.")
-        return Account.of(self.config, self.rows[number], self.slot_nbytes)
+        entries = int(self.entries[number])
+        return Account.of(self.rows[number], entries, self.slot_nbytes)
 
     def describe(self) -> str:
         """Describes the memory in lines of text.
@@ -173,10 +178,10 @@ class Memory:
         tokens = validate.whole("tokens", tokens, 0, remedy)
         return self.with_rows(tuple(row.cut(tokens) for row in self.rows))
 
-    def with_rows(self, rows: tuple[Ledger, ...]) -> "Memory":
-        """Returns the memory as it was where each row's account says.
+    def with_rows(self, rows: tuple[History, ...]) -> "Memory":
+        """Returns the memory as it was where each row's history ends.
 
-        Each account is at or before the end of its row.
+        Each history is at or before the end of its row.
         """
         number = lambda values: jnp.asarray(list(values), jnp.int32)
         sinks = jnp.where(number(r.slots for r in rows) > 0, self.state.sinks, 0)

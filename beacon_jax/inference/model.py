@@ -12,13 +12,14 @@ import numpy as np
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference import room, validate
+from beacon_jax.inference.budget import Budget
 from beacon_jax.inference.decode import Decoded, Decoding, decode
 from beacon_jax.inference.feeding import (
     check_memory,
     choose_dtype,
     decoded_memory,
     feed_rows,
-    ledgers_of,
+    histories,
 )
 from beacon_jax.inference.generation import Generation
 from beacon_jax.inference.memory import Memory
@@ -26,7 +27,6 @@ from beacon_jax.inference.options import (
     Batch,
     CompleteOptions,
     Completion,
-    Integers,
     Reading,
     ReadOptions,
     Text,
@@ -42,8 +42,8 @@ from beacon_jax.inference.plan import (
     warn_beyond_training,
     warn_of_ratios,
 )
-from beacon_jax.inference.sampling import Sampling, make_sampling, seen_tokens
-from beacon_jax.inference.spans import Spans, token_spans
+from beacon_jax.inference.sampling import make_sampling, seen_tokens
+from beacon_jax.inference.spans import token_spans
 from beacon_jax.inference.template import (
     check_template,
     encode_question,
@@ -155,7 +155,10 @@ class Model:
         validate.memory(memory, Memory)
         dtype = choose_dtype(self, memory, asked.memory_dtype)
         rows = [self.encode(c, "context", first=memory is None) for c in contexts]
-        marked = [self._spans(asked.spans, c, memory is None) for c in contexts]
+        marked = [
+            token_spans(asked.spans, c, self.tokenizer, first=memory is None)
+            for c in contexts
+        ]
         plans = self._plans(rows, marked, memory, asked, dtype, reserve)
         if on_note:
             for note in dict.fromkeys(plan.note for plan in plans if plan.note):
@@ -244,20 +247,12 @@ class Model:
         validate.memory(memory, Memory)
         if asked.instruct:
             check_template(self.tokenizer)
-        sampling = make_sampling(
-            asked.temperature,
-            asked.top_k,
-            asked.top_p,
-            asked.min_p,
-            asked.repetition_penalty,
-        )
-        new = np.broadcast_to(np.asarray(asked.max_new_tokens, int), (count,))
-        show = [_shown(asked.on_text, None if single else i) for i in range(count)]
-        stop = turn_ends(self, asked.stop) if asked.instruct else asked.stop
-        streams = [Streamer(self.tokenizer, s, stop) for s in show]
+        streams = self._streams(asked, None if single else count)
         start, watch = time.perf_counter(), AnswerWatch(asked.on_tokens)
         dtype = choose_dtype(self, memory, asked.memory_dtype)
-        memory = _rows_for(memory, count)
+        if memory is not None and len(memory) == 1 < count:
+            memory = memory.repeat(count)
+        new = np.broadcast_to(np.asarray(asked.max_new_tokens, int), (count,))
         rows, marked = self._prompt_rows(prompts, context, memory, asked)
         plans = self._plans(rows, marked, memory, asked, dtype, int(new.max()))
         logits, after = feed_rows(
@@ -265,9 +260,7 @@ class Model:
         )
         jax.block_until_ready(logits)
         middle = time.perf_counter()
-        result = self._decode(
-            after, logits, plans, sampling, streams, new, asked.seed, watch.block
-        )
+        result = self._decode(after, logits, plans, asked, streams, watch.block)
         after = decoded_memory(after, plans, result)
         texts = [stream.finish() for stream in streams]
         end, timing = time.perf_counter(), watch.timing(result.lengths)
@@ -398,8 +391,16 @@ class Model:
                     [self.encode(before, "context", first=first), tokens]
                 )
             rows.append(tokens)
-            marked.append(self._spans(asked.spans, before, first))
+            marked.append(token_spans(asked.spans, before, self.tokenizer, first=first))
         return rows, marked
+
+    def _streams(self, asked: Completion, rows: int | None) -> list[Streamer]:
+        """Makes a streamer per row; rows=None: of one text, without its number."""
+        stop = turn_ends(self, asked.stop) if asked.instruct else asked.stop
+        show = [asked.on_text] * (rows or 1)
+        if asked.on_text and rows is not None:
+            show = [functools.partial(asked.on_text, row) for row in range(rows)]
+        return [Streamer(self.tokenizer, each, stop) for each in show]
 
     def _note(self, plan: Plan, stream: Streamer, instruct: bool) -> str:
         """Says what there is to say about one row."""
@@ -408,13 +409,6 @@ class Model:
         if not len(stream) and (stream.keep is None or instruct):
             notes.append(ended_at_once(self, instruct=instruct))
         return "; ".join(notes)
-
-    def _spans(self, spans: Spans | None, text: Any, first: bool) -> Any:
-        """Token ranges of what `spans` marks in a text."""
-        if spans is None:
-            return ()
-        text = text if isinstance(text, str) else None
-        return token_spans(spans, text, self.tokenizer, first=first)
 
     def _plans(
         self,
@@ -425,29 +419,28 @@ class Model:
         dtype: str,
         new: int,
     ) -> list[Plan]:
+        """Makes the plan of each row; warns of what was probably not meant."""
         check_memory(self, memory, len(rows))
         validate.matched(asked.spans, spans)
-        ledgers, lengths = ledgers_of(memory, len(rows)), [len(row) for row in rows]
-        room.check_request(self, asked, lengths, new, ledgers, dtype)
+        before, lengths = histories(memory, len(rows)), [len(row) for row in rows]
+        room.check_request(self, asked, lengths, new, before, dtype)
         slot = slot_nbytes(self.config, dtype)
-        plans = []
-        for row, ledger, marked in zip(rows, ledgers, spans, strict=True):
+        budget, plans = Budget.read(asked.max_slots, asked.max_bytes, slot), []
+        for row, history, marked in zip(rows, before, spans, strict=True):
             plan = make_plan(
                 self.config,
                 asked.ratio,
                 length=len(row),
-                before=ledger,
+                before=history,
                 new_tokens=new,
-                max_slots=asked.max_slots,
-                max_bytes=asked.max_bytes,
-                slot_nbytes=slot,
+                budget=budget,
                 spans=marked,
                 lossless=asked.lossless,
                 seed=int(np.atleast_1d(asked.seed)[0]),
             )
-            warn_beyond_training(self.config, plan, len(row) + new, ledger)
+            warn_beyond_training(self.config, plan, len(row) + new, history)
             plans.append(plan)
-        warn_of_ratios(self.config, asked.ratio, plans, lengths, ledgers, new)
+        warn_of_ratios(self.config, asked.ratio, plans, lengths, before, new)
         return plans
 
     def _decode(
@@ -455,14 +448,13 @@ class Model:
         memory: Memory,
         logits: jax.Array,
         plans: list[Plan],
-        sampling: Sampling,
+        asked: Completion,
         streams: list[Streamer],
-        new: np.ndarray,
-        seed: Integers,
         on_tokens: Callable[[np.ndarray], None],
     ) -> Decoded:
+        """Draws the new tokens of all rows, as `asked` says."""
         seen = None
-        if (np.asarray(sampling.repetition_penalty) != 1).any():
+        if (np.asarray(asked.repetition_penalty) != 1).any():
             seen = self._seen(memory)
         return decode(
             self.net,
@@ -471,9 +463,15 @@ class Model:
             logits,
             stack_ratios(plans),
             Decoding(
-                max_new_tokens=new,
-                sampling=sampling,
-                seeds=seed,
+                max_new_tokens=asked.max_new_tokens,
+                sampling=make_sampling(
+                    asked.temperature,
+                    asked.top_k,
+                    asked.top_p,
+                    asked.min_p,
+                    asked.repetition_penalty,
+                ),
+                seeds=asked.seed,
                 seen=seen,
                 finished=finisher(streams) if self.tokenizer else None,
                 on_tokens=on_tokens,
@@ -482,6 +480,7 @@ class Model:
         )
 
     def _seen(self, memory: Memory) -> np.ndarray:
+        """Marks the tokens of each row [B, V], which the repetition penalty needs."""
         tokens = [row.tokens for row in memory.rows]
         known = [t for t in tokens if t is not None]
         if len(known) < len(tokens):
@@ -490,18 +489,3 @@ class Model:
                 "they were not kept: save with tokens=True, or leave the penalty at 1."
             )
         return seen_tokens(known, self.config.vocab_size)
-
-
-def _rows_for(memory: Memory | None, count: int) -> Memory | None:
-    """Repeats a memory of one row: all `count` prompts are asked against it."""
-    if memory is None or len(memory) == count or len(memory) != 1:
-        return memory
-    return memory.repeat(count)
-
-
-def _shown(
-    on_text: Callable[..., None] | None, row: int | None
-) -> Callable[[str], None] | None:
-    if on_text is None or row is None:
-        return on_text
-    return functools.partial(on_text, row)

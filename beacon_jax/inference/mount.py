@@ -22,8 +22,12 @@ from jaxtyping import Int
 from beacon_jax.core import move
 from beacon_jax.core.law import Law, default_window
 from beacon_jax.core.memory import MemoryState, buffer_size
-from beacon_jax.inference.compatible import config_differences, identity_differences
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.compatible import (
+    config_differences,
+    identity_differences,
+    known,
+)
+from beacon_jax.inference.history import join
 from beacon_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -60,7 +64,7 @@ def concatenate(memories: "Sequence[Memory]") -> "Memory":
     for part in rest:
         state = move.append(first.config, state, part.state)
     rows = zip(*(part.rows for part in parts), strict=True)
-    return dataclasses.replace(first, state=state, rows=tuple(map(_joined, rows)))
+    return dataclasses.replace(first, state=state, rows=tuple(map(join, rows)))
 
 
 def closed(memory: "Memory") -> "Memory":
@@ -75,7 +79,7 @@ def closed(memory: "Memory") -> "Memory":
     return dataclasses.replace(
         memory,
         state=move.keep_entries(memory.config, memory.state, place, jnp.asarray(raw)),
-        rows=tuple(_closed(row) for row in memory.rows),
+        rows=tuple(row.close() for row in memory.rows),
     )
 
 
@@ -86,41 +90,6 @@ def raw_places(config: ModelConfig, state: MemoryState) -> Int[np.ndarray, "B W"
     return law.entries(np.asarray(state.ratio)[:, None], token).astype(np.int32)
 
 
-def _closed(row: Ledger) -> Ledger:
-    """Returns the account of a row after `closed`."""
-    if not row.raw:
-        return row
-    token = np.arange(int(row.marks[-1, 0]), row.fed, dtype=np.int32)
-    mark = np.array([[row.fed, row.slots + row.raw]], np.int32)
-    return dataclasses.replace(
-        row,
-        spans=np.concatenate([row.spans, np.stack([token, token + 1], axis=1)]),
-        ratios=np.concatenate([row.ratios, np.zeros(len(token), np.int32)]),
-        marks=np.concatenate([row.marks, mark]),
-    )
-
-
-def _joined(rows: Sequence[Ledger]) -> Ledger:
-    """Joins the accounts of rows; spans count from the start of the first row."""
-    starts = np.cumsum([0, *(row.fed for row in rows)]).astype(np.int32)
-    slots = np.cumsum([0, *(row.slots for row in rows)]).astype(np.int32)
-    marks = [
-        row.marks[1:] + np.array([start, slot])
-        for row, start, slot in zip(rows, starts, slots, strict=False)
-    ]
-    tokens = [row.tokens for row in rows]
-    kept = [ids for ids in tokens if ids is not None]
-    spans = [row.spans + start for row, start in zip(rows, starts, strict=False)]
-    return Ledger(
-        spans=np.concatenate(spans),
-        ratios=np.concatenate([row.ratios for row in rows]),
-        marks=np.concatenate([rows[0].marks[:1], *marks]).astype(np.int32),
-        fed=int(starts[-1]),
-        tokens=np.concatenate(kept) if len(kept) == len(rows) else None,
-        ratio=rows[-1].ratio,
-    )
-
-
 def _check(memories: "list[Memory]") -> None:
     if not memories:
         raise ValueError("memories=[] is empty: give at least one memory.")
@@ -129,7 +98,7 @@ def _check(memories: "list[Memory]") -> None:
             raise ValueError(
                 f"memories[{i}] has {pending} tokens still to be fed (after truncate): "
                 "continue it with them first, or truncate where a window ends "
-                f"(rows end theirs at {[int(r.marks[-1, 0]) for r in memory.rows]})."
+                f"(rows end theirs at {[row.start for row in memory.rows]})."
             )
     first = memories[0]
     for i, other in enumerate(memories[1:], 1):
@@ -142,14 +111,8 @@ def _check(memories: "list[Memory]") -> None:
 
 def _differences(a: "Memory", b: "Memory") -> list[str]:
     """Says in words what keeps two memories from being mounted."""
-    found = [
-        ("rows", len(a), len(b)),
-        ("dtype", a.dtype, b.dtype),
-    ]
-    found = [(name, x, y) for name, x, y in found if x != y]
+    both = [("rows", len(a), len(b)), ("dtype", a.dtype, b.dtype)]
+    found = [(name, x, y) for name, x, y in both if x != y]
     found += config_differences(a.config, b.config)
     found += identity_differences(a.identity, b.identity)
-    return [
-        f"{name} {'unknown' if y is None else y}, not {'unknown' if x is None else x}"
-        for name, x, y in found
-    ]
+    return [f"{name} {known(y)}, not {known(x)}" for name, x, y in found]

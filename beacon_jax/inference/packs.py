@@ -54,8 +54,12 @@ from beacon_jax.hf.identify import Identity
 from beacon_jax.hf.reader import ALL_DTYPES, BLOCK_BYTES, Tensor
 from beacon_jax.hf.writer import DTYPE_NAMES, safetensors_header, write_safetensors
 from beacon_jax.inference import leaves, validate
-from beacon_jax.inference.compatible import config_differences, identity_differences
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.compatible import (
+    config_differences,
+    identity_differences,
+    other_model,
+)
+from beacon_jax.inference.history import History
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
 from beacon_jax.model.partition import Partition
 
@@ -103,7 +107,10 @@ def save(
     target = paths.check_new(path, overwrite=overwrite, remedy="pass overwrite=True")
     rows = memory.rows
     stored = rows if tokens else tuple(row.forget_tokens() for row in rows)
-    source = _Source(memory, stored)
+    entries = memory.entries.tolist()
+    parts = _parts(memory, entries, stored)
+    tensors = {name: Tensor(part.shape, part.dtype) for name, part in parts.items()}
+    blocks = lambda name: parts[name].blocks()
     manifest = {
         "library": beacon_jax.__version__,
         "model": {
@@ -116,7 +123,7 @@ def save(
             {
                 "tokens": row.length,
                 "slots": row.slots,
-                "entries": source.entries[i],
+                "entries": entries[i],
                 "raw": row.raw,
                 "ratio": row.ratio,
                 "windows": row.windows,
@@ -129,14 +136,14 @@ def save(
             name: {
                 "dtype": DTYPE_NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
-                "sha256": _sha256(source.blocks(name)),
+                "sha256": _sha256(blocks(name)),
             }
-            for name, tensor in source.tensors.items()
+            for name, tensor in tensors.items()
         },
     }
     with _new_file(target) as partial:
         text = json.dumps(manifest, separators=(",", ":"))
-        write_safetensors(partial, source.tensors, source.blocks, _metadata(text))
+        write_safetensors(partial, tensors, blocks, _metadata(text))
 
 
 def read(
@@ -145,7 +152,7 @@ def read(
     *,
     mesh: str | Mesh | Partition | None = None,
     allow_other_model: bool = False,
-) -> tuple[ModelConfig, MemoryState, tuple[Ledger, ...], Identity]:
+) -> tuple[ModelConfig, MemoryState, tuple[History, ...], Identity]:
     """Reads a pack: what a `Memory` is made of, which `Memory.load` does.
 
     Args:
@@ -188,8 +195,8 @@ def read(
         lambda name: pack.part(f"state.{name}"),
         partition,
     )
-    ledgers = tuple(_ledger(pack, i, row) for i, row in enumerate(rows))
-    return config, state, ledgers, identity
+    histories = tuple(_history(pack, i, row) for i, row in enumerate(rows))
+    return config, state, histories, identity
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -219,31 +226,21 @@ def _check_arguments(path: Any, model: Any) -> None:
     )
 
 
-class _Source:
-    """The tensors of a memory, fetched from the devices one layer of a row at a time.
+def _parts(
+    memory: "Memory", entries: list[int], rows: tuple[History, ...]
+) -> dict[str, leaves.Part]:
+    """Returns the tensors of a memory by name, in the order of the file.
 
-    `entries` counts the live ones per row: slots and open window.
+    They are fetched from the devices one layer of a row at a time.
     """
-
-    def __init__(self, memory: "Memory", rows: tuple[Ledger, ...]):
-        self.entries = leaves.live_entries(memory.config, memory.state)
-        self._parts: dict[str, leaves.Part] = {}
-        for name, part in leaves.parts(memory.state, self.entries).items():
-            self._parts[f"state.{name}"] = part
-        for i, row in enumerate(rows):
-            for name in ("spans", "ratios", "marks", "tokens"):
-                if (values := getattr(row, name)) is not None:
-                    whole = leaves.whole(np.asarray(values, np.int32))
-                    self._parts[f"row.{name}/{i}"] = whole
-        # Wide elements first, so that every tensor lies at a multiple of its own.
-        order = sorted(self._parts, key=lambda n: -self._parts[n].dtype.itemsize)
-        self.tensors = {
-            name: Tensor(self._parts[name].shape, self._parts[name].dtype)
-            for name in order
-        }
-
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        return self._parts[name].blocks()
+    state = leaves.parts(memory.state, entries)
+    found = {f"state.{name}": part for name, part in state.items()}
+    for i, row in enumerate(rows):
+        for name in ("spans", "ratios", "marks", "tokens"):
+            if (values := getattr(row, name)) is not None:
+                found[f"row.{name}/{i}"] = leaves.whole(np.asarray(values, np.int32))
+    # Wide elements first, so that every tensor lies at a multiple of its own.
+    return dict(sorted(found.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
 class _Pack:
@@ -356,12 +353,12 @@ class _Pack:
         )
 
 
-def _ledger(pack: _Pack, row: int, about: Mapping[str, Any]) -> Ledger:
+def _history(pack: _Pack, row: int, about: Mapping[str, Any]) -> History:
     get = lambda name: pack.array(f"row.{name}/{row}")
     spans, ratios, marks = get("spans"), get("ratios"), get("marks")
     assert spans is not None and ratios is not None and marks is not None
     fed = int(marks[-1, 0]) + about["raw"]
-    return Ledger(spans, ratios, marks, fed, get("tokens"), about["ratio"])
+    return History(spans, ratios, marks, fed, get("tokens"), about["ratio"])
 
 
 def _check_model(
@@ -372,27 +369,15 @@ def _check_model(
     allow_other: bool,
 ) -> None:
     found = config_differences(config, model.config)
-    remedy = "load the model that wrote it, or compress the text again."
+    remedy = "Load the model that wrote it, or compress the text again."
     if not found and not allow_other:
         found = identity_differences(identity, model.identity)
         remedy = (
-            "load the model that wrote it, compress the text again, or pass "
+            "Load the model that wrote it, compress the text again, or pass "
             "allow_other_model=True if you know that they are the same."
         )
     if found:
-        lines = [
-            f"{name}: {_shown(x)} in the pack, {_shown(y)} in the model"
-            for name, x, y in found
-        ]
-        raise PackError(
-            f"{path} was written by another model:\n  "
-            + "\n  ".join(lines)
-            + f"\n{remedy[0].upper()}{remedy[1:]}"
-        )
-
-
-def _shown(value: Any) -> str:
-    return "unknown" if value is None else str(value)
+        raise PackError(f"{path} {other_model(found, 'pack')}\n{remedy}")
 
 
 def _metadata(manifest: str) -> dict[str, str]:
@@ -403,7 +388,7 @@ def _metadata(manifest: str) -> dict[str, str]:
     }
 
 
-def _text_hash(row: Ledger) -> str | None:
+def _text_hash(row: History) -> str | None:
     """SHA-256 of a row's token ids, int32 little endian; None: they were not kept."""
     if row.tokens is None:
         return None

@@ -16,16 +16,16 @@ from jaxtyping import Int
 from beacon_jax.core.feed import power_of_two
 from beacon_jax.core.plan import at, draw_ratios
 from beacon_jax.inference.budget import Budget, spend
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.inference.options import Ratio
 from beacon_jax.inference.row import Row
-from beacon_jax.inference.validate import budget, warn
+from beacon_jax.inference.validate import alone, warn
 from beacon_jax.inference.validate_ratio import (
     check_returned,
     named_ratio,
     warn_about_ratios,
 )
-from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.config import ModelConfig, divisors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,10 +52,8 @@ def make_plan(
     *,
     length: int,
     new_tokens: int = 0,
-    before: Ledger | None = None,
-    max_slots: int | None = None,
-    max_bytes: int | str | None = None,
-    slot_nbytes: int | None = None,
+    before: History | None = None,
+    budget: Budget | None = None,
     spans: Sequence[tuple[int, int]] | Int[np.ndarray, "S 2"] = (),
     lossless: str = "windows",
     seed: int = 0,
@@ -74,15 +72,13 @@ def make_plan(
         fewer FLOPs and fits too; "auto-8": x8 or no compression in the same way.
       length: tokens given, without those that `before` has pending.
       new_tokens: most that are generated behind them.
-      before: the row's account so far; None: an empty memory.
-      max_slots: the most entries the row may hold, from the end of the text to that of
+      before: the row's history so far; None: an empty memory.
+      budget: the most entries the row may hold, from the end of the text to that of
         the new tokens: slots, those of `before` too, and the open window with its
         beacons. While the text is read, the window at work takes W + W / ratio on top.
         The smallest ratio for all windows that fits is chosen (of the config's, or
         with a warning of larger divisors of W), then the next smaller one for as many
         of the latest windows as fit. Never 0. No `ratio` may be given with it.
-      max_bytes: the same as bytes of keys and values: a number or "512MiB".
-      slot_nbytes: bytes of one slot (`Memory.slot_nbytes`); needed with `max_bytes`.
       spans: ranges [start, stop) of the `length` tokens that nothing may be lost of,
         see `spans.token_spans`.
       lossless: "windows": a window that a span touches is not compressed. "slots": it
@@ -97,9 +93,9 @@ def make_plan(
         being compressed.
     """
     row = Row(config, length, new_tokens, before).with_spans(spans, lossless)
-    if max_slots is not None or max_bytes is not None:
-        budget(ratio, max_slots, max_bytes)
-        base, note = spend(row, Budget.read(max_slots, max_bytes, slot_nbytes))
+    if budget is not None:
+        alone(ratio)
+        base, note = spend(row, budget)
     elif isinstance(ratio, str) and ratio != "full":
         base, note = _auto(row, ratio)
     else:
@@ -157,7 +153,7 @@ def _whole(ratios: Sequence[Any]) -> list[int]:
         raise ValueError(f"ratio={ratios} must be of whole numbers.") from None
 
 
-def _own_ratio(before: Ledger) -> int | None:
+def _own_ratio(before: History) -> int | None:
     """Returns the ratio that a memory goes on with; None if it has none yet.
 
     A window may have been lossless, so the last one that was compressed counts.
@@ -207,7 +203,7 @@ def positions(
     config: ModelConfig,
     plan: Plan | Int[np.ndarray, " P"],
     length: int,
-    before: Ledger | None = None,
+    before: History | None = None,
 ) -> int:
     """Counts the most positions that a row takes while `length` more tokens are fed.
 
@@ -215,7 +211,7 @@ def positions(
 
     Args:
       plan: of the row, or only its ratios; windows counted from the row's first token.
-      before: the row's account so far; None: an empty memory.
+      before: the row's history so far; None: an empty memory.
     """
     ratios = plan.ratios if isinstance(plan, Plan) else np.asarray(plan)
     row = Row(config, length, 0, before)
@@ -225,29 +221,29 @@ def positions(
             for w, at in plan.keep.items()
             if 0 <= w - row.first < row.count
         }
-    return row.positions(row.applied(_from(ratios, row.first, row.count)))
+    return row.positions(row.before.ahead(ratios, row.count))
 
 
 def fitting_ratio(
-    config: ModelConfig, length: int, before: Ledger | None = None
+    config: ModelConfig, length: int, before: History | None = None
 ) -> int | None:
     """Finds the smallest ratio whose positions stay within those trained.
 
     It is one ratio for all further windows; None if there is none.
     """
     row = Row(config, length, 0, before)
-    divisors = (r for r in range(1, row.window + 1) if row.window % r == 0)
-    for r in divisors if config.beacon else ():
-        if row.positions(row.applied(row.uniform(r))) <= config.trained_positions:
-            return r
-    return None
+    fits = lambda r: (
+        row.positions(row.applied(row.uniform(r))) <= config.trained_positions
+    )
+    choices = divisors(row.window) if config.beacon else []
+    return next(filter(fits, choices), None)
 
 
 def warn_beyond_training(
     config: ModelConfig,
     plan: Plan | Int[np.ndarray, " P"],
     length: int,
-    before: Ledger | None = None,
+    before: History | None = None,
 ) -> None:
     """Warns, once per model and process, if positions pass those trained.
 
@@ -272,7 +268,7 @@ def warn_of_ratios(
     asked: Ratio,
     plans: Sequence[Plan],
     lengths: Sequence[int],
-    before: Sequence[Ledger],
+    before: Sequence[History],
     new_tokens: int,
 ) -> None:
     """Warns of ratios that were not trained, and of a list that is too short or long.
@@ -282,9 +278,9 @@ def warn_of_ratios(
       plans, lengths, before: of each row, as in `group_rows`.
     """
     used, windows = set(), []
-    for plan, length, ledger in zip(plans, lengths, before, strict=True):
-        row = Row(config, length, new_tokens, ledger)
-        used.update(_from(plan.ratios, row.first, row.count).tolist())
+    for plan, length, history in zip(plans, lengths, before, strict=True):
+        row = Row(config, length, new_tokens, history)
+        used.update(history.ahead(plan.ratios, row.count).tolist())
         text = row.first + max(-(-row.text // row.window), 1)
         windows.append((row.first, text, row.first + row.count))
     longest = max(windows, key=lambda each: each[1])
@@ -300,7 +296,7 @@ def group_rows(
     config: ModelConfig,
     plans: Sequence[Plan],
     lengths: Sequence[int] | Int[np.ndarray, " B"],
-    before: Sequence[Ledger] | None = None,
+    before: Sequence[History] | None = None,
 ) -> list[list[int]]:
     """Groups rows that may share the calls of `feed`.
 
@@ -315,8 +311,8 @@ def group_rows(
     steps = []
     for i, plan in enumerate(plans):
         row = Row(config, int(lengths[i]), 0, before[i] if before else None)
-        ratios = row.applied(_from(plan.ratios, row.first, row.count))
-        steps.append(ratios[: -(-row.text // row.window)].tolist())
+        used = row.before.ahead(plan.ratios, -(-row.text // row.window))
+        steps.append(used.tolist())
     groups: list[list[int]] = []
     # Longest first: a group's first row has all steps of the group, so that a row that
     # agrees with it agrees with the others.
@@ -334,9 +330,4 @@ def group_rows(
 def stack_ratios(plans: Sequence[Plan]) -> Int[np.ndarray, "B P"]:
     """Stacks the ratios of several rows, all as long as the longest."""
     size = max(len(plan.ratios) for plan in plans)
-    return np.stack([_from(plan.ratios, 0, size) for plan in plans])
-
-
-def _from(ratios: Int[np.ndarray, " P"], first: int, count: int) -> np.ndarray:
-    """Returns `count` ratios from window `first` on, the last going on."""
-    return at(ratios, first + np.arange(count))
+    return np.stack([at(plan.ratios, np.arange(size)) for plan in plans])

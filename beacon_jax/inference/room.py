@@ -15,7 +15,7 @@ import numpy as np
 from beacon_jax import host
 from beacon_jax.core.law import Law
 from beacon_jax.core.memory import MemoryState, slot_nbytes
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.inference.options import Reading
 from beacon_jax.inference.validate import ArgumentError
 
@@ -31,7 +31,7 @@ def check_request(
     asked: Reading,
     lengths: Sequence[int],
     new: int,
-    before: Sequence[Ledger],
+    before: Sequence[History],
     dtype: str,
 ) -> None:
     """Raises ArgumentError if not even the highest ratio that may be meant fits.
@@ -39,7 +39,7 @@ def check_request(
     Args:
       lengths: tokens of each row.
       new: tokens that may follow.
-      before: the rows' accounts.
+      before: the rows' histories.
       dtype: of the memory.
     """
     law, rows = Law.of(model.config), len(lengths)
@@ -51,15 +51,15 @@ def check_request(
         raise _too_large(
             "capacity", asked.capacity, asked.capacity, free, rows, model, dtype
         )
-    for length, ledger in zip(lengths, before, strict=True):
-        per = _highest(asked, ledger, model) or 1
-        total = ledger.raw + length + new
+    for length, row in zip(lengths, before, strict=True):
+        per = _highest(asked, row, model) or 1
+        total = row.raw + length + new
         each = int(law.kept(per, 1))
-        slots = ledger.slots + total // w * each
+        slots = row.slots + total // w * each
         if slots <= free:
             continue
-        held = ledger.slots + law.room([per])
-        fit = int((free * _ROUNDED - held) // each * w) - ledger.raw - length
+        held = row.slots + law.room([per])
+        fit = int((free * _ROUNDED - held) // each * w) - row.raw - length
         if new > length and fit > 0:
             name = "max_new_tokens" if hasattr(asked, "max_new_tokens") else "reserve"
             raise _too_large(name, new, slots, free, rows, model, dtype, fit)
@@ -98,7 +98,7 @@ def free_slots(model: "Model", rows: int, dtype: str) -> int | None:
     return int(free / (rows * slot_nbytes(model.config, dtype) * _share(model, rows)))
 
 
-def _highest(asked: Reading, ledger: Ledger, model: "Model") -> int:
+def _highest(asked: Reading, row: History, model: "Model") -> int:
     """Returns the highest ratio that the request can come to: the fewest slots."""
     beacon, ratio = model.config.beacon, asked.ratio
     if beacon is None or (isinstance(ratio, str) and ratio == "full"):
@@ -109,7 +109,7 @@ def _highest(asked: Reading, ledger: Ledger, model: "Model") -> int:
         number = ratio.removeprefix("auto-")
         return int(number) if number.isdigit() else max(beacon.ratios)
     if ratio is None:
-        return max(*beacon.ratios, *ledger.ratios.tolist(), ledger.ratio)
+        return max(*beacon.ratios, *row.ratios.tolist(), row.ratio)
     given = np.atleast_1d(np.asarray(ratio))
     # Any number of a list may come up; 0 is the lowest of all, not the highest.
     return min(int(given.max()), beacon.window)

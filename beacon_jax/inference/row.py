@@ -7,7 +7,7 @@ from jaxtyping import Int
 
 from beacon_jax import flops
 from beacon_jax.core.law import Law
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.inference.spans import marked_tokens
 from beacon_jax.inference.validate import LOSSLESS, one_of
 from beacon_jax.model.config import ModelConfig
@@ -26,7 +26,7 @@ class Row:
     """
 
     def __init__(
-        self, config: ModelConfig, length: int, new: int, before: Ledger | None
+        self, config: ModelConfig, length: int, new: int, before: History | None
     ):
         if length < 0 or new < 0:
             raise ValueError(
@@ -34,13 +34,13 @@ class Row:
             )
         self.config, self.law = config, Law.of(config)
         self.window = self.law.window
-        self.before = before or Ledger.empty()
-        self.first, self.start = self.before.windows, int(self.before.marks[-1, 0])
+        self.before = before or History.empty()
+        self.first, self.start = self.before.windows, self.before.start
         self.length = length
         self.text = self.before.length - self.start + length
         self.total = self.text + new
         self.count = max(-(-self.total // self.window), 1)
-        self.fixed = self.before.ratio if self.before.raw else None
+        self.fixed = self.before.opened
         self.lossless = np.zeros(self.count, bool)
         self.offsets: dict[int, Int[np.ndarray, " k"]] = {}
 
@@ -94,26 +94,22 @@ class Row:
             slots[i + 1 :] += len(at) if ratios[i] else 0
         return slots
 
-    def entries(
-        self, ratios: Int[np.ndarray, " n"], raw: Int[np.ndarray, " n"]
-    ) -> Int[np.ndarray, " n"]:
-        """Counts each window's entries before it closes: raw tokens and beacons."""
-        return self.law.entries(ratios, raw)
-
     def positions(self, ratios: Int[np.ndarray, " n"]) -> int:
         """Returns the most positions at once (docs/specification.md section 2)."""
-        slots, raw = self.slots(ratios), self.raw(self.total)
-        open_at = (slots[:-1] + self.entries(ratios, raw))[raw > 0]
-        return int(max(slots[self.total // self.window], open_at.max(initial=0)))
+        return self._most(ratios, 0)
 
     def held(self, ratios: Int[np.ndarray, " n"]) -> int:
         """Returns the most entries in the buffer from the end of the text on."""
-        slots, full = self.slots(ratios), self.text // self.window
-        most = int(slots[self.total // self.window])
-        if self.total > self.text or self.text % self.window:
-            raw = self.raw(self.total)
-            most = max(most, int((slots[:-1] + self.entries(ratios, raw))[full:].max()))
-        return most
+        return self._most(ratios, self.text // self.window)
+
+    def _most(self, ratios: Int[np.ndarray, " n"], first: int) -> int:
+        """Counts the most entries at once from window `first` on.
+
+        A window has the most before it closes: its raw tokens and all its beacons.
+        """
+        slots, raw = self.slots(ratios), self.raw(self.total)
+        opened = (slots[:-1] + self.law.entries(ratios, raw))[first:][raw[first:] > 0]
+        return int(max(slots[self.total // self.window], opened.max(initial=0)))
 
     def flops(self, ratios: Int[np.ndarray, " n"]) -> int:
         """Counts the FLOPs of reading the text.

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from beacon_jax.names import short
+
 type Spans = str | re.Pattern[str] | Sequence[tuple[int, int]] | Int[np.ndarray, "S 2"]
 
 
 def token_spans(
     spans: Spans | None,
-    text: str | None = None,
+    text: Any = None,
     tokenizer: Any = None,
     *,
     first: bool = True,
@@ -22,7 +24,7 @@ def token_spans(
     Args:
       spans: a regular expression: every token is taken that shares a character with a
         match. Ranges are returned as they are; None: none.
-      text: what the expression is searched in; None: token ids were given.
+      text: what the expression is searched in; no str: token ids were given.
       tokenizer: a fast tokenizer of transformers.
       first: whether the text was encoded with the tokens put before a text (bos).
 
@@ -33,7 +35,7 @@ def token_spans(
     if spans is None or not isinstance(spans, str | re.Pattern):
         given = np.asarray([] if spans is None else spans)
         return given.reshape(-1, 2) if not given.size else given
-    if text is None:
+    if not isinstance(text, str):
         raise ValueError(
             f"spans={_shown(spans)} is an expression, but token ids were given: give "
             "the text itself, or token ranges as (start, stop)."
@@ -120,5 +122,4 @@ def _runs(marked: Bool[np.ndarray, " T"]) -> Int[np.ndarray, "S 2"]:
 
 
 def _shown(spans: Any) -> str:
-    text = repr(spans.pattern if isinstance(spans, re.Pattern) else spans)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return short(repr(spans.pattern if isinstance(spans, re.Pattern) else spans))

@@ -19,7 +19,7 @@ import numpy as np
 
 from beacon_jax.inference.options import Completion, Reading
 from beacon_jax.inference.spans import check_spans
-from beacon_jax.names import nearest
+from beacon_jax.names import nearest, short
 
 PACKAGE = str(Path(__file__).parents[1])
 SEEDS = 2**32  # seeds are 32-bit words
@@ -44,7 +44,7 @@ class ArgumentError(ValueError):
         super().__init__(f"{name}={shown(value)} {why}{end}")
         end = f": {flags or remedy}." if remedy or flags else "."
         several = value if isinstance(value, list | tuple) else [value]
-        given = _short(",".join(map(str, several)))
+        given = short(",".join(map(str, several)))
         self.in_flags = f"--{name}={given} {why}{end}"
 
 
@@ -113,16 +113,13 @@ def rows(given: Any, count: int) -> np.ndarray:
     if is_number(given) and not isinstance(given, float) and abs(given) > count:
         raise IndexError(f"memory[{shown(given)}]: {numbered(count)}.")
     try:
-        index = given if isinstance(given, slice) else np.asarray(given)
-        several = isinstance(index, slice) or (
-            index.dtype.kind in "iu" or not index.size or index.dtype == bool
-        )
-        if not several or (not isinstance(index, slice) and index.ndim > 1):
-            raise TypeError
-        if not isinstance(index, slice) and index.dtype == bool and not index.ndim:
-            raise TypeError
-        if not isinstance(index, slice) and not index.size:
-            index = index.astype(int)
+        index: Any = given
+        if not isinstance(given, slice):
+            index = np.asarray(given)
+            kinds = "iub" if index.ndim else "iu"  # True is no number of a row
+            if index.ndim > 1 or (index.size and index.dtype.kind not in kinds):
+                raise TypeError
+            index = index if index.size else index.astype(int)
         found = np.atleast_1d(np.arange(count)[index])
     except IndexError:
         raise IndexError(f"memory[{shown(given)}]: {numbered(count)}.") from None
@@ -328,16 +325,18 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
     Raises:
       TypeError, ArgumentError: as `numbers`; or something that cannot be called.
     """
-    numbers("seed", asked.seed, rows)
-    if asked.capacity is not None:
-        numbers("capacity", asked.capacity)
+    for name in (name for name in _RULES if hasattr(asked, name)):
+        given = getattr(asked, name)
+        if name != "capacity" or given is not None:
+            numbers(name, given, rows)
     if asked.max_slots is not None:
         whole("max_slots", asked.max_slots, 1, "give a number of slots, from 1 on")
     if asked.max_bytes is not None:
         remedy = "give a number of bytes, or text such as '512MiB'"
         is_a("max_bytes", asked.max_bytes, str | int | float | np.number, remedy)
         parse_bytes(asked.max_bytes)
-    budget(asked.ratio, asked.max_slots, asked.max_bytes)
+    if asked.max_slots is not None or asked.max_bytes is not None:
+        alone(asked.ratio)
     if asked.memory_dtype is not None:
         is_a("memory_dtype", asked.memory_dtype, str, "give 'int8', or None")
     one_of("lossless", asked.lossless, LOSSLESS)
@@ -349,15 +348,6 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
     callback("on_text", asked.on_text, *takes)
     callback("on_tokens", asked.on_tokens, "number of new tokens")
     switch("instruct", asked.instruct)
-    for name in (
-        "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-    ):
-        numbers(name, getattr(asked, name), rows)
     ends = [asked.stop] if isinstance(asked.stop, str) else asked.stop
     if not isinstance(ends, Sequence) or not all(isinstance(s, str) for s in ends):
         raise TypeError(
@@ -373,9 +363,9 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
         )
 
 
-def budget(ratio: Any, max_slots: Any, max_bytes: Any) -> None:
-    """Raises ValueError for a ratio beside the budget that chooses one."""
-    if ratio is not None and (max_slots is not None or max_bytes is not None):
+def alone(ratio: Any) -> None:
+    """Raises ArgumentError for a ratio beside the budget that chooses one."""
+    if ratio is not None:
         raise ArgumentError(
             "ratio",
             ratio,
@@ -458,7 +448,7 @@ def matched(asked: Any, found: Sequence[Any]) -> None:
     text = asked if isinstance(asked, str) else asked.pattern
     said = "matches nothing in the context, so that nothing is kept: look at the "
     said += "expression."
-    warn(f"spans={shown(text)} {said}", f"--spans={_short(str(text))} {said}")
+    warn(f"spans={shown(text)} {said}", f"--spans={short(str(text))} {said}")
 
 
 # --- words -----------------------------------------------------------------------
@@ -496,8 +486,4 @@ def shown(x: Any) -> str:
     """Returns a value as the user wrote it, on one line, or its first 60 characters."""
     if isinstance(x, np.ndarray):
         x = x.tolist()
-    return _short(" ".join(repr(x).split()))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+    return short(" ".join(repr(x).split()))

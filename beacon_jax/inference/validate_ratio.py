@@ -17,7 +17,12 @@ from beacon_jax.inference.validate import (
     shown,
     warn,
 )
-from beacon_jax.model.config import BeaconConfig, ModelConfig, check_ratio
+from beacon_jax.model.config import (
+    BeaconConfig,
+    ModelConfig,
+    check_ratio,
+    ratio_choices,
+)
 
 
 def check_ratios(given: Any, config: ModelConfig) -> None:
@@ -89,7 +94,7 @@ def _check_one(x: Any, config: ModelConfig) -> None:
     try:
         number = operator.index(x)
     except TypeError:
-        remedy = f"use {divisors(w)}, or 0 to leave windows uncompressed"
+        remedy = f"use {ratio_choices(w)}"
         if x % 1 == 0:
             remedy = f"write it as {int(x)}"
         raise ArgumentError("ratio", x, "is no whole number", remedy=remedy) from None
@@ -106,17 +111,11 @@ def check_returned(given: Any, window: int, config: ModelConfig) -> int:
     if not is_number(given):
         raise TypeError(
             f"ratio(window {window}) returned {shown(given)}, {kind_of(given)}: return "
-            f"{divisors(default_window(config))}, or 0 to leave windows uncompressed."
+            f"{ratio_choices(default_window(config))}."
         )
     _check_beacons(given, [given], config)
     _check_one(given, config)
     return operator.index(given)
-
-
-def divisors(window: int) -> str:
-    """Returns the ratios of a window in words: "one of 1, 2, 4, 8"."""
-    found = [r for r in range(1, window + 1) if window % r == 0]
-    return f"one of {', '.join(map(str, found))}"
 
 
 def _check_beacons(given: Any, several: Sequence[Any], config: ModelConfig) -> None:

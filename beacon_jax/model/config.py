@@ -28,13 +28,23 @@ ARCHITECTURES = {
 PROJECTIONS = ("q", "k", "v", "o")
 
 
+def divisors(window: int) -> list[int]:
+    """Lists the ratios that a window can be compressed by, ascending."""
+    return [r for r in range(1, window + 1) if window % r == 0]
+
+
+def ratio_choices(window: int) -> str:
+    """Says which ratios there are: "one of 1, 2, 4, 8, or 0 to leave ..."."""
+    numbers = ", ".join(map(str, divisors(window)))
+    return f"one of {numbers}, or 0 to leave windows uncompressed"
+
+
 def check_ratio(ratio: int, window: int) -> None:
     """Raises ValueError unless `ratio` is 0 (keep all) or divides `window`."""
     if ratio < 0 or (ratio and window % ratio):
-        divisors = [r for r in range(1, window + 1) if window % r == 0]
         raise ValueError(
-            f"ratio={ratio} does not divide window={window}: use one of "
-            f"{', '.join(map(str, divisors))}, or 0 to leave windows uncompressed."
+            f"ratio={ratio} does not divide window={window}: use "
+            f"{ratio_choices(window)}."
         )
 
 
@@ -576,9 +586,9 @@ def _check_ratios(ratios: tuple[int, ...], window: int) -> None:
     bad = [ratio for ratio in ratios if ratio and window % ratio]
     if not bad:
         return
-    divisors = [r for r in range(1, window + 1) if window % r == 0]
-    if len(divisors) > 12:
-        divisors = [*divisors[:11], f"... {window}"]
+    choices: list[object] = [*divisors(window)]
+    if len(choices) > 12:
+        choices = [*choices[:11], f"... {window}"]
     step = math.lcm(*(r for r in ratios if r))
     below = window // step * step
     near = [str(w) for w in (below, below + step) if w]
@@ -586,7 +596,7 @@ def _check_ratios(ratios: tuple[int, ...], window: int) -> None:
         f"window={window} and ratios={ratios} do not go together, "
         f"{', '.join(map(str, bad))} {'does' if len(bad) == 1 else 'do'} not divide "
         f"the window: use window={' or '.join(near)}, or ratios of "
-        f"{', '.join(map(str, divisors))} (0: not compressed)."
+        f"{', '.join(map(str, choices))} (0: not compressed)."
     )
 
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax.core.feed import feed
+from beacon_jax.core.law import Law
 from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.hf import Identity
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
@@ -44,7 +45,7 @@ def random_memory(
     rows = []
     for i, n in enumerate(lengths):
         tokens = tokens_of(n, seed + i)
-        row = Ledger.empty().feed(config, np.asarray(plan), tokens)
+        row = History.empty().feed(Law.of(config), np.asarray(plan), tokens)
         rows.append(row if keep_tokens else row.forget_tokens())
     shape = init_memory(config, len(rows), capacity).k.shape
     numbers = lambda values: jnp.asarray(list(values), jnp.int32)
@@ -72,7 +73,7 @@ def read(
     """Logits [B, V] after the texts, and the memory that they went into."""
     if memory is None:
         state = init_memory(config, len(texts), capacity)
-        rows = tuple(Ledger.empty() for _ in texts)
+        rows = tuple(History.empty() for _ in texts)
     else:
         state, rows = memory.state, memory.rows
     state = state.resized(capacity)
@@ -84,8 +85,8 @@ def read(
         padded[i, : len(text)] = text
     ratios = np.asarray(plan)
     out, state = feed(Net(config), variables, state, padded, lengths, ratios)
-    pairs = zip(rows, whole, strict=True)
-    rows = tuple(row.feed(config, ratios, text) for row, text in pairs)
+    pairs, law = zip(rows, whole, strict=True), Law.of(config)
+    rows = tuple(row.feed(law, ratios, text) for row, text in pairs)
     return np.asarray(out.last_logits), Memory(config, state, rows, Identity("a", "b"))
 
 

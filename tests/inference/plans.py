@@ -5,7 +5,11 @@ import dataclasses
 import numpy as np
 from hypothesis import strategies as st
 
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.core.law import Law
+from beacon_jax.inference import plan as plans
+from beacon_jax.inference.budget import Budget
+from beacon_jax.inference.history import History
+from beacon_jax.inference.plan import Plan
 from beacon_jax.model.config import BeaconConfig
 from tests.tiny import tiny
 
@@ -22,10 +26,18 @@ def with_beacon(**changes):
     )
 
 
+def make_plan(
+    config, ratio=None, max_slots=None, max_bytes=None, slot_nbytes=None, **options
+) -> Plan:
+    """The plan of what a user asks for."""
+    budget = Budget.read(max_slots, max_bytes, slot_nbytes)
+    return plans.make_plan(config, ratio, budget=budget, **options)
+
+
 def fed(ratios, length, config=CONFIG, before=None):
     """An account after `length` more tokens."""
-    before = before or Ledger.empty()
-    return before.feed(config, np.asarray(ratios), np.arange(length))
+    before = before or History.empty()
+    return before.feed(Law.of(config), np.asarray(ratios), np.arange(length))
 
 
 def entries_by_token(config, plan, length, new, before):

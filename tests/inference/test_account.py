@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from beacon_jax.core.law import Law
 from beacon_jax.inference.account import Account, ratio_words
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.presets import get_preset
 
@@ -20,8 +21,9 @@ def config(placement="interleave", sink=0):
 
 def account(tokens, plan, *, of=None, slot=100):
     of = of or config()
-    row = Ledger.empty().feed(of, np.asarray(plan), np.arange(tokens, dtype=np.int32))
-    return Account.of(of, row, slot)
+    law, ids = Law.of(of), np.arange(tokens, dtype=np.int32)
+    row = History.empty().feed(law, np.asarray(plan), ids)
+    return Account.of(row, row.slots + int(law.entries(row.ratio, row.raw)), slot)
 
 
 def test_the_open_window_and_its_beacons_are_held_and_counted():

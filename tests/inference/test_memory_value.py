@@ -15,7 +15,7 @@ from beacon_jax.core.memory import init_memory
 from beacon_jax.core.move import keep_entries
 from beacon_jax.core.plan import static_ratios
 from beacon_jax.inference.decode import Loop, Rows, decode_block
-from beacon_jax.inference.ledger import Ledger, kept_window
+from beacon_jax.inference.history import History, kept_window
 from beacon_jax.inference.memory import Memory, _peak
 from beacon_jax.inference.sampling import make_sampling, row_seeds
 from beacon_jax.model.layout import Layout
@@ -47,6 +47,22 @@ def agrees(memory: Memory) -> None:
     assert state.slots.tolist() == memory.slots.tolist()
     assert state.raw.tolist() == [row.raw for row in memory.rows]
     assert state.windows.tolist() == [row.windows for row in memory.rows]
+
+
+def test_counts_of_the_history_are_those_of_the_state(model):
+    """They are lengths of its arrays: nothing but these may say what a row holds."""
+    memory = model.compress([TEXT[:70], TEXT[:64], TEXT[:5]], ratio=[4, 2], **ROOM)
+    made = model.complete(["x", "The key", "A"], memory=memory, **OPTIONS)
+    for each in (memory, memory.truncate(5), memory[1:], made[0].batch):
+        agrees(each)
+        for i, row in enumerate(each.rows):
+            assert len(row.spans) == len(row.ratios) == each.state.slots[i]
+            assert len(row.marks) - 1 == each.state.windows[i]
+            assert row.fed - row.marks[-1, 0] == each.state.raw[i]
+            if row.raw:
+                assert row.ratio == each.state.ratio[i]
+        opened = each.state.slots + each.state.open_entries("interleave")
+        assert each.entries.tolist() == opened.tolist()
 
 
 def test_rows_of_one_call_get_what_each_gets_alone(model):
@@ -199,7 +215,7 @@ def test_what_describe_counts_is_what_a_prompt_takes(model, dtype):
     """XLA writes the buffer in place: no second one, whatever its capacity."""
     capacity = 2**15
     state = init_memory(model.config, 1, capacity, dtype)
-    memory = Memory(model.config, state, (Ledger.empty(),))
+    memory = Memory(model.config, state, (History.empty(),))
     compiled = feed_jit.lower(
         Net(model.config, jnp.float32),
         model.variables,
@@ -426,20 +442,20 @@ def test_a_mesh_that_does_not_fit_says_why(folder):
 
 
 def test_an_account_cuts_where_windows_end(model):
-    row = Ledger.empty().feed(model.config, np.array([4, 2]), np.arange(27))
+    row = History.empty().feed(Law.of(model.config), np.array([4, 2]), np.arange(27))
     assert row.marks.tolist() == [[0, 0], [8, 2], [16, 6], [24, 10]]
     assert (row.raw, row.slots, row.length) == (3, 10, 27)
     cut = row.cut(18)
     assert (cut.fed, cut.slots, cut.pending.tolist()) == (16, 6, [16, 17])
     assert cut.cut(17).pending.tolist() == [16]
-    again = cut.feed(model.config, np.array([4, 2]), np.arange(16, 27))
+    again = cut.feed(Law.of(model.config), np.array([4, 2]), np.arange(16, 27))
     assert again.spans.tolist() == row.spans.tolist()
 
 
 def test_sinks_and_beacons_of_a_first_window_have_their_spans(model):
     beacon = dataclasses.replace(model.config.beacon, sink=4)
     config = dataclasses.replace(model.config, beacon=beacon)
-    row = Ledger.empty().feed(config, np.array([2]), np.arange(8))
+    row = History.empty().feed(Law.of(config), np.array([2]), np.arange(8))
     # r r b r r b ...: the third entry of the sinks is the first beacon.
     assert row.spans[:4].tolist() == [[0, 1], [1, 2], [0, 2], [2, 3]]
     assert row.ratios[:4].tolist() == [0, 0, 2, 0]

@@ -60,14 +60,14 @@ def turned(config, keys, positions):
 
 def entries_to_keep(memory, row):
     """By hand: indices of the slots, and of the open window's raw tokens."""
-    ledger, kept = memory.rows[row], []
-    r, at = int(memory.state.ratio[row]), ledger.slots
-    for i in range(ledger.raw):
+    history, kept = memory.rows[row], []
+    r, at = int(memory.state.ratio[row]), history.slots
+    for i in range(history.raw):
         kept.append(at)
         at += 1
         interleaved = memory.config.beacon.placement == "interleave"
         at += interleaved and r > 0 and (i + 1) % r == 0
-    return np.asarray([*range(ledger.slots), *kept])
+    return np.asarray([*range(history.slots), *kept])
 
 
 def joined_by_hand(memories, row):
@@ -269,7 +269,7 @@ def test_memories_differ_in_capacity_and_one_without_tokens_makes_all_without():
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.slow
-def test_ledger_and_device_agree_after_any_mix_of_feeding_cutting_and_mounting(data):
+def test_history_and_device_agree_after_any_mix_of_feeding_cutting_and_mounting(data):
     config, plan = CONFIGS["sinks"], (2, 4)
     lengths = st.integers(1, 16)
     feed = lambda memory, n: read(

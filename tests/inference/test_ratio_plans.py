@@ -9,15 +9,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from beacon_jax import flops
+from beacon_jax.core.law import Law
 from beacon_jax.core.memory import init_memory
 from beacon_jax.core.plan import capacity
 from beacon_jax.inference.budget import parse_bytes
-from beacon_jax.inference.ledger import Ledger
+from beacon_jax.inference.history import History
 from beacon_jax.inference.plan import (
     Plan,
     fitting_ratio,
     group_rows,
-    make_plan,
     plan_ratios,
     positions,
     stack_ratios,
@@ -32,6 +32,7 @@ from tests.inference.plans import (
     cases,
     entries_by_token,
     fed,
+    make_plan,
     with_beacon,
 )
 
@@ -52,7 +53,7 @@ def budgets(config, options):
 def test_slots_positions_and_entries_equal_a_count_token_by_token(case, ratio):
     config, options = case
     plan = make_plan(config, ratio, **options)
-    before = options["before"] or Ledger.empty()
+    before = options["before"] or History.empty()
     length, new = options["length"], options["new_tokens"]
     reading, held = entries_by_token(config, plan, length, new, before)
     most = positions(config, plan, length + new, options["before"])
@@ -69,9 +70,9 @@ def test_slots_are_those_of_the_account(case, ratio):
     config, options = case
     assume(options["lossless"] == "windows")
     plan = make_plan(config, ratio, **options)
-    before = options["before"] or Ledger.empty()
+    before = options["before"] or History.empty()
     tokens = np.concatenate([before.pending, np.arange(options["length"])])
-    after = before.feed(config, plan.ratios, tokens)
+    after = before.feed(Law.of(config), plan.ratios, tokens)
     row = Row(config, options["length"], 0, options["before"])
     number = np.minimum(row.first + np.arange(row.count), len(plan.ratios) - 1)
     slots = row.slots(row.applied(plan.ratios[number]))
@@ -86,7 +87,7 @@ def test_a_budget_is_never_exceeded_and_holds_from_the_smallest_on(case, data):
     smallest, plenty = budgets(config, options)
     slots = data.draw(st.integers(smallest, max(plenty, smallest) + 4))
     plan = make_plan(config, max_slots=slots, **options)
-    before = options["before"] or Ledger.empty()
+    before = options["before"] or History.empty()
     length, new = options["length"], options["new_tokens"]
     _, held = entries_by_token(config, plan, length, new, before)
     assert max(held) <= slots
@@ -142,7 +143,7 @@ def test_span_tokens_are_uncompressed_or_kept(case, ratio):
     if ratio == "budget":
         options["max_slots"], ratio = budgets(config, options)[0], None
     plan = make_plan(config, ratio, **options)
-    before = options["before"] or Ledger.empty()
+    before = options["before"] or History.empty()
     start = int(before.marks[-1, 0])
     for a, b in options["spans"]:
         for token in range(before.length + a, before.length + b):
@@ -347,7 +348,7 @@ def test_a_memory_goes_on_with_the_last_ratio_that_compressed():
     assert own(fed([4], 20).cut(13)) == 4
     assert own(fed([4], 20).cut(5)) == 4  # 5 pending tokens that were at x4
     drawn = plan_ratios(CONFIG, None, length=13, seed=5)
-    new = make_plan(CONFIG, before=Ledger.empty(), length=13, seed=5)
+    new = make_plan(CONFIG, before=History.empty(), length=13, seed=5)
     assert new.ratios.tolist() == drawn.tolist()
 
 
@@ -463,7 +464,10 @@ def test_a_plain_model_is_never_compressed():
         ({"ratio": []}, r"ratios=\[\] is empty"),
         ({"ratio": [2, 3]}, "ratio=3 does not divide window=8"),
         ({"ratio": 4, "max_slots": 40}, "ratio=4 together with max_slots"),
-        ({"ratio": "auto", "max_bytes": 9}, "ratio='auto' together with"),
+        (
+            {"ratio": "auto", "max_bytes": 9, "slot_nbytes": 3},
+            "ratio='auto' together with",
+        ),
         ({"max_slots": 0}, "max_slots=0 must be at least 1: give a number of slots"),
         (
             {"lossless": "beacons"},
