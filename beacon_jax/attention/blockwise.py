@@ -15,13 +15,27 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from beacon_jax.attention.device import Target
+
 BLOCK = 512
 # Names of the residuals, for checkpoint policies that keep them.
 OUT, LSE = "attention_out", "attention_lse"
 
 
-def blockwise(q, k, v, prefix, *, scale, layer=None, queries=None, block=BLOCK):
+def blockwise(
+    q,
+    k,
+    v,
+    prefix,
+    *,
+    scale,
+    layer=None,
+    queries=None,
+    target: Target | None = None,
+    block=BLOCK,
+):
     """See `api.prefix_attention`."""
+    del target  # the same for all
     out: Any = _attend(scale, block, q, k, v, prefix, layer)
     if queries is not None:
         valid = jnp.arange(q.shape[1]) < queries[:, None]

@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from beacon_jax.attention import blockwise
 from beacon_jax.attention.decode import cpu_block, zero_invalid
+from beacon_jax.attention.device import Target
 
 # Scores of a block: ROWS x BLOCK x 4 bytes = 2 MiB, a core's second-level cache.
 ROWS, BLOCK = 4096, 128
@@ -40,7 +41,18 @@ FEW, NARROW = 32, 256
 
 
 def blockwise_cpu(
-    q, k, v, prefix, *, scale, layer=None, queries=None, rows=ROWS, block=None, few=FEW
+    q,
+    k,
+    v,
+    prefix,
+    *,
+    scale,
+    layer=None,
+    queries=None,
+    target: Target | None = None,
+    rows=ROWS,
+    block=None,
+    few=FEW,
 ):
     """See `api.prefix_attention`.
 
@@ -50,6 +62,7 @@ def blockwise_cpu(
         BACKWARD_BLOCK backward.
       few: rows of one text, up to which they are few.
     """
+    del target  # blocks are a CPU's
     out: Any = _attend(scale, rows, block, few, q, k, v, prefix, layer)
     return zero_invalid(out, queries)
 

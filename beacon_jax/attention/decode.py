@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from beacon_jax.attention.device import target
+from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.mean import MeanTerm, cos_sin_table
 
 BLOCK = 512
@@ -91,6 +91,7 @@ def decode_xla(
     k_scale: Any = None,
     v_scale: Any = None,
     mean: MeanTerm | None = None,
+    target: Target | None = None,
     block=None,
 ):
     """See `api.prefix_attention`: over int8 memory, wherever no kernel runs.
@@ -108,7 +109,8 @@ def decode_xla(
         k, v, k_scale, v_scale = (x[None] for x in (k, v, k_scale, v_scale))
         layer = 0
     if block is None:
-        block = cpu_block(k, q.dtype) if target().platform == "cpu" else BLOCK
+        platform = (target or default_target()).platform
+        block = cpu_block(k, q.dtype) if platform == "cpu" else BLOCK
     out: Any = _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale, mean)
     return zero_invalid(out, queries)
 

@@ -23,7 +23,7 @@ from beacon_jax.attention.decode import (
     decode_xla,
     zero_invalid,
 )
-from beacon_jax.attention.device import check_triton
+from beacon_jax.attention.device import Target, check_triton, default_target
 from beacon_jax.attention.mean import MeanTerm, kernel_tables, product, quarter
 from beacon_jax.attention.pallas_gpu import (
     DTYPES,
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     """The static numbers of one call of the kernel.
 
     rows: of queries per program, a power of two >= 16.  keys: slots per step.
-    splits: programs that share one row's slots.
+    splits: programs that share one row's slots.  target: what the gradient is for.
     """
 
     scale: float
@@ -52,11 +52,12 @@ class Plan(NamedTuple):
     rows: int
     keys: int
     splits: int
-    interpret: bool
+    interpret: bool = False
+    target: Target | None = None
 
 
 def make_plan(
-    q, k, scale, *, splits=None, keys=None, mean=False, interpret=False
+    q, k, scale, *, splits=None, keys=None, mean=False, **fields: Any
 ) -> Plan:
     b, t, n, h = q.shape
     s, heads = k.shape[-3:-1]
@@ -68,7 +69,7 @@ def make_plan(
     keys = keys or max(32, (32 if mean else 64) * 128 // max(wide, 128))
     programs = b * heads * pl.cdiv(t * group, rows)
     splits = splits or min(pl.cdiv(PROGRAMS, programs), pl.cdiv(s, keys))
-    return Plan(float(scale), group, rows, keys, splits, interpret)
+    return Plan(float(scale), group, rows, keys, splits, **fields)
 
 
 def split_blocks(plan: Plan, prefix, valid, i, z):
@@ -107,6 +108,7 @@ def decode_gpu(
     k_scale=None,
     v_scale=None,
     mean: MeanTerm | None = None,
+    target: Target | None = None,
     splits: int | None = None,
     keys: int | None = None,
     interpret: bool = False,
@@ -122,8 +124,9 @@ def decode_gpu(
         float32, bfloat16 and float16 for all, int8 k and v apart; scale <= 0; a GPU
         that Triton does not know.
     """
+    target = target or default_target()
     if not interpret:
-        check_triton()
+        check_triton(target)
     check_scales(k, v, k_scale, v_scale)
     t = q.shape[1]
     if t > MOST_QUERIES:
@@ -137,7 +140,7 @@ def decode_gpu(
     if not scale > 0:
         raise NotImplementedError(f"scale={scale}: must be greater than 0.")
     sizes = {"splits": splits, "keys": keys, "mean": mean is not None}
-    plan = make_plan(q, k, scale, **sizes, interpret=interpret)
+    plan = make_plan(q, k, scale, **sizes, interpret=interpret, target=target)
     valid = jnp.full(prefix.shape, t) if queries is None else jnp.minimum(queries, t)
     lengths = jnp.stack([prefix, valid], -1).astype(jnp.int32)
     if layer is None:
@@ -169,7 +172,8 @@ def _decode(plan, q, k, v, lengths, layer, k_scale, v_scale, mean):
         if not scales:
             return blockwise.forward(plan.scale, block, q, k, v, prefix, layer[0])[0]
         options = dict(zip(("k_scale", "v_scale", "mean"), scales, strict=True))
-        return decode_xla(q, k, v, prefix, scale=plan.scale, layer=layer[0], **options)
+        options |= {"scale": plan.scale, "layer": layer[0], "target": plan.target}
+        return decode_xla(q, k, v, prefix, **options)
 
     return lax.platform_dependent(*args, cuda=kernel, default=elsewhere)
 
@@ -182,7 +186,8 @@ def _decode_fwd(plan, q, k, v, lengths, layer, k_scale, v_scale, mean):
         )
     prefix, queries = lengths[:, 0], lengths[:, 1]
     options = {"scale": plan.scale, "layer": layer[0], "interpret": plan.interpret}
-    attend = lambda q, k, v: pallas_gpu(q, k, v, prefix, queries=queries, **options)
+    options |= {"queries": queries, "target": plan.target}
+    attend = lambda q, k, v: pallas_gpu(q, k, v, prefix, **options)
     return jax.vjp(attend, q, k, v)
 
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from beacon_jax.attention import blockwise
 from beacon_jax.attention import pallas_tpu as prefill
 from beacon_jax.attention.decode import zero_invalid
+from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.tpu_blocks import (
     LANES,
     SUBLANES,
@@ -37,7 +38,9 @@ MOST_ROWS = 128
 UNROLLED = 2048
 
 
-def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False):
+def make_plan(
+    q, k, scale, blocks: Blocks, interpret: Any = False, target: Target | None = None
+):
     """Makes a `pallas_tpu.Plan` whose rows R are a power of two.
 
     A block has heads * R rows."""
@@ -58,6 +61,7 @@ def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False):
         chunk=chunk,
         vmem=blocks.vmem,
         interpret=interpret,
+        target=target,
     )
 
 
@@ -73,6 +77,7 @@ def decode_tpu(
     k_scale=None,
     v_scale=None,
     mean=None,
+    target: Target | None = None,
     blocks: Blocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ):
@@ -87,7 +92,8 @@ def decode_tpu(
     if k_scale is not None:
         raise NotImplementedError("k_scale: int8 memory is for `pallas_tpu`.")
     prefill.check_dtypes(q, k, v, k_scale, v_scale)
-    plan = make_plan(q, k, scale, blocks or chip_blocks(), interpret)
+    target = target or default_target()
+    plan = make_plan(q, k, scale, blocks or chip_blocks(target), interpret, target)
     if plan.heads & (plan.heads - 1):
         raise NotImplementedError(f"k has {plan.heads} heads: not a power of two.")
     if plan.heads * plan.rows > MOST_ROWS:
@@ -118,7 +124,8 @@ def _decode(plan, q, k, v, scalars, layer):
 def _decode_fwd(plan, q, k, v, scalars, layer):
     prefix, queries = scalars
     options = {"scale": plan.scale, "layer": layer, "interpret": plan.interpret}
-    attend = functools.partial(prefill.pallas_tpu, queries=queries, **options)
+    options |= {"queries": queries, "target": plan.target}
+    attend = functools.partial(prefill.pallas_tpu, **options)
     return jax.vjp(lambda q, k, v: attend(q, k, v, prefix), q, k, v)
 
 

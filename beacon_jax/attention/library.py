@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from beacon_jax.attention.device import target
+from beacon_jax.attention.device import Target, default_target
 
 HALVES = (jnp.bfloat16, jnp.float16)
 HOPPER = ("H100", "H200")
@@ -39,6 +39,7 @@ def cudnn(
     scale,
     layer=None,
     queries=None,
+    target: Target | None = None,
     backend: Literal["cudnn", "xla"] = "cudnn",
 ):
     """See `api.prefix_attention`: `jax.nn.dot_product_attention` under a mask.
@@ -50,7 +51,7 @@ def cudnn(
         a multiple of 8 up to 128 (256 on Hopper); T or S is odd.
     """
     if backend == "cudnn":
-        _check_cudnn(q, k)
+        _check_cudnn(q, k, target or default_target())
     q, k, v = _clean(q, k, v, prefix, layer, queries)
     last = prefix[:, None] + jnp.arange(q.shape[1])
     mask = jnp.arange(k.shape[1]) <= last[..., None]
@@ -60,8 +61,8 @@ def cudnn(
     return _valid_only(out, queries)
 
 
-def _check_cudnn(q, k):
-    platform, kind = target()
+def _check_cudnn(q, k, target: Target):
+    platform, kind = target
     most = 256 if any(chip in kind for chip in HOPPER) else 128
     t, h, s = q.shape[1], q.shape[-1], k.shape[-3]
     if platform != "gpu":
@@ -88,6 +89,7 @@ def tokamax(
     scale,
     layer=None,
     queries=None,
+    target: Target | None = None,
     backend: str = "mosaic_gpu",
 ):
     """See `api.prefix_attention`: tokamax's attention (0.0.17), row by row.
@@ -105,8 +107,9 @@ def tokamax(
         install = 'pip install "beacon_jax[tokamax]"'
         raise NotImplementedError(f"not installed here: {install}.") from error
     if backend == "mosaic_gpu":
-        if not any(chip in target().kind for chip in HOPPER):
-            raise NotImplementedError(f"device {target().kind}: tokamax needs Hopper.")
+        kind = (target or default_target()).kind
+        if not any(chip in kind for chip in HOPPER):
+            raise NotImplementedError(f"device {kind}: tokamax needs Hopper.")
         _check_dtypes(q, k)
     q, k, v = _clean(q, k, v, prefix, layer, queries)
 

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from beacon_jax.attention import blockwise
-from beacon_jax.attention.device import check_triton, target
+from beacon_jax.attention.device import Target, check_triton, default_target
 from beacon_jax.attention.gpu_blocks import Block, Blocks, chip_blocks
 
 LOG2E = math.log2(math.e)
@@ -77,6 +77,7 @@ def pallas_gpu(
     scale,
     layer=None,
     queries=None,
+    target: Target | None = None,
     blocks: Blocks | None = None,
     interpret: bool = False,
 ):
@@ -90,15 +91,16 @@ def pallas_gpu(
       NotImplementedError: dtypes other than one of float32, bfloat16 and float16,
         scale <= 0, or a GPU that Triton does not know.
     """
+    target = target or default_target()
     if not interpret:
-        check_triton()
+        check_triton(target)
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         dtypes = f"q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}"
         raise NotImplementedError(f"{dtypes}: one of {_names(DTYPES)} for all.")
     if not scale > 0:
         raise NotImplementedError(f"scale={scale}: must be greater than 0.")
     t, n, h = q.shape[1:]
-    blocks = blocks or chip_blocks(target().kind, h, q.dtype)
+    blocks = blocks or chip_blocks(target.kind, h, q.dtype)
     group = n // k.shape[-2]
     plan = Plan(float(scale), group, queries is not None, blocks, interpret)
     valid = jnp.full(prefix.shape, t) if queries is None else jnp.minimum(queries, t)

@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from beacon_jax.attention import blockwise
 from beacon_jax.attention.decode import check_scales, decode_xla, zero_invalid
+from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.mean import MeanTerm, kernel_tables, product, quarter
 from beacon_jax.attention.tpu_blocks import LANES, Blocks, Plan, chip_blocks, make_plan
 
@@ -422,6 +423,7 @@ def pallas_tpu(
     k_scale=None,
     v_scale=None,
     mean: MeanTerm | None = None,
+    target: Target | None = None,
     blocks: Blocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ):
@@ -436,7 +438,8 @@ def pallas_tpu(
         v apart.
     """
     check_dtypes(q, k, v, k_scale, v_scale)
-    plan = make_plan(q, k, scale, blocks or chip_blocks(), interpret)
+    target = target or default_target()
+    plan = make_plan(q, k, scale, blocks or chip_blocks(target), interpret, target)
     t = q.shape[1]
     valid = jnp.full_like(prefix, t) if queries is None else jnp.minimum(queries, t)
     scalars = jnp.stack([prefix, valid]).astype(jnp.int32)
@@ -483,8 +486,9 @@ def _attend_int8(plan, q, k, v, scalars, layer, k_scale, v_scale, mean):
         return unpack(out, *q.shape[1:3])
 
     def elsewhere(q, k, v, scalars, layer, k_scale, v_scale, mean):
-        scales = {"k_scale": k_scale, "v_scale": v_scale, "mean": mean}
-        return decode_xla(q, k, v, scalars[0], scale=plan.scale, layer=layer, **scales)
+        options = {"k_scale": k_scale, "v_scale": v_scale, "mean": mean}
+        options |= {"scale": plan.scale, "layer": layer, "target": plan.target}
+        return decode_xla(q, k, v, scalars[0], **options)
 
     args = (q, k, v, scalars, layer, k_scale, v_scale, mean)
     return on_tpu(plan.interpret, kernel, elsewhere, *args)

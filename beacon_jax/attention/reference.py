@@ -4,11 +4,24 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from beacon_jax.attention.device import Target
+
 WEIGHTS = "attention_weights"
 
 
-def reference(q, k, v, prefix, *, scale, layer=None, queries=None):
+def reference(
+    q,
+    k,
+    v,
+    prefix,
+    *,
+    scale,
+    layer=None,
+    queries=None,
+    target: Target | None = None,
+):
     """See `api.prefix_attention`. Visits the whole capacity S, live or not."""
+    del target  # the same for all
     if layer is not None:
         k, v = k[layer], v[layer]
     b, t, n, h = q.shape

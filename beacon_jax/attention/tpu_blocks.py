@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from beacon_jax.attention.device import target
+from beacon_jax.attention.device import Target
 
 LANES = 128
 # Rows of queries and of keys are padded to this: the sublanes of a bfloat16 tile.
@@ -42,9 +42,9 @@ CHIPS = {
 }
 
 
-def chip_blocks() -> Blocks:
-    """Returns the blocks of the chip that is traced for."""
-    return CHIPS.get(target().kind, DEFAULT)
+def chip_blocks(target: Target) -> Blocks:
+    """Returns the blocks of a chip."""
+    return CHIPS.get(target.kind, DEFAULT)
 
 
 class Plan(NamedTuple):
@@ -53,6 +53,7 @@ class Plan(NamedTuple):
     heads: kv heads per block.  group: query heads per kv head.
     rows, queries: rows R of queries per kv head, padded, and per block.
     keys: slots per block.  chunk: slots computed at once: what the compiler unrolls.
+    target: what the gradient is for.
     """
 
     scale: float
@@ -64,6 +65,7 @@ class Plan(NamedTuple):
     chunk: int
     vmem: int
     interpret: Any = False
+    target: Target | None = None
 
     def visited(self, prefix, queries, i):
         """Blocks of keys that block i of queries visits in one row."""
@@ -84,7 +86,9 @@ def heads_per_block(k):
     return kv if kv % tile else tile
 
 
-def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False) -> Plan:
+def make_plan(
+    q, k, scale, blocks: Blocks, interpret: Any = False, target: Target | None = None
+) -> Plan:
     t, n, h = q.shape[1:]
     s, kv = k.shape[-3:-1]
     heads = heads_per_block(k)
@@ -115,6 +119,7 @@ def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False) -> Plan:
         chunk=chunk,
         vmem=blocks.vmem,
         interpret=interpret,
+        target=target,
     )
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
 from beacon_jax.attention.api import INT8
+from beacon_jax.attention.device import Target
 from beacon_jax.benchmark.case import Case, Latest, Settings, timed
 from beacon_jax.benchmark.device import check_platform, random_array
 from beacon_jax.benchmark.records import Row
@@ -148,7 +149,9 @@ class _Attend:
         layers = 0 if way == "backward" else LAYERS  # as training and inference do
         q, k, v = _inputs(s, batch, queries, memory + queries, layers)
         chosen = None if name == DEFAULT else name
-        attend = functools.partial(prefix_attention, implementation=chosen)
+        attend = functools.partial(
+            prefix_attention, implementation=chosen, target=Target.of(s.device)
+        )
         if layers:
             attend = functools.partial(attend, layer=LAYERS - 1)
         prefix = jnp.zeros((batch,), jnp.int32)

@@ -13,6 +13,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from beacon_jax.attention.decode_tpu import decode_tpu
+from beacon_jax.attention.device import default_target
 from beacon_jax.attention.mean import mean_term
 from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import reference
@@ -118,4 +119,4 @@ def test_a_row_costs_its_own_live_blocks_whatever_the_capacity(chip):
 
 
 def test_an_unknown_chip_gets_the_smallest_blocks():
-    assert chip_blocks() == DEFAULT == min(CHIPS.values())
+    assert chip_blocks(default_target()) == DEFAULT == min(CHIPS.values())
