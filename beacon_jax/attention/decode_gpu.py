@@ -40,7 +40,7 @@ MOST_QUERIES = 128
 PROGRAMS = 512
 
 
-class Plan(NamedTuple):
+class DecodeSchedule(NamedTuple):
     """The static numbers of one call of the kernel.
 
     rows: of queries per program, a power of two >= 16.  keys: slots per step.
@@ -56,9 +56,9 @@ class Plan(NamedTuple):
     target: Target | None = None
 
 
-def make_plan(
+def make_schedule(
     q, k, scale, *, splits=None, keys=None, mean=False, **fields: Any
-) -> Plan:
+) -> DecodeSchedule:
     b, t, n, h = q.shape
     s, heads = k.shape[-3:-1]
     group = n // heads
@@ -69,29 +69,32 @@ def make_plan(
     keys = keys or max(32, (32 if mean else 64) * 128 // max(wide, 128))
     programs = b * heads * pl.cdiv(t * group, rows)
     splits = splits or min(pl.cdiv(PROGRAMS, programs), pl.cdiv(s, keys))
-    return Plan(float(scale), group, rows, keys, splits, **fields)
+    return DecodeSchedule(float(scale), group, rows, keys, splits, **fields)
 
 
-def split_blocks(plan: Plan, prefix, valid, i, z):
+def split_blocks(schedule: DecodeSchedule, prefix, valid, i, z):
     """Blocks of keys that split z of block i of queries visits in a row:
     (first, full, end). Every query sees all of those before `full`. Ints or arrays.
     """
-    start, valid_rows = i * plan.rows, valid * plan.group
-    last = jnp.minimum(start + plan.rows, valid_rows) - 1
-    most = lax.div(prefix + lax.div(jnp.maximum(last, 0), plan.group), plan.keys) + 1
+    start, valid_rows = i * schedule.rows, valid * schedule.group
+    last = jnp.minimum(start + schedule.rows, valid_rows) - 1
+    most = (
+        lax.div(prefix + lax.div(jnp.maximum(last, 0), schedule.group), schedule.keys)
+        + 1
+    )
     most = jnp.where(start < valid_rows, most, 0)
-    share = lax.div(most + plan.splits - 1, plan.splits)
+    share = lax.div(most + schedule.splits - 1, schedule.splits)
     first, end = (jnp.minimum(x * share, most) for x in (z, z + 1))
-    full = lax.div(prefix + lax.div(start, plan.group) + 1, plan.keys)
+    full = lax.div(prefix + lax.div(start, schedule.group) + 1, schedule.keys)
     return first, jnp.clip(full, first, end), end
 
 
-def visited_blocks(plan: Plan, prefix, valid, t):
+def visited_blocks(schedule: DecodeSchedule, prefix, valid, t):
     """Blocks of keys read per row and kv head, int [B]: the kernel's own schedule."""
     count = 0
-    for i in range(pl.cdiv(t * plan.group, plan.rows)):
-        for z in range(plan.splits):
-            first, _, end = split_blocks(plan, prefix, valid, i, z)
+    for i in range(pl.cdiv(t * schedule.group, schedule.rows)):
+        for z in range(schedule.splits):
+            first, _, end = split_blocks(schedule, prefix, valid, i, z)
             count += end - first
     return count
 
@@ -140,7 +143,7 @@ def decode_gpu(
     if not scale > 0:
         raise NotImplementedError(f"scale={scale}: must be greater than 0.")
     sizes = {"splits": splits, "keys": keys, "mean": mean is not None}
-    plan = make_plan(q, k, scale, **sizes, interpret=interpret, target=target)
+    schedule = make_schedule(q, k, scale, **sizes, interpret=interpret, target=target)
     valid = jnp.full(prefix.shape, t) if queries is None else jnp.minimum(queries, t)
     lengths = jnp.stack([prefix, valid], -1).astype(jnp.int32)
     if layer is None:
@@ -155,55 +158,75 @@ def decode_gpu(
         one = functools.partial(lax.dynamic_slice_in_dim, slice_size=1)
         k, v, k_scale, v_scale = (one(x, layer[0]) for x in (k, v, k_scale, v_scale))
         layer = jnp.zeros_like(layer)
-    out: Any = _decode(plan, q, k, v, lengths, layer, k_scale, v_scale, mean)
+    out: Any = _decode(schedule, q, k, v, lengths, layer, k_scale, v_scale, mean)
     return zero_invalid(out, queries)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(plan, q, k, v, lengths, layer, k_scale, v_scale, mean):
+def _decode(schedule, q, k, v, lengths, layer, k_scale, v_scale, mean):
     scales = () if k_scale is None else (k_scale, v_scale, mean)
-    kernel = functools.partial(forward, plan)
+    kernel = functools.partial(forward, schedule)
     args = (q, k, v, lengths, layer, *scales)
-    if plan.interpret:
+    if schedule.interpret:
         return kernel(*args)
 
     def elsewhere(q, k, v, lengths, layer, *scales):
         prefix, block = lengths[:, 0], blockwise.BLOCK
         if not scales:
-            return blockwise.forward(plan.scale, block, q, k, v, prefix, layer[0])[0]
+            return blockwise.forward(schedule.scale, block, q, k, v, prefix, layer[0])[
+                0
+            ]
         options = dict(zip(("k_scale", "v_scale", "mean"), scales, strict=True))
-        options |= {"scale": plan.scale, "layer": layer[0], "target": plan.target}
+        options |= {
+            "scale": schedule.scale,
+            "layer": layer[0],
+            "target": schedule.target,
+        }
         return decode_xla(q, k, v, prefix, **options)
 
     return lax.platform_dependent(*args, cuda=kernel, default=elsewhere)
 
 
-def _decode_fwd(plan, q, k, v, lengths, layer, k_scale, v_scale, mean):
+def _decode_fwd(schedule, q, k, v, lengths, layer, k_scale, v_scale, mean):
     del mean
     if k_scale is not None:
         raise NotImplementedError(
             "k_scale: attention over int8 memory has no gradient."
         )
     prefix, queries = lengths[:, 0], lengths[:, 1]
-    options = {"scale": plan.scale, "layer": layer[0], "interpret": plan.interpret}
-    options |= {"queries": queries, "target": plan.target}
+    options = {
+        "scale": schedule.scale,
+        "layer": layer[0],
+        "interpret": schedule.interpret,
+    }
+    options |= {"queries": queries, "target": schedule.target}
     attend = lambda q, k, v: pallas_gpu(q, k, v, prefix, **options)
     return jax.vjp(attend, q, k, v)
 
 
-def _decode_bwd(plan, pull, d_out):
-    del plan
+def _decode_bwd(schedule, pull, d_out):
+    del schedule
     return (*pull(d_out), None, None, None, None, None)
 
 
 _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
-def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None, mean=None):
+def forward(
+    schedule: DecodeSchedule,
+    q,
+    k,
+    v,
+    lengths,
+    layer,
+    k_scale=None,
+    v_scale=None,
+    mean=None,
+):
     """Runs the kernel: q [B, T, N, H], k, v [L, B, S, K, H] -> out like q."""
     b, t, n, h = q.shape
     layers, _, s, heads, _ = k.shape
-    group, count = plan.group, pl.cdiv(t * plan.group, plan.rows)
+    group, count = schedule.group, pl.cdiv(t * schedule.group, schedule.rows)
 
     def by_head(x):
         x = jnp.moveaxis(x.reshape(b, t, heads, group, h), 1, 2)
@@ -220,15 +243,15 @@ def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None, mea
     scale_spec = pl.BlockSpec((layers, None, None, s), lambda z, i, n, b: (0, b, n, 0))
     means, mean_specs = [], []
     if mean is not None:
-        starts, table = kernel_tables(mean.turns, s, plan.keys, q.dtype)
+        starts, table = kernel_tables(mean.turns, s, schedule.keys, q.dtype)
         means = [by_head(mean.query), by_head(quarter(mean.query)), starts, table]
         whole = lambda x: pl.BlockSpec((*x.shape[:-1], width), lambda *_: (0, 0, 0))
-        mean_specs = [at(plan.rows, width)] * 2 + [whole(starts), whole(table)]
+        mean_specs = [at(schedule.rows, width)] * 2 + [whole(starts), whole(table)]
     parts, lse = pl.pallas_call(
-        functools.partial(_kernel, plan, t * group, h, bool(scales), bool(means)),
-        grid=(plan.splits, count, heads, b),
+        functools.partial(_kernel, schedule, t * group, h, bool(scales), bool(means)),
+        grid=(schedule.splits, count, heads, b),
         in_specs=[
-            at(plan.rows, width),
+            at(schedule.rows, width),
             k_spec,
             k_spec,
             *[scale_spec] * len(scales),
@@ -238,27 +261,30 @@ def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None, mea
         ],
         out_specs=[
             pl.BlockSpec(
-                (None, None, None, plan.rows, width), lambda z, i, n, b: (b, n, z, i, 0)
+                (None, None, None, schedule.rows, width),
+                lambda z, i, n, b: (b, n, z, i, 0),
             ),
             pl.BlockSpec(
-                (None, None, None, plan.rows), lambda z, i, n, b: (b, n, z, i)
+                (None, None, None, schedule.rows), lambda z, i, n, b: (b, n, z, i)
             ),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((b, heads, plan.splits, t * group, h), jnp.float32),
-            jax.ShapeDtypeStruct((b, heads, plan.splits, t * group), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (b, heads, schedule.splits, t * group, h), jnp.float32
+            ),
+            jax.ShapeDtypeStruct((b, heads, schedule.splits, t * group), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
-        interpret=plan.interpret,
+        interpret=schedule.interpret,
         name="prefix_attention_decode",
     )(by_head(q), k, v, *scales, *means, lengths, layer)
     out = combine(parts, lse).reshape(b, heads, t, group, h)
     return jnp.moveaxis(out, 2, 1).reshape(b, t, n, h).astype(q.dtype)
 
 
-def _mean_scores(plan, row, r, h, query_ref, quarter_ref, starts_ref, table_ref):
+def _mean_scores(schedule, row, r, h, query_ref, quarter_ref, starts_ref, table_ref):
     """Function of block j: float32 [rows, keys]."""
-    some = None if r % plan.rows == 0 else row < r
+    some = None if r % schedule.rows == 0 else row < r
     query, quarter = (load(x, h, some) for x in (query_ref, quarter_ref))
     parts = map(jnp.int32, range(table_ref.shape[0]))
     table = [load(table_ref.at[i], h) for i in parts]
@@ -271,22 +297,22 @@ def _mean_scores(plan, row, r, h, query_ref, quarter_ref, starts_ref, table_ref)
     return scores
 
 
-def _kernel(plan, r, h, scaled, with_mean, q_ref, k_ref, v_ref, *refs):
+def _kernel(schedule, r, h, scaled, with_mean, q_ref, k_ref, v_ref, *refs):
     k_scale, v_scale, *refs = refs if scaled else (None, None, *refs)
     mean_refs, refs = (refs[:4], refs[4:]) if with_mean else ((), refs)
     length_ref, layer_ref, out_ref, lse_ref = refs
     z, i = pl.program_id(0), pl.program_id(1)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
-    row = i * plan.rows + jnp.arange(plan.rows)
-    q = load(q_ref, h, None if r % plan.rows == 0 else row < r)
-    factor = plan.scale * LOG2E
-    mean = _mean_scores(plan, row, r, h, *mean_refs) if with_mean else None
+    row = i * schedule.rows + jnp.arange(schedule.rows)
+    q = load(q_ref, h, None if r % schedule.rows == 0 else row < r)
+    factor = schedule.scale * LOG2E
+    mean = _mean_scores(schedule, row, r, h, *mean_refs) if with_mean else None
 
     def step(j, carry, *, masked):
         top, total, acc = carry
-        slot = j * plan.keys + jnp.arange(plan.keys)
+        slot = j * schedule.keys + jnp.arange(schedule.keys)
         live = slot < prefix + valid if masked else None
-        here = pl.ds(j * plan.keys, plan.keys)
+        here = pl.ds(j * schedule.keys, schedule.keys)
 
         def scales(ref):
             ref = ref.at[layer, here]
@@ -303,7 +329,7 @@ def _kernel(plan, r, h, scaled, with_mean, q_ref, k_ref, v_ref, *refs):
             scores = scores + mean(j) * factor
         if masked:
             # slot <= prefix + r // G without a division
-            behind = (slot - prefix) * plan.group
+            behind = (slot - prefix) * schedule.group
             scores = jnp.where(behind[None, :] <= row[:, None], scores, -jnp.inf)
         new = jnp.maximum(top, scores.max(-1))
         # A split may hold nothing that an early query sees: no -inf - -inf.
@@ -315,11 +341,11 @@ def _kernel(plan, r, h, scaled, with_mean, q_ref, k_ref, v_ref, *refs):
         return new, total, acc * fade[:, None] + dot(p.astype(values.dtype), values)
 
     start = (
-        jnp.full(plan.rows, -jnp.inf, jnp.float32),
-        jnp.zeros(plan.rows, jnp.float32),
-        jnp.zeros((plan.rows, q_ref.shape[-1]), jnp.float32),
+        jnp.full(schedule.rows, -jnp.inf, jnp.float32),
+        jnp.zeros(schedule.rows, jnp.float32),
+        jnp.zeros((schedule.rows, q_ref.shape[-1]), jnp.float32),
     )
-    first, full, end = split_blocks(plan, prefix, valid, i, z)
+    first, full, end = split_blocks(schedule, prefix, valid, i, z)
     carry = lax.fori_loop(first, full, functools.partial(step, masked=False), start)
     carry = lax.fori_loop(full, end, functools.partial(step, masked=True), carry)
     top, total, acc = carry

@@ -25,8 +25,8 @@ from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.tpu_blocks import (
     LANES,
     SUBLANES,
-    Blocks,
-    Plan,
+    TpuBlocks,
+    TpuSchedule,
     chip_blocks,
     heads_per_block,
 )
@@ -38,10 +38,10 @@ MOST_ROWS = 128
 UNROLLED = 2048
 
 
-def make_plan(
-    q, k, scale, blocks: Blocks, interpret: Any = False, target: Target | None = None
+def make_schedule(
+    q, k, scale, blocks: TpuBlocks, interpret: Any = False, target: Target | None = None
 ):
-    """Makes a `pallas_tpu.Plan` whose rows R are a power of two.
+    """Makes a `pallas_tpu.TpuSchedule` whose rows R are a power of two.
 
     A block has heads * R rows."""
     t, n, h = q.shape[1:]
@@ -51,7 +51,7 @@ def make_plan(
     rows = max(pl.next_power_of_2(t * (n // kv)), pl.cdiv(SUBLANES, heads))
     keys = min(2 * blocks.keys // (heads * width), pl.cdiv(s, 128) * 128)
     chunk = min(keys, max(1, UNROLLED // (heads * width)))
-    return Plan(
+    return TpuSchedule(
         scale=scale,
         heads=heads,
         group=n // kv,
@@ -78,7 +78,7 @@ def decode_tpu(
     v_scale=None,
     mean=None,
     target: Target | None = None,
-    blocks: Blocks | None = None,
+    blocks: TpuBlocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ):
     """See `api.prefix_attention` and `pallas_tpu`, whose gradient this has.
@@ -93,13 +93,16 @@ def decode_tpu(
         raise NotImplementedError("k_scale: int8 memory is for `pallas_tpu`.")
     prefill.check_dtypes(q, k, v, k_scale, v_scale)
     target = target or default_target()
-    plan = make_plan(q, k, scale, blocks or chip_blocks(target), interpret, target)
-    if plan.heads & (plan.heads - 1):
-        raise NotImplementedError(f"k has {plan.heads} heads: not a power of two.")
-    if plan.heads * plan.rows > MOST_ROWS:
+    schedule = make_schedule(
+        q, k, scale, blocks or chip_blocks(target), interpret, target
+    )
+    heads, rows = schedule.heads, schedule.heads * schedule.rows
+    if heads & (heads - 1):
+        raise NotImplementedError(f"k has {heads} heads: not a power of two.")
+    if rows > MOST_ROWS:
         raise NotImplementedError(
-            f"q has {q.shape[1]} queries: {plan.heads * plan.rows} rows for a block of "
-            f"{plan.heads} heads, more than {MOST_ROWS}."
+            f"q has {q.shape[1]} queries: {rows} rows for a block of {heads} heads, "
+            f"more than {MOST_ROWS}."
         )
     t = q.shape[1]
     valid = jnp.full_like(prefix, t) if queries is None else jnp.minimum(queries, t)
@@ -107,63 +110,67 @@ def decode_tpu(
     if layer is None:
         k, v = k[None], v[None]
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    out: Any = _decode(plan, q, k, v, scalars, layer)
+    out: Any = _decode(schedule, q, k, v, scalars, layer)
     return zero_invalid(out, queries)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(plan, q, k, v, scalars, layer):
+def _decode(schedule, q, k, v, scalars, layer):
     def elsewhere(q, k, v, scalars, layer):
         block = blockwise.BLOCK
-        return blockwise.forward(plan.scale, block, q, k, v, scalars[0], layer)[0]
+        return blockwise.forward(schedule.scale, block, q, k, v, scalars[0], layer)[0]
 
-    kernel = functools.partial(forward, plan)
-    return prefill.on_tpu(plan.interpret, kernel, elsewhere, q, k, v, scalars, layer)
+    kernel = functools.partial(forward, schedule)
+    return prefill.on_tpu(
+        schedule.interpret, kernel, elsewhere, q, k, v, scalars, layer
+    )
 
 
-def _decode_fwd(plan, q, k, v, scalars, layer):
+def _decode_fwd(schedule, q, k, v, scalars, layer):
     prefix, queries = scalars
-    options = {"scale": plan.scale, "layer": layer, "interpret": plan.interpret}
-    options |= {"queries": queries, "target": plan.target}
+    options = {"scale": schedule.scale, "layer": layer, "interpret": schedule.interpret}
+    options |= {"queries": queries, "target": schedule.target}
     attend = functools.partial(prefill.pallas_tpu, **options)
     return jax.vjp(lambda q, k, v: attend(q, k, v, prefix), q, k, v)
 
 
-def _decode_bwd(plan, pull, d_out):
-    del plan
+def _decode_bwd(schedule, pull, d_out):
+    del schedule
     return (*pull(d_out), None, None)
 
 
 _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
-def forward(plan: Plan, q, k, v, scalars, layer):
+def forward(schedule: TpuSchedule, q, k, v, scalars, layer):
     """Runs the kernel: q [B, T, N, H], k, v [L, B, S, K, H] -> out like q."""
     b, t, n, h = q.shape
     heads = k.shape[-2]
-    many = plan.heads * plan.rows
-    packed = prefill.pack(plan, heads, q).reshape(b, heads // plan.heads, many, h)
-    _, k_spec, _, _ = prefill.specs(plan, h)
+    many = schedule.heads * schedule.rows
+    packed = prefill.pack(schedule, heads, q).reshape(
+        b, heads // schedule.heads, many, h
+    )
+    _, k_spec, _, _ = prefill.specs(schedule, h)
     q_spec = pl.BlockSpec(
         (pl.squeezed, pl.squeezed, many, h), lambda b, g, i, j, *_: (b, g, 0, 0)
     )
     out = prefill.call(
-        plan,
-        functools.partial(_kernel, plan),
+        schedule,
+        functools.partial(_kernel, schedule),
         "prefix_attention_decode",
-        (b, heads // plan.heads, 1, prefill.live_blocks(plan, scalars)),
+        (b, heads // schedule.heads, 1, prefill.live_blocks(schedule, scalars)),
         [q_spec, k_spec, k_spec],
         q_spec,
         jax.ShapeDtypeStruct(packed.shape, q.dtype),
         [(many, LANES), (many, LANES), (many, h)],
     )(scalars, layer.reshape(1), packed, prefill.flat(k), prefill.flat(v))
-    return prefill.unpack(out.reshape(b, heads, plan.rows, h), t, n)
+    return prefill.unpack(out.reshape(b, heads, schedule.rows, h), t, n)
 
 
-class _Mask(NamedTuple):
+class _HeadMask(NamedTuple):
     """Of scores [heads * R, chunk * heads]; powers of two make indices bit fields."""
 
-    plan: Plan
+    schedule: TpuSchedule
     start: Any  # slot of the first query, counted from the chunk's first
     queries: Any
 
@@ -172,22 +179,22 @@ class _Mask(NamedTuple):
         return lax.shift_right_logical(index, low.bit_length() - 1), index & (low - 1)
 
     def same_head(self, shape):
-        mine, _ = self._bits(shape, 0, self.plan.rows)
-        _, theirs = self._bits(shape, 1, self.plan.heads)
+        mine, _ = self._bits(shape, 0, self.schedule.rows)
+        _, theirs = self._bits(shape, 1, self.schedule.heads)
         return mine == theirs
 
     def visible(self, shape):
-        _, row = self._bits(shape, 0, self.plan.rows)
-        slot, _ = self._bits(shape, 1, self.plan.heads)
-        return (slot - self.start) * self.plan.group <= row
+        _, row = self._bits(shape, 0, self.schedule.rows)
+        slot, _ = self._bits(shape, 1, self.schedule.heads)
+        return (slot - self.start) * self.schedule.group <= row
 
     def live(self, x):
         """x [chunk * heads, H] with 0 where no query sees: 0 * NaN would be NaN."""
-        slot, _ = self._bits(x.shape, 0, self.plan.heads)
+        slot, _ = self._bits(x.shape, 0, self.schedule.heads)
         return jnp.where(slot < self.start + self.queries, x, jnp.zeros_like(x))
 
 
-def _kernel(plan: Plan, scalars, layer, q, k, v, out, top, total, acc):
+def _kernel(schedule: TpuSchedule, scalars, layer, q, k, v, out, top, total, acc):
     del layer
     b, j = pl.program_id(0), pl.program_id(3)
     prefix, queries = scalars[0, b], scalars[1, b]
@@ -199,11 +206,11 @@ def _kernel(plan: Plan, scalars, layer, q, k, v, out, top, total, acc):
         acc[...] = jnp.zeros_like(acc)
 
     def visit(at, edge):
-        mask = _Mask(plan, edge.start if edge else 0, queries)
+        mask = _HeadMask(schedule, edge.start if edge else 0, queries)
         keys, values = (x[at].reshape(-1, x.shape[-1]) for x in (k, v))
         if edge:
             keys, values = mask.live(keys), mask.live(values)
-        s = prefill.dot_t(q[...], keys) * (plan.scale * prefill.LOG2E)
+        s = prefill.dot_t(q[...], keys) * (schedule.scale * prefill.LOG2E)
         seen = mask.same_head(s.shape)
         if edge:
             seen &= mask.visible(s.shape)
@@ -217,7 +224,7 @@ def _kernel(plan: Plan, scalars, layer, q, k, v, out, top, total, acc):
         acc[...] = acc[...] * fade + part
         top[...] = jnp.broadcast_to(new, top.shape)
 
-    prefill.Chunks(plan, prefix, queries, 0, j).for_each(visit)
+    prefill.Chunks(schedule, prefix, queries, 0, j).for_each(visit)
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _():

@@ -21,7 +21,7 @@ class Block(NamedTuple):
     stages: int
 
 
-class Blocks(NamedTuple):
+class GpuBlocks(NamedTuple):
     forward: Block
     d_q: Block
     d_kv: Block
@@ -34,28 +34,28 @@ class Blocks(NamedTuple):
 # any, 128 queries x 64 keys have 32 stores to shared memory, 160 instead of 144 loads
 # and 5 barriers instead of 2 there, and read each query twice as often.
 SM_80 = {
-    64: Blocks(Block(128, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 128, 8, 2)),
-    128: Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
-    256: Blocks(Block(64, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
+    64: GpuBlocks(Block(128, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 128, 8, 2)),
+    128: GpuBlocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    256: GpuBlocks(Block(64, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
 }
 # Registers: 217, 126, 190 | 244, 171, 245 | 238, 220, 254. 227 KiB of shared memory
 # per program: 192 at most.
 SM_90 = {
-    64: Blocks(Block(128, 64, 4, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
-    128: Blocks(Block(128, 128, 8, 2), Block(128, 64, 8, 3), Block(64, 128, 8, 2)),
-    256: Blocks(Block(128, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
+    64: GpuBlocks(Block(128, 64, 4, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    128: GpuBlocks(Block(128, 128, 8, 2), Block(128, 64, 8, 3), Block(64, 128, 8, 2)),
+    256: GpuBlocks(Block(128, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
 }
 # Any other chip: within the 99 KiB of shared memory per program of sm_86 and sm_89.
 SMALL = {
-    64: Blocks(Block(64, 64, 4, 3), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
-    128: Blocks(Block(64, 64, 4, 2), Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
-    256: Blocks(Block(64, 32, 4, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2)),
+    64: GpuBlocks(Block(64, 64, 4, 3), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+    128: GpuBlocks(Block(64, 64, 4, 2), Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
+    256: GpuBlocks(Block(64, 32, 4, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2)),
 }
 # Four bytes per number, and products without tensor cores.
 FLOAT32 = {
-    64: Blocks(Block(32, 32, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
-    128: Blocks(Block(32, 32, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
-    256: Blocks(Block(16, 32, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1)),
+    64: GpuBlocks(Block(32, 32, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
+    128: GpuBlocks(Block(32, 32, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
+    256: GpuBlocks(Block(16, 32, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1)),
 }
 # By what the device's kind contains; A800, H800 and H20 are export versions.
 CHIPS = {
@@ -95,7 +95,7 @@ CANDIDATES = {
 }
 
 
-def chip_blocks(kind: str, head_dim: int, dtype) -> Blocks:
+def chip_blocks(kind: str, head_dim: int, dtype) -> GpuBlocks:
     """Returns the blocks for a device of this kind ("NVIDIA A100-SXM4-80GB").
 
     Raises:

@@ -24,13 +24,13 @@ from jax.experimental.pallas import triton as plt
 
 from beacon_jax.attention import blockwise
 from beacon_jax.attention.device import Target, check_triton, default_target
-from beacon_jax.attention.gpu_blocks import Block, Blocks, chip_blocks
+from beacon_jax.attention.gpu_blocks import Block, GpuBlocks, chip_blocks
 
 LOG2E = math.log2(math.e)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-class Plan(NamedTuple):
+class GpuSchedule(NamedTuple):
     """The static numbers of one call of the kernels.
 
     ragged: some rows may have fewer than T valid queries.
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     scale: float
     group: int
     ragged: bool
-    blocks: Blocks
+    blocks: GpuBlocks
     interpret: bool
 
 
@@ -78,7 +78,7 @@ def pallas_gpu(
     layer=None,
     queries=None,
     target: Target | None = None,
-    blocks: Blocks | None = None,
+    blocks: GpuBlocks | None = None,
     interpret: bool = False,
 ):
     """See `api.prefix_attention`.
@@ -102,12 +102,12 @@ def pallas_gpu(
     t, n, h = q.shape[1:]
     blocks = blocks or chip_blocks(target.kind, h, q.dtype)
     group = n // k.shape[-2]
-    plan = Plan(float(scale), group, queries is not None, blocks, interpret)
+    schedule = GpuSchedule(float(scale), group, queries is not None, blocks, interpret)
     valid = jnp.full(prefix.shape, t) if queries is None else jnp.minimum(queries, t)
     lengths = jnp.stack([prefix, valid], -1).astype(jnp.int32)
     if layer is None:
         k, v, layer = k[None], v[None], 0
-    return _attend(plan, q, k, v, lengths, jnp.asarray(layer, jnp.int32).reshape(1))
+    return _attend(schedule, q, k, v, lengths, jnp.asarray(layer, jnp.int32).reshape(1))
 
 
 def _names(dtypes):
@@ -115,13 +115,13 @@ def _names(dtypes):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, lengths, layer):
-    return _attend_fwd(plan, q, k, v, lengths, layer)[0]
+def _attend(schedule, q, k, v, lengths, layer):
+    return _attend_fwd(schedule, q, k, v, lengths, layer)[0]
 
 
-def _attend_fwd(plan, q, k, v, lengths, layer):
-    kernel = functools.partial(forward, plan)
-    if plan.interpret:
+def _attend_fwd(schedule, q, k, v, lengths, layer):
+    kernel = functools.partial(forward, schedule)
+    if schedule.interpret:
         out, lse = kernel(q, k, v, lengths, layer)
     else:
         out, lse = lax.platform_dependent(
@@ -131,16 +131,16 @@ def _attend_fwd(plan, q, k, v, lengths, layer):
             lengths,
             layer,
             cuda=kernel,
-            default=functools.partial(_forward_elsewhere, plan),
+            default=functools.partial(_forward_elsewhere, schedule),
         )
     out, lse = checkpoint_name(out, blockwise.OUT), checkpoint_name(lse, blockwise.LSE)
     return out, (q, k, v, lengths, layer, out, lse)
 
 
-def _attend_bwd(plan, residuals, d_out):
+def _attend_bwd(schedule, residuals, d_out):
     q, k, v, lengths, layer, out, lse = residuals
-    kernel = functools.partial(backward, plan)
-    if plan.interpret:
+    kernel = functools.partial(backward, schedule)
+    if schedule.interpret:
         d_q, d_k, d_v = kernel(q, k, v, lengths, layer, out, lse, d_out)
     else:
         d_q, d_k, d_v = lax.platform_dependent(
@@ -153,7 +153,7 @@ def _attend_bwd(plan, residuals, d_out):
             lse,
             d_out,
             cuda=kernel,
-            default=functools.partial(_backward_elsewhere, plan),
+            default=functools.partial(_backward_elsewhere, schedule),
         )
     if k.shape[0] == 1:
         d_k, d_v = d_k[None], d_v[None]
@@ -165,36 +165,36 @@ def _attend_bwd(plan, residuals, d_out):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward_elsewhere(plan, q, k, v, lengths, layer):
+def _forward_elsewhere(schedule, q, k, v, lengths, layer):
     block, prefix = blockwise.BLOCK, lengths[:, 0]
-    out, lse = blockwise.forward(plan.scale, block, q, k, v, prefix, layer[0])
+    out, lse = blockwise.forward(schedule.scale, block, q, k, v, prefix, layer[0])
     valid = jnp.arange(q.shape[1]) < lengths[:, 1:]
     out = jnp.where(valid[..., None, None], out, 0)
     return out, jnp.where(valid[:, None], lse, jnp.inf)
 
 
-def _backward_elsewhere(plan, q, k, v, lengths, layer, out, lse, d_out):
+def _backward_elsewhere(schedule, q, k, v, lengths, layer, out, lse, d_out):
     valid = (jnp.arange(q.shape[1]) < lengths[:, 1:])[..., None, None]
     q, d_out = jnp.where(valid, q, 0), jnp.where(valid, d_out, 0)
     block, prefix = blockwise.BLOCK, lengths[:, 0]
     return blockwise.backward(
-        plan.scale, block, q, k, v, prefix, layer[0], out, lse, d_out
+        schedule.scale, block, q, k, v, prefix, layer[0], out, lse, d_out
     )
 
 
 # The kernels. A grid is (block, head, row). lengths [B, 2]: prefix and valid queries.
 
 
-def forward(plan: Plan, q, k, v, lengths, layer):
+def forward(schedule: GpuSchedule, q, k, v, lengths, layer):
     """q [B, T, N, H], k and v [L, B, S, K, H] -> out like q and the log of the
     softmax's denominators float32 [B, N, T], inf for queries that are not valid."""
     b, t, n, h = q.shape
-    block = plan.blocks.forward
+    block = schedule.blocks.forward
     count = pl.cdiv(t, block.queries)
-    q_spec, k_spec, row_spec, length_spec = _query_specs(plan, block, q, k, count)
+    q_spec, k_spec, row_spec, length_spec = _query_specs(schedule, block, q, k, count)
     return _call(
-        functools.partial(_forward_kernel, plan, block, t, h, count),
-        plan,
+        functools.partial(_forward_kernel, schedule, block, t, h, count),
+        schedule,
         block,
         "prefix_attention_forward",
         (count, n, b),
@@ -207,7 +207,7 @@ def forward(plan: Plan, q, k, v, lengths, layer):
     )(q, k, v, lengths, layer)
 
 
-def backward(plan: Plan, q, k, v, lengths, layer, out, lse, d_out):
+def backward(schedule: GpuSchedule, q, k, v, lengths, layer, out, lse, d_out):
     """Returns d_q [B, T, N, H] and d_k, d_v [B, S, K, H] of the layer.
 
     They are exactly 0 in dead slots."""
@@ -215,12 +215,12 @@ def backward(plan: Plan, q, k, v, lengths, layer, out, lse, d_out):
     s, heads = k.shape[2:4]
     delta = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
     inputs = (q, k, v, d_out, lse, delta, lengths, layer)
-    block = plan.blocks.d_q
+    block = schedule.blocks.d_q
     count = pl.cdiv(t, block.queries)
-    q_spec, k_spec, row_spec, length_spec = _query_specs(plan, block, q, k, count)
+    q_spec, k_spec, row_spec, length_spec = _query_specs(schedule, block, q, k, count)
     d_q = _call(
-        functools.partial(_d_q_kernel, plan, block, t, h, count),
-        plan,
+        functools.partial(_d_q_kernel, schedule, block, t, h, count),
+        schedule,
         block,
         "prefix_attention_d_q",
         (count, n, b),
@@ -228,12 +228,12 @@ def backward(plan: Plan, q, k, v, lengths, layer, out, lse, d_out):
         q_spec,
         jax.ShapeDtypeStruct(q.shape, q.dtype),
     )(*inputs)
-    block = plan.blocks.d_kv
-    q_spec, k_spec, row_spec, length_spec, d_spec = _key_specs(plan, block, q, k)
+    block = schedule.blocks.d_kv
+    q_spec, k_spec, row_spec, length_spec, d_spec = _key_specs(schedule, block, q, k)
     rows = (b, s, heads, h)
     d_k, d_v = _call(
-        functools.partial(_d_kv_kernel, plan, block, t, s, h),
-        plan,
+        functools.partial(_d_kv_kernel, schedule, block, t, s, h),
+        schedule,
         block,
         "prefix_attention_d_kv",
         (pl.cdiv(s, block.keys), heads, b),
@@ -244,7 +244,7 @@ def backward(plan: Plan, q, k, v, lengths, layer, out, lse, d_out):
     return d_q, d_k, d_v
 
 
-def _call(kernel, plan, block, name, grid, in_specs, out_specs, out_shape) -> Any:
+def _call(kernel, schedule, block, name, grid, in_specs, out_specs, out_shape) -> Any:
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -254,7 +254,7 @@ def _call(kernel, plan, block, name, grid, in_specs, out_specs, out_shape) -> An
         compiler_params=plt.CompilerParams(
             num_warps=block.warps, num_stages=block.stages
         ),
-        interpret=plan.interpret,
+        interpret=schedule.interpret,
         name=name,
     )
 
@@ -267,12 +267,12 @@ def padded(h):
     return max(16, pl.next_power_of_2(h))
 
 
-def _query_specs(plan, block, q, k, count):
+def _query_specs(schedule, block, q, k, count):
     """Specs of q, k, rows [B, N, T] and lengths for programs that own queries.
 
     The last block comes first: it has the most keys, and ends the grid evenly."""
     h = padded(q.shape[-1])
-    layers, s, group, last = k.shape[0], k.shape[2], plan.group, count - 1
+    layers, s, group, last = k.shape[0], k.shape[2], schedule.group, count - 1
     return (
         pl.BlockSpec(
             (None, block.queries, None, h), lambda i, n, b: (b, last - i, n, 0)
@@ -285,14 +285,14 @@ def _query_specs(plan, block, q, k, count):
     )
 
 
-def _key_specs(plan, block, q, k):
+def _key_specs(schedule, block, q, k):
     """The same, and of d_k, for programs that own keys and their query heads."""
     t, h = q.shape[1], padded(q.shape[-1])
     layers, s = k.shape[0], k.shape[2]
     return (
-        pl.BlockSpec((None, t, plan.group, h), lambda j, n, b: (b, 0, n, 0)),
+        pl.BlockSpec((None, t, schedule.group, h), lambda j, n, b: (b, 0, n, 0)),
         pl.BlockSpec((layers, None, s, None, h), lambda j, n, b: (0, b, 0, n, 0)),
-        pl.BlockSpec((None, plan.group, t), lambda j, n, b: (b, n, 0)),
+        pl.BlockSpec((None, schedule.group, t), lambda j, n, b: (b, n, 0)),
         pl.BlockSpec((None, 2), lambda j, n, b: (b, 0)),
         pl.BlockSpec((None, block.keys, None, h), lambda j, n, b: (b, j, n, 0)),
     )
@@ -336,7 +336,7 @@ def _visible(prefix, i, j, block):
 
 
 def _forward_kernel(
-    plan,
+    schedule,
     block,
     t,
     h,
@@ -354,7 +354,7 @@ def _forward_kernel(
     row = i * block.queries + jnp.arange(block.queries)
     # A query that is not valid may be anything, but its row of the result is its own.
     q = load(q_ref, h, None if t % block.queries == 0 else row < t)
-    factor = plan.scale * LOG2E
+    factor = schedule.scale * LOG2E
 
     def step(j, carry, *, masked):
         m, total, acc = carry
@@ -388,7 +388,7 @@ def _forward_kernel(
 
 
 def _d_q_kernel(
-    plan,
+    schedule,
     block,
     t,
     h,
@@ -406,12 +406,12 @@ def _d_q_kernel(
     i = count - 1 - pl.program_id(0)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
     row = i * block.queries + jnp.arange(block.queries)
-    rows = row < valid if plan.ragged or t % block.queries else None
+    rows = row < valid if schedule.ragged or t % block.queries else None
     q, d_out = load(q_ref, h, rows), load(d_out_ref, h, rows)
     # Where the denominator is inf, p is 0.
     lse = _load_row(lse_ref, rows, jnp.inf) * LOG2E
     delta = _load_row(delta_ref, rows, 0)
-    factor = plan.scale * LOG2E
+    factor = schedule.scale * LOG2E
 
     def step(j, d_q, *, masked):
         start = j * block.keys
@@ -429,11 +429,11 @@ def _d_q_kernel(
     d_q = jnp.zeros((block.queries, q_ref.shape[-1]), jnp.float32)
     d_q = lax.fori_loop(0, full, functools.partial(step, masked=False), d_q)
     d_q = lax.fori_loop(full, end, functools.partial(step, masked=True), d_q)
-    _store(d_q_ref, d_q * plan.scale, row < t, h)
+    _store(d_q_ref, d_q * schedule.scale, row < t, h)
 
 
 def _d_kv_kernel(
-    plan,
+    schedule,
     block,
     t,
     s,
@@ -455,14 +455,14 @@ def _d_kv_kernel(
     at = (layer, pl.ds(j * block.keys, block.keys), slice(None))
     live = slot < prefix + valid
     keys, values = load(k_ref.at[at], h, live), load(v_ref.at[at], h, live)
-    factor = plan.scale * LOG2E
+    factor = schedule.scale * LOG2E
 
     # Scores are [keys, queries] here: both products into d_k and d_v take them as is.
     def step(i, carry, *, g, masked):
         d_k, d_v = carry
         here = pl.ds(i * block.queries, block.queries)
         row = i * block.queries + jnp.arange(block.queries)
-        rows = row < valid if plan.ragged or t % block.queries else None
+        rows = row < valid if schedule.ragged or t % block.queries else None
         q = load(q_ref.at[here, g, :], h, rows)
         lse = _load_row(lse_ref.at[g, here], rows, jnp.inf) * LOG2E
         p = jnp.exp2(dot(keys, q, trans_b=True) * factor - lse[None, :])
@@ -484,6 +484,6 @@ def _d_kv_kernel(
         )
 
     zeros = jnp.zeros((block.keys, q_ref.shape[-1]), jnp.float32)
-    d_k, d_v = lax.fori_loop(0, plan.group, head, (zeros, zeros))
-    _store(d_k_ref, d_k * plan.scale, slot < s, h)
+    d_k, d_v = lax.fori_loop(0, schedule.group, head, (zeros, zeros))
+    _store(d_k_ref, d_k * schedule.scale, slot < s, h)
     _store(d_v_ref, d_v, slot < s, h)

@@ -14,7 +14,7 @@ SUBLANES = 16
 MIB = 2**20
 
 
-class Blocks(NamedTuple):
+class TpuBlocks(NamedTuple):
     """Block sizes for one chip at two bytes per number.
 
     queries, keys: rows of all heads of a block together; fewer heads, longer blocks.
@@ -33,21 +33,21 @@ class Blocks(NamedTuple):
 # By device kind; what v4's 16 MiB hold is the default. Each byte of keys that is
 # fetched meets queries / heads rows, 2 FLOP with each: 256 rows reach the ratio of a
 # v5e's matrix unit and memory (197 TFLOP/s, 819 GB/s), 512 that of a v6e (918, 1640).
-DEFAULT = Blocks(2048, 2048, 16 * MIB)
+DEFAULT = TpuBlocks(2048, 2048, 16 * MIB)
 CHIPS = {
     "TPU v4": DEFAULT,
-    "TPU v5 lite": Blocks(4096, 4096, 32 * MIB),
-    "TPU v5": Blocks(4096, 4096, 32 * MIB),
-    "TPU v6 lite": Blocks(8192, 4096, 64 * MIB),
+    "TPU v5 lite": TpuBlocks(4096, 4096, 32 * MIB),
+    "TPU v5": TpuBlocks(4096, 4096, 32 * MIB),
+    "TPU v6 lite": TpuBlocks(8192, 4096, 64 * MIB),
 }
 
 
-def chip_blocks(target: Target) -> Blocks:
+def chip_blocks(target: Target) -> TpuBlocks:
     """Returns the blocks of a chip."""
     return CHIPS.get(target.kind, DEFAULT)
 
 
-class Plan(NamedTuple):
+class TpuSchedule(NamedTuple):
     """The static numbers of one call; every tuple of sizes a kernel needs is in here.
 
     heads: kv heads per block.  group: query heads per kv head.
@@ -86,9 +86,9 @@ def heads_per_block(k):
     return kv if kv % tile else tile
 
 
-def make_plan(
-    q, k, scale, blocks: Blocks, interpret: Any = False, target: Target | None = None
-) -> Plan:
+def make_schedule(
+    q, k, scale, blocks: TpuBlocks, interpret: Any = False, target: Target | None = None
+) -> TpuSchedule:
     t, n, h = q.shape[1:]
     s, kv = k.shape[-3:-1]
     heads = heads_per_block(k)
@@ -109,7 +109,7 @@ def make_plan(
     chunk = max(LANES, blocks.scores // (heads * max(queries, least)) // LANES * LANES)
     keys = fit(blocks.keys, s, LANES)
     chunk = min(chunk, keys)
-    return Plan(
+    return TpuSchedule(
         scale=scale,
         heads=heads,
         group=n // kv,
@@ -123,10 +123,10 @@ def make_plan(
     )
 
 
-def visited_blocks(prefix, queries, plan: Plan):
+def visited_blocks(prefix, queries, schedule: TpuSchedule):
     """Blocks of keys that the forward pass computes per row and kv head, int [B].
 
     What the kernels' schedule says, for tests and for analytic costs.
     """
-    blocks = range(plan.rows // plan.queries)
-    return sum(plan.visited(prefix, queries, i) for i in blocks)
+    blocks = range(schedule.rows // schedule.queries)
+    return sum(schedule.visited(prefix, queries, i) for i in blocks)
