@@ -8,17 +8,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from beacon_jax.attention import library
-from beacon_jax.attention.blockwise import LSE, OUT, blockwise
+from beacon_jax.attention.blockwise import blockwise
 from beacon_jax.attention.blockwise_cpu import blockwise_cpu
 from beacon_jax.attention.decode import decode_xla
 from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.mean import mean_term
 from beacon_jax.attention.reference import WEIGHTS, reference
+from beacon_jax.attention.shared import LSE, OUT, Layer
 from beacon_jax.names import meant
 
 
 def _kernel(name: str) -> Callable:
-    """A kernel of the module of its name, which is imported at the first call.
+    """Returns the kernel of a module of its name, imported at the first call.
 
     Pallas is half as much to import as jax itself (0.7 s), and a CPU needs none of it.
     """
@@ -59,12 +60,12 @@ def prefix_attention(
     *,
     scale: float | None = None,
     implementation: str | tuple[str, ...] | None = None,
-    layer: Int[Array, ""] | int | None = None,
+    layer: Layer = None,
     queries: Int[Array, " B"] | None = None,
-    k_scale: Float[Array, "*L B K S"] | None = None,
-    v_scale: Float[Array, "*L B K S"] | None = None,
+    k_scale: Float[Array, "*_L _B _K _S"] | None = None,
+    v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     k_mean: Float[Array, "*L B K H"] | None = None,
-    frequencies: Float[np.ndarray, " H/2"] | None = None,
+    frequencies: Float[np.ndarray, " pairs"] | None = None,
     target: Target | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes causal attention in which query i sees the keys j <= prefix[row] + i.
@@ -112,7 +113,7 @@ def prefix_attention(
     options = {"layer": layer, "queries": queries, "target": target}
     options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
     int8: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
-    if k_mean is not None:
+    if k_mean is not None and frequencies is not None:
         int8["mean"] = mean_term(q, k_mean, frequencies, layer)
     refusals = []
     for name in (names,) if isinstance(names, str) else names:

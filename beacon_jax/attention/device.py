@@ -1,6 +1,6 @@
 """The device that a program is for."""
 
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,7 +20,7 @@ class Target(NamedTuple):
     kind: str
 
     @classmethod
-    def of(cls, device: Any) -> Self:
+    def of(cls, device: Any) -> "Target":
         """Makes that of a `jax.Device`, which may be of a topology that is not here."""
         return cls(device.platform, device.device_kind)
 

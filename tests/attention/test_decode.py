@@ -218,15 +218,15 @@ class TestKeysWithoutTheirMean:
 
     def test_it_needs_scales_frequencies_and_fitting_shapes(self):
         case = CASES["mqa-2"]
-        q, k, v, _ = arrays(case)
-        (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
+        q, keys, values, _ = arrays(case)
+        (k, k_scale), (v, v_scale) = quantised(keys), quantised(values)
         k_mean, prefix = jnp.zeros((2, case.k, case.h)), jnp.asarray(case.prefix)
         int8 = {"k_scale": k_scale, "v_scale": v_scale}
         with pytest.raises(ValueError, match="frequencies=None"):
             prefix_attention(q, k, v, prefix, k_mean=k_mean, **int8)
         some = {"k_mean": k_mean, "frequencies": frequencies(case.h)}
         with pytest.raises(ValueError, match="k_scale=None"):
-            prefix_attention(q, q, q, prefix, **some)
+            prefix_attention(q, keys, values, prefix, **some)
         some["frequencies"] = frequencies(case.h)[1:]
         with pytest.raises(ValueError, match=r"frequencies \(39,\)"):
             prefix_attention(q, k, v, prefix, **int8, **some)
@@ -316,7 +316,7 @@ def test_what_is_not_taken_names_itself():
         with pytest.raises(NotImplementedError, match="bfloat16"):
             run(attend, q, k, v.astype(jnp.bfloat16))
     with pytest.raises(NotImplementedError, match="scale=0"):
-        decode_gpu(q, k, v, prefix, scale=0)
+        decode_gpu(q, k, v, prefix, scale=0.0)
     (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
     with pytest.raises(ValueError, match="k_scale=None"):
         run(decode_gpu, q, k, v)

@@ -109,13 +109,13 @@ def test_a_row_costs_its_own_live_blocks_whatever_the_capacity(chip):
         q = jax.ShapeDtypeStruct((4, t, 4 * group, 128), jnp.bfloat16)
         k = jax.ShapeDtypeStruct((4, slots, 4, 128), jnp.bfloat16)
         schedule = make_schedule(q, k, 1.0, chip)
-        counts.append(visited_blocks(prefix, np.full(4, t), schedule))
+        counts.append(visited_blocks(schedule, prefix, np.full(4, t)))
         ends = range(schedule.queries, schedule.rows + 1, schedule.queries)
         last = [(min(end, t * group) - 1) // group for end in ends]
         expected = sum((prefix + i) // schedule.keys + 1 for i in last)
         np.testing.assert_array_equal(counts[-1], expected)
     np.testing.assert_array_equal(*counts)
-    assert not visited_blocks(prefix, np.zeros(4, int), schedule).any()
+    assert not visited_blocks(schedule, prefix, np.zeros(4, int)).any()
 
 
 def test_an_unknown_chip_gets_the_smallest_blocks():
