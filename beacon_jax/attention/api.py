@@ -8,17 +8,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from beacon_jax.attention import library
-from beacon_jax.attention.blockwise import LSE, OUT, blockwise
+from beacon_jax.attention.blockwise import blockwise
 from beacon_jax.attention.blockwise_cpu import blockwise_cpu
 from beacon_jax.attention.decode import decode_xla
-from beacon_jax.attention.device import target
+from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.mean import mean_term
 from beacon_jax.attention.reference import WEIGHTS, reference
+from beacon_jax.attention.shared import LSE, OUT, Layer
 from beacon_jax.names import meant
 
 
 def _kernel(name: str) -> Callable:
-    """A kernel of the module of its name, which is imported at the first call.
+    """Returns the kernel of a module of its name, imported at the first call.
 
     Pallas is half as much to import as jax itself (0.7 s), and a CPU needs none of it.
     """
@@ -59,13 +60,13 @@ def prefix_attention(
     *,
     scale: float | None = None,
     implementation: str | tuple[str, ...] | None = None,
-    layer: Int[Array, ""] | int | None = None,
+    layer: Layer = None,
     queries: Int[Array, " B"] | None = None,
-    k_scale: Float[Array, "*L B K S"] | None = None,
-    v_scale: Float[Array, "*L B K S"] | None = None,
+    k_scale: Float[Array, "*_L _B _K _S"] | None = None,
+    v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     k_mean: Float[Array, "*L B K H"] | None = None,
-    frequencies: Float[np.ndarray, " H/2"] | None = None,
-    target: Any = None,
+    frequencies: Float[np.ndarray, " pairs"] | None = None,
+    target: Target | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes causal attention in which query i sees the keys j <= prefix[row] + i.
 
@@ -87,6 +88,7 @@ def prefix_attention(
         (`attention.mean`; magnitudes like yarn's belong to k_mean).
       frequencies: of that rotation, angle per position of each pair (i, i + H/2); not
         used without k_mean.
+      target: the device that the program is for; None: the default one.
 
     Raises:
       NotImplementedError: no named implementation takes these arguments; says which
@@ -104,13 +106,14 @@ def prefix_attention(
             f"k_mean with {missing}=None: it belongs to int8 keys with k_scale, and "
             f"needs the frequencies of their rotation."
         )
+    target = target or default_target()
     names = implementation
     if names is None:
-        names = best(q.shape[1], k.shape[-3], int8=k_scale is not None)
-    options = {"layer": layer, "queries": queries}
+        names = best(q.shape[1], k.shape[-3], target, int8=k_scale is not None)
+    options = {"layer": layer, "queries": queries, "target": target}
     options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
     int8: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
-    if k_mean is not None:
+    if k_mean is not None and frequencies is not None:
         int8["mean"] = mean_term(q, k_mean, frequencies, layer)
     refusals = []
     for name in (names,) if isinstance(names, str) else names:
@@ -131,19 +134,21 @@ def prefix_attention(
     raise NotImplementedError(f"implementation={names!r}: {'; '.join(refusals)}")
 
 
-def best(queries: int, slots: int, *, int8: bool = False) -> tuple[str, ...]:
+def best(
+    queries: int, slots: int, target: Target, *, int8: bool = False
+) -> tuple[str, ...]:
     """Lists the implementations to try for T queries over S slots, the best first.
 
     The last one always works.
 
-    For the device that is traced for (`device.target`): the mesh that is set or mapped
-    over, else the default device. A kernel must know its chip while it is traced, for
-    its block sizes, and Pallas asks the same mesh while lowering: what decides later,
-    like `lax.platform_dependent`, cannot name a chip that is not here. Each kernel has
-    that inside, around forward and backward apart, so that a program which is lowered
-    for another platform than it was traced for still runs.
+    The device is an argument, because a kernel must know its chip while it is traced,
+    for its block sizes: what decides later, like `lax.platform_dependent`, cannot name
+    a chip that is not here. Each kernel has that inside, around forward and backward
+    apart, so that a program which is lowered for another platform than it was traced
+    for still runs. (Pallas itself asks the mesh for the chip, while lowering: whoever
+    compiles for one that is not here sets its mesh, too.)
     """
-    platform, kind = target()
+    platform, kind = target
     names = {
         "gpu": ("decode_gpu", *library.preferred(kind, queries), "pallas_gpu"),
         "tpu": ("decode_tpu", "pallas_tpu"),

@@ -9,93 +9,95 @@ CPU has `blockwise_cpu`.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int
+
+from beacon_jax.attention.device import Target
+from beacon_jax.attention.shared import (
+    Layer,
+    Sums,
+    add_block,
+    attend,
+    first_slot,
+    no_sums,
+    read_block,
+    zero_invalid,
+)
 
 BLOCK = 512
-# Names of the residuals, for checkpoint policies that keep them.
-OUT, LSE = "attention_out", "attention_lse"
 
 
-def blockwise(q, k, v, prefix, *, scale, layer=None, queries=None, block=BLOCK):
-    """See `api.prefix_attention`."""
-    out: Any = _attend(scale, block, q, k, v, prefix, layer)
-    if queries is not None:
-        valid = jnp.arange(q.shape[1]) < queries[:, None]
-        out = jnp.where(valid[..., None, None], out, 0)
-    return out
+def blockwise(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
+    *,
+    scale: float,
+    layer: Layer = None,
+    queries: Int[Array, " B"] | None = None,
+    target: Target | None = None,
+    block: int = BLOCK,
+) -> Float[Array, "B T N H"]:
+    """Computes `api.prefix_attention` with so many keys per block."""
+    del target  # the same for all
+    passes = (functools.partial(f, scale, block) for f in (forward, backward))
+    out: Any = attend(*passes, q, k, v, prefix, layer)
+    return zero_invalid(out, queries)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale, block, q, k, v, prefix, layer):
-    return forward(scale, block, q, k, v, prefix, layer)[0]
-
-
-def _grouped(x, heads):
-    """[B, T, N, H] -> [B, T, K, G, H]"""
+def _grouped(x: Float[Array, "B T N H"], heads: int) -> Float[Array, "B T K G H"]:
     b, t, _, h = x.shape
     return x.reshape(b, t, heads, -1, h)
 
 
-def forward(scale, block, q, k, v, prefix, layer):
-    """Returns out [B, T, N, H] and the log of softmax's denominators [B, N, T]."""
+def forward(
+    scale: float,
+    block: int,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
+    layer: Layer,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Returns the result and the log of softmax's denominators."""
     b, t, n, h = q.shape
     heads, block = k.shape[-2], min(block, k.shape[-3])
     q = _grouped(q, heads)
 
-    def step(i, carry):
-        m, total, acc = carry
-        keys, values, scores = _block(scale, block, i, q, k, v, prefix, layer)
-        del keys
-        top = jnp.maximum(m, scores.max(-1))
-        p = jnp.exp(scores - top[..., None])
-        fade = jnp.exp(m - top)
-        part = jnp.einsum(
+    def step(i: Array, sums: Sums) -> Sums:
+        _, values, scores = _block(scale, block, i, q, k, v, prefix, layer)
+        weigh = lambda p: jnp.einsum(
             "BKGTS,BSKH->BKGTH",
             p.astype(values.dtype),
             values,
             preferred_element_type=jnp.float32,
         )
-        return top, total * fade + p.sum(-1), acc * fade[..., None] + part
+        return add_block(sums, scores, weigh)
 
-    shape = (b, heads, n // heads, t)
-    start = (
-        jnp.full(shape, -jnp.inf, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, h), jnp.float32),
-    )
     blocks = _blocks(block, t, prefix)
     # Key 0 is visible to every query, so that after block 0 no maximum is -inf.
-    m, total, acc = lax.fori_loop(0, blocks, step, start)
+    start = no_sums(b, heads, n // heads, t, h)
+    top, total, acc = lax.fori_loop(0, blocks, step, start)
     out = jnp.moveaxis(acc / total[..., None], 3, 1).reshape(b, t, n, h)
-    return out.astype(q.dtype), (m + jnp.log(total)).reshape(b, n, t)
+    return out.astype(q.dtype), (top + jnp.log(total)).reshape(b, n, t)
 
 
-def _attend_fwd(scale, block, q, k, v, prefix, layer):
-    out, lse = forward(scale, block, q, k, v, prefix, layer)
-    out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
-    return out, (q, k, v, prefix, layer, out, lse)
-
-
-def pull(scale, block, residuals, d_out, gradients=None):
-    """Returns cotangents of (q, k, v, prefix, layer); residuals: those and out, lse.
-    gradients: `backward` or what does the same."""
-    _, k, _, _, layer, *_ = residuals
-    find: Any = gradients or backward
-    d_q, d_k, d_v = find(scale, block, *residuals, d_out)
-    if layer is not None:
-        d_k, d_v = (jnp.zeros(k.shape, d.dtype).at[layer].set(d) for d in (d_k, d_v))
-    return d_q, d_k, d_v, None, None
-
-
-_attend.defvjp(_attend_fwd, pull)
-
-
-def backward(scale, block, q, k, v, prefix, layer, out, lse, d_out):
-    """Returns d_q [B, T, N, H] and, of the layer, d_k and d_v [B, S, K, H]."""
+def backward(
+    scale: float,
+    block: int,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
+    layer: Layer,
+    out: Float[Array, "B T N H"],
+    lse: Float[Array, "B N T"],
+    d_out: Float[Array, "B T N H"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Returns d_q and, of the layer, d_k and d_v."""
     b, t, n, h = q.shape
     heads, block = k.shape[-2], min(block, k.shape[-3])
     q, out, d_out = (_grouped(x, heads) for x in (q, out, d_out))
@@ -104,13 +106,13 @@ def backward(scale, block, q, k, v, prefix, layer, out, lse, d_out):
         "BTKGH,BTKGH->BKGT", d_out, out, preferred_element_type=jnp.float32
     )
 
-    def add(buffer, at, part):
+    def add(buffer: Array, at: Array, part: Array) -> Array:
         """Overlapping ends of two blocks: the second block's part is 0 there."""
         old = lax.dynamic_slice_in_dim(buffer, at, block, axis=1)
         new = old + _pin(part.astype(buffer.dtype))
         return lax.dynamic_update_slice_in_dim(buffer, new, at, axis=1)
 
-    def step(i, carry):
+    def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         d_q, d_k, d_v = carry
         keys, values, scores = _block(scale, block, i, q, k, v, prefix, layer)
         p = jnp.exp(scores - lse[..., None])
@@ -124,7 +126,7 @@ def backward(scale, block, q, k, v, prefix, layer, out, lse, d_out):
         sums = functools.partial(
             jnp.einsum, "BKGTS,BTKGH->BSKH", preferred_element_type=jnp.float32
         )
-        at = first_slot(block, i, k)
+        at = first_slot(block, i, k.shape[-3])
         d_k = add(d_k, at, sums(d_s, q))
         return d_q, d_k, add(d_v, at, sums(p.astype(d_out.dtype), d_out))
 
@@ -138,41 +140,47 @@ def backward(scale, block, q, k, v, prefix, layer, out, lse, d_out):
     return d_q.astype(q.dtype).reshape(b, t, n, h), d_k, d_v
 
 
-def _blocks(block, t, prefix):
-    """Blocks that hold a key which some row sees."""
+def _blocks(block: int, t: int, prefix: Int[Array, " B"]) -> Int[Array, ""]:
+    """Counts the blocks with a key that some row sees."""
     return (jnp.max(prefix) + t + block - 1) // block
 
 
-def _pin(block):
-    """The products want other layouts than [B, S', K, H]. Without this XLA gives them
-    to the whole buffer, of which it then holds several copies (11 GiB at 7B, 20K)."""
+def _pin(block: Array) -> Array:
+    """Keeps the layout of [B, S', K, H], of which the products want others.
+
+    Without this XLA gives them to the whole buffer, of which it then holds several
+    copies (11 GiB at 7B, 20K).
+    """
     return with_layout_constraint(block, Layout((0, 1, 2, 3)))
 
 
-def first_slot(block, i, k):
-    """The first slot that block i reads: the last block ends with the buffer."""
-    return jnp.minimum(i * block, k.shape[-3] - block)
+def _block(
+    scale: float,
+    block: int,
+    i: Int[Array, ""],
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
+    layer: Layer,
+) -> tuple[
+    Float[Array, "B block K H"],
+    Float[Array, "B block K H"],
+    Float[Array, "B K G T block"],
+]:
+    """Returns keys and values of block i, 0 where dead, and scores.
 
-
-def _block(scale, block, i, q, k, v, prefix, layer):
-    """Keys and values [B, S', K, H] of block i, 0 where dead, and scores
-    [B, K, G, T, S'], -inf where not visible or part of the block before."""
-    at = first_slot(block, i, k)
-
-    def rows(buffer):
-        if layer is None:
-            part = lax.dynamic_slice_in_dim(buffer, at, block, axis=1)
-        else:
-            sizes = (1, buffer.shape[1], block, *buffer.shape[3:])
-            part = lax.dynamic_slice(buffer, (layer, 0, at, 0, 0), sizes)[0]
-        return _pin(part)
-
+    These are -inf where not visible or part of the block before.
+    """
+    at = first_slot(block, i, k.shape[-3])
     t = q.shape[1]
     slot = at + jnp.arange(block)
     mine = slot >= i * block
     # Nothing dead is read: 0 * NaN would be NaN.
     live = (mine & (slot < (prefix + t)[:, None]))[..., None, None]
-    keys, values = jnp.where(live, rows(k), 0), jnp.where(live, rows(v), 0)
+    keys, values = (
+        jnp.where(live, _pin(read_block(x, layer, at, block)), 0) for x in (k, v)
+    )
     last = prefix[:, None] + jnp.arange(t)
     visible = mine & (slot <= last[:, :, None])  # [B, T, S']
     scores = scale * jnp.einsum(

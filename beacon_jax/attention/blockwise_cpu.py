@@ -21,13 +21,23 @@ Llama-2-7B's heads 2.51 and 1.25, Qwen2-7B's 2.75 and 0.95):
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
-from beacon_jax.attention import blockwise
-from beacon_jax.attention.decode import cpu_block, zero_invalid
+from beacon_jax.attention.decode import cpu_block
+from beacon_jax.attention.device import Target
+from beacon_jax.attention.shared import (
+    Layer,
+    Sums,
+    add_block,
+    attend,
+    first_slot,
+    masked_loops,
+    no_sums,
+    read_block,
+    zero_invalid,
+)
 
 # Scores of a block: ROWS x BLOCK x 4 bytes = 2 MiB, a core's second-level cache.
 ROWS, BLOCK = 4096, 128
@@ -40,9 +50,20 @@ FEW, NARROW = 32, 256
 
 
 def blockwise_cpu(
-    q, k, v, prefix, *, scale, layer=None, queries=None, rows=ROWS, block=None, few=FEW
-):
-    """See `api.prefix_attention`.
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
+    *,
+    scale: float,
+    layer: Layer = None,
+    queries: Int[Array, " B"] | None = None,
+    target: Target | None = None,
+    rows: int = ROWS,
+    block: int | None = None,
+    few: int = FEW,
+) -> Float[Array, "B T N H"]:
+    """Computes `api.prefix_attention` by tiles of queries.
 
     Args:
       rows: of all rows and heads, that a tile has about.
@@ -50,101 +71,117 @@ def blockwise_cpu(
         BACKWARD_BLOCK backward.
       few: rows of one text, up to which they are few.
     """
-    out: Any = _attend(scale, rows, block, few, q, k, v, prefix, layer)
+    del target  # blocks are a CPU's
+    there = functools.partial(forward, scale, rows, block, few)
+    back = functools.partial(backward, scale, rows, block or BACKWARD_BLOCK)
+    out: Any = attend(there, back, q, k, v, prefix, layer)
     return zero_invalid(out, queries)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _attend(scale, rows, block, few, q, k, v, prefix, layer):
-    return forward(scale, rows, block, few, q, k, v, prefix, layer)[0]
-
-
-def _attend_fwd(scale, rows, block, few, q, k, v, prefix, layer):
-    out, lse = forward(scale, rows, block, few, q, k, v, prefix, layer)
-    out = checkpoint_name(out, blockwise.OUT)
-    lse = checkpoint_name(lse, blockwise.LSE)
-    return out, (q, k, v, prefix, layer, out, lse)
-
-
-def _attend_bwd(scale, rows, block, few, residuals, d_out):
-    del few
-    gradients = functools.partial(backward, rows)
-    return blockwise.pull(scale, block or BACKWARD_BLOCK, residuals, d_out, gradients)
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def forward(scale, rows, block, few, q, k, v, prefix, layer):
-    """Returns out [B, T, N, H] and the log of softmax's denominators [B, N, T]."""
+def forward(
+    scale: float,
+    rows: int,
+    block: int | None,
+    few: int,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
+    layer: Layer,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Returns the result and the log of softmax's denominators."""
     b, t, n, h = q.shape
     heads = k.shape[-2]
-    attend = functools.partial(_tiles, scale, rows)
+    tiles = functools.partial(_tiles, scale, rows)
     if n * t > few:
-        return attend(block or BLOCK, heads, q, k, v, prefix, layer)
+        return tiles(block or BLOCK, heads, q, k, v, prefix, layer)
     block = block or cpu_block(k, k.dtype)
     if heads * h > NARROW:
-        return attend(block, heads, q, k, v, prefix, layer)
+        return tiles(block, heads, q, k, v, prefix, layer)
     wide = jnp.eye(heads, dtype=q.dtype)[:, None, :, None]  # [K, 1, K, 1]
     q = (q.reshape(b, t, heads, -1, 1, h) * wide).reshape(b, t, n, heads * h)
-    out, lse = attend(block, 1, q, k, v, prefix, layer)
+    out, lse = tiles(block, 1, q, k, v, prefix, layer)
     own = jnp.diagonal(out.reshape(b, t, heads, -1, heads, h), axis1=2, axis2=4)
     return jnp.moveaxis(own, -1, 2).reshape(b, t, n, h), lse
 
 
 def tile_length(rows: int, b: int, t: int, n: int) -> int:
-    """Queries of a tile: equal tiles of about `rows` rows of all B texts and N heads,
-    in whole vectors."""
+    """Counts the queries of a tile, in whole vectors.
+
+    Tiles are equal, and have about `rows` rows of all B texts and N heads.
+    """
     most = max(rows // (b * n), min(LEAST_TILE, rows))
     count = -(-t // most)
     return t if count == 1 else min(-(-t // (count * 16)) * 16, t)
 
 
-def _tiles(scale, rows, block, heads, q, k, v, prefix, layer):
-    """`forward`; heads: kv heads as the products are to see them, of q's width."""
+def _tiles(
+    scale: float,
+    rows: int,
+    block: int,
+    heads: int,
+    q: Float[Array, "B T N W"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
+    layer: Layer,
+) -> tuple[Float[Array, "B T N W"], Float[Array, "B N T"]]:
+    """Computes `forward`; heads: kv heads as the products see them, of q's width W."""
     b, t, n, _ = q.shape
     block = min(block, k.shape[-3])
     tile = tile_length(rows, b, t, n)
     count = -(-t // tile)
-    if q.dtype == jnp.float32:  # others would round
-        q, scale = q * scale, None
-    q = _split(q, count, tile, heads)
-    attend = functools.partial(_tile, scale, block, tile, t, k, v, prefix, layer)
+    # Other dtypes would round.
+    exact = q.dtype == jnp.float32
+    q = _split(q * scale if exact else q, count, tile, heads)
+    one = functools.partial(_tile, None if exact else scale, block, tile, t)
+    attend_tile = functools.partial(one, k, v, prefix, layer)
     if count == 1:
-        out, lse = (x[None] for x in attend(q[0], 0))
+        out, lse = (x[None] for x in attend_tile(q[0], 0))
     else:
         starts = tile * jnp.arange(count)
-        out, lse = lax.map(lambda x: attend(*x), (q, starts))
+        out, lse = lax.map(lambda x: attend_tile(*x), (q, starts))
     lse = lse.reshape(count, b, n, tile).transpose(1, 2, 0, 3)
     lse = lse.reshape(b, n, count * tile)[..., :t]
     return _join(out, t, n).astype(q.dtype), lse
 
 
-def _split(x, count, tile, heads):
-    """[B, T, N, H] -> tiles [count, B, K, G * tile, H]; 0 behind T."""
+def _split(
+    x: Float[Array, "B T N H"], count: int, tile: int, heads: int
+) -> Float[Array, "count B K R H"]:
+    """Splits queries into tiles of R = G * tile rows, with 0 behind T."""
     b, t, n, h = x.shape
     x = jnp.pad(x, ((0, 0), (0, count * tile - t), (0, 0), (0, 0)))
     x = x.reshape(b, count, tile, heads, n // heads, h)
     return x.transpose(1, 0, 3, 4, 2, 5).reshape(count, b, heads, -1, h)
 
 
-def _join(x, t, n):
-    """[count, B, K, G * tile, H] -> [B, T, N, H]"""
+def _join(x: Float[Array, "count B K R H"], t: int, n: int) -> Float[Array, "B T N H"]:
+    """Puts together what `_split` split."""
     count, b, _, _, h = x.shape
     x = x.reshape(count, b, n, -1, h).transpose(1, 0, 3, 2, 4)
     return x.reshape(b, -1, n, h)[:, :t]
 
 
-def _tile(scale, block, tile, t, k, v, prefix, layer, q, start):
-    """Of the queries from `start`, q [B, K, G * tile, H]: (out [B, K, G * tile, H],
-    lse [B, K, G * tile]) in float32."""
+def _tile(
+    scale: float | None,
+    block: int,
+    tile: int,
+    t: int,
+    k: Float[Array, "*L B S _ _"],
+    v: Float[Array, "*L B S _ _"],
+    prefix: Int[Array, " B"],
+    layer: Layer,
+    q: Float[Array, "B K R H"],
+    start: Int[Array, ""] | int,
+) -> tuple[Float[Array, "B K R H"], Float[Array, "B K R"]]:
+    """Returns the result and lse, in float32, of the R = G * tile rows from `start`."""
     b, heads, rows, h = q.shape
     first = prefix + start
     last = jnp.tile(first[:, None] + jnp.arange(tile), (1, rows // tile))
 
-    def step(masked, i, carry):
-        top, total, acc = carry
-        at = blockwise.first_slot(block, i, k)
+    def step(i: Array, sums: Sums, *, masked: bool) -> Sums:
+        at = first_slot(block, i, k.shape[-3])
         keys, values = (_rows(x, layer, at, block, heads) for x in (k, v))
         if masked:
             slot, mine, live = _slots(i, at, block, prefix + t)
@@ -155,29 +192,32 @@ def _tile(scale, block, tile, t, k, v, prefix, layer, q, start):
         if masked:
             visible = mine & (slot <= last[:, :, None])
             scores = jnp.where(visible[:, None], scores, -jnp.inf)
-        new = jnp.maximum(top, scores.max(-1))
-        p, fade = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
-        part = _product(p.astype(values.dtype), values, 2)
-        return new, total * fade + p.sum(-1), acc * fade[..., None] + part
+        weigh = lambda p: _product(p.astype(values.dtype), values, 2)
+        return add_block(sums, scores, weigh)
 
-    shape = (b, heads, rows)
-    carry = (
-        jnp.full(shape, -jnp.inf, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, h), jnp.float32),
-    )
     # Key 0 is visible to every query, so that after block 0 no maximum is -inf.
     whole = (jnp.min(first) + 1) // block
     end = jnp.minimum(jnp.max(first) + tile, jnp.max(prefix) + t)
-    carry = lax.fori_loop(0, whole, functools.partial(step, False), carry)
-    blocks = (end + block - 1) // block
-    carry = lax.fori_loop(whole, blocks, functools.partial(step, True), carry)
-    top, total, acc = carry
+    bounds = (0, whole, (end + block - 1) // block)
+    sums = masked_loops(step, no_sums(b, heads, rows, h), bounds, (False, True))
+    top, total, acc = sums
     return acc / total[..., None], top + jnp.log(total)
 
 
-def backward(rows, scale, block, q, k, v, prefix, layer, out, lse, d_out):
-    """Returns d_q [B, T, N, H] and, of the layer, d_k and d_v [B, S, K, H]."""
+def backward(
+    scale: float,
+    rows: int,
+    block: int,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
+    layer: Layer,
+    out: Float[Array, "B T N H"],
+    lse: Float[Array, "B N T"],
+    d_out: Float[Array, "B T N H"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Returns d_q and, of the layer, d_k and d_v."""
     b, t, n, _ = q.shape
     heads, block = k.shape[-2], min(block, k.shape[-3])
     tile = tile_length(rows, b, t, n)
@@ -190,7 +230,7 @@ def backward(rows, scale, block, q, k, v, prefix, layer, out, lse, d_out):
     tiles += tuple(split(x)[..., 0] for x in by_query)
     of_block = functools.partial(_block_gradients, scale, block, tile, t, tiles)
 
-    def step(i, carry):
+    def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         d_q, *d_kv = carry
         at, d_q, *parts = of_block(i, k, v, prefix, layer, d_q)
         return d_q, *(_add(x, at, part) for x, part in zip(d_kv, parts, strict=True))
@@ -206,17 +246,36 @@ def backward(rows, scale, block, q, k, v, prefix, layer, out, lse, d_out):
     return _join(d_q, t, n).astype(q.dtype), d_k, d_v
 
 
-def _block_gradients(scale, block, tile, t, tiles, i, k, v, prefix, layer, d_q):
-    """Of block i: its first slot, d_q of all tiles with its part, and its own d_k and
-    d_v [B, K, S', H] in float32."""
+def _block_gradients(
+    scale: float,
+    block: int,
+    tile: int,
+    t: int,
+    tiles: tuple[Array, ...],
+    i: Int[Array, ""],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
+    layer: Layer,
+    d_q: Float[Array, "count B K R H"],
+) -> tuple[
+    Int[Array, ""],
+    Float[Array, "count B K R H"],
+    Float[Array, "B K block H"],
+    Float[Array, "B K block H"],
+]:
+    """Returns block i's first slot, d_q with its part, and its own d_k and d_v.
+
+    tiles: `_split` q, d_out, lse and delta. Gradients are float32.
+    """
     heads, count = k.shape[-2], len(tiles[0])
-    at = blockwise.first_slot(block, i, k)
+    at = first_slot(block, i, k.shape[-3])
     keys, values = (_rows(x, layer, at, block, heads) for x in (k, v))
     slot, mine, live = _slots(i, at, block, prefix + t)
     keys, values = jnp.where(live, keys, 0), jnp.where(live, values, 0)
     offset = jnp.tile(jnp.arange(tile), tiles[0].shape[3] // tile)
 
-    def meet(masked, j, carry):
+    def meet(j: Array, carry: tuple[Array, ...], *, masked: bool) -> tuple[Array, ...]:
         d_q, d_k, d_v = carry
         q, d_out, lse, delta = (x[j] for x in tiles)
         scores = scale * _product(keys, q, 3)  # [B, K, S', G * tile]
@@ -237,39 +296,58 @@ def _block_gradients(scale, block, tile, t, tiles, i, k, v, prefix, layer, d_q):
     whole = -((jnp.min(prefix) + 1 - (i + 1) * block) // tile)
     whole = jnp.clip(whole, begin, count)
     none = jnp.zeros(keys.shape, jnp.float32)
-    carry = d_q, none, none
-    carry = lax.fori_loop(begin, whole, functools.partial(meet, True), carry)
-    return at, *lax.fori_loop(whole, count, functools.partial(meet, False), carry)
+    bounds = (begin, whole, count)
+    return at, *masked_loops(meet, (d_q, none, none), bounds, (True, False))
 
 
-def _add(buffer, at, part):
-    """part [B, K, S', H] to the slots at ...; where the last two blocks overlap, that
-    of the second is 0."""
+def _add(
+    buffer: Float[Array, "B S K H"],
+    at: Int[Array, ""],
+    part: Float[Array, "B K block H"],
+) -> Float[Array, "B S K H"]:
+    """Adds a block's part to the slots from `at` on.
+
+    Where the last two blocks overlap, that of the second is 0.
+    """
     part = part.swapaxes(1, 2).astype(buffer.dtype)
     old = lax.dynamic_slice_in_dim(buffer, at, part.shape[1], axis=1)
     return lax.dynamic_update_slice_in_dim(buffer, old + part, at, axis=1)
 
 
-def _product(a, b, contracted, of_a=3):
-    """a [B, K, R, X], or the transposed, and b [B, K, ...], of which one axis is X."""
+def _product(
+    a: Float[Array, "B K _ _"],
+    b: Float[Array, "B K _ _"],
+    contracted: int,
+    of_a: int = 3,
+) -> Float[Array, "B K _ _"]:
+    """Multiplies, in float32, and sums over axis `of_a` of a and `contracted` of b."""
     axes = (((of_a,), (contracted,)), ((0, 1), (0, 1)))
     return lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
-def _slots(i, at, block, ends):
-    """Slots [S'] of block i, which of them the block before did not have, and which of
-    those are live [B, 1, S', 1]: nothing dead is read, for 0 * NaN would be NaN."""
+def _slots(
+    i: Int[Array, ""], at: Int[Array, ""], block: int, ends: Int[Array, " B"]
+) -> tuple[Int[Array, " block"], Bool[Array, " block"], Bool[Array, "B 1 block 1"]]:
+    """Returns the slots of block i, which are not in the block before, and the live.
+
+    Nothing dead is read, for 0 * NaN would be NaN.
+    """
     slot = at + jnp.arange(block)
     mine = slot >= i * block
     return slot, mine, (mine & (slot < ends[:, None]))[:, None, :, None]
 
 
-def _rows(buffer, layer, at, block, heads):
-    """Slots at ... of one layer, [B, heads, block, K * H / heads]. Viewed so only here:
-    a buffer that is reshaped in front of a loop is copied (3x the time)."""
-    if layer is None:
-        part = lax.dynamic_slice_in_dim(buffer, at, block, axis=1)
-    else:
-        sizes = (1, buffer.shape[1], block, *buffer.shape[3:])
-        part = lax.dynamic_slice(buffer, (layer, 0, at, 0, 0), sizes)[0]
+def _rows(
+    buffer: Float[Array, "*L B S K H"],
+    layer: Layer,
+    at: Int[Array, ""],
+    block: int,
+    heads: int,
+) -> Float[Array, "B heads block _"]:
+    """Reads slots of one layer, with K * H / heads numbers for each of the heads.
+
+    Viewed so only here: a buffer that is reshaped in front of a loop is copied (3x the
+    time).
+    """
+    part = read_block(buffer, layer, at, block)
     return part.reshape(*part.shape[:2], heads, -1).swapaxes(1, 2)

@@ -15,16 +15,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int, Num
 
-from beacon_jax.attention.device import target
+from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.mean import MeanTerm, cos_sin_table
+from beacon_jax.attention.shared import (
+    Layer,
+    Shaped,
+    Sums,
+    add_block,
+    first_slot,
+    no_sums,
+    read_block,
+    stacked,
+    zero_invalid,
+)
 
 BLOCK = 512
 # On a CPU a block's floats stay in the cache: at most so many bytes, but LEAST slots.
 CPU_BYTES, LEAST = 2**23, 64
 
 
-def check_scales(k, v, k_scale, v_scale):
+def check_scales(
+    k: Array, v: Array, k_scale: Array | None, v_scale: Array | None
+) -> None:
     """Raises ValueError if the scales do not belong to the buffers."""
     for name, buffer, scale in (("k", k, k_scale), ("v", v, v_scale)):
         if (buffer.dtype == jnp.int8) != (scale is not None):
@@ -43,8 +57,10 @@ def check_scales(k, v, k_scale, v_scale):
             )
 
 
-def cpu_block(k, dtype) -> int:
-    """Slots that few queries read at once on a CPU, of k [.., B, S, K, H] as dtype.
+def cpu_block(k: Shaped, dtype: Any) -> int:
+    """Counts the slots that few queries read at once on a CPU.
+
+    Of k [*L, B, S, K, H], as numbers of this dtype.
 
     Eight rows of Llama-2-7B's heads on 4,096 slots of int8, with the keys' mean, take
     163 ms by blocks of 512 (64 MiB as floats), 74 by blocks of 64, on two AVX2 cores.
@@ -54,23 +70,17 @@ def cpu_block(k, dtype) -> int:
     return min(max(CPU_BYTES // slot, LEAST), BLOCK)
 
 
-def zero_invalid(out, queries):
-    """Returns out [B, T, N, H] with 0 behind each row's valid queries."""
-    if queries is None:
-        return out
-    valid = jnp.arange(out.shape[1]) < queries[:, None]
-    return jnp.where(valid[..., None, None], out, 0)
-
-
-def combine(parts, lse):
+def combine(
+    parts: Float[Array, "*X Z R H"], lse: Float[Array, "*X Z R"]
+) -> Float[Array, "*X R H"]:
     """Combines attention over disjoint parts of the slots to that over all.
 
     Args:
-      parts: float32 [..., Z, R, H], each with its own softmax; anything where empty.
-      lse: [..., Z, R] log of each softmax's denominator, -inf where empty.
+      parts: Z of them in float32, each with its own softmax; anything where empty.
+      lse: log of each softmax's denominator, -inf where empty.
 
     Returns:
-      [..., R, H]; 0 where every part is empty.
+      float32; 0 where every part is empty.
     """
     top = lse.max(-2, keepdims=True)
     weight = jnp.where(lse == -jnp.inf, 0, jnp.exp(lse - top))
@@ -80,20 +90,21 @@ def combine(parts, lse):
 
 
 def decode_xla(
-    q,
-    k,
-    v,
-    prefix,
+    q: Float[Array, "B T N H"],
+    k: Num[Array, "*L B S K H"],
+    v: Num[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
     *,
-    scale,
-    layer=None,
-    queries=None,
-    k_scale: Any = None,
-    v_scale: Any = None,
+    scale: float,
+    layer: Layer = None,
+    queries: Int[Array, " B"] | None = None,
+    k_scale: Float[Array, "*_L _B _K _S"] | None = None,
+    v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     mean: MeanTerm | None = None,
-    block=None,
-):
-    """See `api.prefix_attention`: over int8 memory, wherever no kernel runs.
+    target: Target | None = None,
+    block: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Computes `api.prefix_attention` over int8 memory, wherever no kernel runs.
 
     By blocks of slots up to the longest row's last; None: BLOCK, or `cpu_block` on a
     CPU. Forward only.
@@ -104,17 +115,27 @@ def decode_xla(
     if k_scale is None:
         raise NotImplementedError("k_scale=None: this is for int8 memory.")
     check_scales(k, v, k_scale, v_scale)
-    if layer is None:
-        k, v, k_scale, v_scale = (x[None] for x in (k, v, k_scale, v_scale))
-        layer = 0
+    layer, k, v, k_scale, v_scale = stacked(layer, k, v, k_scale, v_scale)
     if block is None:
-        block = cpu_block(k, q.dtype) if target().platform == "cpu" else BLOCK
+        platform = (target or default_target()).platform
+        block = cpu_block(k, q.dtype) if platform == "cpu" else BLOCK
     out: Any = _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale, mean)
     return zero_invalid(out, queries)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale, mean):
+def _int8(
+    scale: float,
+    block: int,
+    q: Float[Array, "B T N H"],
+    k: Int[Array, "L B S K H"],
+    v: Int[Array, "L B S K H"],
+    prefix: Int[Array, " B"],
+    layer: Int[Array, ""],
+    k_scale: Float[Array, "L B K S"],
+    v_scale: Float[Array, "L B K S"],
+    mean: MeanTerm | None,
+) -> Float[Array, "B T N H"]:
     b, t, n, h = q.shape
     s, heads = k.shape[2:4]
     block = min(block, s)
@@ -122,7 +143,7 @@ def _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale, mean):
     last = prefix[:, None] + jnp.arange(t)
     table = None if mean is None else cos_sin_table(mean.turns, jnp.arange(block))
 
-    def mean_scores(at):
+    def mean_scores(at: Array) -> Array | float:
         if mean is None:
             return 0.0
         return jnp.einsum(
@@ -132,18 +153,14 @@ def _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale, mean):
             precision=lax.Precision.HIGHEST,
         )
 
-    def step(i, carry):
-        top, total, acc = carry
-        at = jnp.minimum(i * block, s - block)
+    def step(i: Array, sums: Sums) -> Sums:
+        at = first_slot(block, i, s)
         slot = at + jnp.arange(block)
         mine = slot >= i * block  # the last block ends with the buffer and may overlap
         visible = (mine & (slot <= last[:, :, None]))[:, None, None]
+        rows = lambda x: read_block(x, layer, at, block).astype(q.dtype)
 
-        def rows(x):
-            x = lax.dynamic_slice(x, (layer, 0, at, 0, 0), (1, b, block, heads, h))[0]
-            return x.astype(q.dtype)
-
-        def scales(x):
+        def scales(x: Array) -> Array:
             x = lax.dynamic_slice(x, (layer, 0, 0, at), (1, b, heads, block))[0]
             live = mine & (slot < (prefix + t)[:, None])
             return jnp.where(live[:, None], x, 0)[:, :, None, None]
@@ -153,28 +170,21 @@ def _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale, mean):
         )
         scores = scores * scales(k_scale) + mean_scores(at)
         scores = jnp.where(visible, scores * scale, -jnp.inf)
-        new = jnp.maximum(top, scores.max(-1))
-        p, fade = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
-        part = jnp.einsum(
+        weigh = lambda p: jnp.einsum(
             "BKGTS,BSKH->BKGTH",
             (p * scales(v_scale)).astype(q.dtype),
             rows(v),
             preferred_element_type=jnp.float32,
         )
-        return new, total * fade + p.sum(-1), acc * fade[..., None] + part
+        return add_block(sums, scores, weigh)
 
-    shape = (b, heads, n // heads, t)
-    start = (
-        jnp.full(shape, -jnp.inf),
-        jnp.zeros(shape),
-        jnp.zeros((*shape, h), jnp.float32),
-    )
     blocks = (jnp.max(prefix) + t + block - 1) // block
+    start = no_sums(b, heads, n // heads, t, h)
     _, total, acc = lax.fori_loop(0, blocks, step, start)
     out = jnp.moveaxis(acc / total[..., None], 3, 1)
     return out.reshape(b, t, n, h).astype(q.dtype)
 
 
 @_int8.defjvp
-def _(*_):
+def _(*_: Any) -> tuple[Any, Any]:
     raise NotImplementedError("k_scale: attention over int8 memory has no gradient.")

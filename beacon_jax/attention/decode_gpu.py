@@ -8,6 +8,7 @@ head's group share a program, as rows r = t * G + g.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,23 +16,34 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int, Num
 
 from beacon_jax.attention import blockwise
-from beacon_jax.attention.decode import (
-    check_scales,
-    combine,
-    decode_xla,
-    zero_invalid,
-)
-from beacon_jax.attention.device import check_triton
+from beacon_jax.attention.decode import check_scales, combine, decode_xla
+from beacon_jax.attention.device import Target, check_triton, default_target
 from beacon_jax.attention.mean import MeanTerm, kernel_tables, product, quarter
 from beacon_jax.attention.pallas_gpu import (
     DTYPES,
     LOG2E,
+    check_scale,
     dot,
     load,
     padded,
     pallas_gpu,
+)
+from beacon_jax.attention.shared import (
+    Count,
+    Layer,
+    Shaped,
+    Sums,
+    attend_by,
+    check_dtypes,
+    lowered,
+    masked_loops,
+    no_sums,
+    row_lengths,
+    stacked,
+    zero_invalid,
 )
 
 MOST_QUERIES = 128
@@ -40,11 +52,17 @@ MOST_QUERIES = 128
 PROGRAMS = 512
 
 
-class Plan(NamedTuple):
+class DecodeSchedule(NamedTuple):
     """The static numbers of one call of the kernel.
 
-    rows: of queries per program, a power of two >= 16.  keys: slots per step.
-    splits: programs that share one row's slots.
+    Attributes:
+      scale: of the scores.
+      group: query heads per kv head, G.
+      rows: of queries per program, a power of two >= 16.
+      keys: slots per step.
+      splits: programs that share one row's slots.
+      interpret: run the kernel in plain jax.
+      target: what the gradient is for.
     """
 
     scale: float
@@ -52,12 +70,24 @@ class Plan(NamedTuple):
     rows: int
     keys: int
     splits: int
-    interpret: bool
+    interpret: bool = False
+    target: Target | None = None
 
 
-def make_plan(
-    q, k, scale, *, splits=None, keys=None, mean=False, interpret=False
-) -> Plan:
+def make_schedule(
+    q: Shaped,
+    k: Shaped,
+    scale: float,
+    *,
+    splits: int | None = None,
+    keys: int | None = None,
+    mean: bool = False,
+    **fields: Any,
+) -> DecodeSchedule:
+    """Makes the schedule of q [B, T, N, H] and k [*L, B, S, K, H].
+
+    mean: the keys lack one. fields: interpret and target.
+    """
     b, t, n, h = q.shape
     s, heads = k.shape[-3:-1]
     group = n // heads
@@ -68,50 +98,59 @@ def make_plan(
     keys = keys or max(32, (32 if mean else 64) * 128 // max(wide, 128))
     programs = b * heads * pl.cdiv(t * group, rows)
     splits = splits or min(pl.cdiv(PROGRAMS, programs), pl.cdiv(s, keys))
-    return Plan(float(scale), group, rows, keys, splits, interpret)
+    return DecodeSchedule(float(scale), group, rows, keys, splits, **fields)
 
 
-def split_blocks(plan: Plan, prefix, valid, i, z):
-    """Blocks of keys that split z of block i of queries visits in a row:
-    (first, full, end). Every query sees all of those before `full`. Ints or arrays.
+def split_blocks(
+    schedule: DecodeSchedule, prefix: Count, valid: Count, i: Count, z: Count
+) -> tuple[Count, Count, Count]:
+    """Returns (first, full, end) of the blocks of keys that a split of a row visits.
+
+    Of split z of block i of queries; every query sees all of those before `full`.
     """
-    start, valid_rows = i * plan.rows, valid * plan.group
-    last = jnp.minimum(start + plan.rows, valid_rows) - 1
-    most = lax.div(prefix + lax.div(jnp.maximum(last, 0), plan.group), plan.keys) + 1
+    start, valid_rows = i * schedule.rows, valid * schedule.group
+    last = jnp.minimum(start + schedule.rows, valid_rows) - 1
+    most = (
+        lax.div(prefix + lax.div(jnp.maximum(last, 0), schedule.group), schedule.keys)
+        + 1
+    )
     most = jnp.where(start < valid_rows, most, 0)
-    share = lax.div(most + plan.splits - 1, plan.splits)
+    share = lax.div(most + schedule.splits - 1, schedule.splits)
     first, end = (jnp.minimum(x * share, most) for x in (z, z + 1))
-    full = lax.div(prefix + lax.div(start, plan.group) + 1, plan.keys)
+    full = lax.div(prefix + lax.div(start, schedule.group) + 1, schedule.keys)
     return first, jnp.clip(full, first, end), end
 
 
-def visited_blocks(plan: Plan, prefix, valid, t):
-    """Blocks of keys read per row and kv head, int [B]: the kernel's own schedule."""
+def visited_blocks(
+    schedule: DecodeSchedule, prefix: Count, valid: Count, t: int
+) -> Count:
+    """Counts the blocks of keys read per row and kv head, int [B], for T queries."""
     count = 0
-    for i in range(pl.cdiv(t * plan.group, plan.rows)):
-        for z in range(plan.splits):
-            first, _, end = split_blocks(plan, prefix, valid, i, z)
+    for i in range(pl.cdiv(t * schedule.group, schedule.rows)):
+        for z in range(schedule.splits):
+            first, _, end = split_blocks(schedule, prefix, valid, i, z)
             count += end - first
     return count
 
 
 def decode_gpu(
-    q,
-    k,
-    v,
-    prefix,
+    q: Float[Array, "B T N H"],
+    k: Num[Array, "*L B S K H"],
+    v: Num[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
     *,
-    scale,
-    layer=None,
-    queries=None,
-    k_scale=None,
-    v_scale=None,
+    scale: float,
+    layer: Layer = None,
+    queries: Int[Array, " B"] | None = None,
+    k_scale: Float[Array, "*_L _B _K _S"] | None = None,
+    v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     mean: MeanTerm | None = None,
+    target: Target | None = None,
     splits: int | None = None,
     keys: int | None = None,
     interpret: bool = False,
-):
-    """See `api.prefix_attention`. Its gradient is `pallas_gpu`'s.
+) -> Float[Array, "B T N H"]:
+    """Computes `api.prefix_attention` of few queries; its gradient is `pallas_gpu`'s.
 
     splits, keys: programs per row and slots per step, other than the measured ones.
     interpret: run the kernel in plain jax, on any platform. Otherwise a program that is
@@ -122,85 +161,97 @@ def decode_gpu(
         float32, bfloat16 and float16 for all, int8 k and v apart; scale <= 0; a GPU
         that Triton does not know.
     """
+    target = target or default_target()
     if not interpret:
-        check_triton()
+        check_triton(target)
     check_scales(k, v, k_scale, v_scale)
     t = q.shape[1]
     if t > MOST_QUERIES:
         raise NotImplementedError(f"q has {t} queries: at most {MOST_QUERIES}.")
-    kept = {q.dtype} if k_scale is not None else {q.dtype, k.dtype, v.dtype}
-    if len(kept) > 1 or q.dtype not in DTYPES:
-        raise NotImplementedError(
-            f"q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}: one floating dtype of "
-            f"at most 32 bits for all, or int8 k and v with scales."
-        )
-    if not scale > 0:
-        raise NotImplementedError(f"scale={scale}: must be greater than 0.")
+    taken = "one floating dtype of at most 32 bits for all, or int8 k and v with scales"
+    check_dtypes(q, k, v, k_scale is not None, DTYPES, taken)
+    check_scale(scale)
     sizes = {"splits": splits, "keys": keys, "mean": mean is not None}
-    plan = make_plan(q, k, scale, **sizes, interpret=interpret)
-    valid = jnp.full(prefix.shape, t) if queries is None else jnp.minimum(queries, t)
-    lengths = jnp.stack([prefix, valid], -1).astype(jnp.int32)
-    if layer is None:
-        k, v, k_scale, v_scale = jax.tree.map(
-            lambda x: x[None], (k, v, k_scale, v_scale)
-        )
-    layer = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
-    if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32 and k.shape[0] > 1:
+    schedule = make_schedule(q, k, scale, **sizes, interpret=interpret, target=target)
+    lengths = row_lengths(prefix, queries, t, -1)
+    at, *buffers = stacked(layer, k, v, k_scale, v_scale)
+    if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32 and len(buffers[0]) > 1:
         # Pallas counts offsets in 32 bits up to 4 GiB, which Triton takes for signed:
         # beyond 2 GiB they point in front of the buffer. (Offsets of two-byte numbers
         # stay below 2**31 there, larger buffers are counted in 64 bits.)
         one = functools.partial(lax.dynamic_slice_in_dim, slice_size=1)
-        k, v, k_scale, v_scale = (one(x, layer[0]) for x in (k, v, k_scale, v_scale))
-        layer = jnp.zeros_like(layer)
-    out: Any = _decode(plan, q, k, v, lengths, layer, k_scale, v_scale, mean)
+        buffers = [one(x, at) for x in buffers]
+        at = jnp.zeros_like(at)
+    scales = () if k_scale is None else (*buffers[2:], mean)
+    value, gradient = (functools.partial(f, schedule) for f in (_decode, _prefill))
+    out: Any = attend_by(value, gradient, q, *buffers[:2], lengths, at, *scales)
     return zero_invalid(out, queries)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(plan, q, k, v, lengths, layer, k_scale, v_scale, mean):
-    scales = () if k_scale is None else (k_scale, v_scale, mean)
-    kernel = functools.partial(forward, plan)
-    args = (q, k, v, lengths, layer, *scales)
-    if plan.interpret:
-        return kernel(*args)
+def _decode(schedule: DecodeSchedule, *given: Any) -> Float[Array, "B T N H"]:
+    """Attends: (q, k, v, lengths, layer), with (k_scale, v_scale, mean) if int8."""
 
-    def elsewhere(q, k, v, lengths, layer, *scales):
-        prefix, block = lengths[:, 0], blockwise.BLOCK
+    def elsewhere(
+        q: Array, k: Array, v: Array, lengths: Array, layer: Array, *scales: Any
+    ) -> Array:
+        prefix, size = lengths[:, 0], (schedule.scale, blockwise.BLOCK)
         if not scales:
-            return blockwise.forward(plan.scale, block, q, k, v, prefix, layer[0])[0]
-        options = dict(zip(("k_scale", "v_scale", "mean"), scales, strict=True))
-        return decode_xla(q, k, v, prefix, scale=plan.scale, layer=layer[0], **options)
+            return blockwise.forward(*size, q, k, v, prefix, layer)[0]
+        options: dict[str, Any] = dict(
+            zip(("k_scale", "v_scale", "mean"), scales, strict=True)
+        )
+        options |= {"scale": schedule.scale, "target": schedule.target}
+        return decode_xla(q, k, v, prefix, layer=layer, **options)
 
-    return lax.platform_dependent(*args, cuda=kernel, default=elsewhere)
+    kernel = functools.partial(forward, schedule)
+    return lowered("cuda", schedule.interpret, kernel, elsewhere, *given)
 
 
-def _decode_fwd(plan, q, k, v, lengths, layer, k_scale, v_scale, mean):
-    del mean
-    if k_scale is not None:
+def _prefill(
+    schedule: DecodeSchedule,
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array,
+    layer: Array,
+    *scales: Any,
+) -> Float[Array, "B T N H"]:
+    """Attends by the kernels of `pallas_gpu`, which have a gradient."""
+    if scales:
         raise NotImplementedError(
             "k_scale: attention over int8 memory has no gradient."
         )
     prefix, queries = lengths[:, 0], lengths[:, 1]
-    options = {"scale": plan.scale, "layer": layer[0], "interpret": plan.interpret}
-    attend = lambda q, k, v: pallas_gpu(q, k, v, prefix, queries=queries, **options)
-    return jax.vjp(attend, q, k, v)
+    return pallas_gpu(
+        q,
+        k,
+        v,
+        prefix,
+        scale=schedule.scale,
+        layer=layer,
+        queries=queries,
+        target=schedule.target,
+        interpret=schedule.interpret,
+    )
 
 
-def _decode_bwd(plan, pull, d_out):
-    del plan
-    return (*pull(d_out), None, None, None, None, None)
-
-
-_decode.defvjp(_decode_fwd, _decode_bwd)
-
-
-def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None, mean=None):
-    """Runs the kernel: q [B, T, N, H], k, v [L, B, S, K, H] -> out like q."""
+def forward(
+    schedule: DecodeSchedule,
+    q: Float[Array, "B T N H"],
+    k: Num[Array, "L B S K H"],
+    v: Num[Array, "L B S K H"],
+    lengths: Int[Array, "B 2"],
+    layer: Int[Array, ""],
+    k_scale: Float[Array, "L B K S"] | None = None,
+    v_scale: Float[Array, "L B K S"] | None = None,
+    mean: MeanTerm | None = None,
+) -> Float[Array, "B T N H"]:
+    """Runs the kernel and combines what the splits of a row found."""
     b, t, n, h = q.shape
     layers, _, s, heads, _ = k.shape
-    group, count = plan.group, pl.cdiv(t * plan.group, plan.rows)
+    group, count = schedule.group, pl.cdiv(t * schedule.group, schedule.rows)
 
-    def by_head(x):
+    def by_head(x: Float[Array, "B T N H"]) -> Float[Array, "B K R H"]:
         x = jnp.moveaxis(x.reshape(b, t, heads, group, h), 1, 2)
         return x.reshape(b, heads, t * group, h)
 
@@ -215,15 +266,15 @@ def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None, mea
     scale_spec = pl.BlockSpec((layers, None, None, s), lambda z, i, n, b: (0, b, n, 0))
     means, mean_specs = [], []
     if mean is not None:
-        starts, table = kernel_tables(mean.turns, s, plan.keys, q.dtype)
+        starts, table = kernel_tables(mean.turns, s, schedule.keys, q.dtype)
         means = [by_head(mean.query), by_head(quarter(mean.query)), starts, table]
         whole = lambda x: pl.BlockSpec((*x.shape[:-1], width), lambda *_: (0, 0, 0))
-        mean_specs = [at(plan.rows, width)] * 2 + [whole(starts), whole(table)]
+        mean_specs = [at(schedule.rows, width)] * 2 + [whole(starts), whole(table)]
     parts, lse = pl.pallas_call(
-        functools.partial(_kernel, plan, t * group, h, bool(scales), bool(means)),
-        grid=(plan.splits, count, heads, b),
+        functools.partial(_kernel, schedule, t * group, h, bool(scales), bool(means)),
+        grid=(schedule.splits, count, heads, b),
         in_specs=[
-            at(plan.rows, width),
+            at(schedule.rows, width),
             k_spec,
             k_spec,
             *[scale_spec] * len(scales),
@@ -233,32 +284,38 @@ def forward(plan: Plan, q, k, v, lengths, layer, k_scale=None, v_scale=None, mea
         ],
         out_specs=[
             pl.BlockSpec(
-                (None, None, None, plan.rows, width), lambda z, i, n, b: (b, n, z, i, 0)
+                (None, None, None, schedule.rows, width),
+                lambda z, i, n, b: (b, n, z, i, 0),
             ),
             pl.BlockSpec(
-                (None, None, None, plan.rows), lambda z, i, n, b: (b, n, z, i)
+                (None, None, None, schedule.rows), lambda z, i, n, b: (b, n, z, i)
             ),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((b, heads, plan.splits, t * group, h), jnp.float32),
-            jax.ShapeDtypeStruct((b, heads, plan.splits, t * group), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (b, heads, schedule.splits, t * group, h), jnp.float32
+            ),
+            jax.ShapeDtypeStruct((b, heads, schedule.splits, t * group), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
-        interpret=plan.interpret,
+        interpret=schedule.interpret,
         name="prefix_attention_decode",
-    )(by_head(q), k, v, *scales, *means, lengths, layer)
+    )(by_head(q), k, v, *scales, *means, lengths, layer.reshape(1))
     out = combine(parts, lse).reshape(b, heads, t, group, h)
     return jnp.moveaxis(out, 2, 1).reshape(b, t, n, h).astype(q.dtype)
 
 
-def _mean_scores(plan, row, r, h, query_ref, quarter_ref, starts_ref, table_ref):
-    """Function of block j: float32 [rows, keys]."""
-    some = None if r % plan.rows == 0 else row < r
+def _mean_scores(
+    schedule: DecodeSchedule, row: Array, r: int, h: int, *mean_refs: Any
+) -> Callable[[Array], Array]:
+    """Returns the scores of the mean as a function of block j, float32 [rows, keys]."""
+    query_ref, quarter_ref, starts_ref, table_ref = mean_refs
+    some = None if r % schedule.rows == 0 else row < r
     query, quarter = (load(x, h, some) for x in (query_ref, quarter_ref))
     parts = map(jnp.int32, range(table_ref.shape[0]))
     table = [load(table_ref.at[i], h) for i in parts]
 
-    def scores(j):
+    def scores(j: Array) -> Float[Array, "rows keys"]:
         cos, sin = (load(starts_ref.at[j, pl.ds(i, 1)], h) for i in (0, 1))
         here = query * cos + quarter * sin
         return product(functools.partial(dot, trans_b=True), here, table)
@@ -266,24 +323,25 @@ def _mean_scores(plan, row, r, h, query_ref, quarter_ref, starts_ref, table_ref)
     return scores
 
 
-def _kernel(plan, r, h, scaled, with_mean, q_ref, k_ref, v_ref, *refs):
-    k_scale, v_scale, *refs = refs if scaled else (None, None, *refs)
-    mean_refs, refs = (refs[:4], refs[4:]) if with_mean else ((), refs)
-    length_ref, layer_ref, out_ref, lse_ref = refs
+def _kernel(
+    schedule: DecodeSchedule, r: int, h: int, scaled: bool, with_mean: bool, *refs: Any
+) -> None:
+    q_ref, k_ref, v_ref, *more, length_ref, layer_ref, out_ref, lse_ref = refs
+    k_scale, v_scale, *mean_refs = more if scaled else (None, None)
     z, i = pl.program_id(0), pl.program_id(1)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
-    row = i * plan.rows + jnp.arange(plan.rows)
-    q = load(q_ref, h, None if r % plan.rows == 0 else row < r)
-    factor = plan.scale * LOG2E
-    mean = _mean_scores(plan, row, r, h, *mean_refs) if with_mean else None
+    row = i * schedule.rows + jnp.arange(schedule.rows)
+    q = load(q_ref, h, None if r % schedule.rows == 0 else row < r)
+    factor = schedule.scale * LOG2E
+    mean = _mean_scores(schedule, row, r, h, *mean_refs) if with_mean else None
 
-    def step(j, carry, *, masked):
-        top, total, acc = carry
-        slot = j * plan.keys + jnp.arange(plan.keys)
+    def step(j: Array, sums: Sums, *, masked: bool) -> Sums:
+        top, total, acc = sums
+        slot = j * schedule.keys + jnp.arange(schedule.keys)
         live = slot < prefix + valid if masked else None
-        here = pl.ds(j * plan.keys, plan.keys)
+        here = pl.ds(j * schedule.keys, schedule.keys)
 
-        def scales(ref):
+        def scales(ref: Any) -> Array:
             ref = ref.at[layer, here]
             if live is None:
                 return plt.load(ref)
@@ -298,7 +356,7 @@ def _kernel(plan, r, h, scaled, with_mean, q_ref, k_ref, v_ref, *refs):
             scores = scores + mean(j) * factor
         if masked:
             # slot <= prefix + r // G without a division
-            behind = (slot - prefix) * plan.group
+            behind = (slot - prefix) * schedule.group
             scores = jnp.where(behind[None, :] <= row[:, None], scores, -jnp.inf)
         new = jnp.maximum(top, scores.max(-1))
         # A split may hold nothing that an early query sees: no -inf - -inf.
@@ -309,15 +367,9 @@ def _kernel(plan, r, h, scaled, with_mean, q_ref, k_ref, v_ref, *refs):
             p = p * scales(v_scale)[None, :]
         return new, total, acc * fade[:, None] + dot(p.astype(values.dtype), values)
 
-    start = (
-        jnp.full(plan.rows, -jnp.inf, jnp.float32),
-        jnp.zeros(plan.rows, jnp.float32),
-        jnp.zeros((plan.rows, q_ref.shape[-1]), jnp.float32),
-    )
-    first, full, end = split_blocks(plan, prefix, valid, i, z)
-    carry = lax.fori_loop(first, full, functools.partial(step, masked=False), start)
-    carry = lax.fori_loop(full, end, functools.partial(step, masked=True), carry)
-    top, total, acc = carry
+    start = no_sums(schedule.rows, q_ref.shape[-1])
+    bounds = split_blocks(schedule, prefix, valid, i, z)
+    top, total, acc = masked_loops(step, start, bounds, (False, True))
     some = total > 0
     out = acc / jnp.where(some, total, 1.0)[:, None]
     columns = jnp.arange(q_ref.shape[-1]) < h

@@ -17,15 +17,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from beacon_jax.attention import blockwise
 from beacon_jax.attention import pallas_tpu as prefill
-from beacon_jax.attention.decode import zero_invalid
+from beacon_jax.attention.decode import check_scales
+from beacon_jax.attention.device import Target, default_target
+from beacon_jax.attention.mean import MeanTerm
+from beacon_jax.attention.shared import (
+    Layer,
+    Shaped,
+    attend_by,
+    check_dtypes,
+    lowered,
+    row_lengths,
+    stacked,
+    zero_invalid,
+)
 from beacon_jax.attention.tpu_blocks import (
     LANES,
     SUBLANES,
-    Blocks,
-    Plan,
+    TpuBlocks,
+    TpuSchedule,
     chip_blocks,
     heads_per_block,
 )
@@ -37,10 +50,18 @@ MOST_ROWS = 128
 UNROLLED = 2048
 
 
-def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False):
-    """Makes a `pallas_tpu.Plan` whose rows R are a power of two.
+def make_schedule(
+    q: Shaped,
+    k: Shaped,
+    scale: float,
+    blocks: TpuBlocks,
+    interpret: Any = False,
+    target: Target | None = None,
+) -> TpuSchedule:
+    """Makes a schedule whose rows R are a power of two.
 
-    A block has heads * R rows."""
+    Of q [B, T, N, H] and k [*L, B, S, K, H]. A block has heads * R rows.
+    """
     t, n, h = q.shape[1:]
     s, kv = k.shape[-3:-1]
     heads = heads_per_block(k)
@@ -48,7 +69,7 @@ def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False):
     rows = max(pl.next_power_of_2(t * (n // kv)), pl.cdiv(SUBLANES, heads))
     keys = min(2 * blocks.keys // (heads * width), pl.cdiv(s, 128) * 128)
     chunk = min(keys, max(1, UNROLLED // (heads * width)))
-    return Plan(
+    return TpuSchedule(
         scale=scale,
         heads=heads,
         group=n // kv,
@@ -58,25 +79,29 @@ def make_plan(q, k, scale, blocks: Blocks, interpret: Any = False):
         chunk=chunk,
         vmem=blocks.vmem,
         interpret=interpret,
+        target=target,
     )
 
 
 def decode_tpu(
-    q,
-    k,
-    v,
-    prefix,
+    q: Float[Array, "B T N H"],
+    k: Num[Array, "*L B S K H"],
+    v: Num[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
     *,
-    scale,
-    layer=None,
-    queries=None,
-    k_scale=None,
-    v_scale=None,
-    mean=None,
-    blocks: Blocks | None = None,
+    scale: float,
+    layer: Layer = None,
+    queries: Int[Array, " B"] | None = None,
+    k_scale: Float[Array, "*_L _B _K _S"] | None = None,
+    v_scale: Float[Array, "*_L _B _K _S"] | None = None,
+    mean: MeanTerm | None = None,
+    target: Target | None = None,
+    blocks: TpuBlocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
-):
-    """See `api.prefix_attention` and `pallas_tpu`, whose gradient this has.
+) -> Float[Array, "B T N H"]:
+    """Computes `api.prefix_attention` of few queries; its gradient is `pallas_tpu`'s.
+
+    blocks, interpret: as there.
 
     Raises:
       NotImplementedError: more than 128 rows of queries meet a block of heads; a number
@@ -86,117 +111,138 @@ def decode_tpu(
     del mean  # which comes with k_scale only
     if k_scale is not None:
         raise NotImplementedError("k_scale: int8 memory is for `pallas_tpu`.")
-    prefill.check_dtypes(q, k, v, k_scale, v_scale)
-    plan = make_plan(q, k, scale, blocks or chip_blocks(), interpret)
-    if plan.heads & (plan.heads - 1):
-        raise NotImplementedError(f"k has {plan.heads} heads: not a power of two.")
-    if plan.heads * plan.rows > MOST_ROWS:
+    check_scales(k, v, k_scale, v_scale)
+    check_dtypes(q, k, v, False, prefill.DTYPES, prefill.TAKEN)
+    target = target or default_target()
+    blocks = blocks or chip_blocks(target)
+    schedule = make_schedule(q, k, scale, blocks, interpret, target)
+    heads, rows = schedule.heads, schedule.heads * schedule.rows
+    if heads & (heads - 1):
+        raise NotImplementedError(f"k has {heads} heads: not a power of two.")
+    if rows > MOST_ROWS:
         raise NotImplementedError(
-            f"q has {q.shape[1]} queries: {plan.heads * plan.rows} rows for a block of "
-            f"{plan.heads} heads, more than {MOST_ROWS}."
+            f"q has {q.shape[1]} queries: {rows} rows for a block of {heads} heads, "
+            f"more than {MOST_ROWS}."
         )
-    t = q.shape[1]
-    valid = jnp.full_like(prefix, t) if queries is None else jnp.minimum(queries, t)
-    scalars = jnp.stack([prefix, valid]).astype(jnp.int32)
-    if layer is None:
-        k, v = k[None], v[None]
-    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    out: Any = _decode(plan, q, k, v, scalars, layer)
+    scalars = row_lengths(prefix, queries, q.shape[1], 0)
+    layer, k, v = stacked(layer, k, v)
+    value, gradient = (functools.partial(f, schedule) for f in (_decode, _prefill))
+    out: Any = attend_by(value, gradient, q, k, v, scalars, layer)
     return zero_invalid(out, queries)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(plan, q, k, v, scalars, layer):
-    def elsewhere(q, k, v, scalars, layer):
-        block = blockwise.BLOCK
-        return blockwise.forward(plan.scale, block, q, k, v, scalars[0], layer)[0]
+def _decode(schedule: TpuSchedule, *given: Array) -> Float[Array, "B T N H"]:
+    """Attends, given (q, k, v, scalars, layer)."""
 
-    kernel = functools.partial(forward, plan)
-    return prefill.on_tpu(plan.interpret, kernel, elsewhere, q, k, v, scalars, layer)
+    def elsewhere(q: Array, k: Array, v: Array, scalars: Array, layer: Array) -> Array:
+        size = schedule.scale, blockwise.BLOCK
+        return blockwise.forward(*size, q, k, v, scalars[0], layer)[0]
+
+    kernel = functools.partial(forward, schedule)
+    return lowered("tpu", schedule.interpret, kernel, elsewhere, *given)
 
 
-def _decode_fwd(plan, q, k, v, scalars, layer):
+def _prefill(
+    schedule: TpuSchedule, q: Array, k: Array, v: Array, scalars: Array, layer: Array
+) -> Float[Array, "B T N H"]:
+    """Attends by the kernels of `pallas_tpu`, which have a gradient."""
     prefix, queries = scalars
-    options = {"scale": plan.scale, "layer": layer, "interpret": plan.interpret}
-    attend = functools.partial(prefill.pallas_tpu, queries=queries, **options)
-    return jax.vjp(lambda q, k, v: attend(q, k, v, prefix), q, k, v)
+    return prefill.pallas_tpu(
+        q,
+        k,
+        v,
+        prefix,
+        scale=schedule.scale,
+        layer=layer,
+        queries=queries,
+        target=schedule.target,
+        interpret=schedule.interpret,
+    )
 
 
-def _decode_bwd(plan, pull, d_out):
-    del plan
-    return (*pull(d_out), None, None)
-
-
-_decode.defvjp(_decode_fwd, _decode_bwd)
-
-
-def forward(plan: Plan, q, k, v, scalars, layer):
-    """Runs the kernel: q [B, T, N, H], k, v [L, B, S, K, H] -> out like q."""
+def forward(
+    schedule: TpuSchedule,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "L B S K H"],
+    v: Float[Array, "L B S K H"],
+    scalars: Int[Array, "2 B"],
+    layer: Int[Array, ""],
+) -> Float[Array, "B T N H"]:
+    """Runs the kernel."""
     b, t, n, h = q.shape
     heads = k.shape[-2]
-    many = plan.heads * plan.rows
-    packed = prefill.pack(plan, heads, q).reshape(b, heads // plan.heads, many, h)
-    _, k_spec, _, _ = prefill.specs(plan, h)
+    many = schedule.heads * schedule.rows
+    packed = prefill.pack(schedule, heads, q).reshape(
+        b, heads // schedule.heads, many, h
+    )
+    _, k_spec, _, _ = prefill.specs(schedule, h)
     q_spec = pl.BlockSpec(
         (pl.squeezed, pl.squeezed, many, h), lambda b, g, i, j, *_: (b, g, 0, 0)
     )
     out = prefill.call(
-        plan,
-        functools.partial(_kernel, plan),
+        schedule,
+        functools.partial(_kernel, schedule),
         "prefix_attention_decode",
-        (b, heads // plan.heads, 1, prefill.live_blocks(plan, scalars)),
+        (b, heads // schedule.heads, 1, prefill.live_blocks(schedule, scalars)),
         [q_spec, k_spec, k_spec],
         q_spec,
         jax.ShapeDtypeStruct(packed.shape, q.dtype),
         [(many, LANES), (many, LANES), (many, h)],
     )(scalars, layer.reshape(1), packed, prefill.flat(k), prefill.flat(v))
-    return prefill.unpack(out.reshape(b, heads, plan.rows, h), t, n)
+    return prefill.unpack(out.reshape(b, heads, schedule.rows, h), t, n)
 
 
-class _Mask(NamedTuple):
-    """Of scores [heads * R, chunk * heads]; powers of two make indices bit fields."""
+class _HeadMask(NamedTuple):
+    """What scores [heads * R, chunk * heads] are of one head and visible.
 
-    plan: Plan
+    Powers of two make indices bit fields.
+    """
+
+    schedule: TpuSchedule
     start: Any  # slot of the first query, counted from the chunk's first
     queries: Any
 
-    def _bits(self, shape, axis, low):
+    def _bits(
+        self, shape: tuple[int, ...], axis: int, low: int
+    ) -> tuple[Int[Array, "_ _"], Int[Array, "_ _"]]:
+        """Splits the indices along an axis by `low`: (quotient, remainder)."""
         index = lax.broadcasted_iota(jnp.int32, shape, axis)
         return lax.shift_right_logical(index, low.bit_length() - 1), index & (low - 1)
 
-    def same_head(self, shape):
-        mine, _ = self._bits(shape, 0, self.plan.rows)
-        _, theirs = self._bits(shape, 1, self.plan.heads)
+    def same_head(self, shape: tuple[int, ...]) -> Bool[Array, "_ _"]:
+        mine, _ = self._bits(shape, 0, self.schedule.rows)
+        _, theirs = self._bits(shape, 1, self.schedule.heads)
         return mine == theirs
 
-    def visible(self, shape):
-        _, row = self._bits(shape, 0, self.plan.rows)
-        slot, _ = self._bits(shape, 1, self.plan.heads)
-        return (slot - self.start) * self.plan.group <= row
+    def visible(self, shape: tuple[int, ...]) -> Bool[Array, "_ _"]:
+        _, row = self._bits(shape, 0, self.schedule.rows)
+        slot, _ = self._bits(shape, 1, self.schedule.heads)
+        return (slot - self.start) * self.schedule.group <= row
 
-    def live(self, x):
-        """x [chunk * heads, H] with 0 where no query sees: 0 * NaN would be NaN."""
-        slot, _ = self._bits(x.shape, 0, self.plan.heads)
+    def live(self, x: Float[Array, "rows H"]) -> Float[Array, "rows H"]:
+        """Puts 0 where no query sees, rows = chunk * heads: 0 * NaN would be NaN."""
+        slot, _ = self._bits(x.shape, 0, self.schedule.heads)
         return jnp.where(slot < self.start + self.queries, x, jnp.zeros_like(x))
 
 
-def _kernel(plan: Plan, scalars, layer, q, k, v, out, top, total, acc):
+def _kernel(schedule: TpuSchedule, scalars: Any, layer: Any, *refs: Any) -> None:
     del layer
+    q, k, v, out, top, total, acc = refs
     b, j = pl.program_id(0), pl.program_id(3)
     prefix, queries = scalars[0, b], scalars[1, b]
 
     @pl.when(j == 0)
-    def _():
+    def _() -> None:
         top[...] = jnp.full_like(top, -jnp.inf)
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
 
-    def visit(at, edge):
-        mask = _Mask(plan, edge.start if edge else 0, queries)
+    def visit(at: Any, edge: Any) -> None:
+        mask = _HeadMask(schedule, edge.start if edge else 0, queries)
         keys, values = (x[at].reshape(-1, x.shape[-1]) for x in (k, v))
         if edge:
             keys, values = mask.live(keys), mask.live(values)
-        s = prefill.dot_t(q[...], keys) * (plan.scale * prefill.LOG2E)
+        s = prefill.dot_t(q[...], keys) * (schedule.scale * prefill.LOG2E)
         seen = mask.same_head(s.shape)
         if edge:
             seen &= mask.visible(s.shape)
@@ -210,9 +256,9 @@ def _kernel(plan: Plan, scalars, layer, q, k, v, out, top, total, acc):
         acc[...] = acc[...] * fade + part
         top[...] = jnp.broadcast_to(new, top.shape)
 
-    prefill.Chunks(plan, prefix, queries, 0, j).for_each(visit)
+    prefill.for_each_chunk(schedule, prefix, queries, 0, j, visit)
 
     @pl.when(j == pl.num_programs(3) - 1)
-    def _():
+    def _() -> None:
         sums = jnp.where(total[...] == 0, 1, total[...])
         out[...] = (acc[...] / sums[:, :1]).astype(out.dtype)

@@ -1,4 +1,4 @@
-"""The device that a program is traced for."""
+"""The device that a program is for."""
 
 from typing import Any, NamedTuple
 
@@ -9,43 +9,34 @@ BEFORE_AMPERE = ("Tesla", "TITAN", "GTX", "RTX 20", "Quadro RTX")
 
 
 class Target(NamedTuple):
-    """A device: its platform, "cpu", "gpu" or "tpu", and what it calls itself."""
+    """A device that need not be here.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      kind: what the device calls itself, "NVIDIA H200" or "TPU v5 lite" say.
+    """
 
     platform: str
     kind: str
 
     @classmethod
     def of(cls, device: Any) -> "Target":
-        """Returns what a device of jax is."""
+        """Makes that of a `jax.Device`, which may be of a topology that is not here."""
         return cls(device.platform, device.device_kind)
 
 
 def default_target() -> Target:
-    """Returns jax's default device, without looking at any mesh."""
+    """Returns the default device of this process, whatever mesh is set."""
     chosen = jax.config.jax_default_device
-    device = jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
-    return Target.of(jax.devices()[0] if device is None else device)
+    if chosen is None or isinstance(chosen, str):
+        chosen = jax.devices(chosen)[0]
+    return Target.of(chosen)
 
 
-def target() -> Target:
-    """Returns the device of the mesh that is set or mapped over, else the default one.
-
-    A mesh comes first because its devices need not be here: compiling ahead of time for
-    a chip sets its mesh (or is inside of a `shard_map`), and Pallas itself asks it.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        chosen = jax.config.jax_default_device
-        device = jax.devices(chosen)[0] if isinstance(chosen, str) else chosen
-    if device is None:
-        device = jax.devices()[0]
-    return Target(device.platform, device.device_kind)
-
-
-def check_triton() -> None:
+def check_triton(target: Target) -> None:
     """Raises NotImplementedError where Triton compiles nothing (jax #26799)."""
-    kind = target().kind
-    if any(name in kind for name in BEFORE_AMPERE):
+    if any(name in target.kind for name in BEFORE_AMPERE):
         raise NotImplementedError(
-            f"device {kind}: Triton needs compute capability 8.0, an A100 or later."
+            f"device {target.kind}: Triton needs compute capability 8.0, an A100 or "
+            f"later."
         )

@@ -3,17 +3,21 @@
 Where they come from: of the sizes compiled ahead of time for each chip (bfloat16,
 T=1536, S=17920, 32 heads), the largest blocks whose registers do not spill, as ptxas
 counts them; larger blocks read each key less often. Not timed: no GPU was at hand.
-`CANDIDATES` are the others that fit, for whoever has one.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 
 class Block(NamedTuple):
-    """One kernel: rows of queries and of keys per step (powers of two, at least 16),
-    warps per program, and stages of the pipeline that fetches ahead."""
+    """The sizes of one kernel.
+
+    Attributes:
+      queries, keys: rows per step, powers of two, at least 16.
+      warps: per program.
+      stages: of the pipeline that fetches ahead.
+    """
 
     queries: int
     keys: int
@@ -21,7 +25,9 @@ class Block(NamedTuple):
     stages: int
 
 
-class Blocks(NamedTuple):
+class GpuBlocks(NamedTuple):
+    """The sizes of the forward kernel and of the two backward."""
+
     forward: Block
     d_q: Block
     d_kv: Block
@@ -34,69 +40,41 @@ class Blocks(NamedTuple):
 # any, 128 queries x 64 keys have 32 stores to shared memory, 160 instead of 144 loads
 # and 5 barriers instead of 2 there, and read each query twice as often.
 SM_80 = {
-    64: Blocks(Block(128, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 128, 8, 2)),
-    128: Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
-    256: Blocks(Block(64, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
+    64: GpuBlocks(Block(128, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 128, 8, 2)),
+    128: GpuBlocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    256: GpuBlocks(Block(64, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
 }
 # Registers: 217, 126, 190 | 244, 171, 245 | 238, 220, 254. 227 KiB of shared memory
 # per program: 192 at most.
 SM_90 = {
-    64: Blocks(Block(128, 64, 4, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
-    128: Blocks(Block(128, 128, 8, 2), Block(128, 64, 8, 3), Block(64, 128, 8, 2)),
-    256: Blocks(Block(128, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
+    64: GpuBlocks(Block(128, 64, 4, 3), Block(128, 64, 8, 2), Block(64, 128, 8, 2)),
+    128: GpuBlocks(Block(128, 128, 8, 2), Block(128, 64, 8, 3), Block(64, 128, 8, 2)),
+    256: GpuBlocks(Block(128, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2)),
 }
 # Any other chip: within the 99 KiB of shared memory per program of sm_86 and sm_89.
 SMALL = {
-    64: Blocks(Block(64, 64, 4, 3), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
-    128: Blocks(Block(64, 64, 4, 2), Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
-    256: Blocks(Block(64, 32, 4, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2)),
+    64: GpuBlocks(Block(64, 64, 4, 3), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+    128: GpuBlocks(Block(64, 64, 4, 2), Block(64, 32, 4, 2), Block(32, 64, 4, 2)),
+    256: GpuBlocks(Block(64, 32, 4, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2)),
 }
 # Four bytes per number, and products without tensor cores.
 FLOAT32 = {
-    64: Blocks(Block(32, 32, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
-    128: Blocks(Block(32, 32, 4, 1), Block(32, 32, 4, 1), Block(32, 32, 4, 1)),
-    256: Blocks(Block(16, 32, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1)),
+    64: GpuBlocks(*[Block(32, 32, 4, 1)] * 3),
+    128: GpuBlocks(*[Block(32, 32, 4, 1)] * 3),
+    256: GpuBlocks(Block(16, 32, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1)),
 }
 # By what the device's kind contains; A800, H800 and H20 are export versions.
-CHIPS = {
-    "A100": SM_80,
-    "A800": SM_80,
-    "H100": SM_90,
-    "H200": SM_90,
-    "H800": SM_90,
-    "H20": SM_90,
-}
-# At H = 128, without spills on sm_90 (sm_80: at most 16 registers).
-CANDIDATES = {
-    "forward": (
-        Block(64, 64, 4, 2),
-        Block(64, 64, 4, 3),
-        Block(128, 32, 4, 3),
-        Block(128, 64, 8, 2),
-        Block(128, 64, 8, 3),
-        Block(128, 128, 8, 2),
-    ),
-    "d_q": (
-        Block(64, 32, 4, 2),
-        Block(64, 32, 4, 3),
-        Block(64, 64, 4, 2),
-        Block(128, 32, 8, 2),
-        Block(128, 64, 8, 2),
-        Block(128, 64, 8, 3),
-    ),
-    "d_kv": (
-        Block(32, 64, 4, 2),
-        Block(32, 64, 4, 3),
-        Block(64, 64, 4, 2),
-        Block(64, 64, 8, 2),
-        Block(32, 128, 8, 2),
-        Block(64, 128, 8, 2),
-    ),
-}
+CHIPS = dict.fromkeys(("A100", "A800"), SM_80)
+CHIPS |= dict.fromkeys(("H100", "H200", "H800", "H20"), SM_90)
+# Others without spills at H = 128 on sm_90 (sm_80: at most 16 registers), for whoever
+# has a chip to time them on, as queries x keys, warps, stages:
+#   forward  64 x 64, 4, 2 or 3; 128 x 32, 4, 3; 128 x 64, 8, 2 or 3; 128 x 128, 8, 2
+#   d_q      64 x 32, 4, 2 or 3; 64 x 64, 4, 2; 128 x 32, 8, 2; 128 x 64, 8, 2 or 3
+#   d_kv     32 x 64, 4, 2 or 3; 64 x 64, 4, 2 and 8, 2; 32 x 128, 8, 2; 64 x 128, 8, 2
 
 
-def chip_blocks(kind: str, head_dim: int, dtype) -> Blocks:
-    """Returns the blocks for a device of this kind ("NVIDIA A100-SXM4-80GB").
+def chip_blocks(kind: str, head_dim: int, dtype: Any) -> GpuBlocks:
+    """Returns the blocks for a device of this kind, "NVIDIA A100-SXM4-80GB" say.
 
     Raises:
       NotImplementedError: head_dim > 256.

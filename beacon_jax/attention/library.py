@@ -10,8 +10,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from beacon_jax.attention.device import target
+from beacon_jax.attention.device import Target, default_target
+from beacon_jax.attention.shared import Layer, live_layer, zero_invalid
 
 HALVES = (jnp.bfloat16, jnp.float16)
 HOPPER = ("H100", "H200")
@@ -22,7 +24,7 @@ PREFERRED = {"H100": ("tokamax", 1024), "H200": ("tokamax", 1024)}
 
 
 def preferred(kind: str, queries: int) -> tuple[str, ...]:
-    """Names of implementations to try before our kernel, on a device of this kind."""
+    """Names the implementations to try before our kernel, on a device of this kind."""
     return tuple(
         name
         for chip, (name, least) in PREFERRED.items()
@@ -31,17 +33,18 @@ def preferred(kind: str, queries: int) -> tuple[str, ...]:
 
 
 def cudnn(
-    q,
-    k,
-    v,
-    prefix,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
     *,
-    scale,
-    layer=None,
-    queries=None,
+    scale: float,
+    layer: Layer = None,
+    queries: Int[Array, " B"] | None = None,
+    target: Target | None = None,
     backend: Literal["cudnn", "xla"] = "cudnn",
-):
-    """See `api.prefix_attention`: `jax.nn.dot_product_attention` under a mask.
+) -> Float[Array, "B T N H"]:
+    """Computes `api.prefix_attention` by `jax.nn.dot_product_attention` under a mask.
 
     backend: its implementation; "xla" has no limits.
 
@@ -50,18 +53,19 @@ def cudnn(
         a multiple of 8 up to 128 (256 on Hopper); T or S is odd.
     """
     if backend == "cudnn":
-        _check_cudnn(q, k)
-    q, k, v = _clean(q, k, v, prefix, layer, queries)
+        _check_cudnn(q, k, target or default_target())
+    q = zero_invalid(q, queries)
+    k, v = live_layer(k, v, prefix + q.shape[1], layer)
     last = prefix[:, None] + jnp.arange(q.shape[1])
     mask = jnp.arange(k.shape[1]) <= last[..., None]
     out = jax.nn.dot_product_attention(
         q, k, v, mask=mask[:, None], scale=scale, implementation=backend
     )
-    return _valid_only(out, queries)
+    return zero_invalid(out, queries)
 
 
-def _check_cudnn(q, k):
-    platform, kind = target()
+def _check_cudnn(q: Array, k: Array, target: Target) -> None:
+    platform, kind = target
     most = 256 if any(chip in kind for chip in HOPPER) else 128
     t, h, s = q.shape[1], q.shape[-1], k.shape[-3]
     if platform != "gpu":
@@ -73,24 +77,25 @@ def _check_cudnn(q, k):
         raise NotImplementedError(f"T={t} of q, S={s} of k: both must be even.")
 
 
-def _check_dtypes(q, k):
+def _check_dtypes(q: Array, k: Array) -> None:
     if q.dtype not in HALVES or k.dtype != q.dtype:
         dtypes = f"q of dtype {q.dtype}, k of dtype {k.dtype}"
         raise NotImplementedError(f"{dtypes}: bfloat16 or float16 for both.")
 
 
 def tokamax(
-    q,
-    k,
-    v,
-    prefix,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
     *,
-    scale,
-    layer=None,
-    queries=None,
+    scale: float,
+    layer: Layer = None,
+    queries: Int[Array, " B"] | None = None,
+    target: Target | None = None,
     backend: str = "mosaic_gpu",
-):
-    """See `api.prefix_attention`: tokamax's attention (0.0.17), row by row.
+) -> Float[Array, "B T N H"]:
+    """Computes `api.prefix_attention` by tokamax's attention (0.0.17), row by row.
 
     backend: its implementation; "xla" has no limits.
 
@@ -105,12 +110,14 @@ def tokamax(
         install = 'pip install "beacon_jax[tokamax]"'
         raise NotImplementedError(f"not installed here: {install}.") from error
     if backend == "mosaic_gpu":
-        if not any(chip in target().kind for chip in HOPPER):
-            raise NotImplementedError(f"device {target().kind}: tokamax needs Hopper.")
+        kind = (target or default_target()).kind
+        if not any(chip in kind for chip in HOPPER):
+            raise NotImplementedError(f"device {kind}: tokamax needs Hopper.")
         _check_dtypes(q, k)
-    q, k, v = _clean(q, k, v, prefix, layer, queries)
+    q = zero_invalid(q, queries)
+    k, v = live_layer(k, v, prefix + q.shape[1], layer)
 
-    def row(i):
+    def row(i: int) -> Float[Array, "1 T N H"]:
         one = slice(i, i + 1)
         # Keys from S before a query to `prefix` behind its index: all up to its last.
         return library.dot_product_attention(
@@ -123,20 +130,4 @@ def tokamax(
         )
 
     out = jnp.concatenate([row(i) for i in range(q.shape[0])])
-    return _valid_only(out, queries)
-
-
-def _clean(q, k, v, prefix, layer, queries):
-    """The layer's k and v, and 0 in what is dead or not valid: 0 * NaN would be NaN."""
-    if layer is not None:
-        k, v = k[layer], v[layer]
-    live = jnp.arange(k.shape[1]) < (prefix + q.shape[1])[:, None]
-    k, v = (jnp.where(live[..., None, None], x, 0) for x in (k, v))
-    return _valid_only(q, queries), k, v
-
-
-def _valid_only(x, queries):
-    if queries is None:
-        return x
-    valid = jnp.arange(x.shape[1]) < queries[:, None]
-    return jnp.where(valid[..., None, None], x, 0)
+    return zero_invalid(out, queries)

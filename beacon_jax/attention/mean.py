@@ -19,22 +19,30 @@ costs a TPU six passes, and a GPU has no tensor cores for it.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
+from beacon_jax.attention.shared import Layer
+
 # Bits behind the 32 of a turn: sums of positions up to 2**22 stay exact.
 MORE_BITS = 10
 
 
 class MeanTerm(NamedTuple):
-    """query: [a | b] per query head.  turns: of the frequencies (`turns`)."""
+    """What scores need of a mean that was taken out of keys.
+
+    Attributes:
+      query: [a | b] per query head.
+      turns: those of the frequencies, as the function `turns` returns them.
+    """
 
     query: Float[Array, "B T N H"]
-    turns: UInt32[Array, "2 H2"]
+    turns: UInt32[Array, "2 pairs"]
 
     def turned_by(self, position: Int[Array, ""]) -> Float[Array, "B T N H"]:
         """Turns [a | b], for positions that are counted from this one."""
@@ -42,9 +50,15 @@ class MeanTerm(NamedTuple):
         return self.query * cos + quarter(self.query) * sin
 
 
-def mean_term(q, k_mean, frequencies, layer=None) -> MeanTerm:
-    """Of q [B, T, N, H], already rotated, and k_mean [B, K, H] (or one layer of
-    [L, B, K, H]).
+def mean_term(
+    q: Float[Array, "B T N H"],
+    k_mean: Float[Array, "*L B K H"],
+    frequencies: Float[np.ndarray, " pairs"],
+    layer: Layer = None,
+) -> MeanTerm:
+    """Makes the term of rotated queries and of un-rotated keys' mean, or one layer's.
+
+    frequencies: angle per position of each pair (i, i + H/2).
 
     Raises:
       ValueError: shapes that do not belong together.
@@ -65,13 +79,13 @@ def mean_term(q, k_mean, frequencies, layer=None) -> MeanTerm:
     return MeanTerm(query, jnp.asarray(turns(frequencies)))
 
 
-def quarter(query):
+def quarter(query: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     """Turns [a | b] by a quarter, to [b | -a]."""
     a, b = jnp.split(query, 2, -1)
     return jnp.concatenate([b, -a], -1)
 
 
-def turns(frequencies: Float[np.ndarray, " H2"]) -> UInt32[np.ndarray, "2 H2"]:
+def turns(frequencies: Float[np.ndarray, " pairs"]) -> UInt32[np.ndarray, "2 pairs"]:
     """Returns the angle per position in 2**-32 turns, and the rest in 2**-42 turns."""
     each = np.asarray(frequencies, np.float64) / (2 * math.pi) % 1 * 2.0**32
     rest = np.floor((each - np.floor(each)) * 2**MORE_BITS)
@@ -79,7 +93,7 @@ def turns(frequencies: Float[np.ndarray, " H2"]) -> UInt32[np.ndarray, "2 H2"]:
 
 
 def cos_sin_table(
-    turns: UInt32[Array, "2 H2"], positions: Int[Array, "*B"]
+    turns: UInt32[Array, "2 pairs"], positions: Int[Array, "*B"]
 ) -> Float[Array, "*B H"]:
     """Returns [cos | sin] of positions, within 5e-7 below 2**17, 6e-6 below 2**22.
 
@@ -93,16 +107,22 @@ def cos_sin_table(
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
 
-def first_factors(turns, positions):
-    """[cos | cos] and [sin | sin], [.., H] each: [a | b] * the first + [b | -a] * the
-    second is [a | b] as seen from these positions."""
+def first_factors(
+    turns: UInt32[Array, "2 pairs"], positions: Int[Array, "*B"]
+) -> tuple[Float[Array, "*B H"], Float[Array, "*B H"]]:
+    """Returns [cos | cos] and [sin | sin] of positions.
+
+    [a | b] * the first + [b | -a] * the second is [a | b] as seen from there.
+    """
     cos, sin = jnp.split(cos_sin_table(turns, positions), 2, -1)
     twice = lambda x: jnp.concatenate([x, x], -1)
     return twice(cos), twice(sin)
 
 
-def kernel_tables(turns, slots, block, dtype):
-    """What a kernel with blocks of slots needs besides the queries.
+def kernel_tables(
+    turns: UInt32[Array, "2 pairs"], slots: int, block: int, dtype: Any
+) -> tuple[Float[Array, "blocks 2 H"], Float[Array, "parts block H"]]:
+    """Makes what a kernel with blocks of slots needs besides the queries.
 
     Returns:
       (starts [ceil(slots / block), 2, H] float32: `first_factors` of each block's first
@@ -119,8 +139,15 @@ def kernel_tables(turns, slots, block, dtype):
     return starts, jnp.stack([high, table - high]).astype(jnp.bfloat16)
 
 
-def product(dot, query, table):
-    """Computes query [R, H] @ table.T in float32 in a kernel; table: list of parts."""
+def product(
+    dot: Callable[[Array, Array], Array],
+    query: Float[Array, "R H"],
+    table: Sequence[Float[Array, "S H"]],
+) -> Float[Array, "R S"]:
+    """Computes query @ table.T in float32 in a kernel.
+
+    dot: multiplies so with a float32 result. table: its parts.
+    """
     if len(table) == 1:
         return dot(query, table[0])
     high, low = table

@@ -18,36 +18,55 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from beacon_jax.attention import blockwise
-from beacon_jax.attention.device import check_triton, target
-from beacon_jax.attention.gpu_blocks import Block, Blocks, chip_blocks
+from beacon_jax.attention.device import Target, check_triton, default_target
+from beacon_jax.attention.gpu_blocks import Block, GpuBlocks, chip_blocks
+from beacon_jax.attention.shared import (
+    Count,
+    Layer,
+    Sums,
+    attend,
+    check_dtypes,
+    lowered,
+    masked_loops,
+    no_sums,
+    row_lengths,
+    stacked,
+    zero_invalid,
+)
 
 LOG2E = math.log2(math.e)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-class Plan(NamedTuple):
+class GpuSchedule(NamedTuple):
     """The static numbers of one call of the kernels.
 
-    ragged: some rows may have fewer than T valid queries.
-    group: query heads per kv head.
+    Attributes:
+      scale: of the scores.
+      group: query heads per kv head, G.
+      ragged: some rows may have fewer than T valid queries.
+      blocks: sizes for the three kernels.
+      interpret: run them in plain jax.
     """
 
     scale: float
     group: int
     ragged: bool
-    blocks: Blocks
+    blocks: GpuBlocks
     interpret: bool
 
 
-def key_blocks(prefix, valid, i, block: Block):
-    """Blocks of keys that block i of queries visits in a row: (full, all).
+def key_blocks(
+    prefix: Count, valid: Count, i: Count, block: Block
+) -> tuple[Count, Count]:
+    """Returns (full, all) blocks of keys that block i of queries visits in a row.
 
-    Every query sees all of the first `full`; the others need a mask. Of ints or arrays.
+    Every query sees all of the first `full`; the others need a mask.
     """
     start, end = i * block.queries, jnp.minimum((i + 1) * block.queries, valid)
     most = lax.div(prefix + end + block.keys - 1, block.keys)
@@ -55,8 +74,10 @@ def key_blocks(prefix, valid, i, block: Block):
     return jnp.minimum(lax.div(prefix + start + 1, block.keys), most), most
 
 
-def query_blocks(prefix, valid, j, block: Block):
-    """Blocks of queries that see block j of keys in a row: (first, full, end).
+def query_blocks(
+    prefix: Count, valid: Count, j: Count, block: Block
+) -> tuple[Count, Count, Count]:
+    """Returns (first, full, end) of the blocks of queries that see block j of keys.
 
     Those from `full` on see all of its keys. first == end where it is dead.
     """
@@ -68,19 +89,26 @@ def query_blocks(prefix, valid, j, block: Block):
     return first, jnp.clip(full, first, end), end
 
 
+def check_scale(scale: float) -> None:
+    """Raises NotImplementedError unless scale > 0: the largest score stays that."""
+    if not scale > 0:
+        raise NotImplementedError(f"scale={scale}: must be greater than 0.")
+
+
 def pallas_gpu(
-    q,
-    k,
-    v,
-    prefix,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
     *,
-    scale,
-    layer=None,
-    queries=None,
-    blocks: Blocks | None = None,
+    scale: float,
+    layer: Layer = None,
+    queries: Int[Array, " B"] | None = None,
+    target: Target | None = None,
+    blocks: GpuBlocks | None = None,
     interpret: bool = False,
-):
-    """See `api.prefix_attention`.
+) -> Float[Array, "B T N H"]:
+    """Computes `api.prefix_attention` by Triton kernels.
 
     blocks: sizes other than the chip's. interpret: run the kernels in plain jax, on any
     platform. Otherwise a program that is lowered for another platform than CUDA
@@ -90,109 +118,76 @@ def pallas_gpu(
       NotImplementedError: dtypes other than one of float32, bfloat16 and float16,
         scale <= 0, or a GPU that Triton does not know.
     """
+    target = target or default_target()
     if not interpret:
-        check_triton()
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        dtypes = f"q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}"
-        raise NotImplementedError(f"{dtypes}: one of {_names(DTYPES)} for all.")
-    if not scale > 0:
-        raise NotImplementedError(f"scale={scale}: must be greater than 0.")
+        check_triton(target)
+    names = ", ".join(jnp.dtype(dtype).name for dtype in DTYPES)
+    check_dtypes(q, k, v, False, DTYPES, f"one of {names} for all")
+    check_scale(scale)
     t, n, h = q.shape[1:]
-    blocks = blocks or chip_blocks(target().kind, h, q.dtype)
+    blocks = blocks or chip_blocks(target.kind, h, q.dtype)
     group = n // k.shape[-2]
-    plan = Plan(float(scale), group, queries is not None, blocks, interpret)
-    valid = jnp.full(prefix.shape, t) if queries is None else jnp.minimum(queries, t)
-    lengths = jnp.stack([prefix, valid], -1).astype(jnp.int32)
-    if layer is None:
-        k, v, layer = k[None], v[None], 0
-    return _attend(plan, q, k, v, lengths, jnp.asarray(layer, jnp.int32).reshape(1))
+    schedule = GpuSchedule(float(scale), group, queries is not None, blocks, interpret)
+    lengths = row_lengths(prefix, queries, t, -1)
+    layer, k, v = stacked(layer, k, v)
+    there, back = (functools.partial(f, schedule) for f in (_forward, _backward))
+    return attend(there, back, q, k, v, lengths, layer)
 
 
-def _names(dtypes):
-    return ", ".join(jnp.dtype(dtype).name for dtype in dtypes)
+def _forward(schedule: GpuSchedule, *given: Array) -> tuple[Array, Array]:
+    """Returns the result and lse, given (q, k, v, lengths, layer)."""
+
+    def elsewhere(
+        q: Array, k: Array, v: Array, lengths: Array, layer: Array
+    ) -> tuple[Array, Array]:
+        prefix, valid = lengths[:, 0], lengths[:, 1]
+        size = schedule.scale, blockwise.BLOCK
+        out, lse = blockwise.forward(*size, q, k, v, prefix, layer)
+        some = jnp.arange(q.shape[1]) < valid[:, None]
+        return zero_invalid(out, valid), jnp.where(some[:, None], lse, jnp.inf)
+
+    kernels = functools.partial(forward, schedule)
+    return lowered("cuda", schedule.interpret, kernels, elsewhere, *given)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, lengths, layer):
-    return _attend_fwd(plan, q, k, v, lengths, layer)[0]
+def _backward(schedule: GpuSchedule, *given: Array) -> tuple[Array, Array, Array]:
+    """Returns the gradients, given what `_forward` is, out, lse and d_out."""
 
+    def elsewhere(
+        q: Array, k: Array, v: Array, lengths: Array, layer: Array, *outs: Array
+    ) -> tuple[Array, Array, Array]:
+        prefix, valid = lengths[:, 0], lengths[:, 1]
+        out, lse, d_out = outs
+        q, d_out = zero_invalid(q, valid), zero_invalid(d_out, valid)
+        size = schedule.scale, blockwise.BLOCK
+        return blockwise.backward(*size, q, k, v, prefix, layer, out, lse, d_out)
 
-def _attend_fwd(plan, q, k, v, lengths, layer):
-    kernel = functools.partial(forward, plan)
-    if plan.interpret:
-        out, lse = kernel(q, k, v, lengths, layer)
-    else:
-        out, lse = lax.platform_dependent(
-            q,
-            k,
-            v,
-            lengths,
-            layer,
-            cuda=kernel,
-            default=functools.partial(_forward_elsewhere, plan),
-        )
-    out, lse = checkpoint_name(out, blockwise.OUT), checkpoint_name(lse, blockwise.LSE)
-    return out, (q, k, v, lengths, layer, out, lse)
-
-
-def _attend_bwd(plan, residuals, d_out):
-    q, k, v, lengths, layer, out, lse = residuals
-    kernel = functools.partial(backward, plan)
-    if plan.interpret:
-        d_q, d_k, d_v = kernel(q, k, v, lengths, layer, out, lse, d_out)
-    else:
-        d_q, d_k, d_v = lax.platform_dependent(
-            q,
-            k,
-            v,
-            lengths,
-            layer,
-            out,
-            lse,
-            d_out,
-            cuda=kernel,
-            default=functools.partial(_backward_elsewhere, plan),
-        )
-    if k.shape[0] == 1:
-        d_k, d_v = d_k[None], d_v[None]
-    else:
-        d_k, d_v = (jnp.zeros(k.shape, d.dtype).at[layer[0]].set(d) for d in (d_k, d_v))
-    return d_q, d_k, d_v, None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _forward_elsewhere(plan, q, k, v, lengths, layer):
-    block, prefix = blockwise.BLOCK, lengths[:, 0]
-    out, lse = blockwise.forward(plan.scale, block, q, k, v, prefix, layer[0])
-    valid = jnp.arange(q.shape[1]) < lengths[:, 1:]
-    out = jnp.where(valid[..., None, None], out, 0)
-    return out, jnp.where(valid[:, None], lse, jnp.inf)
-
-
-def _backward_elsewhere(plan, q, k, v, lengths, layer, out, lse, d_out):
-    valid = (jnp.arange(q.shape[1]) < lengths[:, 1:])[..., None, None]
-    q, d_out = jnp.where(valid, q, 0), jnp.where(valid, d_out, 0)
-    block, prefix = blockwise.BLOCK, lengths[:, 0]
-    return blockwise.backward(
-        plan.scale, block, q, k, v, prefix, layer[0], out, lse, d_out
-    )
+    kernels = functools.partial(backward, schedule)
+    return lowered("cuda", schedule.interpret, kernels, elsewhere, *given)
 
 
 # The kernels. A grid is (block, head, row). lengths [B, 2]: prefix and valid queries.
 
 
-def forward(plan: Plan, q, k, v, lengths, layer):
-    """q [B, T, N, H], k and v [L, B, S, K, H] -> out like q and the log of the
-    softmax's denominators float32 [B, N, T], inf for queries that are not valid."""
+def forward(
+    schedule: GpuSchedule,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "L B S K H"],
+    v: Float[Array, "L B S K H"],
+    lengths: Int[Array, "B 2"],
+    layer: Int[Array, ""],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Returns the result and the log of softmax's denominators in float32.
+
+    That is inf for queries that are not valid.
+    """
     b, t, n, h = q.shape
-    block = plan.blocks.forward
+    block = schedule.blocks.forward
     count = pl.cdiv(t, block.queries)
-    q_spec, k_spec, row_spec, length_spec = _query_specs(plan, block, q, k, count)
+    q_spec, k_spec, row_spec, length_spec = _query_specs(schedule, block, q, k, count)
     return _call(
-        functools.partial(_forward_kernel, plan, block, t, h, count),
-        plan,
+        functools.partial(_forward_kernel, schedule, block, t, h, count),
+        schedule,
         block,
         "prefix_attention_forward",
         (count, n, b),
@@ -202,23 +197,31 @@ def forward(plan: Plan, q, k, v, lengths, layer):
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((b, n, t), jnp.float32),
         ],
-    )(q, k, v, lengths, layer)
+    )(q, k, v, lengths, layer.reshape(1))
 
 
-def backward(plan: Plan, q, k, v, lengths, layer, out, lse, d_out):
-    """Returns d_q [B, T, N, H] and d_k, d_v [B, S, K, H] of the layer.
-
-    They are exactly 0 in dead slots."""
+def backward(
+    schedule: GpuSchedule,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "L B S K H"],
+    v: Float[Array, "L B S K H"],
+    lengths: Int[Array, "B 2"],
+    layer: Int[Array, ""],
+    out: Float[Array, "B T N H"],
+    lse: Float[Array, "B N T"],
+    d_out: Float[Array, "B T N H"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Returns d_q and, of the layer, d_k and d_v, exactly 0 in dead slots."""
     b, t, n, h = q.shape
     s, heads = k.shape[2:4]
     delta = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
-    inputs = (q, k, v, d_out, lse, delta, lengths, layer)
-    block = plan.blocks.d_q
+    inputs = (q, k, v, d_out, lse, delta, lengths, layer.reshape(1))
+    block = schedule.blocks.d_q
     count = pl.cdiv(t, block.queries)
-    q_spec, k_spec, row_spec, length_spec = _query_specs(plan, block, q, k, count)
+    q_spec, k_spec, row_spec, length_spec = _query_specs(schedule, block, q, k, count)
     d_q = _call(
-        functools.partial(_d_q_kernel, plan, block, t, h, count),
-        plan,
+        functools.partial(_d_q_kernel, schedule, block, t, h, count),
+        schedule,
         block,
         "prefix_attention_d_q",
         (count, n, b),
@@ -226,12 +229,12 @@ def backward(plan: Plan, q, k, v, lengths, layer, out, lse, d_out):
         q_spec,
         jax.ShapeDtypeStruct(q.shape, q.dtype),
     )(*inputs)
-    block = plan.blocks.d_kv
-    q_spec, k_spec, row_spec, length_spec, d_spec = _key_specs(plan, block, q, k)
+    block = schedule.blocks.d_kv
+    q_spec, k_spec, row_spec, length_spec, d_spec = _key_specs(schedule, block, q, k)
     rows = (b, s, heads, h)
     d_k, d_v = _call(
-        functools.partial(_d_kv_kernel, plan, block, t, s, h),
-        plan,
+        functools.partial(_d_kv_kernel, schedule, block, t, s, h),
+        schedule,
         block,
         "prefix_attention_d_kv",
         (pl.cdiv(s, block.keys), heads, b),
@@ -242,7 +245,17 @@ def backward(plan: Plan, q, k, v, lengths, layer, out, lse, d_out):
     return d_q, d_k, d_v
 
 
-def _call(kernel, plan, block, name, grid, in_specs, out_specs, out_shape) -> Any:
+def _call(
+    kernel: Any,
+    schedule: GpuSchedule,
+    block: Block,
+    name: str,
+    grid: tuple[int, ...],
+    in_specs: Any,
+    out_specs: Any,
+    out_shape: Any,
+) -> Any:
+    """Makes a function of the arrays that runs the kernel on the grid."""
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -252,7 +265,7 @@ def _call(kernel, plan, block, name, grid, in_specs, out_specs, out_shape) -> An
         compiler_params=plt.CompilerParams(
             num_warps=block.warps, num_stages=block.stages
         ),
-        interpret=plan.interpret,
+        interpret=schedule.interpret,
         name=name,
     )
 
@@ -260,17 +273,20 @@ def _call(kernel, plan, block, name, grid, in_specs, out_specs, out_shape) -> An
 _LAYER = pl.BlockSpec((1,), lambda i, n, b: (0,))
 
 
-def padded(h):
-    """Triton's arrays are powers of two, the operands of its products at least 16."""
+def padded(h: int) -> int:
+    """Pads to a power of two, as Triton's arrays are, and to 16 for its products."""
     return max(16, pl.next_power_of_2(h))
 
 
-def _query_specs(plan, block, q, k, count):
-    """Specs of q, k, rows [B, N, T] and lengths for programs that own queries.
+def _query_specs(
+    schedule: GpuSchedule, block: Block, q: Array, k: Array, count: int
+) -> tuple[pl.BlockSpec, ...]:
+    """Returns the specs of q, k, rows [B, N, T] and lengths for owners of queries.
 
-    The last block comes first: it has the most keys, and ends the grid evenly."""
+    The last block comes first: it has the most keys, and ends the grid evenly.
+    """
     h = padded(q.shape[-1])
-    layers, s, group, last = k.shape[0], k.shape[2], plan.group, count - 1
+    layers, s, group, last = k.shape[0], k.shape[2], schedule.group, count - 1
     return (
         pl.BlockSpec(
             (None, block.queries, None, h), lambda i, n, b: (b, last - i, n, 0)
@@ -283,29 +299,37 @@ def _query_specs(plan, block, q, k, count):
     )
 
 
-def _key_specs(plan, block, q, k):
-    """The same, and of d_k, for programs that own keys and their query heads."""
+def _key_specs(
+    schedule: GpuSchedule, block: Block, q: Array, k: Array
+) -> tuple[pl.BlockSpec, ...]:
+    """Returns the same, and that of d_k, for owners of keys and their query heads."""
     t, h = q.shape[1], padded(q.shape[-1])
     layers, s = k.shape[0], k.shape[2]
     return (
-        pl.BlockSpec((None, t, plan.group, h), lambda j, n, b: (b, 0, n, 0)),
+        pl.BlockSpec((None, t, schedule.group, h), lambda j, n, b: (b, 0, n, 0)),
         pl.BlockSpec((layers, None, s, None, h), lambda j, n, b: (0, b, 0, n, 0)),
-        pl.BlockSpec((None, plan.group, t), lambda j, n, b: (b, n, 0)),
+        pl.BlockSpec((None, schedule.group, t), lambda j, n, b: (b, n, 0)),
         pl.BlockSpec((None, 2), lambda j, n, b: (b, 0)),
         pl.BlockSpec((None, block.keys, None, h), lambda j, n, b: (b, j, n, 0)),
     )
 
 
-def dot(a, b, trans_b=False):
+def dot(
+    a: Float[Array, "_ _"], b: Float[Array, "_ _"], trans_b: bool = False
+) -> Float[Array, "_ _"]:
     """Multiplies with a float32 result; float32 operands keep all their bits."""
     exact = a.dtype == jnp.float32
     precision = lax.Precision.HIGHEST if exact else None
     return plt.dot(a, b, trans_b=trans_b, precision=precision)
 
 
-def load(ref, h, rows=None):
-    """A block [rows, H] of ref, with 0 in padded columns and where not in `rows`, which
-    are not read; rows=None: in all of them."""
+def load(
+    ref: Any, h: int, rows: Bool[Array, " R"] | None = None
+) -> Num[Array, "R width"]:
+    """Loads a block of ref, with 0 in the columns behind h and where not in `rows`.
+
+    Those are not read; rows=None: all are.
+    """
     columns = jnp.arange(ref.shape[-1]) < h if ref.shape[-1] > h else None
     if rows is None and columns is None:
         return plt.load(ref)
@@ -315,106 +339,92 @@ def load(ref, h, rows=None):
     return plt.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _load_row(ref, rows, other):
+def _load_row(
+    ref: Any, rows: Bool[Array, " R"] | None, other: float
+) -> Float[Array, " R"]:
+    """Loads a number per row, `other` where not in `rows`."""
     if rows is None:
         return plt.load(ref)
     return plt.load(ref, mask=rows, other=jnp.float32(other))
 
 
-def _store(ref, x, rows, h):
+def _store(
+    ref: Any, x: Float[Array, "R width"], rows: Bool[Array, " R"], h: int
+) -> None:
+    """Stores these rows and the first h columns of x."""
     mask = rows[:, None] & (jnp.arange(ref.shape[-1]) < h)[None, :]
     plt.store(ref, x.astype(ref.dtype), mask=mask)
 
 
-def _visible(prefix, i, j, block):
-    """[queries, keys] of blocks i and j."""
+def _visible(
+    prefix: Array, i: Array, j: Array, block: Block
+) -> Bool[Array, "queries keys"]:
+    """Says which queries of block i see which keys of block j."""
     last = prefix + i * block.queries + jnp.arange(block.queries)
     slot = j * block.keys + jnp.arange(block.keys)
     return slot[None, :] <= last[:, None]
 
 
+def _key_block(
+    block: Block, j: Array, lengths: tuple[Array, Array], layer: Array, masked: bool
+) -> tuple[Any, Bool[Array, " keys"] | None]:
+    """Returns where block j of keys lies, and which are live; None: all."""
+    start, (prefix, valid) = j * block.keys, lengths
+    live = start + jnp.arange(block.keys) < prefix + valid if masked else None
+    return (layer, pl.ds(start, block.keys), slice(None)), live
+
+
 def _forward_kernel(
-    plan,
-    block,
-    t,
-    h,
-    count,
-    q_ref,
-    k_ref,
-    v_ref,
-    length_ref,
-    layer_ref,
-    out_ref,
-    lse_ref,
-):
+    schedule: GpuSchedule, block: Block, t: int, h: int, count: int, *refs: Any
+) -> None:
+    q_ref, k_ref, v_ref, length_ref, layer_ref, out_ref, lse_ref = refs
     i = count - 1 - pl.program_id(0)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
     row = i * block.queries + jnp.arange(block.queries)
     # A query that is not valid may be anything, but its row of the result is its own.
     q = load(q_ref, h, None if t % block.queries == 0 else row < t)
-    factor = plan.scale * LOG2E
+    factor = schedule.scale * LOG2E
 
-    def step(j, carry, *, masked):
-        m, total, acc = carry
-        start = j * block.keys
-        live = start + jnp.arange(block.keys) < prefix + valid if masked else None
-        at = (layer, pl.ds(start, block.keys), slice(None))
+    def step(j: Array, sums: Sums, *, masked: bool) -> Sums:
+        top, total, acc = sums
+        at, live = _key_block(block, j, (prefix, valid), layer, masked)
         scores = dot(q, load(k_ref.at[at], h, live), trans_b=True)
         if masked:
             scores = jnp.where(_visible(prefix, i, j, block), scores, -jnp.inf)
-        top = jnp.maximum(m, scores.max(-1) * factor)
-        p = jnp.exp2(scores * factor - top[:, None])
-        fade = jnp.exp2(m - top)
+        new = jnp.maximum(top, scores.max(-1) * factor)
+        p = jnp.exp2(scores * factor - new[:, None])
+        fade = jnp.exp2(top - new)
         values = load(v_ref.at[at], h, live)
         part = dot(p.astype(values.dtype), values)
-        return top, total * fade + p.sum(-1), acc * fade[:, None] + part
+        return new, total * fade + p.sum(-1), acc * fade[:, None] + part
 
-    start = (
-        jnp.full(block.queries, -jnp.inf, jnp.float32),
-        jnp.zeros(block.queries, jnp.float32),
-        jnp.zeros((block.queries, q_ref.shape[-1]), jnp.float32),
-    )
-    full, end = key_blocks(prefix, valid, i, block)
-    carry = lax.fori_loop(0, full, functools.partial(step, masked=False), start)
+    start = no_sums(block.queries, q_ref.shape[-1])
     # Key 0 is visible to every query, so that after block 0 no maximum is -inf.
-    carry = lax.fori_loop(full, end, functools.partial(step, masked=True), carry)
-    m, total, acc = carry
+    bounds = (0, *key_blocks(prefix, valid, i, block))
+    top, total, acc = masked_loops(step, start, bounds, (False, True))
     keep = row < valid
     _store(out_ref, jnp.where(keep[:, None], acc / total[:, None], 0), row < t, h)
-    lse = jnp.where(keep, (m + jnp.log2(total)) / LOG2E, jnp.inf)
+    lse = jnp.where(keep, (top + jnp.log2(total)) / LOG2E, jnp.inf)
     plt.store(lse_ref, lse, mask=row < t)
 
 
 def _d_q_kernel(
-    plan,
-    block,
-    t,
-    h,
-    count,
-    q_ref,
-    k_ref,
-    v_ref,
-    d_out_ref,
-    lse_ref,
-    delta_ref,
-    length_ref,
-    layer_ref,
-    d_q_ref,
-):
+    schedule: GpuSchedule, block: Block, t: int, h: int, count: int, *refs: Any
+) -> None:
+    q_ref, k_ref, v_ref, d_out_ref, *more = refs
+    lse_ref, delta_ref, length_ref, layer_ref, d_q_ref = more
     i = count - 1 - pl.program_id(0)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
     row = i * block.queries + jnp.arange(block.queries)
-    rows = row < valid if plan.ragged or t % block.queries else None
+    rows = row < valid if schedule.ragged or t % block.queries else None
     q, d_out = load(q_ref, h, rows), load(d_out_ref, h, rows)
     # Where the denominator is inf, p is 0.
     lse = _load_row(lse_ref, rows, jnp.inf) * LOG2E
-    delta = _load_row(delta_ref, rows, 0)
-    factor = plan.scale * LOG2E
+    delta = _load_row(delta_ref, rows, 0.0)
+    factor = schedule.scale * LOG2E
 
-    def step(j, d_q, *, masked):
-        start = j * block.keys
-        live = start + jnp.arange(block.keys) < prefix + valid if masked else None
-        at = (layer, pl.ds(start, block.keys), slice(None))
+    def step(j: Array, d_q: Array, *, masked: bool) -> Array:
+        at, live = _key_block(block, j, (prefix, valid), layer, masked)
         keys = load(k_ref.at[at], h, live)
         p = jnp.exp2(dot(q, keys, trans_b=True) * factor - lse[:, None])
         if masked:
@@ -423,44 +433,33 @@ def _d_q_kernel(
         d_s = p * (d_p - delta[:, None])
         return d_q + dot(d_s.astype(keys.dtype), keys)
 
-    full, end = key_blocks(prefix, valid, i, block)
     d_q = jnp.zeros((block.queries, q_ref.shape[-1]), jnp.float32)
-    d_q = lax.fori_loop(0, full, functools.partial(step, masked=False), d_q)
-    d_q = lax.fori_loop(full, end, functools.partial(step, masked=True), d_q)
-    _store(d_q_ref, d_q * plan.scale, row < t, h)
+    bounds = (0, *key_blocks(prefix, valid, i, block))
+    d_q = masked_loops(step, d_q, bounds, (False, True))
+    _store(d_q_ref, d_q * schedule.scale, row < t, h)
 
 
 def _d_kv_kernel(
-    plan,
-    block,
-    t,
-    s,
-    h,
-    q_ref,
-    k_ref,
-    v_ref,
-    d_out_ref,
-    lse_ref,
-    delta_ref,
-    length_ref,
-    layer_ref,
-    d_k_ref,
-    d_v_ref,
-):
+    schedule: GpuSchedule, block: Block, t: int, s: int, h: int, *refs: Any
+) -> None:
+    q_ref, k_ref, v_ref, d_out_ref, *more = refs
+    lse_ref, delta_ref, length_ref, layer_ref, d_k_ref, d_v_ref = more
     j = pl.program_id(0)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
     slot = j * block.keys + jnp.arange(block.keys)
     at = (layer, pl.ds(j * block.keys, block.keys), slice(None))
     live = slot < prefix + valid
     keys, values = load(k_ref.at[at], h, live), load(v_ref.at[at], h, live)
-    factor = plan.scale * LOG2E
+    factor = schedule.scale * LOG2E
 
     # Scores are [keys, queries] here: both products into d_k and d_v take them as is.
-    def step(i, carry, *, g, masked):
+    def step(
+        i: Array, carry: tuple[Array, Array], *, g: Array, masked: bool
+    ) -> tuple[Array, Array]:
         d_k, d_v = carry
         here = pl.ds(i * block.queries, block.queries)
         row = i * block.queries + jnp.arange(block.queries)
-        rows = row < valid if plan.ragged or t % block.queries else None
+        rows = row < valid if schedule.ragged or t % block.queries else None
         q = load(q_ref.at[here, g, :], h, rows)
         lse = _load_row(lse_ref.at[g, here], rows, jnp.inf) * LOG2E
         p = jnp.exp2(dot(keys, q, trans_b=True) * factor - lse[None, :])
@@ -468,20 +467,17 @@ def _d_kv_kernel(
             p = jnp.where(slot[:, None] <= prefix + row[None, :], p, 0)
         d_out = load(d_out_ref.at[here, g, :], h, rows)
         d_v = d_v + dot(p.astype(d_out.dtype), d_out)
-        delta = _load_row(delta_ref.at[g, here], rows, 0)
+        delta = _load_row(delta_ref.at[g, here], rows, 0.0)
         d_s = p * (dot(values, d_out, trans_b=True) - delta[None, :])
         return d_k + dot(d_s.astype(q.dtype), q), d_v
 
-    first, full, end = query_blocks(prefix, valid, j, block)
+    bounds = query_blocks(prefix, valid, j, block)
 
-    def head(g, carry):
-        masked = functools.partial(step, g=g, masked=True)
-        carry = lax.fori_loop(first, full, masked, carry)
-        return lax.fori_loop(
-            full, end, functools.partial(step, g=g, masked=False), carry
-        )
+    def head(g: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        one = functools.partial(step, g=g)
+        return masked_loops(one, carry, bounds, (True, False))
 
     zeros = jnp.zeros((block.keys, q_ref.shape[-1]), jnp.float32)
-    d_k, d_v = lax.fori_loop(0, plan.group, head, (zeros, zeros))
-    _store(d_k_ref, d_k * plan.scale, slot < s, h)
+    d_k, d_v = lax.fori_loop(0, schedule.group, head, (zeros, zeros))
+    _store(d_k_ref, d_k * schedule.scale, slot < s, h)
     _store(d_v_ref, d_v, slot < s, h)

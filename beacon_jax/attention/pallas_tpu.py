@@ -13,27 +13,50 @@ They share every block of keys, and r / G is the query's place in the window.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from beacon_jax.attention import blockwise
-from beacon_jax.attention.decode import check_scales, decode_xla, zero_invalid
+from beacon_jax.attention.decode import check_scales, decode_xla
+from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.mean import MeanTerm, kernel_tables, product, quarter
-from beacon_jax.attention.tpu_blocks import LANES, Blocks, Plan, chip_blocks, make_plan
+from beacon_jax.attention.shared import (
+    Layer,
+    attend,
+    check_dtypes,
+    lowered,
+    row_lengths,
+    stacked,
+    zero_invalid,
+)
+from beacon_jax.attention.tpu_blocks import (
+    LANES,
+    TpuBlocks,
+    TpuSchedule,
+    chip_blocks,
+    make_schedule,
+)
 
 LOG2E = math.log2(math.e)
+DTYPES = (jnp.float32, jnp.bfloat16)
+TAKEN = "one of float32 and bfloat16 for all, or int8 k and v with scales"
 
 # The kernels. Grids are (row, block of heads, block of queries, block of keys), the
 # last two swapped for dk and dv. Scalars in front: prefix and queries [2, B], layer.
 
 
-def dot(a, b, contract):
+def dot(
+    a: Float[Array, "_ _"],
+    b: Float[Array, "_ _"],
+    contract: tuple[tuple[int], tuple[int]],
+) -> Float[Array, "_ _"]:
     """Multiplies with a float32 result; float32 operands keep all their bits."""
     exact = jnp.float32 in (a.dtype, b.dtype)
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
@@ -42,110 +65,114 @@ def dot(a, b, contract):
     )
 
 
-def dot_t(a, b):
+def dot_t(a: Float[Array, "X H"], b: Float[Array, "Y H"]) -> Float[Array, "X Y"]:
     """Computes a @ b.T in float32."""
     return dot(a, b, ((1,), (1,)))
 
 
-def _lane_to_rows(row):
-    """[1, R] -> [R, 1]"""
+def _lane_to_rows(row: Float[Array, "1 R"]) -> Float[Array, "R 1"]:
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))[:, :1]
 
 
-class Chunks:
-    """The chunks of block j of keys that block i of queries sees."""
+def for_each_chunk(
+    schedule: TpuSchedule, prefix: Array, queries: Array, i: Any, j: Array, visit: Any
+) -> None:
+    """Visits the chunks of block j of keys that block i of queries sees.
 
-    def __init__(self, plan: Plan, prefix, queries, i, j):
-        self.plan, self.prefix, self.queries, self.i, self.j = (
-            plan,
-            prefix,
-            queries,
-            i,
-            j,
-        )
+    Calls visit(slice of the block, mask) for each chunk with a visible key; mask is
+    None where every row sees every key.
+    """
+    p = schedule
+    start = prefix - j * p.keys  # row 0 of the window, counted from here
+    end = jnp.minimum((i + 1) * p.queries, queries * p.group)
+    last = lax.div(jnp.maximum(end - 1, 0), p.group) + start
+    first = lax.div(i * p.queries, p.group) + start
+    chunks = p.keys // p.chunk
+    count = lambda slots: jnp.clip(lax.div(slots, p.chunk), 0, chunks)
+    whole = count(jnp.maximum(first + 1, 0))
+    some = count(jnp.maximum(last + p.chunk, 0))
+    some = jnp.where(i * p.queries < queries * p.group, some, 0)
+    at = lambda c: pl.ds(pl.multiple_of(c * p.chunk, p.chunk), p.chunk)
 
-    def for_each(self, visit):
-        """visit(slice of the block, mask) for each chunk with a visible key; mask is
-        None where every row sees every key."""
-        p = self.plan
-        start = self.prefix - self.j * p.keys  # row 0 of the window, counted from here
-        end = jnp.minimum((self.i + 1) * p.queries, self.queries * p.group)
-        last = lax.div(jnp.maximum(end - 1, 0), p.group) + start
-        first = lax.div(self.i * p.queries, p.group) + start
-        chunks = p.keys // p.chunk
-        count = lambda slots: jnp.clip(lax.div(slots, p.chunk), 0, chunks)
-        whole = count(jnp.maximum(first + 1, 0))
-        some = count(jnp.maximum(last + p.chunk, 0))
-        some = jnp.where(self.i * p.queries < self.queries * p.group, some, 0)
-        at = lambda c: pl.ds(pl.multiple_of(c * p.chunk, p.chunk), p.chunk)
+    @pl.loop(0, jnp.minimum(whole, some))
+    def _(c: Array) -> None:
+        visit(at(c), None)
 
-        @pl.loop(0, jnp.minimum(whole, some))
-        def _(c):
-            visit(at(c), None)
-
-        @pl.loop(jnp.minimum(whole, some), some)
-        def _(c):
-            visit(at(c), _Mask(p, start - c * p.chunk, self.queries, self.i))
+    @pl.loop(jnp.minimum(whole, some), some)
+    def _(c: Array) -> None:
+        visit(at(c), _ChunkMask(p, start - c * p.chunk, queries, i))
 
 
-class _Mask(NamedTuple):
-    """start: slot of the window's first query, counted from the chunk's first."""
+class _ChunkMask(NamedTuple):
+    """What block i of queries sees of a chunk of keys.
 
-    plan: Plan
+    start: slot of the window's first query, counted from the chunk's first.
+    """
+
+    schedule: TpuSchedule
     start: Any
     queries: Any
     i: Any
 
-    def visible(self, axis):
-        """[queries, chunk] for axis 1, [chunk, queries] for axis 0: slot <= start +
-        r / G without a division."""
-        p = self.plan
+    def visible(self, axis: int) -> Bool[Array, "_ _"]:
+        """Computes slot <= start + r / G without a division.
+
+        [queries, chunk] for axis 1, [chunk, queries] for axis 0.
+        """
+        p = self.schedule
         shape = (p.queries, p.chunk) if axis else (p.chunk, p.queries)
         slot = lax.broadcasted_iota(jnp.int32, shape, axis)
         row = lax.broadcasted_iota(jnp.int32, shape, 1 - axis)
         return (slot - self.start) * p.group <= row + self.i * p.queries
 
-    def live(self, x):
-        """x [chunk, H] with 0 where no query of the row sees: 0 * NaN would be NaN."""
+    def live(self, x: Float[Array, "chunk H"]) -> Float[Array, "chunk H"]:
+        """Puts 0 where no query of the row sees: 0 * NaN would be NaN."""
         slot = lax.broadcasted_iota(jnp.int32, x.shape, 0)
         return jnp.where(slot < self.start + self.queries, x, jnp.zeros_like(x))
 
 
-def _keys_values(k, v, at, h, mask, dtype):
-    """Keys and values [chunk, H] of head h of a block [keys, heads, H]."""
+def _keys_values(
+    k: Any, v: Any, at: Any, h: int, mask: _ChunkMask | None, dtype: Any
+) -> tuple[Float[Array, "chunk H"], Float[Array, "chunk H"]]:
+    """Reads a chunk's keys and values of head h from blocks [keys, heads, H]."""
     pair = ((x[at] if len(x.shape) == 2 else x[at, h, :]).astype(dtype) for x in (k, v))
-    return tuple(mask.live(x) if mask else x for x in pair)
+    keys, values = (mask.live(x) if mask else x for x in pair)
+    return keys, values
 
 
-def _mean_scores(plan: Plan, h, at, query, turned, starts, table):
-    """Of head h and the chunk at this slice of the block: float32 [queries, chunk]."""
-    first = starts[lax.div(at.start, plan.chunk)]
-    here = query[h] * first[0:1] + turned[h] * first[1:2]
+def _mean_scores(
+    schedule: TpuSchedule, h: int, at: Any, *mean: Any
+) -> Float[Array, "queries chunk"]:
+    """Computes the scores of a mean: of head h and the chunk at this slice."""
+    query, quarters, starts, table = mean
+    first = starts[lax.div(at.start, schedule.chunk)]
+    here = query[h] * first[0:1] + quarters[h] * first[1:2]
     return product(dot_t, here, [table[i] for i in range(table.shape[0])])
 
 
-def _forward_kernel(plan: Plan, scalars, layer, *refs: Any):
+def _forward_kernel(
+    schedule: TpuSchedule, scalars: Any, layer: Any, *refs: Any
+) -> None:
     del layer
     q, k, v, *more, out, lse, top, total, acc = refs
     scales, mean = more[:2], more[2:]
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    chunks = Chunks(plan, scalars[0, b], scalars[1, b], i, j)
 
     @pl.when(j == 0)
-    def _():
+    def _() -> None:
         top[...] = jnp.full_like(top, -jnp.inf)
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
 
-    def visit(at, mask):
+    def visit(at: Any, mask: _ChunkMask | None) -> None:
         visible: Any = mask.visible(1) if mask else None
-        for h in range(plan.heads):
+        for h in range(schedule.heads):
             keys, values = _keys_values(k, v, at, h, mask, q.dtype)
-            s = dot_t(q[h], keys) * (plan.scale * LOG2E)
+            s = dot_t(q[h], keys) * (schedule.scale * LOG2E)
             if scales:
                 s *= scales[0][h : h + 1, at]
             if mean:
-                s += _mean_scores(plan, h, at, *mean) * (plan.scale * LOG2E)
+                s += _mean_scores(schedule, h, at, *mean) * (schedule.scale * LOG2E)
             if mask:
                 s = jnp.where(visible, s, -jnp.inf)
             # Slot 0 is visible to every row: after block 0 no maximum is -inf.
@@ -159,11 +186,11 @@ def _forward_kernel(plan: Plan, scalars, layer, *refs: Any):
             acc[h] = acc[h] * fade + dot(p.astype(values.dtype), values, ((1,), (0,)))
             top[h] = jnp.broadcast_to(new, top.shape[1:])
 
-    chunks.for_each(visit)
+    for_each_chunk(schedule, scalars[0, b], scalars[1, b], i, j, visit)
 
     @pl.when(j == pl.num_programs(3) - 1)
-    def _():
-        for h in range(plan.heads):
+    def _() -> None:
+        for h in range(schedule.heads):
             # Rows without a key (no valid query) have out = lse = 0.
             none = total[h] == 0
             sums = jnp.where(none, 1, total[h])
@@ -172,67 +199,65 @@ def _forward_kernel(plan: Plan, scalars, layer, *refs: Any):
             lse[h : h + 1] = jnp.transpose(logs)[:1]
 
 
-def _d_q_kernel(plan: Plan, scalars, layer, *refs):
+def _d_q_kernel(schedule: TpuSchedule, scalars: Any, layer: Any, *refs: Any) -> None:
     del layer
     q, k, v, d_out, lse, delta, d_q, lse_rows, delta_rows, acc = refs
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    chunks = Chunks(plan, scalars[0, b], scalars[1, b], i, j)
 
     @pl.when(j == 0)
-    def _():
+    def _() -> None:
         acc[...] = jnp.zeros_like(acc)
-        for h in range(plan.heads):
+        for h in range(schedule.heads):
             lse_rows[h] = _lane_to_rows(lse[h : h + 1] * LOG2E)
             delta_rows[h] = _lane_to_rows(delta[h : h + 1])
 
-    def visit(at, mask):
+    def visit(at: Any, mask: _ChunkMask | None) -> None:
         visible: Any = mask.visible(1) if mask else None
-        for h in range(plan.heads):
+        for h in range(schedule.heads):
             keys, values = _keys_values(k, v, at, h, mask, q.dtype)
-            s = dot_t(q[h], keys) * (plan.scale * LOG2E)
+            s = dot_t(q[h], keys) * (schedule.scale * LOG2E)
             p = jnp.exp2(s - lse_rows[h])
             if mask:
                 p = jnp.where(visible, p, 0)
-            d_s = p * (dot_t(d_out[h], values) - delta_rows[h]) * plan.scale
+            d_s = p * (dot_t(d_out[h], values) - delta_rows[h]) * schedule.scale
             acc[h] += dot(d_s.astype(keys.dtype), keys, ((1,), (0,)))
 
-    chunks.for_each(visit)
+    for_each_chunk(schedule, scalars[0, b], scalars[1, b], i, j, visit)
 
     @pl.when(j == pl.num_programs(3) - 1)
-    def _():
+    def _() -> None:
         d_q[...] = acc[...].astype(d_q.dtype)
 
 
-def _d_kv_kernel(plan: Plan, scalars, layer, *refs):
+def _d_kv_kernel(schedule: TpuSchedule, scalars: Any, layer: Any, *refs: Any) -> None:
     """Scores here are [keys, queries]: lse and delta lie along lanes as they come."""
     del layer
     q, k, v, d_out, lse, delta, d_k, d_v, k_acc, v_acc = refs
     b, j, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    chunks = Chunks(plan, scalars[0, b], scalars[1, b], i, j)
 
     @pl.when(i == 0)
-    def _():
+    def _() -> None:
         k_acc[...] = jnp.zeros_like(k_acc)
         v_acc[...] = jnp.zeros_like(v_acc)
 
-    def visit(at, mask):
+    def visit(at: Any, mask: _ChunkMask | None) -> None:
         visible: Any = mask.visible(0) if mask else None
-        for h in range(plan.heads):
+        for h in range(schedule.heads):
             keys, values = _keys_values(k, v, at, h, mask, q.dtype)
-            s = dot_t(keys, q[h]) * (plan.scale * LOG2E)
+            s = dot_t(keys, q[h]) * (schedule.scale * LOG2E)
             p = jnp.exp2(s - lse[h : h + 1] * LOG2E)
             if mask:
                 p = jnp.where(visible, p, 0)
             v_acc[h, at] += dot(p.astype(d_out.dtype), d_out[h], ((1,), (0,)))
-            d_s = p * (dot_t(values, d_out[h]) - delta[h : h + 1]) * plan.scale
+            d_s = p * (dot_t(values, d_out[h]) - delta[h : h + 1]) * schedule.scale
             k_acc[h, at] += dot(d_s.astype(q.dtype), q[h], ((1,), (0,)))
 
-    chunks.for_each(visit)
+    for_each_chunk(schedule, scalars[0, b], scalars[1, b], i, j, visit)
 
     @pl.when(i == pl.num_programs(3) - 1)
-    def _():
+    def _() -> None:
         for result, sums in ((d_k, k_acc), (d_v, v_acc)):
-            for h in range(plan.heads):
+            for h in range(schedule.heads):
                 at = slice(None) if len(result.shape) == 2 else (slice(None), h)
                 result[at] = sums[h].astype(result.dtype)
 
@@ -240,90 +265,112 @@ def _d_kv_kernel(plan: Plan, scalars, layer, *refs):
 # How the kernels are called.
 
 
-def pack(plan: Plan, heads, x):
-    """Packs [B, T, N, H] to [B, K, R, H], with zeros behind T * G."""
+def pack(
+    schedule: TpuSchedule, heads: int, x: Float[Array, "B T N H"]
+) -> Float[Array, "B K R H"]:
+    """Packs the queries of each kv head, with zeros behind R = T * G."""
     b, t, n, h = x.shape
     x = jnp.moveaxis(x.reshape(b, t, heads, n // heads, h), 1, 2)
     x = x.reshape(b, heads, -1, h)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, plan.rows - x.shape[2]), (0, 0)))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, schedule.rows - x.shape[2]), (0, 0)))
 
 
-def unpack(x, t, n):
-    """Unpacks [B, K, R, H] to [B, T, N, H]."""
+def unpack(x: Float[Array, "B K R H"], t: int, n: int) -> Float[Array, "B T N H"]:
+    """Unpacks what `pack` packed."""
     b, heads, _, h = x.shape
     x = x[:, :, : t * (n // heads)].reshape(b, heads, t, n // heads, h)
     return jnp.moveaxis(x, 2, 1).reshape(b, t, n, h)
 
 
-def specs(plan: Plan, h, swapped=False):
-    """Block specs of q (and what has its shape), k and v, and rows of numbers."""
-    heads, none = plan.heads, pl.squeezed
+def specs(
+    schedule: TpuSchedule, h: int, swapped: bool = False
+) -> tuple[pl.BlockSpec, ...]:
+    """Returns the block specs of q (and its like), k and v, rows of numbers, scales.
 
-    def where(args):
+    swapped: the last two axes of the grid are.
+    """
+    heads, none = schedule.heads, pl.squeezed
+
+    def where(args: Any) -> Any:
         b, g, i, j, scalars, layer = args
         prefix, queries = scalars[0, b], scalars[1, b]
         if swapped:
             i, j = j, i
             i = jnp.minimum(
-                jnp.maximum(i, plan.first(prefix, j)), plan.rows // plan.queries - 1
+                jnp.maximum(i, schedule.first(prefix, j)),
+                schedule.rows // schedule.queries - 1,
             )
-        last = jnp.maximum(plan.visited(prefix, queries, i) - 1, 0)
+        last = jnp.maximum(schedule.visited(prefix, queries, i) - 1, 0)
         return b, g, i, jnp.minimum(j, last), layer[0]
 
-    def q_at(*args):
+    def q_at(*args: Any) -> Any:
         b, g, i, _, _ = where(args)
         return b, g, i, 0
 
-    def k_at(*args):
+    def k_at(*args: Any) -> Any:
         b, g, _, j, layer = where(args)
         return (layer, b, j, g, 0) if heads > 1 else (layer, b, j, 0)
 
-    def row_at(*args):
+    def row_at(*args: Any) -> Any:
         b, g, i, _, _ = where(args)
         return b, g, i
 
-    def scale_at(*args):
+    def scale_at(*args: Any) -> Any:
         b, g, _, j, layer = where(args)
         return layer, b, g, j
 
     # One head needs no axis: see `flat`.
-    k_block = (none, none, plan.keys, *([heads] if heads > 1 else []), h)
+    k_block = (none, none, schedule.keys, *([heads] if heads > 1 else []), h)
     return (
-        pl.BlockSpec((none, heads, plan.queries, h), q_at),
+        pl.BlockSpec((none, heads, schedule.queries, h), q_at),
         pl.BlockSpec(k_block, k_at),
-        pl.BlockSpec((none, heads, plan.queries), row_at),
-        pl.BlockSpec((none, none, heads, plan.keys), scale_at),
+        pl.BlockSpec((none, heads, schedule.queries), row_at),
+        pl.BlockSpec((none, none, heads, schedule.keys), scale_at),
     )
 
 
-def _table_specs(plan: Plan, h, starts, table):
-    """Of `mean.kernel_tables`: a block's starts, and the whole table once."""
-    del starts
+def _table_specs(
+    schedule: TpuSchedule, h: int, table: Array
+) -> tuple[pl.BlockSpec, ...]:
+    """Returns the specs of `mean.kernel_tables`: a block's starts, the whole table."""
 
-    def starts_at(b, g, i, j, scalars, layer):
+    def starts_at(b: Any, g: Any, i: Any, j: Any, scalars: Any, layer: Any) -> Any:
         del g, layer
-        last = jnp.maximum(plan.visited(scalars[0, b], scalars[1, b], i) - 1, 0)
+        last = jnp.maximum(schedule.visited(scalars[0, b], scalars[1, b], i) - 1, 0)
         return jnp.minimum(j, last), 0, 0
 
     return (
-        pl.BlockSpec((plan.keys // plan.chunk, 2, h), starts_at),
+        pl.BlockSpec((schedule.keys // schedule.chunk, 2, h), starts_at),
         pl.BlockSpec(table.shape, lambda *_: (0, 0, 0)),
     )
 
 
-def flat(x):
-    """[.., S, 1, H] -> [.., S, H]: an axis of one head would be padded to a tile."""
+def flat(x: Num[Array, "L B S K H"]) -> Num[Array, "L B S *heads H"]:
+    """Drops the axis of one head, K = 1, which would be padded to a tile."""
     return x.reshape(*x.shape[:-2], x.shape[-1]) if x.shape[-2] == 1 else x
 
 
-def live_blocks(plan: Plan, scalars):
-    """Blocks of keys of the longest row: where the grid ends, known when it runs."""
+def live_blocks(schedule: TpuSchedule, scalars: Int[Array, "2 B"]) -> Int[Array, ""]:
+    """Counts the longest row's blocks of keys: the grid's end, known when it runs."""
     prefix, queries = scalars
     length = jnp.max(jnp.where(queries > 0, prefix + queries, 1))
-    return lax.div(length + plan.keys - 1, plan.keys)
+    return lax.div(length + schedule.keys - 1, schedule.keys)
 
 
-def call(plan: Plan, kernel, name, grid, in_specs, out_specs, out_shape, scratch):
+def call(
+    schedule: TpuSchedule,
+    kernel: Callable,
+    name: str,
+    grid: tuple[Any, ...],
+    in_specs: Any,
+    out_specs: Any,
+    out_shape: Any,
+    scratch: list[tuple[int, ...]],
+) -> Any:
+    """Makes a function of (scalars, layer, *arrays) that runs the kernel.
+
+    scratch: shapes of float32 arrays that a core keeps.
+    """
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -336,30 +383,47 @@ def call(plan: Plan, kernel, name, grid, in_specs, out_specs, out_shape, scratch
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=plan.vmem,
+            vmem_limit_bytes=schedule.vmem,
         ),
-        interpret=plan.interpret,
+        interpret=schedule.interpret,
         name=name,
     )
 
 
-def forward(plan: Plan, q, k, v, scalars, layer, k_scale=None, v_scale=None, mean=()):
-    """q packed [B, K, R, H], k and v [L, B, S, K, H] -> out like q and the log of the
-    softmax's denominators float32 [B, K, R], 0 for rows without a key.
+def forward(
+    schedule: TpuSchedule,
+    q: Float[Array, "B K R H"],
+    k: Num[Array, "L B S K H"],
+    v: Num[Array, "L B S K H"],
+    scalars: Int[Array, "2 B"],
+    layer: Int[Array, ""],
+    scales: tuple[Float[Array, "L B K S"], ...] = (),
+    mean: tuple[Array, ...] = (),
+) -> tuple[Float[Array, "B K R H"], Float[Array, "B K R"]]:
+    """Returns the result and the log of softmax's denominators in float32.
 
-    scalars [2, B]: prefix and valid queries.  mean: query and its quarter packed like q
-    and the tables of `mean.kernel_tables`.
+    That is 0 for rows without a key.
+
+    Args:
+      q: `pack`ed.
+      scalars: prefix and valid queries.
+      scales: of int8 k and v.
+      mean: query and its quarter packed like q and the tables of `mean.kernel_tables`.
     """
     b, heads, rows, h = q.shape
-    q_spec, k_spec, row_spec, scale_spec = specs(plan, h)
-    mean_specs = [q_spec, q_spec, *_table_specs(plan, h, *mean[2:])] if mean else []
-    scales = [] if k_scale is None else [k_scale, v_scale]
-    block = (plan.heads, plan.queries)
+    q_spec, k_spec, row_spec, scale_spec = specs(schedule, h)
+    mean_specs = [q_spec, q_spec, *_table_specs(schedule, h, mean[3])] if mean else []
+    block = (schedule.heads, schedule.queries)
     return call(
-        plan,
-        functools.partial(_forward_kernel, plan),
+        schedule,
+        functools.partial(_forward_kernel, schedule),
         "prefix_attention_forward",
-        (b, heads // plan.heads, rows // plan.queries, live_blocks(plan, scalars)),
+        (
+            b,
+            heads // schedule.heads,
+            rows // schedule.queries,
+            live_blocks(schedule, scalars),
+        ),
         [q_spec, k_spec, k_spec, *[scale_spec] * len(scales), *mean_specs],
         [q_spec, row_spec],
         [
@@ -370,62 +434,74 @@ def forward(plan: Plan, q, k, v, scalars, layer, k_scale=None, v_scale=None, mea
     )(scalars, layer.reshape(1), q, flat(k), flat(v), *scales, *mean)
 
 
-def backward(plan: Plan, q, k, v, scalars, layer, d_out, lse, delta):
-    """Returns d_q (packed) and d_k, d_v [B, S, K, H]."""
+def backward(
+    schedule: TpuSchedule,
+    q: Float[Array, "B K R H"],
+    k: Float[Array, "L B S K H"],
+    v: Float[Array, "L B S K H"],
+    scalars: Int[Array, "2 B"],
+    layer: Int[Array, ""],
+    d_out: Float[Array, "B K R H"],
+    lse: Float[Array, "B K R"],
+    delta: Float[Array, "B K R"],
+) -> tuple[Float[Array, "B K R H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Returns d_q, packed as q is, and, of the layer, d_k and d_v."""
     b, heads, rows, h = q.shape
-    s, q_blocks = k.shape[-3], rows // plan.queries
+    s, q_blocks = k.shape[-3], rows // schedule.queries
     inputs = (scalars, layer.reshape(1), q, flat(k), flat(v), d_out, lse, delta)
-    q_spec, k_spec, row_spec, _ = specs(plan, h)
-    block = (plan.heads, plan.queries)
+    q_spec, k_spec, row_spec, _ = specs(schedule, h)
+    block = (schedule.heads, schedule.queries)
     d_q = call(
-        plan,
-        functools.partial(_d_q_kernel, plan),
+        schedule,
+        functools.partial(_d_q_kernel, schedule),
         "prefix_attention_d_q",
-        (b, heads // plan.heads, q_blocks, live_blocks(plan, scalars)),
+        (b, heads // schedule.heads, q_blocks, live_blocks(schedule, scalars)),
         [q_spec, k_spec, k_spec, q_spec, row_spec, row_spec],
         q_spec,
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         [(*block, 1), (*block, 1), (*block, h)],
     )(*inputs)
     # The grid covers the capacity: dead blocks get zeros, and that is all they cost.
-    q_spec, k_spec, row_spec, _ = specs(plan, h, swapped=True)
+    q_spec, k_spec, row_spec, _ = specs(schedule, h, swapped=True)
     # One head needs no axis here either.
-    one = plan.heads == 1
+    one = schedule.heads == 1
     d_spec = pl.BlockSpec(
-        (pl.squeezed, plan.keys, *([] if one else [plan.heads]), h),
+        (pl.squeezed, schedule.keys, *([] if one else [schedule.heads]), h),
         lambda b, g, j, i, *_: (b, j, 0) if one else (b, j, g, 0),
     )
     shape = (b, s, *([] if one else [heads]), h)
-    block = (plan.heads, plan.keys)
+    block = (schedule.heads, schedule.keys)
     d_k, d_v = call(
-        plan,
-        functools.partial(_d_kv_kernel, plan),
+        schedule,
+        functools.partial(_d_kv_kernel, schedule),
         "prefix_attention_d_kv",
-        (b, heads // plan.heads, pl.cdiv(s, plan.keys), q_blocks),
+        (b, heads // schedule.heads, pl.cdiv(s, schedule.keys), q_blocks),
         [q_spec, k_spec, k_spec, q_spec, row_spec, row_spec],
         [d_spec, d_spec],
         [jax.ShapeDtypeStruct(shape, x.dtype) for x in (k, v)],
         [(*block, h), (*block, h)],
     )(*inputs)
-    return d_q, *(d.reshape(b, s, heads, h) for d in (d_k, d_v))
+    d_k, d_v = (d.reshape(b, s, heads, h) for d in (d_k, d_v))
+    return d_q, d_k, d_v
 
 
 def pallas_tpu(
-    q,
-    k,
-    v,
-    prefix,
+    q: Float[Array, "B T N H"],
+    k: Num[Array, "*L B S K H"],
+    v: Num[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
     *,
-    scale,
-    layer=None,
-    queries=None,
-    k_scale=None,
-    v_scale=None,
+    scale: float,
+    layer: Layer = None,
+    queries: Int[Array, " B"] | None = None,
+    k_scale: Float[Array, "*_L _B _K _S"] | None = None,
+    v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     mean: MeanTerm | None = None,
-    blocks: Blocks | None = None,
+    target: Target | None = None,
+    blocks: TpuBlocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
-):
-    """See `api.prefix_attention`.
+) -> Float[Array, "B T N H"]:
+    """Computes `api.prefix_attention` by Mosaic kernels.
 
     blocks: sizes other than the chip's. interpret: simulate the kernels, on any
     platform. Otherwise a program that is lowered for another platform than TPU computes
@@ -435,109 +511,86 @@ def pallas_tpu(
       NotImplementedError: dtypes other than float32 or bfloat16 for all, int8 for k and
         v apart.
     """
-    check_dtypes(q, k, v, k_scale, v_scale)
-    plan = make_plan(q, k, scale, blocks or chip_blocks(), interpret)
-    t = q.shape[1]
-    valid = jnp.full_like(prefix, t) if queries is None else jnp.minimum(queries, t)
-    scalars = jnp.stack([prefix, valid]).astype(jnp.int32)
-    if layer is None:
-        k, v, k_scale, v_scale = jax.tree.map(
-            lambda x: x[None], (k, v, k_scale, v_scale)
-        )
-    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    check_scales(k, v, k_scale, v_scale)
+    check_dtypes(q, k, v, k_scale is not None, DTYPES, TAKEN)
+    target = target or default_target()
+    blocks = blocks or chip_blocks(target)
+    schedule = make_schedule(q, k, scale, blocks, interpret, target)
+    scalars = row_lengths(prefix, queries, q.shape[1], 0)
+    layer, k, v, k_scale, v_scale = stacked(layer, k, v, k_scale, v_scale)
     q = zero_invalid(q, queries)  # they meet keys and values in the backward pass
     if k_scale is None:
-        out: Any = _attend(plan, q, k, v, scalars, layer)
+        there, back = (functools.partial(f, schedule) for f in (_forward, _backward))
+        out: Any = attend(there, back, q, k, v, scalars, layer)
     else:
-        out = _attend_int8(plan, q, k, v, scalars, layer, k_scale, v_scale, mean)
+        out = _attend_int8(schedule, q, k, v, scalars, layer, k_scale, v_scale, mean)
     return zero_invalid(out, queries)
 
 
-def check_dtypes(q, k, v, k_scale, v_scale):
-    """Raises NotImplementedError for what Mosaic kernels do not take."""
-    check_scales(k, v, k_scale, v_scale)
-    kept = {q.dtype} if k_scale is not None else {q.dtype, k.dtype, v.dtype}
-    if len(kept) > 1 or q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(
-            f"q, k, v of dtypes {q.dtype}, {k.dtype}, {v.dtype}: one of float32 and "
-            f"bfloat16 for all, or int8 k and v with scales."
-        )
+def _attend_int8(schedule: TpuSchedule, *given: Any) -> Float[Array, "B T N H"]:
+    """Attends, given (q, k, v, scalars, layer, k_scale, v_scale, mean)."""
 
-
-def on_tpu(interpret, kernel, elsewhere, *args):
-    """kernel(*args) where the program is lowered for TPU (or interpreted)."""
-    if interpret:
-        return kernel(*args)
-    return lax.platform_dependent(*args, tpu=kernel, default=elsewhere)
-
-
-def _attend_int8(plan, q, k, v, scalars, layer, k_scale, v_scale, mean):
-    def kernel(q, k, v, scalars, layer, k_scale, v_scale, mean):
-        packed = functools.partial(pack, plan, k.shape[-2])
+    def kernel(
+        q: Array, k: Array, v: Array, scalars: Array, layer: Array, *more: Any
+    ) -> Array:
+        *scales, mean = more
+        packed = functools.partial(pack, schedule, k.shape[-2])
         means = ()
         if mean is not None:
-            tables = kernel_tables(mean.turns, k.shape[-3], plan.chunk, q.dtype)
+            tables = kernel_tables(mean.turns, k.shape[-3], schedule.chunk, q.dtype)
             means = (packed(mean.query), packed(quarter(mean.query)), *tables)
-        scales = (k_scale, v_scale)
-        out, _ = forward(plan, packed(q), k, v, scalars, layer, *scales, means)
+        args = (packed(q), k, v, scalars, layer, tuple(scales), means)
+        out, _ = forward(schedule, *args)
         return unpack(out, *q.shape[1:3])
 
-    def elsewhere(q, k, v, scalars, layer, k_scale, v_scale, mean):
-        scales = {"k_scale": k_scale, "v_scale": v_scale, "mean": mean}
-        return decode_xla(q, k, v, scalars[0], scale=plan.scale, layer=layer, **scales)
+    def elsewhere(
+        q: Array, k: Array, v: Array, scalars: Array, layer: Array, *more: Any
+    ) -> Array:
+        options: dict[str, Any] = dict(
+            zip(("k_scale", "v_scale", "mean"), more, strict=True)
+        )
+        options |= {"scale": schedule.scale, "target": schedule.target}
+        return decode_xla(q, k, v, scalars[0], layer=layer, **options)
 
-    args = (q, k, v, scalars, layer, k_scale, v_scale, mean)
-    return on_tpu(plan.interpret, kernel, elsewhere, *args)
+    return lowered("tpu", schedule.interpret, kernel, elsewhere, *given)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, scalars, layer):
-    return _attend_fwd(plan, q, k, v, scalars, layer)[0]
+def _blockwise(schedule: TpuSchedule, of: Callable) -> Callable:
+    """Makes `blockwise`'s pass a function of (q, k, v, scalars, *more)."""
+    size = schedule.scale, blockwise.BLOCK
+    return lambda q, k, v, scalars, *more: of(*size, q, k, v, scalars[0], *more)
 
 
-def _attend_fwd(plan, q, k, v, scalars, layer):
-    def kernel(q, k, v, scalars, layer):
-        packed = pack(plan, k.shape[-2], q)
-        out, lse = forward(plan, packed, k, v, scalars, layer)
+def _forward(schedule: TpuSchedule, *given: Array) -> tuple[Array, Array]:
+    """Returns the result and lse, given (q, k, v, scalars, layer)."""
+
+    def kernel(
+        q: Array, k: Array, v: Array, scalars: Array, layer: Array
+    ) -> tuple[Array, Array]:
+        packed = pack(schedule, k.shape[-2], q)
+        out, lse = forward(schedule, packed, k, v, scalars, layer)
         lse = unpack(lse[..., None], *q.shape[1:3])[..., 0]
         return unpack(out, *q.shape[1:3]), jnp.swapaxes(lse, 1, 2)
 
-    def elsewhere(q, k, v, scalars, layer):
-        block = blockwise.BLOCK
-        return blockwise.forward(plan.scale, block, q, k, v, scalars[0], layer)
-
-    args = (q, k, v, scalars, layer)
-    out, lse = on_tpu(plan.interpret, kernel, elsewhere, *args)
-    out, lse = checkpoint_name(out, blockwise.OUT), checkpoint_name(lse, blockwise.LSE)
-    return out, (*args, out, lse)
+    elsewhere = _blockwise(schedule, blockwise.forward)
+    return lowered("tpu", schedule.interpret, kernel, elsewhere, *given)
 
 
-def _attend_bwd(plan, residuals, d_out):
-    def kernel(q, k, v, scalars, layer, out, lse, d_out):
-        packed = functools.partial(pack, plan, k.shape[-2])
+def _backward(schedule: TpuSchedule, *given: Array) -> tuple[Array, Array, Array]:
+    """Returns the gradients, given what `_forward` is, out, lse and d_out."""
+
+    def kernel(
+        q: Array, k: Array, v: Array, scalars: Array, layer: Array, *outs: Array
+    ) -> tuple[Array, Array, Array]:
+        out, lse, d_out = outs
+        packed = functools.partial(pack, schedule, k.shape[-2])
         delta = jnp.einsum(
             "BTNH,BTNH->BTN", d_out, out, preferred_element_type=jnp.float32
         )
         rows = (packed(x[..., None])[..., 0] for x in (jnp.swapaxes(lse, 1, 2), delta))
-        d_q, d_k, d_v = backward(
-            plan, packed(q), k, v, scalars, layer, packed(d_out), *rows
-        )
+        args = (packed(q), k, v, scalars, layer, packed(d_out))
+        d_q, d_k, d_v = backward(schedule, *args, *rows)
         return unpack(d_q, *q.shape[1:3]), d_k, d_v
 
-    def elsewhere(q, k, v, scalars, layer, out, lse, d_out):
-        block, prefix = blockwise.BLOCK, scalars[0]
-        return blockwise.backward(
-            plan.scale, block, q, k, v, prefix, layer, out, lse, d_out
-        )
-
-    d_q, d_k, d_v = on_tpu(plan.interpret, kernel, elsewhere, *residuals, d_out)
-    layers, layer = residuals[1].shape[0], residuals[4]
-    if layers == 1:
-        d_k, d_v = d_k[None], d_v[None]
-    else:
-        put = lambda d: jnp.zeros((layers, *d.shape), d.dtype).at[layer].set(d)
-        d_k, d_v = put(d_k), put(d_v)
-    return d_q, d_k, d_v, None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+    elsewhere = _blockwise(schedule, blockwise.backward)
+    return lowered("tpu", schedule.interpret, kernel, elsewhere, *given)

@@ -3,20 +3,31 @@
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from beacon_jax.attention.device import Target
+from beacon_jax.attention.shared import Layer, live_layer, zero_invalid
 
 WEIGHTS = "attention_weights"
 
 
-def reference(q, k, v, prefix, *, scale, layer=None, queries=None):
-    """See `api.prefix_attention`. Visits the whole capacity S, live or not."""
-    if layer is not None:
-        k, v = k[layer], v[layer]
+def reference(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "*L B S K H"],
+    v: Float[Array, "*L B S K H"],
+    prefix: Int[Array, " B"],
+    *,
+    scale: float,
+    layer: Layer = None,
+    queries: Int[Array, " B"] | None = None,
+    target: Target | None = None,
+) -> Float[Array, "B T N H"]:
+    """Computes `api.prefix_attention` over the whole capacity S, live or not."""
+    del target  # the same for all
     b, t, n, h = q.shape
+    k, v = live_layer(k, v, prefix + t, layer)
     s, heads = k.shape[1:3]
     q = q.reshape(b, t, heads, n // heads, h)
-    # Nothing dead is read: 0 * NaN would be NaN.
-    live = (jnp.arange(s) < (prefix + t)[:, None])[..., None, None]
-    k, v = jnp.where(live, k, 0), jnp.where(live, v, 0)
     scores = scale * jnp.einsum(
         "BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32
     )
@@ -25,8 +36,5 @@ def reference(q, k, v, prefix, *, scale, layer=None, queries=None):
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = checkpoint_name(jax.nn.softmax(scores, axis=-1), WEIGHTS)
     weights = weights.astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
-    out = out.reshape(b, t, n, h)
-    if queries is not None:
-        out = jnp.where((jnp.arange(t) < queries[:, None])[..., None, None], out, 0)
-    return out.astype(q.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(b, t, n, h)
+    return zero_invalid(out, queries).astype(q.dtype)

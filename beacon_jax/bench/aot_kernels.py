@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from beacon_jax.attention import prefix_attention
+from beacon_jax.attention.device import Target
 from beacon_jax.bench.records import Row
 from beacon_jax.bench.report import by_column
 from beacon_jax.model.presets import get_preset
@@ -111,7 +112,11 @@ def program(case: KernelCase, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     dtype = jnp.int8 if case.int8 else jnp.bfloat16
     keys = on((*stack, b, s, heads, config.head_dim), dtype)
     arguments = (q, keys, keys, on((b,), jnp.int32))
-    attend = functools.partial(prefix_attention, implementation=case.implementation)
+    attend = functools.partial(
+        prefix_attention,
+        implementation=case.implementation,
+        target=Target.of(mesh.devices.flat[0]),
+    )
     if not case.backward:
         names = ("layer", "k_scale", "v_scale", "k_mean")
         scale = on((*stack, b, heads, s), jnp.float32)
@@ -132,7 +137,7 @@ def program(case: KernelCase, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
 def compiled(function, arguments, mesh: Mesh, **options) -> Any:
     """Compiles a function for the mesh's device, with options of the compiler."""
-    # Pallas wants to know the chip, and asks the mesh.
+    # Pallas itself wants to know the chip, too, and asks the mesh.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function).lower(*arguments)
     return lowered.compile(compiler_options=options)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
 from beacon_jax.attention.api import INT8
+from beacon_jax.attention.device import Target
 from beacon_jax.bench.case import Bench, Case, Latest, timed
 from beacon_jax.bench.device import check_platform, random_array
 from beacon_jax.bench.records import Row
@@ -123,7 +124,9 @@ def _attend(
     layers = 0 if way == "backward" else LAYERS  # as training and inference do
     q, k, v = _inputs(s, batch, queries, memory + queries, layers)
     chosen = None if name == DEFAULT else name
-    attend = functools.partial(prefix_attention, implementation=chosen)
+    attend = functools.partial(
+        prefix_attention, implementation=chosen, target=Target.of(s.device)
+    )
     given: Callable[[Any], tuple[Any, ...]]
     call: Callable[..., Any]
     if way == "backward":

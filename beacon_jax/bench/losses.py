@@ -8,6 +8,7 @@ from absl import flags
 from jaxtyping import Float
 
 from beacon_jax.bench.records import Row
+from beacon_jax.core.law import Law
 from beacon_jax.evaluation.inputs import Inputs
 from beacon_jax.evaluation.model import Model, Rows, load_model
 from beacon_jax.evaluation.settings import Settings

@@ -1,5 +1,6 @@
 """The choice of an implementation, what each refuses, and what the kernels visit."""
 
+import functools
 import sys
 import types
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from beacon_jax.attention import library, prefix_attention
+from beacon_jax.attention import IMPLEMENTATIONS, library, prefix_attention
 from beacon_jax.attention.api import best
 from beacon_jax.attention.decode_gpu import decode_gpu
+from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.gpu_blocks import SM_80, SM_90, SMALL, Block, chip_blocks
 from beacon_jax.attention.pallas_gpu import key_blocks, query_blocks
 from beacon_jax.attention.reference import reference
@@ -23,22 +25,53 @@ def inputs(dtype="float32", t=4, heads=2):
     return q, k, k, jnp.asarray([3])
 
 
-def tracing_for(platform, kind):
-    device = AbstractDevice(device_kind=kind, num_cores=108, platform=platform)
+def test_the_target_decides():
+    here = default_target()
+    assert here == Target.of(jax.devices()[0]) and here.platform == "cpu"
+    assert best(4, 64, here) == ("reference",)
+    assert best(4, 4096, here) == ("blockwise_cpu",)
+    a100 = Target("gpu", "NVIDIA A100-SXM4-80GB")
+    assert best(1536, 17920, a100) == ("decode_gpu", "pallas_gpu", "blockwise")
+    h200 = Target("gpu", "NVIDIA H200")
+    assert best(1536, 17920, h200)[1:3] == ("tokamax", "pallas_gpu")
+    assert "tokamax" not in best(64, 17920, h200)
+    v5e = Target("tpu", "TPU v5 lite")
+    assert best(1536, 17920, v5e) == ("decode_tpu", "pallas_tpu", "blockwise")
+
+
+def test_a_default_device_is_the_target_and_a_mesh_is_not():
+    last = jax.devices()[-1]
+    for chosen in (last, "cpu"):
+        with jax.default_device(chosen):
+            assert default_target() == Target.of(last)
+    device = AbstractDevice(device_kind="TPU v4", num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("all",), (AxisType.Auto,), abstract_device=device)
-    return use_abstract_mesh(mesh)
+    with use_abstract_mesh(mesh):
+        assert default_target() == Target.of(last)
 
 
-def test_the_device_that_is_traced_for_decides():
-    assert best(4, 64) == ("reference",)
-    assert best(4, 4096) == ("blockwise_cpu",)
-    with tracing_for("gpu", "NVIDIA A100-SXM4-80GB"):
-        assert best(1536, 17920) == ("decode_gpu", "pallas_gpu", "blockwise")
-    with tracing_for("gpu", "NVIDIA H200"):
-        assert best(1536, 17920)[1:3] == ("tokamax", "pallas_gpu")
-        assert "tokamax" not in best(64, 17920)
-    with tracing_for("tpu", "TPU v5 lite"):
-        assert best(1536, 17920) == ("decode_tpu", "pallas_tpu", "blockwise")
+def test_two_targets_in_one_process_are_two_choices(monkeypatch):
+    """Forward and backward, of implementations that say what they were given."""
+    asked = []
+
+    def named(name):
+        def attend(q, k, v, prefix, **options):
+            asked.append((name, options["target"]))
+            return reference(q, k, v, prefix, **options)
+
+        return attend
+
+    for name in IMPLEMENTATIONS:
+        monkeypatch.setitem(IMPLEMENTATIONS, name, named(name))
+    a100, v4 = Target("gpu", "NVIDIA A100"), Target("tpu", "TPU v4")
+    for target in (a100, v4, None):
+        derived = jax.grad(lambda *x: prefix_attention(*x, target=target).sum())  # noqa: B023
+        jax.jit(derived).lower(*inputs())
+    assert asked == [
+        ("decode_gpu", a100),
+        ("decode_tpu", v4),
+        ("reference", default_target()),
+    ]
 
 
 @pytest.mark.parametrize("int8", [False, True, "mean"])
@@ -56,18 +89,18 @@ def test_none_works_where_a_program_ends_up_elsewhere(device, int8, t):
         scales = {"k_scale": ones, "v_scale": ones}
     if int8 == "mean":
         scales |= {"k_mean": jnp.ones((1, 2, 8)), "frequencies": np.ones(4)}
-    with tracing_for(*device):
-        attend = jax.jit(lambda *x: prefix_attention(*x, **scales))
-        lowered = attend.trace(*kept).lower(lowering_platforms=("cpu",))
+    scales["target"] = Target(*device)
+    attend = jax.jit(lambda *x: prefix_attention(*x, **scales))
+    lowered = attend.trace(*kept).lower(lowering_platforms=("cpu",))
     np.testing.assert_allclose(lowered.compile()(*kept), 1, atol=1e-2)
 
 
 def test_a_gpu_that_triton_does_not_know_computes_in_xla():
-    with tracing_for("gpu", "Tesla T4"):
-        for name in ("pallas_gpu", "decode_gpu"):
-            with pytest.raises(NotImplementedError, match="Tesla T4: Triton needs"):
-                prefix_attention(*inputs("float16"), implementation=name)
-        program = str(jax.make_jaxpr(prefix_attention)(*inputs("float16")))
+    attend = functools.partial(prefix_attention, target=Target("gpu", "Tesla T4"))
+    for name in ("pallas_gpu", "decode_gpu"):
+        with pytest.raises(NotImplementedError, match="Tesla T4: Triton needs"):
+            attend(*inputs("float16"), implementation=name)
+    program = str(jax.make_jaxpr(attend)(*inputs("float16")))
     assert "exp" in program and "pallas_call" not in program
 
 
@@ -102,10 +135,10 @@ def test_a_dtype_that_a_kernel_does_not_take_is_named():
 
 
 def test_cudnn_says_which_shapes_it_takes():
-    with tracing_for("gpu", "NVIDIA A100"):
-        for dtype, t, message in (("float32", 4, "float32"), ("bfloat16", 4, "S=9")):
-            with pytest.raises(NotImplementedError, match=message):
-                prefix_attention(*inputs(dtype, t), implementation="cudnn")
+    options = {"implementation": "cudnn", "target": Target("gpu", "NVIDIA A100")}
+    for dtype, t, message in (("float32", 4, "float32"), ("bfloat16", 4, "S=9")):
+        with pytest.raises(NotImplementedError, match=message):
+            prefix_attention(*inputs(dtype, t), **options)
 
 
 def test_tokamax_is_asked_row_by_row_for_the_keys_up_to_each_query(monkeypatch):
@@ -130,8 +163,8 @@ def test_tokamax_is_asked_row_by_row_for_the_keys_up_to_each_query(monkeypatch):
     k, v = (jnp.where(dead, jnp.nan, x) for x in (k, v))
     with pytest.raises(NotImplementedError, match="device cpu"):
         library.tokamax(q, k, v, prefix, scale=0.3)
-    with tracing_for("gpu", "NVIDIA H200"):
-        ours = library.tokamax(q, k, v, prefix, scale=0.3, queries=queries)
+    options = {"queries": queries, "target": Target("gpu", "NVIDIA H200")}
+    ours = library.tokamax(q, k, v, prefix, scale=0.3, **options)
     np.testing.assert_allclose(
         np.asarray(ours, np.float32), np.asarray(expected, np.float32), atol=2e-2
     )

@@ -10,14 +10,14 @@ import pytest
 
 from beacon_jax.attention import prefix_attention
 from beacon_jax.attention.decode import combine, cpu_block, decode_xla
-from beacon_jax.attention.decode_gpu import decode_gpu, make_plan, visited_blocks
+from beacon_jax.attention.decode_gpu import decode_gpu, make_schedule, visited_blocks
 from beacon_jax.attention.decode_tpu import decode_tpu
 from beacon_jax.attention.mean import mean_term
 from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import reference
-from beacon_jax.attention.tpu_blocks import Blocks
+from beacon_jax.attention.tpu_blocks import TpuBlocks
 
-SMALL = Blocks(256, 128, 2**24)  # slots in blocks of 128: three of them here
+SMALL = TpuBlocks(256, 128, 2**24)  # slots in blocks of 128: three of them here
 KERNELS = {
     "decode_gpu": functools.partial(decode_gpu, splits=3, keys=32, interpret=True),
     "decode_tpu": functools.partial(decode_tpu, blocks=SMALL, interpret=True),
@@ -218,15 +218,15 @@ class TestKeysWithoutTheirMean:
 
     def test_it_needs_scales_frequencies_and_fitting_shapes(self):
         case = CASES["mqa-2"]
-        q, k, v, _ = arrays(case)
-        (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
+        q, keys, values, _ = arrays(case)
+        (k, k_scale), (v, v_scale) = quantised(keys), quantised(values)
         k_mean, prefix = jnp.zeros((2, case.k, case.h)), jnp.asarray(case.prefix)
         int8 = {"k_scale": k_scale, "v_scale": v_scale}
         with pytest.raises(ValueError, match="frequencies=None"):
             prefix_attention(q, k, v, prefix, k_mean=k_mean, **int8)
         some = {"k_mean": k_mean, "frequencies": frequencies(case.h)}
         with pytest.raises(ValueError, match="k_scale=None"):
-            prefix_attention(q, q, q, prefix, **some)
+            prefix_attention(q, keys, values, prefix, **some)
         some["frequencies"] = frequencies(case.h)[1:]
         with pytest.raises(ValueError, match=r"frequencies \(39,\)"):
             prefix_attention(q, k, v, prefix, **int8, **some)
@@ -316,7 +316,7 @@ def test_what_is_not_taken_names_itself():
         with pytest.raises(NotImplementedError, match="bfloat16"):
             run(attend, q, k, v.astype(jnp.bfloat16))
     with pytest.raises(NotImplementedError, match="scale=0"):
-        decode_gpu(q, k, v, prefix, scale=0)
+        decode_gpu(q, k, v, prefix, scale=0.0)
     (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
     with pytest.raises(ValueError, match="k_scale=None"):
         run(decode_gpu, q, k, v)
@@ -345,12 +345,12 @@ def test_a_row_costs_its_own_live_blocks_whatever_the_capacity(t, group):
     for slots in (16384, 2**20):
         q = jax.ShapeDtypeStruct((4, t, 4 * group, 128), jnp.bfloat16)
         k = jax.ShapeDtypeStruct((4, slots, 4, 128), jnp.bfloat16)
-        plan = make_plan(q, k, 1.0)
-        counts.append(visited_blocks(plan, prefix, np.full(4, t), t))
-        last = [min((i + 1) * plan.rows, t * group) - 1 for i in range(100)]
-        last = [r // group for i, r in enumerate(last) if i * plan.rows < t * group]
-        expected = sum((prefix + i) // plan.keys + 1 for i in last)
+        schedule = make_schedule(q, k, 1.0)
+        counts.append(visited_blocks(schedule, prefix, np.full(4, t), t))
+        last = [min((i + 1) * schedule.rows, t * group) - 1 for i in range(100)]
+        last = [r // group for i, r in enumerate(last) if i * schedule.rows < t * group]
+        expected = sum((prefix + i) // schedule.keys + 1 for i in last)
         np.testing.assert_array_equal(counts[-1], expected)
     np.testing.assert_array_equal(*counts)
     assert counts[0][0] * 100 < counts[0][-1]
-    assert not visited_blocks(plan, prefix, np.zeros(4, int), t).any()
+    assert not visited_blocks(schedule, prefix, np.zeros(4, int), t).any()

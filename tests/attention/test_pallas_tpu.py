@@ -13,20 +13,21 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from beacon_jax.attention.decode_tpu import decode_tpu
+from beacon_jax.attention.device import default_target
 from beacon_jax.attention.mean import mean_term
 from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import reference
 from beacon_jax.attention.tpu_blocks import (
     CHIPS,
     DEFAULT,
-    Blocks,
+    TpuBlocks,
     chip_blocks,
-    make_plan,
+    make_schedule,
     visited_blocks,
 )
 
 # For two heads: 128 queries, 256 keys per block, in two chunks.
-MANY = Blocks(512, 1024, 2**24, scores=1)
+MANY = TpuBlocks(512, 1024, 2**24, scores=1)
 
 
 def arrays(t, n, kv, h, s, rows):
@@ -40,8 +41,8 @@ def test_many_blocks_and_chunks_are_one_attention():
     """300 slots in blocks of 256, 210 rows of queries in blocks of 128."""
     q, k, v, d_out = arrays(70, 6, 2, 16, 300, 3)
     prefix, queries = jnp.asarray([3, 230, 150]), jnp.asarray([70, 70, 33])
-    plan = make_plan(q, k, 1.0, MANY)
-    assert (plan.queries, plan.keys, plan.chunk) == (128, 256, 128)
+    schedule = make_schedule(q, k, 1.0, MANY)
+    assert (schedule.queries, schedule.keys, schedule.chunk) == (128, 256, 128)
     dead = (jnp.arange(300) >= (prefix + 70)[:, None])[..., None, None]
 
     def both(attend, *x):
@@ -70,7 +71,7 @@ def test_no_kernel_races_and_the_grid_ends_with_the_longest_row(kernel):
         return token
 
     simulate = pltpu.InterpretParams(detect_races=True, grid_point_recorder=record)
-    blocks = Blocks(256, 256, 2**24)
+    blocks = TpuBlocks(256, 256, 2**24)
     q, k, v, d_out = arrays(5, 4, 2, 16, 1024, 2)
     prefix = jnp.asarray([0, 200])
     attend = decode_tpu if kernel == "decode" else pallas_tpu
@@ -107,15 +108,15 @@ def test_a_row_costs_its_own_live_blocks_whatever_the_capacity(chip):
     for slots in (16384, 2**20):
         q = jax.ShapeDtypeStruct((4, t, 4 * group, 128), jnp.bfloat16)
         k = jax.ShapeDtypeStruct((4, slots, 4, 128), jnp.bfloat16)
-        plan = make_plan(q, k, 1.0, chip)
-        counts.append(visited_blocks(prefix, np.full(4, t), plan))
-        ends = range(plan.queries, plan.rows + 1, plan.queries)
+        schedule = make_schedule(q, k, 1.0, chip)
+        counts.append(visited_blocks(schedule, prefix, np.full(4, t)))
+        ends = range(schedule.queries, schedule.rows + 1, schedule.queries)
         last = [(min(end, t * group) - 1) // group for end in ends]
-        expected = sum((prefix + i) // plan.keys + 1 for i in last)
+        expected = sum((prefix + i) // schedule.keys + 1 for i in last)
         np.testing.assert_array_equal(counts[-1], expected)
     np.testing.assert_array_equal(*counts)
-    assert not visited_blocks(prefix, np.zeros(4, int), plan).any()
+    assert not visited_blocks(schedule, prefix, np.zeros(4, int)).any()
 
 
 def test_an_unknown_chip_gets_the_smallest_blocks():
-    assert chip_blocks() == DEFAULT == min(CHIPS.values())
+    assert chip_blocks(default_target()) == DEFAULT == min(CHIPS.values())

@@ -18,14 +18,14 @@ from beacon_jax.attention.blockwise import blockwise
 from beacon_jax.attention.blockwise_cpu import blockwise_cpu
 from beacon_jax.attention.decode_gpu import decode_gpu
 from beacon_jax.attention.decode_tpu import decode_tpu
-from beacon_jax.attention.gpu_blocks import Block, Blocks
+from beacon_jax.attention.gpu_blocks import Block, GpuBlocks
 from beacon_jax.attention.library import cudnn, tokamax
 from beacon_jax.attention.pallas_gpu import pallas_gpu
-from beacon_jax.attention.pallas_tpu import Blocks as TpuBlocks
 from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import reference
+from beacon_jax.attention.tpu_blocks import TpuBlocks
 
-SMALL = Blocks(Block(32, 16, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1))
+SMALL = GpuBlocks(Block(32, 16, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1))
 IMPLEMENTATIONS = {
     "reference": reference,
     "blockwise": functools.partial(blockwise, block=16),

@@ -81,7 +81,7 @@ def interpreted():
     small = gpu_blocks.Block(16, 16, 4, 1)
     kernels = {
         "pallas_gpu": functools.partial(
-            pallas_gpu, blocks=gpu_blocks.Blocks(small, small, small), interpret=True
+            pallas_gpu, blocks=gpu_blocks.GpuBlocks(small, small, small), interpret=True
         ),
         "pallas_tpu": functools.partial(pallas_tpu, interpret=True),
     }
