@@ -15,25 +15,13 @@ import numpy as np
 from absl import app, flags
 
 from beacon_jax.benchmark.records import provenance
-from beacon_jax.core.memory import init_memory
-from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.model import Model, load_model
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
+from beacon_jax.evaluation.reading import load_model, read
 from beacon_jax.evaluation.report import table
-from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
-from beacon_jax.inference.ledger import Ledger
-from beacon_jax.inference.memory import Memory
-from benchmarks.mount_loss import losses
-
-
-def remember(model: Model, texts: list[np.ndarray], ratio: int, dtype: Any) -> Memory:
-    """The memory of texts of one length, keys and values in `dtype`."""
-    room = model.new_memory(1, ratio).capacity
-    state = init_memory(model.config, len(texts), room, dtype)
-    state = model.feed(state, texts, ratio)[1]
-    feed = lambda text: Ledger.empty().feed(model.config, model.plan(ratio), text)
-    return Memory(model.config, state, tuple(map(feed, texts)))
+from beacon_jax.inference.model import Model
+from benchmarks.mount_loss import mean_losses
 
 
 def measure(
@@ -47,8 +35,8 @@ def measure(
         past = [row[: -model.window] for row in rows]
         last = [row[-model.window :] for row in rows]
         for dtype, values in found.items():
-            memory = remember(model, past, ratio, dtype)
-            values.append(losses(model, memory, last, ratio))
+            memory = read(model, past, ratio, dtype=dtype)[1]
+            values.append(mean_losses(model, memory, last, ratio))
             nbytes[dtype] = memory.slot_nbytes
     loss = {dtype: np.concatenate(values) for dtype, values in found.items()}
     triple = lambda values: dict(zip(("value", "low", "high"), values, strict=True))
@@ -65,10 +53,10 @@ def main(argv: list[str]) -> None:
     del argv
     f = flags.FLAGS
     ratios = [int(r) for r in f.ratios]
-    window = load_model(f.model, 2, ratios).window
-    model = load_model(f.model, f.length + window, ratios)
-    settings = Settings(lengths=(f.length + window,), samples=f.samples)
-    inputs = Inputs(settings, model.tokenizer)
+    model = load_model(f.model, ratios, dtype="float32")
+    window = model.window
+    settings = RunSettings(lengths=(f.length + window,), samples=f.samples)
+    inputs = TaskData(settings, model.tokenizer)
     texts = [e.tokens for e in Perplexity().examples(model, settings, inputs)]
     results = [measure(model, texts, ratio, f.batch_size) for ratio in ratios]
     record = provenance() | {

@@ -20,43 +20,29 @@ import numpy as np
 from absl import app, flags
 
 from beacon_jax.benchmark.records import provenance
-from beacon_jax.core.memory import MemoryState
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Beacon
-from beacon_jax.evaluation.model import Model, Rows, load_model
+from beacon_jax.evaluation.reading import Rows, load_model, losses, read
 from beacon_jax.evaluation.report import interval, table
-from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval, ratio_interval
 from beacon_jax.evaluation.tasks.base import Metric
-from beacon_jax.evaluation.tasks.passkey import Passkey
+from beacon_jax.evaluation.tasks.passkey import PasskeyRetrieval
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
-from beacon_jax.inference.ledger import Ledger
 from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.model import Model
 from beacon_jax.inference.mount import concatenate
 
 
 def remember(model: Model, texts: list[np.ndarray], ratio: int) -> Memory:
     """The memory of texts that are read from their starts."""
-    state = model.new_memory(len(texts), ratio)
-    if len(texts[0]):
-        state = model.feed(state, texts, ratio)[1]
-    feed = lambda text: Ledger.empty().feed(model.config, model.plan(ratio), text)
-    return Memory(model.config, state, tuple(map(feed, texts)))
+    return read(model, texts, ratio)[1]
 
 
-def losses(model: Model, memory: Memory, rows: list[np.ndarray], ratio: int):
+def mean_losses(model: Model, memory: Memory, rows: list[np.ndarray], ratio: int):
     """Mean loss of each row's tokens but the first behind a memory [B]; float64."""
-    # Raw entries of closed windows come on top of what a plan needs.
-    room = model.new_memory(1, ratio).capacity + 2 * model.window
-    state = memory.state.resized(room)
-    out, _ = model.feed(
-        state,
-        [row[:-1] for row in rows],
-        ratio,
-        outputs="loss",
-        labels=[row[1:] for row in rows],
-    )
-    return np.asarray(out.token_loss, np.float64)[:, : len(rows[0]) - 1].mean(1)
+    given, labels = [row[:-1] for row in rows], [row[1:] for row in rows]
+    found, _ = losses(model, memory, given, labels, ratio)
+    return found[:, : len(rows[0]) - 1].mean(1)
 
 
 def measure(
@@ -67,7 +53,7 @@ def measure(
     slots = {}
     for start in range(0, len(texts), batch):
         rows = texts[start : start + batch]
-        end = model.longest - model.window
+        end = len(rows[0]) - 1 - model.window
         a, b, both = (
             [row[end - begin : end - stop] for row in rows]
             for begin, stop in ((2 * half, half), (half, 0), (2 * half, 0))
@@ -81,7 +67,7 @@ def measure(
             "nothing": remember(model, [row[:0] for row in rows], ratio),
         }
         for name, memory in memories.items():
-            found.setdefault(name, []).append(losses(model, memory, last, ratio))
+            found.setdefault(name, []).append(mean_losses(model, memory, last, ratio))
             entries = memory.state.slots + memory.state.open_entries("interleave")
             slots[name] = int(entries[0])
     loss = {name: np.concatenate(values) for name, values in found.items()}
@@ -105,18 +91,17 @@ class Mounted(Beacon):
 
     family = "mounted"
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
+    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         end = len(past[0]) // (2 * model.window) * model.window
         halves = [row[:end] for row in past], [row[end:] for row in past]
         parts = [remember(model, half, self.live_ratio) for half in halves]
-        room = model.new_memory(1, self.live_ratio).capacity
-        return concatenate(parts).state.resized(room)
+        return concatenate(parts)
 
 
-def passkeys(model: Model, ratios: list[int], settings: Settings) -> list[Metric]:
+def passkeys(model: Model, ratios: list[int], settings: RunSettings) -> list[Metric]:
     """Accuracy of the passkey task per ratio, at once and mounted."""
-    task, predictions = Passkey(), []
-    examples = task.examples(model, settings, Inputs(settings, model.tokenizer))
+    task, predictions = PasskeyRetrieval(), []
+    examples = task.examples(model, settings, TaskData(settings, model.tokenizer))
     for method in (kind(r) for r in ratios for kind in (Beacon, Mounted)):
         about = {"method": method.name, "ratio": method.ratio}
         for start in range(0, len(examples), settings.batch_size):
@@ -169,18 +154,18 @@ def main(argv):
     del argv
     f = flags.FLAGS
     ratios, lengths = [int(r) for r in f.ratios], [int(n) for n in f.tokens]
-    window = load_model(f.model, 2, ratios).window
+    model = load_model(f.model, ratios)
+    window = model.window
     longest = 2 * -(-max(lengths) // window) * window + window
-    model = load_model(f.model, longest, ratios)
-    settings = Settings(lengths=(longest,), samples=f.samples)
-    inputs = Inputs(settings, model.tokenizer)
+    settings = RunSettings(lengths=(longest,), samples=f.samples)
+    inputs = TaskData(settings, model.tokenizer)
     texts = [e.tokens for e in Perplexity().examples(model, settings, inputs)]
     results = []
     for half in lengths:
         for ratio in ratios:
             results.append(measure(model, texts, ratio, half, f.batch_size))
             print(json.dumps(results[-1]), flush=True)
-    keys = Settings(lengths=(256,), samples=f.samples, batch_size=f.batch_size)
+    keys = RunSettings(lengths=(256,), samples=f.samples, batch_size=f.batch_size)
     found = passkeys(model, ratios, keys)
     out = Path(f.out)
     out.mkdir(parents=True, exist_ok=True)
