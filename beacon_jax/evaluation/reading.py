@@ -107,8 +107,7 @@ def empty(
 
     dtype: of keys and values; None: that of the model.
     """
-    slots = capacity(model.config, np.full(_windows(model, longest) + 1, ratio))
-    state = fresh_state(model, rows, slots, dtype)
+    state = fresh_state(model, rows, _room(model, ratio, longest), dtype)
     return Memory(model.config, state, (Ledger.empty(),) * rows, model.identity)
 
 
@@ -135,17 +134,17 @@ def read(
     """
     sizes = [len(row) for row in rows]
     if not any(sizes):
-        return None, memory or empty(model, len(rows), ratio, longest, dtype)
-    room = None
-    if memory is None and longest:
-        room = capacity(model.config, np.full(_windows(model, longest) + 1, ratio))
+        if memory is None:
+            memory = empty(model, len(rows), ratio, longest, dtype)
+        return None, memory
+    new = memory is None and longest
     logits, after = feed_rows(
         model,
         # A row of nothing reads one token, which is cut off again.
         [row if len(row) else np.zeros(1, np.int32) for row in rows],
         [_plan(ratio)] * len(rows),
         memory,
-        room,
+        _room(model, ratio, longest) if new else None,
         dtype=dtype,
         width=_padded(model, max(sizes), longest),
     )
@@ -284,6 +283,11 @@ def _plan(ratio: int) -> Plan:
 
 def _windows(model: Model, longest: int) -> int:
     return -(-longest // model.window)
+
+
+def _room(model: Model, ratio: int, longest: int) -> int:
+    """Counts the slots that texts of up to `longest` tokens need at a ratio."""
+    return capacity(model.config, np.full(_windows(model, longest) + 1, ratio))
 
 
 def _padded(model: Model, most: int, longest: int) -> int:
