@@ -5,7 +5,7 @@ import pytest
 from beacon_jax.data.examples import Rules
 from beacon_jax.data.grouped import GroupConfig
 from beacon_jax.evaluation.baselines import make_methods
-from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation.inputs import RunSettings
 from beacon_jax.evaluation.tasks import make_tasks
 from beacon_jax.model.partition import make_partition
 from beacon_jax.model.presets import get_preset
@@ -19,7 +19,7 @@ from beacon_jax.names import meant
         (lambda: make_tasks(["longbnch"]), "longbench"),
         (lambda: make_methods(["beakon"], [2]), "beacon"),
         (lambda: get_preset("qwen-7b"), "qwen2-7b"),
-        (lambda: Settings(chat="aut"), "auto"),
+        (lambda: RunSettings(chat="aut"), "auto"),
         (lambda: Rules(chat_template="lama-2"), "llama-2"),
         (lambda: Rules(long="splitt"), "split"),
         (lambda: GroupConfig(window=8, batch_size=1, group="strickt"), "strict"),

@@ -12,9 +12,10 @@ from absl import app, flags
 from beacon_jax.bench.losses import compare, define_flags, held_out, remember, triple
 from beacon_jax.bench.records import Row, write_result
 from beacon_jax.bench.report import by_column
-from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation.reading import Rows
 from beacon_jax.evaluation.report import interval
 from beacon_jax.evaluation.statistics import mean_interval
+from beacon_jax.inference.model import Model
 
 
 def measure(model: Model, texts: Rows, ratio: int, batch: int) -> Row:
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
     del argv
     f = flags.FLAGS
     ratios = [int(r) for r in f.ratios]
-    model, texts = held_out(f.model, ratios, f.samples, f.length)
+    model, texts = held_out(f.model, ratios, f.samples, f.length, "float32")
     results = [measure(model, texts, ratio, f.batch_size) for ratio in ratios]
     write_result(
         f.out,

@@ -8,13 +8,12 @@ from absl import flags
 from jaxtyping import Float
 
 from beacon_jax.bench.records import Row
-from beacon_jax.core.law import Law
-from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.model import Model, Rows, load_model
-from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation import reading
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
+from beacon_jax.evaluation.reading import Rows, load_model
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
-from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.model import Model
 
 
 def define_flags(batch_size: int, out: str) -> None:
@@ -27,14 +26,17 @@ def define_flags(batch_size: int, out: str) -> None:
 
 
 def held_out(
-    path: str, ratios: Sequence[int], samples: int, past: int
+    path: str,
+    ratios: Sequence[int],
+    samples: int,
+    past: int,
+    dtype: str | None = None,
 ) -> tuple[Model, list[np.ndarray]]:
     """Loads a model, and texts of at least `past` tokens and a window to predict."""
-    window = load_model(path, 2, ratios).window
-    length = -(-past // window) * window + window
-    model = load_model(path, length, ratios)
-    settings = Settings(lengths=(length,), samples=samples)
-    inputs = Inputs(settings, model.tokenizer)
+    model = load_model(path, ratios, dtype=dtype)
+    length = -(-past // model.window) * model.window + model.window
+    settings = RunSettings(lengths=(length,), samples=samples)
+    inputs = TaskData(settings, model.tokenizer)
     return model, [e.tokens for e in Perplexity().examples(model, settings, inputs)]
 
 
@@ -44,29 +46,16 @@ def remember(model: Model, texts: Rows, ratio: int, dtype: Any = None) -> Memory
     Args:
       dtype: of keys and values; None: that of the model.
     """
-    state = model.new_memory(len(texts), ratio, dtype)
-    if len(texts[0]):
-        state = model.feed(state, texts, ratio)[1]
-    feed = lambda text: History.empty().feed(
-        Law.of(model.config), model.plan(ratio), text
-    )
-    return Memory(model.config, state, tuple(map(feed, texts)))
+    return reading.read(model, texts, ratio, dtype=dtype)[1]
 
 
 def losses(
     model: Model, memory: Memory, rows: Rows, ratio: int
 ) -> Float[np.ndarray, " B"]:
     """Returns the mean loss of each row's tokens but the first, behind a memory."""
-    # Raw entries of closed windows come on top of what a plan needs.
-    room = model.new_memory(1, ratio).capacity + 2 * model.window
-    out, _ = model.feed(
-        memory.state.resized(room),
-        [row[:-1] for row in rows],
-        ratio,
-        outputs="loss",
-        labels=[row[1:] for row in rows],
-    )
-    return np.asarray(out.token_loss, np.float64)[:, : len(rows[0]) - 1].mean(1)
+    given, labels = [row[:-1] for row in rows], [row[1:] for row in rows]
+    found, _ = reading.losses(model, memory, given, labels, ratio)
+    return found[:, : len(rows[0]) - 1].mean(1)
 
 
 def compare(

@@ -19,16 +19,15 @@ from absl import app, flags
 from beacon_jax.bench.losses import compare, define_flags, held_out, remember, triple
 from beacon_jax.bench.records import Row, write_result
 from beacon_jax.bench.report import by_column
-from beacon_jax.core.memory import MemoryState
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Beacon
-from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation.reading import Rows
 from beacon_jax.evaluation.report import interval
-from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.statistics import mean_interval, ratio_interval
 from beacon_jax.evaluation.tasks.base import Metric
-from beacon_jax.evaluation.tasks.passkey import Passkey
+from beacon_jax.evaluation.tasks.passkey import PasskeyRetrieval
 from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.model import Model
 from beacon_jax.inference.mount import concatenate
 
 
@@ -46,7 +45,7 @@ def measure(model: Model, texts: Rows, ratio: int, half: int, batch: int) -> Row
             "nothing": remember(model, [row[:0] for row in past], ratio),
         }
 
-    end = model.longest - model.window
+    end = len(texts[0]) - 1 - model.window
     loss, made = compare(model, texts, ratio, batch, end, memories)
     held = {
         name: memory.state.slots + memory.state.open_entries("interleave")
@@ -71,18 +70,17 @@ class Mounted(Beacon):
 
     family = "mounted"
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
+    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         end = len(past[0]) // (2 * model.window) * model.window
         halves = [row[:end] for row in past], [row[end:] for row in past]
         parts = [remember(model, half, self.live_ratio) for half in halves]
-        room = model.new_memory(1, self.live_ratio).capacity
-        return concatenate(parts).state.resized(room)
+        return concatenate(parts)
 
 
-def passkeys(model: Model, ratios: list[int], settings: Settings) -> list[Metric]:
+def passkeys(model: Model, ratios: list[int], settings: RunSettings) -> list[Metric]:
     """Measures the passkey task per ratio, at once and mounted."""
-    task, predictions = Passkey(), []
-    examples = task.examples(model, settings, Inputs(settings, model.tokenizer))
+    task, predictions = PasskeyRetrieval(), []
+    examples = task.examples(model, settings, TaskData(settings, model.tokenizer))
     for method in (kind(r) for r in ratios for kind in (Beacon, Mounted)):
         about = {"method": method.name, "ratio": method.ratio}
         for start in range(0, len(examples), settings.batch_size):
@@ -140,7 +138,7 @@ def main(argv: list[str]) -> None:
         for ratio in ratios:
             results.append(measure(model, texts, ratio, half, f.batch_size))
             print(json.dumps(results[-1]), flush=True)
-    keys = Settings(lengths=(256,), samples=f.samples, batch_size=f.batch_size)
+    keys = RunSettings(lengths=(256,), samples=f.samples, batch_size=f.batch_size)
     found = passkeys(model, ratios, keys)
     file = write_result(
         f.out,

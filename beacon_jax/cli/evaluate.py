@@ -102,10 +102,10 @@ def run(o: Any) -> str:
     with starting():  # after the flags: jax loads
         from beacon_jax.evaluation import compare, floors
         from beacon_jax.evaluation.baselines import make_methods
+        from beacon_jax.evaluation.inputs import RunSettings
         from beacon_jax.evaluation.methods import ADAPT
-        from beacon_jax.evaluation.model import load_model
+        from beacon_jax.evaluation.reading import load_model
         from beacon_jax.evaluation.runner import evaluate, integers
-        from beacon_jax.evaluation.settings import Settings
         from beacon_jax.evaluation.tasks import make_tasks
         from beacon_jax.hf import hub
 
@@ -117,9 +117,8 @@ def run(o: Any) -> str:
     ratios = [*numbers, *([ADAPT] if ADAPT in o.ratios else [])]
     tasks, methods = make_tasks(o.tasks), make_methods(o.methods, ratios)
     options = {name: getattr(o, name) for name in OPTIONS}
-    settings = [Settings(tuple(lengths), seed=s, **options) for s in seeds]
+    settings = [RunSettings(tuple(lengths), seed=s, **options) for s in seeds]
     _check_inputs(o)
-    longest = max(task.longest(settings[0]) for task in tasks)
     used = sorted({int(m.ratio) for m in methods if isinstance(m.ratio, int)})
     # "adapt" takes the model's own ratios; 1 only says that beacons are needed.
     beacons = (used or [1]) if any(m.live_ratio for m in methods) else []
@@ -127,7 +126,6 @@ def run(o: Any) -> str:
         runtime.for_command()
         model = load_model(
             str(hub.find(o.model, "--model")),
-            longest,
             beacons,
             window=o.window,
             dtype=o.dtype,

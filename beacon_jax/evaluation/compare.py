@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.evaluation import plots
-from beacon_jax.evaluation.report import main_metrics, table
+from beacon_jax.evaluation.report import main_metrics, pivot, table
+from beacon_jax.evaluation.statistics import grouped
 
 SEED = re.compile(r"[-_.]?seed\d+$")
 
@@ -66,13 +67,13 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _groups(folders: Sequence[Path]) -> dict[str, list[Path]]:
     """Runs of one thing with several seeds, by a name that no other has."""
-    found: dict[Path, list[Path]] = {}
-    for folder in folders:
+
+    def without_seed(folder: Path) -> Path:
         whole = folder.resolve()
         name = SEED.sub("", whole.name)
-        found.setdefault(whole.parent / name if name else whole.parent, []).append(
-            folder
-        )
+        return whole.parent / name if name else whole.parent
+
+    found = grouped(folders, without_seed)
     names = [key.name for key in found]
     return {
         key.name if names.count(key.name) == 1 else f"{key.parent.name}/{key.name}": of
@@ -84,19 +85,16 @@ def _merged(
     runs: list[list[dict[str, Any]]], label: str, labels: int
 ) -> list[dict[str, Any]]:
     """One metric per task, method and length: the mean over the runs of a group."""
-    cells: dict[tuple, list[dict[str, Any]]] = {}
-    for metrics in runs:
-        for m in main_metrics(metrics):
-            if m["value"] is not None:
-                key = (m["task"], m["metric"], m["method"], m["length"])
-                cells.setdefault(key, []).append(dict(m))
+    known = [m for run in runs for m in main_metrics(run) if m["value"] is not None]
+    names = ("task", "metric", "method", "length")
+    cells = grouped(known, lambda m: tuple(m[name] for name in names))
     found = []
     for same in cells.values():
         values = np.asarray([m["value"] for m in same], np.float64)
         spread = float(values.std(ddof=1)) if len(values) > 1 else None
         method = same[0]["method"] if labels == 1 else f"{label}: {same[0]['method']}"
         found.append(
-            same[0]
+            dict(same[0])
             | {"method": method, "value": float(values.mean()), "spread": spread}
             | {"runs": len(values), "count": sum(m["count"] for m in same)}
         )
@@ -127,14 +125,8 @@ def _lengths(metrics: Sequence[dict[str, Any]]) -> list[int]:
 
 def _section(metrics: Sequence[dict[str, Any]], length: int) -> str:
     here = [m for m in metrics if m["length"] == length]
-    tasks = list(dict.fromkeys((m["task"], m["metric"]) for m in here))
-    cells = {(m["method"], m["task"], m["metric"]): m for m in here}
-    rows = [
-        [method, *(_cell(cells.get((method, *task))) for task in tasks)]
-        for method in dict.fromkeys(m["method"] for m in here)
-    ]
-    head = ["method", *(f"{task}, {metric}" for task, metric in tasks)]
-    return f"## {length:,} tokens\n\n{table(head, rows)}\n"
+    made = pivot(here, ["method"], ["task", "metric"], _cell)
+    return f"## {length:,} tokens\n\n{made}\n"
 
 
 def _cell(metric: dict[str, Any] | None) -> str:

@@ -4,12 +4,14 @@ A mean is that of its tasks' scores, each counting the same; if some were not ru
 says how many were. Its interval treats the tasks as independent.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from beacon_jax.evaluation.report import interval, main_metrics, table
+from beacon_jax.evaluation.report import interval, main_metrics, pivot
+from beacon_jax.evaluation.statistics import grouped
 from beacon_jax.evaluation.tasks import longbench, longdata, ruler
 from beacon_jax.evaluation.tasks.base import Metric
 
@@ -35,10 +37,8 @@ def means(metrics: Sequence[Metric]) -> list[Metric]:
     for name, tasks in MEANS.items():
         part = name.rpartition(" ")[2]
         part = part if part in longbench.PARTS else None
-        cells: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-        for m in _scores(metrics, part):
-            if m["task"] in tasks:
-                cells.setdefault((m["method"], m["length"]), []).append(m)
+        mine = [m for m in _scores(metrics, part) if m["task"] in tasks]
+        cells = grouped(mine, lambda m: (m["method"], m["length"]))
         found += [
             _mean(name, len(tasks), same) for same in cells.values() if len(same) > 1
         ]
@@ -49,14 +49,9 @@ def section(found: Sequence[Metric]) -> str:
     """The section of a report, "" if there are no means."""
     if not found:
         return ""
-    names = list(dict.fromkeys((m["task"], m["metric"]) for m in found))
-    cells = {(m["length"], m["method"], m["task"], m["metric"]): m for m in found}
-    rows = [
-        [*key, *(interval(cells.get((*key, *name)), 3) for name in names)]
-        for key in dict.fromkeys((m["length"], m["method"]) for m in found)
-    ]
-    head = ["length", "method", *(f"{task}, {metric}" for task, metric in names)]
-    return f"## Means over tasks\n\n{table(head, rows)}\n"
+    cell = functools.partial(interval, digits=3)
+    made = pivot(found, ["length", "method"], ["task", "metric"], cell)
+    return f"## Means over tasks\n\n{made}\n"
 
 
 def _scores(metrics: Sequence[Metric], part: str | None) -> list[Mapping[str, Any]]:

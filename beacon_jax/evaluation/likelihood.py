@@ -9,17 +9,15 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from beacon_jax.core.feed import feed, power_of_two
+from beacon_jax.core.feed import power_of_two
 from beacon_jax.core.law import default_window
 from beacon_jax.core.loss import IGNORE
-from beacon_jax.core.memory import buffer_size
-from beacon_jax.core.plan import needed_slots
 from beacon_jax.evaluation.methods import ADAPT, adapted
-from beacon_jax.evaluation.model import pad
+from beacon_jax.evaluation.prompts import ids
+from beacon_jax.evaluation.reading import feed_state
 from beacon_jax.inference.feeding import fresh_state
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.plan import make_plan
@@ -145,23 +143,10 @@ def _batches(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
 
 
 def _score(model: Model, batch: list[_Row]) -> list[Score]:
-    config, window = model.config, default_window(model.config)
     rows = fill_up(model, batch)
-    lengths = np.asarray([len(row.rest) for row in rows], np.int32)
-    size = window * power_of_two(-(-int(lengths.max()) // window))
-    plan = np.asarray([batch[0].ratio], np.int32)
+    rest, labels = [row.rest for row in rows], [row.labels for row in rows]
     state = _remember(model, rows)
-    needed = needed_slots(config, state, lengths, plan)
-    out, _ = feed(
-        model.net,
-        model.variables,
-        state.resized(buffer_size(needed, window)),
-        jnp.asarray(pad([row.rest for row in rows], size, 0)),
-        jnp.asarray(lengths),
-        jnp.asarray(plan),
-        outputs="score",
-        labels=jnp.asarray(pad([row.labels for row in rows], size, IGNORE)),
-    )
+    out, _ = feed_state(model, state, rest, batch[0].ratio, "score", labels)
     assert out.token_loss is not None and out.greedy is not None
     losses, greedy = np.asarray(out.token_loss, np.float64), np.asarray(out.greedy)
     scores = []
@@ -211,9 +196,7 @@ def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " n"]:
     """Ids as the model reads a text from its start: with bos if the tokenizer adds it,
     but not a second one (a chat template writes its own)."""
     bos = tokenizer.bos_token
-    add = not (bos and text.startswith(bos))
-    ids = tokenizer(text, add_special_tokens=add, verbose=False)["input_ids"]
-    return np.asarray(ids, np.int32)
+    return ids(tokenizer, text, special=not (bos and text.startswith(bos)))
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
@@ -227,8 +210,7 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
         raise ValueError("the continuation is empty: there is nothing to predict.")
     if not context:
         prefix = prefix_token(tokenizer)
-        ids = tokenizer(continuation, add_special_tokens=False, verbose=False)
-        tokens = np.asarray(ids["input_ids"], np.int32)
+        tokens = ids(tokenizer, continuation)
         if tokens[0] == prefix and len(tokens) > 1:
             return Pair(tokens[:1], tokens[1:])
         return Pair(np.asarray([prefix], np.int32), tokens)

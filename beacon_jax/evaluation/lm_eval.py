@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.evaluation import likelihood
+from beacon_jax.evaluation.prompts import ids
 from beacon_jax.inference.loading import load
 from beacon_jax.inference.model import Model
 from beacon_jax.progress import Progress
@@ -112,11 +113,8 @@ class BeaconLM(_api.LM):
         """Log probability of each whole text, in pieces of `max_length`."""
         pairs, owners = [], []
         for i, request in enumerate(requests):
-            tokens = self.tokenizer(
-                request.args[0], add_special_tokens=False, verbose=False
-            )["input_ids"]
             found = likelihood.rolling_pairs(
-                np.asarray(tokens, np.int32),
+                ids(self.tokenizer, request.args[0]),
                 likelihood.prefix_token(self.tokenizer),
                 self.max_length,
             )

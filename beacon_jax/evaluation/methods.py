@@ -1,21 +1,23 @@
 """The methods: how the past of an example becomes a memory.
 
-Every method answers from `MemoryState` + what is fed after it, and all methods of one
-run read the same tokens, so that results differ by what the memory keeps and by nothing
-else. Baselines are in `baselines/`, one file each.
+Every method answers from a `Memory` + what is read after it, and all methods of one run
+read the same tokens, so that results differ by what the memory keeps and by nothing
+else. Baselines are in `baselines/`.
 """
 
 import copy
+import functools
 import re
-from typing import Any
 
 import numpy as np
 
 from beacon_jax.core.law import Law
-from beacon_jax.core.memory import MemoryState, slot_nbytes
+from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.core.plan import adaptive_ratio
 from beacon_jax.data.passkey import last_window_start
-from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation.reading import Rows, empty, read
+from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.model import Model
 from beacon_jax.model.config import ModelConfig
 
 ADAPT = "adapt"
@@ -34,13 +36,16 @@ class Method:
       name: unique, as in tables and file names.
       ratio: raw tokens per kept slot; "adapt" until `resolve`; None if the family has
         no ratio.
-      live_ratio: ratio of the windows that are fed after the past (0: no beacons).
+      live_ratio: ratio of the windows that are read after the past (0: no beacons).
+      longest: tokens of the longest text of a run, from which memories have their
+        sizes; 0: each has the size that its text needs.
     """
 
     family: str = ""
     per_ratio: bool = False
     question_aware: bool = False
     exact: bool = True
+    longest: int = 0
 
     def __init__(self, ratio: int | str | None = None):
         self.ratio = ratio
@@ -58,17 +63,23 @@ class Method:
         made.live_ratio = made.ratio if self.live_ratio else 0
         return made
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
+    def sized(self, longest: int) -> "Method":
+        """This method in a run whose longest text has so many tokens."""
+        made = copy.copy(self)
+        made.longest = longest
+        return made
+
+    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         """The memory after `past` (whole windows of each row, maybe none).
 
-        `following` is what will be fed next. Only a method that says so in its name
+        `following` is what will be read next. Only a method that says so in its name
         (question-aware) may look at it.
         """
         raise NotImplementedError
 
-    def kv_bytes(self, memory: MemoryState) -> list[int]:
+    def kv_bytes(self, memory: Memory) -> list[int]:
         """Bytes of keys and values that each row keeps of its past."""
-        return [int(n) * memory.slot_nbytes for n in np.asarray(memory.slots)]
+        return (memory.slots * memory.slot_nbytes).tolist()
 
     @property
     def number(self) -> int:
@@ -99,7 +110,7 @@ def budget_slots(config: ModelConfig, tokens: int, ratio: int) -> int:
 
 def remember(
     model: Model, method: Method, past: Rows, following: Rows
-) -> tuple[MemoryState, list[int]]:
+) -> tuple[Memory, list[int]]:
     """Calls `Method.remember`; returns also the bytes that each row keeps.
 
     Methods of one ratio are compared at the bytes that its beacons take; a method that
@@ -110,7 +121,7 @@ def remember(
     kept = method.kv_bytes(memory)
     if method.ratio is None:
         return memory, kept
-    own, slot = memory.slot_nbytes, slot_nbytes(model.config, model.dtype)
+    own, slot = memory.slot_nbytes, slot_nbytes(model.config, model.net.dtype)
     assert own <= slot
     for row, held in zip(past, kept, strict=True):
         slots = budget_slots(model.config, len(row), method.number)
@@ -127,11 +138,11 @@ def remember(
 
 def remember_prompts(
     model: Model, method: Method, prompts: Rows
-) -> tuple[MemoryState, list[np.ndarray], list[int]]:
+) -> tuple[Memory, list[np.ndarray], list[int]]:
     """Remembers prompts but for their last windows.
 
     Returns:
-      the memory, the rest of each prompt, which is to be fed next, and the bytes.
+      the memory, the rest of each prompt, which is to be read next, and the bytes.
     """
     cuts = [last_window_start(len(row), model.window) for row in prompts]
     past = [row[:cut] for row, cut in zip(prompts, cuts, strict=True)]
@@ -140,7 +151,7 @@ def remember_prompts(
     return memory, rest, kept
 
 
-class Reader(Method):
+class Incremental(Method):
     """A method whose memory grows with the text: reading on gives what reading it all
     would, so that a text whose every window is asked for is read once.
 
@@ -148,18 +159,14 @@ class Reader(Method):
       dtype: of keys and values; None: that of the model.
     """
 
-    dtype: Any = None
+    dtype: str | None = None
 
-    def empty(self, model: Model, rows: int) -> MemoryState:
-        """Makes an empty memory."""
-        return model.new_memory(rows, self.live_ratio, self.dtype)
-
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
-        memory = self.empty(model, len(past))
-        return feed_past(model, memory, past, self.live_ratio)
+    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
+        sized = functools.partial(read, longest=self.longest, dtype=self.dtype)
+        return sized(model, past, self.live_ratio)[1]
 
 
-class Beacon(Reader):
+class Beacon(Incremental):
     """Activation Beacon: the past compressed window by window, as at inference."""
 
     family, per_ratio = "beacon", True
@@ -171,24 +178,32 @@ class Beacon(Reader):
         self.live_ratio = 1 if ratio == ADAPT else int(ratio)
 
 
-class Full(Reader):
+class Full(Incremental):
     """Full attention: ratio 0 everywhere, nothing is dropped."""
 
     family = "full"
 
 
-class Window(Method):
+class Int8(Full):
+    """The whole past, uncompressed, in int8 (`model.quantize`).
+
+    Its bytes and those of `BeaconInt8` are of int8 slots (a byte per element and a
+    float32 scale per slot and head), whatever other methods keep; tables show them.
+    """
+
+    family, dtype = "int8", "int8"
+
+
+class BeaconInt8(Beacon):
+    """Beacons in int8: as many slots as beacons of this ratio, of fewer bytes."""
+
+    family, dtype = "beacon_int8", "int8"
+
+
+class WindowOnly(Method):
     """The last window alone: the past is forgotten."""
 
     family = "window"
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
-        return model.new_memory(len(past), 0)
-
-
-def feed_past(model: Model, memory: MemoryState, past: Rows, ratio: int) -> MemoryState:
-    """The memory after `past`, written in place (`memory` is taken over); rows without
-    a past stay as they are."""
-    if not max(map(len, past), default=0):
-        return memory
-    return model.feed(memory, past, ratio, donate=True)[1]
+    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
+        return empty(model, len(past), 0, self.longest)

@@ -11,6 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from beacon_jax.evaluation.methods import ADAPT, split_name
+from beacon_jax.evaluation.statistics import grouped
 
 # The colours of the published needle heat maps: missed, half, found.
 HEAT = LinearSegmentedColormap.from_list("heat", ["#F0496E", "#EBB839", "#0CD79F"])
@@ -87,17 +88,11 @@ def loss_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         return
 
     def draw(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
-        methods = _by_method(metrics)
-        moved = _moved([m[0]["method"] for m in methods])
-        for m in methods:
-            by = moved[m[0]["method"]]
-            line = sorted(
-                (by * x["length"], x["value"], x["low"], x["high"]) for x in m
-            )
-            lengths, value, low, high = zip(*line, strict=True)
-            (drawn,) = axes.plot(lengths, value, **_line(m[0]))
-            axes.fill_between(lengths, low, high, color=drawn.get_color(), alpha=0.08)
-        _length_axis(axes, metrics)
+        for m, drawn in _length_lines(axes, metrics, lambda x: x["value"]):
+            ordered = sorted(m, key=lambda x: x["length"])
+            low, high = ([x[key] for x in ordered] for key in ("low", "high"))
+            band = {"color": drawn.get_color(), "alpha": 0.08}
+            axes.fill_between(drawn.get_xdata(), low, high, **band)
 
     figure, panels = _per_ratio(found, draw)
     panels[0].set_ylabel(label)
@@ -187,16 +182,8 @@ def costs(
         took.setdefault((t["method"], t["length"]), sum(t["seconds"]) / t["rows"])
 
     def draw(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
-        methods = _by_method(metrics)
-        moved = _moved([m[0]["method"] for m in methods])
-        for m in methods:
-            by = moved[m[0]["method"]]
-            points = {x["length"]: took.get((x["method"], x["length"])) for x in m}
-            line = [(by * n, s) for n, s in sorted(points.items()) if s is not None]
-            if line:
-                axes.plot(*zip(*line, strict=True), **_line(m[0]))
+        _length_lines(axes, metrics, lambda x: took.get((x["method"], x["length"])))
         axes.set_ylim(bottom=0)
-        _length_axis(axes, metrics)
 
     figure, panels = _per_ratio(metrics, draw, before=1)
     _memory_panel(panels[0], metrics)
@@ -334,26 +321,37 @@ def _against_ratio(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
 
 
 def _against_length(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
-    methods = _by_method(metrics)
+    for m, drawn in _length_lines(axes, metrics, lambda x: x["value"]):
+        drawn.set(label=m[0]["method"], alpha=_faded(m[0]["ratio"]))
+
+
+def _length_lines(
+    axes: Any,
+    metrics: Sequence[Mapping[str, Any]],
+    value: Callable[[Mapping[str, Any]], float | None],
+) -> list[tuple[list[Mapping[str, Any]], Any]]:
+    """Draws a line per method against the length, side by side where they are equal.
+
+    Returns:
+      (metrics, line) of each method that has values.
+    """
+    methods, made = _by_method(metrics), []
     moved = _moved([m[0]["method"] for m in methods])
     for m in methods:
-        line = [(x["length"], x["value"]) for x in m if x["value"] is not None]
-        if line:
-            lengths, values = zip(*sorted(line), strict=True)
-            name = m[0]["method"]
-            drawn = _line(m[0]) | {"label": name, "alpha": _faded(m[0]["ratio"])}
-            axes.plot([n * moved[name] for n in lengths], values, **drawn)
+        points = {x["length"]: y for x in m if (y := value(x)) is not None}
+        if points:
+            lengths, values = zip(*sorted(points.items()), strict=True)
+            at = [n * moved[m[0]["method"]] for n in lengths]
+            made.append((m, *axes.plot(at, values, **_line(m[0]))))
     _length_axis(axes, metrics)
+    return made
 
 
 def _by_method(
     metrics: Sequence[Mapping[str, Any]],
 ) -> list[list[Mapping[str, Any]]]:
     """The metrics of each method."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for m in metrics:
-        found.setdefault(m["method"], []).append(m)
-    return list(found.values())
+    return list(grouped(metrics, lambda m: m["method"]).values())
 
 
 def _line(metric: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Texts to prompts of a wanted number of tokens."""
+"""Texts to prompts of a wanted number of tokens: chat template, cutting, fitting."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from beacon_jax.evaluation.model import Model
+from beacon_jax.inference.model import Model
 
 Tokens = Int[np.ndarray, " n"]
 
@@ -17,9 +18,8 @@ def encode(model: Model, text: str, prefix: str = "", chat: str = "auto") -> Tok
     Args:
       chat: "auto": in the tokenizer's chat template, if it has one; "none": as it is.
     """
-    tokenizer = model.tokenizer
-    special = True
-    if chat == "auto" and getattr(tokenizer, "chat_template", None):
+    tokenizer, special = model.tokenizer, True
+    if templated(model, chat):
         turns = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True
@@ -28,10 +28,36 @@ def encode(model: Model, text: str, prefix: str = "", chat: str = "auto") -> Tok
     return ids(tokenizer, text + prefix, special=special)
 
 
+def ask(model: Model, text: str, prefix: str, chat: str) -> Tokens:
+    """A prompt whose answer begins with `prefix`: on a line of its own, or as the
+    beginning of the assistant's turn."""
+    line = "" if templated(model, chat) else "\n"
+    return encode(model, text + line, prefix, chat)
+
+
+def templated(model: Model, chat: str) -> bool:
+    """Whether questions are put into the tokenizer's chat template."""
+    return chat == "auto" and bool(getattr(model.tokenizer, "chat_template", None))
+
+
 def ids(tokenizer: Any, text: str, *, special: bool = False) -> Tokens:
     """Token ids of a text; `special` adds what the tokenizer puts in front (bos)."""
     found = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return np.asarray(found, np.int32)
+
+
+def cut_middle(tokenizer: Any, text: str, most: int) -> str:
+    """The text, or the text of its first and last most // 2 tokens if it has more.
+
+    LongBench's: the middle goes, since beginnings and ends hold instructions. The two
+    halves can come out a few tokens longer or shorter once joined.
+    """
+    found = ids(tokenizer, text, special=True)
+    if len(found) <= most:
+        return text
+    half = most // 2
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    return decode(found[:half].tolist()) + decode(found[len(found) - half :].tolist())
 
 
 def fit(

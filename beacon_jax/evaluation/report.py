@@ -1,7 +1,7 @@
 """report.md and the tables on the terminal, from metrics alone."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,26 @@ def table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     ]
     rule = "|" + "|".join("-" * (w + 1) + ":" for w in width) + "|"
     return "\n".join([text[0], rule, *text[1:]])
+
+
+def pivot(
+    metrics: Sequence[Mapping[str, Any]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cell: Callable[[Any], str],
+) -> str:
+    """A table with a row and a column per value that some keys of metrics have.
+
+    cell: the text of a metric, or of None where there is none.
+    """
+    of = lambda m, keys: tuple(m[key] for key in keys)
+    cells = {(of(m, rows), of(m, columns)): m for m in metrics}
+    names = list(dict.fromkeys(of(m, columns) for m in metrics))
+    lines = [
+        [*key, *(cell(cells.get((key, name))) for name in names)]
+        for key in dict.fromkeys(of(m, rows) for m in metrics)
+    ]
+    return table([*rows, *(", ".join(name) for name in names)], lines)
 
 
 def interval(metric: Mapping[str, Any] | None, digits: int) -> str:
@@ -159,7 +179,7 @@ def write(
       run: what was run: model, settings, versions, hardware, skipped rows (JSON
         values).
       sections: Markdown of every task.
-      timings: what batches took (`timing.summary`).
+      timings: what batches took (`runner.summary`).
     """
     model, hardware = run["model"], run["hardware"]
     rows = [

@@ -19,22 +19,24 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from beacon_jax.compiling import Stopwatch
-from beacon_jax.evaluation import groups, report, timing
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation import groups, report
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method
-from beacon_jax.evaluation.model import Model
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.tasks.base import Example, Metric, Task
+from beacon_jax.evaluation.statistics import grouped
+from beacon_jax.evaluation.tasks.base import Instance, Metric, Task
+from beacon_jax.inference.model import Model
 from beacon_jax.progress import Progress, Stage
 
+TIMES = ("seconds", "compile_seconds")  # of an answer, which no run repeats
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 
 
@@ -42,7 +44,7 @@ def evaluate(
     model: Model,
     tasks: Sequence[Task],
     methods: Sequence[Method],
-    settings: Settings,
+    settings: RunSettings,
     out: Path,
     *,
     overwrite: bool = False,
@@ -58,10 +60,12 @@ def evaluate(
     """
     if any(task.whole_windows for task in tasks):
         check_lengths(settings.lengths, model.window)
+    longest = max(task.longest(settings) for task in tasks)
+    methods = [method.sized(longest) for method in methods]
     progress, examples = Progress(), {}
     with progress.stage("hashing the model"):
         run = describe_run(model, settings)
-    inputs = Inputs(settings, model.tokenizer)
+    inputs = TaskData(settings, model.tokenizer)
     # Before the folder is touched: missing data or too little text is found here.
     with progress.stage("making examples") as stage:
         for task in tasks:
@@ -95,7 +99,7 @@ def evaluate(
     (out / "metrics.json").write_text(
         json.dumps(run | {"metrics": metrics}, indent=1) + "\n", encoding="utf-8"
     )
-    found = timing.summary(times)
+    found = summary(times)
     (out / "timings" / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     with progress.stage("writing the report"):
         text = report.write(run, metrics, sections, found, out)
@@ -124,7 +128,7 @@ def check_lengths(lengths: Sequence[int], window: int) -> None:
             )
 
 
-def limit(examples: Sequence[Example], count: int | None) -> list[Example]:
+def limit(examples: Sequence[Instance], count: int | None) -> list[Instance]:
     """The first `count` examples of each length."""
     seen: dict[int, int] = {}
     kept = []
@@ -136,10 +140,10 @@ def limit(examples: Sequence[Example], count: int | None) -> list[Example]:
 
 
 def batches(
-    examples: Sequence[Example], size: int, model: Model, method: Method
-) -> Iterator[tuple[Method, list[Example]]]:
+    examples: Sequence[Instance], size: int, model: Model, method: Method
+) -> Iterator[tuple[Method, list[Instance]]]:
     """Consecutive examples of one length and ratio, at most `size` of them."""
-    batch: list[Example] = []
+    batch: list[Instance] = []
     before = method
     for example in examples:
         now = method.resolve(model, len(example.tokens))
@@ -157,14 +161,13 @@ def predict(
     task: Task,
     method: Method,
     model: Model,
-    examples: Sequence[Example],
+    examples: Sequence[Instance],
     files: tuple[Path, Path],
-    settings: Settings,
+    settings: RunSettings,
     stage: Stage,
 ) -> None:
     """Completes one file of predictions, and notes how long each batch took."""
     done = repair(files[0], [e.id for e in examples])
-    times = timing.Times(files[1], task.name, method.name)
     stage.skip(sum(e.length for e in examples[:done]))
     at, size = 0, min(settings.batch_size, len(examples))
     with files[0].open("a", encoding="utf-8") as lines:
@@ -176,24 +179,53 @@ def predict(
             padded = batch + batch[-1:] * (size - len(batch))
             watch = Stopwatch()
             answers = task.run(model, resolved, padded)[: len(batch)]
-            took, compiled = watch.lap()
-            times.add(
-                batch[0].length,
-                size,
-                answers[0].get("seconds", [took]),
-                answers[0].get("compile_seconds", compiled),
-            )
+            took, compiled = watch.read()
+            took = answers[0].get("seconds", [took])
+            compiled = answers[0].get("compile_seconds", compiled)
+            line = {
+                "task": task.name,
+                "method": method.name,
+                "length": batch[0].length,
+                "rows": size,
+                "seconds": [round(s, 6) for s in took],
+                "compile_seconds": round(compiled, 6),
+            }
+            with files[1].open("a", encoding="utf-8") as times:
+                times.write(json.dumps(line) + "\n")
             text = [
                 json.dumps(
                     {"id": e.id, "method": method.name, "ratio": resolved.ratio}
-                    | {"length": e.length, **e.info, **answer}
+                    | {"length": e.length, **e.info}
+                    | {k: v for k, v in answer.items() if k not in TIMES}
                 )
-                for e, answer in zip(batch, map(timing.without, answers), strict=True)
+                for e, answer in zip(batch, answers, strict=True)
             ]
             new = min(len(batch), at - done)
             lines.writelines(line + "\n" for line in text[-new:])
             lines.flush()
             stage.add(sum(e.length for e in batch[-new:]))
+
+
+def summary(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Median seconds of a batch per task, method and length, without compilation.
+
+    Lines of earlier versions, which counted compilation in, are left out.
+    """
+    names = ("task", "method", "length", "rows")
+    timed = [line for line in lines if "compile_seconds" in line]
+    found = []
+    for key, batches in grouped(timed, lambda x: tuple(x[n] for n in names)).items():
+        used = [b["seconds"] for b in batches]
+        middle = np.median(np.asarray(used, np.float64), axis=0)
+        found.append(
+            dict(zip(names, key, strict=True))
+            | {
+                "seconds": [round(float(s), 4) for s in middle],
+                "batches": len(used),
+                "compile_seconds": round(sum(b["compile_seconds"] for b in batches), 3),
+            }
+        )
+    return found
 
 
 def repair(file: Path, ids: Sequence[str]) -> int:
@@ -253,17 +285,16 @@ def prepare_folder(out: Path, run: dict[str, Any], *, overwrite: bool) -> None:
     file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
 
 
-def describe_run(model: Model, settings: Settings) -> dict[str, Any]:
+def describe_run(model: Model, settings: RunSettings) -> dict[str, Any]:
     """What has to be known to reproduce the numbers: model, settings, versions."""
-    found = model.checkpoint
     device = jax.devices()[0]
     return {
         "model": {
-            "path": str(found.path),
-            "base_hash": found.base_hash,
-            "beacon_hash": found.beacon_hash,
+            "path": str(model.path),
+            "base_hash": model.identity.base,
+            "beacon_hash": model.identity.beacon,
             "window": model.window,
-            "dtype": str(model.dtype),
+            "dtype": str(model.net.dtype),
             "trained_positions": model.config.trained_positions,
         },
         "settings": dataclasses.asdict(settings),

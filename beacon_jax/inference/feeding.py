@@ -49,12 +49,15 @@ def feed_rows(
     new: np.ndarray | int = 0,
     on_progress: OnProgress | None = None,
     dtype: str | None = None,
+    *,
+    width: int = 0,
 ) -> tuple[jax.Array, Memory]:
     """Feeds each row what is pending of it and its tokens.
 
     The memory has room for `new` more tokens. Rows whose plans agree in every step are
     fed by one call or, with `on_progress`, by one call per `PIECE_WINDOWS` windows.
-    `dtype` is that of a new memory.
+    `dtype` is that of a new memory. Calls of one `width`, in tokens, share a program
+    whatever the rows' lengths up to it.
 
     Returns:
       The logits after each row's last token, and the new memory.
@@ -83,6 +86,7 @@ def feed_rows(
             ratios[group],
             plans[group[0]].keep,
             donate=part is not state,
+            width=width,
             on_fed=_counted(on_progress, lengths, group, done),
         )
         done += int(lengths[group].sum())
@@ -155,6 +159,7 @@ def _feed_group(
     keep: Mapping[int, np.ndarray],
     *,
     donate: bool,
+    width: int = 0,
     on_fed: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, MemoryState]:
     """Feeds a group by one call, and one more per window that keeps raw entries.
@@ -164,7 +169,7 @@ def _feed_group(
     """
     config, window = model.config, state.window
     lengths = np.asarray([len(r) for r in rows])
-    longest = max(map(len, rows))
+    longest = max(width, *map(len, rows))
     tokens = np.concatenate([padded(row[None], longest) for row in rows])
     done, begun = 0, -int(state.raw[0]) if keep else 0
 

@@ -95,7 +95,7 @@ def load(
         validate.warn(f"{said}ratio=0.", f"{said}--ratio=full.")
     # A CPU device takes these arrays over as they are: half the memory, half the time.
     variables = jax.device_put(found.variables)
-    return Model(found.config, variables, tokenizer, found.identity, partition)
+    return Model(found.config, variables, tokenizer, found.identity, partition, path)
 
 
 def _check(path: Any, dtype: Any, beacon: Any) -> None:

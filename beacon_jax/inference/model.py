@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Unpack, overload
 
 import jax
 import numpy as np
 
+from beacon_jax.core.law import default_window
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference import room, validate
@@ -71,6 +73,7 @@ class Model:
       tokenizer: a transformers tokenizer; None: only token ids go in and out.
       identity: which weights they are, for beacon packs.
       partition: the devices that it is split over; None: one.
+      path: the folder that it was loaded from; None: it was made in memory.
     """
 
     config: ModelConfig
@@ -78,6 +81,7 @@ class Model:
     tokenizer: Any = None
     identity: Identity = dataclasses.field(default_factory=Identity)
     partition: Partition | None = None
+    path: Path | None = None
 
     def __repr__(self) -> str:
         c, b = self.config, self.config.beacon
@@ -100,6 +104,11 @@ class Model:
     def net(self) -> Net:
         """What its programs depend on besides arrays."""
         return Net.of(self.config, self.variables, self.partition)
+
+    @property
+    def window(self) -> int:
+        """W, the tokens that are compressed at a time."""
+        return default_window(self.config)
 
     @documented(Reading)
     def compress(

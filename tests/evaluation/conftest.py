@@ -7,9 +7,8 @@ import pytest
 
 from beacon_jax.data.text import load_documents
 from beacon_jax.data.tokenizer import train_tokenizer
-from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.model import load_model
-from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
+from beacon_jax.evaluation.reading import load_model
 from beacon_jax.hf.checkpoint import save_hf
 from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
 from tests.evaluation import offline
@@ -65,19 +64,19 @@ def model_folder(tmp_path_factory, text_folder):
 
 @pytest.fixture(scope="session")
 def settings(text_folder):
-    return Settings(
+    return RunSettings(
         lengths=(96, 128), depths=3, samples=6, text=text_folder, batch_size=4
     )
 
 
 @pytest.fixture(scope="session")
-def model(model_folder, settings):
-    return load_model(model_folder, max(settings.lengths), (2, 4))
+def model(model_folder):
+    return load_model(model_folder, (2, 4))
 
 
 @pytest.fixture(scope="session")
 def inputs(model, settings):
-    return Inputs(settings, model.tokenizer)
+    return TaskData(settings, model.tokenizer)
 
 
 @pytest.fixture(scope="session", params=["bpe320", "bpe600", "bytes"])
@@ -97,8 +96,10 @@ def wanted(request, tmp_path_factory):
         lengths = (640, 1024)
         tokenizer.chat_template = offline.TEMPLATE if size == 600 else None
     text = str(folder)
-    settings = Settings(lengths=lengths, depths=3, samples=3, text=text, haystack=text)
-    inputs = Inputs(settings, tokenizer)
+    settings = RunSettings(
+        lengths=lengths, depths=3, samples=3, text=text, haystack=text
+    )
+    inputs = TaskData(settings, tokenizer)
     inputs.__dict__["documents"] = inputs.haystack
     return SimpleNamespace(tokenizer=tokenizer, window=32), settings, inputs
 
@@ -110,16 +111,16 @@ def small(tmp_path_factory):
     for i in range(20):
         text = f"{i} things. {offline.PROSE}"
         (folder / f"{i}.txt").write_text(text, encoding="utf-8")
-    return Settings(
+    return RunSettings(
         lengths=(384, 512), depths=2, samples=3, text=str(folder), batch_size=2
     )
 
 
 @pytest.fixture(scope="session")
-def long_model(model_folder, small):
-    return load_model(model_folder, max(small.lengths), (2, 4))
+def long_model(model_folder):
+    return load_model(model_folder, (2, 4))
 
 
 @pytest.fixture(scope="session")
 def long_inputs(long_model, small):
-    return Inputs(small, long_model.tokenizer)
+    return TaskData(small, long_model.tokenizer)

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from beacon_jax.evaluation.baselines import FAMILIES, make_methods
-from beacon_jax.evaluation.baselines.selective import self_information
-from beacon_jax.evaluation.baselines.streaming import kept_slots
+from beacon_jax.evaluation.baselines.sampling import kept_slots
+from beacon_jax.evaluation.baselines.shortened import self_information
 from beacon_jax.evaluation.methods import Full, remember
+from beacon_jax.evaluation.reading import feed_state
 from beacon_jax.model.config import BeaconConfig, RopeConfig, param_shapes
 from beacon_jax.model.partition import make_partition
 from beacon_jax.model.quantize import dequantize
@@ -42,9 +43,7 @@ def models(model):
         config = dataclasses.replace(model.config, **shape)
         tree = random_tree(param_shapes(config), np.random.default_rng(seed))
         variables = jax.tree.map(jnp.asarray, tree)
-        made[name] = dataclasses.replace(
-            model, config=config, variables=variables, longest=LONGEST
-        )
+        made[name] = dataclasses.replace(model, config=config, variables=variables)
     return made
 
 
@@ -57,7 +56,7 @@ def rows():
 
 
 def made(family, ratio):
-    return make_methods([family], [ratio])[0]
+    return make_methods([family], [ratio])[0].sized(LONGEST)
 
 
 def read_all(model, row):
@@ -198,7 +197,7 @@ def test_what_follows_sees_exactly_the_entries_that_the_method_leaves(
     model, (past, following) = models[shape], rows
     method = made(family, 4)
     memory, _ = remember(model, method, past, following)
-    out, _ = model.feed(memory, following, 0, outputs="logits")
+    out, _ = feed_state(model, memory.state, following, 0, "logits")
     for i, (row, more) in enumerate(zip(past, following, strict=True)):
         left, start = LEFT[family](model, row, 4, more)
         assert memory.slots[i] == left.k.shape[1]
@@ -214,7 +213,7 @@ def test_every_method_keeps_the_bytes_of_beacons_or_says_what_it_keeps(
     model, (past, following) = models[shape], rows
     heads = SHAPES[shape]["num_kv_heads"]
     floats, int8 = (2 * 2 * heads * n for n in (8 * 4, 8 + 4))
-    methods = make_methods(sorted(FAMILIES), [2, 4, 8])
+    methods = [m.sized(LONGEST) for m in make_methods(sorted(FAMILIES), [2, 4, 8])]
     for method in methods:
         # A program each: int8 beacons of every ratio in one shape, others of x8.
         each = shape == "mha" and method.family == "beacon_int8"
@@ -229,19 +228,21 @@ def test_every_method_keeps_the_bytes_of_beacons_or_says_what_it_keeps(
             slots = [beacon_slots(model, row, method.ratio) for row in past]
         slot = int8 if "int8" in method.family else floats
         assert kept == [n * slot for n in slots], method.name
-        assert not np.asarray(memory.raw).any()
-        assert (memory.sinks <= memory.slots).all()
-    for method in make_methods(sorted(FAMILIES), [8]):
+        assert np.array_equal(memory.state.slots, memory.slots)
+        assert not np.asarray(memory.state.raw).any()
+        assert (memory.state.sinks <= memory.state.slots).all()
+    for method in (m for m in methods if m.ratio in (None, 8)):
         assert remember(model, method, [past[1]] * 4, following)[1] == [0] * 4
 
 
 @pytest.mark.parametrize("family", sorted(set(FLOATS) - {"window"}))
 def test_a_budget_of_everything_changes_nothing(family, models, rows):
     model, (past, following) = models["gqa"], rows
-    full = remember(model, Full(), past, following)[0]
+    full = remember(model, Full().sized(LONGEST), past, following)[0]
     kept = remember(model, made(family, 1), past, following)[0]
     want, got = (
-        model.feed(m, following, 0, outputs="logits")[0].logits for m in (full, kept)
+        feed_state(model, m.state, following, 0, "logits")[0].logits
+        for m in (full, kept)
     )
     if family == "mean_pool":  # turned back and again
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-4)
@@ -251,6 +252,7 @@ def test_a_budget_of_everything_changes_nothing(family, models, rows):
 
 def same_memory(a, b):
     """Every slot that counts is bit-identical."""
+    a, b = a.state, b.state
     counts = np.arange(a.capacity) < np.asarray(a.slots)[:, None]
     layers = lambda x: np.moveaxis(np.asarray(x), 0, 2)[counts]
     return np.array_equal(a.slots, b.slots) and all(
@@ -283,7 +285,8 @@ def test_a_random_choice_depends_on_the_tokens_of_the_row_alone(models, rows):
         remember(model, method, [past[i] for i in o], [following[i] for i in o])[0]
         for o in (range(4), order)
     )
-    np.testing.assert_allclose(other.v[:, 1, :10], one.v[:, 0, :10], rtol=1e-5)
+    v, moved = one.state.v[:, 0, :10], other.state.v[:, 1, :10]
+    np.testing.assert_allclose(moved, v, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +320,9 @@ def test_a_stream_keeps_four_sinks_or_half_of_a_small_budget(budget):
 )
 def test_an_int8_memory_is_the_memory_rounded(exact, rounded, models, rows):
     model, (past, following) = models["gqa"], rows
-    a, b = (remember(model, made(f, 8), past, following)[0] for f in (exact, rounded))
+    a, b = (
+        remember(model, made(f, 8), past, following)[0].state for f in (exact, rounded)
+    )
     real = np.arange(a.capacity) < np.asarray(a.slots)[:, None]
     turns = inverse_frequencies(model.config)
     for want, found in ((a.k, b.k), (a.v, b.v)):
@@ -345,7 +350,7 @@ def test_a_mesh_leaves_the_same_memory(models, rows):
     split = dataclasses.replace(one, partition=make_partition("data:2,tensor:2"))
     for family in ("snapkv_aware", "streaming", "mean_pool"):
         method = made(family, 4)
-        a, b = (remember(m, method, past, following)[0] for m in (one, split))
+        a, b = (remember(m, method, past, following)[0].state for m in (one, split))
         assert b.k.sharding.spec == P(None, "data", None, "tensor")
         assert np.array_equal(a.slots, b.slots)
         real = np.arange(a.capacity) < np.asarray(a.slots)[:, None]

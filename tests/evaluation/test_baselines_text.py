@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from beacon_jax.evaluation import Method
+from beacon_jax.evaluation import Method, reading
 from beacon_jax.evaluation.baselines import TextCompressor, make_methods
 from beacon_jax.evaluation.methods import remember
 
 PLUGIN = """
-from beacon_jax.evaluation import Method
+from beacon_jax.evaluation import Method, reading
 from beacon_jax.evaluation.baselines import select
 
 calls = []
@@ -31,7 +31,7 @@ class Nothing(Method):
     family = "nothing"
 
     def remember(self, model, past, following):
-        return model.new_memory(len(past), 0)
+        return reading.empty(model, len(past), 0)
 
 
 class Last(Method):
@@ -76,8 +76,9 @@ def test_a_text_compressor_gets_the_text_and_its_budget(model, rows, plugin):
     sizes = [len(want[0]), 1 + len(want[1]), 0]
     assert memory.slots.tolist() == sizes
     assert kept == [n * memory.slot_nbytes for n in sizes]
-    plain = model.feed(model.new_memory(3, 0), [np.asarray(want[0])] * 3, 0)[1]
-    assert np.array_equal(memory.k[:, 0, : sizes[0]], plain.k[:, 0, : sizes[0]])
+    plain = reading.read(model, [np.asarray(want[0])] * 3, 0)[1]
+    kept, read = (m.state.k[:, 0, : sizes[0]] for m in (memory, plain))
+    assert np.array_equal(kept, read)
 
 
 def test_text_is_cut_at_the_budget(model, rows, plugin):

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from beacon_jax.data.tokenizer import train_tokenizer
-from beacon_jax.evaluation import groups
+from beacon_jax.evaluation import groups, prompts
 from beacon_jax.evaluation.baselines import make_methods
-from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.model import Answers, Model, load_model
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
+from beacon_jax.evaluation.reading import Continuations, load_model
 from beacon_jax.evaluation.runner import evaluate
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.tasks import longbench, longdata, make_tasks
-from beacon_jax.evaluation.tasks.files import cut_middle, templates
+from beacon_jax.evaluation.tasks import generation, longbench, longdata, make_tasks
+from beacon_jax.evaluation.tasks.files import templates
 from beacon_jax.evaluation.tasks.longbench import LongBench
 
 MOST = 160
@@ -100,11 +99,11 @@ def chatting(plain, monkeypatch):
 
 
 def settings_of(data, **changes):
-    return Settings(data=str(data), max_length=MOST, **changes)
+    return RunSettings(data=str(data), max_length=MOST, **changes)
 
 
 def made(model, task, settings):
-    return task.examples(model, settings, Inputs(settings, model.tokenizer))
+    return task.examples(model, settings, TaskData(settings, model.tokenizer))
 
 
 def text_of(model, example):
@@ -125,7 +124,7 @@ def test_right_answers_score_1_and_wrong_ones_0(data, plain, task):
 @pytest.mark.parametrize("task", EXAMPLES)
 def test_the_prompt_is_the_official_one(data, plain, task):
     template, new = (found[task] for found in templates("longbench"))
-    longer = Settings(data=str(data), max_length=2000)
+    longer = RunSettings(data=str(data), max_length=2000)
     examples = made(plain, LongBench(task), longer)
     assert LongBench(task).new_tokens == new
     assert {text_of(plain, e) for e in examples} == {
@@ -152,12 +151,12 @@ def test_long_prompts_lose_their_middle_before_they_are_wrapped(data, chatting):
         assert len(example.tokens) + 512 <= task.longest(settings_of(data))
     ids = lambda s: chatting.tokenizer(s)["input_ids"]
     text = CONTEXT * 3
-    cut = cut_middle(chatting.tokenizer, text, MOST)
+    cut = prompts.cut_middle(chatting.tokenizer, text, MOST)
     assert len(ids(cut)) == pytest.approx(MOST, abs=2)
     half = MOST // 2
     decode = chatting.tokenizer.decode
     assert cut == decode(ids(text)[:half]) + decode(ids(text)[-half:])
-    assert cut_middle(chatting.tokenizer, "short", MOST) == "short"
+    assert prompts.cut_middle(chatting.tokenizer, "short", MOST) == "short"
 
 
 def test_few_shot_and_code_tasks_are_not_wrapped(data, chatting):
@@ -222,7 +221,7 @@ def test_malformed_rows_are_left_out_and_listed(tmp_path, plain):
         ],
     )
     settings = settings_of(tmp_path)
-    inputs = Inputs(settings, plain.tokenizer)
+    inputs = TaskData(settings, plain.tokenizer)
     found = LongBench("trec").examples(plain, settings, inputs)
     assert len(found) == 2
     reason = "answers or all_classes are not texts"
@@ -258,25 +257,25 @@ def test_a_missing_file_is_named_with_its_folder_and_its_source(
 ):
     (task,) = make_tasks([name])
     with pytest.raises(FileNotFoundError) as error:
-        made(plain, task, Settings(data=str(tmp_path)))
+        made(plain, task, RunSettings(data=str(tmp_path)))
     assert f"--data={tmp_path} has no {file}.jsonl" in str(error.value)
     assert where in str(error.value)
     with pytest.raises(FileNotFoundError, match="--data is not given: put .*jsonl"):
-        made(plain, task, Settings())
+        made(plain, task, RunSettings())
 
 
 def test_a_max_length_without_room_for_the_chat_template_is_an_error(data, plain):
     plain.tokenizer.chat_template = CHAT + "x" * 2000
     try:
         with pytest.raises(ValueError, match="--max_length=8 leaves longbench_qasper"):
-            made(plain, LongBench("qasper"), Settings(data=str(data), max_length=8))
+            made(plain, LongBench("qasper"), RunSettings(data=str(data), max_length=8))
     finally:
         plain.tokenizer.chat_template = None
 
 
 def prediction(task, i, text, method="full"):
     base = {"method": method, "ratio": None, "length": MOST, "kv_bytes": 8}
-    info = task.info(row(task.task, i), Settings())
+    info = task.info(row(task.task, i), RunSettings())
     return base | {"id": str(i), "predicted": text, "answer_loss": 1.0} | info
 
 
@@ -364,7 +363,7 @@ def test_topics_are_found_in_any_case_and_counted_by_their_number(tmp_path, plai
     write(tmp_path, "longeval/topic_retrieval", [*rows, rows[0] | {"topics": [1]}])
     task = longdata.TopicRetrieval()
     settings = settings_of(tmp_path)
-    inputs = Inputs(settings, plain.tokenizer)
+    inputs = TaskData(settings, plain.tokenizer)
     found = task.examples(plain, settings, inputs)
     assert inputs.skipped == [("topic_retrieval.jsonl", 5, "topics has no text")]
     assert text_of(plain, found[0]).endswith("topic of X0. What was the first topic?")
@@ -403,8 +402,8 @@ def test_infinitebench_is_asked_and_scored_as_in_the_release(
     (task,) = make_tasks([f"infinitebench_{name}"])
     given = {"id": 0, "context": CONTEXT, "input": "What is it?", "answer": answer}
     write(tmp_path, task.file, [given, given | {"answer": []}, given | {"answer": 3}])
-    settings = Settings(data=str(tmp_path), max_length=2000)
-    inputs = Inputs(settings, plain.tokenizer)
+    settings = RunSettings(data=str(tmp_path), max_length=2000)
+    inputs = TaskData(settings, plain.tokenizer)
     (example,) = task.examples(plain, settings, inputs)
     assert [row[1:] for row in inputs.skipped] == [
         (2, "answer is not a text"),
@@ -427,15 +426,17 @@ def test_the_runner_reads_scores_and_reports_a_users_files(
     for task in ("hotpotqa", "2wikimqa"):
         rows = [row(task, i) for i in range(3)]
         write(folder, f"longbench/{task}", [*rows, "{"])
-    settings = Settings(data=str(folder), max_length=128, batch_size=2)
-    model = load_model(model_folder, max(t.longest(settings) for t in tasks), ())
+    settings = RunSettings(data=str(folder), max_length=128, batch_size=2)
+    model = load_model(model_folder, ())
     asked = []
 
-    def scripted(self, memory, logits, new_tokens, ratio, stop=()):
+    def scripted(model, memory, logits, new_tokens, ratio, stop=()):
         asked.append((new_tokens, tuple(stop)))
-        return Answers(["yes"] * len(logits), [np.zeros(1, int)] * len(logits), memory)
+        return Continuations(
+            ["yes"] * len(logits), [np.zeros(1, int)] * len(logits), memory
+        )
 
-    monkeypatch.setattr(Model, "decode", scripted)
+    monkeypatch.setattr(generation, "answer", scripted)
     methods = make_methods(["full"], [])
     metrics, text = evaluate(model, tasks, methods, settings, tmp_path / "out")
     found = {

@@ -1,15 +1,17 @@
 """Budgets, the adaptive ratio, batches of ragged rows, sharded evaluation."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from beacon_jax.evaluation import prompts
 from beacon_jax.evaluation.baselines import make_methods
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Beacon, remember
+from beacon_jax.evaluation.reading import answer, answer_losses, read
 from beacon_jax.evaluation.runner import batches
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.tasks.base import Example
+from beacon_jax.evaluation.tasks.base import Instance
 
 
 def rows(model, *sizes):
@@ -23,7 +25,8 @@ def test_a_method_that_keeps_other_bytes_than_its_ratio_is_caught(model):
 
         def remember(self, model, past, following):
             memory = super().remember(model, past, following)
-            return memory.replace(slots=memory.slots + 1)
+            rows = [row.closed(np.zeros((1, 2)), np.zeros(1)) for row in memory.rows]
+            return dataclasses.replace(memory, rows=tuple(rows))
 
     past = rows(model, 64, 32)
     memory, kept = remember(model, Beacon(4), past, past)
@@ -51,7 +54,7 @@ def test_a_batch_has_one_length_and_one_ratio(model):
 
     sizes = [(64, 40), (64, 45), (64, 60), (64, 61), (64, 62), (96, 63)]
     examples = [
-        Example(str(i), n, np.zeros(t, np.int32)) for i, (n, t) in enumerate(sizes)
+        Instance(str(i), n, np.zeros(t, np.int32)) for i, (n, t) in enumerate(sizes)
     ]
     found = [
         (method.ratio, [e.id for e in batch])
@@ -68,9 +71,9 @@ def test_answers_of_ragged_rows_are_those_of_the_rows_alone(model):
     def ask(*which):
         pick = lambda x: [x[i] for i in which]
         memory, _ = remember(model, Beacon(4), pick(past), pick(last))
-        out, memory = model.feed(memory, pick(last), 4)
-        losses = model.answer_losses(memory, out.last_logits, pick(references), 4)
-        answers = model.decode(memory, out.last_logits, 12, 4)
+        logits, memory = read(model, pick(last), 4, memory)
+        losses = answer_losses(model, memory, logits, pick(references), 4)
+        answers = answer(model, memory, logits, 12, 4)
         return losses, [t.tolist() for t in answers.tokens], answers.texts
 
     together = ask(0, 1, 2)
@@ -104,7 +107,7 @@ def test_malformed_rows_are_skipped_and_counted(model, tmp_path):
     good = '{"text": "x", "answers": ["y"]}'
     bad = ["{", '["x"]', '{"text": "x"}', '{"text": 3, "answers": []}', "\\xff"]
     file.write_text("\n".join([good, *bad, good]) + "\n")
-    inputs = Inputs(Settings(data=str(tmp_path)), model.tokenizer)
+    inputs = TaskData(RunSettings(data=str(tmp_path)), model.tokenizer)
     found = inputs.rows("set/a", {"text": str, "answers": list}, "nowhere")
     assert found == [{"text": "x", "answers": ["y"]}] * 2
     assert inputs.skipped == [
@@ -117,4 +120,4 @@ def test_malformed_rows_are_skipped_and_counted(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no set/b\.jsonl .* from there"):
         inputs.rows("set/b", {}, "there")
     with pytest.raises(FileNotFoundError, match="--data is not given: put set/b"):
-        Inputs(Settings(), model.tokenizer).rows("set/b", {}, "there")
+        TaskData(RunSettings(), model.tokenizer).rows("set/b", {}, "there")

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from beacon_jax.evaluation.baselines import make_methods
-from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.model import Model, load_model
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
+from beacon_jax.evaluation.reading import load_model
 from beacon_jax.evaluation.runner import evaluate
-from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.tasks import make_tasks, mmlu
 from beacon_jax.evaluation.tasks.mmlu import Mmlu
 
@@ -40,16 +39,16 @@ def settings(tmp_path):
     for name, found in (("test", rows), ("dev", shown)):
         text = "".join(json.dumps(r) + "\n" for r in found)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    return Settings(data=str(tmp_path / "data"), max_length=1024, batch_size=4)
+    return RunSettings(data=str(tmp_path / "data"), max_length=1024, batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def small(model_folder):
-    return load_model(model_folder, 128, ())
+    return load_model(model_folder, ())
 
 
 def test_questions_are_written_as_in_the_release(settings, small):
-    inputs = Inputs(settings, small.tokenizer)
+    inputs = TaskData(settings, small.tokenizer)
     found = Mmlu().examples(small, settings, inputs)
     (virology,) = (e for e in found if e.info["subject"] == "virology")
     assert small.tokenizer.decode(virology.tokens.tolist()) == (
@@ -67,7 +66,7 @@ def test_questions_are_written_as_in_the_release(settings, small):
 
 def test_five_examples_of_the_subject_stand_in_front(settings, small):
     (task,) = make_tasks(["mmlu_5shot"])
-    found = task.examples(small, settings, Inputs(settings, small.tokenizer))
+    found = task.examples(small, settings, TaskData(settings, small.tokenizer))
     for example in found:
         text = small.tokenizer.decode(example.tokens.tolist())
         shown = text.count("Shown ")
@@ -112,12 +111,12 @@ def test_the_answer_is_the_letter_with_the_lowest_loss(
     tokenizer = small.tokenizer
     seen = []
 
-    def losses(self, memory, logits, references, ratio):
+    def losses(model, memory, logits, references, ratio):
         letters = [tokenizer.decode(r.tolist()) for r in references]
         seen.extend(letters)
         return [{" A": 1.0, " B": 2.0, " C": 0.5, " D": 3.0}[x] for x in letters]
 
-    monkeypatch.setattr(Model, "answer_losses", losses)
+    monkeypatch.setattr(mmlu, "answer_losses", losses)
     metrics, text = evaluate(
         small, [Mmlu()], make_methods(["window"], []), settings, tmp_path / "out"
     )
@@ -132,7 +131,7 @@ def test_the_answer_is_the_letter_with_the_lowest_loss(
 
 def test_losses_of_the_letters_are_those_of_the_model(settings, small):
     task, (window,) = Mmlu(), make_methods(["window"], [])
-    examples = task.examples(small, settings, Inputs(settings, small.tokenizer))
+    examples = task.examples(small, settings, TaskData(settings, small.tokenizer))
     for one in task.run(small, window, examples[:2]):
         assert one["predicted"] == "ABCD"[int(np.argmin(one["losses"]))]
         assert len(set(one["losses"])) == 4 and min(one["losses"]) > 0.0

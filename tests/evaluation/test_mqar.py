@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from beacon_jax.evaluation.baselines import make_methods
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import TaskData
 from beacon_jax.evaluation.tasks.mqar import QUERIES, Mqar
 from beacon_jax.hf.reader import open_hf
 from beacon_jax.inference.verify import numpy_logits
@@ -66,7 +66,7 @@ def test_queries_are_answered_in_view_of_the_right_values_before(
     task = Mqar()
     found = task.examples(long_model, small, long_inputs)[:2]
     answers = task.run(long_model, make_methods(["full"], [])[0], found)
-    reader = open_hf(long_model.checkpoint.path)
+    reader = open_hf(long_model.path)
     for example, answer in zip(found, answers, strict=True):
         queries = len(example.info["positions"])
         logits = numpy_logits(long_model.config, reader, example.tokens[:-1])
@@ -114,7 +114,7 @@ def test_accuracy_by_place_is_counted_and_drawn(tmp_path):
 
 def test_too_few_different_tokens_are_an_error(wanted):
     model, settings, inputs = wanted
-    short = Inputs(settings, model.tokenizer)
+    short = TaskData(settings, model.tokenizer)
     short.__dict__["stream"] = inputs.stream[:10]
     with pytest.raises(ValueError, match="different tokens, and 24 are needed"):
         Mqar().examples(model, settings, short)

@@ -9,6 +9,7 @@ import pytest
 
 from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.methods import Full
+from beacon_jax.evaluation.reading import answer, read
 from beacon_jax.evaluation.runner import evaluate
 from beacon_jax.evaluation.tasks import make_tasks
 from beacon_jax.evaluation.tasks.multi_needle import MultiNeedle
@@ -44,14 +45,14 @@ def test_each_turn_goes_on_from_the_answers_before(long_model, batch, ratio):
     answers = task.run(long_model, method, found)
     if isinstance(method, Watched):
         assert len(method.seen) == 1  # compressed once
-    for example, answer in zip(found, answers, strict=True):
+    for example, told in zip(found, answers, strict=True):
         turns = [example.tokens, *map(np.int32, example.info["turns"])]
-        assert len(turns) == len(answer["predicted"]) == len(answer["seconds"]) == 3
+        assert len(turns) == len(told["predicted"]) == len(told["seconds"]) == 3
         said = turns[0]
-        for turn, text in enumerate(answer["predicted"]):
-            memory = long_model.new_memory(2, ratio)  # twice: the shapes of the batch
-            out, memory = long_model.feed(memory, [said, said], ratio)
-            alone = long_model.decode(memory, out.last_logits, task.new_tokens, ratio)
+        for turn, text in enumerate(told["predicted"]):
+            # Twice: the shapes of the batch.
+            logits, memory = read(long_model, [said, said], ratio)
+            alone = answer(long_model, memory, logits, task.new_tokens, ratio)
             assert alone.texts[0] == text
             if turn < 2:
                 said = np.concatenate([said, alone.tokens[0], turns[turn + 1]])
@@ -82,9 +83,9 @@ def test_needles_lie_in_thirds_and_the_turns_fit(wanted):
         assert np.argsort(places).tolist() == np.argsort(depths).tolist()
         assert sorted(int(3 * d) for d in depths) == [0, 1, 2]
         turns = [wanted[0].tokenizer.decode(t) for t in example.info["turns"]]
-        for turn, answer in zip(turns, answers[1:], strict=True):
+        for turn, number in zip(turns, answers[1:], strict=True):
             city = turn.split("special magic ")[1].split(" number")[0]
-            assert f"The special magic {city} number is: {answer}." in text
+            assert f"The special magic {city} number is: {number}." in text
             assert turn.endswith(f"The special magic {city} number is:")
 
 

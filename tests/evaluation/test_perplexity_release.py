@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from beacon_jax.evaluation.baselines import make_methods
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import TaskData
 from beacon_jax.evaluation.methods import Method
 from beacon_jax.evaluation.tasks.perplexity_release import (
     PerplexityRelease,
@@ -27,7 +27,7 @@ def short(small):
 @pytest.fixture(scope="module")
 def found(long_model, short):
     return PerplexityRelease().examples(
-        long_model, short, Inputs(short, long_model.tokenizer)
+        long_model, short, TaskData(short, long_model.tokenizer)
     )
 
 
@@ -48,7 +48,7 @@ def run(model, method, found):
 
 def losses_of(model, tokens):
     """Loss of every token but the first, by an independent forward pass."""
-    logits = numpy_logits(model.config, open_hf(model.checkpoint.path), tokens[:-1])
+    logits = numpy_logits(model.config, open_hf(model.path), tokens[:-1])
     logits = logits.astype(np.float64)
     top = logits.max(-1)
     norm = top + np.log(np.exp(logits - top[:, None]).sum(-1))
@@ -67,7 +67,7 @@ def test_full_attention_is_the_mean_of_documents_of_windows_in_numpy(
     long_model, short, found
 ):
     """Brute force over the documents themselves, not over the task's examples."""
-    inputs = Inputs(short, long_model.tokenizer)
+    inputs = TaskData(short, long_model.tokenizer)
     documents = [
         np.asarray(long_model.tokenizer(text)["input_ids"], np.int32)
         for text in inputs.documents
@@ -131,7 +131,7 @@ def test_a_beacon_method_with_another_memory_is_measured_with_its_own(
 
 def test_a_limit_leaves_windows_of_as_many_documents_as_it_can(long_model, small):
     settings = dataclasses.replace(small, samples=2)
-    inputs = Inputs(settings, long_model.tokenizer)
+    inputs = TaskData(settings, long_model.tokenizer)
     examples = PerplexityRelease().examples(long_model, settings, inputs)
     for length in settings.lengths:
         here = [e for e in examples if e.length == length]
@@ -174,7 +174,7 @@ def test_the_users_books_are_read_if_there_are_any(long_model, short, tmp_path):
     lines = [json.dumps({"text": t}) for t in (words, "too short", f"stone {words}")]
     (tmp_path / "lm" / "pg19.jsonl").write_text("\n".join([*lines, "{"]) + "\n")
     settings = dataclasses.replace(short, data=str(tmp_path))
-    inputs = Inputs(settings, long_model.tokenizer)
+    inputs = TaskData(settings, long_model.tokenizer)
     examples = PerplexityRelease().examples(long_model, settings, inputs)
     assert {e.info["document"] for e in examples} == {0, 1}
     assert [reason for _, _, reason in inputs.skipped] == ["not JSON"]
@@ -182,12 +182,12 @@ def test_the_users_books_are_read_if_there_are_any(long_model, short, tmp_path):
     assert "memory river memory" in text
 
     empty = dataclasses.replace(short, data=str(tmp_path / "lm"))
-    inputs = Inputs(empty, long_model.tokenizer)
+    inputs = TaskData(empty, long_model.tokenizer)
     assert PerplexityRelease().examples(long_model, empty, inputs)
     long = dataclasses.replace(settings, lengths=(32_000,))
     with pytest.raises(
         ValueError, match="no document of 32000 tokens, which perplexity_release"
     ):
         PerplexityRelease().examples(
-            long_model, long, Inputs(long, long_model.tokenizer)
+            long_model, long, TaskData(long, long_model.tokenizer)
         )

@@ -1,7 +1,6 @@
 """Figures a person can read: no text over another, units, times without compilation."""
 
 import itertools
-import json
 import time
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from beacon_jax.compiling import Stopwatch
-from beacon_jax.evaluation import plots, report, timing
+from beacon_jax.evaluation import plots, report
+from beacon_jax.evaluation.runner import summary
 
 FAMILIES = ("beacon", "streaming", "snapkv", "mean_pool")
 
@@ -135,20 +135,20 @@ def test_the_report_says_that_beacons_worse_than_the_window_are_undertrained():
     assert report.verdicts(found) == ""
 
 
-def test_times_are_medians_without_compilation(tmp_path):
-    times = timing.Times(tmp_path / "t.jsonl", "passkey", "full")
-    for seconds, compiled in ((0.5, 8.0), (0.3, 0.0), (0.4, 0.0)):
-        times.add(256, 4, [seconds], compiled)
-    lines = [json.loads(x) for x in (tmp_path / "t.jsonl").read_text().splitlines()]
-    (found,) = timing.summary([*lines, lines[0] | {"length": 512}])[:1]
+def test_times_are_medians_without_compilation():
+    batch = {"task": "passkey", "method": "full", "length": 256, "rows": 4}
+    lines = [
+        batch | {"seconds": [seconds], "compile_seconds": compiled}
+        for seconds, compiled in ((0.5, 8.0), (0.3, 0.0), (0.4, 0.0))
+    ]
+    (found,) = summary([*lines, lines[0] | {"length": 512}])[:1]
     assert found["seconds"] == [0.4] and found["batches"] == 3
     assert found["compile_seconds"] == 8.0
-    text = report.times(timing.summary(lines))
+    text = report.times(summary(lines))
     assert "compile s" in text and "8.0" in text and "0.400" in text
 
 
 def test_a_lap_is_split_into_work_and_compilation():
-    watch = Stopwatch()
 
     @jax.jit
     def step(x):
@@ -157,12 +157,12 @@ def test_a_lap_is_split_into_work_and_compilation():
         return x
 
     x = jnp.eye(8)
-    began = time.perf_counter()
-    watch.lap()
+    began, watch = time.perf_counter(), Stopwatch()
     step(x).block_until_ready()
-    work, compiled = watch.lap()
+    work, compiled = watch.read()
     whole = time.perf_counter() - began
     assert compiled > 0 and work >= 0
     assert work + compiled == pytest.approx(whole, abs=0.05)
+    watch = Stopwatch()
     step(x).block_until_ready()
-    assert watch.lap()[1] == 0.0
+    assert watch.read()[1] == 0.0

@@ -12,11 +12,10 @@ import pytest
 from beacon_jax.data.tokenizer import train_tokenizer
 from beacon_jax.evaluation import prompts, words
 from beacon_jax.evaluation.baselines import make_methods
-from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.model import Answers, Model, load_model
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
+from beacon_jax.evaluation.reading import Continuations, load_model
 from beacon_jax.evaluation.runner import evaluate
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.tasks import make_tasks, ruler_qa, ruler_text
+from beacon_jax.evaluation.tasks import generation, make_tasks, ruler_qa, ruler_text
 from beacon_jax.evaluation.tasks.ruler import OFFLINE, Ruler
 
 SENTENCES = (
@@ -62,8 +61,8 @@ def small(request, models):
 
 
 def made(model, folder, task, length=LENGTH, samples=3, seed=0):
-    settings = Settings((length,), samples=samples, text=folder, seed=seed)
-    return Ruler(task).examples(model, settings, Inputs(settings, model.tokenizer))
+    settings = RunSettings((length,), samples=samples, text=folder, seed=seed)
+    return Ruler(task).examples(model, settings, TaskData(settings, model.tokenizer))
 
 
 def text_of(model, example):
@@ -278,10 +277,10 @@ def data_folder(tmp_path):
 def test_questions_are_asked_over_their_documents_and_others(
     models, folder, tmp_path, task, least
 ):
-    settings = Settings(
+    settings = RunSettings(
         (least, 1024), samples=4, text=folder, data=data_folder(tmp_path)
     )
-    inputs = Inputs(settings, models[2].tokenizer)
+    inputs = TaskData(settings, models[2].tokenizer)
     found = Ruler(task).examples(models[2], settings, inputs)
     count = 4 if task == "qa_1" else 1  # a question is asked once
     assert [e.length for e in found] == [least] * count + [1024] * count
@@ -308,8 +307,8 @@ def test_questions_are_asked_over_their_documents_and_others(
 
 
 def test_a_missing_data_set_is_named_with_its_place(models, folder, tmp_path):
-    settings = Settings((1024,), text=folder, data=str(tmp_path))
-    inputs = Inputs(settings, models[2].tokenizer)
+    settings = RunSettings((1024,), text=folder, data=str(tmp_path))
+    inputs = TaskData(settings, models[2].tokenizer)
     for task, name in (("qa_1", "dev-v2.0"), ("qa_2", "hotpot_dev_distractor_v1")):
         with pytest.raises(FileNotFoundError, match=f"no ruler/{name}.json") as error:
             Ruler(task).examples(models[2], settings, inputs)
@@ -329,10 +328,10 @@ def test_documents_are_repeated_when_they_run_out(models):
 def test_the_runner_asks_scores_and_reports(
     model_folder, folder, tmp_path, monkeypatch
 ):
-    settings = Settings((512,), samples=2, text=folder, batch_size=2)
-    model = load_model(model_folder, 512, (4,))
+    settings = RunSettings((512,), samples=2, text=folder, batch_size=2)
+    model = load_model(model_folder, (4,))
     tasks = make_tasks(["ruler_niah_single_1", "ruler_vt"])
-    inputs = Inputs(settings, model.tokenizer)
+    inputs = TaskData(settings, model.tokenizer)
     right = " ".join(
         answer
         for task in tasks
@@ -340,14 +339,14 @@ def test_the_runner_asks_scores_and_reports(
         for answer in example.info["answers"]
     )
 
-    def scripted(self, memory, logits, new_tokens, ratio, stop=()):
+    def scripted(model, memory, logits, new_tokens, ratio, stop=()):
         assert stop == ()
         text = f"they are {right}" if ratio else "nothing"
-        return Answers(
+        return Continuations(
             [text] * len(logits), [np.zeros(1, np.int32)] * len(logits), memory
         )
 
-    monkeypatch.setattr(Model, "decode", scripted)
+    monkeypatch.setattr(generation, "answer", scripted)
     methods = make_methods(["beacon", "window"], [4])
     metrics, text = evaluate(model, tasks, methods, settings, tmp_path / "out")
     found = {(m["task"], m["method"]): m for m in metrics if m["metric"] == "match"}

@@ -8,11 +8,11 @@ import pytest
 from absl import flags
 
 from beacon_jax.cli import evaluate as command
-from beacon_jax.evaluation import model as model_module
+from beacon_jax.evaluation import reading
 from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.runner import evaluate, integers, limit
 from beacon_jax.evaluation.tasks import make_tasks
-from beacon_jax.evaluation.tasks.base import Example
+from beacon_jax.evaluation.tasks.base import Instance
 
 TASKS = make_tasks(["perplexity", "passkey"])
 METHODS = make_methods(["beacon", "full", "window"], [4])
@@ -123,7 +123,7 @@ def test_foreign_lines_are_an_error_and_stay(model, settings, finished, tmp_path
 
 
 def test_a_limit_keeps_the_first_of_each_length():
-    found = [Example(f"{n}/{i}", n, None) for n in (1, 2) for i in range(3)]  # type: ignore[arg-type]
+    found = [Instance(f"{n}/{i}", n, None) for n in (1, 2) for i in range(3)]  # type: ignore[arg-type]
     assert [e.id for e in limit(found, 2)] == ["1/0", "1/1", "2/0", "2/1"]
     assert limit(found, None) == found
 
@@ -158,7 +158,7 @@ def run_command(**options):
 def test_a_flag_that_names_nothing_is_told_before_the_model_is_loaded(
     name, message, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(model_module, "load_model", None)
+    monkeypatch.setattr(reading, "load_model", None)
     with pytest.raises(FileNotFoundError, match=message):
         run_command(model="x", out=str(tmp_path), **{name: "nowhere"})
 

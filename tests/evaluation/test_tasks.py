@@ -5,9 +5,9 @@ import pytest
 
 from beacon_jax.data.passkey import contains, last_window_start
 from beacon_jax.evaluation.baselines import make_methods
-from beacon_jax.evaluation.model import load_model
+from beacon_jax.evaluation.reading import load_model
 from beacon_jax.evaluation.tasks import make_tasks
-from beacon_jax.evaluation.tasks.passkey import Passkey
+from beacon_jax.evaluation.tasks.passkey import PasskeyRetrieval
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
 from beacon_jax.hf.reader import open_hf
 from beacon_jax.inference.verify import numpy_logits
@@ -17,7 +17,7 @@ FULL, WINDOW = make_methods(["full", "window"], [])
 
 def plain_loss(model, tokens, count):
     """Mean loss of the last `count` labels of tokens [T + 1]."""
-    logits = numpy_logits(model.config, open_hf(model.checkpoint.path), tokens[:-1])
+    logits = numpy_logits(model.config, open_hf(model.path), tokens[:-1])
     logits = logits.astype(np.float64)
     largest = logits.max(-1)
     norm = largest + np.log(np.exp(logits - largest[:, None]).sum(-1))
@@ -71,7 +71,7 @@ def test_all_lengths_predict_the_same_held_out_tokens_without_overlap(
 def test_a_passkey_is_answered_greedily_and_lies_outside_the_last_window(
     model, settings, inputs
 ):
-    task = Passkey()
+    task = PasskeyRetrieval()
     found = task.examples(model, settings, inputs)
     assert [e.info["depth"] for e in found[:4]] == [0.0, 0.5, 1.0, 0.0]
     for e in found:
@@ -82,7 +82,7 @@ def test_a_passkey_is_answered_greedily_and_lies_outside_the_last_window(
         assert key not in model.tokenizer.decode(last.tolist())
     example = found[0]
     answer = task.run(model, FULL, found[:4])[0]
-    tokens, reader = example.tokens, open_hf(model.checkpoint.path)
+    tokens, reader = example.tokens, open_hf(model.path)
     for _ in range(5):
         logits = numpy_logits(model.config, reader, tokens)
         tokens = np.append(tokens, logits[-1].argmax().astype(np.int32))
@@ -96,7 +96,7 @@ def test_a_passkey_is_answered_greedily_and_lies_outside_the_last_window(
 def test_exactly_the_five_digits_are_correct():
     answers = ["12345", "12344", "1234", " 12345"]
     given = [{"predicted": a, "answers": ["12345"]} for a in answers]
-    assert [Passkey().value(g) for g in given] == [1, 0, 0, 0]
+    assert [PasskeyRetrieval().value(g) for g in given] == [1, 0, 0, 0]
 
 
 def test_a_seed_gives_the_same_examples_and_another_gives_others(
@@ -138,13 +138,13 @@ def test_names_and_ratios_that_do_not_exist_are_errors(model_folder):
     with pytest.raises(ValueError, match="--methods=beacon needs --ratios"):
         make_methods(["beacon"], [])
     with pytest.raises(ValueError, match="--window=64 differs from the 32"):
-        load_model(model_folder, 128, [2], window=64)
+        load_model(model_folder, [2], window=64)
     with pytest.raises(ValueError, match="3"):
-        load_model(model_folder, 128, [3])
+        load_model(model_folder, [3])
 
 
 def test_digits_are_counted_by_their_place_in_the_unit(model, settings, inputs):
-    example = Passkey().examples(model, settings, inputs)[0]
+    example = PasskeyRetrieval().examples(model, settings, inputs)[0]
     at = example.info["positions"]
     assert (
         model.tokenizer.decode(example.tokens[at].tolist())
@@ -154,7 +154,7 @@ def test_digits_are_counted_by_their_place_in_the_unit(model, settings, inputs):
     row |= {"depth": 0.5, "answers": ["12345"], "answer_loss": 1.0}
     told = [("12345", [6, 7, 8, 9, 10]), ("1x34", [3, 4, 5, 6, 7])]
     rows = [row | {"predicted": p, "positions": n} for p, n in told]
-    found = [m for m in Passkey().score(rows) if m["metric"] == "accuracy_at"]
+    found = [m for m in PasskeyRetrieval().score(rows) if m["metric"] == "accuracy_at"]
     # places 2 3 0 1 2 all right; 3 0 1 2 3: right, wrong, right, right, missing
     want = {0: (1, 2), 1: (2, 2), 2: (3, 3), 3: (2, 3)}
     got = {m["place"]: (round(m["value"] * m["count"]), m["count"]) for m in found}

@@ -1,4 +1,4 @@
-"""What beacons are compared with: one small file per family of methods.
+"""What beacons are compared with: a file per kind of method.
 
 Each is a `Method`: it says which memory a past leaves, and nothing else. The decoder
 reads that memory as it reads one of beacons, without knowing whose it is. Methods with
@@ -29,19 +29,28 @@ A method of one's own is a class in a file where the command is run, say `mine.p
 
 from collections.abc import Callable, Sequence
 
-from beacon_jax.evaluation.baselines.int8 import BeaconInt8, Int8
 from beacon_jax.evaluation.baselines.mean_pool import MeanPool
-from beacon_jax.evaluation.baselines.sampling import Random, Strided
-from beacon_jax.evaluation.baselines.selective import Selective
+from beacon_jax.evaluation.baselines.sampling import Random, Streaming, Strided
+from beacon_jax.evaluation.baselines.shortened import (
+    KeepEnds,
+    KeepHead,
+    KeepTail,
+    Selective,
+)
 from beacon_jax.evaluation.baselines.snapkv import SnapKV, SnapKVAware
-from beacon_jax.evaluation.baselines.streaming import Streaming
 from beacon_jax.evaluation.baselines.text import (
     TextCompressor,
     imported,
     text_compressor,
 )
-from beacon_jax.evaluation.baselines.truncation import KeepEnds, KeepHead, KeepTail
-from beacon_jax.evaluation.methods import Beacon, Full, Method, Window
+from beacon_jax.evaluation.methods import (
+    Beacon,
+    BeaconInt8,
+    Full,
+    Int8,
+    Method,
+    WindowOnly,
+)
 from beacon_jax.names import meant
 
 FAMILIES: dict[str, type[Method]] = {
@@ -49,7 +58,7 @@ FAMILIES: dict[str, type[Method]] = {
     for m in (
         Beacon,
         Full,
-        Window,
+        WindowOnly,
         Streaming,
         KeepHead,
         KeepTail,

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from beacon_jax.core.law import Law
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.evaluation.baselines.select import Budgeted, floats, read
-from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation.baselines.select import Budgeted, floats, of_slots, read
+from beacon_jax.evaluation.reading import Rows
+from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.model import Model
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.rotary import cos_sin, rotate
 
@@ -22,9 +24,11 @@ class MeanPool(Budgeted):
 
     family = "mean_pool"
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
+    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         count = jnp.asarray(self.budget(model, past))
-        return pooled(model.config, read(model, past), self.number, count)
+        memory = read(model, past, self.longest)
+        state = pooled(model.config, memory.state, self.number, count)
+        return of_slots(memory, state)
 
 
 @functools.partial(

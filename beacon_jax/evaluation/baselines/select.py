@@ -1,6 +1,7 @@
 """What the baselines share: the budget in slots, reading text as it is, and keeping
 chosen slots of a memory."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -10,9 +11,12 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.core.move import keep_entries
-from beacon_jax.evaluation.methods import Method, budget_slots, feed_past
-from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation import reading
+from beacon_jax.evaluation.methods import Method, budget_slots
+from beacon_jax.evaluation.reading import Rows
+from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.model import Model
+from beacon_jax.inference.mount import closed
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.quantize import Quantized
 from beacon_jax.model.rotary import cos_sin, rotate
@@ -26,27 +30,42 @@ class Budgeted(Method):
     def budget(self, model: Model, past: Rows) -> Int[np.ndarray, " B"]:
         """Slots that each row may keep: those of the beacons and their sinks, and no
         more than the row has tokens."""
-        return np.asarray(
-            [
-                min(budget_slots(model.config, len(row), self.number), len(row))
-                for row in past
-            ],
-            np.int32,
-        )
+        most = lambda row: budget_slots(model.config, len(row), self.number)
+        return np.asarray([min(most(row), len(row)) for row in past], np.int32)
 
-    def most(self, model: Model) -> int:
+    def most(self, model: Model, past: Rows) -> int:
         """The largest budget of a run: a static size, so that one compiled program
         serves all lengths."""
-        return budget_slots(model.config, model.longest, self.number)
+        longest = max(self.longest, *map(len, past))
+        return budget_slots(model.config, longest, self.number)
 
 
-def read(model: Model, rows: Rows) -> MemoryState:
-    """The memory of these tokens with full attention; nothing is left open."""
-    memory = feed_past(model, model.new_memory(len(rows), 0), rows, 0)
-    if not np.asarray(memory.raw).any():
-        return memory
-    everything = jnp.broadcast_to(jnp.arange(model.window), (len(rows), model.window))
-    return keep_entries(model.config, memory, everything, memory.raw)
+def read(model: Model, rows: Rows, longest: int = 0) -> Memory:
+    """The memory of these tokens with full attention; nothing is left open.
+
+    longest: of the method (`Method.longest`).
+    """
+    return closed(reading.read(model, rows, 0, longest=longest)[1])
+
+
+def of_slots(memory: Memory, state: MemoryState) -> Memory:
+    """The memory with the slots of `state`, which were chosen or made from its own.
+
+    Layers and heads may have kept different tokens: the account divides the text evenly
+    among the slots.
+    """
+    rows = []
+    for row, count in zip(memory.rows, np.asarray(state.slots).tolist(), strict=True):
+        edges = np.linspace(0, row.fed, count + 1).astype(np.int32)
+        rows.append(
+            dataclasses.replace(
+                row,
+                spans=np.stack([edges[:-1], edges[1:]], 1),
+                ratios=np.zeros(count, np.int32),
+                marks=np.asarray([[0, 0], [row.fed, count]], np.int32),
+            )
+        )
+    return dataclasses.replace(memory, state=state, rows=tuple(rows))
 
 
 def floats(memory: MemoryState) -> tuple[Array, Array]:
@@ -57,10 +76,7 @@ def floats(memory: MemoryState) -> tuple[Array, Array]:
 
 def as_index(rows: Sequence[Int[np.ndarray, " n"]], size: int) -> Int[Array, "1 B n 1"]:
     """Slots of each row for `keep`, the same in all layers and heads."""
-    index = np.zeros((1, len(rows), size, 1), np.int32)
-    for row, slots in enumerate(rows):
-        index[0, row, : len(slots), 0] = slots
-    return jnp.asarray(index)
+    return jnp.asarray(reading.pad(rows, size, 0)[None, :, :, None])
 
 
 @functools.partial(

@@ -14,8 +14,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.evaluation.baselines.select import Budgeted, floats, keep, read
-from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation import reading
+from beacon_jax.evaluation.baselines.select import (
+    Budgeted,
+    floats,
+    keep,
+    of_slots,
+    read,
+)
+from beacon_jax.evaluation.reading import Rows
+from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.model import Model
 from beacon_jax.model.decoder import Decoder
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
@@ -24,7 +33,21 @@ from beacon_jax.model.rotary import cos_sin, rotate
 OBSERVED, KERNEL = 64, 5
 
 
-class SnapKV(Budgeted):
+class Voted(Budgeted):
+    """Keeps the last `own` slots and, up to the budget, those with the most votes."""
+
+    def kept(
+        self, model: Model, past: Rows, memory: Memory, votes: jax.Array, own: Any
+    ) -> Memory:
+        """Returns the memory with what is kept of each row."""
+        count, most = jnp.asarray(self.budget(model, past)), self.most(model, past)
+        index = highest(votes, memory.state.slots, jnp.asarray(own), count, most)
+        return of_slots(
+            memory, keep(model.config, memory.state, index, count, compact=False)
+        )
+
+
+class SnapKV(Voted):
     """Observes the end of the past, whose own entries are kept, and knows no question.
 
     The observation window has 64 tokens, or half of the budget where that is less: at
@@ -33,14 +56,14 @@ class SnapKV(Budgeted):
 
     family = "snapkv"
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
-        memory, budget = read(model, past), self.budget(model, past)
-        own = np.minimum(OBSERVED, budget // 2)
-        votes = observe(model, memory, past, own, memory.slots - own)
-        return _keep_voted(model, memory, votes, budget, own, self.most(model))
+    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
+        memory = read(model, past, self.longest)
+        own = np.minimum(OBSERVED, self.budget(model, past) // 2)
+        votes = observe(model, memory.state, past, own, memory.state.slots - own)
+        return self.kept(model, past, memory, votes, own)
 
 
-class SnapKVAware(Budgeted):
+class SnapKVAware(Voted):
     """Observes the last 64 tokens of what comes after the past, which is where the
     question stands: no other method sees it. All that is kept is chosen by it.
 
@@ -52,15 +75,14 @@ class SnapKVAware(Budgeted):
     family = "snapkv_aware"
     question_aware = True
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
-        memory, budget = read(model, past), self.budget(model, past)
+    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
+        memory = read(model, past, self.longest)
         # The memory with the question is for its queries alone.
-        asked = model.feed(memory, following, 0)[1]
+        asked = reading.read(model, following, 0, memory)[1].state
         both = [np.concatenate(pair) for pair in zip(past, following, strict=True)]
         seen = np.minimum(OBSERVED, [len(row) for row in following])
-        votes = observe(model, asked, both, seen, memory.slots)
-        own = np.zeros_like(budget)
-        return _keep_voted(model, memory, votes, budget, own, self.most(model))
+        votes = observe(model, asked, both, seen, memory.state.slots)
+        return self.kept(model, past, memory, votes, np.zeros_like(seen))
 
 
 def observe(
@@ -155,13 +177,6 @@ def pooled_votes(
         return jnp.where(votes_for, sum(shifted) / KERNEL, -jnp.inf)
 
     return jax.lax.map(layer, (keys, queries))
-
-
-def _keep_voted(model, memory, votes, budget, own, size) -> MemoryState:
-    """Keeps the last `own` slots and, up to the budget, those with the most votes."""
-    count = jnp.asarray(budget)
-    index = highest(votes, memory.slots, jnp.asarray(own), count, size)
-    return keep(model.config, memory, index, count, compact=False)
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -18,16 +18,15 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Int
 
-from beacon_jax.core.memory import MemoryState
-from beacon_jax.evaluation.baselines.select import Budgeted, read
-from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation.baselines.shortened import Shortened, Tokens
+from beacon_jax.evaluation.reading import Rows
+from beacon_jax.inference.model import Model
 
 Compress = Callable[[str, int], str]
 
 
-class TextCompressor(Budgeted):
+class TextCompressor(Shortened):
     """Reads `compress(text of the past, budget)`, cut at the budget.
 
     Args:
@@ -46,14 +45,11 @@ class TextCompressor(Budgeted):
         self.family = name
         super().__init__(ratio)
 
-    def remember(self, model: Model, past: Rows, following: Rows) -> MemoryState:
-        sizes = self.budget(model, past).tolist()
+    def shortened(self, model: Model, past: Rows, sizes: list[int]) -> list[Tokens]:
         pairs = zip(past, sizes, strict=True)
-        return read(model, [self.shorten(model, row, k) for row, k in pairs])
+        return [self.shorten(model, row, k) for row, k in pairs]
 
-    def shorten(
-        self, model: Model, row: Int[np.ndarray, " n"], k: int
-    ) -> Int[np.ndarray, " m"]:
+    def shorten(self, model: Model, row: Tokens, k: int) -> Tokens:
         """Shortens the n tokens of a row to at most k.
 
         Raises:

@@ -9,7 +9,7 @@ from beacon_jax.evaluation.tasks.base import Task
 from beacon_jax.evaluation.tasks.mqar import Mqar
 from beacon_jax.evaluation.tasks.multi_needle import MultiNeedle
 from beacon_jax.evaluation.tasks.needle import Needle, NeedleRelease
-from beacon_jax.evaluation.tasks.passkey import Passkey
+from beacon_jax.evaluation.tasks.passkey import PasskeyRetrieval
 from beacon_jax.evaluation.tasks.perplexity import Perplexity
 from beacon_jax.evaluation.tasks.perplexity_release import PerplexityRelease
 from beacon_jax.evaluation.tasks.records import JsonKV, Lines
@@ -17,7 +17,7 @@ from beacon_jax.names import meant
 
 # Those that need no file of the user, besides `ruler.GROUPS["ruler"]`.
 OFFLINE: tuple[type[Any], ...] = (
-    Passkey,
+    PasskeyRetrieval,
     Perplexity,
     PerplexityRelease,
     Needle,

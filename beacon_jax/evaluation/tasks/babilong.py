@@ -6,18 +6,15 @@ name nobody and nothing of the stories.
 """
 
 import re
-from typing import Any
 
 import numpy as np
 
 from beacon_jax.evaluation import prompts
-from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.model import Model
-from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.tasks import world
 from beacon_jax.evaluation.tasks.base import Prediction
-from beacon_jax.evaluation.tasks.haystack import ask
-from beacon_jax.evaluation.tasks.synthetic import Synthetic
+from beacon_jax.evaluation.tasks.synthetic import Draw, Drawn, Synthetic
+from beacon_jax.inference.model import Model
 
 FACT_TOKENS = 48  # of the prompt per fact: a vocabulary of 512 takes 13 for one
 NAMED = re.compile("|".join([*world.PEOPLE, *world.PLACES, *world.THINGS]), re.I)
@@ -32,7 +29,9 @@ class Babilong(Synthetic):
     )
     new_tokens = 16
 
-    def source(self, model: Model, settings: Settings, inputs: Inputs) -> list[str]:
+    def source(
+        self, model: Model, settings: RunSettings, inputs: TaskData
+    ) -> list[str]:
         """Sentences, in order. Raises ValueError if there are none."""
         room = 16 * max(settings.lengths) + 200_000  # characters, as in `Haystack`
         text = "\n\n".join(inputs.haystack)[:room]
@@ -44,20 +43,12 @@ class Babilong(Synthetic):
             )
         return found
 
-    def example(
-        self,
-        rng: np.random.Generator,
-        model: Model,
-        settings: Settings,
-        source: list[str],
-        length: int,
-        depth: float,
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def example(self, draw: Draw) -> Drawn:
         least, most = world.FACTS[self.kind]
-        facts = min(max(length // FACT_TOKENS, least), most)
-        story = world.tell(self.kind, rng, facts)
-        places = np.sort(rng.random(facts))
-        start = int(rng.integers(len(source)))
+        facts = min(max(draw.length // FACT_TOKENS, least), most)
+        story = world.tell(self.kind, draw.rng, facts)
+        places = np.sort(draw.rng.random(facts))
+        source, start = draw.source, int(draw.rng.integers(len(draw.source)))
 
         def build(n: int) -> prompts.Tokens:
             hay = [source[(start + i) % len(source)] for i in range(n)]
@@ -68,9 +59,9 @@ class Babilong(Synthetic):
                 f"them; later facts replace earlier ones.\n\n{' '.join(hay)}\n\n"
                 f"Question: {story.question}"
             )
-            return ask(model, text, story.begun, settings.chat)
+            return draw.ask(text, story.begun)
 
-        room = length - self.new_tokens
+        room = draw.length - self.new_tokens
         count = prompts.fit(build, room, name=self.name)
         return build(count), {
             "question": story.question,

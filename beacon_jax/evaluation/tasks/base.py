@@ -3,16 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method
-from beacon_jax.evaluation.model import Model
-from beacon_jax.evaluation.settings import Settings
+from beacon_jax.inference.model import Model
 
-__all__ = ["Example", "Inputs", "Metric", "Prediction", "Settings", "Task"]
+__all__ = ["Instance", "Metric", "Prediction", "RunSettings", "Task", "TaskData"]
 
 # One number: task, metric, method, ratio, length, value, low, high (95 %), count and
 # whatever else the task's table is indexed by (depth, ...). JSON values only.
@@ -22,7 +21,7 @@ Prediction = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class Instance:
     """One question. Examples of one batch have the same `length`.
 
     id: unique within the task. length: tokens that were asked for. tokens: int32 [n],
@@ -36,36 +35,41 @@ class Example:
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class Task(Protocol):
-    """A benchmark: pure functions of their arguments, so that a run can resume."""
+class Task:
+    """A benchmark: pure functions of their arguments, so that a run can resume.
 
-    name: str
-    whole_windows: bool  # its lengths are multiples of the window
+    Attributes:
+      name: in --tasks and in file names.
+      whole_windows: its lengths are multiples of the window.
+    """
 
-    def longest(self, settings: Settings) -> int:
+    name: str = ""
+    whole_windows: bool = False
+
+    def longest(self, settings: RunSettings) -> int:
         """Tokens of the longest example, answer included."""
-        ...
+        return max(settings.lengths)
 
     def examples(
-        self, model: Model, settings: Settings, inputs: Inputs
-    ) -> list[Example]:
+        self, model: Model, settings: RunSettings, inputs: TaskData
+    ) -> list[Instance]:
         """Makes all examples, those of one length together."""
-        ...
+        raise NotImplementedError
 
     def run(
-        self, model: Model, method: Method, batch: Sequence[Example]
+        self, model: Model, method: Method, batch: Sequence[Instance]
     ) -> list[dict[str, Any]]:
         """Answers a batch; `kv_bytes` are the bytes of each row's past.
 
         `seconds`, if there, is taken out: times are kept apart from predictions, which
         are the same in every run.
         """
-        ...
+        raise NotImplementedError
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
         """Computes numbers with intervals from the predictions of all methods."""
-        ...
+        raise NotImplementedError
 
     def report(self, metrics: Sequence[Metric], folder: Path) -> str:
         """Writes this task's section of report.md; its plots go to `folder`."""
-        ...
+        raise NotImplementedError

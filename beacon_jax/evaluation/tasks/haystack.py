@@ -7,9 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from beacon_jax.evaluation import prompts
-from beacon_jax.evaluation.model import Model
-
 SENTENCE = re.compile(r"[.!?][\"')\]]*(?=\s)")
 LINE = re.compile(r"\n+")
 WALK = 20  # a needle moves back by up to 1/20 of the text to a sentence's end
@@ -91,14 +88,3 @@ def _ends(tokenizer: Any, text: str) -> np.ndarray:
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     return np.maximum.accumulate([end for _, end in found["offset_mapping"]])
-
-
-def ask(model: Model, text: str, prefix: str, chat: str) -> prompts.Tokens:
-    """A prompt whose answer begins with `prefix`: on a line of its own, or as the
-    beginning of the assistant's turn."""
-    line = "" if templated(model, chat) else "\n"
-    return prompts.encode(model, text + line, prefix, chat)
-
-
-def templated(model: Model, chat: str) -> bool:
-    return chat == "auto" and bool(getattr(model.tokenizer, "chat_template", None))

@@ -14,7 +14,7 @@ import functools
 from typing import Any
 
 from beacon_jax.evaluation import metrics as scores
-from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation.inputs import RunSettings
 from beacon_jax.evaluation.tasks.base import Prediction
 from beacon_jax.evaluation.tasks.files import OnFiles, best, templates
 
@@ -70,6 +70,7 @@ class LongBench(OnFiles):
         self.file = f"longbench/{task}{'_e' if even else ''}"
         texts, counts = templates("longbench")
         self.template, self.new_tokens = texts[task], counts[task]
+        self.lead = "" if self.template[-1].isspace() else " "
         self.wrapped = task not in UNWRAPPED
         self.metric = _metric(task)
         self.fields = {"input": str, "context": str, "answers": list, "length": int}
@@ -93,7 +94,7 @@ class LongBench(OnFiles):
             return "an answer that is no 'Paragraph N'"
         return None
 
-    def info(self, row: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    def info(self, row: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
         ends = self.task in STOPS[settings.newline_stop]
         found = {"answers": row["answers"], "words": row["length"]}
         found["stop"] = ["\n"] if ends else []
@@ -124,9 +125,6 @@ class LongBench(OnFiles):
             return None
         words = prediction["words"]
         return PARTS[(words >= 4000) + (words >= 8000)]
-
-    def reference(self, answer: str) -> str:
-        return answer if self.template[-1].isspace() else f" {answer}"
 
 
 def _metric(task: str) -> str:

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.evaluation import metrics as scores
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.statistics import mean_interval
-from beacon_jax.evaluation.tasks.base import Metric, Prediction
+from beacon_jax.evaluation.inputs import RunSettings
+from beacon_jax.evaluation.statistics import Triple, mean_interval
+from beacon_jax.evaluation.tasks.base import Prediction
 from beacon_jax.evaluation.tasks.files import OnFiles, best, templates
-from beacon_jax.evaluation.tasks.generation import bounds
 
 # What InfiniteBench takes for the ends of words in answers to kv_retrieval.
 ENDS = re.compile(r"[\n:\"'.,?!{}]")
@@ -52,7 +51,7 @@ class TopicRetrieval(OnFiles):
         topics = row["topics"]
         return None if topics and isinstance(topics[0], str) else "topics has no text"
 
-    def info(self, row: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    def info(self, row: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
         return {"answers": row["topics"][:1], "topics": row["num_topics"]}
 
     def value(self, prediction: Prediction) -> float:
@@ -61,18 +60,10 @@ class TopicRetrieval(OnFiles):
     def part(self, prediction: Prediction) -> str | None:
         return f"{prediction['topics']} topics"
 
-    def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
-        """Adds the release's other number, QA F1, to the base's as a detail."""
-        metrics = super().score(predictions)
-        for m in [m for m in metrics if m["metric"] == self.metric]:
-            values = [
-                scores.qa_f1(p["predicted"], p["answers"][0])
-                for p in predictions
-                if p["method"] == m["method"]
-            ]
-            triple = mean_interval(np.asarray(values))
-            metrics.append(m | {"metric": "F1", "detail": True} | bounds(triple))
-        return metrics
+    def details(self, found: Sequence[Prediction]) -> dict[str, Triple]:
+        """The release's other number."""
+        values = [scores.qa_f1(p["predicted"], p["answers"][0]) for p in found]
+        return {"F1": mean_interval(np.asarray(values))}
 
 
 class InfiniteBench(OnFiles):
@@ -110,7 +101,7 @@ class InfiniteBench(OnFiles):
             return "answer is not a text"
         return None
 
-    def info(self, row: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    def info(self, row: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
         return {"answers": [str(a) for a in _list(row["answer"])]}
 
     def value(self, prediction: Prediction) -> float:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.evaluation import prompts
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method
-from beacon_jax.evaluation.model import Model
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.tasks.base import Example, Prediction
+from beacon_jax.evaluation.reading import answer_losses
+from beacon_jax.evaluation.tasks.base import Instance, Prediction
 from beacon_jax.evaluation.tasks.files import OnFiles
+from beacon_jax.inference.model import Model
 
 LETTERS = "ABCD"
 LONGEST = 4096  # tokens of a question with five examples
@@ -64,12 +64,12 @@ class Mmlu(OnFiles):
         self.fields = {"subject": str, "choices": list, "answer": (int, str)}
         self._shown: dict[str, str] = {}
 
-    def length(self, settings: Settings) -> int:
+    def length(self, settings: RunSettings) -> int:
         return min(settings.max_length, LONGEST)
 
     def examples(
-        self, model: Model, settings: Settings, inputs: Inputs
-    ) -> list[Example]:
+        self, model: Model, settings: RunSettings, inputs: TaskData
+    ) -> list[Instance]:
         self._shown = self._examples_of_subjects(inputs) if self.shots else {}
         found = super().examples(model, settings, inputs)
         template = getattr(model.tokenizer, "chat_template", None)
@@ -92,11 +92,11 @@ class Mmlu(OnFiles):
             f"{subject}.\n\n{self._shown.get(row['subject'], '')}{_question(row)}"
         )
 
-    def info(self, row: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    def info(self, row: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
         return {"answers": [_letter(row["answer"])], "subject": row["subject"]}
 
     def run(
-        self, model: Model, method: Method, batch: Sequence[Example]
+        self, model: Model, method: Method, batch: Sequence[Instance]
     ) -> list[dict[str, Any]]:
         memory, logits, kept = self.read(model, method, batch)
         losses = []
@@ -105,9 +105,8 @@ class Mmlu(OnFiles):
                 prompts.ids(model.tokenizer, " " * e.info["space"] + letter)
                 for e in batch
             ]
-            losses.append(
-                model.answer_losses(memory, logits, references, method.live_ratio)
-            )
+            ratio = method.live_ratio
+            losses.append(answer_losses(model, memory, logits, references, ratio))
         return [
             {
                 "predicted": LETTERS[int(np.argmin(row))],
@@ -132,7 +131,7 @@ class Mmlu(OnFiles):
         share = len(found) / len(rows)
         return np.asarray([share / rows[p["subject"]] for p in found])
 
-    def _examples_of_subjects(self, inputs: Inputs) -> dict[str, str]:
+    def _examples_of_subjects(self, inputs: TaskData) -> dict[str, str]:
         shown: dict[str, list[str]] = {}
         for row in inputs.rows("mmlu/dev", self.fields, self.where, self.check):
             texts = shown.setdefault(row["subject"], [])

@@ -12,22 +12,20 @@ so that only the memory can answer.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax.data.passkey import last_window_start
 from beacon_jax.evaluation import prompts
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method, remember
-from beacon_jax.evaluation.model import Model
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.tasks import places
-from beacon_jax.evaluation.tasks.base import Metric, Prediction
-from beacon_jax.evaluation.tasks.synthetic import Synthetic
+from beacon_jax.evaluation.reading import nats, read
+from beacon_jax.evaluation.tasks.base import Prediction
+from beacon_jax.evaluation.tasks.places import ByPlace
+from beacon_jax.evaluation.tasks.synthetic import Draw, Drawn
+from beacon_jax.inference.model import Model
 
 QUERIES = 8
 EVERY = 16  # tokens per pair
@@ -42,7 +40,7 @@ class Vocabulary(NamedTuple):
     first: np.ndarray
 
 
-class Mqar(Synthetic):
+class Mqar(ByPlace):
     name = "mqar"
     title = "Multi-query associative recall"
     about = (
@@ -52,7 +50,9 @@ class Mqar(Synthetic):
     whole_windows = True
     binary = False
 
-    def source(self, model: Model, settings: Settings, inputs: Inputs) -> Vocabulary:
+    def source(
+        self, model: Model, settings: RunSettings, inputs: TaskData
+    ) -> Vocabulary:
         """Ordinary tokens that occur in the held-out text: others a model may never
         have been trained on. In order of their ids, the first third are keys."""
         special = getattr(model.tokenizer, "all_special_ids", [])
@@ -67,16 +67,9 @@ class Mqar(Synthetic):
         first = prompts.ids(model.tokenizer, "", special=True)
         return Vocabulary(keys, values, fillers, first)
 
-    def example(
-        self,
-        rng: np.random.Generator,
-        model: Model,
-        settings: Settings,
-        source: Vocabulary,
-        length: int,
-        depth: float,
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def example(self, draw: Draw) -> Drawn:
         """Draws an example; its tokens have the last value too, which is never fed."""
+        rng, model, _, source, length, _ = draw
         first = source.first
         end = (length - 2 * QUERIES) // model.window * model.window
         room = end - len(first)
@@ -113,9 +106,9 @@ class Mqar(Synthetic):
         hits, losses = [], []
         for end in range(first, rows.shape[1], 2):
             # Piece by piece: only the logits of the ends are ever made.
-            out, memory = model.feed(memory, following, method.live_ratio)
-            hits.append(out.last_logits.argmax(-1) == jnp.asarray(rows[:, end]))
-            losses.append(_losses(out.last_logits, jnp.asarray(rows[:, end])))
+            logits, memory = read(model, following, method.live_ratio, memory)
+            hits.append(logits.argmax(-1) == jnp.asarray(rows[:, end]))
+            losses.append(nats(logits, rows[:, end]))
             following = list(rows[:, end : end + 2])
         right = np.asarray(jnp.stack(hits, 1), int).tolist()
         lost = np.asarray(jnp.stack(losses, 1), np.float64).mean(1).tolist()
@@ -127,18 +120,5 @@ class Mqar(Synthetic):
     def value(self, prediction: Prediction) -> float:
         return float(np.mean(prediction["hits"]))
 
-    def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
-        """Adds accuracy by place in the unit, of methods with a ratio."""
-        return super().score(predictions) + places.score(
-            self.name, predictions, lambda p: p["hits"]
-        )
-
-    def report(self, metrics: Sequence[Metric], folder: Path) -> str:
-        text = super().report(metrics, folder)
-        return text + places.report(metrics, folder, self.name)
-
-
-def _losses(logits: jax.Array, wanted: jax.Array) -> jax.Array:
-    """[B] nats of the wanted tokens."""
-    taken = jnp.take_along_axis(logits, wanted[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=-1) - taken
+    def recalled(self, prediction: Prediction) -> list[int]:
+        return prediction["hits"]

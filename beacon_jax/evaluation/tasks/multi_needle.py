@@ -11,22 +11,21 @@ tokens of a vocabulary of 512) have fewer.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from beacon_jax.compiling import Stopwatch
 from beacon_jax.evaluation import prompts
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method, remember_prompts
-from beacon_jax.evaluation.model import Model
-from beacon_jax.evaluation.report import interval, table
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.statistics import wilson
-from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
-from beacon_jax.evaluation.tasks.haystack import Haystack, ask, templated
-from beacon_jax.evaluation.tasks.synthetic import Synthetic
+from beacon_jax.evaluation.reading import answer, answer_losses, read
+from beacon_jax.evaluation.statistics import Triple, share
+from beacon_jax.evaluation.tasks.base import Instance, Prediction
+from beacon_jax.evaluation.tasks.haystack import Haystack
+from beacon_jax.evaluation.tasks.synthetic import Draw, Drawn, Synthetic
+from beacon_jax.inference.model import Model
 
 TURNS = 3
 NAMES = """
@@ -47,28 +46,24 @@ class MultiNeedle(Synthetic):
     )
     new_tokens = 16
     binary = False
+    columns = MappingProxyType(
+        {f"accuracy_turn{n}": f"turn {n}" for n in range(1, TURNS + 1)}
+    )
 
-    def source(self, model: Model, settings: Settings, inputs: Inputs) -> Haystack:
+    def source(self, model: Model, settings: RunSettings, inputs: TaskData) -> Haystack:
         return Haystack(inputs.haystack, model.tokenizer, max(settings.lengths))
 
-    def example(
-        self,
-        rng: np.random.Generator,
-        model: Model,
-        settings: Settings,
-        source: Haystack,
-        length: int,
-        depth: float,
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def example(self, draw: Draw) -> Drawn:
         """One needle in each third of the text, asked for in a random order."""
-        turns = self.turns(model, settings.chat, length)
+        rng, source, chat = draw.rng, draw.source, draw.settings.chat
+        turns = self.turns(draw.model, chat, draw.length)
         cities, numbers = _draw(rng, source, turns)
         # `depth`, the grid's, has no meaning here.
         depths = [(i + float(rng.random())) / turns for i in range(turns)]
         order = rng.permutation(turns).tolist()
         start = int(rng.choice(source.starts))
         questions = [_question(cities[i]) for i in order]
-        later = [self._turn(model, settings.chat, *q) for q in questions[1:]]
+        later = [self._turn(draw.model, chat, *q) for q in questions[1:]]
 
         def build(n: int) -> prompts.Tokens:
             hay = source.take(start, n)
@@ -77,10 +72,10 @@ class MultiNeedle(Synthetic):
                 hay = hay[:at] + _needle(cities[i], numbers[i]) + hay[at:]
             first, prefix = questions[0]
             text = f"{ANNOUNCEMENT}{hay}\n\n{first}"
-            return ask(model, text, prefix, settings.chat)
+            return draw.ask(text, prefix)
 
         rest = sum(map(len, later)) + turns * self.new_tokens
-        room = length - rest
+        room = draw.length - rest
         near = room - len(build(LEAST)) + LEAST
         count = prompts.fit(build, room, least=LEAST, near=near, name=self.name)
         return build(count), {
@@ -96,7 +91,7 @@ class MultiNeedle(Synthetic):
         needle = _needle(city, "1234567")
         for turns in range(TURNS, 1, -1):
             text = f"{ANNOUNCEMENT}{needle * turns}\n\n{question}"
-            first = len(ask(model, text, prefix, chat)) + 2 * LEAST
+            first = len(prompts.ask(model, text, prefix, chat)) + 2 * LEAST
             later = len(self._turn(model, chat, question, prefix))
             if first + (turns - 1) * later + turns * self.new_tokens <= length:
                 return turns
@@ -105,7 +100,7 @@ class MultiNeedle(Synthetic):
     @staticmethod
     def _turn(model: Model, chat: str, question: str, prefix: str) -> prompts.Tokens:
         """What stands between an answer and the next one."""
-        if not templated(model, chat):
+        if not prompts.templated(model, chat):
             text = f"\n\n{question}\n{prefix}"
             return prompts.ids(model.tokenizer, text)
         mark = "\u2020answer\u2020"
@@ -118,28 +113,24 @@ class MultiNeedle(Synthetic):
         return prompts.ids(model.tokenizer, text.split(mark)[1] + prefix)
 
     def run(
-        self, model: Model, method: Method, batch: Sequence[Example]
+        self, model: Model, method: Method, batch: Sequence[Instance]
     ) -> list[dict[str, Any]]:
         watch, compiled = Stopwatch(), 0.0
         asked = [e.tokens for e in batch]  # the conversation, as far as it is asked
         memory, following, kept = remember_prompts(model, method, asked)
         texts, losses, seconds = [], [], []
-        turns = len(batch[0].info["answers"])
+        turns, ratio = len(batch[0].info["answers"]), method.live_ratio
         for turn in range(turns):
-            out, memory = model.feed(memory, following, method.live_ratio)
-            found = model.decode(
-                memory, out.last_logits, self.new_tokens, method.live_ratio
-            )
-            took, made = watch.lap()
+            logits, memory = read(model, following, ratio, memory)
+            found = answer(model, memory, logits, self.new_tokens, ratio)
+            took, made = watch.read()
             seconds.append(took)
             compiled += made
             wanted = [
                 prompts.ids(model.tokenizer, f" {e.info['answers'][turn]}")
                 for e in batch
             ]
-            losses.append(
-                model.answer_losses(memory, out.last_logits, wanted, method.live_ratio)
-            )
+            losses.append(answer_losses(model, memory, logits, wanted, ratio))
             texts.append(found.texts)
             if turn + 1 == turns:
                 break
@@ -171,40 +162,10 @@ class MultiNeedle(Synthetic):
     def value(self, prediction: Prediction) -> float:
         return float(np.mean(self.hits(prediction)))
 
-    def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
-        """Adds the accuracy of each turn to the base's as a detail."""
-        metrics = super().score(predictions)
-        cells: dict[tuple[str, int], list[list[bool]]] = {}
-        for p in predictions:
-            cells.setdefault((p["method"], p["length"]), []).append(self.hits(p))
-        for m in [m for m in metrics if m["metric"] == self.metric]:
-            found = np.asarray(cells[m["method"], m["length"]])
-            for turn, right in enumerate(found.sum(0).tolist()):
-                low, high = wilson(right, len(found))
-                value = {"value": right / len(found), "low": low, "high": high}
-                name = {"metric": f"accuracy_turn{turn + 1}", "detail": True}
-                metrics.append(m | name | value)
-        return metrics
-
-    def report(self, metrics: Sequence[Metric], folder: Path) -> str:
-        cells: dict[tuple[int, str], dict[str, Metric]] = {}
-        for m in metrics:
-            cells.setdefault((m["length"], m["method"]), {})[m["metric"]] = m
-        turns = [f"accuracy_turn{turn + 1}" for turn in range(TURNS)]
-        rows = [
-            [
-                *key,
-                *(interval(found.get(name), 2) for name in (self.metric, *turns)),
-                f"{found['answer_loss']['value']:.2f}",
-                f"{found[self.metric]['kv_bytes']:,.0f}",
-                found[self.metric]["count"],
-            ]
-            for key, found in sorted(cells.items(), key=lambda item: item[0][0])
-        ]
-        head = ["length", "method", self.metric]
-        head += [f"turn {turn + 1}" for turn in range(TURNS)]
-        head += ["answer loss", "KV bytes of past", "rows"]
-        return f"## {self.title}\n\n{self.about}\n\n{table(head, rows)}\n"
+    def details(self, found: Sequence[Prediction]) -> dict[str, Triple]:
+        """The accuracy of each turn."""
+        hits = np.asarray([self.hits(p) for p in found], np.float64)
+        return dict(zip(self.columns, map(share, hits.T), strict=False))
 
 
 def _draw(

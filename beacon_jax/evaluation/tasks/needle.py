@@ -16,22 +16,21 @@ release, which 1.0 only for an answer that repeats the whole sentence. The relea
 training data has needles of this kind, so for its models the test is in-domain.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from beacon_jax.evaluation import metrics as scores
 from beacon_jax.evaluation import prompts
-from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.model import Model
-from beacon_jax.evaluation.report import interval, table
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.statistics import mean_interval
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
+from beacon_jax.evaluation.report import interval, pivot
+from beacon_jax.evaluation.statistics import Triple, mean_interval
 from beacon_jax.evaluation.tasks.base import Metric, Prediction
 from beacon_jax.evaluation.tasks.haystack import Haystack
-from beacon_jax.evaluation.tasks.synthetic import Synthetic
+from beacon_jax.evaluation.tasks.synthetic import Draw, Drawn, Synthetic
+from beacon_jax.inference.model import Model
 
 LEAST = 16  # tokens of haystack, below which a depth means nothing
 
@@ -62,28 +61,21 @@ class Needle(Synthetic):
     aligned = True
     second = "rouge_l_recall"  # metric of `second_value`
 
-    def source(self, model: Model, settings: Settings, inputs: Inputs) -> Haystack:
+    def source(self, model: Model, settings: RunSettings, inputs: TaskData) -> Haystack:
         longest = max(settings.lengths)
         return Haystack(inputs.haystack, model.tokenizer, longest, "Dolores Park")
 
-    def example(
-        self,
-        rng: np.random.Generator,
-        model: Model,
-        settings: Settings,
-        source: Haystack,
-        length: int,
-        depth: float,
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        start = int(rng.choice(source.starts))
+    def example(self, draw: Draw) -> Drawn:
+        source, depth = draw.source, draw.depth
+        start = int(draw.rng.choice(source.starts))
 
         def build(n: int) -> prompts.Tokens:
             at, _ = source.place(start, n, depth, aligned=self.aligned)
             hay = source.take(start, n)
             text = self.announcement + hay[:at] + self.needle + hay[at:] + self.question
-            return prompts.encode(model, text, chat=settings.chat)
+            return prompts.encode(draw.model, text, chat=draw.settings.chat)
 
-        room = length - self.new_tokens
+        room = draw.length - self.new_tokens
         near = room - len(build(LEAST)) + LEAST
         count = prompts.fit(build, room, least=LEAST, near=near, name=self.name)
         _, before = source.place(start, count, depth, aligned=self.aligned)
@@ -101,32 +93,16 @@ class Needle(Synthetic):
         line = prediction["predicted"].lstrip("\n").split("\n")[0]
         return scores.rouge_l_recall(line, self.needle.strip())
 
-    def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
-        """Adds the other score over all depths to the base's as a detail."""
-        metrics = super().score(predictions)
-        cells: dict[tuple[str, int], list[float]] = {}
-        for p in predictions:
-            value = self.second_value(p)
-            cells.setdefault((p["method"], p["length"]), []).append(value)
-        for m in [m for m in metrics if m["metric"] == self.metric]:
-            if m["depth"] is None:
-                values = np.asarray(cells[m["method"], m["length"]])
-                value, low, high = mean_interval(values)
-                metrics.append(
-                    m
-                    | {"metric": self.second, "detail": True}
-                    | {"value": value, "low": low, "high": high}
-                )
-        return metrics
+    def details(self, found: Sequence[Prediction]) -> dict[str, Triple]:
+        values = np.asarray([self.second_value(p) for p in found])
+        return {self.second: mean_interval(values)}
 
     def report(self, metrics: Sequence[Metric], folder: Path) -> str:
-        rows = [
-            [m["length"], m["method"], interval(m, 2)]
-            for m in sorted(metrics, key=lambda m: m["length"])
-            if m["metric"] == self.second
-        ]
-        head = ["length", "method", self.second]
-        return f"{super().report(metrics, folder)}\n{table(head, rows)}\n"
+        found = [m for m in metrics if m["metric"] == self.second]
+        found.sort(key=lambda m: m["length"])
+        cell = functools.partial(interval, digits=2)
+        more = pivot(found, ["length", "method"], ["metric"], cell)
+        return f"{super().report(metrics, folder)}\n{more}\n"
 
 
 class NeedleRelease(Needle):

@@ -15,25 +15,27 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.evaluation import plots
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method, remember
-from beacon_jax.evaluation.model import Model
+from beacon_jax.evaluation.reading import losses
 from beacon_jax.evaluation.report import interval, table
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.statistics import mean_interval, ratio_interval
-from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
+from beacon_jax.evaluation.statistics import (
+    bounds,
+    grouped,
+    mean_interval,
+    ratio_interval,
+)
+from beacon_jax.evaluation.tasks.base import Instance, Metric, Prediction, Task
+from beacon_jax.inference.model import Model
 
 
-class Perplexity:
+class Perplexity(Task):
     name = "perplexity"
     whole_windows = True
 
-    def longest(self, settings: Settings) -> int:
-        return max(settings.lengths)
-
     def examples(
-        self, model: Model, settings: Settings, inputs: Inputs
-    ) -> list[Example]:
+        self, model: Model, settings: RunSettings, inputs: TaskData
+    ) -> list[Instance]:
         """Rows of length + 1 tokens whose last windows never overlap.
 
         Raises:
@@ -52,26 +54,23 @@ class Perplexity:
         starts = window * np.sort(rng.choice(blocks, settings.samples, replace=False))
         ends = starts + longest + 1
         return [
-            Example(f"{length}/{i}", length, stream[e - length - 1 : e], {"row": i})
+            Instance(f"{length}/{i}", length, stream[e - length - 1 : e], {"row": i})
             for length in settings.lengths
             for i, e in enumerate(ends)
         ]
 
     def run(
-        self, model: Model, method: Method, batch: Sequence[Example]
+        self, model: Model, method: Method, batch: Sequence[Instance]
     ) -> list[dict[str, Any]]:
         cut = batch[0].length - model.window
         past = [e.tokens[:cut] for e in batch]
         last = [e.tokens[cut:-1] for e in batch]
         labels = [e.tokens[cut + 1 :] for e in batch]
         memory, kept = remember(model, method, past, last)
-        out, _ = model.feed(
-            memory, last, method.live_ratio, outputs="loss", labels=labels
-        )
-        losses = np.asarray(out.token_loss, np.float64).mean(1)
+        found, _ = losses(model, memory, last, labels, method.live_ratio)
         return [
             {"loss": float(loss), "kv_bytes": n}
-            for loss, n in zip(losses, kept, strict=True)
+            for loss, n in zip(found.mean(1), kept, strict=True)
         ]
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
@@ -80,66 +79,57 @@ class Perplexity:
         below_window: loss of window-only minus this one. gap_closed: that difference
         over the one of full attention. Both only if those methods were run.
         """
-        losses: dict[tuple[str, int], dict[int, float]] = {}
-        shown: dict[tuple[str, int], Metric] = {}
-        for p in predictions:
-            key = (p["method"], p["length"])
-            losses.setdefault(key, {})[p["row"]] = p["loss"]
-            shown[key] = {k: p[k] for k in ("method", "ratio", "length", "kv_bytes")}
+        cells = grouped(predictions, lambda p: (p["method"], p["length"]))
+        by_row = {key: {p["row"]: p["loss"] for p in x} for key, x in cells.items()}
         metrics = []
-        for (name, length), found in losses.items():
+        for (name, length), found in by_row.items():
             rows = sorted(found)
 
             def paired(other: str, length=length, rows=rows) -> np.ndarray | None:
-                by_row = losses.get((other, length), {})
-                if not set(rows) <= set(by_row):
+                of = by_row.get((other, length), {})
+                if not set(rows) <= set(of):
                     return None
-                return np.asarray([by_row[r] for r in rows])
+                return np.asarray([of[r] for r in rows])
 
             own, window, full = paired(name), paired("window"), paired("full")
             assert own is not None
-            base = shown[name, length] | {"task": self.name, "count": len(rows)}
+            last, shown = (
+                cells[name, length][-1],
+                ("method", "ratio", "length", "kv_bytes"),
+            )
+            base = {k: last[k] for k in shown}
+            base |= {"task": self.name, "count": len(rows)}
             values = {"loss": mean_interval(own)}
             if window is not None and name != "window":
                 values["below_window"] = mean_interval(window - own)
                 if full is not None:
                     values["gap_closed"] = ratio_interval(window - own, window - full)
             for metric, triple in values.items():
-                value, low, high = (None if math.isnan(x) else x for x in triple)
-                metrics.append(
-                    base | {"metric": metric, "value": value, "low": low, "high": high}
-                )
+                found = bounds(triple).items()
+                known = {k: None if math.isnan(x) else x for k, x in found}
+                metrics.append(base | {"metric": metric} | known)
         return metrics
 
     def report(self, metrics: Sequence[Metric], folder: Path) -> str:
         plots.loss_curves(metrics, folder / "perplexity.png")
-        by_key: dict[tuple[int, str], dict[str, Metric]] = {}
-        for m in metrics:
-            by_key.setdefault((m["length"], m["method"]), {})[m["metric"]] = m
+        cells = {(m["length"], m["method"], m["metric"]): m for m in metrics}
+        losses = [m for m in metrics if m["metric"] == "loss"]
         rows = []
-        for (length, method), m in sorted(by_key.items(), key=lambda item: item[0][0]):
+        for m in sorted(losses, key=lambda m: m["length"]):
+            key = (m["length"], m["method"])
             rows.append(
                 [
-                    length,
-                    method,
-                    interval(m["loss"], 3),
-                    f"{math.exp(m['loss']['value']):.2f}",
-                    interval(m.get("below_window"), 3),
-                    interval(m.get("gap_closed"), 2),
-                    f"{m['loss']['kv_bytes']:,.0f}",
-                    m["loss"]["count"],
+                    *key,
+                    interval(m, 3),
+                    f"{math.exp(m['value']):.2f}",
+                    interval(cells.get((*key, "below_window")), 3),
+                    interval(cells.get((*key, "gap_closed")), 2),
+                    f"{m['kv_bytes']:,.0f}",
+                    m["count"],
                 ]
             )
-        head = [
-            "length",
-            "method",
-            "loss, nats/token",
-            "ppl",
-            "below window-only",
-            "gap closed",
-            "KV bytes of past",
-            "rows",
-        ]
+        head = ["length", "method", "loss, nats/token", "ppl", "below window-only"]
+        head += ["gap closed", "KV bytes of past", "rows"]
         return (
             "## Loss of the last window given the past\n\nThe same tokens are predicted"
             " at every length and by every method; [95 % interval over rows].\n\n"

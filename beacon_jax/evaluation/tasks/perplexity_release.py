@@ -28,32 +28,30 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.core.loss import IGNORE
-from beacon_jax.core.memory import MemoryState
 from beacon_jax.data.passkey import last_window_start
 from beacon_jax.evaluation import prompts
-from beacon_jax.evaluation.inputs import Inputs
-from beacon_jax.evaluation.methods import Method, Reader, remember
-from beacon_jax.evaluation.model import Model, Rows
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
+from beacon_jax.evaluation.methods import Incremental, Method, remember
+from beacon_jax.evaluation.reading import Rows, empty, losses
 from beacon_jax.evaluation.report import interval, table
-from beacon_jax.evaluation.settings import Settings
-from beacon_jax.evaluation.statistics import mean_interval
-from beacon_jax.evaluation.tasks.base import Example, Metric, Prediction
+from beacon_jax.evaluation.statistics import bounds, grouped, mean_interval
+from beacon_jax.evaluation.tasks.base import Instance, Metric, Prediction, Task
+from beacon_jax.evaluation.tasks.generation import about
 from beacon_jax.evaluation.tasks.synthetic import draw_seed
+from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.model import Model
 
 PARTS = 4  # windows of a document
 FILE, WHERE = "lm/pg19", "the release's data (namespace-Pt/projects, long-llm.tar.gz)"
 
 
-class PerplexityRelease:
+class PerplexityRelease(Task):
     name = "perplexity_release"
     whole_windows = True
 
-    def longest(self, settings: Settings) -> int:
-        return max(settings.lengths)
-
     def examples(
-        self, model: Model, settings: Settings, inputs: Inputs
-    ) -> list[Example]:
+        self, model: Model, settings: RunSettings, inputs: TaskData
+    ) -> list[Instance]:
         """The windows of the documents, for each length.
 
         The text is --data's lm/pg19 if it has one, else the held-out documents.
@@ -75,7 +73,7 @@ class PerplexityRelease:
         chosen = np.sort(rng.choice(len(documents), count, replace=False)).tolist()
         first = prompts.ids(model.tokenizer, "", special=True)
         return [
-            Example(
+            Instance(
                 f"{length}/{d}/{start}",
                 length,
                 np.concatenate([first, documents[d][start:end]]),
@@ -91,7 +89,7 @@ class PerplexityRelease:
         ]
 
     def run(
-        self, model: Model, method: Method, batch: Sequence[Example]
+        self, model: Model, method: Method, batch: Sequence[Instance]
     ) -> list[dict[str, Any]]:
         rows = [e.tokens[:-1] for e in batch]
         labels = [e.tokens[1:].copy() for e in batch]
@@ -99,7 +97,7 @@ class PerplexityRelease:
         for row, example in zip(labels, batch, strict=True):
             row[: example.info["scored"] - 1] = IGNORE
             counts.append(int((row != IGNORE).sum()))
-        if isinstance(method, Reader):
+        if isinstance(method, Incremental):
             sums, kept = _read_on(model, method, rows, labels)
         else:
             sums, kept = _read_anew(model, method, rows, labels)
@@ -110,42 +108,27 @@ class PerplexityRelease:
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
         """Perplexity, and its logarithm as a detail; intervals over documents."""
-        cells: dict[tuple[str, int], list[Prediction]] = {}
-        for p in predictions:
-            cells.setdefault((p["method"], p["length"]), []).append(p)
+        cells = grouped(predictions, lambda p: (p["method"], p["length"]))
         metrics = []
-        for (method, length), found in cells.items():
-            sums: dict[int, np.ndarray] = {}
-            for p in found:
-                pair = np.asarray([p["loss"] * p["tokens"], p["tokens"]])
-                sums[p["document"]] = sums.get(p["document"], 0.0) + pair
-            means = np.asarray([total / count for total, count in sums.values()])
-            base = {
-                "task": self.name,
-                "method": method,
-                "ratio": found[0]["ratio"],
-                "length": length,
-                "count": len(means),
-                "tokens": sum(p["tokens"] for p in found),
-                "kv_bytes": float(np.mean([p["kv_bytes"] for p in found])),
-            }
-            names = ("value", "low", "high")
-            triple = dict(zip(names, mean_interval(means), strict=True))
+        for found in cells.values():
+            rows = grouped(found, lambda p: p["document"]).values()
+            sizes = [sum(p["tokens"] for p in row) for row in rows]
+            sums = [sum(p["loss"] * p["tokens"] for p in row) for row in rows]
+            triple = bounds(mean_interval(np.asarray(sums) / np.asarray(sizes)))
+            base = about(self.name, found, tokens=sum(sizes)) | {"count": len(sizes)}
             powers = {name: math.exp(value) for name, value in triple.items()}
             metrics.append(base | {"metric": "perplexity"} | powers)
             metrics.append(base | {"metric": "loss", "detail": True} | triple)
         return metrics
 
     def report(self, metrics: Sequence[Metric], folder: Path) -> str:
-        losses = {
-            (m["length"], m["method"]): m for m in metrics if m["metric"] == "loss"
-        }
+        logs = {(m["length"], m["method"]): m for m in metrics if m["metric"] == "loss"}
         rows = [
             [
                 m["length"],
                 m["method"],
                 interval(m, 2),
-                interval(losses[m["length"], m["method"]], 3),
+                interval(logs[m["length"], m["method"]], 3),
                 f"{m['kv_bytes']:,.0f}",
                 m["count"],
                 m["tokens"],
@@ -190,7 +173,7 @@ def _in_turn(
     return sorted(found, key=lambda part: (part[1], part[0]))
 
 
-def _texts(settings: Settings, inputs: Inputs) -> tuple[list[str], str]:
+def _texts(settings: RunSettings, inputs: TaskData) -> tuple[list[str], str]:
     if settings.data:
         try:
             rows = inputs.rows(FILE, {"text": str}, WHERE)
@@ -216,10 +199,11 @@ def _documents(
 
 
 def _read_on(
-    model: Model, method: Reader, rows: Rows, labels: Rows
+    model: Model, method: Incremental, rows: Rows, labels: Rows
 ) -> tuple[np.ndarray, list[int]]:
     """(summed losses, bytes in front of the last window), in one reading."""
-    memory = method.empty(model, len(rows))
+    ratio, longest = method.live_ratio, method.longest
+    memory = empty(model, len(rows), ratio, longest, method.dtype)
     cuts = [last_window_start(len(row), model.window) for row in rows]
     ends = [len(row) for row in rows]
     past, memory = _read(model, method, memory, rows, labels, [0] * len(rows), cuts)
@@ -261,21 +245,20 @@ def _read_anew(
 def _read(
     model: Model,
     method: Method,
-    memory: MemoryState,
+    memory: Memory,
     rows: Rows,
     labels: Rows,
     starts: Sequence[int],
     ends: Sequence[int],
-) -> tuple[np.ndarray, MemoryState]:
+) -> tuple[np.ndarray, Memory]:
     """Feeds a piece of each row: summed losses of its labels, and the memory."""
     cut = [slice(*pair) for pair in zip(starts, ends, strict=True)]
     given = [row[at] for row, at in zip(rows, cut, strict=True)]
     wanted = [row[at] for row, at in zip(labels, cut, strict=True)]
     if not max(map(len, given)):
         return np.zeros(len(rows)), memory
-    out, memory = model.feed(
-        memory, given, method.live_ratio, outputs="loss", labels=wanted
+    found, memory = losses(
+        model, memory, given, wanted, method.live_ratio, method.longest
     )
-    losses = np.asarray(out.token_loss, np.float64)
-    sums = [losses[i, : len(row)][row != IGNORE].sum() for i, row in enumerate(wanted)]
+    sums = [found[i, : len(row)][row != IGNORE].sum() for i, row in enumerate(wanted)]
     return np.asarray(sums), memory

@@ -4,65 +4,58 @@ Compressors of this kind keep what stands next to a beacon better than what stan
 the far end of its unit; an accuracy over all places hides that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from beacon_jax.evaluation import plots
 from beacon_jax.evaluation.methods import split_name
-from beacon_jax.evaluation.statistics import wilson
+from beacon_jax.evaluation.statistics import bounds, grouped, share
 from beacon_jax.evaluation.tasks.base import Metric, Prediction
+from beacon_jax.evaluation.tasks.synthetic import Synthetic
 
 AT = "accuracy_at"  # metric of one place in the unit
 
 
-def score(
-    task: str,
-    predictions: Sequence[Prediction],
-    hits_of: Callable[[Prediction], Sequence[float]],
-) -> list[Metric]:
-    """Accuracy at each place, of methods with a ratio.
+class ByPlace(Synthetic):
+    """Adds the accuracy at each place, of methods with a ratio.
 
-    predictions: their "positions" are indices of tokens in the text; those without are
-      left out. hits_of: whether each of these tokens was recalled, 0 or 1.
+    The "positions" of a prediction are indices of tokens in the text; those without are
+    left out.
     """
-    cells: dict[tuple[str, int, int, int], list[float]] = {}
-    for p in predictions:
-        if p["ratio"] is None or not p.get("positions"):
-            continue
-        for position, hit in zip(p["positions"], hits_of(p), strict=True):
-            key = p["method"], p["ratio"], p["length"], position % p["ratio"]
-            cells.setdefault(key, []).append(hit)
-    metrics = []
-    for (method, ratio, length, place), hits in sorted(cells.items()):
-        low, high = wilson(int(sum(hits)), len(hits))
-        metrics.append(
-            {
-                "task": task,
-                "metric": AT,
-                "detail": True,
-                "method": method,
-                "ratio": ratio,
-                "length": length,
-                "place": place,
-                "value": sum(hits) / len(hits),
-                "low": low,
-                "high": high,
-                "count": len(hits),
-            }
-        )
-    return metrics
 
+    def recalled(self, prediction: Prediction) -> Sequence[float]:
+        """Whether each token of the positions was recalled, 0 or 1."""
+        raise NotImplementedError
 
-def report(metrics: Sequence[Metric], folder: Path, task: str) -> str:
-    """Markdown with the figure, "" if nothing has a place."""
-    found = [m for m in metrics if m["metric"] == AT]
-    if not found:
-        return ""
-    _draw(found, folder / f"{task}_positions.png")
-    return f"\n![accuracy by place in the unit]({task}_positions.png)\n"
+    def score(self, predictions: Sequence[Prediction]) -> list[Metric]:
+        hits = [
+            ((p["method"], p["ratio"], p["length"], position % p["ratio"]), hit)
+            for p in predictions
+            if p["ratio"] is not None and p.get("positions")
+            for position, hit in zip(p["positions"], self.recalled(p), strict=True)
+        ]
+        names = ("method", "ratio", "length", "place")
+        cells = grouped(hits, lambda pair: pair[0])
+        return super().score(predictions) + [
+            {"task": self.name, "metric": AT, "detail": True}
+            | dict(zip(names, key, strict=True))
+            | bounds(share(np.asarray([hit for _, hit in cells[key]], np.float64)))
+            | {"count": len(cells[key])}
+            for key in sorted(cells)
+        ]
+
+    def report(self, metrics: Sequence[Metric], folder: Path) -> str:
+        """Adds the figure if anything has a place."""
+        text = super().report(metrics, folder)
+        found = [m for m in metrics if m["metric"] == AT]
+        if not found:
+            return text
+        _draw(found, folder / f"{self.name}_positions.png")
+        return f"{text}\n![accuracy by place in the unit]({self.name}_positions.png)\n"
 
 
 def _draw(metrics: Sequence[Metric], path: Path) -> None:

@@ -9,22 +9,20 @@ import itertools
 import re
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
 from beacon_jax.evaluation import prompts, words
-from beacon_jax.evaluation.model import Model
-from beacon_jax.evaluation.settings import Settings
 from beacon_jax.evaluation.tasks.base import Prediction
-from beacon_jax.evaluation.tasks.haystack import ask
-from beacon_jax.evaluation.tasks.synthetic import Synthetic
+from beacon_jax.evaluation.tasks.synthetic import Draw, Drawn, Synthetic
 
 STANDARD = 2048  # tokens from which `lines` has LongEval's wording
 
 
-class Records(Synthetic):
+class RecordRetrieval(Synthetic):
     """Draws records one by one; the asked one stands at its depth among them."""
+
+    lead = ""
 
     def record(self, rng: np.random.Generator) -> tuple[str, str]:
         """Draws (key, value) of one more record."""
@@ -36,33 +34,25 @@ class Records(Synthetic):
         """Returns (text, beginning of the answer)."""
         raise NotImplementedError
 
-    def example(
-        self,
-        rng: np.random.Generator,
-        model: Model,
-        settings: Settings,
-        source: Any,
-        length: int,
-        depth: float,
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        drawn = _distinct(lambda: self.record(rng))
+    def example(self, draw: Draw) -> Drawn:
+        drawn = _distinct(lambda: self.record(draw.rng))
         asked = next(drawn)
         others: list[tuple[str, str]] = []
 
         def build(n: int) -> prompts.Tokens:
             others.extend(itertools.islice(drawn, max(n - 1 - len(others), 0)))
-            at = round(depth * (n - 1))
+            at = round(draw.depth * (n - 1))
             records = [*others[:at], asked, *others[at : n - 1]]
-            text, prefix = self.prompt(records, asked[0], length)
-            return ask(model, text, prefix, settings.chat)
+            text, prefix = self.prompt(records, asked[0], draw.length)
+            return draw.ask(text, prefix)
 
-        room = length - self.new_tokens
+        room = draw.length - self.new_tokens
         count = prompts.fit(build, room, least=1, name=self.name)
-        info = {"depth": depth, "records": count, "answers": [asked[1]]}
+        info = {"depth": draw.depth, "records": count, "answers": [asked[1]]}
         return build(count), info
 
 
-class JsonKV(Records):
+class JsonKV(RecordRetrieval):
     name = "json_kv"
     title = "Key-value pairs in JSON"
     about = (
@@ -88,11 +78,8 @@ class JsonKV(Records):
     def value(self, prediction: Prediction) -> float:
         return float(prediction["answers"][0] in prediction["predicted"])
 
-    def reference(self, answer: str) -> str:
-        return answer
 
-
-class Lines(Records):
+class Lines(RecordRetrieval):
     name = "lines"
     title = "Numbers of lines"
     about = (
@@ -128,9 +115,6 @@ class Lines(Records):
     def value(self, prediction: Prediction) -> float:
         found = re.search(r"\d+", prediction["predicted"])
         return float(found is not None and found[0] == prediction["answers"][0])
-
-    def reference(self, answer: str) -> str:
-        return answer
 
 
 def _distinct(draw: Callable[[], tuple[str, str]]) -> Iterator[tuple[str, str]]:

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from beacon_jax.evaluation import prompts
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.metrics import string_match_all, string_match_part
-from beacon_jax.evaluation.model import Model
-from beacon_jax.evaluation.settings import Settings
+from beacon_jax.evaluation.prompts import Tokens
 from beacon_jax.evaluation.tasks import ruler_qa as qa
 from beacon_jax.evaluation.tasks import ruler_text as text
-from beacon_jax.evaluation.tasks.base import Example, Prediction
-from beacon_jax.evaluation.tasks.generation import Generation
+from beacon_jax.evaluation.tasks.base import Instance, Prediction
+from beacon_jax.evaluation.tasks.generation import GenerationTask
+from beacon_jax.inference.model import Model
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Level(NamedTuple):
     most: int | None = None
 
 
-class Ruler(Generation):
+class Ruler(GenerationTask):
     """One of the tasks; `task` is RULER's name of it."""
 
     metric = "match"
@@ -71,7 +71,7 @@ class Ruler(Generation):
         several = task in ("vt", "cwe", "fwe") or (
             spec is not None and spec.queries * spec.values > 1
         )
-        self.binary = not several
+        self.binary, self.lead = not several, "" if task == "vt" else " "
         score = (
             "the share of them that the answer contains"
             if several
@@ -80,8 +80,8 @@ class Ruler(Generation):
         self.about = f"{ABOUT[task]}. Score: {score}."
 
     def examples(
-        self, model: Model, settings: Settings, inputs: Inputs
-    ) -> list[Example]:
+        self, model: Model, settings: RunSettings, inputs: TaskData
+    ) -> list[Instance]:
         """`samples` per length, each with as much haystack as fits.
 
         Raises:
@@ -89,42 +89,34 @@ class Ruler(Generation):
           FileNotFoundError: qa_1, qa_2: no data set.
         """
         levels = self._levels(model, settings, inputs)
-        return [
-            example
-            for length in settings.lengths
-            for example in self._at(model, settings, length, levels(length))
-        ]
+        tokens = functools.partial(_tokens, model, settings.chat)
+        examples = []
+        for length in settings.lengths:
+            problems = self._choose(model, settings, length, levels(length))
+            new, near = problems[0].new_tokens, 0
+            for i, problem in enumerate(problems):
+                near = prompts.fit(
+                    functools.partial(tokens, problem),
+                    length - new,
+                    least=problem.least,
+                    near=near,
+                    name=self.name,
+                )
+                asked, made = problem.build(near), tokens(problem, near)
+                info = {"answers": asked.answers, "new_tokens": new, **asked.info}
+                examples.append(Instance(f"{length}/{i}", length, made, info))
+        return examples
 
     def value(self, prediction: Prediction) -> float:
         score = string_match_part if self.task in QA else string_match_all
         return score(prediction["predicted"], prediction["answers"])
 
-    def reference(self, answer: str) -> str:
-        return answer if self.task == "vt" else f" {answer}"
-
-    def _at(
-        self, model: Model, settings: Settings, length: int, levels: Sequence[Level]
-    ) -> list[Example]:
-        """The examples of one length."""
-        problems = self._choose(model, settings, length, levels)
-        new = problems[0].new_tokens
-        examples, near = [], 0
-        for i, problem in enumerate(problems):
-            near = prompts.fit(
-                lambda n, p=problem: self._tokens(model, settings, p, n),
-                length - new,
-                least=problem.least,
-                near=near,
-                name=self.name,
-            )
-            asked = problem.build(near)
-            info = {"answers": asked.answers, "new_tokens": new, **asked.info}
-            tokens = self._tokens(model, settings, problem, near)
-            examples.append(Example(f"{length}/{i}", length, tokens, info))
-        return examples
-
     def _choose(
-        self, model: Model, settings: Settings, length: int, levels: Sequence[Level]
+        self,
+        model: Model,
+        settings: RunSettings,
+        length: int,
+        levels: Sequence[Level],
     ) -> list[text.Problem]:
         """The problems of the first level that fits.
 
@@ -137,7 +129,7 @@ class Ruler(Generation):
             if problems is None:
                 continue
             new = problems[0].new_tokens
-            size = max(len(self._tokens(model, settings, p, p.least)) for p in problems)
+            size = max(len(_tokens(model, settings.chat, p, p.least)) for p in problems)
             need = size + new
             tight = length >= text.STANDARD or number == len(levels)
             if size <= (length - new) // (1 if tight else 2):
@@ -156,7 +148,9 @@ class Ruler(Generation):
             f"tokenizer; use {-(-need // w) * w} or more."
         )
 
-    def _problems(self, settings: Settings, level: Level) -> list[text.Problem] | None:
+    def _problems(
+        self, settings: RunSettings, level: Level
+    ) -> list[text.Problem] | None:
         """The same at every length, so that lengths are compared in pairs."""
         found = []
         bounds = (settings.samples, settings.limit, level.most)
@@ -168,14 +162,8 @@ class Ruler(Generation):
             found.append(problem)
         return found
 
-    def _tokens(
-        self, model: Model, settings: Settings, problem: text.Problem, size: int
-    ) -> np.ndarray:
-        asked = problem.build(size)
-        return prompts.encode(model, asked.text, asked.prefix, settings.chat)
-
     def _levels(
-        self, model: Model, settings: Settings, inputs: Inputs
+        self, model: Model, settings: RunSettings, inputs: TaskData
     ) -> Callable[[int], list[Level]]:
         """What to ask at a length, from RULER's settings on to what asks for less."""
         if self.task in text.NEEDLES:
@@ -197,7 +185,7 @@ class Ruler(Generation):
             ]
         return self._document_levels(model, settings, inputs)
 
-    def _needle_levels(self, inputs: Inputs) -> Callable[[int], list[Level]]:
+    def _needle_levels(self, inputs: TaskData) -> Callable[[int], list[Level]]:
         spec = text.NEEDLES[self.task]
         essays = text.Essays(inputs.haystack) if spec.haystack == "essay" else None
         fewer = spec._replace(
@@ -213,7 +201,7 @@ class Ruler(Generation):
         return lambda length: made
 
     def _document_levels(
-        self, model: Model, settings: Settings, inputs: Inputs
+        self, model: Model, settings: RunSettings, inputs: TaskData
     ) -> Callable[[int], list[Level]]:
         bank = qa.read_squad(inputs) if self.task == "qa_1" else qa.read_hotpot(inputs)
 
@@ -224,7 +212,7 @@ class Ruler(Generation):
                 if len(fitting) == settings.samples:
                     break
                 least = qa.document_problem(none, bank.documents, question)
-                size = len(self._tokens(model, settings, least, least.least))
+                size = len(_tokens(model, settings.chat, least, least.least))
                 if size + least.new_tokens <= length:
                     fitting.append(question)
             if not fitting:
@@ -236,6 +224,11 @@ class Ruler(Generation):
             return [Level(make, len(fitting))]
 
         return levels
+
+
+def _tokens(model: Model, chat: str, problem: text.Problem, size: int) -> Tokens:
+    asked = problem.build(size)
+    return prompts.encode(model, asked.text, asked.prefix, chat)
 
 
 def _chain(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from beacon_jax.evaluation.inputs import Inputs
+from beacon_jax.evaluation.inputs import TaskData
 from beacon_jax.evaluation.tasks.ruler_text import Problem, Prompt
 
 SQUAD = "the SQuAD 2.0 dev set (dev-v2.0.json of rajpurkar.github.io/SQuAD-explorer)"
@@ -40,7 +40,7 @@ class Bank(NamedTuple):
     questions: list[Question]
 
 
-def read_squad(inputs: Inputs) -> Bank:
+def read_squad(inputs: TaskData) -> Bank:
     """--data/ruler/dev-v2.0.json: {data: [{paragraphs: [{context, qas: [...]}]}]}.
 
     Raises:
@@ -66,7 +66,7 @@ def read_squad(inputs: Inputs) -> Bank:
     return _bank(documents, questions, SQUAD)
 
 
-def read_hotpot(inputs: Inputs) -> Bank:
+def read_hotpot(inputs: TaskData) -> Bank:
     """--data/ruler/hotpot_dev_distractor_v1.json: [{question, answer, context, ...}].
 
     Raises:
