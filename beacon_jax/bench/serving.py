@@ -438,7 +438,6 @@ def _block(
             Loop(logits, rows, None),
             plan,
             Rows(sampling, row_seeds(0, batch), limits),
-            jnp.int32(0),
             eos_ids=(-1,),  # never drawn
             static=(ratio,),
         )

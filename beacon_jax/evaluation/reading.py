@@ -21,7 +21,7 @@ from beacon_jax.core.loss import IGNORE
 from beacon_jax.core.memory import MemoryState, buffer_size
 from beacon_jax.core.plan import capacity, needed_slots
 from beacon_jax.inference.decode import Decoding, decode
-from beacon_jax.inference.feeding import decoded_memory, feed_rows, fresh_state
+from beacon_jax.inference.feeding import Fit, decoded_memory, feed_rows, fresh_state
 from beacon_jax.inference.history import History
 from beacon_jax.inference.loading import load
 from beacon_jax.inference.memory import Memory
@@ -145,9 +145,11 @@ def read(
         [row if len(row) else np.zeros(1, np.int32) for row in rows],
         [_plan(ratio)] * len(rows),
         memory,
-        _room(model, ratio, longest) if new else None,
-        dtype=dtype,
-        width=_padded(model, max(sizes), longest),
+        Fit(
+            capacity=_room(model, ratio, longest) if new else None,
+            dtype=dtype,
+            width=_padded(model, max(sizes), longest),
+        ),
     )
     if not all(sizes):
         pairs = zip(after.rows, sizes, strict=True)

@@ -77,11 +77,13 @@ class Rows(NamedTuple):
     Attributes:
       sampling, seeds: [B].
       limits: new tokens, counted from the first; a row stops there.
+      start: number of the next token among the new ones.
     """
 
     sampling: Sampling
     seeds: UInt32[Array, " B"]
     limits: Int[Array, " B"] | Int[np.ndarray, " B"]
+    start: Int[Array, ""] | np.int32 = np.int32(0)
 
 
 class Loop(NamedTuple):
@@ -102,7 +104,6 @@ def decode_block(
     loop: Loop,
     ratios: Int[Array, "B P"],
     asked: Rows,
-    start: Int[Array, ""],
     *,
     eos_ids: tuple[int, ...],
     static: tuple[int, ...],
@@ -110,9 +111,6 @@ def decode_block(
     """Generates up to BLOCK tokens per row.
 
     The memory is donated: its buffer is written in place.
-
-    Args:
-      start: number of each row's next token among its new ones.
     """
     ends = jnp.asarray(eos_ids, jnp.int32)
     rows = jnp.arange(loop.logits.shape[0])
@@ -123,7 +121,7 @@ def decode_block(
 
     def body(state: tuple) -> tuple:
         step, tokens, (logits, active, seen), memory = state
-        number = start + step
+        number = asked.start + step
         keys = row_keys(asked.seeds, number)
         token = sample(keys, logits, asked.sampling, seen)
         active &= ~jnp.isin(token, ends)
@@ -200,8 +198,10 @@ def decode(
             memory,
             loop,
             plans,
-            every if start else every._replace(limits=np.minimum(limits, stop)),
-            np.int32(start),
+            every._replace(
+                limits=limits if start else np.minimum(limits, stop),
+                start=np.int32(start),
+            ),
             eos_ids=ends,
             static=static,
         )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,34 +40,45 @@ def histories(memory: Memory | None, rows: int) -> Sequence[History]:
     return memory.rows if memory is not None else [History.empty()] * rows
 
 
+class Fit(NamedTuple):
+    """What the buffer of a memory is to hold.
+
+    Attributes:
+      capacity: slots; None: as many as are needed.
+      new: tokens per row that are to follow.
+      dtype: of keys and values of a new memory; None: that of the model.
+      width: rows are padded to so many tokens: calls of one width share a program,
+        whatever the rows' lengths up to it.
+    """
+
+    capacity: int | None = None
+    new: np.ndarray | int = 0
+    dtype: str | None = None
+    width: int = 0
+
+
 def feed_rows(
     model: "Model",
     rows: list[np.ndarray],
     plans: list[Plan],
     memory: Memory | None,
-    capacity: int | None,
-    new: np.ndarray | int = 0,
+    fit: Fit,
     on_progress: OnProgress | None = None,
-    dtype: str | None = None,
-    *,
-    width: int = 0,
 ) -> tuple[jax.Array, Memory]:
     """Feeds each row what is pending of it and its tokens.
 
-    The memory has room for `new` more tokens. Rows whose plans agree in every step are
-    fed by one call or, with `on_progress`, by one call per `PIECE_WINDOWS` windows.
-    `dtype` is that of a new memory. Calls of one `width`, in tokens, share a program
-    whatever the rows' lengths up to it.
+    Rows whose plans agree in every step are fed by one call or, with `on_progress`, by
+    one call per `PIECE_WINDOWS` windows.
 
     Returns:
       The logits after each row's last token, and the new memory.
     """
     before = histories(memory, len(rows))
     fed = [np.concatenate([x.pending, r]) for x, r in zip(before, rows, strict=True)]
-    ratios = stack_ratios(plans)
+    ratios, dtype = stack_ratios(plans), fit.dtype
     state = memory.state if memory else _nothing(model, len(rows), dtype)
     lengths, done = np.asarray([len(r) for r in fed]), 0
-    size = _room(model.config, state, ratios, lengths + new, capacity, plans)
+    size = _room(model.config, state, ratios, lengths + fit.new, fit.capacity, plans)
     if size > state.capacity:
         check_buffer(model, len(rows), size, choose_dtype(model, memory, dtype))
     groups = _groups(model.config, rows, plans, before)
@@ -86,7 +97,7 @@ def feed_rows(
             ratios[group],
             plans[group[0]].keep,
             donate=part is not state,
-            width=width,
+            width=fit.width,
             on_fed=_counted(on_progress, lengths, group, done),
         )
         done += int(lengths[group].sum())

@@ -17,6 +17,7 @@ from beacon_jax.inference import room, validate
 from beacon_jax.inference.budget import Budget
 from beacon_jax.inference.decode import Decoded, Decoding, decode
 from beacon_jax.inference.feeding import (
+    Fit,
     check_memory,
     choose_dtype,
     decoded_memory,
@@ -172,17 +173,8 @@ class Model:
         if on_note:
             for note in dict.fromkeys(plan.note for plan in plans if plan.note):
                 on_note(note)
-        after = feed_rows(
-            self,
-            rows,
-            plans,
-            memory,
-            asked.capacity,
-            reserve,
-            asked.on_progress,
-            dtype,
-        )
-        return after[1]
+        fit = Fit(asked.capacity, reserve, dtype)
+        return feed_rows(self, rows, plans, memory, fit, asked.on_progress)[1]
 
     @overload
     def complete(
@@ -264,9 +256,8 @@ class Model:
         new = np.broadcast_to(np.asarray(asked.max_new_tokens, int), (count,))
         rows, marked = self._prompt_rows(prompts, context, memory, asked)
         plans = self._plans(rows, marked, memory, asked, dtype, int(new.max()))
-        logits, after = feed_rows(
-            self, rows, plans, memory, asked.capacity, new, asked.on_progress, dtype
-        )
+        fit = Fit(asked.capacity, new, dtype)
+        logits, after = feed_rows(self, rows, plans, memory, fit, asked.on_progress)
         jax.block_until_ready(logits)
         middle = time.perf_counter()
         result = self._decode(after, logits, plans, asked, streams, watch.block)

@@ -474,7 +474,6 @@ def test_a_decoded_token_copies_no_buffer(model):
         Loop(*start),
         jnp.full((1, 1), 4),
         Rows(make_sampling().for_rows(1), row_seeds(0, 1), jnp.full(1, 16)),
-        jnp.int32(0),
         eos_ids=(),
         static=(4,),
     ).compile()
