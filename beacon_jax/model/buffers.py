@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from beacon_jax.model.partition import Partition
 from beacon_jax.model.quantize import (
@@ -157,7 +157,7 @@ def for_attention(
 
 def put_all_layers(
     buffer: Any,
-    new: Float[Array, "L B T K H"],
+    new: Shaped[Array, "L B T K H"],
     start: Int[Array, " B"],
     live: Bool[Array, " B"] | None = None,
     frequencies: Float[np.ndarray, " H2"] | None = None,

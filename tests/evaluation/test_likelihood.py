@@ -63,7 +63,7 @@ def all_logits(lm, pairs, ratio):
     @jax.jit
     def whole(variables):
         buffer, zero = jnp.zeros(shape), jnp.zeros(len(rows), jnp.int32)
-        hidden, *_ = apply(model, variables, tokens, buffer, buffer, zero)
+        hidden, *_ = apply(model, variables, jnp.asarray(tokens), buffer, buffer, zero)
         return apply(model, variables, hidden, method="logits")
 
     return np.asarray(whole(lm.variables))

@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_fed():
     rows = prompts(43, 12)
     logits, memory = start(rows * 2, PLAN)
     given = (Net(CONFIG), variables(), memory, logits, PLAN)
-    go = lambda **asked: decode(*given, Decoding(**asked))
+    go = lambda donate=False, **asked: decode(*given, Decoding(**asked), donate=donate)
     with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
         go(max_new_tokens=0, sampling=GREEDY)
     with pytest.raises(ValueError, match=r"max_new_tokens has shape \(2,\) for 4 rows"):

@@ -113,5 +113,5 @@ class Streaming(Budgeted):
             count = jnp.asarray([len(x) for x in kept], jnp.int32)
             state = keep(model.config, state, as_index(kept, most), count, compact=True)
         law = Law.of(model.config)
-        rows = [memory.rows[0].feed(law, np.zeros(1), row) for row in past]
+        rows = [memory.rows[0].feed(law, np.zeros(1, np.int32), row) for row in past]
         return of_slots(Memory(model.config, state, tuple(rows), model.identity), state)
