@@ -60,8 +60,10 @@ def ratio_of(
 
 
 def longest(config: ModelConfig, ratio: int | str) -> int:
-    """The most tokens whose positions were trained at a ratio; where it is decided per
-    text, at the largest that there is."""
+    """Counts the most tokens whose positions were trained at a ratio.
+
+    Where the ratio is decided per text, it is the largest that there is.
+    """
     numbers = [r for r in (config.beacon.ratios if config.beacon else ()) if r]
     fixed = {"full": 0, "auto": max(numbers, default=0)}
     if isinstance(ratio, str):
@@ -167,8 +169,10 @@ def _remember(model: Model, rows: list[_Row]) -> Any:
 
 
 def fill_up[Item](model: Model, rows: list[Item]) -> list[Item]:
-    """With the last row again and again, up to a power of two, so that few programs
-    serve all batches, and to as many as the devices can share."""
+    """Repeats the last row until there is a power of two of them.
+
+    So few programs serve all batches. There are also as many as the devices can share.
+    """
     shares = 1
     if model.partition is not None:
         sizes = model.partition.mesh.shape
@@ -227,8 +231,11 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
 def shorten(
     context: Int[np.ndarray, " C"], room: int, side: str = "left"
 ) -> Int[np.ndarray, " c"]:
-    """At most `room` tokens of a context, but never none: without its "left" (what
-    lm-evaluation-harness does) or its "middle" (what LongBench does).
+    """Returns at most `room` tokens of a context, but never none.
+
+    Args:
+      side: what is left out: "left", as lm-evaluation-harness does, or "middle", as
+        LongBench does.
 
     Raises:
       ValueError: another side.

@@ -270,7 +270,7 @@ def batch_axis(leaf: Any) -> int:
 
 
 def take_rows(state: MemoryState, index: Int[np.ndarray, " b"]) -> MemoryState:
-    """The state of the rows of `index`, which may repeat."""
+    """Takes the state of the rows of `index`, which may repeat."""
     rows = jnp.asarray(index)
     return _by_leaf(lambda x: jnp.take(x, rows, axis=batch_axis(x)), state)
 

@@ -37,8 +37,12 @@ class MeanPool(Budgeted):
 def pooled(
     config: ModelConfig, memory: MemoryState, ratio: int, count: jax.Array
 ) -> MemoryState:
-    """A memory of floats, which it takes over: [sinks | means of `ratio` slots each],
-    `count` slots of each row in all."""
+    """Makes a memory of means: [sinks | means of `ratio` slots each].
+
+    Args:
+      memory: of floats; it is taken over.
+      count: slots of each row in all, [B].
+    """
     sink = Law.of(config).sink
     groups = (memory.capacity - sink) // ratio
 

@@ -34,8 +34,7 @@ class Budgeted(Method):
         return np.asarray([min(most(row), len(row)) for row in past], np.int32)
 
     def most(self, model: Model, past: Rows) -> int:
-        """The largest budget of a run: a static size, so that one compiled program
-        serves all lengths."""
+        """Returns the largest budget of a run: one compiled program for all lengths."""
         longest = max(self.longest, *map(len, past))
         return budget_slots(model.config, longest, self.number)
 

@@ -92,8 +92,9 @@ def observe(
     observed: Int[np.ndarray, " B"],
     candidates: Int[Array, " B"],
 ) -> Float[Array, "L B K S"]:
-    """What the last `observed` tokens of each row attend to, pooled, -inf beyond the
-    first `candidates` slots.
+    """Returns what the last `observed` tokens of each row attend to, pooled.
+
+    It is -inf beyond the first `candidates` slots.
 
     Args:
       memory: of the rows, all of them, with ratio 0. Only the last tokens are run
@@ -187,8 +188,11 @@ def highest(
     count: Int[Array, " B"],
     size: int,
 ) -> Int[Array, "L B n K"]:
-    """Rising slots for `select.keep`: the last `own` of a row's `slots`, and those with
-    the most votes (of equal ones the first), `count` in all."""
+    """Returns the slots for `select.keep`, rising, `count` of each row in all.
+
+    These are the last `own` of a row's `slots`, and those with the most votes (of equal
+    ones the first).
+    """
     total = votes.shape[-1]
     size = min(size, total)
     slot = jnp.arange(total)
