@@ -75,8 +75,11 @@ STRATA = 3
 
 
 class Sampler(NamedTuple):
-    """A program, and what runs it once and returns seconds: to the first token, or of
-    one decoded token."""
+    """A compiled program, and a function that measures it.
+
+    Attributes:
+      sample: runs it once and returns seconds, to the first token or per decoded one.
+    """
 
     program: Compiled
     sample: Callable[[], float]
@@ -240,8 +243,13 @@ Made = tuple[Compiled, Callable[[], Any], Callable[[Any], Any]]
 
 
 def _compressed(s: Bench, variables, length: int, method: str) -> Made:
-    """Makes the program that feeds the text, what makes an empty memory, and what turns
-    that into the first token. One scan over a power of two of windows, as in `prefill`.
+    """Makes what measures the prefill of a compressed text, in one scan over windows.
+
+    Their number is a power of two, as in `feed`.
+
+    Returns:
+      The program, a function that makes an empty memory, and one that feeds it the text
+      and returns the first token.
     """
     c, dtype = s.config, jnp.dtype(s.dtype).type
     windows = 1 << (-(-length // s.beacon.window) - 1).bit_length()
@@ -321,9 +329,11 @@ def _full(s: Bench, variables, length: int, method: str) -> Made:
 
 @contextlib.contextmanager
 def _library(platform: str):
-    """Makes the platform's causal attention an implementation of the op, for a text in
-    one piece. Taking a layer out of the buffer is a copy of 2 N H bytes per token,
-    nothing beside the 4 N H FLOPs per pair."""
+    """Makes the platform's causal attention an implementation of the op.
+
+    It is for a text in one piece. Taking a layer out of the buffer is a copy of 2 N H
+    bytes per token, nothing beside the 4 N H FLOPs per pair.
+    """
     name = "cudnn" if platform == "gpu" else "xla"
 
     def causal(q, k, v, prefix, *, scale, layer=None, **_):
@@ -372,8 +382,11 @@ def _decode_needs(s: Bench, length: int, method: str, batch: int) -> int:
 
 
 def places(window: int) -> dict[int, float]:
-    """Returns the raw tokens of the open window that measured blocks start behind, and
-    each block's share in the mean of the window."""
+    """Chooses the blocks of a window that are measured.
+
+    Returns:
+      {raw tokens in front of a block: its share in the mean of the window}.
+    """
     blocks = window // BLOCK
     if window % BLOCK or blocks < 2:
         return {0: 1.0}

@@ -245,6 +245,11 @@ class _Residuals:
     """
 
     def store(self, pull: Any, inputs: Any) -> list[Array]:
+        """Returns the arrays of `pull` that are neither own, frozen, k nor v.
+
+        Args:
+          inputs: (own, frozen, h, k, v) of the layer.
+        """
         leaves, self.tree = jax.tree.flatten(pull)
         own, frozen, _, k, v = inputs
         known = {id(x): i for i, x in enumerate(jax.tree.leaves((own, frozen, k, v)))}
@@ -252,6 +257,12 @@ class _Residuals:
         return [x for x, i in zip(leaves, self.known, strict=True) if i is None]
 
     def restore(self, kept: Any, inputs: Any) -> Any:
+        """Makes `pull` again.
+
+        Args:
+          kept: what `store` returned.
+          inputs: (own, frozen, k, v) of the layer.
+        """
         inputs, kept = jax.tree.leaves(inputs), iter(kept)
         leaves = [next(kept) if i is None else inputs[i] for i in self.known]
         return jax.tree.unflatten(self.tree, leaves)
@@ -272,6 +283,7 @@ class _Trained:
         self.own, self.frozen = parts(True), parts(False)
 
     def merge(self, own: Any, frozen: Any = None) -> Any:
+        """Makes the tree of these leaves; frozen=None: of its own frozen ones."""
         own, frozen = iter(own), iter(self.frozen if frozen is None else frozen)
         leaves = [next(own) if mark else next(frozen) for mark in self.marks]
         return self.tree.unflatten(leaves)

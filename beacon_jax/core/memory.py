@@ -57,14 +57,17 @@ class MemoryState(flax.struct.PyTreeNode):
 
     @property
     def rows(self) -> int:
+        """B, the number of sequences."""
         return self.slots.shape[0]
 
     @property
     def capacity(self) -> int:
+        """S, the entries that a row has room for."""
         return self.k.shape[2]
 
     @property
     def window(self) -> int:
+        """W, the raw tokens of a full window."""
         return self.tokens.shape[1]
 
     @property

@@ -103,8 +103,15 @@ def score(
 
 
 class _Row(NamedTuple):
-    """past: whole windows in front of the context's last token. rest: the other inputs,
-    and labels [len(rest)] of theirs that predict something."""
+    """One pair, cut where it is compressed.
+
+    Attributes:
+      index: number of the pair.
+      ratio: of its windows.
+      past: whole windows in front of the context's last token.
+      rest: the other inputs [R].
+      labels: of these [R], shifted; only those of the continuation count.
+    """
 
     index: int
     ratio: int
@@ -197,15 +204,19 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " n"]:
-    """Ids as the model reads a text from its start: with bos if the tokenizer adds it,
-    but not a second one (a chat template writes its own)."""
+    """Encodes a text as the model reads it from its start.
+
+    It has a bos if the tokenizer adds it, but not a second one: a chat template writes
+    its own.
+    """
     bos = tokenizer.bos_token
     return ids(tokenizer, text, special=not (bos and text.startswith(bos)))
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
-    """Encodes both together and cuts behind as many tokens as the context has alone;
-    spaces at its end belong to the continuation. An empty context is `prefix_token`.
+    """Encodes both together and cuts behind as many tokens as the context has alone.
+
+    Spaces at its end belong to the continuation. An empty context is `prefix_token`.
 
     Raises:
       ValueError: an empty continuation.
@@ -257,9 +268,11 @@ def shorten(
 def rolling_pairs(
     tokens: Int[np.ndarray, " n"], prefix: int, max_length: int
 ) -> list[Pair]:
-    """Pairs that predict every token of a text once, at most `max_length` inputs each:
-    behind the first of them each has the token before it as context, the last one as
-    much as there is room for."""
+    """Makes pairs that predict every token of a text once.
+
+    Each has at most `max_length` inputs. The context of the first is `prefix`, of the
+    others the token before, and of the last one as much as there is room for.
+    """
     pairs = []
     for start in range(0, len(tokens), max_length):
         part = tokens[start : start + max_length]

@@ -154,8 +154,9 @@ def remember_prompts(
 
 
 class Incremental(Method):
-    """A method whose memory grows with the text: reading on gives what reading it all
-    would, so that a text whose every window is asked for is read once.
+    """A method whose memory grows with the text: reading on is as reading all at once.
+
+    So a text whose every window is asked for is read once.
 
     Attributes:
       dtype: of keys and values; None: that of the model.

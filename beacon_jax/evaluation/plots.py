@@ -79,8 +79,10 @@ def heat_maps(
 
 
 def loss_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss of the last window: a panel per ratio over the length, or, of one length, a
-    row per method in the order of their losses."""
+    """Draws the loss of the last window against the length, a panel per ratio.
+
+    If there is one length, it draws a row per method, in the order of their losses.
+    """
     found = [m for m in metrics if m["metric"] == "loss"]
     label = "loss of the last window, nats/token"
     if len({m["length"] for m in found}) == 1:

@@ -92,8 +92,7 @@ class Memory:
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of one slot of one row: keys and values of all layers, in int8 with
-        their scales."""
+        """Bytes of one slot of one row: keys, values and int8 scales of all layers."""
         return self.state.slot_nbytes
 
     @property

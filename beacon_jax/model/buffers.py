@@ -201,10 +201,11 @@ def mean_change(
     to: Buffer,
     slots: Int[Array, "B n"],
     frequencies: Float[np.ndarray, " H2"],
-) -> Float[Array, "L B n K H"] | None:
+) -> Any:
     """Returns what int8 keys need added that move to these slots of another buffer.
 
-    The buffers are stored without different means. None: nothing need be added.
+    The buffers are stored without different means: it is [L, B, n, K, H], of the
+    difference. None: nothing need be added.
     """
     if not (isinstance(source, Quantized) and isinstance(to, Quantized)):
         return None

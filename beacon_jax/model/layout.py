@@ -29,6 +29,7 @@ class Layout:
 
     @property
     def length(self) -> int:
+        """T, raw tokens and beacons of the window."""
         return self.groups * (self.raw + self.beacons)
 
     @property

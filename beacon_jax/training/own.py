@@ -62,7 +62,7 @@ SAMPLE_BYTES = 4_000_000  # larger texts are counted by their size
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What is known before anything is loaded.
+    """Facts that are known before anything is loaded.
 
     Attributes:
       config: with the choices made so far.

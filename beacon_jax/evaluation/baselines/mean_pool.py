@@ -16,8 +16,9 @@ from beacon_jax.model.rotary import cos_sin, rotate
 
 
 class MeanPool(Budgeted):
-    """The means of the un-rotated keys and of the values of every `ratio` consecutive
-    tokens, computed with full attention, at compact positions.
+    """Means of every `ratio` consecutive tokens: of un-rotated keys, and of values.
+
+    They are computed with full attention, and stand at compact positions.
 
     Sinks, if beacons have them, are the first tokens as they are, in front.
     """

@@ -28,8 +28,11 @@ class Budgeted(Method):
     per_ratio = True
 
     def budget(self, model: Model, past: Rows) -> Int[np.ndarray, " B"]:
-        """Slots that each row may keep: those of the beacons and their sinks, and no
-        more than the row has tokens."""
+        """Counts the slots that each row may keep.
+
+        They are as many as beacons and their sinks have, and no more than the row has
+        tokens.
+        """
         most = lambda row: budget_slots(model.config, len(row), self.number)
         return np.asarray([min(most(row), len(row)) for row in past], np.int32)
 

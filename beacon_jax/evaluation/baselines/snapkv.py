@@ -64,8 +64,9 @@ class SnapKV(Voted):
 
 
 class SnapKVAware(Voted):
-    """Observes the last 64 tokens of what comes after the past, which is where the
-    question stands: no other method sees it. All that is kept is chosen by it.
+    """SnapKV that observes the last 64 tokens of what comes after the past.
+
+    The question stands there, which no other method sees. It chooses all that is kept.
 
     It is no upper bound: the question looks at the start of its answer, and the rest is
     found only as it is told. Passkeys on tiny-beacon, 256 tokens, x2 / x4 / x8: 0.94 /
