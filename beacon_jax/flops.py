@@ -154,8 +154,10 @@ def training_step(
 
 
 def break_even(config: ModelConfig, ratio: int, longest: int = 2**20) -> int | None:
-    """Finds the shortest prompt, in whole windows, that costs no more FLOPs compressed
-    than in full; None if there is none up to `longest` tokens."""
+    """Finds the shortest prompt, in tokens, that costs no more FLOPs compressed.
+
+    It is one of whole windows; None: there is none up to `longest` tokens.
+    """
     law = _law(config)
     spent, memory = Flops(lm_head=full_attention(config, 0).lm_head), 0
     for length in range(law.window, longest + 1, law.window):

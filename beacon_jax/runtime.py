@@ -49,8 +49,11 @@ QUIET = {
 
 
 def for_command() -> None:
-    """Prepares a command that computes: programs of earlier runs are at hand, and lines
-    of other libraries that are not for its user stay away."""
+    """Prepares a command that computes.
+
+    Programs of earlier runs are at hand. Lines of other libraries that are not for its
+    user stay away.
+    """
     quiet()
     enable_compilation_cache()
 
@@ -65,8 +68,7 @@ def quiet() -> None:
 
 
 def prepare() -> None:
-    """Gives the CPU backend, if it has several devices, two threads for each and
-    patience on a busy machine.
+    """Gives a CPU backend of several devices two threads each, and longer timeouts.
 
     Costs microseconds; call it before whatever may start the backend. The number of
     devices comes from JAX_NUM_CPU_DEVICES, jax.config.jax_num_cpu_devices or

@@ -107,7 +107,7 @@ def backward(
     )
 
     def add(buffer: Array, at: Array, part: Array) -> Array:
-        """Overlapping ends of two blocks: the second block's part is 0 there."""
+        """Adds the part of a block, which is 0 where it overlaps the block before."""
         old = lax.dynamic_slice_in_dim(buffer, at, block, axis=1)
         new = old + _pin(part.astype(buffer.dtype))
         return lax.dynamic_update_slice_in_dim(buffer, new, at, axis=1)

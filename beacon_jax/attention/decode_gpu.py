@@ -53,7 +53,7 @@ PROGRAMS = 512
 
 
 class DecodeSchedule(NamedTuple):
-    """The static numbers of one call of the kernel.
+    """The numbers that one call of the kernel is compiled for.
 
     Attributes:
       scale: of the scores.

@@ -193,7 +193,7 @@ def forward(
 
 
 class _HeadMask(NamedTuple):
-    """What scores [heads * R, chunk * heads] are of one head and visible.
+    """Mask of the scores [heads * R, chunk * heads] that are of one head and visible.
 
     Powers of two make indices bit fields.
     """

@@ -21,7 +21,7 @@ class Target(NamedTuple):
 
     @classmethod
     def of(cls, device: Any) -> "Target":
-        """Makes that of a `jax.Device`, which may be of a topology that is not here."""
+        """Makes the target of a `jax.Device`, of a topology that is not here, too."""
         return cls(device.platform, device.device_kind)
 
 

@@ -34,7 +34,7 @@ MORE_BITS = 10
 
 
 class MeanTerm(NamedTuple):
-    """What scores need of a mean that was taken out of keys.
+    """The part of the scores that comes from a mean taken out of the keys.
 
     Attributes:
       query: [a | b] per query head.

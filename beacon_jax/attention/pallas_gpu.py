@@ -44,7 +44,7 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class GpuSchedule(NamedTuple):
-    """The static numbers of one call of the kernels.
+    """The numbers that one call of the kernels is compiled for.
 
     Attributes:
       scale: of the scores.

@@ -104,7 +104,7 @@ def for_each_chunk(
 
 
 class _ChunkMask(NamedTuple):
-    """What block i of queries sees of a chunk of keys.
+    """Mask of what block i of queries sees of a chunk of keys.
 
     start: slot of the window's first query, counted from the chunk's first.
     """

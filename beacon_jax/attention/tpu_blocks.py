@@ -52,7 +52,7 @@ def chip_blocks(target: Target) -> TpuBlocks:
 
 
 class TpuSchedule(NamedTuple):
-    """The static numbers of one call; every tuple of sizes a kernel needs is in here.
+    """The numbers that one call is compiled for, every tuple of sizes included.
 
     Attributes:
       scale: of the scores.

@@ -1,7 +1,7 @@
 """Measurements: what `beacon-jax bench` runs, and scripts for questions of their own.
 
 `runner` measures the parts (`kernels`, `parity`, `serving`, `training`) one row after
-the other; `plan` computes rooflines. `python -m beacon_jax.bench.NAME` answers one
-question: aot, aot_kernels, help_time, int8_loss, kill_and_resume, lean_backward,
-long_prompt, mount_loss, prepare_memory, stress_collectives.
+the other; `roofline` computes what chips can reach. `python -m beacon_jax.bench.NAME`
+answers one question: aot, aot_kernels, help_time, int8_loss, kill_and_resume,
+lean_backward, long_prompt, mount_loss, prepare_memory, stress_collectives.
 """

@@ -97,8 +97,12 @@ CASES |= {
 
 
 def abstract_step(case: StepCase) -> tuple[Any, tuple[Any, ...], float]:
-    """Returns the jitted step, its arguments as shapes with shardings, and the estimate
-    of `training.memory` in GiB per device."""
+    """Makes a step of the trainer without arrays.
+
+    Returns:
+      The jitted step, its arguments as shapes with shardings, and the estimate of
+      `training.memory` in GiB per device.
+    """
     model = get_preset(case.model)
     assert model.beacon is not None
     beacon = dataclasses.replace(model.beacon, ratios=case.ratios)

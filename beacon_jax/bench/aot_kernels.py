@@ -144,8 +144,11 @@ def compiled(function, arguments, mesh: Mesh, **options) -> Any:
 
 
 def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict]:
-    """Returns what each kernel of ours takes: registers and bytes spilled per thread,
-    bytes of shared memory and threads per block."""
+    """Compiles for a GPU and returns what each kernel of ours takes.
+
+    Each has registers and bytes spilled per thread, bytes of shared memory and threads
+    per block.
+    """
     with tempfile.TemporaryDirectory() as folder:
         compiled(
             function, arguments, mesh, xla_dump_to=folder, xla_dump_emitter_re="ptx"

@@ -71,8 +71,10 @@ class Bench:
 
 
 class Latest:
-    """Keeps the last thing that was made, and drops it before it makes another: weights
-    and programs of two cases need not fit side by side."""
+    """Keeps the last thing that was made, and drops it before it makes another.
+
+    So weights and programs of two cases need not fit side by side.
+    """
 
     def __init__(self):
         self._key, self._value = None, None

@@ -37,8 +37,10 @@ def check_fits(device: Any, needed: float) -> None:
 
 
 def check_platform(implementation: str, device: Any) -> None:
-    """Raises NotImplementedError for a kernel of another platform: it would run
-    interpreted, or be another implementation in its place."""
+    """Raises NotImplementedError for a kernel of another platform.
+
+    It would run interpreted, or be another implementation in its place.
+    """
     platform = implementation.rpartition("_")[2]
     if platform in {"gpu", "tpu", "cpu"} - {device.platform}:
         raise NotImplementedError(
@@ -62,8 +64,10 @@ def risen(device: Any, before: int | None) -> int | None:
 
 
 def random_array(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Draws normal numbers on the device; the leading axis one by one, so that the
-    float32 and uint32 numbers behind them never exist for all of a large array."""
+    """Draws normal numbers on the device, one index of the leading axis at a time.
+
+    So the float32 and uint32 numbers behind them never exist for all of a large array.
+    """
     return _random(key, tuple(shape), jnp.dtype(dtype).name)
 
 

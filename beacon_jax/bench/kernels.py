@@ -42,8 +42,10 @@ STEPS = 16
 
 
 def cases(s: Bench) -> Iterator[Case]:
-    """Yields forward and backward of a window, with its beacons at ratios 8 and 2 by
-    default, and decoding."""
+    """Yields the cases: forward and backward of a window, and decoding.
+
+    The window has its beacons, by default at ratios 8 and 2.
+    """
     window, latest = s.beacon.window, Latest()
     for memory in s.memory or (16 * window,):
         for way in ("forward", "backward"):

@@ -75,7 +75,7 @@ class LongPrompt:
 
 
 @dataclasses.dataclass
-class Pieces:
+class Done:
     """Counts what all processes did so far; the peak is the most of any of them."""
 
     done: int = 0
@@ -91,7 +91,7 @@ def leaves(memory: MemoryState) -> list[str]:
 
 
 def save(
-    file: Path, prompt: LongPrompt, progress: Pieces, memory: MemoryState, logits: Any
+    file: Path, prompt: LongPrompt, progress: Done, memory: MemoryState, logits: Any
 ) -> None:
     """Writes the state all or nothing: a run killed meanwhile finds the one before."""
     arrays = {name: np.asarray(getattr(memory, name)) for name in leaves(memory)}
@@ -105,7 +105,7 @@ def save(
 def restore(file: Path, prompt: LongPrompt, empty: MemoryState):
     """Returns (progress, memory, logits) of a saved run, or of one that begins."""
     if not file.exists():
-        return Pieces(), empty, None
+        return Done(), empty, None
     with safe_open(file, "np") as saved:
         run = json.loads(saved.metadata()["run"])
         if run["prompt"] != dataclasses.asdict(prompt):
@@ -116,7 +116,7 @@ def restore(file: Path, prompt: LongPrompt, empty: MemoryState):
         names = (*leaves(empty), LOGITS)
         arrays = {name: jnp.asarray(saved.get_tensor(name)) for name in names}
     logits = arrays.pop(LOGITS)
-    return Pieces(**run["progress"]), empty.replace(**arrays), logits
+    return Done(**run["progress"]), empty.replace(**arrays), logits
 
 
 def run(prompt: LongPrompt, out: Path) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def rss() -> int:
     return most * (1 if sys.platform == "darwin" else 1024)
 
 
-def tell(prompt: LongPrompt, progress: Pieces) -> None:
+def tell(prompt: LongPrompt, progress: Done) -> None:
     """Says how far the prompt is read, and how fast."""
     last = progress.seconds[-1]
     left = prompt.tokens - progress.done
@@ -183,7 +183,7 @@ def tell(prompt: LongPrompt, progress: Pieces) -> None:
 def summary(
     prompt: LongPrompt,
     config: ModelConfig,
-    progress: Pieces,
+    progress: Done,
     memory: MemoryState,
     logits: Any,
     compiled: int,

@@ -33,8 +33,10 @@ FIXED = {
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
-    """Draws kernels.png, prefill.png, decode.png and train.png, those there are rows
-    for; returns their paths."""
+    """Draws a figure for each part that has rows; returns their paths.
+
+    They are kernels.png, prefill.png, decode.png and train.png.
+    """
     good = [row for row in rows if row["status"] == "ok"]
     top, made = peaks(rows), []
     for part, figure in (

@@ -209,8 +209,10 @@ def _sorted(rows: Sequence[Row], part: str) -> list[Row]:
 
 
 def _against(rows: Sequence[Row], part: str) -> Columns:
-    """Makes the columns of what a part is compared with: full attention, and every
-    other library that was measured."""
+    """Makes the columns of what a part is compared with.
+
+    It is full attention, and every other library that was measured.
+    """
     others = [row["key"]["method"] for row in _of(rows, part) if "library" in row]
     columns = {}
     for name in dict.fromkeys(["full", *others]):

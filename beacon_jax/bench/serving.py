@@ -75,8 +75,11 @@ STRATA = 3
 
 
 class Sampler(NamedTuple):
-    """A program, and what runs it once and returns seconds: to the first token, or of
-    one decoded token."""
+    """A compiled program, and a function that measures it.
+
+    Attributes:
+      sample: runs it once and returns seconds, to the first token or per decoded one.
+    """
 
     program: Compiled
     sample: Callable[[], float]
@@ -112,7 +115,7 @@ class InTurn:
             self._found[method] = taken, made[method].program
 
 
-class _Held:
+class _Shared:
     """Keeps what the cases share: weights, the other library's model, the group."""
 
     def __init__(self, s: Bench):
@@ -151,23 +154,23 @@ def prefill_cases(s: Bench) -> Iterator[Case]:
 
     The smallest buffer is the first: the peak of a device's memory never goes down.
     """
-    held = _Held(s)
+    shared = _Shared(s)
     rows = [(n, m) for n in s.lengths for m in _prefill_methods(s, n)]
     # A group is held as long as it is asked for.
     order = lambda n, m: (n if s.against else 0, _slots(s, n, m))
     for length, method in sorted(rows, key=lambda row: order(*row)):
         key = s.key("prefill", method=method, length=length)
-        yield Case(key, functools.partial(_prefill, s, held, length, method))
+        yield Case(key, functools.partial(_prefill, s, shared, length, method))
 
 
 def decode_cases(s: Bench) -> Iterator[Case]:
     """Yields, behind every length, every ratio and full, for every batch size."""
-    held = _Held(s)
+    shared = _Shared(s)
     rows = [(n, b, m) for n in s.lengths for m in _methods(s) for b in s.batches]
     order = lambda n, b, m: ((n, b) if s.against else (0, 0), b * _slots(s, n, m))
     for length, batch, method in sorted(rows, key=lambda row: order(*row)):
         key = s.key("decode", method=method, length=length, batch=batch)
-        yield Case(key, functools.partial(_decode, s, held, length, method, batch))
+        yield Case(key, functools.partial(_decode, s, shared, length, method, batch))
 
 
 def _ratio(method: str) -> int:
@@ -184,10 +187,10 @@ def _room(s: Bench, length: int, method: str) -> int:
     return capacity(s.config, [ratio] * closed) if ratio else length
 
 
-def _prefill(s: Bench, held: _Held, length: int, method: str) -> Row:
+def _prefill(s: Bench, shared: _Shared, length: int, method: str) -> Row:
     before = peak_bytes(s.device)
-    make = functools.partial(_prefiller, s, held, length)
-    taken, program = held.measure(method, make, _prefill_methods(s, length), length)
+    make = functools.partial(_prefiller, s, shared, length)
+    taken, program = shared.measure(method, make, _prefill_methods(s, length), length)
     spent = flops.prefill(s.config, length, _ratio(method)).total
     return timed(taken, program) | {
         "tokens_per_second": length / taken.median_s,
@@ -213,13 +216,13 @@ def _prefill_bytes(s: Bench, length: int, method: str) -> int:
     return weight_bytes(s.config, s.dtype) + buffer + activations
 
 
-def _prefiller(s: Bench, held: _Held, length: int, method: str) -> Sampler:
+def _prefiller(s: Bench, shared: _Shared, length: int, method: str) -> Sampler:
     check_fits(s.device, _prefill_bytes(s, length, method))
     if method == TORCH:
-        model, tokens = held.torch, _tokens(s, length)
+        model, tokens = shared.torch, _tokens(s, length)
         return Sampler(_EAGER, lambda: seconds_of(lambda: model.first_token(tokens)))
     make = _compressed if _ratio(method) else _full
-    program, fresh, run = make(s, held.variables, length, method)
+    program, fresh, run = make(s, shared.variables, length, method)
 
     def sample() -> float:
         empty = jax.block_until_ready(fresh())
@@ -240,8 +243,13 @@ Made = tuple[Compiled, Callable[[], Any], Callable[[Any], Any]]
 
 
 def _compressed(s: Bench, variables, length: int, method: str) -> Made:
-    """Makes the program that feeds the text, what makes an empty memory, and what turns
-    that into the first token. One scan over a power of two of windows, as in `prefill`.
+    """Makes what measures the prefill of a compressed text, in one scan over windows.
+
+    Their number is a power of two, as in `feed`.
+
+    Returns:
+      The program, a function that makes an empty memory, and one that feeds it the text
+      and returns the first token.
     """
     c, dtype = s.config, jnp.dtype(s.dtype).type
     windows = 1 << (-(-length // s.beacon.window) - 1).bit_length()
@@ -321,9 +329,11 @@ def _full(s: Bench, variables, length: int, method: str) -> Made:
 
 @contextlib.contextmanager
 def _library(platform: str):
-    """Makes the platform's causal attention an implementation of the op, for a text in
-    one piece. Taking a layer out of the buffer is a copy of 2 N H bytes per token,
-    nothing beside the 4 N H FLOPs per pair."""
+    """Makes the platform's causal attention an implementation of the op.
+
+    It is for a text in one piece. Taking a layer out of the buffer is a copy of 2 N H
+    bytes per token, nothing beside the 4 N H FLOPs per pair.
+    """
     name = "cudnn" if platform == "gpu" else "xla"
 
     def causal(q, k, v, prefix, *, scale, layer=None, **_):
@@ -340,11 +350,11 @@ def _library(platform: str):
         del IMPLEMENTATIONS[FULL_LIBRARY]
 
 
-def _decode(s: Bench, held: _Held, length: int, method: str, batch: int) -> Row:
+def _decode(s: Bench, shared: _Shared, length: int, method: str, batch: int) -> Row:
     """Measures greedy tokens by the loop that `generate` runs, `BLOCK` per call."""
     before, ratio, window = peak_bytes(s.device), _ratio(method), s.beacon.window
-    make = functools.partial(_decoder, s, held, length, batch)
-    taken, program = held.measure(method, make, _methods(s), length, batch)
+    make = functools.partial(_decoder, s, shared, length, batch)
+    taken, program = shared.measure(method, make, _methods(s), length, batch)
     entries = entries_after(s.config, length - length % window + window // 2, ratio)
     read = decode_bytes(s.config, batch, entries, ratio, s.dtype)
     return timed(taken, program) | {
@@ -372,8 +382,11 @@ def _decode_needs(s: Bench, length: int, method: str, batch: int) -> int:
 
 
 def places(window: int) -> dict[int, float]:
-    """Returns the raw tokens of the open window that measured blocks start behind, and
-    each block's share in the mean of the window."""
+    """Chooses the blocks of a window that are measured.
+
+    Returns:
+      {raw tokens in front of a block: its share in the mean of the window}.
+    """
     blocks = window // BLOCK
     if window % BLOCK or blocks < 2:
         return {0: 1.0}
@@ -383,11 +396,13 @@ def places(window: int) -> dict[int, float]:
     return {BLOCK * i: share for i in spread} | {BLOCK * (blocks - 1): 1 / blocks}
 
 
-def _decoder(s: Bench, held: _Held, length: int, batch: int, method: str) -> Sampler:
+def _decoder(
+    s: Bench, shared: _Shared, length: int, batch: int, method: str
+) -> Sampler:
     check_fits(s.device, _decode_needs(s, length, method, batch))
     if method == TORCH:
-        return _torch_decoder(s, held, length, batch)
-    c, ratio, variables = s.config, _ratio(method), held.variables
+        return _torch_decoder(s, shared, length, batch)
+    c, ratio, variables = s.config, _ratio(method), shared.variables
     window, closed = s.beacon.window, length // s.beacon.window
     memory = _filled(s, length, ratio, batch, _decode_room(s, length, method))
     program, run = _block(s, variables, memory, ratio, closed + BLOCK // window + 2)
@@ -412,9 +427,9 @@ def _decoder(s: Bench, held: _Held, length: int, batch: int, method: str) -> Sam
     return Sampler(program, sample)
 
 
-def _torch_decoder(s: Bench, held: _Held, length: int, batch: int) -> Sampler:
+def _torch_decoder(s: Bench, shared: _Shared, length: int, batch: int) -> Sampler:
     """Makes the sampler of torch, in the middle of the window."""
-    window, model = s.beacon.window, held.torch
+    window, model = s.beacon.window, shared.torch
     middle = length - length % window + max((window - BLOCK) // 2, 0)
     cache = model.cache(batch, middle)
     decode = lambda: model.decode(cache, batch, BLOCK)

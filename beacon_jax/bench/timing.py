@@ -35,9 +35,14 @@ class CallTime:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program, the seconds that lowering and compiling it took, and the bytes that it
-    needs in all (arguments, results that are not in their place, and workspace), None
-    where the platform does not tell."""
+    """A compiled program.
+
+    Attributes:
+      run: the program.
+      seconds: of lowering and compiling it.
+      nbytes: that it needs in all (arguments, results that are not in their place, and
+        workspace); None: the platform does not tell.
+    """
 
     run: Any
     seconds: float
@@ -99,8 +104,9 @@ def _summary(samples: list[float], calls: int = 1) -> CallTime:
 def alternately(
     samplers: Mapping[str, Callable[[], float]], *, repeats: int = 5
 ) -> dict[str, CallTime]:
-    """Times several things in turn, one sample of each and again from the first, so
-    that whatever else the machine does meets all of them alike.
+    """Times several things in turn, one sample of each and again from the first.
+
+    So whatever else the machine does meets all of them alike.
 
     Args:
       samplers: by name; each measures once and returns the seconds.

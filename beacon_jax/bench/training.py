@@ -89,7 +89,7 @@ def start(model: ModelConfig, dtype: str) -> tuple[dict[str, Any], dict[str, Any
 def abstract(
     model: ModelConfig, config: Any, devices: Any, rows: int, windows: int, slots: int
 ) -> tuple[Placement, Any, Any, dict[str, float]]:
-    """Plans a step of the trainer on devices that need not be here.
+    """Describes a step of the trainer for devices that need not be here.
 
     Args:
       config: of a training run.

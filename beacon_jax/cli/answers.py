@@ -177,7 +177,7 @@ def _object(
 def _account(
     model: "Model", read: context.Context, made: Sequence["Generation"]
 ) -> None:
-    """Says the notes, what was read and made, what the memory holds, and the times."""
+    """Writes to stderr: notes, counts of tokens, what the memory holds, and times."""
     for note in dict.fromkeys(each.note for each in made if each.note):
         context.say(note)
     total = lambda name, counts: f"{sum(counts):,} {name} tokens"
@@ -242,7 +242,7 @@ def talk(
 
 
 def _obey(chat: "Chat", line: str) -> bool:
-    """Runs a command; False ends the conversation."""
+    """Runs a command of the user; returns False to end the conversation."""
     name, _, rest = line.strip().partition(" ")
     rest = rest.strip()
     if name == "/exit":

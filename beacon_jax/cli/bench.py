@@ -50,7 +50,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 def main(o: flags.FlagValues) -> None:
     if o.out:
         check_folder("--out", Path(o.out))
-    (_readme if o.readme else _plan if o.plan else _measure)(o)
+    (_readme if o.readme else _roofline if o.plan else _measure)(o)
 
 
 def _readme(o: flags.FlagValues) -> None:
@@ -64,12 +64,12 @@ def _readme(o: flags.FlagValues) -> None:
     report.update_readme(PAGE, "\n\n".join(texts))
 
 
-def _plan(o: flags.FlagValues) -> None:
+def _roofline(o: flags.FlagValues) -> None:
     with Progress().stage("planning"):
-        from beacon_jax.bench import plan, records
+        from beacon_jax.bench import records, roofline
 
-        made = plan.make(o.preset, o.lengths, o.ratios)
-    print(plan.text(made))
+        made = roofline.make(o.preset, o.lengths, o.ratios)
+    print(roofline.text(made))
     if o.out:
         records.write_json(Path(o.out) / "plan.json", made)
 

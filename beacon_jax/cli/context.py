@@ -259,7 +259,7 @@ def read(
 def figures(model: "Model", memory: "Memory", row: int = 0) -> dict[str, Any]:
     """Returns the figures of one row: what it holds, in entries and bytes.
 
-    The open window is included. What full attention would have taken is there, too.
+    The open window is included. The bytes of full attention stand beside them.
     """
     account = memory.account(row)
     return {

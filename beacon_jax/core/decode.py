@@ -108,11 +108,11 @@ def _either(
     other: Callable[[Any], Any],
     state: Any,
 ) -> Any:
-    """body(state) if `wanted`, else other(state); the state is written in place.
+    """Runs body(state) if `wanted`, else other(state), and writes the state in place.
 
-    `lax.cond`, but XLA for CPUs copies the buffers that a branch writes: at x8 behind
-    16K tokens of Qwen2-0.5B, 8 rows, twice 0.48 GiB for each token. Loops that run once
-    or not at all it does not copy. For H200 and TPU v5e it copies neither way, and
+    XLA for CPUs copies the buffers that a branch of `lax.cond` writes: at x8 behind 16K
+    tokens of Qwen2-0.5B, 8 rows, twice 0.48 GiB for each token. It does not copy for
+    loops that run once or not at all. For H200 and TPU v5e it copies neither way, and
     every loop costs a GPU one more question to the host.
     """
     if net.target.platform != "cpu":

@@ -22,9 +22,13 @@ from beacon_jax.runtime import launched
 
 
 class FeedOutput(NamedTuple):
-    """last_logits: after each row's last new token; the others per new token, undefined
-    beyond a row's length and None unless asked for. greedy: the label is the most
-    likely token."""
+    """Outputs of `feed`; those of each token are undefined beyond a row's length.
+
+    Attributes:
+      last_logits: after each row's last new token.
+      logits, token_loss: of each new token; None unless asked for.
+      greedy: whether the label is the most likely token; None unless asked for.
+    """
 
     last_logits: Float[Array, "B V"]
     logits: Float[Array, "B T V"] | None
@@ -167,7 +171,7 @@ def feed_jit(
     outputs: str,
     close: bool = True,
 ) -> tuple[FeedOutput, MemoryState]:
-    """Feeds as `feed` does, without the host's checks, a memory that it takes over.
+    """Feeds as `feed` does, without its checks on the host; takes the memory over.
 
     Args:
       static: the ratios to compile.
@@ -213,7 +217,7 @@ def feed_jit(
     place = jnp.minimum(jnp.arange(t) + memory.raw[:, None], laid.at.shape[1] - 1)
 
     def of_new_tokens(x):
-        """[N, B, W, ...] -> [B, T, ...]"""
+        """Takes the new tokens' places: [N, B, W, ...] -> [B, T, ...]."""
         x = x.swapaxes(0, 1).reshape(len(place), -1, *x.shape[3:])
         at = place.reshape(*place.shape, *(1,) * (x.ndim - 2))
         return jnp.take_along_axis(x, at, axis=1)
@@ -251,7 +255,7 @@ def _lay_out(
 ) -> _Laid:
     """Lays tokens out behind those of the open window, which runs again from its start.
 
-    So interleaving stays static.
+    So a program knows where beacons stand when it is compiled.
     """
     (b, t), w, raw = tokens.shape, memory.window, memory.raw
     n = -(-(t + w) // w)  # an open window may hold w tokens
@@ -265,8 +269,8 @@ def _lay_out(
     plans = jnp.broadcast_to(ratios, (b, ratios.shape[-1]))
     planned = plan.at(plans, memory.windows[:, None] + window)
     goes_on = (window == 0) & (raw[:, None] > 0)
-    per_row = jnp.where(goes_on, memory.ratio[:, None], planned)  # [B, N]
-    index = jnp.max(jnp.where(valid > 0, lookup(per_row, static), NOOP), axis=0)
+    used = jnp.where(goes_on, memory.ratio[:, None], planned)  # [B, N]
+    index = jnp.max(jnp.where(valid > 0, lookup(used, static), NOOP), axis=0)
     final = jnp.where(total > 0, (total - 1) // w, -1)
     begun = total // w if close else jnp.maximum(final, 0)  # windows that close
     steps = {
@@ -280,7 +284,7 @@ def _lay_out(
     here = jnp.minimum(begun, n - 1)[:, None]
     opened = memory.replace(
         raw=total - begun * w,
-        ratio=jnp.take_along_axis(per_row, here, axis=1)[:, 0],
+        ratio=jnp.take_along_axis(used, here, axis=1)[:, 0],
         windows=memory.windows + begun,
         tokens=jnp.take_along_axis(all_tokens, here * w + jnp.arange(w), axis=1),
     )
@@ -288,5 +292,5 @@ def _lay_out(
 
 
 def _by_window(x: Array, window: int) -> Int[Array, "N B W"]:
-    """[B, N W] -> [N, B, W]"""
+    """Cuts rows into windows: [B, N W] -> [N, B, W]."""
     return x.reshape(len(x), -1, window).swapaxes(0, 1)

@@ -26,8 +26,8 @@ LAYERS = "layers"
 REMAT = ("lean", "lean-layer", "none", "layer", "window")
 
 
-class Static(NamedTuple):
-    """What the loop is compiled for."""
+class LoopSettings(NamedTuple):
+    """Settings that the loop is compiled for (`window_loop`)."""
 
     net: Net
     windows: tuple[Window, ...]
@@ -65,22 +65,22 @@ def window_loop(
       offload: the filled buffers wait for the lean backward pass in host memory, from
         where every window fetches them again, one layer at a time.
     """
-    static = Static(net, windows, remat, offload)
+    settings = LoopSettings(net, windows, remat, offload)
     if remat.startswith("lean"):
-        return _lean(static, variables, buffers, xs)
-    step = functools.partial(_step, static, variables)
+        return _lean(settings, variables, buffers, xs)
+    step = functools.partial(_step, settings, variables)
     if remat == "window":
         step = jax.checkpoint(step, prevent_cse=False)
     return lax.scan(step, buffers, xs)[1]
 
 
 def _step(
-    static: Static, variables: Any, buffers: Entries, x: dict[str, Array]
+    settings: LoopSettings, variables: Any, buffers: Entries, x: dict[str, Array]
 ) -> tuple[Entries, Float[Array, "B W D"]]:
     """Runs one window forward: (buffers, hidden)."""
-    net, windows, remat, _ = static
+    net, windows, remat, _ = settings
     b, w = x["tokens"].shape
-    most = static.most
+    most = settings.most
     outer, layers = _split(variables)
     dtype = buffers.k.dtype
 
@@ -108,12 +108,12 @@ def _step(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lean(static: Static, variables: Any, buffers: Entries, xs: Any) -> Any:
-    step = functools.partial(_step, static, variables)
+def _lean(settings: LoopSettings, variables: Any, buffers: Entries, xs: Any) -> Any:
+    step = functools.partial(_step, settings, variables)
     return lax.scan(step, buffers, xs)[1]
 
 
-def _lean_fwd(static: Static, variables: Any, buffers: Any, xs: Any) -> Any:
+def _lean_fwd(settings: LoopSettings, variables: Any, buffers: Any, xs: Any) -> Any:
     # Only what is differentiated gets a cotangent: a frozen base must cost nothing.
     is_primal = lambda x: hasattr(x, "perturbed")
     value = lambda tree: jax.tree.map(lambda p: p.value, tree, is_leaf=is_primal)
@@ -121,15 +121,15 @@ def _lean_fwd(static: Static, variables: Any, buffers: Any, xs: Any) -> Any:
         lambda p: () if p.perturbed else None, variables, is_leaf=is_primal
     )
     variables, xs = value(variables), value(xs)
-    step = functools.partial(_step, static, variables)
+    step = functools.partial(_step, settings, variables)
     final, hidden = lax.scan(step, value(buffers), xs)
-    if static.offload:
+    if settings.offload:
         final = jax.device_put(final, jax.memory.Space.Host)
     return hidden, (variables, trained, final, xs)
 
 
-def _lean_bwd(static: Static, residuals: Any, d_hidden: Any) -> Any:
-    net = static.net
+def _lean_bwd(settings: LoopSettings, residuals: Any, d_hidden: Any) -> Any:
+    net = settings.net
     variables, trained, buffers, xs = residuals
     if isinstance(d_hidden, jax.custom_derivatives.SymbolicZero):
         zero: Any = d_hidden
@@ -137,10 +137,10 @@ def _lean_bwd(static: Static, residuals: Any, d_hidden: Any) -> Any:
     axes = _split(variable_axes(net.config))
     parts = zip(_split(variables), _split(trained), axes, strict=True)
     outer, layers = (_Trained(net, *part) for part in parts)
-    held = _Held(static, outer, layers, buffers)
+    held = _Held(settings, outer, layers, buffers)
     nothing = lambda sums, x, d_hidden: sums
     reverse = lambda window: functools.partial(_reverse, held, window)
-    branches = [nothing, *map(reverse, static.windows)]
+    branches = [nothing, *map(reverse, settings.windows)]
 
     def step(sums, x_and_ct):
         return _switch(x_and_ct[0], branches)(sums, *x_and_ct), None
@@ -157,9 +157,9 @@ _lean.defvjp(_lean_fwd, _lean_bwd, symbolic_zeros=True)
 
 
 class _Held(NamedTuple):
-    """What every window of the backward pass finds there."""
+    """Inputs that all windows of the backward pass share."""
 
-    static: Static
+    settings: LoopSettings
     outer: "_Trained"
     layers: "_Trained"
     buffers: Entries
@@ -174,20 +174,20 @@ def _reverse(
 ) -> Any:
     """Runs one window backward: adds to the sums (d_buffers, d_outer, d_layers)."""
     (net, _, remat, _), outer, layers, buffers = held
-    most = held.static.most
+    most = held.settings.most
     (d_k, d_v), d_outer, d_layers = sums
     slots, tokens = x["slots"], x["tokens"]
     alive = (jnp.arange(most) < x["added"][:, None])[..., None, None]
 
     def layer(own, frozen, h, k, v):
-        """(h, what enters the memory) of one layer."""
+        """Runs one layer: (h, what enters the memory)."""
         h, kept = window.layer(layers.merge(own, frozen), h, k, v, slots)
         kept = Entries(*(entry[None] for entry in pad_entries(kept, most)))
         new = new_entries(net.config, kept, slots, x["ratio"], k.dtype)
         return h, Entries(new.k[0], new.v[0])
 
     def taken(total, like):
-        """Cotangent of the entries that this window appended."""
+        """Takes the cotangent of the entries that this window appended."""
         cut = lambda row, at: lax.dynamic_slice_in_dim(row, at, most)
         return jnp.where(alive, jax.vmap(cut)(total, slots), 0).astype(like)
 
@@ -239,10 +239,17 @@ def _reverse(
 
 
 class _Residuals:
-    """What `jax.vjp` of a layer keeps, without the layer's own inputs: weights and
-    buffers, which are there anyway, are not stacked a second time."""
+    """Residuals of `jax.vjp` of a layer, without the layer's own inputs.
+
+    Weights and buffers are there anyway, and are not stacked a second time.
+    """
 
     def store(self, pull: Any, inputs: Any) -> list[Array]:
+        """Returns the arrays of `pull` that are neither own, frozen, k nor v.
+
+        Args:
+          inputs: (own, frozen, h, k, v) of the layer.
+        """
         leaves, self.tree = jax.tree.flatten(pull)
         own, frozen, _, k, v = inputs
         known = {id(x): i for i, x in enumerate(jax.tree.leaves((own, frozen, k, v)))}
@@ -250,6 +257,12 @@ class _Residuals:
         return [x for x, i in zip(leaves, self.known, strict=True) if i is None]
 
     def restore(self, kept: Any, inputs: Any) -> Any:
+        """Makes `pull` again.
+
+        Args:
+          kept: what `store` returned.
+          inputs: (own, frozen, k, v) of the layer.
+        """
         inputs, kept = jax.tree.leaves(inputs), iter(kept)
         leaves = [next(kept) if i is None else inputs[i] for i in self.known]
         return jax.tree.unflatten(self.tree, leaves)
@@ -270,12 +283,13 @@ class _Trained:
         self.own, self.frozen = parts(True), parts(False)
 
     def merge(self, own: Any, frozen: Any = None) -> Any:
+        """Makes the tree of these leaves; frozen=None: of its own frozen ones."""
         own, frozen = iter(own), iter(self.frozen if frozen is None else frozen)
         leaves = [next(own) if mark else next(frozen) for mark in self.marks]
         return self.tree.unflatten(leaves)
 
     def zeros(self) -> list[Array]:
-        """Where gradients are summed: float32, split as what is trained."""
+        """Makes zeros to sum gradients in: float32, split as what is trained."""
         marked = zip(self.leaves, self.marks, self.axes, strict=True)
         return [
             self.net.constrain(jnp.zeros(x.shape, jnp.float32), *axes)
@@ -284,7 +298,7 @@ class _Trained:
         ]
 
     def full(self, sums: Any) -> Any:
-        """Gradients in the dtypes of the tree, zeros where nothing is trained."""
+        """Makes a tree of gradients in its dtypes, zeros where nothing is trained."""
         sums = iter(sums)
         pairs = zip(self.leaves, self.marks, strict=True)
         leaves = [

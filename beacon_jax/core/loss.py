@@ -19,7 +19,7 @@ def token_losses(
     *,
     chunk: int = 256,
 ) -> Float[Array, "B W"]:
-    """Losses in nats of labels that are shifted already; 0 where the label is -100.
+    """Computes losses in nats of shifted labels; 0 where the label is -100.
 
     `logits` maps hidden states to float32 logits. At most `chunk` positions of a row
     are expanded to V at a time, forward and backward.
@@ -48,10 +48,11 @@ def token_scores(
     hidden: Float[Array, "B W D"],
     labels: Int[Array, "B W"],
 ) -> tuple[Float[Array, "B W"], Bool[Array, "B W"]]:
-    """`token_losses` and whether the label is the most likely token; no gradient.
+    """Computes `token_losses`, and whether each label is the most likely token.
 
-    `SCORED` positions at a time, and those without a label cost nothing: lm_head is a
-    quarter of Qwen2-0.5B, and a few labels behind a long context are the usual case.
+    It has no gradient. `SCORED` positions are expanded at a time, and parts without a
+    label cost nothing: lm_head is a quarter of Qwen2-0.5B, and a few labels behind a
+    long context are the usual case.
     """
 
     def some(h, y):

@@ -42,7 +42,8 @@ class MemoryState(flax.struct.PyTreeNode):
       ratio: of the open window (meaningful while raw > 0).
       windows: windows closed so far.
       tokens: ids of the open window's raw tokens; beyond `raw` undefined. A later piece
-        re-runs the open window from its start, which keeps interleaving static.
+        runs the open window again from its start, so that a program knows where its
+        beacons stand when it is compiled.
     """
 
     k: Buffer
@@ -56,14 +57,17 @@ class MemoryState(flax.struct.PyTreeNode):
 
     @property
     def rows(self) -> int:
+        """B, the number of sequences."""
         return self.slots.shape[0]
 
     @property
     def capacity(self) -> int:
+        """S, the entries that a row has room for."""
         return self.k.shape[2]
 
     @property
     def window(self) -> int:
+        """W, the raw tokens of a full window."""
         return self.tokens.shape[1]
 
     @property
@@ -77,7 +81,7 @@ class MemoryState(flax.struct.PyTreeNode):
         return buffers.slot_nbytes(self.k) + buffers.slot_nbytes(self.v)
 
     def open_entries(self, placement: str) -> Int[Array, " B"]:
-        """Entries of the open window: raw tokens and the beacons among them."""
+        """Counts the entries of open windows: raw tokens and the beacons among them."""
         return Law(self.window, placement=placement).entries(self.ratio, self.raw)
 
     def copy(self) -> "MemoryState":
@@ -93,8 +97,10 @@ class MemoryState(flax.struct.PyTreeNode):
 
 
 def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
-    """Bytes of one slot of one row: keys and values of all layers, and their scales
-    in int8."""
+    """Counts the bytes of one slot of one row: keys and values of all layers.
+
+    In int8 they have scales besides.
+    """
     entry = config.head_dim * jnp.dtype(dtype).itemsize
     if jnp.dtype(dtype) == jnp.int8:
         entry += 4
@@ -104,9 +110,11 @@ def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
 def init_memory(
     config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32
 ) -> MemoryState:
-    """Makes an empty memory for `batch` rows of `capacity` slots (`plan.capacity`).
+    """Makes an empty memory for `batch` rows of `capacity` slots.
 
-    dtype: of keys and values; int8 has scales besides.
+    Args:
+      capacity: see `plan.capacity`.
+      dtype: of keys and values; int8 has scales besides.
     """
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
     zeros = lambda: jnp.zeros((batch,), jnp.int32)

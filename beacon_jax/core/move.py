@@ -1,5 +1,7 @@
-"""Entries of a memory that move to other slots: kept ones of an open window, and the
-slots of one memory behind those of another.
+"""Moves entries of a memory to other slots.
+
+These are the kept ones of an open window, or the slots of one memory that go behind
+those of another.
 
 A key in the buffer is rotated at its index and, with yarn, carries the magnitude. A key
 that moves is turned by the distance alone: rotations add up, the magnitude would not.
@@ -95,10 +97,10 @@ def append(config: ModelConfig, state: MemoryState, other: MemoryState) -> Memor
     to, nth = _targets(state.slots, size, state.capacity)
     moves = (nth >= 0) & (nth < other.slots[:, None])
     source = jnp.maximum(nth, 0)
-    turn = jnp.broadcast_to(state.slots[:, None], source.shape)
+    distance = jnp.broadcast_to(state.slots[:, None], source.shape)
     k = buffers.adopted(state.k, other.k, state.slots == 0)
     shift = buffers.mean_change(other.k, k, to, inverse_frequencies(config))
-    new_k = _turned(config, buffers.take(other.k, source), turn, shift)
+    new_k = _turned(config, buffers.take(other.k, source), distance, shift)
     return state.replace(
         k=_put(k, new_k, to, moves),
         v=_put(state.v, buffers.take(other.v, source), to, moves),
@@ -134,7 +136,9 @@ def _turned(
 def _put(
     buffer: Buffer, new: Any, to: Int[Array, "B n"], moves: Bool[Array, "B n"]
 ) -> Buffer:
-    """Writes new [L, B, n, K, H] at the neighbours to [B, n] where `moves`; the others
-    keep their bits, whatever a turn by 0 would make of them."""
+    """Writes new [L, B, n, K, H] at the neighbours to [B, n] where `moves`.
+
+    The others keep their bits, whatever a rotation by 0 would make of them.
+    """
     mixed = buffers.choose(moves, new, buffers.take(buffer, to))
     return buffers.copy_in(buffer, mixed, to[:, 0])

@@ -65,7 +65,7 @@ def of_rows(ratios: Ratios, rows: int) -> Int[np.ndarray, "B P"]:
 def coming(
     memory: MemoryState, tokens: Any, ratios: Ratios
 ) -> list[tuple[int, Int[np.ndarray, " n1"]]]:
-    """Looks at the windows that `tokens` more tokens per row close, and the one behind.
+    """Lists the windows that `tokens` more tokens per row close, and the one behind.
 
     Reads B small numbers back from the device.
 

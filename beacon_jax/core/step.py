@@ -1,4 +1,4 @@
-"""One window: the branches over static ratios, and what enters the memory."""
+"""Runs one window: a branch for each static ratio, and what enters the memory."""
 
 import functools
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin, inverse_frequencies, rotate
 
-# Branches of a window step are NOOP, then the static ratios in order.
+# Branches of a window step are NOOP, then the static ratios (those that are compiled)
+# in order.
 NOOP = 0
-
 
 # A branch: (variables, tokens, k, v, slots, valid) -> (hidden, entries kept, k, v).
 type Branch = Callable[..., tuple[Array, Entries, Buffer, Buffer]]
@@ -29,14 +29,15 @@ def layout_of(config: ModelConfig, ratio: int, window: int) -> Layout:
 
 
 class Window(NamedTuple):
-    """A full window at one static ratio, in parts, so that a backward pass can go
-    through it layer by layer. `outer` is the variables without "layers", `layer` those
-    of one layer.
+    """A full window at one static ratio, in parts for a backward pass layer by layer.
 
-    kept: entries that may enter the memory.
-    begin: (outer, tokens [B, W]) -> x [B, T, D].
-    layer: (layer, x, k [B, S, K, H], v, prefix [B]) -> (x, Entries kept [B, n, K, H]).
-    finish: (outer, x) -> hidden [B, W, D] of the raw rows.
+    `outer` are the variables without "layers", `layer` those of one layer.
+
+    Attributes:
+      kept: number of entries that may enter the memory, n.
+      begin: (outer, tokens [B, W]) -> x [B, T, D].
+      layer: (layer, x, k [B, S, K, H], v, prefix [B]) -> (x, Entries [B, n, K, H]).
+      finish: (outer, x) -> hidden [B, W, D] of the raw rows.
     """
 
     kept: int
@@ -53,8 +54,8 @@ def training_window(
     Args:
       window: W, its raw tokens.
       keep: entries that may enter the memory.
-      remat: of the attention, keep what its backward pass needs, but not the buffer
-        with the window written into it.
+      remat: keep of the attention what its backward pass needs, but not the buffer with
+        the window written into it.
     """
     layout = layout_of(net.config, ratio, window)
     model, one = Decoder(net, layout, keep), Layer(net, layout, keep, remat)
@@ -75,7 +76,7 @@ def training_window(
 def window_branches(net: Net, ratios: tuple[int, ...], window: int) -> list[Branch]:
     """Makes the branches of feeding: NOOP, and one per static ratio in order.
 
-    All keep as many entries, the most that any of them does, the last ones padding.
+    All return as many entries, the most that any of them keeps; the rest is padding.
     """
     law = Law.of(net.config, window)
     most = max(len(law.kept_entries(r)) for r in ratios)
@@ -144,11 +145,10 @@ def append(
 ) -> tuple[Any, Any]:
     """Writes a window's kept entries behind the slots of each row that is live.
 
-    The others stay as they are. Where all are live, one that appends nothing gets dead
-    entries behind its slots.
-
     Args:
       buffers: keys and values [L, B, S, K, H].
+      live: rows that are written; the others stay as they are. None: all, and a row
+        that appends nothing gets dead entries behind its slots.
     """
     new = new_entries(config, kept, slots, ratio, buffers[0].dtype)
     put = functools.partial(

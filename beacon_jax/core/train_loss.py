@@ -22,10 +22,11 @@ from beacon_jax.names import meant
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What a training loss is, and how its gradient is computed; hashable.
+    """Settings of a training loss and of its gradient; hashable.
 
     Attributes:
-      skip_first_window: the paper's eq. 11 instead of the release's recipe.
+      skip_first_window: leaves out the labels of each row's first window (the paper's
+        eq. 11) instead of counting all, as the release does.
       average: "token", over all counted labels, or "row", a mean of row means.
       remat, offload: what the backward pass recomputes, and where it finds the memory:
         see `lean_vjp.window_loop`.
@@ -194,8 +195,8 @@ def _losses(
 ) -> tuple[Float[Array, "N B W"], Any]:
     """Returns the losses of all labels, and the function that makes logits.
 
-    Behind the loop over windows: the head is compiled once, not once per ratio, and is
-    not run again when the windows are.
+    This comes behind the loop over windows. So the head is compiled once, not once per
+    ratio, and is not run again when the windows are.
     """
     head = Decoder(net, Layout(1, 1, 0))
     logits = lambda h: apply(head, variables, h, method="logits")

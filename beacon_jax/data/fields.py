@@ -136,7 +136,7 @@ def _conversation(where: str, row: dict) -> Record:
 
 
 def _transposed(columns: dict) -> list[dict]:
-    """Turns a dict of lists into a list of turns.
+    """Makes a list of turns from a dict of lists.
 
     TFDS and older Arrow files hold turns as a dict of lists.
     """

@@ -153,18 +153,18 @@ def synthesize(
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with Answers(kept) as answers:
         with Progress().stage("reading the texts"):
-            plan = _plan(settings, count, report)
-        keys = {s.key for segments in plan for s in segments if s.key}
+            cut = _cut(settings, count, report)
+        keys = {s.key for segments in cut for s in segments if s.key}
         report.segments, report.known = len(keys), len(keys & answers.known())
         show(
             f"{report.documents:,} documents, {report.segments:,} segments to ask "
             f"about, {report.known:,} of them answered before"
         )
         try:
-            _ask_all(settings, plan, answers, report, stop, show)
+            _ask_all(settings, cut, answers, report, stop, show)
         finally:
             with Progress().stage("writing"):
-                rows = _conversations(settings, plan, answers, count, report)
+                rows = _conversations(settings, cut, answers, count, report)
                 _write(settings.out, rows)
     return report
 
@@ -184,9 +184,9 @@ def documents(settings: Inquiry, report: Report | None = None) -> Iterator[str]:
             report.skipped += 1
 
 
-def _plan(settings: Inquiry, count: Count, report: Report) -> list[list[Segment]]:
+def _cut(settings: Inquiry, count: Count, report: Report) -> list[list[Segment]]:
     """Returns the segments of every document: places only, texts are read again."""
-    plan = []
+    cut = []
     for text in documents(settings, report):
         pieces = split(text, settings.segment_tokens, count)
         segments, start = [], 0
@@ -194,14 +194,14 @@ def _plan(settings: Inquiry, count: Count, report: Report) -> list[list[Segment]
             key = _key(settings, piece) if tokens >= SHORTEST_SEGMENT else ""
             segments.append(Segment(start, start + len(piece), tokens, key))
             start += len(piece)
-        plan.append(segments)
-    report.documents = len(plan)
-    if not any(s.key for segments in plan for s in segments):
+        cut.append(segments)
+    report.documents = len(cut)
+    if not any(s.key for segments in cut for s in segments):
         raise ValueError(
             f"sources={list(settings.sources)}: no text of at least {SHORTEST_SEGMENT} "
             f"tokens among {report.documents:,} texts and {report.skipped:,} other rows"
         )
-    return plan
+    return cut
 
 
 def _key(settings: Inquiry, piece: str) -> str:
@@ -212,14 +212,14 @@ def _key(settings: Inquiry, piece: str) -> str:
 
 def _ask_all(
     settings: Inquiry,
-    plan: list[list[Segment]],
+    cut: list[list[Segment]],
     answers: Answers,
     report: Report,
     stop: threading.Event,
     show: Callable[[str], None],
 ) -> None:
     """Asks about every segment without an answer, `concurrency` at a time."""
-    questions = _open_questions(settings, plan, answers.known())
+    questions = _open_questions(settings, cut, answers.known())
     total, began = report.segments - report.known, time.monotonic()
     shown, in_a_row = began, 0
     running: set[concurrent.futures.Future[list[Pair]]] = set()
@@ -253,11 +253,11 @@ def _ask_all(
 
 
 def _open_questions(
-    settings: Inquiry, plan: list[list[Segment]], known: set[str]
+    settings: Inquiry, cut: list[list[Segment]], known: set[str]
 ) -> Iterator[tuple[str, str]]:
     """Yields (key, text) of each segment without an answer; equal texts once."""
     seen = set(known)
-    for text, segments in zip(documents(settings), plan, strict=True):
+    for text, segments in zip(documents(settings), cut, strict=True):
         for segment in segments:
             if segment.key and segment.key not in seen:
                 seen.add(segment.key)
@@ -347,12 +347,12 @@ def _stopping(stop: threading.Event) -> Iterator[None]:
 
 def _conversations(
     settings: Inquiry,
-    plan: list[list[Segment]],
+    cut: list[list[Segment]],
     answers: Answers,
     count: Count,
     report: Report,
 ) -> Iterator[list[dict[str, str]]]:
-    for text, segments in zip(documents(settings), plan, strict=True):
+    for text, segments in zip(documents(settings), cut, strict=True):
         parts = [
             (segment, pairs, _tokens(pairs, count))
             for segment in segments

@@ -22,7 +22,7 @@ STOPS = ("paper", "official")
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """What decides every example and every prediction, besides model and method.
+    """Settings that decide every example and prediction, besides model and method.
 
     Attributes:
       lengths: tokens of an example, answer included.

@@ -60,8 +60,10 @@ def ratio_of(
 
 
 def longest(config: ModelConfig, ratio: int | str) -> int:
-    """The most tokens whose positions were trained at a ratio; where it is decided per
-    text, at the largest that there is."""
+    """Counts the most tokens whose positions were trained at a ratio.
+
+    Where the ratio is decided per text, it is the largest that there is.
+    """
     numbers = [r for r in (config.beacon.ratios if config.beacon else ()) if r]
     fixed = {"full": 0, "auto": max(numbers, default=0)}
     if isinstance(ratio, str):
@@ -101,8 +103,15 @@ def score(
 
 
 class _Row(NamedTuple):
-    """past: whole windows in front of the context's last token. rest: the other inputs,
-    and labels [len(rest)] of theirs that predict something."""
+    """One pair, cut where it is compressed.
+
+    Attributes:
+      index: number of the pair.
+      ratio: of its windows.
+      past: whole windows in front of the context's last token.
+      rest: the other inputs [R].
+      labels: of these [R], shifted; only those of the continuation count.
+    """
 
     index: int
     ratio: int
@@ -167,8 +176,10 @@ def _remember(model: Model, rows: list[_Row]) -> Any:
 
 
 def fill_up[Item](model: Model, rows: list[Item]) -> list[Item]:
-    """With the last row again and again, up to a power of two, so that few programs
-    serve all batches, and to as many as the devices can share."""
+    """Repeats the last row until there is a power of two of them.
+
+    So few programs serve all batches. There are also as many as the devices can share.
+    """
     shares = 1
     if model.partition is not None:
         sizes = model.partition.mesh.shape
@@ -193,15 +204,19 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " n"]:
-    """Ids as the model reads a text from its start: with bos if the tokenizer adds it,
-    but not a second one (a chat template writes its own)."""
+    """Encodes a text as the model reads it from its start.
+
+    It has a bos if the tokenizer adds it, but not a second one: a chat template writes
+    its own.
+    """
     bos = tokenizer.bos_token
     return ids(tokenizer, text, special=not (bos and text.startswith(bos)))
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
-    """Encodes both together and cuts behind as many tokens as the context has alone;
-    spaces at its end belong to the continuation. An empty context is `prefix_token`.
+    """Encodes both together and cuts behind as many tokens as the context has alone.
+
+    Spaces at its end belong to the continuation. An empty context is `prefix_token`.
 
     Raises:
       ValueError: an empty continuation.
@@ -227,8 +242,11 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
 def shorten(
     context: Int[np.ndarray, " C"], room: int, side: str = "left"
 ) -> Int[np.ndarray, " c"]:
-    """At most `room` tokens of a context, but never none: without its "left" (what
-    lm-evaluation-harness does) or its "middle" (what LongBench does).
+    """Returns at most `room` tokens of a context, but never none.
+
+    Args:
+      side: what is left out: "left", as lm-evaluation-harness does, or "middle", as
+        LongBench does.
 
     Raises:
       ValueError: another side.
@@ -250,9 +268,11 @@ def shorten(
 def rolling_pairs(
     tokens: Int[np.ndarray, " n"], prefix: int, max_length: int
 ) -> list[Pair]:
-    """Pairs that predict every token of a text once, at most `max_length` inputs each:
-    behind the first of them each has the token before it as context, the last one as
-    much as there is room for."""
+    """Makes pairs that predict every token of a text once.
+
+    Each has at most `max_length` inputs. The context of the first is `prefix`, of the
+    others the token before, and of the last one as much as there is room for.
+    """
     pairs = []
     for start in range(0, len(tokens), max_length):
         part = tokens[start : start + max_length]

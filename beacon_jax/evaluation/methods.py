@@ -54,8 +54,7 @@ class Method:
         self.live_ratio = 0
 
     def resolve(self, model: Model, tokens: int) -> "Method":
-        """This method for a text of `tokens`: with a number where the ratio is "adapt"
-        (`adapted`)."""
+        """Returns this method for a text of `tokens`: "adapt" becomes a number."""
         if self.ratio != ADAPT:
             return self
         made = copy.copy(self)
@@ -95,8 +94,11 @@ def split_name(method: str) -> tuple[str, str]:
 
 
 def adapted(config: ModelConfig, tokens: int) -> int:
-    """The release's rule `adapt-1024`: the smallest ratio whose memory has positions
-    for the text and 1,024 tokens more, else the largest; 0 without beacons."""
+    """Returns the ratio of a text by the release's rule `adapt-1024`.
+
+    It is the smallest one whose memory has positions for the text and 1,024 tokens
+    more, else the largest; 0 without beacons.
+    """
     trained = config.beacon.ratios if config.beacon else ()
     ratios = [r for r in trained if r > 0] or [0]
     return adaptive_ratio(config, ratios, tokens, ADAPT_FUTURE)
@@ -152,8 +154,9 @@ def remember_prompts(
 
 
 class Incremental(Method):
-    """A method whose memory grows with the text: reading on gives what reading it all
-    would, so that a text whose every window is asked for is read once.
+    """A method whose memory grows with the text: reading on is as reading all at once.
+
+    So a text whose every window is asked for is read once.
 
     Attributes:
       dtype: of keys and values; None: that of the model.

@@ -79,8 +79,10 @@ def heat_maps(
 
 
 def loss_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss of the last window: a panel per ratio over the length, or, of one length, a
-    row per method in the order of their losses."""
+    """Draws the loss of the last window against the length, a panel per ratio.
+
+    If there is one length, it draws a row per method, in the order of their losses.
+    """
     found = [m for m in metrics if m["metric"] == "loss"]
     label = "loss of the last window, nats/token"
     if len({m["length"] for m in found}) == 1:
@@ -173,8 +175,10 @@ def costs(
     times: Sequence[Mapping[str, Any]],
     folder: Path,
 ) -> list[str]:
-    """KV bytes of the past, and seconds per example without compilation, a panel per
-    ratio, against the length."""
+    """Draws KV bytes of the past and seconds per example, a panel per ratio.
+
+    Both stand against the length; seconds are without compilation.
+    """
     if len({m["length"] for m in metrics}) < 2:
         return []
     took: dict[tuple[str, int], float] = {}
@@ -196,7 +200,7 @@ def costs(
 
 
 def _memory_panel(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """One line for all methods that keep the same bytes: they would hide each other."""
+    """Draws one line for all methods of equal bytes: they would hide each other."""
     lines: dict[tuple[tuple[int, float], ...], list[Mapping[str, Any]]] = {}
     for m in _by_method(metrics):
         held = {x["length"]: x["kv_bytes"] for x in m}
@@ -271,7 +275,7 @@ def _panels(
 
 
 def _legend(figure: Figure, panels: Sequence[Any]) -> None:
-    """One for all panels, beside them."""
+    """Adds one legend for all panels, beside them."""
     lines: dict[str, Any] = {}
     for axes in panels:
         for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -290,7 +294,7 @@ def style(family: str) -> dict[str, Any]:
 
 
 def _against_ratio(axes: Any, metrics: list[Mapping[str, Any]]) -> None:
-    """At the longest length. Methods without a ratio are level lines."""
+    """Draws against the ratio, at the longest length; without a ratio a level line."""
     longest = max(m["length"] for m in metrics)
     here = [
         m
@@ -370,7 +374,7 @@ def _length_axis(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _moved(names: Sequence[str]) -> dict[str, float]:
-    """A factor near 1 per name, for the x axis: equal values stay side by side."""
+    """Returns a factor near 1 per name, which sets equal x values side by side."""
     middle = (len(names) - 1) / 2
     step = min(0.025, 0.25 / max(len(names), 1))
     return {name: 2.0 ** (step * (i - middle)) for i, name in enumerate(names)}
@@ -382,5 +386,5 @@ def by_number(tag: str) -> tuple[int, str]:
 
 
 def _faded(ratio: int | None) -> float:
-    """Higher ratios are drawn lighter."""
+    """Returns the opacity of a ratio: higher ones are lighter."""
     return 1.0 if ratio is None else max(0.3, 1.15 - 0.15 * float(np.log2(2 * ratio)))

@@ -29,8 +29,11 @@ def encode(model: Model, text: str, prefix: str = "", chat: str = "auto") -> Tok
 
 
 def ask(model: Model, text: str, prefix: str, chat: str) -> Tokens:
-    """A prompt whose answer begins with `prefix`: on a line of its own, or as the
-    beginning of the assistant's turn."""
+    """Makes a prompt whose answer begins with `prefix`.
+
+    The prefix stands on a line of its own or, in a template, begins the assistant's
+    turn.
+    """
     line = "" if templated(model, chat) else "\n"
     return encode(model, text + line, prefix, chat)
 
@@ -70,7 +73,8 @@ def fit(
 ) -> int:
     """The largest n >= least whose build(n) has at most `room` tokens.
 
-    build: more of something (lines, sentences) with larger n, hence more tokens.
+    Args:
+      build: more of something (lines, sentences) with larger n, hence more tokens.
       near: a guess, such as what fitted before; a good one costs a tenth of none.
 
     Raises:

@@ -62,8 +62,10 @@ def main_metrics(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
 
 
 def overview(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Per length and ratio two tables with a row per task, a column per family of
-    methods: the task's number, and the loss of its answers."""
+    """Writes two tables per length and ratio: scores, and losses of the answers.
+
+    They have a row per task and a column per family of methods.
+    """
     tables = []
     for length in sorted({m["length"] for m in metrics}):
         here = [m for m in metrics if m["length"] == length]

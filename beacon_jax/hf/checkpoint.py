@@ -201,7 +201,7 @@ def save_hf(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
     )
-    plan = {
+    files = {
         name: (keys, {"format": "pt"})
         for name, keys in shards.filename_to_tensors.items()
     }
@@ -215,9 +215,9 @@ def save_hf(
         hf[key] = reader.tensors["params/embed/embedding"].dtype.name
         if hf != base:  # else config.json stays byte for byte what it was
             write_config(folder, hf)
-        write_hf_weights(folder, config, reader, plan)
-        if len(plan) > 1:
-            write_index(folder / "model.safetensors.index.json", plan)
+        write_hf_weights(folder, config, reader, files)
+        if len(files) > 1:
+            write_index(folder / "model.safetensors.index.json", files)
 
 
 def _natural(key: str) -> list[Any]:

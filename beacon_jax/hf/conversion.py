@@ -113,18 +113,18 @@ def to_hf(src: Path, dst: Path, *, overwrite: bool = False) -> None:
     manifest = read_manifest(src)
     config = ModelConfig.from_hf(read_config(src), ignore_sliding_window=True)
     reader = open_converted(src)
-    plan = {
+    files = {
         name: (spec["tensors"], spec["metadata"])
         for name, spec in manifest["files"].items()
     }
     with new_folder(dst, overwrite=overwrite) as folder:
         copy_small_files(src, folder)
-        write_hf_weights(folder, config, reader, plan)
+        write_hf_weights(folder, config, reader, files)
         index = folder / "model.safetensors.index.json"
         if manifest["index"] is not None:
             index.write_text(manifest["index"])
-        elif list(plan) != ["model.safetensors"]:
-            write_index(index, plan)
+        elif list(files) != ["model.safetensors"]:
+            write_index(index, files)
         if manifest["dtype"] is not None:
             hf = read_config(folder)
             key = "dtype" if "dtype" in hf else "torch_dtype"
@@ -303,20 +303,20 @@ def write_hf_weights(
     folder: Path,
     config: ModelConfig,
     reader: Reader,
-    plan: Mapping[str, tuple[list[str], Mapping[str, str] | None]],
+    files: Mapping[str, tuple[list[str], Mapping[str, str] | None]],
 ) -> None:
     """Writes the files of an HF folder from our tensors.
 
     Args:
       reader: our tensors.
-      plan: file name -> (HF keys in order, metadata of the file).
+      files: file name -> (HF keys in order, metadata of the file).
     """
     where = {k: (e, i) for e in table(config) for i, k in enumerate(e.keys)}
     if config.tie_embeddings:
         where[LM_HEAD] = where[EMBEDDING]
     tensors = {
         key: Tensor(where[key][0].hf_shape, reader.tensors[where[key][0].name].dtype)
-        for keys, _ in plan.values()
+        for keys, _ in files.values()
         for key in keys
     }
 
@@ -333,7 +333,7 @@ def write_hf_weights(
 
     with Progress().stage("writing", "MB") as stage:
         stage.begin(0, sum(t.nbytes for t in tensors.values()) / 1e6)
-        for name, (keys, metadata) in plan.items():
+        for name, (keys, metadata) in files.items():
             chosen = {key: tensors[key] for key in keys}
             write_safetensors(folder / name, chosen, blocks, metadata, stage)
 

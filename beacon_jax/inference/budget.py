@@ -64,7 +64,7 @@ def spend(row: Row, budget: Budget) -> tuple[Int[np.ndarray, " n"], str]:
     trained = sorted({r for r in beacon.ratios if r}) if beacon else []
     larger = [r for r in divisors(row.window) if r > max(trained, default=0)]
     ladder = trained + larger if beacon else [0]
-    held = lambda base: row.held(row.applied(base))
+    held = lambda wished: row.held(row.applied(wished))
     fits = (i for i, r in enumerate(ladder) if held(row.uniform(r)) <= budget.slots)
     step = next(fits, None)
     if step is None:
@@ -90,9 +90,9 @@ def spend(row: Row, budget: Budget) -> tuple[Int[np.ndarray, " n"], str]:
     latest = np.flatnonzero(free)[::-1]
 
     def with_latest(count: int) -> Int[np.ndarray, " n"]:
-        base = row.uniform(ratio)
-        base[latest[:count]] = ladder[step - 1]
-        return base
+        wished = row.uniform(ratio)
+        wished[latest[:count]] = ladder[step - 1]
+        return wished
 
     # Every step down costs slots, so the largest number that fits can be bisected.
     counts, cost = range(len(latest) + 1), lambda count: held(with_latest(count))

@@ -169,7 +169,7 @@ class Chat:
         self.messages = self.messages[:-2]
 
     def encode(self, messages: list[dict[str, str]]) -> np.ndarray:
-        """The tokens [n] of a conversation up to where the next answer begins."""
+        """Returns the tokens [n] of a conversation up to where its answer begins."""
         return encode_turns(
             self._model, messages, template=self._template, behind=bool(self._base)
         )

@@ -48,7 +48,7 @@ class Decoded(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """What decoding is asked for.
+    """Settings of decoding.
 
     Attributes:
       max_new_tokens: one number, or one per row.
@@ -72,7 +72,7 @@ class Decoding(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a block needs to know of each row.
+    """Settings of each row.
 
     Attributes:
       sampling, seeds: [B].

@@ -251,13 +251,13 @@ def choose_dtype(model: "Model", memory: Memory | None, asked: str | None) -> st
 def fresh_state(
     model: "Model", rows: int, capacity: int, dtype: str | None = None
 ) -> MemoryState:
-    """An empty memory, split over the devices of the model."""
+    """Makes an empty memory, split over the devices of the model."""
     dtype = choose_dtype(model, None, dtype)
     return leaves.empty(model.config, rows, capacity, dtype, model.partition)
 
 
 def _nothing(model: "Model", rows: int, dtype: str | None) -> MemoryState:
-    """A memory of one slot on the host, which only says that it is empty."""
+    """Makes a memory of one slot on the host, which only says that it is empty."""
     dtype = choose_dtype(model, None, dtype)
     shape = jax.eval_shape(lambda: init_memory(model.config, rows, 1, dtype))
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shape)

@@ -41,7 +41,7 @@ class Generation:
 
     @functools.cached_property
     def memory(self) -> Memory:
-        """Holds the context, the prompt and the new tokens: pass it on to continue."""
+        """The memory of context, prompt and new tokens: pass it on to continue."""
         return self.batch if len(self.batch) == 1 else self.batch[self.row]
 
     def __repr__(self) -> str:

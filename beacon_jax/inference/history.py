@@ -44,6 +44,7 @@ class History:
 
     @classmethod
     def empty(cls) -> "History":
+        """Makes the history of a row that has read nothing."""
         none = np.zeros(0, np.int32)
         return cls(none.reshape(0, 2), none, np.zeros((1, 2), np.int32), 0, none)
 

@@ -120,7 +120,7 @@ def build(
 
 
 def _share(sources: list[Part], slots: int, leaf: Any, index: Any) -> np.ndarray:
-    """Makes a device's share [L, b, ...] of a leaf with slots: live entries, zeros."""
+    """Makes a device's share [L, b, ...] of a leaf: live entries, zeros behind them."""
     layers, rows, *rest = (
         range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)
     )
@@ -160,7 +160,7 @@ def empty(
     dtype: Any,
     partition: Partition | None,
 ) -> MemoryState:
-    """An empty memory, made on the devices that it is split over."""
+    """Makes an empty memory on the devices that it is split over."""
     make = functools.partial(init_memory, config, rows, capacity, dtype)
     if partition is None:
         return _empty(config, rows, capacity, dtype)

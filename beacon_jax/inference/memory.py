@@ -92,8 +92,7 @@ class Memory:
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of one slot of one row: keys and values of all layers, in int8 with
-        their scales."""
+        """Bytes of one slot of one row: keys, values and int8 scales of all layers."""
         return self.state.slot_nbytes
 
     @property
@@ -270,7 +269,7 @@ def batch_axis(leaf: Any) -> int:
 
 
 def take_rows(state: MemoryState, index: Int[np.ndarray, " b"]) -> MemoryState:
-    """The state of the rows of `index`, which may repeat."""
+    """Takes the state of the rows of `index`, which may repeat."""
     rows = jnp.asarray(index)
     return _by_leaf(lambda x: jnp.take(x, rows, axis=batch_axis(x)), state)
 

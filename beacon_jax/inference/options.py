@@ -1,8 +1,8 @@
 """The options of `compress`, `complete` and `generate`: names, types, defaults, once.
 
 A caller gives them as keywords. `ReadOptions` and `CompleteOptions` type the keywords,
-so that an editor and a type checker know every name; `collect` turns them into one
-frozen `Reading` or `Completion` at the door, and nothing behind it takes them as
+so that an editor and a type checker know every name. `collect` makes one frozen
+`Reading` or `Completion` of them at the door, and nothing behind it takes them as
 keywords. `documented` gives `help()` and a notebook the same names with their defaults.
 """
 
@@ -120,8 +120,9 @@ def collect[Options: Reading](
 
     Args:
       kind: `Reading` or `Completion`.
-      function: the name of the one that was called, for the message.
-      own: its arguments that are no options.
+      function: name of the function that was called, for the message.
+      given: the keywords.
+      own: names of the function's arguments that are no options.
 
     Raises:
       TypeError: a keyword that does not exist; names the nearest one.

@@ -92,8 +92,8 @@ def save(
 
     Args:
       path: of the file, `.beacon` by custom.
-      tokens: with the token ids, which `truncate` inside a window needs. Without them
-        the pack still has those of open windows (fewer than W), which go on.
+      tokens: whether token ids are written, which `truncate` inside a window needs.
+        Those of open windows (fewer than W per row) are always written.
       overwrite: a file of that name is replaced when the new one is complete.
 
     Raises:
@@ -153,7 +153,7 @@ def read(
     mesh: str | Mesh | Partition | None = None,
     allow_other_model: bool = False,
 ) -> tuple[ModelConfig, MemoryState, tuple[History, ...], Identity]:
-    """Reads a pack: what a `Memory` is made of, which `Memory.load` does.
+    """Reads a pack, into the parts that `Memory.load` makes a memory of.
 
     Args:
       path: of the file.
@@ -166,8 +166,8 @@ def read(
         config has to fit.
 
     Returns:
-      Config, state, rows and identity, bit-identical in everything that is live, in a
-      buffer that is not much larger than that.
+      Config, state, rows and identity. All live entries are bit-identical, in a buffer
+      of as many slots as `core.memory.buffer_size` says.
 
     Raises:
       TypeError: an argument of another type, or arguments in another order.
@@ -354,6 +354,7 @@ class _Pack:
 
 
 def _history(pack: _Pack, row: int, about: Mapping[str, Any]) -> History:
+    """Reads the history of a row; `about` is what the manifest says of it."""
     get = lambda name: pack.array(f"row.{name}/{row}")
     spans, ratios, marks = get("spans"), get("ratios"), get("marks")
     assert spans is not None and ratios is not None and marks is not None
@@ -368,6 +369,7 @@ def _check_model(
     model: ModelLike,
     allow_other: bool,
 ) -> None:
+    """Raises PackError, with the differences, if a model cannot continue a pack."""
     found = config_differences(config, model.config)
     remedy = "Load the model that wrote it, or compress the text again."
     if not found and not allow_other:
@@ -389,7 +391,7 @@ def _metadata(manifest: str) -> dict[str, str]:
 
 
 def _text_hash(row: History) -> str | None:
-    """SHA-256 of a row's token ids, int32 little endian; None: they were not kept."""
+    """Hashes a row's token ids, int32 little endian; None: they were not kept."""
     if row.tokens is None:
         return None
     return _sha256([np.asarray(row.tokens, "<i4")])

@@ -95,17 +95,17 @@ def make_plan(
     row = Row(config, length, new_tokens, before).with_spans(spans, lossless)
     if budget is not None:
         alone(ratio)
-        base, note = spend(row, budget)
+        wished, note = spend(row, budget)
     elif isinstance(ratio, str) and ratio != "full":
-        base, note = _auto(row, ratio)
+        wished, note = _auto(row, ratio)
     else:
-        base, note = _stated(row, ratio, seed), ""
-    ratios = row.applied(base)
-    padded = np.full(power_of_two(row.first + row.count), base[-1], np.int32)
+        wished, note = _stated(row, ratio, seed), ""
+    ratios = row.applied(wished)
+    padded = np.full(power_of_two(row.first + row.count), wished[-1], np.int32)
     padded[: row.first] = ratios[0]
     padded[row.first : row.first + row.count] = ratios
     keep = {row.first + i: at for i, at in row.offsets.items() if ratios[i]}
-    notes = [note, row.cost(base, ratios)]
+    notes = [note, row.cost(wished, ratios)]
     return Plan(padded, keep, "; ".join(text for text in notes if text))
 
 
@@ -147,6 +147,7 @@ def _stated(row: Row, ratio: Ratio, seed: int) -> Int[np.ndarray, " n"]:
 
 
 def _whole(ratios: Sequence[Any]) -> list[int]:
+    """Returns ratios as ints; ValueError for a fraction."""
     try:
         return [operator.index(r) for r in ratios]
     except TypeError:
@@ -289,6 +290,7 @@ def warn_of_ratios(
 
 @functools.cache
 def _warned(config: ModelConfig) -> list[int]:
+    """Returns the list of a model, which has a number once there was a warning."""
     return []
 
 

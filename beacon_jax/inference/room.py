@@ -1,8 +1,8 @@
 """Tells whether a buffer can be made at all: its bytes against those that devices have.
 
-It is looked at twice before anything is fed. The first time is before a plan of the
-windows is made, with the fewest slots that a request can come to: a plan of 10^9 tokens
-takes minutes. The second time is behind the plan, with the exact number.
+The check is made twice before anything is fed. `check_request` comes before the plan of
+the windows, because a plan of 10^9 tokens takes minutes: it takes the fewest slots that
+a request can come to. `check_buffer` comes after the plan, with the exact number.
 """
 
 import math
@@ -125,6 +125,13 @@ def _too_large(
     dtype: str,
     fit: int = 0,
 ) -> ArgumentError:
+    """Makes the error: bytes needed and free, and what would fit.
+
+    Args:
+      name, value: the argument to blame.
+      slots, free: needed and free, per row.
+      fit: the largest value that fits; 0: the remedies are of other arguments.
+    """
     slot = slot_nbytes(model.config, dtype)
     each = "1 row" if rows == 1 else f"{rows} rows"
     why = (
@@ -172,7 +179,7 @@ def _free_bytes(model: "Model") -> int | None:
 
 
 def _free_of(device: Any, taken: int) -> int | None:
-    """Returns the bytes of a device but for those taken; on CPUs those of the host."""
+    """Returns the bytes of a device without those taken; of a CPU what is free now."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return max(stats["bytes_limit"] - taken, 0)

@@ -68,11 +68,12 @@ class Row:
         return self
 
     def uniform(self, ratio: int) -> Int[np.ndarray, " n"]:
+        """Returns one ratio for all windows."""
         return np.full(self.count, ratio, np.int32)
 
-    def applied(self, base: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Returns the ratios wished for, but for what is lossless or open already."""
-        ratios = np.where(self.lossless, 0, base).astype(np.int32)
+    def applied(self, wished: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Returns the ratios wished for, with those of lossless and open windows."""
+        ratios = np.where(self.lossless, 0, wished).astype(np.int32)
         if self.fixed is not None:
             ratios[0] = self.fixed
         return ratios
@@ -124,8 +125,12 @@ class Row:
         )
         return spent + flops.full_attention(self.config, 0).lm_head
 
-    def cost(self, base: Int[np.ndarray, " n"], ratios: Int[np.ndarray, " n"]) -> str:
-        """Says what the spans cost once their windows are full; "" without spans."""
+    def cost(self, wished: Int[np.ndarray, " n"], ratios: Int[np.ndarray, " n"]) -> str:
+        """Says what the spans cost once their windows are full; "" without spans.
+
+        Args:
+          wished, ratios: before and after `applied`.
+        """
         windows = -(-self.text // self.window)
         touched = int(self.lossless.sum()) or len(self.offsets)
         if not touched:
@@ -135,6 +140,6 @@ class Row:
         if self.offsets:
             tokens = sum(map(len, self.offsets.values()))
             what = f"lossless: {tokens} tokens in {touched} of {windows} windows kept"
-        without = int(plain.slots(plain.applied(base))[windows])
+        without = int(plain.slots(plain.applied(wished))[windows])
         more = int(self.slots(ratios)[windows]) - without
         return f"{what}, {more:,} slots more (+{100 * more / max(without, 1):.0f} %)"

@@ -1,4 +1,4 @@
-"""Finds the tokens that nothing may be lost of: by pattern or by number."""
+"""Finds the tokens of a text that are to be kept whole: by pattern or by number."""
 
 import re
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def token_spans(
     Args:
       spans: a regular expression: every token is taken that shares a character with a
         match. Ranges are returned as they are; None: none.
-      text: what the expression is searched in; no str: token ids were given.
+      text: where the expression is searched; an error if it is no str.
       tokenizer: a fast tokenizer of transformers.
       first: whether the text was encoded with the tokens put before a text (bos).
 
@@ -60,7 +60,7 @@ def token_spans(
 
 
 def check_spans(spans: Any) -> None:
-    """Checks what can be said of `spans` without a text.
+    """Checks `spans` as far as that needs no text.
 
     Raises:
       ValueError: no valid expression, one for bytes, or no token ranges.

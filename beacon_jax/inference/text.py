@@ -1,4 +1,4 @@
-"""Turns tokens into text while they come: what can be shown already, where to stop."""
+"""Decodes tokens while they come: what can be shown already, and where to stop."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,7 +104,7 @@ class Streamer:
             self._shown = end
 
     def _decode(self, end: int, mark: int = -1) -> str:
-        """The text of the tokens from a mark to `end`."""
+        """Decodes the tokens from a mark to `end`."""
         before, (at, _) = self._marks[mark - 1][0], self._marks[mark]
         decode = lambda ids: self._tokenizer.decode(
             ids, clean_up_tokenization_spaces=False
@@ -113,7 +113,7 @@ class Streamer:
         return decode(self._tokens[before:end])[skip:]
 
     def _whole_tokens(self, end: int) -> int:
-        """The most tokens whose text is wholly in front of character `end`."""
+        """Counts the most tokens whose text is wholly in front of character `end`."""
         last = len(self._marks) - 1
         mark = max(i for i in range(1, last + 1) if self._marks[i][1] <= end)
         most, start = self._marks[mark]

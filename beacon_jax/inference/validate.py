@@ -467,6 +467,7 @@ def several_of(given: Any) -> tuple[list[Any], tuple[int, ...]]:
 
 
 def is_number(x: Any) -> bool:
+    """Says whether x is one number, of Python, numpy or jax, and no bool."""
     if isinstance(x, bool | np.bool_):
         return False
     if isinstance(x, int | float | np.number):
@@ -479,6 +480,7 @@ def is_number(x: Any) -> bool:
 
 
 def kind_of(x: Any) -> str:
+    """Says of which type x is, for a message."""
     return "None" if x is None else f"of type {type(x).__name__}"
 
 

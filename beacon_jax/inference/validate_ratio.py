@@ -1,4 +1,4 @@
-"""Checks of ratios, as `validate` has those of all other arguments."""
+"""Checks ratios; `validate` checks all other arguments."""
 
 import operator
 import re
@@ -26,7 +26,7 @@ from beacon_jax.model.config import (
 
 
 def check_ratios(given: Any, config: ModelConfig) -> None:
-    """Checks what is asked for, before a plan is made of it.
+    """Checks the argument `ratio`, before a plan is made of it.
 
     Raises:
       TypeError: no number, list, callable or text.
@@ -119,6 +119,7 @@ def check_returned(given: Any, window: int, config: ModelConfig) -> int:
 
 
 def _check_beacons(given: Any, several: Sequence[Any], config: ModelConfig) -> None:
+    """Raises ArgumentError for any ratio but 0 if the model has no beacons."""
     if config.beacon is None and any(several):
         raise ArgumentError(
             "ratio",

@@ -110,6 +110,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, " 
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
+    """Computes probabilities along the last axis."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
@@ -131,6 +132,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
+        """Whether the largest KL is within the bound."""
         return bool(self.kl.max() <= self.bound)
 
     def table(self) -> str:

@@ -34,7 +34,7 @@ def init_beacon(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 
 def beacon_token(config: ModelConfig) -> int:
-    """The token id whose embedding the beacon starts from."""
+    """Returns the token id whose embedding the beacon starts from."""
     assert config.beacon is not None
     name = config.beacon.embed_init
     ids = config.eos_ids if name == "eos" else config.bos_ids

@@ -1,4 +1,4 @@
-"""Buffers of a memory [L, B, S, K, H], arrays or int8: what all others do with them.
+"""Reads and writes the buffers of a memory [L, B, S, K, H], arrays or int8.
 
 Whether a memory is int8 is asked here and nowhere else. Keys in a buffer are rotated at
 their slot; `frequencies` are those of that rotation (`rotary.inverse_frequencies`).
@@ -50,7 +50,7 @@ def empty(shape: tuple[int, int, int, int, int], dtype: Any) -> tuple[Buffer, Bu
 
 
 def slot_nbytes(buffer: Buffer) -> int:
-    """Bytes of one slot of one row, all layers."""
+    """Counts the bytes of one slot of one row, all layers."""
     _, rows, slots, *_ = buffer.shape
     parts = [buffer]
     if isinstance(buffer, Quantized):
@@ -92,12 +92,14 @@ def centred(
     rows: Bool[Array, " B"],
     entries: Bool[Array, "B T"],
 ) -> Buffer:
-    """Before the first window of some rows is written: int8 keys of theirs are stored
-    without the mean of its entries from now on.
+    """Sets the mean that int8 keys of some rows are stored without from now on.
+
+    It is that of their first window, which is about to be written.
 
     Args:
       keys: of the window, not rotated, times the rotary magnitude.
-      entries: those that count.
+      rows: those whose first window it is.
+      entries: those that count in the mean.
     """
     if not isinstance(buffer, Quantized) or buffer.mean is None:
         return buffer
@@ -114,8 +116,11 @@ def put(
     live: Bool[Array, " B"] | None,
     frequencies: Float[np.ndarray, " H2"],
 ) -> Buffer:
-    """Writes entries, keys rotated, at start[row] of a layer (of an array also without
-    layers); rows that are not live stay as they are."""
+    """Writes entries, keys rotated, at start[row] of a layer.
+
+    Rows that are not live stay as they are. An array may also be that of one layer,
+    [B, S, K, H], with layer=None.
+    """
     if isinstance(buffer, Quantized):
         return write(buffer, new, start, layer, live, frequencies=frequencies)
     return write_rows(buffer, new.astype(buffer.dtype), start, layer, live)
@@ -128,11 +133,12 @@ def read(
     layer: Layer,
     frequencies: Float[np.ndarray, " H2"],
 ) -> tuple[Buffer, Layer]:
-    """What a window attends to, and which layer of it: of an int8 buffer one layer as
-    floats, where the window's own entries are as they were before rounding.
+    """Returns what a window attends to, and which layer of it.
 
-    So a window costs one layer of floats for a while, its tokens are read exactly, and
-    its beacons, which are made of them, are rounded once.
+    Of an int8 buffer that is one layer as floats [B, S, K, H], with the window's own
+    entries as they were before rounding. So a window costs one layer of floats for a
+    while, its tokens are read exactly, and its beacons, which are made of them, are
+    rounded once.
     """
     if not isinstance(buffer, Quantized):
         return buffer, layer
@@ -177,9 +183,11 @@ def take(buffer: Buffer, slots: Int[Array, "B n"]) -> Buffer:
 
 
 def turned(keys: Buffer, cos: Any, sin: Any, shift: Any = None) -> Buffer:
-    """Keys that move to other slots: cos and sin [B, n, 1, H/2] of the distance.
+    """Rotates keys that move to other slots.
 
-    shift: `mean_change` where they move to another buffer.
+    Args:
+      cos, sin: of the distance, [B, n, 1, H/2].
+      shift: `mean_change` where they move to another buffer.
     """
     if not isinstance(keys, Quantized):
         return rotate(keys, cos, sin)
@@ -194,8 +202,11 @@ def mean_change(
     slots: Int[Array, "B n"],
     frequencies: Float[np.ndarray, " H2"],
 ) -> Any:
-    """What int8 keys that move from one buffer to these slots of another must get
-    besides, as that lacks another mean [L, B, n, K, H]; else None."""
+    """Returns what int8 keys need added that move to these slots of another buffer.
+
+    The buffers are stored without different means: it is [L, B, n, K, H], of the
+    difference. None: nothing need be added.
+    """
     if not (isinstance(source, Quantized) and isinstance(to, Quantized)):
         return None
     if source.mean is None or to.mean is None:

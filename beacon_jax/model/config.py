@@ -1,9 +1,8 @@
 """Model and beacon configuration, read from and written to HF `config.json`.
 
-Every dataclass is frozen and hashable (lists become tuples), so a config can be a
-static argument of `jax.jit`. What cannot be represented exactly is an error here,
-never a silent default: a wrong rotary type or sliding window gives a model that runs
-and is subtly wrong.
+Every dataclass is frozen and hashable (lists become tuples). What cannot be represented
+exactly is an error, never a silent default: a model with a wrong rotary type or sliding
+window would run and be subtly wrong.
 """
 
 import copy
@@ -99,10 +98,7 @@ class RopeConfig:
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
-
-        def scale(m: float) -> float:
-            return 0.1 * m * math.log(self.factor) + 1.0
-
+        scale = lambda m: 0.1 * m * math.log(self.factor) + 1.0
         if self.mscale and self.mscale_all_dim:
             return scale(self.mscale) / scale(self.mscale_all_dim)
         return scale(1.0)
@@ -154,7 +150,7 @@ class RopeConfig:
         return cls(theta=theta, kind=kind, original_max_position=original, **given)
 
     def to_hf(self) -> dict[str, Any]:
-        """`rope_theta` and `rope_scaling`, the spelling that every release reads."""
+        """Writes `rope_theta` and `rope_scaling`, which every release reads."""
         if self.kind == "default" and self.original_max_position is None:
             return {"rope_theta": self.theta, "rope_scaling": None}
         scaling: dict[str, Any] = {"rope_type": self.kind}
@@ -186,7 +182,7 @@ _ROPE_KEYS = {
 @hinted_init
 @dataclasses.dataclass(frozen=True)
 class BeaconConfig:
-    """What the beacons are (docs/specification.md sections 1 to 3).
+    """Settings of the beacons (docs/specification.md sections 1 to 3).
 
     Attributes:
       window: W, raw tokens of a window.
@@ -290,7 +286,7 @@ class BeaconConfig:
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `beacon_*` fields of config.json."""
+        """Writes the `beacon_*` fields of config.json."""
         fields = {
             key: getattr(self, name) for key, name in _BEACON_KEYS.items() if name
         }
@@ -370,8 +366,7 @@ class ModelConfig:
         """P, the positions that the model with its rotary scaling was trained for.
 
         max_position x factor for linear scaling, else the larger of max_position and
-        original_max_position x factor (docs/specification.md section 3, the rule of
-        `adapt-F`).
+        original_max_position x factor (docs/specification.md section 3).
         """
         if self.rope.kind == "linear":
             return int(self.max_position * self.rope.factor)
@@ -450,9 +445,7 @@ class ModelConfig:
         result |= {key: getattr(self, name) for key, name in _SIZES.items()}
         result |= self.rope.to_hf()
         result |= {
-            "architectures": [
-                a for a, family in ARCHITECTURES.items() if family == self.family
-            ],
+            "architectures": [a for a, f in ARCHITECTURES.items() if f == self.family],
             "model_type": self.family,
             "hidden_act": "silu",
             "rms_norm_eps": self.rms_norm_eps,
@@ -468,12 +461,11 @@ class ModelConfig:
 
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
-    """The one declaration of the parameter tree: names and shapes, L layers stacked.
+    """Declares the parameter tree, once: names and shapes, L layers stacked.
 
     Returns:
-      {"params": tree, "beacon": tree} with tuples as leaves, the beacon tree empty for
-      a plain decoder. Conversion is derived from it and the decoder is tested
-      against it.
+      {"params": tree, "beacon": tree} with tuples as leaves; the beacon tree is empty
+      for a plain decoder.
     """
     v, d, f = config.vocab_size, config.hidden_size, config.intermediate_size
     n, k, h = config.num_heads, config.num_kv_heads, config.head_dim

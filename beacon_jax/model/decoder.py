@@ -85,8 +85,10 @@ def attend_rows(
     layer: buffers.Layer,
     frequencies: Float[np.ndarray, " H2"],
 ) -> Float[Array, "B T N H"]:
-    """`prefix_attention`. In a partitioned program each device computes its own rows
-    and heads: the compiler cannot split a kernel, it would gather what goes in."""
+    """Runs `prefix_attention`; with a partition each device has its rows and heads.
+
+    The compiler cannot split a kernel: it would gather what goes in.
+    """
 
     def attend(q, k, v, prefix, layer):
         k, v, options = buffers.for_attention(k, v, frequencies)
@@ -112,8 +114,10 @@ def attend_rows(
 
 
 def _zeros(init, shape):
-    """Beacon variables start as boxed zeros: only shapes and axes count here, the
-    start values come from `init_beacon`."""
+    """Makes an initialiser of boxed zeros for a beacon variable.
+
+    Only shapes and axes count here; the start values come from `init_beacon`.
+    """
     return lambda: jax.tree.map(
         jnp.zeros_like, init(jax.random.key(0), shape, jnp.float32)
     )
@@ -122,14 +126,16 @@ def _zeros(init, shape):
 class Linear(nn.Module):
     """Maps [B, T, *inputs] to [B, T, *outputs]; beacon rows use their own weights.
 
-    writes: into the residual stream; its inputs are `shrunk`.
+    Attributes:
+      own: beacons have weights of their own.
+      writes: into the residual stream; its inputs are `shrunk`.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     axes: tuple[str, ...]
     use_bias: bool
-    own: bool  # beacons have weights of their own
+    own: bool
     layout: Layout
     dtype: Any
     writes: bool = False
@@ -182,8 +188,13 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """remat: the backward pass writes the window into its buffer again, instead of
-    keeping a buffer per layer."""
+    """Attention of a window to the memory and to itself.
+
+    Attributes:
+      keep: entries whose un-rotated keys and values are returned.
+      remat: the backward pass writes the window into its buffer again, instead of
+        keeping a buffer per layer.
+    """
 
     net: Net
     layout: Layout
@@ -329,6 +340,8 @@ class Embed(nn.Module):
 
 
 class _Head(nn.Module):
+    """The output matrix [D, V] of a model whose embeddings are not tied."""
+
     size: int
     vocab: int
 
@@ -431,7 +444,7 @@ class Decoder(nn.Module):
 def apply(
     model: nn.Module, variables: Any, *args: Any, method: str = "__call__"
 ) -> Any:
-    """`model.apply` without mutable collections, whose type says what comes back."""
+    """Runs a method of a model on its variables, none of which is mutable."""
     return model.apply(variables, *args, method=method)
 
 

@@ -1,4 +1,4 @@
-"""Where raw tokens and beacons stand in a window; static, as shapes follow from it."""
+"""Where raw tokens and beacons stand in a window; shapes of arrays follow from it."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class Layout:
 
     @classmethod
     def of_window(cls, window: int, ratio: int, placement: str) -> "Layout":
-        """Layout of a window of `window` raw tokens at a ratio (0: no beacons)."""
+        """Makes the layout of a window of `window` raw tokens (ratio 0: no beacons)."""
         if ratio == 0:
             return cls(1, window, 0)
         if placement == "append":
@@ -29,6 +29,7 @@ class Layout:
 
     @property
     def length(self) -> int:
+        """T, raw tokens and beacons of the window."""
         return self.groups * (self.raw + self.beacons)
 
     @property
@@ -39,8 +40,10 @@ class Layout:
 
     @property
     def tokens_before(self) -> np.ndarray:
-        """Raw tokens up to each entry, its own included: a beacon's are those that it
-        may have read."""
+        """Raw tokens up to each entry, its own included.
+
+        A beacon's are those that it may have read.
+        """
         raw = np.arange(self.raw + self.beacons) < self.raw
         return np.cumsum(np.tile(raw, self.groups))
 

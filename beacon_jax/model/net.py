@@ -1,4 +1,4 @@
-"""What a model's programs depend on besides arrays: their one static argument."""
+"""What a model's programs depend on besides arrays: one hashable value, the `Net`."""
 
 import dataclasses
 from typing import Any
@@ -46,7 +46,7 @@ class Net:
         variables: dict[str, Any],
         partition: Partition | None = None,
     ) -> "Net":
-        """Makes that of stored weights: it computes in their dtype."""
+        """Makes the net of stored weights: it computes in their dtype."""
         return cls(config, compute_dtype(variables), partition=partition)
 
     def constrain(self, x: Any, *axes: str | None) -> Any:

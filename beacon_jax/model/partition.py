@@ -32,8 +32,7 @@ RULES = {
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A mesh and the rules ((logical axis, mesh axes), ...); hashable, so that it can
-    be a static argument."""
+    """A mesh and the rules ((logical axis, mesh axes), ...); hashable."""
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]

@@ -111,7 +111,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def get_preset(name: str) -> ModelConfig:
-    """The configuration called `name`; ValueError lists the names there are."""
+    """Returns the config called `name`; ValueError lists the names there are."""
     if name not in PRESETS:
         raise ValueError(
             f"preset={name!r} is unknown: {meant(name, PRESETS)}use "

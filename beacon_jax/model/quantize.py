@@ -71,8 +71,11 @@ def empty(
 def channel_mean(
     keys: Float[Array, "*L B T K H"], valid: Bool[Array, "B T"]
 ) -> Float[Array, "*L B K H"]:
-    """Mean over a row's valid keys, NOT rotated but times the rotary magnitude
-    (`RopeConfig.attention_scale`); 0 for rows without any."""
+    """Computes the mean of each row's valid keys; 0 for rows without any.
+
+    Args:
+      keys: NOT rotated, but times the rotary magnitude (`RopeConfig.attention_scale`).
+    """
     some = valid[..., None, None]
     total = jnp.where(some, keys, 0).astype(jnp.float32).sum(-3)
     return total / jnp.maximum(valid.sum(-1), 1)[:, None, None]
@@ -111,8 +114,9 @@ def dequantize(
     frequencies: Float[np.ndarray, " H2"] | None = None,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "*L B S K H"]:
-    """Entries of one layer [B, S, K, H], or of all. Slots that nothing was written to
-    are exactly 0, with or without a mean.
+    """Returns the entries of one layer [B, S, K, H], or of all.
+
+    Slots that nothing was written to are exactly 0, with or without a mean.
 
     Raises:
       ValueError: a buffer with a mean, and no frequencies.
@@ -136,9 +140,13 @@ def write(
     *,
     frequencies: Float[np.ndarray, " H2"] | None = None,
 ) -> Quantized:
-    """Writes entries, keys rotated at start[row] + i, to slots start[row] ... of one
-    layer (new [B, T, K, H]) or of all (new [L, B, T, K, H]); rows that are not live
-    stay as they are. The caller guarantees start + T <= S.
+    """Writes entries to the slots start[row] ... of one layer, or of all.
+
+    The caller guarantees start + T <= S.
+
+    Args:
+      new: [B, T, K, H] for one layer, else [L, B, T, K, H]; keys rotated at their slot.
+      live: rows that are written; the others stay as they are. None: all.
 
     Raises:
       ValueError: a buffer with a mean, and no frequencies.
@@ -178,8 +186,11 @@ def take(buffer: Quantized, slots: Int[Array, "B n"]) -> Quantized:
 
 
 def residual(buffer: Quantized) -> Float[Array, "*L B S K H"]:
-    """Entries without their mean, float32: to be rotated by the distance they move and
-    given to `write_residual` or `quantize`."""
+    """Returns the entries without their mean, float32.
+
+    They can be rotated by the distance they move and be given to `write_residual` or
+    `quantize`.
+    """
     return buffer.values * jnp.swapaxes(buffer.scale, -1, -2)[..., None]
 
 

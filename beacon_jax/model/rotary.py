@@ -30,7 +30,7 @@ def inverse_frequencies(config: ModelConfig) -> Float[np.ndarray, " H2"]:
 
 
 def _yarn_ramp(rope: RopeConfig, h: int, original: int) -> np.ndarray:
-    """0 where a frequency stays, 1 where it is divided by the factor [H/2]."""
+    """Returns 0 where a frequency stays, 1 where it is divided by the factor [H/2]."""
 
     def dimension(rotations: float) -> float:
         turns = original / (rotations * 2 * math.pi)

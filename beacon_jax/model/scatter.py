@@ -13,8 +13,7 @@ def write_rows(
     live: Bool[Array, " B"] | None = None,
     slots: int = 0,
 ) -> Array:
-    """Writes new [B, T, K, H] at start[row] of buffer [B, S, K, H], or of one layer of
-    [L, B, S, K, H]; rows that are not live stay as they are.
+    """Writes new [B, T, K, H] at start[row] of each row of a buffer.
 
     The caller guarantees start + T <= S: XLA would drop the rest silently.
 
@@ -23,6 +22,8 @@ def write_rows(
     layer of a decoded token (273 MiB of temporaries at 8 rows of Qwen2-7B, now 0.6).
 
     Args:
+      buffer: [B, S, K, H], or [L, B, S, K, H] with the number of a layer in `layer`.
+      live: rows that are written; the others stay as they are. None: all.
       slots: axis of S among those of a row: 1 for scales [B, K, S].
     """
     front = () if layer is None else (0,)

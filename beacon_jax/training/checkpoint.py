@@ -187,8 +187,8 @@ class Checkpoints:
         Args:
           state: the fresh state; gives structure, shapes, dtypes and places.
           record: {"config": resolved, ...} of this run.
-          allow: go on although the record is another one. If then only the optimiser's
-            part of the state differs, the rest of it is taken.
+          allow: whether the record may be another one. If only the optimiser's part of
+            the state differs then, the rest of it is restored.
 
         Raises:
           ValueError: the run of these checkpoints had another config.
@@ -337,7 +337,12 @@ SKIPPED = f"{OPTIMIZER}.total_notfinite"
 
 
 def _merged(state: Any, leaves: dict[str, Any], other: list[str]) -> Any:
-    """Returns the fresh state with what was read, less another optimiser's part."""
+    """Returns the fresh state with what was read, but for another optimiser's part.
+
+    Args:
+      leaves: what was read, by path.
+      other: paths of arrays that differ; none: the optimiser is the same.
+    """
     target = _leaves(state)
     kept = (TRAINED, STEP) if other else ("",)
     for name in target:
@@ -398,6 +403,7 @@ def _leaves(state: Any) -> dict[str, Any]:
 
 
 def _hash(leaves: dict[str, Any]) -> str:
+    """Hashes all arrays; those of shape () as [1], which `tree_hash` can read."""
     return tree_hash({name: jnp.atleast_1d(x) for name, x in leaves.items()})
 
 

@@ -118,8 +118,9 @@ def peak_flops(devices: Iterable[Any], tflops: float = 0.0) -> float | None:
 def memory_gib(devices: Iterable[Any]) -> dict[str, float]:
     """Returns the memory of the fullest of this process's devices, in GiB.
 
-    It is what is in use, the peak so far, and what is there at all. What the platform
-    does not tell is left out (a CPU tells nothing).
+    The keys are memory_gib (in use), memory_peak_gib (the most so far) and
+    memory_limit_gib (all there is). What the platform does not tell is left out; a CPU
+    tells nothing.
     """
     names = {
         "memory_gib": "bytes_in_use",

@@ -62,7 +62,7 @@ SAMPLE_BYTES = 4_000_000  # larger texts are counted by their size
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What is known before anything is loaded.
+    """Facts that are known before anything is loaded.
 
     Attributes:
       config: with the choices made so far.
@@ -206,6 +206,7 @@ def _file(sources: Sequence[str], root: str) -> str:
 
 
 def _facts(config: Config) -> _Facts:
+    """Reads what choices depend on: config.json, the size of the text, the devices."""
     if not config.init_from:
         raise ValueError(
             "init_from='': name a folder with a model: --config.init_from=HF_DIR"
@@ -231,6 +232,7 @@ def _facts(config: Config) -> _Facts:
 
 
 def _dtype(facts: _Facts):
+    """Yields the dtype that the device computes in fastest."""
     if facts.kind == "cpu":
         yield "dtype", "float32", "a CPU computes bfloat16 no faster"
         return
@@ -283,7 +285,7 @@ def _limit(facts: _Facts, model: ModelConfig, length: int, *, free: bool) -> str
     """Says why rows of `length` are too much; "" if they are not.
 
     Args:
-      free: the window was not asked for, and is to leave room for eight of its kind.
+      free: the window was not asked for; then eight of them have to fit.
     """
     assert model.beacon is not None
     w, positions = model.beacon.window, facts.model.trained_positions
@@ -313,11 +315,13 @@ def _rows(facts: _Facts, model: ModelConfig, length: int) -> int:
 
 
 def _fits(facts: _Facts, model: ModelConfig, rows: int, length: int) -> bool:
+    """Says whether a step fits into SHARE of a device's memory, by the estimate."""
     room = facts.room
     return room is None or _need(facts, model, rows, length)[0] <= SHARE * room
 
 
 def _steps(facts: _Facts):
+    """Yields the number of steps: PASSES over the text, or about an hour."""
     stage = facts.config.data.stages.stage1
     tokens = stage.batch_size * stage.length
     seconds = _step_seconds(facts)
@@ -337,6 +341,7 @@ def _steps(facts: _Facts):
 
 
 def _rates(facts: _Facts):
+    """Yields the learning rate and the steps of its warmup."""
     # Rates that trained well: 3e-3 at 96 wide, 2e-4 at 896, 5e-5 (paper) at 4096.
     rate = float(f"{min(3e-3, 0.2 / facts.model.hidden_size):.1e}")
     yield "optimizer.lr", rate, f"0.2 / hidden_size {facts.model.hidden_size}"

@@ -279,7 +279,7 @@ def test_making_an_empty_memory_is_not_in_the_time(monkeypatch):
     made = serving._EAGER, lambda: lasts(5.0), lambda empty: lasts(1.0)
     monkeypatch.setattr(serving, "_compressed", lambda *_: made)
     s = settings()
-    assert serving._prefiller(s, serving._Held(s), 21, "x2").sample() == 1.0
+    assert serving._prefiller(s, serving._Shared(s), 21, "x2").sample() == 1.0
 
 
 def test_a_call_is_warmed_up_before_it_is_measured():

@@ -62,7 +62,7 @@ def test_a_cut_off_save_leaves_the_state_before(tmp_path, monkeypatch):
     monkeypatch.setattr(long_prompt, "save_file", cut)
     with pytest.raises(OSError):
         long_prompt.save(
-            tmp_path / STATE, PROMPT, long_prompt.Pieces(), memory, np.ones(1)
+            tmp_path / STATE, PROMPT, long_prompt.Done(), memory, np.ones(1)
         )
     assert (tmp_path / STATE).read_bytes() == before
 

@@ -16,8 +16,9 @@ from beacon_jax.model.rotary import cos_sin, rotate
 
 
 class MeanPool(Budgeted):
-    """The means of the un-rotated keys and of the values of every `ratio` consecutive
-    tokens, computed with full attention, at compact positions.
+    """Means of every `ratio` consecutive tokens: of un-rotated keys, and of values.
+
+    They are computed with full attention, and stand at compact positions.
 
     Sinks, if beacons have them, are the first tokens as they are, in front.
     """
@@ -37,8 +38,12 @@ class MeanPool(Budgeted):
 def pooled(
     config: ModelConfig, memory: MemoryState, ratio: int, count: jax.Array
 ) -> MemoryState:
-    """A memory of floats, which it takes over: [sinks | means of `ratio` slots each],
-    `count` slots of each row in all."""
+    """Makes a memory of means: [sinks | means of `ratio` slots each].
+
+    Args:
+      memory: of floats; it is taken over.
+      count: slots of each row in all, [B].
+    """
     sink = Law.of(config).sink
     groups = (memory.capacity - sink) // ratio
 

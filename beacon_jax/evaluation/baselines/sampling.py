@@ -92,9 +92,10 @@ def kept_slots(slots: int, budget: int) -> Int[np.ndarray, " n"]:
 
 
 class Streaming(Budgeted):
-    """StreamingLLM (Xiao et al. 2024): 4 sinks and the last k - 4 tokens, k being what
-    beacons keep of the whole past: the cache has this size from the first window on, as
-    published.
+    """StreamingLLM (Xiao et al. 2024): 4 sinks and the last k - 4 tokens.
+
+    k is what beacons keep of the whole past. The cache has this size from the first
+    window on, as published.
 
     The real thing, not its last state: windows are read one after the other, and what
     was evicted after one is not there for the next. Positions are those in the cache.

@@ -28,14 +28,16 @@ class Budgeted(Method):
     per_ratio = True
 
     def budget(self, model: Model, past: Rows) -> Int[np.ndarray, " B"]:
-        """Slots that each row may keep: those of the beacons and their sinks, and no
-        more than the row has tokens."""
+        """Counts the slots that each row may keep.
+
+        They are as many as beacons and their sinks have, and no more than the row has
+        tokens.
+        """
         most = lambda row: budget_slots(model.config, len(row), self.number)
         return np.asarray([min(most(row), len(row)) for row in past], np.int32)
 
     def most(self, model: Model, past: Rows) -> int:
-        """The largest budget of a run: a static size, so that one compiled program
-        serves all lengths."""
+        """Returns the largest budget of a run: one compiled program for all lengths."""
         longest = max(self.longest, *map(len, past))
         return budget_slots(model.config, longest, self.number)
 

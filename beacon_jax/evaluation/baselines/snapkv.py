@@ -64,8 +64,9 @@ class SnapKV(Voted):
 
 
 class SnapKVAware(Voted):
-    """Observes the last 64 tokens of what comes after the past, which is where the
-    question stands: no other method sees it. All that is kept is chosen by it.
+    """SnapKV that observes the last 64 tokens of what comes after the past.
+
+    The question stands there, which no other method sees. It chooses all that is kept.
 
     It is no upper bound: the question looks at the start of its answer, and the rest is
     found only as it is told. Passkeys on tiny-beacon, 256 tokens, x2 / x4 / x8: 0.94 /
@@ -92,8 +93,9 @@ def observe(
     observed: Int[np.ndarray, " B"],
     candidates: Int[Array, " B"],
 ) -> Float[Array, "L B K S"]:
-    """What the last `observed` tokens of each row attend to, pooled, -inf beyond the
-    first `candidates` slots.
+    """Returns what the last `observed` tokens of each row attend to, pooled.
+
+    It is -inf beyond the first `candidates` slots.
 
     Args:
       memory: of the rows, all of them, with ratio 0. Only the last tokens are run
@@ -187,8 +189,11 @@ def highest(
     count: Int[Array, " B"],
     size: int,
 ) -> Int[Array, "L B n K"]:
-    """Rising slots for `select.keep`: the last `own` of a row's `slots`, and those with
-    the most votes (of equal ones the first), `count` in all."""
+    """Returns the slots for `select.keep`, rising, `count` of each row in all.
+
+    These are the last `own` of a row's `slots`, and those with the most votes (of equal
+    ones the first).
+    """
     total = votes.shape[-1]
     size = min(size, total)
     slot = jnp.arange(total)

@@ -23,9 +23,10 @@ class Haystack:
     def __init__(
         self, texts: Sequence[str], tokenizer: Any, tokens: int, without: str = ""
     ):
-        """
+        """Joins the documents.
+
         Args:
-          tokens: that can be taken from any start.
+          tokens: how many can be taken from any start.
           without: documents that contain it are left out.
 
         Raises:

@@ -53,8 +53,11 @@ class Mqar(ByPlace):
     def source(
         self, model: Model, settings: RunSettings, inputs: TaskData
     ) -> Vocabulary:
-        """Ordinary tokens that occur in the held-out text: others a model may never
-        have been trained on. In order of their ids, the first third are keys."""
+        """Finds the ordinary tokens that occur in the held-out text.
+
+        A model may never have been trained on others. In order of their ids, the first
+        third are keys.
+        """
         special = getattr(model.tokenizer, "all_special_ids", [])
         seen = np.setdiff1d(np.unique(inputs.stream), special)
         thirds = np.array_split(seen.astype(np.int32), 3)

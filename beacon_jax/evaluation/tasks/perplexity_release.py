@@ -151,7 +151,7 @@ def stride(length: int, window: int) -> int:
 
 
 def parts(size: int, length: int, step: int) -> list[tuple[int, int, int]]:
-    """(start, end, first scored token) of a document's windows, at most PARTS."""
+    """Lists (start, end, first scored token) of a document's windows, at most PARTS."""
     found, scored = [], 0
     for start in range(0, PARTS * step, step):
         end = min(start + length, size)
@@ -165,8 +165,10 @@ def parts(size: int, length: int, step: int) -> list[tuple[int, int, int]]:
 def _in_turn(
     sizes: dict[int, int], length: int, step: int
 ) -> list[tuple[int, int, int, int]]:
-    """(document, *part) of all documents: the first of each, the second of each, ...,
-    so that --limit leaves windows of as many documents as it can."""
+    """Lists (document, *part) of all documents: the first of each, the second, ...
+
+    So --limit leaves windows of as many documents as it can.
+    """
     found = [
         (d, *part) for d, size in sizes.items() for part in parts(size, length, step)
     ]
@@ -201,7 +203,7 @@ def _documents(
 def _read_on(
     model: Model, method: Incremental, rows: Rows, labels: Rows
 ) -> tuple[np.ndarray, list[int]]:
-    """(summed losses, bytes in front of the last window), in one reading."""
+    """Reads once: returns (summed losses, bytes in front of the last window)."""
     ratio, longest = method.live_ratio, method.longest
     memory = empty(model, len(rows), ratio, longest, method.dtype)
     cuts = [last_window_start(len(row), model.window) for row in rows]
@@ -215,7 +217,7 @@ def _read_on(
 def _read_anew(
     model: Model, method: Method, rows: Rows, labels: Rows
 ) -> tuple[np.ndarray, list[int]]:
-    """The same, with a memory of its own for every window that has scored tokens."""
+    """Does as `_read_on`, with a new memory for every window that has scored tokens."""
     w = model.window
     sums, kept = np.zeros(len(rows)), [0] * len(rows)
     for start in range(0, max(map(len, rows)), w):

@@ -59,8 +59,11 @@ class ByPlace(Synthetic):
 
 
 def _draw(metrics: Sequence[Metric], path: Path) -> None:
-    """Accuracy over the place of the value in its unit, all lengths together: a panel
-    per ratio, a line per method. Beacons stand behind the last place."""
+    """Draws accuracy against the place of the value in its unit.
+
+    A panel per ratio, a line per method, all lengths together. Beacons stand behind the
+    last place.
+    """
     ratios = sorted({m["ratio"] for m in metrics if m["ratio"] > 1})
     width = max(3.4 * len(ratios) + 1.6, 4.0)
     figure = Figure(figsize=(width, 3.4), layout="constrained")

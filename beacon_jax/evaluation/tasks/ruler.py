@@ -151,7 +151,7 @@ class Ruler(GenerationTask):
     def _problems(
         self, settings: RunSettings, level: Level
     ) -> list[text.Problem] | None:
-        """The same at every length, so that lengths are compared in pairs."""
+        """Makes a level's problems: the same at all lengths, to compare in pairs."""
         found = []
         bounds = (settings.samples, settings.limit, level.most)
         for i in range(min(b for b in bounds if b is not None)):

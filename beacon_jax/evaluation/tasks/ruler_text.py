@@ -36,7 +36,11 @@ STANDARD = 4096  # tokens from which RULER uses its full settings
 
 
 class Prompt(NamedTuple):
-    """What is asked. prefix: the start of the answer, given to the model."""
+    """A question with its answers.
+
+    Attributes:
+      prefix: the start of the answer, which is given to the model.
+    """
 
     text: str
     prefix: str

@@ -15,10 +15,11 @@ type Drawn = tuple[np.ndarray, dict[str, Any]]  # a prompt, and info
 
 
 class Draw(NamedTuple):
-    """What one example is made from.
+    """Inputs that one example is made from.
 
-    source: what all examples of a run share (`Synthetic.source`). length: tokens of the
-      prompt and the answer, at most.
+    Attributes:
+      source: what all examples of a run share (`Synthetic.source`).
+      length: most tokens of the prompt and the answer.
     """
 
     rng: np.random.Generator

@@ -112,7 +112,7 @@ def make(
     lengths: Sequence[str] | None = None,
     ratios: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Makes the plan as JSON values: chips, rows with a roof per chip, break-even.
+    """Makes the table as JSON values: chips, rows with a roof per chip, break-even.
 
     Args:
       presets, lengths, ratios: as on the command line; None for the usual ones.
@@ -143,8 +143,8 @@ def make(
     }
 
 
-def text(plan: dict[str, Any]) -> str:
-    """Writes the plan as Markdown tables."""
+def text(figures: dict[str, Any]) -> str:
+    """Writes what `make` returns as Markdown tables."""
     chips = by_column(
         {
             "chip": lambda chip: chip["name"],
@@ -152,16 +152,16 @@ def text(plan: dict[str, Any]) -> str:
             "GB/s": lambda chip: f"{chip['bandwidth']:g}",
             "GB": lambda chip: f"{chip['memory']:g}",
         },
-        [{"name": name, **chip} for name, chip in plan["chips"].items()],
+        [{"name": name, **chip} for name, chip in figures["chips"].items()],
     )
     made = [
         "Published peaks (data sheets; see training/hardware.py). Below: fewest chips, "
         f"best time to the first token, best time per token.\n\n{chips}"
     ]
-    for preset in dict.fromkeys(row["preset"] for row in plan["rows"]):
-        rows = [row for row in plan["rows"] if row["preset"] == preset]
+    for preset in dict.fromkeys(row["preset"] for row in figures["rows"]):
+        rows = [row for row in figures["rows"] if row["preset"] == preset]
         made.append(f"{preset}\n\n{_preset(rows)}")
-    even = plan["break_even"]
+    even = figures["break_even"]
     show = lambda n: f"{n:,}" if n else f"> {LONGEST:,}"
     columns = {"break-even, tokens": lambda preset: preset["name"]} | {
         f"x{r}": lambda preset, r=r: show(preset[r]) for r in next(iter(even.values()))
