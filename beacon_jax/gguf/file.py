@@ -8,19 +8,18 @@ tokenizer, this 0.2 s (one of two busy cores). The library dequantises well:
 import dataclasses
 import math
 import mmap
+import os
 import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 _AGAIN = "Download it again."
 _STRING, _ARRAY = 8, 9
-# Number of a metadata type -> how `struct` and numpy (little-endian) spell it.
+# Number of a metadata type -> how `struct` spells it.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 
 
@@ -41,7 +40,7 @@ class Stored:
 
 def is_gguf(path: Path) -> bool:
     """Tells whether a path is a file that is, or is named like, a GGUF file."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # takes names that no file can have
         return False
     if path.suffix.lower() == ".gguf":
         return True
@@ -57,7 +56,7 @@ class Header:
       strings: whether to keep arrays of strings (the tokenizer's, 25 MB for Qwen2).
 
     Attributes:
-      values: metadata by key: numbers, strings, arrays of numbers [numpy], lists.
+      values: metadata by key: a number, a string, or a tuple or list of them.
       counts: number of elements of each array, also of those that are not kept.
       tensors: what `Stored` says of each, by name, in the order of the file.
 
@@ -157,7 +156,7 @@ class Header:
                 kind, count = cursor.numbers("IQ")
                 self.counts[key] = count
                 if kind != _STRING:
-                    self.values[key] = cursor.array(kind, count)
+                    self.values[key] = cursor.numbers(f"{count}{_spelt(kind)}")
                 elif strings:
                     self.values[key] = [cursor.string() for _ in range(count)]
                 else:
@@ -204,14 +203,6 @@ class _Cursor:
     def numbers(self, spelling: str) -> tuple[Any, ...]:
         found = struct.unpack_from(f"<{spelling}", self.data, self.at)
         self.at += struct.calcsize(f"<{spelling}")
-        return found
-
-    def array(self, kind: int, count: int) -> np.ndarray:
-        dtype = np.dtype(_spelt(kind)).newbyteorder("<")
-        self._check(count * dtype.itemsize)
-        stop = self.at + count * dtype.itemsize
-        found = np.frombuffer(self.data[self.at : stop], dtype)
-        self.at = stop
         return found
 
     def string(self) -> str:

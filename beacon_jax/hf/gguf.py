@@ -77,7 +77,7 @@ class GgufReader:
     """The tensors of a GGUF file under their HF names, dequantised as they are read.
 
     All of them have one dtype: that of the matrices if it is bfloat16 or float16 for
-    each, else float32, in which every value of a quantised tensor is exact.
+    each, else float32, in which the library computes those of quantised tensors.
 
     Attributes:
       tensors: by HF name, in the order of the file.

@@ -44,7 +44,8 @@ def find(path: str | Path, name: str = "path") -> Path:
             "config.json and the weights."
         )
     # out/model, where a folder `out` is here, is a misspelt path and no id.
-    ours = text.startswith("assets/")
+    kind = "file" if text.endswith(".gguf") else "folder"
+    ours = text.startswith("assets/") or kind == "file"
     if ours or not _ID.fullmatch(text) or os.path.isdir(found.parent):
         near = nearest(text.removeprefix("assets/"), resources.models())
         near = os.path.expanduser(text) if text.startswith("~/") else near
@@ -52,8 +53,9 @@ def find(path: str | Path, name: str = "path") -> Path:
         shown = text if text.isprintable() else repr(text)
         shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
         raise FileNotFoundError(
-            f"{name}={shown}: there is no such folder. {hint}Give a folder with "
-            "config.json and weights, or the id of a model on the hub, org/name."
+            f"{name}={shown}: there is no such {kind}. {hint}Give a folder with "
+            "config.json and weights, a GGUF file, or the id of a model on the hub, "
+            "org/name."
         )
     return download(text, name)
 

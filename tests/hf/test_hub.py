@@ -136,6 +136,8 @@ def test_a_path_is_not_taken_for_a_model_of_the_hub(server, tmp_path, monkeypatc
     (tmp_path / "model.bin").write_bytes(b"PK")
     with pytest.raises(FileNotFoundError, match="model.bin is a file, and no GGUF fil"):
         hub.find("model.bin")
+    with pytest.raises(FileNotFoundError, match="model=org/x.gguf: there is no such f"):
+        hub.find("org/x.gguf", "--model")
     assert hub.find("out") == hub.find(tmp_path / "out").relative_to(tmp_path)
     assert not server.asked
 
