@@ -273,6 +273,12 @@ def _config(header: Header) -> dict[str, Any]:
             f"{path}: the tokenizer has {tokens} tokens, the embedding "
             f"{embedding.shape[0]} rows: download the file again."
         )
+    layers = get("block_count", int)
+    if layers > len(header.tensors):  # before names are made for all of them
+        raise ValueError(
+            f"{path}: {arch}.block_count={layers}, but there are only "
+            f"{len(header.tensors)} tensors: download the file again."
+        )
     window = get("attention.sliding_window", int, 0)
     family = ARCHS[arch][0]
     hf = {
@@ -281,7 +287,7 @@ def _config(header: Header) -> dict[str, Any]:
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": get("feed_forward_length", int),
-        "num_hidden_layers": get("block_count", int),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,

@@ -352,6 +352,7 @@ def test_a_sliding_window_is_refused_unless_it_is_ignored(pair):
         ({"llama.attention.value_length": 8}, "value_length=8 differs"),
         ({"llama.block_count": None}, "block_count is missing from the metadata"),
         ({"llama.block_count": 4}, "missing: blk.3.attn_q.weight"),
+        ({"llama.block_count": 2**31}, "block_count=2147483648, but there are only"),
         ({"llama.block_count": 2}, "unknown: blk.2.attn_q.weight"),
         ({"llama.feed_forward_length": 8}, "wrong shape: blk.0.ffn_up.weight is"),
         ({"llama.attention.head_count": [4, 4, 4]}, "an array of 3.*only one int"),
