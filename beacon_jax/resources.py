@@ -5,10 +5,12 @@ that exists always wins over a name.
 """
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+from beacon_jax.gguf.file import is_gguf
 from beacon_jax.names import meant
 
 PACKAGE = Path(__file__).parent
@@ -83,23 +85,33 @@ def models() -> list[str]:
 
 
 def has_tokenizer(path: str | Path) -> bool:
-    """Tells whether a folder has files that `load_tokenizer` can begin with."""
-    return any((Path(asset(path)) / name).exists() for name in TOKENIZERS)
+    """Tells whether a folder or a GGUF file has what `load_tokenizer` begins with."""
+    path = Path(asset(path))
+    if is_gguf(path):
+        from beacon_jax.gguf import tokenizer
+
+        return tokenizer.has_tokenizer(path)
+    return any((path / name).exists() for name in TOKENIZERS)
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Loads the fast tokenizer of an HF, a converted or any other folder.
+    """Loads the fast tokenizer of a GGUF file, an HF, a converted or any other folder.
 
     Nothing is downloaded, no code of the folder is run, and jax is not imported.
 
     Raises:
-      FileNotFoundError: the folder has no tokenizer files.
+      FileNotFoundError: the folder has no tokenizer files, or the GGUF file none.
+      ValueError: the GGUF file's is not supported.
     """
     # Without it transformers prints, on import, that PyTorch is not there.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    path = Path(asset(path))
+    if is_gguf(path):
+        from beacon_jax.gguf.tokenizer import make_tokenizer
+
+        return make_tokenizer(path)
     from transformers import AutoTokenizer
 
-    path = Path(asset(path))
     if not has_tokenizer(path):
         raise FileNotFoundError(
             f"path={path} has no tokenizer files ({', '.join(TOKENIZERS)}): copy "
@@ -108,6 +120,19 @@ def load_tokenizer(path: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(
         str(path), local_files_only=True, use_fast=True, trust_remote_code=False
     )
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Writes a fast tokenizer as files that transformers 4 and 5 load."""
+    tokenizer.save_pretrained(str(folder))
+    # transformers 5 writes a class name of its own that version 4 cannot load; both
+    # know this one.
+    path = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("backend", None)
+    settings.pop("model_max_length", None)  # "unlimited" is written as 1e30
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def floors(name: str) -> Path:

@@ -18,7 +18,7 @@ from beacon_jax.inference.model import Model
 
 def define_flags(batch_size: int, out: str) -> None:
     """Defines the flags of a script that compares memories, with these defaults."""
-    flags.DEFINE_string("model", "assets/tiny-beacon", "HF or converted folder.")
+    flags.DEFINE_string("model", "assets/tiny-beacon", "Folder or GGUF file.")
     flags.DEFINE_list("ratios", ["2", "4", "8"], "Raw tokens per beacon.")
     flags.DEFINE_integer("samples", 256, "Texts.")
     flags.DEFINE_integer("batch_size", batch_size, "Texts at a time.")

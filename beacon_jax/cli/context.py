@@ -28,7 +28,12 @@ MIB = 2**20
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of both commands: model, texts and how they are compressed."""
     f = Group(values, "Model")
-    f.text("model", None, "HF or converted folder, or tiny-beacon.", required=True)
+    f.text(
+        "model",
+        None,
+        "HF or converted folder, GGUF, tiny-beacon.",
+        required=True,
+    )
     f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Else as stored.")
     f.text("mesh", None, "Devices to split over: tensor:8.")
     f = Group(values, "Text")

@@ -1,10 +1,12 @@
-"""Converts checkpoints from and to Hugging Face folders.
+"""Converts checkpoints from and to Hugging Face folders, and from GGUF files.
 
-The first argument is from-hf or to-hf. --src of to-hf is a converted folder, or the
---workdir of a training run, whose newest checkpoint is exported while the run goes on.
+The first argument is from-hf, from-gguf or to-hf. --src of to-hf is a converted folder,
+or the --workdir of a training run, whose newest checkpoint is exported while the run
+goes on. to-hf of a converted GGUF file makes an HF folder of it.
 
 Examples:
   beacon-jax convert from-hf --src=HF --dst=DIR --dtype=bfloat16 --verify
+  beacon-jax convert from-gguf --src=FILE.gguf --dst=DIR
   beacon-jax convert to-hf --src=DIR --dst=HF
 """
 
@@ -23,10 +25,10 @@ from beacon_jax.progress import Progress, starting
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f = Group(values, "Checkpoints")
-    f.text("src", None, "Folder to read.", required=True)
+    f.text("src", None, "Folder, or file of from-gguf, to read.", required=True)
     f.text("dst", None, "Folder to write.", required=True)
     f.switch("overwrite", False, "Replace a checkpoint at --dst.")
-    f = Group(values, "Only from-hf")
+    f = Group(values, "Only from-hf and from-gguf")
     f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Cast to this.")
     f.switch("verify", False, "Compare logits with a second path.")
     f.switch(
@@ -38,8 +40,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def main(argv: Sequence[str]) -> None:
     options = flags.FLAGS
-    if len(argv) != 2 or argv[1] not in ("from-hf", "to-hf"):
-        sys.exit(f"error: command={argv[1:]}: use from-hf or to-hf.")
+    if len(argv) != 2 or argv[1] not in ("from-hf", "from-gguf", "to-hf"):
+        sys.exit(f"error: command={argv[1:]}: use from-hf, from-gguf or to-hf.")
     with starting():  # after the flags: jax takes seconds
         from beacon_jax.hf import conversion, hub
         from beacon_jax.hf.writer import check_new
@@ -50,6 +52,9 @@ def main(argv: Sequence[str]) -> None:
         check_folder("--dst", dst)
         check_new(dst, overwrite=options.overwrite)
         src = hub.find(options.src, "--src")
+        if src.is_file() != (argv[1] == "from-gguf"):
+            wanted = "a GGUF file" if src.is_dir() else "a folder; use from-gguf"
+            raise ValueError(f"--src={src}: {argv[1]} reads {wanted}.")
         if argv[1] == "to-hf" and (src / "checkpoints").is_dir():
             with starting():
                 from beacon_jax.training.trainer import export_checkpoint
@@ -68,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     except MENDED as error:
         fail(error)
     print(f"wrote {dst}")
-    if options.verify and argv[1] == "from-hf":
+    if options.verify and argv[1] != "to-hf":
         runtime.for_command()
         with Progress().stage("verifying"):
             result = verify.compare(src, dst)

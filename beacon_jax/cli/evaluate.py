@@ -40,7 +40,7 @@ OPTIONS = (
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f = Group(values, "Model")
-    f.text("model", None, "HF or converted folder, or tiny-beacon.")
+    f.text("model", None, "HF or converted folder, GGUF, tiny-beacon.")
     f.text("dtype", None, "Cast to; else as stored.")
     f.text("mesh", None, "Devices, as in data:1,fsdp:1,tensor:8; else one.")
     f.number("window", None, "For a model without beacons.")

@@ -44,7 +44,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.number("pairs", 4, "Questions about each segment.")
     f.number("segment_tokens", 4096, "Of a segment, at most.")
     f.number("max_tokens", 20480, "Of a conversation, at most.")
-    f.text("tokenizer", "", "HF folder; else a token is 3 bytes.")
+    f.text("tokenizer", "", "HF folder or GGUF file; else a token is 3 bytes.")
     f = Group(values, "Output")
     f.text("out", None, "JSON lines file to write.", required=True)
 

@@ -36,6 +36,7 @@ from beacon_jax.data.shards import (
 )
 from beacon_jax.data.sources import Piece, open_parts, source_bytes
 from beacon_jax.data.tally import Tally, clock
+from beacon_jax.gguf.file import Header, is_gguf
 from beacon_jax.paths import whole_file
 from beacon_jax.resources import TOKENIZER_FILES, load_tokenizer
 
@@ -177,12 +178,16 @@ def finished(
 
 
 def tokenizer_hash(folder: str | Path) -> str:
-    """Returns the sha256 of a tokenizer's files and their names.
+    """Returns the sha256 of a tokenizer's files and their names, or of a GGUF file's.
 
     Raises:
       FileNotFoundError: the folder has none of them.
     """
     digest, found = hashlib.sha256(), False
+    if is_gguf(Path(folder)):
+        for data in Header(Path(folder)).raw("tokenizer."):
+            found = True
+            digest.update(f"{len(data)}:".encode() + data)
     for name in TOKENIZER_FILES:
         path = Path(folder) / name
         if path.exists():

@@ -5,7 +5,6 @@ tokenizer_config.json), so that `transformers.AutoTokenizer` and everything else
 it like any other.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from beacon_jax.data.chat import eos_of
 from beacon_jax.data.passkey import NEEDLE, QUESTION, draw_key
+from beacon_jax.resources import save_tokenizer
 
 # One token separates documents and is both bos and eos: beacons start from its
 # embedding row (docs/specification.md section 1), so it has to be a row that base
@@ -78,15 +78,7 @@ def train_tokenizer(
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
     )
-    fast.save_pretrained(str(folder))
-    # transformers 5 writes a class name of its own that version 4 cannot load; both
-    # know this one.
-    path = Path(folder) / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings.pop("backend", None)
-    settings.pop("model_max_length", None)  # "unlimited" is written as 1e30
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(fast, folder)
     return fast
 
 

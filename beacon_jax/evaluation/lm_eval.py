@@ -55,7 +55,7 @@ class BeaconLM(_api.LM):
         """Loads the model.
 
         Args:
-          pretrained: HF or converted folder, or a model that is loaded already.
+          pretrained: a folder, a GGUF file, or a model that is loaded already.
           ratio: raw tokens per memory slot; 0 or "full": no compression; "auto",
             "auto-8", "adapt": see `likelihood.ratio_of`, decided for each request.
           batch_size: requests computed together; None: 8.

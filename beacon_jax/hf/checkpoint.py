@@ -1,4 +1,4 @@
-"""Loads a model from an HF or a converted folder, and saves one as an HF folder."""
+"""Loads a model from a folder or a GGUF file, and saves one as an HF folder."""
 
 import dataclasses
 import functools
@@ -16,7 +16,6 @@ from beacon_jax.hf.conversion import (
     open_source,
     read_config,
     read_manifest,
-    write_config,
     write_hf_weights,
     write_index,
 )
@@ -25,7 +24,7 @@ from beacon_jax.hf.identify import Identity, folder_identity
 from beacon_jax.hf.keys import beacon_part, flatten, table, unflatten
 from beacon_jax.hf.placement import Place
 from beacon_jax.hf.reader import TreeReader
-from beacon_jax.hf.writer import copy_small_files, new_folder
+from beacon_jax.hf.writer import copy_small_files, new_folder, write_config
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.resources import asset
@@ -40,7 +39,7 @@ class Checkpoint:
     Attributes:
       config: the model and its beacons.
       variables: {"params": tree, "beacon": tree} of numpy arrays (see `param_shapes`).
-      path: the folder that the model was read from.
+      path: the folder or file that the model was read from.
       known_hashes: hashes that the manifest of a converted folder already has.
       identity: the same hashes, computed from the folder when they are asked for; it
         does not keep the variables alive.
@@ -77,11 +76,13 @@ def load(
     place: Place | None = None,
     quiet: bool = False,
 ) -> Checkpoint:
-    """Reads an HF folder or a converted folder into memory.
+    """Reads an HF folder, a converted folder or a GGUF file into memory.
 
     Args:
-      path: a folder with config.json and weights, or a name (`resources.asset`).
-      dtype: cast everything to "float32", "bfloat16" or "float16"; None: as stored.
+      path: a folder with config.json and weights, a name (`resources.asset`), or a GGUF
+        file.
+      dtype: cast everything to "float32", "bfloat16" or "float16"; None: as stored
+        (`gguf.GgufReader` says what that is in a GGUF file).
       beacon: replaces the beacon settings of config.json. Parts that the checkpoint
         does not have start from the base, so a plain model gets fresh beacons.
       ignore_sliding_window: attend to everything although config.json has a window.
@@ -173,7 +174,7 @@ def save_hf(
       config: written as config.json, incl. the beacon_* fields.
       variables: {"params": ..., "beacon": ...}, numpy or jax arrays in the dtype to be
         saved; they are fetched one layer of one tensor at a time.
-      source: an HF or converted folder whose tokenizer files are copied and whose
+      source: a folder or GGUF file whose tokenizer files are copied and whose
         other config.json keys are kept.
       overwrite: a checkpoint that lies there is replaced when the new one is complete.
       keep: other files of that checkpoint stay, as of an earlier export of one run.

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from beacon_jax.gguf.file import is_gguf
+from beacon_jax.hf import gguf
 from beacon_jax.hf.hashing import TreeHash
 from beacon_jax.hf.keys import (
     EMBEDDING,
@@ -30,6 +32,7 @@ from beacon_jax.hf.reader import (
     Reader,
     SafetensorsReader,
     Tensor,
+    TorchReader,
     aligned_empty,
     open_hf,
     row_blocks,
@@ -38,6 +41,7 @@ from beacon_jax.hf.writer import (
     MANIFEST,
     copy_small_files,
     new_folder,
+    write_config,
     write_safetensors,
 )
 from beacon_jax.model.beacon import beacon_token
@@ -68,7 +72,7 @@ def from_hf(
     hf = read_config(src)
     config = ModelConfig.from_hf(hf, ignore_sliding_window=ignore_sliding_window)
     with Progress().stage("looking at the tensors"):
-        reader = open_hf(src)
+        reader = open_weights(src)
         source = HfSource(config, reader, check_dtype(dtype))
     hashes = {"params": TreeHash(), "beacon": TreeHash()}
 
@@ -293,10 +297,17 @@ def open_source(
     *,
     quiet: bool = False,
 ) -> Source:
-    """Opens the weights of an HF or a converted folder, to be cast to `dtype`."""
+    """Opens the weights of a folder or a GGUF file, to be cast to `dtype`."""
     if is_converted(folder):
         return ConvertedSource(config, folder, dtype)
-    return HfSource(config, open_hf(folder), dtype, quiet=quiet)
+    return HfSource(config, open_weights(folder), dtype, quiet=quiet)
+
+
+def open_weights(
+    path: Path,
+) -> SafetensorsReader | TorchReader | gguf.GgufReader:
+    """Opens the weights of an HF folder or of a GGUF file, under their HF names."""
+    return gguf.GgufReader(path) if is_gguf(path) else open_hf(path)
 
 
 def write_hf_weights(
@@ -399,12 +410,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns the content of config.json.
+    """Returns the content of config.json, or what it would be for a GGUF file.
 
     Raises:
       FileNotFoundError: it is not there.
-      ValueError: it is not JSON.
+      ValueError: it is not JSON, or the GGUF file is not supported.
     """
+    if is_gguf(folder):
+        return gguf.config(folder)
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(
@@ -415,11 +428,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
-
-
-def write_config(folder: Path, hf: Mapping[str, Any]) -> None:
-    """Writes config.json with sorted keys."""
-    (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
 
 
 def check_dtype(dtype: str | None) -> np.dtype | None:

@@ -1,10 +1,11 @@
-"""Finds a model: a folder on this machine, one of the package, or one on the hub."""
+"""Finds a model: a folder or GGUF file here, one of the package, or one on the hub."""
 
 import os
 import re
 from pathlib import Path
 
 from beacon_jax import resources
+from beacon_jax.gguf.file import is_gguf
 from beacon_jax.names import nearest
 
 TIMEOUT = 5.0  # seconds until the hub counts as not reachable
@@ -15,12 +16,12 @@ _TORCH = re.compile(r"pytorch_model[\w.-]*\.bin")
 
 
 def find(path: str | Path, name: str = "path") -> Path:
-    """Returns the folder of a model, which is downloaded if it is on the hub only.
+    """Returns the folder or GGUF file of a model, downloaded if it is on the hub only.
 
     Args:
-      path: a folder; the name of a model of the package (`resources.asset`); or the id
-        of one on the hub, "org/name": what is needed of it is downloaded into the cache
-        of huggingface_hub, once.
+      path: a folder or a GGUF file; the name of a model of the package
+        (`resources.asset`); or the id of one on the hub, "org/name": what is needed of
+        it is downloaded into the cache of huggingface_hub, once.
       name: name of the argument, for messages.
 
     Raises:
@@ -35,15 +36,16 @@ def find(path: str | Path, name: str = "path") -> Path:
             "the hub, org/name."
         )
     found = Path(resources.asset(path))
-    if os.path.isdir(found):
+    if os.path.isdir(found) or is_gguf(found):
         return found
     if os.path.exists(found):
         raise FileNotFoundError(
-            f"{name}={path} is a file: give the folder that has config.json and the "
-            "weights."
+            f"{name}={path} is a file, and no GGUF file: give the folder that has "
+            "config.json and the weights."
         )
     # out/model, where a folder `out` is here, is a misspelt path and no id.
-    ours = text.startswith("assets/")
+    kind = "file" if text.endswith(".gguf") else "folder"
+    ours = text.startswith("assets/") or kind == "file"
     if ours or not _ID.fullmatch(text) or os.path.isdir(found.parent):
         near = nearest(text.removeprefix("assets/"), resources.models())
         near = os.path.expanduser(text) if text.startswith("~/") else near
@@ -51,8 +53,9 @@ def find(path: str | Path, name: str = "path") -> Path:
         shown = text if text.isprintable() else repr(text)
         shown = shown if len(shown) <= 200 else f"{shown[:197]}..."
         raise FileNotFoundError(
-            f"{name}={shown}: there is no such folder. {hint}Give a folder with "
-            "config.json and weights, or the id of a model on the hub, org/name."
+            f"{name}={shown}: there is no such {kind}. {hint}Give a folder with "
+            "config.json and weights, a GGUF file, or the id of a model on the hub, "
+            "org/name."
         )
     return download(text, name)
 

@@ -75,7 +75,7 @@ class Identity:
 
 
 def identity(source: "str | Path | Checkpoint") -> Identity:
-    """Returns the identity of a folder's model as stored, or of a loaded checkpoint.
+    """Returns the identity of a stored model (folder, GGUF file) or a loaded one.
 
     Nothing is read but config.json and the manifest until a hash is asked for.
 
@@ -127,8 +127,10 @@ def folder_identity(
 
 
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Returns names, sizes and times of the folder's weights."""
-    files = [p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")]
+    """Returns names, sizes and times of the files with the weights."""
+    files = [path]
+    if path.is_dir():
+        files = [p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")]
     stats = [(p.name, p.stat()) for p in sorted(files)]
     return tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats)
 

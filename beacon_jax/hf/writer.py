@@ -6,12 +6,20 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from beacon_jax.gguf.file import is_gguf
+from beacon_jax.hf import gguf
 from beacon_jax.hf.reader import ALL_DTYPES, Tensor
 from beacon_jax.progress import Stage
-from beacon_jax.resources import TOKENIZER_FILES
+from beacon_jax.resources import (
+    TOKENIZER_FILES,
+    has_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 
 MANIFEST = "beacon_jax.json"
 DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
@@ -72,11 +80,16 @@ def copy_small_files(src: Path, dst: Path, *, card: bool = True) -> None:
     """Copies all files but weights, indices and the manifest.
 
     These are the tokenizer, templates and code; and the model's card README.md, unless
-    dst is another model. Hidden files stay behind.
+    dst is another model. Hidden files stay behind. Of a GGUF file, config.json and the
+    files of the tokenizer are written.
 
     Args:
       card: whether README.md is copied.
     """
+    if is_gguf(src):
+        write_config(dst, gguf.config(src))
+        if has_tokenizer(src):
+            copy_tokenizer(src, dst)
     for path in sorted(src.rglob("*")):
         relative = path.relative_to(src)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -86,8 +99,15 @@ def copy_small_files(src: Path, dst: Path, *, card: bool = True) -> None:
             shutil.copyfile(path, dst / relative)
 
 
+def write_config(folder: Path, hf: Mapping[str, Any]) -> None:
+    """Writes config.json with sorted keys."""
+    (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
+
+
 def copy_tokenizer(src: Path, dst: Path) -> None:
     """Copies the tokenizer's files and nothing else, even if src is a whole model."""
+    if is_gguf(src):
+        return save_tokenizer(load_tokenizer(src), dst)
     for path in sorted(src.iterdir()):
         if path.is_file() and path.name.startswith(_TOKENIZER):
             shutil.copyfile(path, dst / path.name)

@@ -1,4 +1,4 @@
-"""Loads a model with its tokenizer: a folder, a model of the package or of the hub."""
+"""Loads a model with its tokenizer, from here, from the package or from the hub."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -46,13 +46,15 @@ def load(
     ignore_sliding_window: bool = False,
     mesh: str | Mesh | None = None,
 ) -> Model:
-    """Loads a model, with its tokenizer, from an HF or a converted folder.
+    """Loads a model, with its tokenizer, from a folder or a GGUF file.
 
     Args:
-      path: a folder with config.json, weights and tokenizer files; "tiny-beacon", which
+      path: a folder with config.json, weights and tokenizer files, of Hugging Face or
+        converted; a GGUF file of a llama, mistral or qwen2 model; "tiny-beacon", which
         comes with the package; or the id of a model on the hub, "org/name", which is
         downloaded into the cache of huggingface_hub.
-      dtype: "float32", "bfloat16" or "float16"; None: as stored.
+      dtype: "float32", "bfloat16" or "float16"; None: as stored, and float32 if a GGUF
+        file has quantised tensors.
       beacon: other beacon settings; a plain model gets untrained beacons.
       ignore_sliding_window: attend to everything although config.json has a window.
       mesh: devices to split over, "tensor:8" (attention heads, MLP and vocabulary) or
@@ -69,7 +71,7 @@ def load(
     _check(path, dtype, beacon)
     validate.switch("ignore_sliding_window", ignore_sliding_window)
     path = hub.find(path)
-    if not (path / "config.json").is_file():
+    if not (path.is_file() or (path / "config.json").is_file()):
         raise FileNotFoundError(
             f"path={path} is not a model folder: it has no config.json."
         )

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from beacon_jax.hf.checkpoint import load
-from beacon_jax.hf.conversion import read_config, read_manifest
-from beacon_jax.hf.reader import Reader, open_hf
+from beacon_jax.hf.conversion import open_weights, read_config, read_manifest
+from beacon_jax.hf.reader import Reader
 from beacon_jax.model.config import ModelConfig, RopeConfig
 
 MAX_KL = 1e-4  # nats per token; the same weights in float32 differ by rounding, 1e-6
@@ -198,13 +198,13 @@ def compare(
     """Runs both paths on `length` random tokens and compares them.
 
     Args:
-      src: the HF folder, read by the second path.
+      src: the HF folder or GGUF file, read by the second path.
       dst: the converted folder, loaded in float32 and given to `logits`.
       logits: (config, variables, tokens [T]) -> [T, V]; None: `jax_logits`.
     """
     config = ModelConfig.from_hf(read_config(src), ignore_sliding_window=True)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, length)
-    reference = softmax(numpy_logits(config, open_hf(src), tokens))
+    reference = softmax(numpy_logits(config, open_weights(src), tokens))
     model = load(dst, dtype="float32")
     ours = softmax((logits or jax_logits)(model.config, model.variables, tokens))
     ratio = np.log(np.maximum(reference, 1e-30)) - np.log(np.maximum(ours, 1e-30))

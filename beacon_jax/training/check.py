@@ -8,6 +8,7 @@ from beacon_jax.attention.api import IMPLEMENTATIONS
 from beacon_jax.core.lean_vjp import REMAT
 from beacon_jax.core.plan import memory_slots
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
+from beacon_jax.gguf.file import is_gguf
 from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import meant
@@ -148,7 +149,8 @@ def _check_numbers(config: Config) -> None:
 
 
 def _check_folders(config: Config) -> None:
-    if config.init_from and not (base_folder(config) / "config.json").exists():
+    base = base_folder(config) if config.init_from else None
+    if base and not (base.is_file() or (base / "config.json").exists()):
         raise FileNotFoundError(
             f"init_from={config.init_from!r} has no config.json: give the folder that "
             "holds the model's files."
@@ -156,7 +158,7 @@ def _check_folders(config: Config) -> None:
     if not config.tokenizer.train:
         key = "tokenizer.path" if config.tokenizer.path else "init_from"
         folder = tokenizer_folder(config)
-        if not folder.is_dir():
+        if not (folder.is_dir() or is_gguf(folder)):
             what = "is a file" if folder.exists() else "does not exist"
             raise FileNotFoundError(
                 f"{key}={lookup(config, key)!r} {what}: give the folder of a "

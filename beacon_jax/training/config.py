@@ -60,7 +60,7 @@ def default_config() -> Config:
     See docs/specification.md section 3.
     """
     config: Config = _RunConfigDict()
-    config.init_from = ""  # HF or converted folder; "": `model`, at random
+    config.init_from = ""  # HF or converted folder, GGUF file; "": `model`, at random
     config.model = ConfigDict()  # fields of ModelConfig, for random initialisation
     config.trainable = "beacon"  # what is trained; or "all": every parameter
     config.seed = 0  # of data, ratios and random initialisation

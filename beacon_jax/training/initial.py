@@ -23,7 +23,7 @@ from beacon_jax.training.sharding import Placement, map_named, put
 
 
 def base_folder(config: Config) -> Path:
-    """Finds the folder of `init_from`: a folder, or a model of the package or the hub.
+    """Finds the folder or GGUF file of `init_from`, also of the package or the hub.
 
     Raises:
       FileNotFoundError: as `hf.hub.find`.
@@ -32,7 +32,7 @@ def base_folder(config: Config) -> Path:
 
 
 def tokenizer_folder(config: Config) -> Path:
-    """Returns the folder of a tokenizer that is not trained: its own, or the base's."""
+    """Returns where a tokenizer that is not trained lies: its own, or the base's."""
     if config.tokenizer.path:
         return Path(asset(config.tokenizer.path))
     return base_folder(config)

@@ -38,7 +38,7 @@ def test_there_and_back_on_the_command_line(
     said = result.stderr.splitlines()[-1]  # a slow machine says before that it starts
     assert said.startswith("error: --dst=") and "--overwrite" in said
     result = run(*convert, "upside-down", f"--src={src}", f"--dst={ours}")
-    assert result.returncode == 1 and "use from-hf or to-hf" in result.stderr
+    assert result.returncode == 1 and "use from-hf, from-gguf or to-hf" in result.stderr
 
 
 @pytest.mark.slow

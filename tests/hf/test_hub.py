@@ -133,9 +133,11 @@ def test_a_path_is_not_taken_for_a_model_of_the_hub(server, tmp_path, monkeypatc
     for path in ("out/model", "/nope", "./org/name", "a/b/c", "name", tmp_path / "x"):
         with pytest.raises(FileNotFoundError, match="path=.*there is no such folder"):
             hub.find(path)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(FileNotFoundError, match="model.gguf is a file: give the fol"):
-        hub.find("model.gguf")
+    (tmp_path / "model.bin").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError, match="model.bin is a file, and no GGUF fil"):
+        hub.find("model.bin")
+    with pytest.raises(FileNotFoundError, match="model=org/x.gguf: there is no such f"):
+        hub.find("org/x.gguf", "--model")
     assert hub.find("out") == hub.find(tmp_path / "out").relative_to(tmp_path)
     assert not server.asked
 
