@@ -131,7 +131,7 @@ def decode_tpu(
     return zero_invalid(out, queries)
 
 
-def _decode(schedule: TpuSchedule, *given: Array) -> Float[Array, "B T N H"]:
+def _decode(schedule: TpuSchedule, *given: Any) -> Float[Array, "B T N H"]:
     """Attends, given (q, k, v, scalars, layer)."""
 
     def elsewhere(q: Array, k: Array, v: Array, scalars: Array, layer: Array) -> Array:

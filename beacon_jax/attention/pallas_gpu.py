@@ -134,7 +134,7 @@ def pallas_gpu(
     return attend(there, back, q, k, v, lengths, layer)
 
 
-def _forward(schedule: GpuSchedule, *given: Array) -> tuple[Array, Array]:
+def _forward(schedule: GpuSchedule, *given: Any) -> tuple[Array, Array]:
     """Returns the result and lse, given (q, k, v, lengths, layer)."""
 
     def elsewhere(
@@ -150,7 +150,7 @@ def _forward(schedule: GpuSchedule, *given: Array) -> tuple[Array, Array]:
     return lowered("cuda", schedule.interpret, kernels, elsewhere, *given)
 
 
-def _backward(schedule: GpuSchedule, *given: Array) -> tuple[Array, Array, Array]:
+def _backward(schedule: GpuSchedule, *given: Any) -> tuple[Array, Array, Array]:
     """Returns the gradients, given what `_forward` is, out, lse and d_out."""
 
     def elsewhere(

@@ -561,7 +561,7 @@ def _blockwise(schedule: TpuSchedule, of: Callable) -> Callable:
     return lambda q, k, v, scalars, *more: of(*size, q, k, v, scalars[0], *more)
 
 
-def _forward(schedule: TpuSchedule, *given: Array) -> tuple[Array, Array]:
+def _forward(schedule: TpuSchedule, *given: Any) -> tuple[Array, Array]:
     """Returns the result and lse, given (q, k, v, scalars, layer)."""
 
     def kernel(
@@ -576,7 +576,7 @@ def _forward(schedule: TpuSchedule, *given: Array) -> tuple[Array, Array]:
     return lowered("tpu", schedule.interpret, kernel, elsewhere, *given)
 
 
-def _backward(schedule: TpuSchedule, *given: Array) -> tuple[Array, Array, Array]:
+def _backward(schedule: TpuSchedule, *given: Any) -> tuple[Array, Array, Array]:
     """Returns the gradients, given what `_forward` is, out, lse and d_out."""
 
     def kernel(

@@ -98,7 +98,8 @@ def lowered(
     "cuda" or "tpu"; also where the kernel is interpreted. Otherwise elsewhere(*args).
     """
     if interpret:
-        return kernel(*args)
+        # A residual that is a constant comes back as an array of numpy.
+        return kernel(*jax.tree.map(jnp.asarray, args))
     return lax.platform_dependent(*args, default=elsewhere, **{platform: kernel})
 
 
