@@ -136,6 +136,7 @@ def training_step(
     valid: Int[np.ndarray, "N B"],
     *,
     trainable: str = "beacon",
+    taught: bool = False,
 ) -> int:
     """Counts a training step: forward and backward pass over a batch.
 
@@ -146,11 +147,16 @@ def training_step(
       valid: real tokens of every window, rows aligned at their last window as in
         `core.train_loss`. Logits of every real token count, labelled or not.
       trainable: "beacon" or "all".
+      taught: full attention reads the batch, too (`core.distil`).
     """
     plans = np.repeat(plans, valid.shape[1] // plans.shape[1], axis=1)
     plans[-1] = 0
     scored = int(valid.sum())
-    return _sequences(config, plans, valid, scored=scored).training(trainable)
+    spent = _sequences(config, plans, valid, scored=scored).training(trainable)
+    if taught:
+        full = np.zeros_like(plans)
+        spent += _sequences(config, full, valid, scored=scored).total
+    return spent
 
 
 def break_even(config: ModelConfig, ratio: int, longest: int = 2**20) -> int | None:

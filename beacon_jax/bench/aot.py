@@ -48,6 +48,7 @@ class StepCase:
     slots: memory slots per row; 0: what the lowest ratio needs in every window.
     budget: GiB per device that the peak must not exceed; 0: no budget.
     attention: its implementation; "": the chip's kernels.
+    loss: its kind, "labels" or "distil".
     """
 
     model: str
@@ -60,6 +61,7 @@ class StepCase:
     remat: str = "lean-layer"
     offload: bool = False
     attention: str = ""
+    loss: str = "labels"
 
 
 CASES = {
@@ -68,6 +70,9 @@ CASES = {
         "llama2-7b", "a100_80gb", 20480, mesh=(8, 1, 1), budget=80.0
     ),
     "llama2-7b-20k-x2-a100": StepCase("llama2-7b", "a100_80gb", 20480, ratios=(2,)),
+    "llama2-7b-20k-distil-a100": StepCase(
+        "llama2-7b", "a100_80gb", 20480, loss="distil"
+    ),
     "qwen2-7b-20k-a100": StepCase("qwen2-7b", "a100_80gb", 20480, budget=80.0),
     "llama2-7b-128k-x8-a100": StepCase(
         "llama2-7b", "a100_80gb", 131072, ratios=(8,), budget=45.0
@@ -110,7 +115,7 @@ def abstract_step(case: StepCase) -> tuple[Any, tuple[Any, ...], float]:
     config = default_config()
     config.dtype = "bfloat16"
     config.memory_slots, config.offload = case.slots, case.offload
-    config.attention = case.attention
+    config.attention, config.loss.kind = case.attention, case.loss
     for name, size in zip(("data", "fsdp", "tensor"), case.mesh, strict=True):
         config.mesh[name] = size
     rows = case.mesh[0] * case.mesh[1]

@@ -43,6 +43,43 @@ def token_losses(
     return out.swapaxes(0, 1).reshape(b, w)
 
 
+def taught_losses(
+    logits: Callable[[Array], Array],
+    hidden: Float[Array, "B W D"],
+    taught: Float[Array, "B W D"],
+    labels: Int[Array, "B W"],
+    weights: Float[Array, "B W"],
+    *,
+    chunk: int = 256,
+) -> Float[Array, "B W"]:
+    """Divergences in nats from what a teacher predicts, plus weighted label losses.
+
+    Of every position KL(teacher || student), and `weights` times the loss of its label.
+    As in `token_losses`, `chunk` positions of a row are expanded to V at a time.
+
+    Args:
+      hidden, taught: final hidden states of the student and of the teacher, who share
+        `logits`.
+      weights: 0 where a label is -100.
+    """
+
+    @jax.checkpoint
+    def losses(h, t, y, weight):
+        student = jax.nn.log_softmax(logits(h))
+        teacher = jax.lax.stop_gradient(jax.nn.log_softmax(logits(t)))
+        divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+        label = jnp.take_along_axis(student, jnp.maximum(y, 0)[..., None], axis=-1)
+        return divergence - weight * label[..., 0]
+
+    parts = (hidden, taught, labels, weights)
+    b, w = labels.shape
+    if w <= chunk or w % chunk:
+        return losses(*parts)
+    cut = lambda x: x.reshape(b, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+    out = jax.lax.map(lambda p: losses(*p), tuple(map(cut, parts)))
+    return out.swapaxes(0, 1).reshape(b, w)
+
+
 def token_scores(
     logits: Callable[[Array], Array],
     hidden: Float[Array, "B W D"],

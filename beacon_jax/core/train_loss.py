@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from beacon_jax.core.distil import teach
 from beacon_jax.core.law import Law
 from beacon_jax.core.lean_vjp import REMAT, window_loop
-from beacon_jax.core.loss import IGNORE, token_losses
+from beacon_jax.core.loss import IGNORE, taught_losses, token_losses
 from beacon_jax.core.step import NOOP, Window, lookup, training_window
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, Entries, apply, constrain_entries
@@ -19,21 +20,30 @@ from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
 from beacon_jax.names import meant
 
+KINDS = ("labels", "distil")
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """Settings of a training loss and of its gradient; hashable.
 
     Attributes:
+      kind: "labels", the cross entropy of labels, or "distil", the divergence from the
+        model's own full attention (`distil.teach`) at every token behind the first
+        window of its row.
+      label_weight: of "distil": how much of a label's cross entropy is added to the
+        divergence at its token.
       skip_first_window: leaves out the labels of each row's first window (the paper's
         eq. 11) instead of counting all, as the release does.
-      average: "token", over all counted labels, or "row", a mean of row means.
+      average: "token", over all that counts, or "row", a mean of row means.
       remat, offload: what the backward pass recomputes, and where it finds the memory:
         see `lean_vjp.window_loop`.
       memory_slots: room for what a plan appends; 0: for the lowest ratio throughout.
       ratios: the static ratios to compile; None: those of the model's config.
     """
 
+    kind: str = "labels"
+    label_weight: float = 0.0
     skip_first_window: bool = False
     average: str = "token"
     remat: str = "lean"
@@ -46,6 +56,11 @@ class LossConfig:
             near = meant(self.remat, REMAT)
             raise ValueError(
                 f"remat={self.remat!r} is unknown: {near}use one of {', '.join(REMAT)}."
+            )
+        if self.kind not in KINDS:
+            near = meant(self.kind, KINDS)
+            raise ValueError(
+                f"loss.kind={self.kind!r} is unknown: {near}use {' or '.join(KINDS)}."
             )
         if self.average not in ("token", "row"):
             raise ValueError(f"loss_average={self.average!r}: use 'token' or 'row'.")
@@ -70,6 +85,8 @@ def train_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Computes the loss of a batch; differentiate in `beacon` (and `params` for "all").
 
+    With kind="distil" the teacher has the parameters at hand and no gradient.
+
     Args:
       net: with `partition`, arrays are split over its mesh; None leaves that to the
         caller.
@@ -81,7 +98,8 @@ def train_loss(
 
     Returns:
       (loss, aux): window_loss and window_count [N], token_loss [N, B, W], row_loss and
-      row_count [B] (sums of weighted losses and of weights).
+      row_count [B] (sums of weighted losses and of weights). What counts is a label or,
+      with "distil", a token behind its row's first window.
     """
     tokens, valid = batch["tokens"], batch["valid"]
     n, _, w = tokens.shape
@@ -94,19 +112,24 @@ def train_loss(
     xs = {"tokens": tokens, "ratio": plan, "slots": slots, "added": added}
     if len(windows) > 1 or n > 1:  # else a plain model in one window: no switch at all
         xs["index"] = index
+    variables = {"params": params, "beacon": beacon}
+    labels, weights = _labels(batch, loss)
+    scored = {"labels": labels}
+    if loss.kind == "distil":
+        scored["taught"] = teach(net, variables, tokens, valid)
+        scored["weights"] = loss.label_weight * weights
+        weights = _behind_first(valid, w)
     hidden = window_loop(
         net,
         tuple(windows.values()),
-        {"params": params, "beacon": beacon},
+        variables,
         _buffers(net, law, tokens.shape, loss),
         xs,
         remat=loss.remat,
         offload=loss.offload,
     )
-    labels, weights = _labels(batch, loss)
-    token_loss, logits = _losses(
-        net, {"params": params, "beacon": beacon}, index, hidden, labels
-    )
+    scored["hidden"] = hidden
+    token_loss, logits = _losses(net, variables, index, scored)
     weighted = token_loss * weights
     row_loss, row_count = weighted.sum((0, 2)), weights.sum((0, 2))
     if loss.average == "row":
@@ -177,23 +200,32 @@ def _labels(
 ) -> tuple[Int[Array, "N B W"], Float[Array, "N B W"]]:
     """Returns the labels that count, -100 elsewhere, and their weights, 0 elsewhere."""
     valid, labels = batch["valid"], batch["labels"]
-    n, _, w = labels.shape
+    w = labels.shape[-1]
     labels = jnp.where(jnp.arange(w) < valid[..., None], labels, IGNORE)
     if loss.skip_first_window:
-        first = jnp.argmax(valid > 0, axis=0)  # [B] step of each row's first window
-        labels = jnp.where((jnp.arange(n)[:, None] == first)[..., None], IGNORE, labels)
+        labels = jnp.where(_behind_first(valid, w) > 0, labels, IGNORE)
     weights = batch.get("weights", jnp.ones(labels.shape, jnp.float32))
     return labels, jnp.where(labels == IGNORE, 0.0, weights)
+
+
+def _behind_first(valid: Int[Array, "N B"], window: int) -> Float[Array, "N B W"]:
+    """Returns 1 for real tokens behind the first window of their row, else 0."""
+    first = jnp.argmax(valid > 0, axis=0)  # [B] step of each row's first window
+    behind = jnp.arange(len(valid))[:, None] > first
+    live = jnp.arange(window) < valid[..., None]
+    return (live & behind[..., None]).astype(jnp.float32)
 
 
 def _losses(
     net: Net,
     variables: dict[str, Any],
     index: Int[Array, " N"],
-    hidden: Float[Array, "N B W D"],
-    labels: Int[Array, "N B W"],
+    scored: dict[str, Array],
 ) -> tuple[Float[Array, "N B W"], Any]:
-    """Returns the losses of all labels, and the function that makes logits.
+    """Returns the losses of all tokens, and the function that makes logits.
+
+    scored: hidden [N, B, W, D] and labels [N, B, W]; of distillation taught
+    [N, B, W, D] and weights of the labels [N, B, W], too.
 
     This comes behind the loop over windows. So the head is compiled once, not once per
     ratio, and is not run again when the windows are.
@@ -205,11 +237,12 @@ def _losses(
     # weights included (14 GiB at 7B and 128 windows).
     @jax.checkpoint
     def losses(x):
-        index, hidden, labels = x
+        index, scored = x
+        some = taught_losses if "taught" in scored else token_losses
         return lax.cond(
             index == NOOP,
-            lambda: jnp.zeros(labels.shape, jnp.float32),
-            lambda: token_losses(logits, hidden, labels),
+            lambda: jnp.zeros(scored["labels"].shape, jnp.float32),
+            lambda: some(logits, **scored),
         )
 
-    return lax.map(losses, (index, hidden, labels)), logits
+    return lax.map(losses, (index, scored)), logits

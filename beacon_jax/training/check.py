@@ -7,6 +7,7 @@ from beacon_jax import hf
 from beacon_jax.attention.api import IMPLEMENTATIONS
 from beacon_jax.core.lean_vjp import REMAT
 from beacon_jax.core.plan import memory_slots
+from beacon_jax.core.train_loss import KINDS
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
@@ -32,6 +33,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "remat": ("auto", *REMAT),
     "attention": ("", *IMPLEMENTATIONS),
+    "loss.kind": KINDS,
     "loss.average": ("token", "row"),
 }
 # Keys, what has to hold (nan never does), and how a message says it.
@@ -48,7 +50,7 @@ LIMITS = (
     ),
     (
         (
-            *("window", "memory_slots", "seed"),
+            *("window", "memory_slots", "seed", "loss.label_weight"),
             *("optimizer.weight_decay", "optimizer.clip", "optimizer.warmup"),
         ),
         lambda x: x >= 0,
@@ -119,6 +121,17 @@ def _check_choices(config: Config) -> None:
         raise ValueError(
             "trainable='beacon' with beacon.use=False leaves nothing to train: set "
             "trainable='all' or beacon.use=True."
+        )
+    if config.loss.kind == "distil" and config.trainable != "beacon":
+        raise ValueError(
+            f"loss.kind='distil' with trainable={config.trainable!r}: the model itself "
+            "is the teacher and must not change. Set trainable='beacon', or "
+            "loss.kind='labels'."
+        )
+    if config.loss.label_weight > 0 and config.loss.kind != "distil":
+        raise ValueError(
+            f"loss.label_weight={config.loss.label_weight} is for loss.kind='distil': "
+            "leave it at 0, or set loss.kind='distil'."
         )
     if not config.init_from and not config.model:
         raise ValueError(

@@ -114,6 +114,11 @@ def default_config() -> Config:
     config.uniform_plans = 0.0
     config.loss = ConfigDict(
         {
+            # "labels": cross entropy. "distil": the divergence from what the model itself
+            # predicts with full attention, at every token behind a row's first window.
+            "kind": "labels",
+            # Of "distil": how much of a label's cross entropy is added at its token.
+            "label_weight": 0.0,
             # Leaves out the loss of the first window, which sees no beacon.
             "skip_first_window": False,
             "average": "token",  # mean over labels; "row": mean of the rows' means

@@ -176,7 +176,7 @@ class Inputs:
             batch["weights"], _ = cut(raw["weights"])
         plans = draw_plans(config, model, batches, step, self._count)
         plans = np.pad(plans, ((n - len(plans), 0), (0, 0)))
-        flops = training_step(model, plans, valid, trainable=config.trainable)
+        flops = step_flops(config, model, plans, valid)
         return StepInputs(batch, plans, int(lengths.sum()), flops)
 
     def ahead(self, start: int, stop: int) -> grain.DatasetIterator[StepInputs]:
@@ -184,6 +184,17 @@ class Inputs:
         steps = grain.MapDataset.range(start, stop).map(self.__getitem__)
         options = grain.ReadOptions(self._threads, AHEAD)
         return iter(steps.to_iter_dataset(options))
+
+
+def step_flops(
+    config: Config,
+    model: ModelConfig,
+    plans: Int[np.ndarray, "N P"],
+    valid: Int[np.ndarray, "N B"],
+) -> int:
+    """Counts the model FLOPs of a step; the teacher of a distillation reads it, too."""
+    taught = config.loss.kind == "distil"
+    return training_step(model, plans, valid, trainable=config.trainable, taught=taught)
 
 
 def window(config: Config, model: ModelConfig, width: int) -> int:

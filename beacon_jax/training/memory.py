@@ -98,6 +98,11 @@ def step_bytes(
     inputs = rows * window * model.num_layers * model.hidden_size * wide
     layer = rows * window * _activations(model, size) / tensor
     fixed = state + base + gradients + buffers + hidden + inputs
+    if config.loss.kind == "distil":
+        # The teacher's hidden states stay; its keys and values of all tokens are gone
+        # before the student's backward pass makes what is in `buffers`.
+        taught = rows * windows * law.window * size
+        fixed += taught * model.hidden_size + max(taught * kv - buffers, 0)
     return {
         "lean": SLACK * (fixed + model.num_layers * layer),
         "lean-layer": SLACK * (fixed + layer),

@@ -26,7 +26,6 @@ from beacon_jax.core.law import Law
 from beacon_jax.data.sources import open_parts, source_bytes
 from beacon_jax.data.tally import clock, si
 from beacon_jax.data.text import load_documents, run_documents
-from beacon_jax.flops import training_step
 from beacon_jax.hf.conversion import read_config
 from beacon_jax.model.config import ModelConfig, param_shapes
 from beacon_jax.training.config import OPEN, Config, lookup
@@ -37,7 +36,7 @@ from beacon_jax.training.initial import (
     tokenizer_folder,
     trained_trees,
 )
-from beacon_jax.training.inputs import slots
+from beacon_jax.training.inputs import slots, step_flops
 from beacon_jax.training.memory import step_bytes
 from beacon_jax.training.sharding import make_placement, map_named
 
@@ -356,7 +355,7 @@ def _step_seconds(facts: _Facts) -> float:
     valid = np.full((-(-stage.length // w), stage.batch_size), w)
     plans = np.full((len(valid), 1), min(r for r in config.beacon.ratios if r))
     model = facts.with_beacons(w)
-    flops = training_step(model, plans, valid, trainable=config.trainable)
+    flops = step_flops(config, model, plans, valid)
     chip = find_chip(facts.devices[0].device_kind)
     peak = len(facts.devices) * chip.tflops * 1e12 if chip else _measured()
     return flops / (UTILISATION[facts.kind] * peak)

@@ -409,6 +409,8 @@ def make_update(
 
     def loss(trained, frozen, batch, plan, partition):
         settings = LossConfig(
+            kind=config.loss.kind,
+            label_weight=config.loss.label_weight,
             skip_first_window=config.loss.skip_first_window,
             average=config.loss.average,
             remat=remat,

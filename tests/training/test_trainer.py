@@ -110,6 +110,25 @@ def test_resume_after_sigterm_is_bit_identical(config, tmp_path, monkeypatch, ca
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_distillation_is_trained_and_resumed_like_labels(config, tmp_path, monkeypatch):
+    config.loss.update({"kind": "distil", "label_weight": 0.1})
+    config.accumulate = 2
+    train(config, tmp_path / "whole")
+    monkeypatch.setattr(trainer.Signals, "after", kill_after_step_3)
+    with pytest.raises(SystemExit):
+        train(config, tmp_path / "parts")
+    monkeypatch.undo()
+    summary = train(config, tmp_path / "parts")
+    assert summary["base_hash_before"] == summary["base_hash_after"]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    # Beacons start as an end token: far from full attention, but not as far as labels.
+    first = losses(tmp_path / "whole")[1]
+    config.loss.update({"kind": "labels", "label_weight": 0.0})
+    train(config, tmp_path / "labels")
+    assert 0 < first < losses(tmp_path / "labels")[1]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(config, tmp_path, monkeypatch):
     """Everything split, so that all meshes draw the same plans."""

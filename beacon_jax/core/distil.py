@@ -1,0 +1,52 @@
+"""The teacher of distillation: the model's own full attention on the same rows.
+
+Beacons learn from few tokens when every next-token distribution behind compressed
+windows is held to the one that full attention gives. Teacher and student are one model:
+the teacher is the frozen base at ratio 0. Its pass costs one forward and keeps hidden
+states, [N, B, W, D]; its logits are made chunk by chunk beside the student's
+(`loss.taught_losses`), never [T, V].
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from beacon_jax.core.law import Law
+from beacon_jax.core.lean_vjp import window_loop
+from beacon_jax.core.step import NOOP, training_window
+from beacon_jax.model.decoder import Entries, constrain_entries
+from beacon_jax.model.net import Net
+
+
+def teach(
+    net: Net,
+    variables: dict[str, Any],
+    tokens: Int[Array, "N B W"],
+    valid: Int[Array, "N B"],
+) -> Float[Array, "N B W D"]:
+    """Returns final hidden states with full attention; no gradient goes through them.
+
+    Args:
+      tokens, valid: as in `train_loss`: rows aligned at their last windows, all windows
+        but the last ones full.
+    """
+    c, (n, b, w) = net.config, tokens.shape
+    variables = jax.tree.map(lax.stop_gradient, variables)
+    keep = tuple(Law.of(c, w).kept_entries(0).tolist()) if n > 1 else ()
+    window = training_window(net, 0, w, keep)
+    closes = (valid == w) & (jnp.arange(n) < n - 1)[:, None]
+    added = jnp.where(closes, w, 0)
+    xs = {
+        "tokens": tokens,
+        "index": jnp.where(jnp.any(valid > 0, axis=1), 1, NOOP),
+        "ratio": jnp.zeros((n,), jnp.int32),
+        "slots": jnp.cumsum(added, axis=0) - added,
+        "added": added,
+    }
+    zeros = jnp.zeros((c.num_layers, b, n * w, c.num_kv_heads, c.head_dim), net.dtype)
+    buffers = constrain_entries(net, Entries(zeros, jnp.zeros_like(zeros)))
+    hidden = window_loop(net, (window,), variables, buffers, xs, remat="none")
+    return lax.stop_gradient(hidden)
