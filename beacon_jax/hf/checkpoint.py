@@ -76,6 +76,7 @@ def load(
     ignore_sliding_window: bool = False,
     place: Place | None = None,
     quiet: bool = False,
+    seed: int = 0,
 ) -> Checkpoint:
     """Reads an HF folder or a converted folder into memory.
 
@@ -88,6 +89,7 @@ def load(
       place: says of every tensor on which devices it goes and in which dtype; the
         variables are jax arrays then, and no host ever holds more than one of them.
       quiet: no warning about beacons that start from the base.
+      seed: of fresh low-rank beacons.
 
     Raises:
       ValueError, FileNotFoundError: tensors or a file do not fit; the message names
@@ -108,21 +110,24 @@ def load(
             sharding, kind = place(config, name, tensor.shape)
             leaves[name] = source.put(name, kind or tensor.dtype, sharding)
     hashes = source.hashes(leaves)
-    leaves = _with_fresh_beacons(leaves, config, place)
+    leaves = _with_fresh_beacons(leaves, config, place, seed)
     variables = {"params": {}, "beacon": {}} | unflatten(leaves)
-    identity = _identity(path, config, leaves, cast, hashes)
+    # Fresh beacons may be in no file.
+    whole = all(name in source.tensors for name in leaves)
+    identity = _identity(path, config, leaves, cast, hashes, whole=whole)
     stored = {beacon_part(name) for name in source.tensors} - {None, *source.from_base}
     untrained = config.beacon is not None and not stored
     return Checkpoint(config, variables, path, hashes, identity, untrained)
 
 
 def _with_fresh_beacons(
-    leaves: dict[str, Any], config: ModelConfig, place: Place | None
+    leaves: dict[str, Any], config: ModelConfig, place: Place | None, seed: int
 ) -> dict[str, Any]:
-    """Adds the beacons that are not there yet, as copies of the base."""
+    """Adds the beacons that are not there yet, which act as the base does."""
     if all(e.name in leaves for e in table(config)):
         return leaves
-    fresh = flatten(init_beacon(unflatten(leaves)["params"], config), "beacon/")
+    made = init_beacon(unflatten(leaves)["params"], config, seed)
+    fresh = flatten(made, "beacon/")
     made = {
         name: x if place is None else _placed(x, config, name, place)
         for name, x in fresh
@@ -137,15 +142,20 @@ def _identity(
     leaves: Mapping[str, Any],
     cast: np.dtype | None,
     hashes: Mapping[str, str],
+    *,
+    whole: bool,
 ) -> Identity:
     """Returns the identity of the model as it was loaded.
 
     Its hashes come from the folder wherever that has the weights.
+
+    Args:
+      whole: whether the folder has all of them.
     """
     dtypes = {name: np.dtype(x.dtype) for name, x in leaves.items()}
     known: dict[str, Any] = dict(hashes)
-    if is_converted(path) and config.beacon and "beacon" not in hashes:
-        # Fresh beacons are in no file: hashed from memory, when somebody asks.
+    if not whole or (is_converted(path) and config.beacon and "beacon" not in hashes):
+        # Hashed from memory, when somebody asks.
         part = unflatten({k: x for k, x in leaves.items() if k.startswith("beacon/")})
         known["beacon"] = lambda: tree_hash(part["beacon"])
     return folder_identity(path, config, cast=cast, dtypes=dtypes, known=known)

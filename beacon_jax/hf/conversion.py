@@ -20,6 +20,7 @@ from beacon_jax.hf.keys import (
     LM_HEAD,
     Entry,
     beacon_part,
+    foreign_beacon,
     resolve,
     table,
 )
@@ -70,6 +71,11 @@ def from_hf(
     with Progress().stage("looking at the tensors"):
         reader = open_hf(src)
         source = HfSource(config, reader, check_dtype(dtype))
+    if absent := [e.keys[0] for e in table(config) if e.name not in source.tensors]:
+        raise ValueError(
+            f"config.json has beacon_rank={hf.get('beacon_rank')}, but the checkpoint "
+            f"has no {absent[0]}: remove beacon_rank, or add the tensors."
+        )
     hashes = {"params": TreeHash(), "beacon": TreeHash()}
 
     def blocks(name: str) -> Iterable[np.ndarray]:
@@ -188,11 +194,7 @@ class ConvertedSource(Source):
         absent = [n for n in expected if n not in stored]
         self._complete = not absent
         problems = [f"missing: {n}" for n in absent if n.startswith("params/")]
-        problems += [
-            f"not in beacon_param={config.beacon and list(config.beacon.param)}: {n}"
-            for n in stored
-            if n not in expected
-        ]
+        problems += [foreign_beacon(config, n) for n in stored if n not in expected]
         problems += [
             f"wrong shape: {n} is {list(stored[n].shape)}, config.json says "
             f"{list(shape)}"

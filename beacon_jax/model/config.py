@@ -197,6 +197,8 @@ class BeaconConfig:
       sink: entries of the first window that are kept for ever.
       placement: "interleave" (after every ratio tokens) or "append" (after the window).
       parallel_window: windows that may run at once; a speed hint, results are as for 1.
+      rank: 0, beacons have projections of their own, the release's form; above 0 they
+        have low-rank changes of the base's: x W + (x A) B, A [D, rank], B [rank, out].
     """
 
     window: int = 1024
@@ -207,6 +209,7 @@ class BeaconConfig:
     sink: int = 0
     placement: str = "interleave"
     parallel_window: int = 1
+    rank: int = 0
 
     def __post_init__(self):
         for name in ("ratios", "param"):
@@ -248,6 +251,17 @@ class BeaconConfig:
         if not whole or not 0 <= self.sink <= self.window:
             raise ValueError(
                 f"sink={self.sink!r} must be between 0 and window={self.window}."
+            )
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        if not whole or self.rank < 0:
+            raise ValueError(
+                f"rank={self.rank!r} must be a whole number: 0 for projections of the "
+                "beacons' own, or the rank of their changes of the base's, as 64."
+            )
+        if self.rank and not self.param:
+            raise ValueError(
+                f"rank={self.rank} and param=() leave nothing to change: name "
+                "projections in param, or use rank=0."
             )
 
     @classmethod
@@ -294,6 +308,8 @@ class BeaconConfig:
         fields = {
             key: getattr(self, name) for key, name in _BEACON_KEYS.items() if name
         }
+        if not self.rank:  # the release's form, which has no such key
+            del fields["beacon_rank"]
         return {
             "beacon_attend_prev": True,
             "beacon_attn": "full-coverage",
@@ -315,6 +331,7 @@ _BEACON_KEYS = {
     "beacon_sink_size": "sink",
     "beacon_pos": "placement",
     "beacon_parallel_window": "parallel_window",
+    "beacon_rank": "rank",
 }
 
 
@@ -509,6 +526,16 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
     if config.beacon is None:
         return {"params": params, "beacon": {}}
     own = {f"{p}_proj": dict(attention[f"{p}_proj"]) for p in config.beacon.param}
+    if rank := config.beacon.rank:
+        # o_proj's input and the others' output are two axes.
+        ends = {name: 3 if name == "o_proj" else 2 for name in own}
+        own = {
+            name: {
+                "lora_a": (*attention[name]["kernel"][:end], rank),
+                "lora_b": (layers, rank, *attention[name]["kernel"][end:]),
+            }
+            for name, end in ends.items()
+        }
     beacon: dict[str, Any] = {"embed": {"embedding": (1, d)}}
     if own:
         beacon["layers"] = {"attention": own}
