@@ -119,6 +119,11 @@ def _check_choices(config: Config) -> None:
             "trainable='beacon' with beacon.use=False leaves nothing to train: set "
             "trainable='all' or beacon.use=True."
         )
+    if config.trainable == "all" and config.beacon.use and config.beacon.rank:
+        raise ValueError(
+            f"beacon.rank={config.beacon.rank} changes a base that stays as it is, and "
+            "trainable='all' trains it: set beacon.rank=0 or trainable='beacon'."
+        )
     if not config.init_from and not config.model:
         raise ValueError(
             "init_from='' and an empty `model`: name a checkpoint in init_from, or "

@@ -96,7 +96,11 @@ def make_model(
 
     if config.init_from:
         checkpoint = hf.load(
-            base_folder(config), beacon=beacon, place=place, quiet=quiet
+            base_folder(config),
+            beacon=beacon,
+            place=place,
+            quiet=quiet,
+            seed=config.seed,
         )
         model, variables = checkpoint.config, checkpoint.variables
         if beacon is None:
@@ -152,7 +156,7 @@ def random_variables(model: ModelConfig, seed: int) -> dict[str, Any]:
 
     is_shape = lambda x: isinstance(x, tuple)
     params = map_named(draw, param_shapes(model)["params"], is_shape)
-    beacon = init_beacon(params, model) if model.beacon else {}
+    beacon = init_beacon(params, model, seed) if model.beacon else {}
     return {"params": params, "beacon": beacon}
 
 
