@@ -35,8 +35,9 @@ from jaxtyping import Int
 
 from beacon_jax.core.law import Law
 from beacon_jax.core.plan import at
-from beacon_jax.model.config import ModelConfig, check_ratio, param_shapes
+from beacon_jax.model.config import ModelConfig, check_ratio
 from beacon_jax.model.presets import count_params
+from beacon_jax.model.shapes import param_shapes
 
 TRAINABLE = ("beacon", "all")
 

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from beacon_jax.hf.adapter import Adapter, JoinedSource, is_adapter
 from beacon_jax.hf.conversion import (
+    Source,
     check_dtype,
     is_converted,
     open_source,
@@ -72,7 +74,7 @@ def load(
     path: str | Path,
     *,
     dtype: str | None = None,
-    beacon: BeaconConfig | None = None,
+    beacon: BeaconConfig | Adapter | None = None,
     ignore_sliding_window: bool = False,
     place: Place | None = None,
     quiet: bool = False,
@@ -84,7 +86,8 @@ def load(
       path: a folder with config.json and weights, or a name (`resources.asset`).
       dtype: cast everything to "float32", "bfloat16" or "float16"; None: as stored.
       beacon: replaces the beacon settings of config.json. Parts that the checkpoint
-        does not have start from the base, so a plain model gets fresh beacons.
+        does not have start from the base, so a plain model gets fresh beacons. An
+        adapter brings its own; whose base it is, `Adapter.other_base` says.
       ignore_sliding_window: attend to everything although config.json has a window.
       place: says of every tensor on which devices it goes and in which dtype; the
         variables are jax arrays then, and no host ever holds more than one of them.
@@ -96,12 +99,23 @@ def load(
         them.
     """
     path, cast = Path(asset(path)), check_dtype(dtype)
+    if is_adapter(path) and not any(path.glob("model*")):
+        raise FileNotFoundError(
+            f"path={path} has beacons alone: load the base that they were trained on, "
+            "with this folder as beacons (--beacons)."
+        )
     manifest = read_manifest(path) if is_converted(path) else {}
     ignore = ignore_sliding_window or manifest.get("ignore_sliding_window", False)
     config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=ignore)
-    if beacon is not None:
+    if isinstance(beacon, BeaconConfig):
         config = dataclasses.replace(config, beacon=beacon)
-    source = open_source(config, path, cast, quiet=quiet)
+    stored = config  # what the folder has, beside what it may have
+    if isinstance(beacon, Adapter):
+        base = open_source(config, path, cast, quiet=True)
+        config = dataclasses.replace(config, beacon=beacon.beacon)
+        source: Source = JoinedSource(base, beacon.source(config, cast))
+    else:
+        source = open_source(config, path, cast, quiet=quiet)
     leaves: dict[str, Any] = {}
     for name, tensor in source.tensors.items():
         if place is None:
@@ -113,10 +127,10 @@ def load(
     leaves = _with_fresh_beacons(leaves, config, place, seed)
     variables = {"params": {}, "beacon": {}} | unflatten(leaves)
     # Fresh beacons may be in no file.
-    whole = all(name in source.tensors for name in leaves)
-    identity = _identity(path, config, leaves, cast, hashes, whole=whole)
-    stored = {beacon_part(name) for name in source.tensors} - {None, *source.from_base}
-    untrained = config.beacon is not None and not stored
+    whole = stored is config and all(name in source.tensors for name in leaves)
+    identity = _identity(path, stored, leaves, cast, hashes, whole=whole)
+    parts = {beacon_part(name) for name in source.tensors} - {None, *source.from_base}
+    untrained = config.beacon is not None and not parts
     return Checkpoint(config, variables, path, hashes, identity, untrained)
 
 

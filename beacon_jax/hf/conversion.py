@@ -223,7 +223,7 @@ class ConvertedSource(Source):
 
     def hashes(self, leaves: Mapping[str, Any]) -> dict[str, str]:
         stored = self._reader.tensors
-        if any(leaves[n].dtype != stored[n].dtype for n in self.tensors):
+        if any(x.dtype != stored[name].dtype for name, x in leaves.items()):
             return {}
         hashes = {"base": self._manifest["base_hash"]}
         if self._complete and self._manifest["beacon_hash"]:
@@ -241,9 +241,10 @@ class HfSource(Source):
         dtype: np.dtype | None = None,
         *,
         quiet: bool = False,
+        only: str = "",
     ):
         found = {name: tensor.shape for name, tensor in reader.tensors.items()}
-        entries, self.from_base = resolve(config, found, quiet=quiet)
+        entries, self.from_base = resolve(config, found, quiet=quiet, only=only)
         self._reader, self._config = reader, config
         self._by_name = {e.name: e for e in entries}
         self.tensors = {

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from beacon_jax.model.config import ModelConfig, param_shapes
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.shapes import param_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def resolve(
     found: Mapping[str, tuple[int, ...]],
     *,
     quiet: bool = False,
+    only: str = "",
 ) -> tuple[list[Entry], list[str]]:
     """Checks a checkpoint's tensors and says where each of ours comes from.
 
@@ -117,6 +119,7 @@ def resolve(
       config: the model.
       found: HF name -> shape of every tensor in the checkpoint.
       quiet: no warning about parts of the beacons that start from the base.
+      only: "beacon/" if the checkpoint has beacons alone, all of them.
 
     Returns:
       The table, and the parts of the beacon that any layer lacks: of ["embed", "q",
@@ -128,14 +131,15 @@ def resolve(
       ValueError: some tensors are missing, unknown or wrongly shaped; lists all of
         them.
     """
-    entries = table(config)
+    entries = [e for e in table(config) if e.name.startswith(only)]
     shapes = {key: e.hf_shape for e in entries for key in e.keys}
-    if config.tie_embeddings:
+    if config.tie_embeddings and not only:
         shapes[LM_HEAD] = shapes[EMBEDDING]  # allowed, compared when it is read
     unknown = {k for k in found if k not in shapes and not _IGNORED.search(k)}
     foreign = {k for k in unknown if re.search(r"\bbeacon_", k)}
     optional = {k for e in entries if e.name.startswith("beacon/") for k in e.keys}
     optional |= {LM_HEAD} if config.tie_embeddings else set()
+    optional = set() if only else optional
     problems = [f"missing: {k}" for k in shapes if k not in found and k not in optional]
     problems += [f"unknown: {k}" for k in sorted(unknown - foreign)]
     problems += [foreign_beacon(config, k) for k in sorted(foreign)]

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from beacon_jax.model.config import ModelConfig, param_shapes
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.shapes import param_shapes
 
 
 def init_beacon(

@@ -14,7 +14,8 @@ from beacon_jax import hf
 from beacon_jax.data.tokenizer import ensure_tokenizer
 from beacon_jax.hf import hub
 from beacon_jax.model.beacon import init_beacon
-from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig, param_shapes
+from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
+from beacon_jax.model.shapes import param_shapes
 from beacon_jax.progress import Progress
 from beacon_jax.resources import asset
 from beacon_jax.training.config import Config

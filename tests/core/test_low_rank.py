@@ -14,10 +14,11 @@ from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import init_memory
 from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.model.beacon import init_beacon
-from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
+from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import init_variables, variable_axes
 from beacon_jax.model.net import Net
 from beacon_jax.model.presets import count_params, get_preset
+from beacon_jax.model.shapes import param_shapes
 from tests.tiny import tiny
 
 pytestmark = pytest.mark.optimized

@@ -1,6 +1,8 @@
 """Training low-rank beacons: meshes, resuming, and what a run leaves."""
 
 import functools
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import beacon_jax
 from beacon_jax import hf
 from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.model.beacon import init_beacon
@@ -166,3 +169,25 @@ def test_all_parameters_and_a_rank_are_refused(low, tmp_path):
     low.trainable = "all"
     with pytest.raises(ValueError, match=r"beacon.rank=4 .*trainable='all'.*set beac"):
         check_settings(low, tmp_path)
+
+
+def test_a_run_leaves_beacons_that_its_base_takes(low, base, tmp_path):
+    """The checkpoint of a run becomes an adapter, too, and what the release reads."""
+    train(low, tmp_path / "run")
+    whole = beacon_jax.load(tmp_path / "run" / "export")
+    alone = tmp_path / "run" / "adapter"
+    model = beacon_jax.load(base / "export", beacons=alone)
+    assert model.config == whole.config and model.identity == whole.identity
+    prompt = np.arange(3, 40)
+    options: dict = {"ratio": 2, "max_new_tokens": 4}
+    assert model.generate(prompt, **options) == whole.generate(prompt, **options)
+    for extra, name in (("--adapter", "again"), ("--noadapter", "release")):
+        run = [sys.executable, "-m", "beacon_jax.convert", "to-hf", extra]
+        run += [f"--src={tmp_path / 'run'}", f"--dst={tmp_path / name}"]
+        said = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        assert ("W + A B in float32: KL per token" in said) == (name == "release")
+    for path in alone.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    release = beacon_jax.load(tmp_path / "release")
+    assert release.config.beacon is not None and release.config.beacon.rank == 0
+    assert release.generate(prompt, **options) == whole.generate(prompt, **options)
