@@ -1,5 +1,6 @@
 """Training low-rank beacons: meshes, resuming, and what a run leaves."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -19,10 +20,19 @@ from beacon_jax.model.config import BeaconConfig
 from beacon_jax.model.decoder import init_variables
 from beacon_jax.model.net import Net
 from beacon_jax.model.partition import RULES
+from beacon_jax.model.presets import get_preset
+from beacon_jax.model.shapes import param_shapes
 from beacon_jax.training import trainer
 from beacon_jax.training.check import check_settings
 from beacon_jax.training.checkpoint import CheckpointError, changes
-from beacon_jax.training.sharding import make_placement, make_value_and_grad, put
+from beacon_jax.training.config import default_config
+from beacon_jax.training.memory import step_bytes
+from beacon_jax.training.sharding import (
+    make_placement,
+    make_value_and_grad,
+    map_named,
+    put,
+)
 from beacon_jax.training.trainer import train
 from tests.tiny import tiny
 from tests.training.test_trainer import kill_after_step_3, losses, weights
@@ -145,6 +155,35 @@ def test_resume_is_bit_identical_and_another_rank_is_refused(
     assert train(low, tmp_path / "parts")["steps_of_this_process"] == 3
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_the_estimate_of_a_7b_step_is_that_of_the_docs():
+    """One row of 8,192 tokens in bfloat16 on one device, in GiB (docs/training.md)."""
+    config = default_config()
+    config.dtype = "bfloat16"
+    placement = make_placement(config.mesh, config.rules, [1], jax.devices()[:1])
+
+    def estimate(rank):
+        preset = get_preset("llama2-7b")
+        assert preset.beacon is not None
+        beacon = dataclasses.replace(preset.beacon, rank=rank)
+        model = dataclasses.replace(preset, beacon=beacon)
+
+        def arrays(part, dtype):
+            def make(name, shape):
+                own = part == "beacon"
+                where = placement.variable(model, name, shape, trained=own)
+                return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+            tree = {part: param_shapes(model)[part]}
+            return map_named(make, tree, lambda x: isinstance(x, tuple))
+
+        trees = arrays("beacon", jnp.float32), arrays("params", jnp.bfloat16)
+        needs = step_bytes(config, model, placement, *trees, rows=1, windows=8)
+        return [round(needs[remat] / 2**30, 1) for remat in ("lean", "lean-layer")]
+
+    assert estimate(0) == [60.5, 51.4]
+    assert estimate(64) == [31.7, 22.6]
 
 
 def test_a_run_from_before_there_were_ranks_goes_on():
