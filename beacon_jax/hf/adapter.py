@@ -1,7 +1,9 @@
 """Adapter folders: beacons without the base that they were trained on.
 
 An adapter folder has `beacons.safetensors`, with the names of `keys.table`, and the
-config.json of the whole model, in which `beacon_base` is a hash of the base's values.
+config.json of the whole model, in which `beacon_base` has two hashes of the base: of
+its values as float32, which any format and dtype with these values has, and of the base
+as it was stored, which a converted folder knows without being read.
 """
 
 import dataclasses
@@ -15,20 +17,22 @@ import numpy as np
 from beacon_jax.hf.conversion import (
     HfSource,
     Source,
+    is_converted,
     open_source,
     read_config,
+    read_manifest,
     write_config,
     write_hf_weights,
 )
 from beacon_jax.hf.hub import ADAPTER as WEIGHTS
-from beacon_jax.hf.identify import base_values_hash
+from beacon_jax.hf.identify import base_values_hash, identity
 from beacon_jax.hf.keys import table, unflatten
 from beacon_jax.hf.reader import SafetensorsReader, TreeReader
 from beacon_jax.hf.writer import new_folder
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.shapes import param_shapes
 
-BASE = "beacon_base"  # key of config.json
+BASE, _HASHES = "beacon_base", {"values", "stored"}  # key of config.json, and its keys
 # What beacons do not depend on: their token's embedding is a parameter of their own.
 _FREE = ("beacon", "bos_ids", "eos_ids")
 
@@ -40,12 +44,14 @@ class Adapter:
     Attributes:
       path: the folder.
       config: the model that they were trained in.
-      base: `base_values_hash` of its base.
+      values: `base_values_hash` of its base.
+      stored: hash of the base as it was stored, as in a converted folder's manifest.
     """
 
     path: Path
     config: ModelConfig
-    base: str
+    values: str
+    stored: str
 
     @property
     def beacon(self) -> BeaconConfig:
@@ -64,7 +70,8 @@ class Adapter:
         The same values are the same base, whatever format and dtype they are in.
 
         Args:
-          folder: with the base's weights, an HF or a converted one; all are read.
+          folder: with the base's weights, an HF or a converted one; all are read,
+            unless it is converted and has the same dtypes.
           config: the base's.
 
         Raises:
@@ -87,8 +94,10 @@ class Adapter:
             )
         if changes:
             return changes
-        here = base_values_hash(folder)
-        return "" if here == self.base else f"hash {self.base[:16]} there, {here[:16]}"
+        if is_converted(folder) and read_manifest(folder)["base_hash"] == self.stored:
+            return ""
+        here, there = base_values_hash(folder), self.values
+        return "" if here == there else f"hash {there[:16]} there, {here[:16]} here"
 
     def source(self, config: ModelConfig, dtype: np.dtype | None) -> Source:
         """Opens the tensors, to be cast to `dtype` and to fit `config`."""
@@ -117,12 +126,13 @@ def open_adapter(folder: Path, name: str = "beacons") -> Adapter:
         )
     hf = read_config(folder)
     config = ModelConfig.from_hf(hf, ignore_sliding_window=True)
-    if config.beacon is None or not isinstance(hf.get(BASE), str):
+    base = hf.get(BASE)
+    if config.beacon is None or not isinstance(base, dict) or set(base) != _HASHES:
         raise ValueError(
             f"{name}={folder} has a config.json without beacon_* fields or without "
             f"{BASE}: write the folder again (convert to-hf --adapter)."
         )
-    return Adapter(folder, config, hf[BASE])
+    return Adapter(folder, config, **base)
 
 
 def write_adapter(
@@ -152,7 +162,8 @@ def write_adapter(
     with new_folder(dst, overwrite=overwrite, keep=keep) as folder:
         plan = {WEIGHTS: (keys, {"format": "pt"})}
         write_hf_weights(folder, config, TreeReader(unflatten(leaves)), plan)
-        write_config(folder, config.to_hf(hf) | {BASE: base_values_hash(src)})
+        base = {"values": base_values_hash(src), "stored": identity(src).base}
+        write_config(folder, config.to_hf(hf) | {BASE: base})
 
 
 class JoinedSource(Source):

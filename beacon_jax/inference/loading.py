@@ -64,7 +64,7 @@ def load(
         axes; None: the default device.
       beacons: an adapter folder, beacons without a base (or its id on the hub), in
         place of the beacons that `path` may have. The base has to be the one they were
-        trained on, value by value, in any format and dtype; all of it is read to see.
+        trained on, value by value, in any format and dtype.
       allow_other_base: take beacons of another base of the same shapes.
 
     Raises:

@@ -69,7 +69,9 @@ def test_it_has_the_beacons_and_the_hash_of_the_base_and_nothing_else(
     for name, x in expected.items():
         np.testing.assert_array_equal(found[name].view(np.uint8), x.view(np.uint8))
     hf = json.loads((adapter / "config.json").read_text())
-    assert hf["beacon_rank"] == 3 and hf["beacon_base"] == base_values_hash(base)
+    stored = load(base).base_hash
+    expected = {"values": base_values_hash(base), "stored": stored}
+    assert hf["beacon_rank"] == 3 and hf["beacon_base"] == expected
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
@@ -104,9 +106,9 @@ def test_a_mesh_and_other_settings_are_as_with_a_whole_model(base, adapter):
 
 
 def test_the_same_values_are_the_same_base_in_any_format_and_dtype(
-    base, adapter, tmp_path
+    base, adapter, tmp_path, monkeypatch
 ):
-    expected = open_adapter(adapter).base
+    expected = open_adapter(adapter).values
     from_hf(base, tmp_path / "float32", dtype="float32")
     from_hf(base, tmp_path / "bfloat16")
     assert {base_values_hash(tmp_path / n) for n in ("float32", "bfloat16")} == {
@@ -115,6 +117,12 @@ def test_the_same_values_are_the_same_base_in_any_format_and_dtype(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         beacon_jax.load(tmp_path / "float32", beacons=adapter)
+    # A folder that was converted without a cast knows its hash: nothing is read.
+    monkeypatch.setattr("beacon_jax.hf.adapter.base_values_hash", lambda _: "read")
+    config = load(base).config
+    found = open_adapter(adapter)
+    assert found.other_base(tmp_path / "bfloat16", config) == ""
+    assert "read here" in found.other_base(tmp_path / "float32", config)
 
 
 def test_another_base_of_the_same_shapes_needs_to_be_allowed(base, adapter):
