@@ -6,7 +6,8 @@ counts 0.5 to 0.8 % more with them, tests/model/test_flops.py). Letters are thos
 `beacon_jax`; P are the weights that a row meets:
 
   linear     2 P per row, P = L (D N H + 2 D K H + N H D + 3 D F); a raw row meets base
-             weights, a beacon row the beacons' own for the letters in `param`
+             weights, a beacon row the beacons' own for the letters in `param`; with a
+             rank r it meets the base's too, and L r (inputs + outputs) of its own
   attention  4 L N H per pair of a query and a key that it sees: entry i of a window
              behind m slots sees m + i + 1 keys, T entries T m + T (T + 1) / 2 in all
   lm_head    2 D V per row whose logits are wanted
@@ -34,7 +35,9 @@ from jaxtyping import Int
 
 from beacon_jax.core.law import Law
 from beacon_jax.core.plan import at
-from beacon_jax.model.config import ModelConfig, check_ratio, param_shapes
+from beacon_jax.model.config import ModelConfig, check_ratio
+from beacon_jax.model.presets import count_params
+from beacon_jax.model.shapes import param_shapes
 
 TRAINABLE = ("beacon", "all")
 
@@ -222,11 +225,13 @@ def _spent(
         for block in ("attention", "mlp")
         for name, module in layers[block].items()
     }
-    letters = c.beacon.param if c.beacon else ()
-    own = sum(weights[f"{letter}_proj"] for letter in letters)
-    everything = sum(weights.values())
+    everything, own, replaced = sum(weights.values()), 0, 0
+    if c.beacon and c.beacon.rank:
+        own = count_params(c)[1] - c.hidden_size  # less the embedding's row
+    elif c.beacon:
+        own = replaced = sum(weights[f"{letter}_proj"] for letter in c.beacon.param)
     return Flops(
-        base=2 * (raw * everything + beacons * (everything - own)),
+        base=2 * (raw * everything + beacons * (everything - replaced)),
         beacon=2 * beacons * own,
         attention=4 * c.num_layers * c.num_heads * c.head_dim * pairs,
         lm_head=2 * scored * c.hidden_size * c.vocab_size,

@@ -12,7 +12,8 @@ from beacon_jax import host
 from beacon_jax.bench.records import DoesNotFit, Row
 from beacon_jax.bench.sizes import GIB
 from beacon_jax.bench.timing import compile_program, measure_queued
-from beacon_jax.model.config import ModelConfig, param_shapes
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.shapes import param_shapes
 
 # Edge of the square product and bytes of the copied array, per platform: large enough
 # to reach the peak, and 0.1 s on a CPU.

@@ -34,6 +34,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "HF or converted folder, GGUF, tiny-beacon.",
         required=True,
     )
+    define_beacons(f)
     f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Else as stored.")
     f.text("mesh", None, "Devices to split over: tensor:8.")
     f = Group(values, "Text")
@@ -51,6 +52,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.number("seed", 0, "Of sampling and of a random ratio mix.", lower_bound=0)
     f = Group(values, "Output")
     f.switch("overwrite", False, "Replace the file that is written.")
+
+
+def define_beacons(f: Group) -> None:
+    """Defines the flags of beacons that are not in --model."""
+    f.text("beacons", None, "Adapter folder: beacons trained on --model.")
+    f.switch("allow_other_base", False, "Take --beacons of another base.")
 
 
 def main(
@@ -165,7 +172,13 @@ def load_model(o: flags.FlagValues, progress: Progress) -> "Model":
         from beacon_jax.hf import hub
         from beacon_jax.inference.loading import load
 
-        return load(hub.find(o.model, "--model"), dtype=o.dtype, mesh=o.mesh)
+        return load(
+            hub.find(o.model, "--model"),
+            dtype=o.dtype,
+            mesh=o.mesh,
+            beacons=o.beacons,
+            allow_other_base=o.allow_other_base,
+        )
 
 
 def load_memory(flag: str, path: str | None, model: "Model") -> "Memory | None":

@@ -2,7 +2,9 @@
 
 The first argument is from-hf, from-gguf or to-hf. --src of to-hf is a converted folder,
 or the --workdir of a training run, whose newest checkpoint is exported while the run
-goes on. to-hf of a converted GGUF file makes an HF folder of it.
+goes on. to-hf of a converted GGUF file makes an HF folder of it. Low-rank beacons
+become whole projections W + A B, which the release reads; --adapter writes beacons
+alone, for --beacons of other commands. Both take an HF folder, too.
 
 Examples:
   beacon-jax convert from-hf --src=HF --dst=DIR --dtype=bfloat16 --verify
@@ -10,7 +12,9 @@ Examples:
   beacon-jax convert to-hf --src=DIR --dst=HF
 """
 
+import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +32,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.text("src", None, "Folder, or file of from-gguf, to read.", required=True)
     f.text("dst", None, "Folder to write.", required=True)
     f.switch("overwrite", False, "Replace a checkpoint at --dst.")
+    f = Group(values, "Only to-hf")
+    f.switch("adapter", False, "Write the beacons alone, without the base.")
     f = Group(values, "Only from-hf and from-gguf")
     f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Cast to this.")
     f.switch("verify", False, "Compare logits with a second path.")
@@ -56,12 +62,9 @@ def main(argv: Sequence[str]) -> None:
             wanted = "a GGUF file" if src.is_dir() else "a folder; use from-gguf"
             raise ValueError(f"--src={src}: {argv[1]} reads {wanted}.")
         if argv[1] == "to-hf" and (src / "checkpoints").is_dir():
-            with starting():
-                from beacon_jax.training.trainer import export_checkpoint
-
-            export_checkpoint(src, dst, overwrite=options.overwrite)
+            _export(src, dst, options)
         elif argv[1] == "to-hf":
-            conversion.to_hf(src, dst, overwrite=options.overwrite)
+            _to_hf(src, dst, options)
         else:
             conversion.from_hf(
                 src,
@@ -80,3 +83,37 @@ def main(argv: Sequence[str]) -> None:
         print(result.table())
         if not result.passed:
             sys.exit(f"error: --verify: {dst} does not compute what {src} does.")
+
+
+def _export(src: Path, dst: Path, options: flags.FlagValues) -> None:
+    """Writes what to-hf makes of the newest checkpoint of a training run."""
+    with starting():
+        from beacon_jax.training.trainer import export_checkpoint
+
+    settings = json.loads((src / "config.json").read_text(encoding="utf-8"))
+    if not (options.adapter or settings["beacon"].get("rank")):
+        export_checkpoint(src, dst, overwrite=options.overwrite)
+        return
+    # Beside --dst, where there is room for a model.
+    parent = dst.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as folder:
+        export_checkpoint(src, Path(folder) / "whole")
+        _to_hf(Path(folder) / "whole", dst, options)
+
+
+def _to_hf(src: Path, dst: Path, options: flags.FlagValues) -> None:
+    """Writes what to-hf makes of an HF or a converted folder."""
+    from beacon_jax.hf import adapter, conversion
+    from beacon_jax.inference import merging
+    from beacon_jax.model.config import ModelConfig
+
+    hf = conversion.read_config(src)
+    beacon = ModelConfig.from_hf(hf, ignore_sliding_window=True).beacon
+    if options.adapter:
+        adapter.write_adapter(src, dst, overwrite=options.overwrite)
+    elif beacon and beacon.rank:
+        runtime.for_command()
+        print(merging.merge(src, dst, overwrite=options.overwrite))
+    else:
+        conversion.to_hf(src, dst, overwrite=options.overwrite)

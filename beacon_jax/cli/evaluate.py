@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 
 from beacon_jax import runtime
+from beacon_jax.cli.context import define_beacons
 from beacon_jax.cli.ending import fail
 from beacon_jax.cli.options import Group
 from beacon_jax.paths import check_folder
@@ -41,6 +42,7 @@ OPTIONS = (
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f = Group(values, "Model")
     f.text("model", None, "HF or converted folder, GGUF, tiny-beacon.")
+    define_beacons(f)
     f.text("dtype", None, "Cast to; else as stored.")
     f.text("mesh", None, "Devices, as in data:1,fsdp:1,tensor:8; else one.")
     f.number("window", None, "For a model without beacons.")
@@ -130,6 +132,8 @@ def run(o: Any) -> str:
             window=o.window,
             dtype=o.dtype,
             mesh=o.mesh,
+            beacons=o.beacons,
+            allow_other_base=o.allow_other_base,
         )
     missed, folders = [], []
     for one in settings:

@@ -1,7 +1,7 @@
 """Runs lm-evaluation-harness against a compressed model, by its own command line.
 
 Every flag is lm_eval's; its --model_args are those of `evaluation.lm_eval.BeaconLM`
-(pretrained, ratio, batch_size, max_length, dtype, mesh, ...). Needs the extra:
+(pretrained, beacons, ratio, batch_size, max_length, dtype, mesh, ...). Needs the extra:
 pip install "beacon_jax[lm-eval]".
 
 Example:

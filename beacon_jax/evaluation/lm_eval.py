@@ -51,6 +51,8 @@ class BeaconLM(_api.LM):
         seed: int = 0,
         device: Any = None,
         max_batch_size: Any = None,
+        beacons: str | None = None,
+        allow_other_base: bool = False,
     ):
         """Loads the model.
 
@@ -65,6 +67,7 @@ class BeaconLM(_api.LM):
           truncation: of longer contexts: "left" or "middle", what is left out.
           dtype, mesh: as in `beacon_jax.load`.
           seed: of sampling, where a task asks for it.
+          beacons, allow_other_base: as in `beacon_jax.load`.
           device, max_batch_size: are given by lm_eval's command line, and not used.
 
         Raises:
@@ -78,8 +81,16 @@ class BeaconLM(_api.LM):
         likelihood.shorten(np.zeros(0, np.int32), 1, truncation)  # checks it
         is_path = isinstance(pretrained, str)
         with Progress().stage("loading", note=str(pretrained) if is_path else ""):
-            made = load(pretrained, dtype=dtype, mesh=mesh) if is_path else pretrained
-        self.model = made
+            made = pretrained
+            if isinstance(pretrained, str):
+                made = load(
+                    pretrained,
+                    dtype=dtype,
+                    mesh=mesh,
+                    beacons=beacons,
+                    allow_other_base=allow_other_base,
+                )
+        self.model: Any = made
         if self.model.tokenizer is None:
             raise ValueError(f"pretrained={pretrained} has no tokenizer files.")
         self.tokenizer = self.model.tokenizer

@@ -58,6 +58,8 @@ def load_model(
     window: int | None = None,
     dtype: str | None = None,
     mesh: str | None = None,
+    beacons: str | None = None,
+    allow_other_base: bool = False,
 ) -> Model:
     """Loads a model for evaluation.
 
@@ -66,11 +68,18 @@ def load_model(
         config, which is how unseen ratios are measured).
       window: for a model without beacons only, which has no window of its own.
       mesh: devices to split over, as in "data:1,fsdp:1,tensor:8"; None: one device.
+      beacons, allow_other_base: as in `beacon_jax.load`.
 
     Raises:
       ValueError: beacons asked of a model that has none, or a window of one that does.
     """
-    model = load(path, dtype=dtype, mesh=mesh)
+    model = load(
+        path,
+        dtype=dtype,
+        mesh=mesh,
+        beacons=beacons,
+        allow_other_base=allow_other_base,
+    )
     if model.tokenizer is None:
         load_tokenizer(path)  # says which files are missing
     if model.config.beacon is None:

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from beacon_jax.hf.adapter import Adapter, JoinedSource, is_adapter
 from beacon_jax.hf.conversion import (
+    Source,
     check_dtype,
     is_converted,
     open_source,
@@ -71,10 +73,11 @@ def load(
     path: str | Path,
     *,
     dtype: str | None = None,
-    beacon: BeaconConfig | None = None,
+    beacon: BeaconConfig | Adapter | None = None,
     ignore_sliding_window: bool = False,
     place: Place | None = None,
     quiet: bool = False,
+    seed: int = 0,
 ) -> Checkpoint:
     """Reads an HF folder, a converted folder or a GGUF file into memory.
 
@@ -84,23 +87,36 @@ def load(
       dtype: cast everything to "float32", "bfloat16" or "float16"; None: as stored
         (`gguf.GgufReader` says what that is in a GGUF file).
       beacon: replaces the beacon settings of config.json. Parts that the checkpoint
-        does not have start from the base, so a plain model gets fresh beacons.
+        does not have start from the base, so a plain model gets fresh beacons. An
+        adapter brings its own; whose base it is, `Adapter.other_base` says.
       ignore_sliding_window: attend to everything although config.json has a window.
       place: says of every tensor on which devices it goes and in which dtype; the
         variables are jax arrays then, and no host ever holds more than one of them.
       quiet: no warning about beacons that start from the base.
+      seed: of fresh low-rank beacons.
 
     Raises:
       ValueError, FileNotFoundError: tensors or a file do not fit; the message names
         them.
     """
     path, cast = Path(asset(path)), check_dtype(dtype)
+    if is_adapter(path) and not any(path.glob("model*")):
+        raise FileNotFoundError(
+            f"path={path} has beacons alone: load the base that they were trained on, "
+            "with this folder as beacons (--beacons)."
+        )
     manifest = read_manifest(path) if is_converted(path) else {}
     ignore = ignore_sliding_window or manifest.get("ignore_sliding_window", False)
     config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=ignore)
-    if beacon is not None:
+    if isinstance(beacon, BeaconConfig):
         config = dataclasses.replace(config, beacon=beacon)
-    source = open_source(config, path, cast, quiet=quiet)
+    stored = config  # what the folder has, beside what it may have
+    if isinstance(beacon, Adapter):
+        base = open_source(config, path, cast, quiet=True)
+        config = dataclasses.replace(config, beacon=beacon.beacon)
+        source: Source = JoinedSource(base, beacon.source(config, cast))
+    else:
+        source = open_source(config, path, cast, quiet=quiet)
     leaves: dict[str, Any] = {}
     for name, tensor in source.tensors.items():
         if place is None:
@@ -109,21 +125,24 @@ def load(
             sharding, kind = place(config, name, tensor.shape)
             leaves[name] = source.put(name, kind or tensor.dtype, sharding)
     hashes = source.hashes(leaves)
-    leaves = _with_fresh_beacons(leaves, config, place)
+    leaves = _with_fresh_beacons(leaves, config, place, seed)
     variables = {"params": {}, "beacon": {}} | unflatten(leaves)
-    identity = _identity(path, config, leaves, cast, hashes)
-    stored = {beacon_part(name) for name in source.tensors} - {None, *source.from_base}
-    untrained = config.beacon is not None and not stored
+    # Fresh beacons may be in no file.
+    whole = stored is config and all(name in source.tensors for name in leaves)
+    identity = _identity(path, stored, leaves, cast, hashes, whole=whole)
+    parts = {beacon_part(name) for name in source.tensors} - {None, *source.from_base}
+    untrained = config.beacon is not None and not parts
     return Checkpoint(config, variables, path, hashes, identity, untrained)
 
 
 def _with_fresh_beacons(
-    leaves: dict[str, Any], config: ModelConfig, place: Place | None
+    leaves: dict[str, Any], config: ModelConfig, place: Place | None, seed: int
 ) -> dict[str, Any]:
-    """Adds the beacons that are not there yet, as copies of the base."""
+    """Adds the beacons that are not there yet, which act as the base does."""
     if all(e.name in leaves for e in table(config)):
         return leaves
-    fresh = flatten(init_beacon(unflatten(leaves)["params"], config), "beacon/")
+    made = init_beacon(unflatten(leaves)["params"], config, seed)
+    fresh = flatten(made, "beacon/")
     made = {
         name: x if place is None else _placed(x, config, name, place)
         for name, x in fresh
@@ -138,15 +157,20 @@ def _identity(
     leaves: Mapping[str, Any],
     cast: np.dtype | None,
     hashes: Mapping[str, str],
+    *,
+    whole: bool,
 ) -> Identity:
     """Returns the identity of the model as it was loaded.
 
     Its hashes come from the folder wherever that has the weights.
+
+    Args:
+      whole: whether the folder has all of them.
     """
     dtypes = {name: np.dtype(x.dtype) for name, x in leaves.items()}
     known: dict[str, Any] = dict(hashes)
-    if is_converted(path) and config.beacon and "beacon" not in hashes:
-        # Fresh beacons are in no file: hashed from memory, when somebody asks.
+    if not whole or (is_converted(path) and config.beacon and "beacon" not in hashes):
+        # Hashed from memory, when somebody asks.
         part = unflatten({k: x for k, x in leaves.items() if k.startswith("beacon/")})
         known["beacon"] = lambda: tree_hash(part["beacon"])
     return folder_identity(path, config, cast=cast, dtypes=dtypes, known=known)

@@ -22,6 +22,7 @@ from beacon_jax.hf.keys import (
     LM_HEAD,
     Entry,
     beacon_part,
+    foreign_beacon,
     resolve,
     table,
 )
@@ -74,6 +75,11 @@ def from_hf(
     with Progress().stage("looking at the tensors"):
         reader = open_weights(src)
         source = HfSource(config, reader, check_dtype(dtype))
+    if absent := [e.keys[0] for e in table(config) if e.name not in source.tensors]:
+        raise ValueError(
+            f"config.json has beacon_rank={hf.get('beacon_rank')}, but the checkpoint "
+            f"has no {absent[0]}: remove beacon_rank, or add the tensors."
+        )
     hashes = {"params": TreeHash(), "beacon": TreeHash()}
 
     def blocks(name: str) -> Iterable[np.ndarray]:
@@ -192,11 +198,7 @@ class ConvertedSource(Source):
         absent = [n for n in expected if n not in stored]
         self._complete = not absent
         problems = [f"missing: {n}" for n in absent if n.startswith("params/")]
-        problems += [
-            f"not in beacon_param={config.beacon and list(config.beacon.param)}: {n}"
-            for n in stored
-            if n not in expected
-        ]
+        problems += [foreign_beacon(config, n) for n in stored if n not in expected]
         problems += [
             f"wrong shape: {n} is {list(stored[n].shape)}, config.json says "
             f"{list(shape)}"
@@ -225,7 +227,7 @@ class ConvertedSource(Source):
 
     def hashes(self, leaves: Mapping[str, Any]) -> dict[str, str]:
         stored = self._reader.tensors
-        if any(leaves[n].dtype != stored[n].dtype for n in self.tensors):
+        if any(x.dtype != stored[name].dtype for name, x in leaves.items()):
             return {}
         hashes = {"base": self._manifest["base_hash"]}
         if self._complete and self._manifest["beacon_hash"]:
@@ -243,9 +245,10 @@ class HfSource(Source):
         dtype: np.dtype | None = None,
         *,
         quiet: bool = False,
+        only: str = "",
     ):
         found = {name: tensor.shape for name, tensor in reader.tensors.items()}
-        entries, self.from_base = resolve(config, found, quiet=quiet)
+        entries, self.from_base = resolve(config, found, quiet=quiet, only=only)
         self._reader, self._config = reader, config
         self._by_name = {e.name: e for e in entries}
         self.tensors = {

@@ -12,6 +12,7 @@ TIMEOUT = 5.0  # seconds until the hub counts as not reachable
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL = re.compile(r"[\w.-]+\.(json|jinja)|tokenizer\.model")
 _SAFE = re.compile(r"model[\w.-]*\.safetensors")
+ADAPTER = "beacons.safetensors"  # of beacons alone
 _TORCH = re.compile(r"pytorch_model[\w.-]*\.bin")
 
 
@@ -127,4 +128,5 @@ def needed_files(names: list[str]) -> list[str]:
     """
     safe = [n for n in names if _SAFE.fullmatch(n)]
     weights = safe or [n for n in names if _TORCH.fullmatch(n)]
+    weights += [n for n in names if n == ADAPTER]
     return [n for n in names if _SMALL.fullmatch(n)] + weights

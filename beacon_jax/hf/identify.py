@@ -20,6 +20,7 @@ from beacon_jax.hf.conversion import (
     read_manifest,
 )
 from beacon_jax.hf.hashing import TreeHash
+from beacon_jax.hf.keys import table
 from beacon_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -126,6 +127,17 @@ def folder_identity(
     )
 
 
+def base_values_hash(path: Path) -> str:
+    """Returns the hash of a base's values, as float32, whatever it is stored in.
+
+    All weights of the base in a folder are read, once per process.
+    """
+    config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=True)
+    names = [e.name for e in table(config) if e.name.startswith("params/")]
+    dtypes = tuple((name, np.dtype(np.float32)) for name in sorted(names))
+    return _folder_hash(path, _stamp(path), config, "params", None, dtypes)
+
+
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Returns names, sizes and times of the files with the weights."""
     files = [path]
@@ -139,7 +151,7 @@ def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
 def _folder_hash(path, stamp, config, part, cast, dtypes) -> str:
     """Computes `tree_hash` of one part of a folder's model, as a stream."""
     del stamp  # only a part of the key
-    source = open_source(config, path, cast)
+    source = open_source(config, path, cast, quiet=True)
     final, result = dict(dtypes or ()), TreeHash()
     for name, tensor in source.tensors.items():
         if not name.startswith(f"{part}/"):

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from beacon_jax.model.config import ModelConfig, param_shapes
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.shapes import param_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ _LLAMA = {
     "beacon/layers/attention/o_proj": "model.layers.{}.self_attn.beacon_o_proj",
 }
 KEYS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
+# Our leaf -> the end of the HF name; the release knows no low-rank beacons.
+_ENDS = {"bias": ".bias", "lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
 
 # Buffers of old releases, computed from the config.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -89,12 +92,12 @@ def table(config: ModelConfig) -> list[Entry]:
     entries = []
     for name, shape in flatten(param_shapes(config)):
         module, leaf = name.rsplit("/", 1)
-        key = KEYS[config.family][module] + (".bias" if leaf == "bias" else ".weight")
+        key = KEYS[config.family][module] + _ENDS.get(leaf, ".weight")
         stacked = "/layers/" in name
         layer = shape[1:] if stacked else shape
-        linear = leaf == "kernel"
+        linear = leaf in ("kernel", "lora_a", "lora_b")
         if linear:  # [in, out], where o_proj's input and q/k/v's output are two axes
-            inputs = 2 if "o_proj" in module else 1
+            inputs = 2 if "o_proj" in module and leaf != "lora_b" else 1
             hf_shape = (math.prod(layer[inputs:]), math.prod(layer[:inputs]))
         else:
             hf_shape = layer if leaf != "bias" else (math.prod(layer),)
@@ -108,6 +111,7 @@ def resolve(
     found: Mapping[str, tuple[int, ...]],
     *,
     quiet: bool = False,
+    only: str = "",
 ) -> tuple[list[Entry], list[str]]:
     """Checks a checkpoint's tensors and says where each of ours comes from.
 
@@ -115,32 +119,30 @@ def resolve(
       config: the model.
       found: HF name -> shape of every tensor in the checkpoint.
       quiet: no warning about parts of the beacons that start from the base.
+      only: "beacon/" if the checkpoint has beacons alone, all of them.
 
     Returns:
       The table, and the parts of the beacon that any layer lacks: of ["embed", "q",
       "k", "v", "o"]. In the table these parts point to the base's keys
-      (docs/specification.md section 1).
+      (docs/specification.md section 1), or are left out if the base has none for them
+      (A and B of low-rank beacons).
 
     Raises:
       ValueError: some tensors are missing, unknown or wrongly shaped; lists all of
         them.
     """
-    entries = table(config)
+    entries = [e for e in table(config) if e.name.startswith(only)]
     shapes = {key: e.hf_shape for e in entries for key in e.keys}
-    if config.tie_embeddings:
+    if config.tie_embeddings and not only:
         shapes[LM_HEAD] = shapes[EMBEDDING]  # allowed, compared when it is read
     unknown = {k for k in found if k not in shapes and not _IGNORED.search(k)}
     foreign = {k for k in unknown if re.search(r"\bbeacon_", k)}
     optional = {k for e in entries if e.name.startswith("beacon/") for k in e.keys}
     optional |= {LM_HEAD} if config.tie_embeddings else set()
-    param = list(config.beacon.param) if config.beacon else None
+    optional = set() if only else optional
     problems = [f"missing: {k}" for k in shapes if k not in found and k not in optional]
     problems += [f"unknown: {k}" for k in sorted(unknown - foreign)]
-    problems += [
-        f"not in beacon_param={param}: {k} (add its letter and the beacon_* fields to "
-        "config.json, or remove the tensor)"
-        for k in sorted(foreign)
-    ]
+    problems += [foreign_beacon(config, k) for k in sorted(foreign)]
     problems += [
         f"wrong shape: {k} is {list(found[k])}, config.json says {list(shape)}"
         for k, shape in shapes.items()
@@ -173,8 +175,31 @@ def resolve(
         if beacon_part(e.name) in from_base
         else e
         for e in entries
+        if not (low_rank(e.name) and beacon_part(e.name) in from_base)
     ]
     return resolved, from_base
+
+
+def foreign_beacon(config: ModelConfig, name: str) -> str:
+    """Says why a model's beacons have no tensor of that name, HF's or ours."""
+    rank = config.beacon.rank if config.beacon else 0
+    if config.beacon and low_rank(name) and not rank:
+        return f"not in beacons of beacon_rank=0: {name} (give the rank of this tensor)"
+    if rank and not low_rank(name):
+        return (
+            f"not in beacons of beacon_rank={rank}: {name} (projections of the "
+            "beacons' own have beacon_rank=0)"
+        )
+    return (
+        f"not in beacon_param={list(config.beacon.param) if config.beacon else None}: "
+        f"{name} (add its letter and the beacon_* fields to config.json, or remove the "
+        "tensor)"
+    )
+
+
+def low_rank(name: str) -> bool:
+    """Tells whether a name, HF's or ours, is that of an A or B of low-rank beacons."""
+    return ".lora_" in name or "/lora_" in name
 
 
 def beacon_part(name: str) -> str | None:

@@ -8,7 +8,8 @@ from beacon_jax.model.config import ModelConfig
 
 # What no key or value depends on: tokens that end a text, and how ratios are drawn.
 _FREE = ("bos_ids", "eos_ids", "beacon.ratios", "beacon.ratio_mix")
-_FREE_START = ("beacon.parallel_window", "beacon.embed_init")
+# Nor on how beacons are stored: the hash of their weights says whose they are.
+_FREE_START = ("beacon.parallel_window", "beacon.embed_init", "beacon.rank")
 
 Difference = tuple[str, Any, Any]  # (field, one value, the other)
 

@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 
 from beacon_jax import resources, runtime
 from beacon_jax.hf import checkpoint, hub
+from beacon_jax.hf.adapter import Adapter, open_adapter
+from beacon_jax.hf.conversion import read_config
 from beacon_jax.hf.placement import Place
 from beacon_jax.inference import validate
 from beacon_jax.inference.model import Model
@@ -45,6 +47,8 @@ def load(
     beacon: BeaconConfig | None = None,
     ignore_sliding_window: bool = False,
     mesh: str | Mesh | None = None,
+    beacons: str | Path | None = None,
+    allow_other_base: bool = False,
 ) -> Model:
     """Loads a model, with its tokenizer, from a folder or a GGUF file.
 
@@ -60,16 +64,24 @@ def load(
       mesh: devices to split over, "tensor:8" (attention heads, MLP and vocabulary) or
         "data:2,tensor:4" (rows of a batch too), or a `jax.sharding.Mesh` with these
         axes; None: the default device.
+      beacons: an adapter folder, beacons without a base (or its id on the hub), in
+        place of the beacons that `path` may have. The base has to be the one they were
+        trained on, value by value, in any format and dtype.
+      allow_other_base: take beacons of another base of the same shapes.
 
     Raises:
       TypeError: an argument of another type, or one that does not exist.
       ValueError, FileNotFoundError: what is missing or does not fit, by name.
 
     Warns:
-      UserWarning: the model's beacons are untrained.
+      UserWarning: the model's beacons are untrained, or those of another base.
     """
     _check(path, dtype, beacon)
     validate.switch("ignore_sliding_window", ignore_sliding_window)
+    validate.switch("allow_other_base", allow_other_base)
+    if beacons is not None:
+        remedy = "give an adapter folder, as the `adapter` of a training run"
+        validate.is_a("beacons", beacons, str | os.PathLike, remedy)
     path = hub.find(path)
     if not (path.is_file() or (path / "config.json").is_file()):
         raise FileNotFoundError(
@@ -77,6 +89,9 @@ def load(
         )
     checkpoint.check_dtype(dtype)
     runtime.prepare()
+    chosen = beacon
+    if beacons is not None:
+        chosen = _adapter(beacons, path, beacon, allow_other_base)
     partition = make_partition(mesh) if mesh is not None else None
     place = None if partition is None else placed_on(partition)
     # Importing transformers takes 1 to 2 s: meanwhile the weights are read.
@@ -85,7 +100,7 @@ def load(
         found = checkpoint.load(
             path,
             dtype=dtype,
-            beacon=beacon,
+            beacon=chosen,
             ignore_sliding_window=ignore_sliding_window,
             place=place,
         )
@@ -98,6 +113,28 @@ def load(
     # A CPU device takes these arrays over as they are: half the memory, half the time.
     variables = jax.device_put(found.variables)
     return Model(found.config, variables, tokenizer, found.identity, partition, path)
+
+
+def _adapter(
+    beacons: str | Path, path: Path, beacon: BeaconConfig | None, allow: bool
+) -> Adapter:
+    """Opens the beacons of an adapter folder for the base in `path`.
+
+    Raises:
+      ValueError: it is another base than theirs, and that is not allowed.
+    """
+    found = open_adapter(hub.find(beacons, "beacons"))
+    config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=True)
+    if differs := found.other_base(path, config):
+        text = f"beacons={found.path} were trained on another base than {path} "
+        text += f"({differs})"
+        if not allow:
+            raise ValueError(
+                f"{text}: load that base, or pass allow_other_base=True "
+                "(--allow_other_base) to try them on this one."
+            )
+        validate.warn(f"{text}: what they compress may not be understood.")
+    return found if beacon is None else found.with_settings(beacon)
 
 
 def _check(path: Any, dtype: Any, beacon: Any) -> None:

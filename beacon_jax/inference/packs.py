@@ -116,7 +116,7 @@ def save(
         "model": {
             "base": memory.identity.base,
             "beacon": memory.identity.beacon,
-            "config": dataclasses.asdict(memory.config),
+            "config": _config_fields(memory.config),
         },
         "dtype": memory.dtype,
         "rows": [
@@ -388,6 +388,14 @@ def _metadata(manifest: str) -> dict[str, str]:
         "manifest": manifest,
         "manifest_sha256": _sha256([np.frombuffer(manifest.encode(), np.uint8)]),
     }
+
+
+def _config_fields(config: ModelConfig) -> dict[str, Any]:
+    """Returns a config as JSON; a rank of 0 is left out, as earlier versions do."""
+    fields = dataclasses.asdict(config)
+    if config.beacon and not config.beacon.rank:
+        del fields["beacon"]["rank"]
+    return fields
 
 
 def _text_hash(row: History) -> str | None:

@@ -193,6 +193,8 @@ class BeaconConfig:
       sink: entries of the first window that are kept for ever.
       placement: "interleave" (after every ratio tokens) or "append" (after the window).
       parallel_window: windows that may run at once; a speed hint, results are as for 1.
+      rank: 0, beacons have projections of their own, the release's form; above 0 they
+        have low-rank changes of the base's: x W + (x A) B, A [D, rank], B [rank, out].
     """
 
     window: int = 1024
@@ -203,6 +205,7 @@ class BeaconConfig:
     sink: int = 0
     placement: str = "interleave"
     parallel_window: int = 1
+    rank: int = 0
 
     def __post_init__(self):
         for name in ("ratios", "param"):
@@ -244,6 +247,17 @@ class BeaconConfig:
         if not whole or not 0 <= self.sink <= self.window:
             raise ValueError(
                 f"sink={self.sink!r} must be between 0 and window={self.window}."
+            )
+        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        if not whole or self.rank < 0:
+            raise ValueError(
+                f"rank={self.rank!r} must be a whole number: 0 for projections of the "
+                "beacons' own, or the rank of their changes of the base's, as 64."
+            )
+        if self.rank and not self.param:
+            raise ValueError(
+                f"rank={self.rank} and param=() leave nothing to change: name "
+                "projections in param, or use rank=0."
             )
 
     @classmethod
@@ -290,6 +304,8 @@ class BeaconConfig:
         fields = {
             key: getattr(self, name) for key, name in _BEACON_KEYS.items() if name
         }
+        if not self.rank:  # the release's form, which has no such key
+            del fields["beacon_rank"]
         return {
             "beacon_attend_prev": True,
             "beacon_attn": "full-coverage",
@@ -311,6 +327,7 @@ _BEACON_KEYS = {
     "beacon_sink_size": "sink",
     "beacon_pos": "placement",
     "beacon_parallel_window": "parallel_window",
+    "beacon_rank": "rank",
 }
 
 
@@ -458,53 +475,6 @@ class ModelConfig:
         elif base is None:
             result |= {"sliding_window": None, "use_sliding_window": False}
         return result | (self.beacon.to_hf() if self.beacon else {})
-
-
-def param_shapes(config: ModelConfig) -> dict[str, Any]:
-    """Declares the parameter tree, once: names and shapes, L layers stacked.
-
-    Returns:
-      {"params": tree, "beacon": tree} with tuples as leaves; the beacon tree is empty
-      for a plain decoder.
-    """
-    v, d, f = config.vocab_size, config.hidden_size, config.intermediate_size
-    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
-    layers = config.num_layers
-
-    def linear(kernel: tuple[int, ...], bias: tuple[int, ...] | None) -> dict[str, Any]:
-        shapes = {"kernel": (layers, *kernel)}
-        return shapes | ({"bias": (layers, *bias)} if bias else {})
-
-    qkv, o, mlp = config.qkv_bias, config.o_bias, config.mlp_bias
-    attention = {
-        "q_proj": linear((d, n, h), (n, h) if qkv else None),
-        "k_proj": linear((d, k, h), (k, h) if qkv else None),
-        "v_proj": linear((d, k, h), (k, h) if qkv else None),
-        "o_proj": linear((n, h, d), (d,) if o else None),
-    }
-    params: dict[str, Any] = {
-        "embed": {"embedding": (v, d)},
-        "layers": {
-            "input_norm": {"scale": (layers, d)},
-            "attention": attention,
-            "post_norm": {"scale": (layers, d)},
-            "mlp": {
-                "gate_proj": linear((d, f), (f,) if mlp else None),
-                "up_proj": linear((d, f), (f,) if mlp else None),
-                "down_proj": linear((f, d), (d,) if mlp else None),
-            },
-        },
-        "final_norm": {"scale": (d,)},
-    }
-    if not config.tie_embeddings:
-        params["lm_head"] = {"kernel": (d, v)}
-    if config.beacon is None:
-        return {"params": params, "beacon": {}}
-    own = {f"{p}_proj": dict(attention[f"{p}_proj"]) for p in config.beacon.param}
-    beacon: dict[str, Any] = {"embed": {"embedding": (1, d)}}
-    if own:
-        beacon["layers"] = {"attention": own}
-    return {"params": params, "beacon": beacon}
 
 
 # config.json key -> field of ModelConfig, all positive integers.

@@ -128,6 +128,9 @@ class Linear(nn.Module):
 
     Attributes:
       own: beacons have weights of their own.
+      rank: above 0 these are no weights in place of the base's W: beacon rows get
+        (x A) B on top of x W. W + A B is never made: the backward pass would keep one
+        per layer.
       writes: into the residual stream; its inputs are `shrunk`.
     """
 
@@ -139,6 +142,7 @@ class Linear(nn.Module):
     layout: Layout
     dtype: Any
     writes: bool = False
+    rank: int = 0
 
     @nn.compact
     def __call__(self, x):
@@ -151,6 +155,8 @@ class Linear(nn.Module):
             base["bias"] = self.param("bias", bias_init, self.outputs)
         if not self.own:
             return self._apply(x, base)
+        if self.rank:
+            return self._low_rank(x, self._apply(x, base))
         kernel = self.variable("beacon", "kernel", _zeros(kernel_init, shape))
         beacon: dict[str, Any] = {"kernel": kernel.value}
         if self.use_bias:
@@ -161,10 +167,29 @@ class Linear(nn.Module):
         raw, beacons = self.layout.split(x)
         return self.layout.join(self._apply(raw, base), self._apply(beacons, beacon))
 
-    def _apply(self, x, weights):
+    def _low_rank(self, x, y):
+        """Adds (x A) B to the beacon rows of y = x W."""
         n = len(self.inputs)
+
+        def matrix(name, shape, axes):
+            init = nn.with_logical_partitioning(INIT, axes)
+            return self.variable("beacon", name, _zeros(init, shape)).value
+
+        a = matrix("lora_a", (*self.inputs, self.rank), (*self.axes[:n], None))
+        b = matrix("lora_b", (self.rank, *self.outputs), (None, *self.axes[n:]))
+        if self.layout.beacons == 0:
+            return y
+        change = self._product(self._product(self.layout.split(x)[1], a, n), b, 1)
+        raw, beacons = self.layout.split(y)
+        return self.layout.join(raw, beacons + change)
+
+    def _product(self, x, kernel, n):
+        """Multiplies the last n axes of x with the first n of a kernel."""
         contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        y = jnp.tensordot(x, weights["kernel"].astype(self.dtype), contract)
+        return jnp.tensordot(x, kernel.astype(self.dtype), contract)
+
+    def _apply(self, x, weights):
+        y = self._product(x, weights["kernel"], len(self.inputs))
         if "bias" not in weights:
             return y
         bias = weights["bias"].astype(self.dtype)
@@ -204,9 +229,11 @@ class Attention(nn.Module):
     def setup(self):
         c, dtype = self.net.config, self.net.dtype
         d, h = (c.hidden_size,), c.head_dim
-        owned = c.beacon.param if c.beacon else ()
+        owned, rank = (c.beacon.param, c.beacon.rank) if c.beacon else ((), 0)
         make = lambda letter, i, o, axes, bias: Linear(
-            i, o, axes, bias, letter in owned, self.layout, dtype, letter == "o"
+            *(i, o, axes, bias, letter in owned, self.layout, dtype),
+            writes=letter == "o",
+            rank=rank,
         )
         heads, kv_heads = (c.num_heads, h), (c.num_kv_heads, h)
         kv_axes = ("embed", "kv_heads", "head_dim")

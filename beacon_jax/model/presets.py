@@ -8,12 +8,8 @@ are the paper's (section 4.1): 1024 for Llama-2, 2048 for Qwen2; Llama-3 needs a
 import math
 from typing import Any
 
-from beacon_jax.model.config import (
-    BeaconConfig,
-    ModelConfig,
-    RopeConfig,
-    param_shapes,
-)
+from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
+from beacon_jax.model.shapes import param_shapes
 from beacon_jax.names import meant
 
 PARAMETERS = {

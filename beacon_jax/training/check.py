@@ -133,6 +133,11 @@ def _check_choices(config: Config) -> None:
             f"loss.label_weight={config.loss.label_weight} is for loss.kind='distil': "
             "leave it at 0, or set loss.kind='distil'."
         )
+    if config.trainable == "all" and config.beacon.use and config.beacon.rank:
+        raise ValueError(
+            f"beacon.rank={config.beacon.rank} changes a base that stays as it is, and "
+            "trainable='all' trains it: set beacon.rank=0 or trainable='beacon'."
+        )
     if not config.init_from and not config.model:
         raise ValueError(
             "init_from='' and an empty `model`: name a checkpoint in init_from, or "

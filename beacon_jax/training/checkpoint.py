@@ -40,6 +40,8 @@ FREE_KEYS = (
     "workers",
     "max_drop_fraction",
 )
+# What runs had before there was a key.
+BEFORE = {"config.beacon.rank": 0}
 
 
 class CheckpointError(OSError):
@@ -386,7 +388,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
       new: of this run.
     """
     plain = json.loads(json.dumps(new))
-    before, after = (flatten_dict(tree, sep=".") for tree in (old, plain))
+    flat = lambda tree: {**BEFORE, **flatten_dict(tree, sep=".")}
+    before, after = flat(old), flat(plain)
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted({*before, *after})

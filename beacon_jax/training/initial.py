@@ -14,7 +14,8 @@ from beacon_jax import hf
 from beacon_jax.data.tokenizer import ensure_tokenizer
 from beacon_jax.hf import hub
 from beacon_jax.model.beacon import init_beacon
-from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig, param_shapes
+from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
+from beacon_jax.model.shapes import param_shapes
 from beacon_jax.progress import Progress
 from beacon_jax.resources import asset
 from beacon_jax.training.config import Config
@@ -96,7 +97,11 @@ def make_model(
 
     if config.init_from:
         checkpoint = hf.load(
-            base_folder(config), beacon=beacon, place=place, quiet=quiet
+            base_folder(config),
+            beacon=beacon,
+            place=place,
+            quiet=quiet,
+            seed=config.seed,
         )
         model, variables = checkpoint.config, checkpoint.variables
         if beacon is None:
@@ -152,7 +157,7 @@ def random_variables(model: ModelConfig, seed: int) -> dict[str, Any]:
 
     is_shape = lambda x: isinstance(x, tuple)
     params = map_named(draw, param_shapes(model)["params"], is_shape)
-    beacon = init_beacon(params, model) if model.beacon else {}
+    beacon = init_beacon(params, model, seed) if model.beacon else {}
     return {"params": params, "beacon": beacon}
 
 

@@ -123,7 +123,8 @@ def _activations(model: ModelConfig, size: int) -> float:
     """Counts the bytes per token that the backward pass of one layer keeps."""
     d, f = model.hidden_size, model.intermediate_size
     heads = (model.num_heads + model.num_kv_heads) * model.head_dim
-    return size * (4 * d + 2 * heads + 4 * f) + 8 * d  # norms are in float32
+    own = model.beacon.rank * len(model.beacon.param) if model.beacon else 0
+    return size * (4 * d + 2 * heads + 4 * f + own) + 8 * d  # norms are in float32
 
 
 def _bytes(x: Any, size: int) -> int:

@@ -112,9 +112,9 @@ def matrix_axes(params: Any) -> Any:
 
     def axes(name: str, x: Any) -> Any:
         names = name.split("/")
-        if "layers" not in names or names[-1] != "kernel":
+        if "layers" not in names or names[-1] not in ("kernel", "lora_a", "lora_b"):
             return None
-        if names[-2] == "o_proj":  # [L, N, H, D]
+        if names[-2] == "o_proj" and names[-1] != "lora_b":  # [L, N, H, D]
             return optax.contrib.MuonDimensionNumbers((1, 2), 3)
         return optax.contrib.MuonDimensionNumbers(1, tuple(range(2, x.ndim)))
 

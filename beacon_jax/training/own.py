@@ -27,7 +27,8 @@ from beacon_jax.data.sources import open_parts, source_bytes
 from beacon_jax.data.tally import clock, si
 from beacon_jax.data.text import load_documents, run_documents
 from beacon_jax.hf.conversion import read_config
-from beacon_jax.model.config import ModelConfig, param_shapes
+from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.shapes import param_shapes
 from beacon_jax.training.config import OPEN, Config, lookup
 from beacon_jax.training.hardware import device_bytes, find_chip
 from beacon_jax.training.initial import (

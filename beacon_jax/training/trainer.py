@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from beacon_jax import hf, runtime
 from beacon_jax.core.train_loss import LossConfig, train_loss
+from beacon_jax.hf.adapter import write_adapter
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
 from beacon_jax.paths import check_folder
@@ -60,7 +61,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     Args:
       config: a `training.config.default_config` that an experiment filled in.
       workdir: receives checkpoints/, config.json, metrics.jsonl, tensorboard/,
-        summary.json and export/, an HF folder with tokenizer and beacons.
+        summary.json and export/, an HF folder with tokenizer and beacons. Low-rank
+        beacons alone are in adapter/, too.
 
     Returns:
       What summary.json holds: steps, seconds, last metrics, base hashes.
@@ -251,8 +253,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
             say(f"{folder} has these {steps} steps already and stays as it is")
         elif is_lead():
             parts = folder, config, model, written, tokenizer_folder
+            alone = workdir / "adapter" if model.beacon and model.beacon.rank else None
             try:
                 export(*parts, overwrite=True, keep=True)
+                if alone is not None:
+                    write_adapter(folder, alone, overwrite=True, keep=True)
                 summary["seconds"] = time.perf_counter() - began
                 write_whole(workdir / "summary.json", _json(summary))
             except OSError as error:
@@ -261,6 +266,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
                     f"{steps} is saved: make room, and the same command writes it."
                 ) from error
             say(f"wrote {folder}")
+            if alone is not None:
+                say(f"wrote {alone}, the beacons alone (--beacons)")
             if model.beacon is not None:
                 say(next_commands(config, folder))
         wait("export")

@@ -10,7 +10,8 @@ from beacon_jax.data.tokenizer import train_tokenizer
 from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.reading import load_model
 from beacon_jax.hf.checkpoint import save_hf
-from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
+from beacon_jax.model.config import BeaconConfig, ModelConfig
+from beacon_jax.model.shapes import param_shapes
 from tests.evaluation import offline
 
 VOCAB, WINDOW = 400, 32

@@ -13,10 +13,11 @@ from beacon_jax.evaluation.baselines.sampling import kept_slots
 from beacon_jax.evaluation.baselines.shortened import self_information
 from beacon_jax.evaluation.methods import Full, remember
 from beacon_jax.evaluation.reading import feed_state
-from beacon_jax.model.config import BeaconConfig, RopeConfig, param_shapes
+from beacon_jax.model.config import BeaconConfig, RopeConfig
 from beacon_jax.model.partition import make_partition
 from beacon_jax.model.quantize import dequantize
 from beacon_jax.model.rotary import inverse_frequencies
+from beacon_jax.model.shapes import param_shapes
 from tests.evaluation import numpy_model
 from tests.evaluation.conftest import VOCAB, random_tree
 from tests.evaluation.numpy_model import attention, forward, nothing, rotated

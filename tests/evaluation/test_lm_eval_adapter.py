@@ -5,12 +5,14 @@ import importlib.util
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import beacon_jax
 from beacon_jax.evaluation import likelihood
+from beacon_jax.hf.adapter import write_adapter
 
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 
@@ -66,6 +68,16 @@ def lm(adapter, model):
     made = adapter.BeaconLM(model, ratio=2, batch_size=1, max_length=30)
     made.set_cache_hook(Hook()) if HAS_LM_EVAL else None
     return made
+
+
+def test_beacons_of_another_folder_are_those_that_load_takes(
+    adapter, model_folder, tmp_path
+):
+    write_adapter(Path(model_folder), tmp_path / "adapter")
+    options = {"beacons": str(tmp_path / "adapter"), "allow_other_base": False}
+    made = adapter.BeaconLM(str(model_folder), ratio=2, **options)
+    expected = beacon_jax.load(model_folder, beacons=options["beacons"])
+    assert made.model.identity == expected.identity
 
 
 TEXT = "window beacon memory slot ratio digit river stone " * 12

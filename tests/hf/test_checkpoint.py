@@ -13,7 +13,8 @@ from beacon_jax.hf import load, load_tokenizer, save_hf, tree_hash
 from beacon_jax.hf.conversion import from_hf
 from beacon_jax.hf.keys import flatten
 from beacon_jax.model.beacon import init_beacon
-from beacon_jax.model.config import BeaconConfig, param_shapes
+from beacon_jax.model.config import BeaconConfig
+from beacon_jax.model.shapes import param_shapes
 
 
 def assert_same(a, b):

@@ -155,6 +155,6 @@ def test_load_and_the_commands_name_their_own_argument(monkeypatch):
         beacon_jax.load("org/absent")
     with pytest.raises(FileNotFoundError, match="^--model=org/absent is no folder"):
         context.load_model(
-            SimpleNamespace(model="org/absent"),  # type: ignore
+            SimpleNamespace(model="org/absent", beacons=None),  # type: ignore
             Progress(),
         )

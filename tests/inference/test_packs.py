@@ -412,6 +412,17 @@ def test_leaves_of_an_int8_memory_are_cut_and_put_back(path, monkeypatch, mesh):
             )
 
 
+def test_a_config_of_no_rank_is_written_as_before_there_was_one(path):
+    memory = random_memory((13,))
+    memory.save(path, overwrite=True)
+    assert "rank" not in packs._Pack(path).manifest["model"]["config"]["beacon"]
+    beacon = dataclasses.replace(memory.config.beacon, rank=2)
+    config = dataclasses.replace(memory.config, beacon=beacon)
+    low = Memory(config, memory.state, memory.rows, memory.identity)
+    low.save(path, overwrite=True)
+    assert packs._Pack(path).config() == config
+
+
 def test_the_header_is_what_the_library_would_write(path):
     random_memory((13,)).save(path, overwrite=True)
     pack = packs._Pack(path)

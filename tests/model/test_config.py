@@ -295,11 +295,26 @@ def test_a_sliding_window_that_is_off_is_ignored():
         ({"window": 0}, "window=0 must be a positive"),
         ({"window": 16.0}, "window=16.0 must be a positive integer"),
         ({"parallel_window": 0}, "parallel_window=0 must"),
+        ({"rank": -1}, "rank=-1 must be a whole number: 0 for projections"),
+        ({"rank": 8.0}, "rank=8.0 must be a whole number"),
+        ({"rank": True}, "rank=True must be a whole number"),
+        ({"rank": 8, "param": ()}, r"rank=8 and param=\(\) leave nothing to change"),
     ],
 )
 def test_beacon_settings_that_cannot_work_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         BeaconConfig(**{"window": 16, **fields})
+
+
+def test_a_rank_comes_back_and_the_releases_form_has_no_such_key():
+    config = ModelConfig.from_hf(LLAMA | {"beacon_window": 16, "beacon_ratio": [2]})
+    assert config.beacon is not None and config.beacon.rank == 0
+    assert "beacon_rank" not in config.to_hf()
+    beacon = dataclasses.replace(config.beacon, rank=8)
+    low = dataclasses.replace(config, beacon=beacon)
+    assert low.to_hf()["beacon_rank"] == 8
+    assert ModelConfig.from_hf(low.to_hf()) == low
+    assert "beacon_rank" not in config.to_hf(low.to_hf())
 
 
 def test_ratios_of_a_checkpoint_that_do_not_divide_its_window_are_dropped(caplog):

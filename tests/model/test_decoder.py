@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beacon_jax.model.config import RopeConfig, param_shapes
+from beacon_jax.model.config import RopeConfig
 from beacon_jax.model.decoder import init_variables
 from beacon_jax.model.presets import PARAMETERS, PRESETS
 from beacon_jax.model.rotary import cos_sin, inverse_frequencies, rotate
+from beacon_jax.model.shapes import param_shapes
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -121,6 +121,20 @@ def test_training_is_what_reverse_mode_multiplies(trainable, param):
     assert products(jax.make_jaxpr(step)(*inputs).jaxpr) == spent
 
 
+@pytest.mark.parametrize("param", [("q", "k", "v"), ("q", "k", "v", "o")])
+def test_low_rank_beacons_are_what_the_decoder_and_reverse_mode_multiply(param):
+    config = with_beacon(TINY, param=param, rank=8)
+    config = dataclasses.replace(config, num_layers=2)
+    run, inputs, entries = program(config, 2)
+    spent = expected(config, 2, entries)
+    assert products(jax.make_jaxpr(run)(*inputs).jaxpr) == spent.total
+    step = jax.value_and_grad(lambda *x: run(*x).sum(), (0, 2, 3))
+    assert products(jax.make_jaxpr(step)(*inputs).jaxpr) == spent.training()
+    # 32 beacons x 2 layers x rank 8 x inputs and outputs of q, k, v and o.
+    ends = 256 + 128 + 2 * (256 + 64) + (128 + 256 if "o" in param else 0)
+    assert spent.beacon == 2 * 32 * 2 * 8 * ends
+
+
 def test_training_a_plain_model_is_three_forward_passes():
     plain = dataclasses.replace(TINY, beacon=None)
     spent = flops.full_attention(plain, 3 * W, scored=3 * W)

@@ -8,8 +8,9 @@ import pytest
 
 from beacon_jax.hf.keys import flatten
 from beacon_jax.model.beacon import init_beacon
-from beacon_jax.model.config import BeaconConfig, ModelConfig, param_shapes
+from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.presets import PARAMETERS, PRESETS, count_params, get_preset
+from beacon_jax.model.shapes import param_shapes
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from beacon_jax.model.config import param_shapes
 from beacon_jax.model.presets import PRESETS
+from beacon_jax.model.shapes import param_shapes
 from beacon_jax.training.config import default_config
 from beacon_jax.training.optim import learning_rate, make_optimizer, skipped
 
