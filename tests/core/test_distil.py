@@ -121,9 +121,9 @@ def test_the_teacher_is_full_attention_over_the_row():
 @pytest.mark.parametrize(
     "remat, label_weight, average, tied, beacon",
     [
-        ("lean", 0.0, "token", False, {}),
+        pytest.param("lean", 0.0, "token", False, {}, marks=pytest.mark.slow),
         ("lean-layer", 0.5, "row", True, {"placement": "append"}),
-        ("none", 0.5, "token", False, {"sink": 3}),
+        pytest.param("none", 0.5, "token", False, {"sink": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_loss_and_gradients_are_those_of_a_plain_implementation(
@@ -136,6 +136,7 @@ def test_loss_and_gradients_are_those_of_a_plain_implementation(
     close(found, expected(v, net, rows, label_weight, average))
 
 
+@pytest.mark.slow
 def test_the_teacher_has_no_gradient():
     """All weights get gradients of the student alone, as if logits were given."""
     v, net, rows = variables(), Net(config()), batch()
@@ -161,6 +162,7 @@ def test_what_ratio_0_reads_diverges_from_nothing():
     assert aux["row_count"].tolist() == behind(rows).sum((0, 2)).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data:2", "tensor:2", "fsdp:2"])
 def test_a_mesh_changes_nothing(mesh):
     v, rows = variables(), jax.tree.map(lambda x: x[:, :2], batch())
@@ -174,7 +176,8 @@ def test_a_mesh_changes_nothing(mesh):
     close(found(Net(config(), partition=split)), found(Net(config())))
 
 
-def test_offloaded_buffers_and_chunks_of_positions_change_nothing(monkeypatch):
+@pytest.mark.slow
+def test_offloaded_buffers_change_nothing():
     v, net, rows = variables(), Net(config()), batch()
 
     def found(settings):
