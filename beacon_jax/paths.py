@@ -138,6 +138,12 @@ def _check(given: str, folder: Path) -> None:
         raise PermissionError(f"{given} cannot be read: use another folder.")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file by this text; a kill or a full disk leaves the old one."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file that is at `path` when the block ends without an error, else not.

@@ -143,9 +143,7 @@ def run(prompt: LongPrompt, out: Path) -> dict[str, Any]:
         part = text[progress.done : progress.done + prompt.piece]
         tokens = np.zeros((1, prompt.piece), np.int32)
         tokens[0, : len(part)] = part
-        rows = [
-            jnp.asarray(x) for x in (tokens, np.asarray([len(part)], np.int32), ratios)
-        ]
+        rows = tokens, np.asarray([len(part)], np.int32), ratios
         net = Net(config, prompt.dtype)
         begun = time.perf_counter()
         output, memory = feed(net, variables, memory, *rows, donate=True)

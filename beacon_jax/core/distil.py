@@ -16,8 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.law import Law
 from beacon_jax.core.lean_vjp import window_loop
-from beacon_jax.core.step import NOOP, training_window
-from beacon_jax.model.decoder import Entries, constrain_entries
+from beacon_jax.core.step import (
+    NOOP,
+    count_slots,
+    empty_buffers,
+    training_window,
+)
 from beacon_jax.model.net import Net
 
 
@@ -33,20 +37,20 @@ def teach(
       tokens, valid: as in `train_loss`: rows aligned at their last windows, all windows
         but the last ones full.
     """
-    c, (n, b, w) = net.config, tokens.shape
+    n, b, w = tokens.shape
+    law, plan = Law.of(net.config, w), jnp.zeros((n,), jnp.int32)
     variables = jax.tree.map(lax.stop_gradient, variables)
-    keep = tuple(Law.of(c, w).kept_entries(0).tolist()) if n > 1 else ()
-    window = training_window(net, 0, w, keep)
+    keep = tuple(law.kept_entries(0).tolist()) if n > 1 else ()
     closes = (valid == w) & (jnp.arange(n) < n - 1)[:, None]
-    added = jnp.where(closes, w, 0)
+    slots, added = count_slots(law, plan, closes)
     xs = {
         "tokens": tokens,
         "index": jnp.where(jnp.any(valid > 0, axis=1), 1, NOOP),
-        "ratio": jnp.zeros((n,), jnp.int32),
-        "slots": jnp.cumsum(added, axis=0) - added,
+        "ratio": plan,
+        "slots": slots,
         "added": added,
     }
-    zeros = jnp.zeros((c.num_layers, b, n * w, c.num_kv_heads, c.head_dim), net.dtype)
-    buffers = constrain_entries(net, Entries(zeros, jnp.zeros_like(zeros)))
-    hidden = window_loop(net, (window,), variables, buffers, xs, remat="none")
+    windows = (training_window(net, 0, w, keep),)
+    buffers = empty_buffers(net, b, n * w)
+    hidden = window_loop(net, windows, variables, buffers, xs, remat="none")
     return lax.stop_gradient(hidden)

@@ -1,7 +1,7 @@
 """Feeds text of any length into memories: a scan over windows, whole or in pieces."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +94,8 @@ def feed(
         )
     if pieces and (pieces.size < 1 or pieces.size % w):
         raise ValueError(f"piece={pieces.size} must be a multiple of the window, {w}.")
+    tokens = np.asarray(tokens)  # once: pieces of it go to the device
+    labels = None if labels is None else np.asarray(labels)
     planned = plan.of_rows(ratios, rows)
     lengths = np.full(rows, total) if lengths is None else np.asarray(lengths)
     lengths = lengths.astype(np.int32)
@@ -136,10 +138,13 @@ def feed(
     return FeedOutput(found[-1].last_logits, *joined), memory
 
 
-def padded(x: Any, size: int, fill: int = 0) -> Int[np.ndarray, "B size"]:
-    """Pads ids [B, n] at the right to [B, size]."""
-    x = np.asarray(x, np.int32)
-    return np.pad(x, ((0, 0), (0, size - x.shape[1])), constant_values=fill)
+def padded(rows: Iterable[Any], size: int, fill: int = 0) -> Int[np.ndarray, "B size"]:
+    """Pads rows of ids, of any lengths up to `size`, at the right; on the host."""
+    rows = list(rows)
+    out = np.full((len(rows), size), fill, np.int32)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
+    return out
 
 
 def _joined(parts: tuple[Array, ...], total: int) -> Array:

@@ -5,12 +5,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from beacon_jax.core.law import Law
 from beacon_jax.model.buffers import Buffer, put_all_layers
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.decoder import Decoder, Entries, Layer, apply, place_of
+from beacon_jax.model.decoder import (
+    Decoder,
+    Entries,
+    Layer,
+    apply,
+    constrain_entries,
+    place_of,
+)
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin, inverse_frequencies, rotate
@@ -133,6 +141,29 @@ def new_entries(
         kept = Entries(*(jnp.where(first, x, jnp.roll(x, away, axis=2)) for x in kept))
     cos, sin = cos_sin(config, slots[:, None] + jnp.arange(kept.k.shape[2]))
     return Entries(rotate(kept.k, cos, sin).astype(dtype), kept.v.astype(dtype))
+
+
+def empty_buffers(net: Net, rows: int, slots: int) -> Entries:
+    """Makes buffers [L, B, S, K, H] of a training loop, split over the mesh."""
+    c = net.config
+    shape = (c.num_layers, rows, slots, c.num_kv_heads, c.head_dim)
+    return constrain_entries(
+        net, Entries(jnp.zeros(shape, net.dtype), jnp.zeros(shape, net.dtype))
+    )
+
+
+def count_slots(
+    law: Law, plan: Int[Array, " N"], closes: Bool[Array, "N B"]
+) -> tuple[Int[Array, "N B"], Int[Array, "N B"]]:
+    """Counts the slots in front of each window and those that it adds."""
+
+    def count(slots: Int[Array, " B"], x: tuple) -> tuple:
+        ratio, closes = x
+        added = jnp.where(closes, law.kept(ratio, slots), 0)
+        return slots + added, (slots, added)
+
+    start = jnp.zeros(closes.shape[1:], jnp.int32)
+    return lax.scan(count, start, (plan, closes))[1]
 
 
 def append(

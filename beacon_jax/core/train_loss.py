@@ -7,18 +7,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.distil import teach
 from beacon_jax.core.law import Law
 from beacon_jax.core.lean_vjp import REMAT, window_loop
 from beacon_jax.core.loss import IGNORE, taught_losses, token_losses
-from beacon_jax.core.step import NOOP, Window, lookup, training_window
+from beacon_jax.core.step import (
+    NOOP,
+    Window,
+    count_slots,
+    empty_buffers,
+    lookup,
+    training_window,
+)
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.decoder import Decoder, Entries, apply, constrain_entries
+from beacon_jax.model.decoder import Decoder, Entries, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
-from beacon_jax.names import meant
+from beacon_jax.names import check_choice, meant
 
 KINDS = ("labels", "distil")
 
@@ -57,11 +64,7 @@ class LossConfig:
             raise ValueError(
                 f"remat={self.remat!r} is unknown: {near}use one of {', '.join(REMAT)}."
             )
-        if self.kind not in KINDS:
-            near = meant(self.kind, KINDS)
-            raise ValueError(
-                f"loss.kind={self.kind!r} is unknown: {near}use {' or '.join(KINDS)}."
-            )
+        check_choice("loss.kind", self.kind, KINDS)
         if self.average not in ("token", "row"):
             raise ValueError(f"loss_average={self.average!r}: use 'token' or 'row'.")
 
@@ -108,7 +111,7 @@ def train_loss(
     plan = jnp.where(last, 0, plan)
     windows = _windows(net, law, n, loss)
     index = jnp.where(jnp.any(valid > 0, axis=1), lookup(plan, tuple(windows)), NOOP)
-    slots, added = _slots(law, plan, (valid == w) & ~last[:, None])
+    slots, added = count_slots(law, plan, (valid == w) & ~last[:, None])
     xs = {"tokens": tokens, "ratio": plan, "slots": slots, "added": added}
     if len(windows) > 1 or n > 1:  # else a plain model in one window: no switch at all
         xs["index"] = index
@@ -162,20 +165,6 @@ def _windows(net: Net, law: Law, count: int, loss: LossConfig) -> dict[int, Wind
     return made
 
 
-def _slots(
-    law: Law, plan: Int[Array, " N"], closes: Bool[Array, "N B"]
-) -> tuple[Int[Array, "N B"], Int[Array, "N B"]]:
-    """Counts the slots in front of each window and those that it adds."""
-
-    def count(slots: Int[Array, " B"], x: tuple) -> tuple:
-        ratio, closes = x
-        added = jnp.where(closes, law.kept(ratio, slots), 0)
-        return slots + added, (slots, added)
-
-    start = jnp.zeros(closes.shape[1:], jnp.int32)
-    return lax.scan(count, start, (plan, closes))[1]
-
-
 def _buffers(net: Net, law: Law, shape: tuple[int, ...], loss: LossConfig) -> Entries:
     """Makes empty buffers [L, B, S, K, H]: the memory, and the open window behind it.
 
@@ -190,9 +179,7 @@ def _buffers(net: Net, law: Law, shape: tuple[int, ...], loss: LossConfig) -> En
         lowest = law.closed(min(compressing), max(windows - 1, 1))
         lowest += w if 0 in ratios else 0  # allowed once
         size = (loss.memory_slots or lowest) + law.room(ratios)
-    c = net.config
-    zeros = jnp.zeros((c.num_layers, rows, size, c.num_kv_heads, c.head_dim), net.dtype)
-    return constrain_entries(net, Entries(zeros, jnp.zeros_like(zeros)))
+    return empty_buffers(net, rows, size)
 
 
 def _labels(

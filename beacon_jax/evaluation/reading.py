@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from beacon_jax.core.feed import FeedOutput, feed, power_of_two
+from beacon_jax.core.feed import FeedOutput, feed, padded, power_of_two
 from beacon_jax.core.law import Law
 from beacon_jax.core.loss import IGNORE
 from beacon_jax.core.memory import MemoryState, buffer_size
@@ -265,26 +265,18 @@ def feed_state(
     most = int(lengths.max())
     size = power_of_two(_windows(model, most)) * model.window
     size = max(size, _padded(model, most, longest))
-    wanted = None if labels is None else jnp.asarray(pad(labels, size, IGNORE))
+    wanted = None if labels is None else padded(labels, size, IGNORE)
     return feed(
         model.net,
         model.variables,
         _roomy(model, state, lengths, ratio),
-        jnp.asarray(pad(rows, size, 0)),
-        jnp.asarray(lengths),
-        jnp.asarray(_plan(ratio).ratios),
+        padded(rows, size),
+        lengths,
+        _plan(ratio).ratios,
         outputs=outputs,
         labels=wanted,
         donate=donate,
     )
-
-
-def pad(rows: Rows, size: int, fill: int) -> Int[np.ndarray, "B T"]:
-    """Pads rows at the right to T = `size`."""
-    out = np.full((len(rows), size), fill, np.int32)
-    for line, row in zip(out, rows, strict=True):
-        line[: len(row)] = row
-    return out
 
 
 def _plan(ratio: int) -> Plan:

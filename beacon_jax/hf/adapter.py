@@ -160,8 +160,8 @@ def write_adapter(
     leaves = {e.name: source.array(e.name) for e in entries}
     keys = [key for e in entries for key in e.keys]
     with new_folder(dst, overwrite=overwrite, keep=keep) as folder:
-        plan = {WEIGHTS: (keys, {"format": "pt"})}
-        write_hf_weights(folder, config, TreeReader(unflatten(leaves)), plan)
+        files = {WEIGHTS: (keys, {"format": "pt"})}
+        write_hf_weights(folder, config, TreeReader(unflatten(leaves)), files)
         base = {"values": base_values_hash(src), "stored": identity(src).base}
         write_config(folder, config.to_hf(hf) | {BASE: base})
 

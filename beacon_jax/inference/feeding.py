@@ -181,7 +181,7 @@ def _feed_group(
     config, window = model.config, state.window
     lengths = np.asarray([len(r) for r in rows])
     longest = max(width, *map(len, rows))
-    tokens = np.concatenate([padded(row[None], longest) for row in rows])
+    tokens = padded(rows, longest)
     done, begun = 0, -int(state.raw[0]) if keep else 0
 
     def fill(state: MemoryState, stop: int, donate: bool, *, close: bool) -> Any:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
-from beacon_jax.names import hinted_init, meant
+from beacon_jax.names import check_choice, hinted_init, meant
 
 logger = logging.getLogger(__name__)
 
@@ -241,8 +241,8 @@ class BeaconConfig:
             raise ValueError(
                 f"param={self.param} must be different letters of {PROJECTIONS}."
             )
-        _check_choice("embed_init", self.embed_init, ("eos", "bos"))
-        _check_choice("placement", self.placement, ("interleave", "append"))
+        check_choice("embed_init", self.embed_init, ("eos", "bos"))
+        check_choice("placement", self.placement, ("interleave", "append"))
         whole = isinstance(self.sink, int) and not isinstance(self.sink, bool)
         if not whole or not 0 <= self.sink <= self.window:
             raise ValueError(
@@ -361,7 +361,7 @@ class ModelConfig:
     def __post_init__(self):
         object.__setattr__(self, "bos_ids", tuple(self.bos_ids))
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
-        _check_choice("family", self.family, FAMILIES)
+        check_choice("family", self.family, FAMILIES)
         _check_positive(self, *_SIZES.values())
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -560,11 +560,3 @@ def _check_ratios(ratios: tuple[int, ...], window: int) -> None:
         f"the window: use window={' or '.join(near)}, or ratios of "
         f"{', '.join(map(str, choices))} (0: not compressed)."
     )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{name}={value!r} is unknown: {meant(value, choices)}use "
-            f"{' or '.join(choices)}."
-        )

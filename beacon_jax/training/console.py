@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 
 class OutputClosed(OSError):
@@ -28,17 +27,3 @@ def drop_unread() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file; a kill or a full disk leaves the old one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

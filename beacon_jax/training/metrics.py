@@ -34,8 +34,9 @@ import jax
 import numpy as np
 
 from beacon_jax.data.tally import clock
+from beacon_jax.paths import write_whole
 from beacon_jax.resources import has
-from beacon_jax.training.console import say, write_whole
+from beacon_jax.training.console import say
 from beacon_jax.training.hardware import memory_gib
 
 LINE_SECONDS = 15.0  # the longest silence

@@ -25,12 +25,12 @@ from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.hf.adapter import write_adapter
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
-from beacon_jax.paths import check_folder
+from beacon_jax.paths import check_folder, write_whole
 from beacon_jax.progress import Progress
 from beacon_jax.training.check import check_settings
 from beacon_jax.training.checkpoint import Checkpoints, Restored, check_unchanged
 from beacon_jax.training.config import Config
-from beacon_jax.training.console import OutputClosed, say, write_whole
+from beacon_jax.training.console import OutputClosed, say
 from beacon_jax.training.hardware import peak_flops
 from beacon_jax.training.initial import export, make_model, make_tokenizer
 from beacon_jax.training.inputs import Inputs, describe, draw_plans, make_data, slots

@@ -248,7 +248,7 @@ def test_yarns_attention_scale_is_that_of_transformers():
             "window=32 .*3, 5 do not.* 1, 2, 4",
         ),
         ({"beacon_param": ["q", "mlp"]}, "param=.*'mlp'.*letters"),
-        ({"beacon_pos": "prefix"}, "placement='prefix'.*interleave or append"),
+        ({"beacon_pos": "prefix"}, "placement='prefix'.*interleave, append"),
         ({"sliding_window": 4096}, "sliding_window=4096 is on.*ignore_sliding_window"),
     ],
 )
@@ -290,7 +290,7 @@ def test_a_sliding_window_that_is_off_is_ignored():
         ({"ratio_mix": "random"}, "ratio_mix='random' is unknown.*adapt-F"),
         ({"ratio_mix": "adapt-"}, "ratio_mix='adapt-'"),
         ({"param": ("q", "q")}, "different letters"),
-        ({"embed_init": "pad"}, "embed_init='pad' is unknown: use eos or bos"),
+        ({"embed_init": "pad"}, "embed_init='pad' is unknown: use eos, bos"),
         ({"sink": -1}, "sink=-1 must be between 0 and window=16"),
         ({"window": 0}, "window=0 must be a positive"),
         ({"window": 16.0}, "window=16.0 must be a positive integer"),

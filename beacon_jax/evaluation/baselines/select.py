@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from beacon_jax.core.feed import padded
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.evaluation import reading
 from beacon_jax.evaluation.methods import Method, budget_slots
@@ -78,7 +79,7 @@ def floats(memory: MemoryState) -> tuple[Array, Array]:
 
 def as_index(rows: Sequence[Int[np.ndarray, " n"]], size: int) -> Int[Array, "1 B n 1"]:
     """Slots of each row for `keep`, the same in all layers and heads."""
-    return jnp.asarray(reading.pad(rows, size, 0)[None, :, :, None])
+    return jnp.asarray(padded(rows, size)[None, :, :, None])
 
 
 @functools.partial(
