@@ -37,7 +37,7 @@ class LossConfig:
     Attributes:
       kind: "labels", the cross entropy of labels, or "distil", the divergence from the
         model's own full attention (`distil.teach`) at every token behind the first
-        window of its row.
+        window of its row, weighted as its label is (1 without one).
       label_weight: of "distil": how much of a label's cross entropy is added to the
         divergence at its token.
       skip_first_window: leaves out the labels of each row's first window (the paper's
@@ -120,8 +120,9 @@ def train_loss(
     scored = {"labels": labels}
     if loss.kind == "distil":
         scored["taught"] = teach(net, variables, tokens, valid)
-        scored["weights"] = loss.label_weight * weights
-        weights = _behind_first(valid, w)
+        scored["weights"] = loss.label_weight * (weights > 0)
+        # An answer counts tenfold here, too; all tokens count.
+        weights = jnp.where(labels == IGNORE, 1.0, weights) * _behind_first(valid, w)
     hidden = window_loop(
         net,
         tuple(windows.values()),

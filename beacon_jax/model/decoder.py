@@ -378,6 +378,33 @@ class _Head(nn.Module):
         return self.param("kernel", init, (self.size, self.vocab))
 
 
+@jax.custom_vjp
+def _scores(x: Float[Array, "*B D"], kernel: Float[Array, "D V"]) -> Array:
+    """Multiplies with a float32 result; in bfloat16 its cotangent is bfloat16, too.
+
+    Otherwise jax would convert the kernel to float32, for products that are slower.
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Any, Any]]:
+    return _scores(x, kernel), (x, kernel)
+
+
+def _scores_backward(residuals: tuple[Any, Any], d: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    if x.dtype == jnp.bfloat16:  # float16 would lose the smallest
+        d = d.astype(x.dtype)
+    f32 = jnp.float32
+    d_x = jnp.matmul(d, kernel.T, preferred_element_type=f32)
+    rows = tuple(range(x.ndim - 1))
+    d_kernel = jnp.tensordot(x, d, (rows, rows), preferred_element_type=f32)
+    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
 class Decoder(nn.Module):
     """A window (or a decoded token) of every row through all layers.
 
@@ -458,9 +485,7 @@ class Decoder(nn.Module):
         """Returns the float32 logits of final hidden states."""
         tied = self.net.config.tie_embeddings
         kernel: Any = self.embed.table.T if tied else self.lm_head()
-        return jnp.matmul(
-            hidden, kernel.astype(self.net.dtype), preferred_element_type=jnp.float32
-        )
+        return _scores(hidden, kernel.astype(self.net.dtype))
 
     def everything(self, tokens, k, v, prefix):
         """Touches every parameter; what `init` runs."""
