@@ -1,4 +1,4 @@
-"""Published peaks of accelerators, the denominators of utilisations.
+"""Peaks of accelerators, as published, and of processors, as measured.
 
 The sources are NVIDIA's data sheets (data center cards), its Ada and GA102 whitepapers
 (RTX) and Google Cloud's TPU documentation ("peak compute per chip"). H20 and H800 have
@@ -8,8 +8,12 @@ sparsity"; these are dense, half of that.
 
 import dataclasses
 import re
+import time
 from collections.abc import Iterable
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from beacon_jax import host
 
@@ -113,6 +117,27 @@ def peak_flops(devices: Iterable[Any], tflops: float = 0.0) -> float | None:
             return None
         total += tflops or (chip.tflops if chip else 0.0)
     return 1e12 * total or None
+
+
+def product_rate(
+    device: Any, dtype: Any, width: int, out: int, *, rows: int = 512
+) -> float:
+    """Measures the FLOP/s of a device in products [rows, width] x [width, out].
+
+    The best of 20 counts.
+    """
+    x, w = (
+        jax.device_put(jnp.ones(shape, dtype), device)
+        for shape in ((rows, width), (width, out))
+    )
+    multiply = jax.jit(jnp.matmul)
+    jax.block_until_ready(multiply(x, w))
+    best = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        jax.block_until_ready(multiply(x, w))
+        best = min(best, time.perf_counter() - began)
+    return 2 * rows * width * out / best
 
 
 def memory_gib(devices: Iterable[Any]) -> dict[str, float]:

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
@@ -30,7 +29,7 @@ from beacon_jax.hf.conversion import read_config
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.shapes import param_shapes
 from beacon_jax.training.config import OPEN, Config, lookup
-from beacon_jax.training.hardware import device_bytes, find_chip
+from beacon_jax.training.hardware import device_bytes, find_chip, product_rate
 from beacon_jax.training.initial import (
     base_folder,
     beacon_config,
@@ -56,6 +55,9 @@ HOUR = 3600
 # on a CPU, where all of it is in the memory that the arrays are in.
 PROCESS_BYTES = int(1.5e9)
 UTILISATION = {"cpu": 0.4, "other": 0.3}  # of the peak
+# Steps in bfloat16 were no faster on a CPU whose products were twice as fast
+# (AVX512-BF16), twice as fast where these were 4 times (AMX): half of the gain is lost.
+WORTH = 2.5
 SAMPLES = 128  # rows that `evaluate` takes, whose last windows do not overlap
 SAMPLE_BYTES = 4_000_000  # larger texts are counted by their size
 
@@ -233,10 +235,13 @@ def _facts(config: Config) -> _Facts:
 
 def _dtype(facts: _Facts):
     """Yields the dtype that the device computes in fastest."""
-    if facts.kind == "cpu":
-        yield "dtype", "float32", "a CPU computes bfloat16 no faster"
-        return
     device = facts.devices[0]
+    if facts.kind == "cpu":
+        shape = facts.model.hidden_size, facts.model.intermediate_size
+        slow, fast = (product_rate(device, x, *shape) for x in ("float32", "bfloat16"))
+        dtype = "bfloat16" if fast >= WORTH * slow else "float32"
+        yield "dtype", dtype, f"bfloat16 products are {fast / slow:.2g} times as fast"
+        return
     capability = float(getattr(device, "compute_capability", 8.0) or 8.0)
     if capability < 8:
         yield "dtype", "float16", f"{device.device_kind} has no bfloat16 units"
@@ -358,21 +363,14 @@ def _step_seconds(facts: _Facts) -> float:
     model = facts.with_beacons(w)
     flops = step_flops(config, model, plans, valid)
     chip = find_chip(facts.devices[0].device_kind)
-    peak = len(facts.devices) * chip.tflops * 1e12 if chip else _measured()
+    if chip:
+        peak = len(facts.devices) * chip.tflops * 1e12
+    else:
+        shape = model.hidden_size, model.intermediate_size
+        peak = product_rate(facts.devices[0], config.dtype, *shape)
+        if config.dtype != "float32":
+            peak /= 2  # see WORTH
     return flops / (UTILISATION[facts.kind] * peak)
-
-
-def _measured() -> float:
-    """Measures the FLOP/s of this computer's processor.
-
-    The best of some products of 5 ms counts.
-    """
-    x, best = np.ones((768, 768), np.float32), float("inf")
-    for _ in range(20):
-        began = time.perf_counter()
-        np.dot(x, x)
-        best = min(best, time.perf_counter() - began)
-    return 2 * 768**3 / best
 
 
 def _need(

@@ -165,3 +165,15 @@ def test_evaluation_is_of_the_text_only_if_enough_of_it_is_held_out(config, tmp_
         "data.heldout=0.1 holds out none of its documents" in line for line in shown
     )
     assert "--text=" not in own.next_commands(made, tmp_path / "run" / "export")
+
+
+@pytest.mark.parametrize("gain, dtype", [(1.9, "float32"), (4.0, "bfloat16")])
+def test_a_cpu_trains_in_the_dtype_whose_products_are_much_faster(
+    config, tmp_path, monkeypatch, gain, dtype
+):
+    rates = {"float32": 1e11, "bfloat16": gain * 1e11}
+    monkeypatch.setattr(own, "product_rate", lambda device, dtype, *_: rates[dtype])
+    made, lines = chosen(config, tmp_path)
+    assert made.dtype == dtype
+    line = f"  dtype={dtype}: bfloat16 products are {gain:g} times as fast"
+    assert line in lines
