@@ -49,6 +49,7 @@ class StepCase:
     budget: GiB per device that the peak must not exceed; 0: no budget.
     attention: its implementation; "": the chip's kernels.
     loss: its kind, "labels" or "distil".
+    rank: of the beacons' changes; 0: weights of their own.
     """
 
     model: str
@@ -62,6 +63,7 @@ class StepCase:
     offload: bool = False
     attention: str = ""
     loss: str = "labels"
+    rank: int = 0
 
 
 CASES = {
@@ -73,6 +75,7 @@ CASES = {
     "llama2-7b-20k-distil-a100": StepCase(
         "llama2-7b", "a100_80gb", 20480, loss="distil"
     ),
+    "llama2-7b-20k-r64-a100": StepCase("llama2-7b", "a100_80gb", 20480, rank=64),
     "qwen2-7b-20k-a100": StepCase("qwen2-7b", "a100_80gb", 20480, budget=80.0),
     "llama2-7b-128k-x8-a100": StepCase(
         "llama2-7b", "a100_80gb", 131072, ratios=(8,), budget=45.0
@@ -110,7 +113,7 @@ def abstract_step(case: StepCase) -> tuple[Any, tuple[Any, ...], float]:
     """
     model = get_preset(case.model)
     assert model.beacon is not None
-    beacon = dataclasses.replace(model.beacon, ratios=case.ratios)
+    beacon = dataclasses.replace(model.beacon, ratios=case.ratios, rank=case.rank)
     model = dataclasses.replace(model, beacon=beacon)
     config = default_config()
     config.dtype = "bfloat16"
