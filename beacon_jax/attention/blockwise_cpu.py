@@ -19,6 +19,7 @@ Llama-2-7B's heads 2.51 and 1.25, Qwen2-7B's 2.75 and 0.95):
 """
 
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -136,8 +137,8 @@ def _tiles(
     block = min(block, k.shape[-3])
     tile = tile_length(rows, b, t, n)
     count = -(-t // tile)
-    # Other dtypes would round.
-    exact = q.dtype == jnp.float32
+    # Where that does not round: the scale of heads of 16, 64 or 256 is a power of two.
+    exact = q.dtype == jnp.float32 or math.frexp(scale)[0] == 0.5
     q = _split(q * scale if exact else q, count, tile, heads)
     one = functools.partial(_tile, None if exact else scale, block, tile, t)
     attend_tile = functools.partial(one, k, v, prefix, layer)
@@ -191,7 +192,7 @@ def _tile(
         slot, mine, live = _slots(i, at, block, prefix + t)
         # bfloat16 also where all are live: XLA would fold the transposed slices into
         # the products, which it then makes in float32, 2.7 times as slow.
-        if masked or scale is not None:
+        if masked or q.dtype != jnp.float32:
             keys, values = jnp.where(live, keys, 0), jnp.where(live, values, 0)
         scores = _product(q, keys, 3)
         if scale is not None:
