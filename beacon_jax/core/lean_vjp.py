@@ -214,6 +214,8 @@ def _reverse(
             pull = saved.restore(kept, (own, frozen, k, v))
         of_layer = lambda total: lax.dynamic_index_in_dim(total, i, keepdims=False)
         d_new = Entries(taken(of_layer(d_k), k.dtype), taken(of_layer(d_v), v.dtype))
+        # Read before they are written: else XLA copies the whole sums, twice a layer.
+        d_k, d_v, d_new = lax.optimization_barrier((d_k, d_v, d_new))
         part, d_h, k_ct, v_ct = pull((d_h, d_new))
         add = lambda total, new: total.at[i].add(new.astype(total.dtype))
         return (d_h, add(d_k, k_ct), add(d_v, v_ct), list(map(add, d_own, part))), None
