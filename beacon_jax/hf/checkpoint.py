@@ -115,8 +115,8 @@ def load(
     if isinstance(beacon, Adapter):
         base = open_source(config, path, cast, quiet=True)
         config = dataclasses.replace(config, beacon=beacon.beacon)
-        dtype = cast or base.tensors["params/embed/embedding"].dtype
-        source: Source = JoinedSource(base, beacon.source(config, dtype))
+        kind = cast or base.tensors["params/embed/embedding"].dtype
+        source: Source = JoinedSource(base, beacon.source(config, kind))
     else:
         source = open_source(config, path, cast, quiet=quiet)
     leaves: dict[str, Any] = {}
