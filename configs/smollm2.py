@@ -12,15 +12,16 @@ parameters) to predict what the frozen model predicts with full attention: windo
 The same command goes on after a stop. On another machine, from what it wrote:
 --config.beacons_from=ADAPTER --config.data.first_step=STEPS_BEFORE.
 
-Hardware: two CPU cores. configs/smollm2.py:smoke takes two steps of short rows.
+Hardware: two CPU cores. configs/smollm2.py:short takes 40 steps of rows of three
+windows of the standard library, as `make quickstart` does; :smoke two of shorter rows.
 """
 
 from beacon_jax.training.config import Config, default_config, stage
 
 
 def get_config(arg: str = "") -> Config:
-    if arg not in ("", "smoke"):
-        raise ValueError(f"smollm2:{arg} is unknown: use :smoke or nothing.")
+    if arg not in ("", "short", "smoke"):
+        raise ValueError(f"smollm2:{arg} is unknown: use :short, :smoke or nothing.")
     config = default_config()
     config.dtype = "bfloat16"
     config.beacon.window = 256
@@ -39,6 +40,10 @@ def get_config(arg: str = "") -> Config:
     config.optimizer.end = 0.05
     config.log_every = 10
     config.save_every = 50
+    if arg == "short":
+        config.data.sources = ("stdlib",)
+        config.data.stages.stage1.update({"steps": 40, "length": 768})
+        config.optimizer.decay_start = 0.0
     if arg == "smoke":
         config.beacon.window = 32
         config.data.stages.stage1.update({"steps": 2, "length": 128})

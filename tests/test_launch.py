@@ -12,7 +12,8 @@ import pytest
 LAUNCH = Path(__file__).parents[1] / "launch"
 SETUP = ("setup.sh", "find_python.sh")  # tested in test_setup.py
 CHECK, CORPUS = "gpu_check.sh", "corpus.sh"
-OTHERS = (*SETUP, CHECK, CORPUS)
+QUICKSTART = "quickstart.sh"  # tested in test_quickstart.py
+OTHERS = (*SETUP, CHECK, CORPUS, QUICKSTART)
 SCRIPTS = sorted(f.name for f in LAUNCH.glob("*.sh") if f.name not in OTHERS)
 PARTS = ("parity", "kernels", "prefill", "decode", "train")
 BASH = shutil.which("bash") or "bash"

@@ -40,5 +40,5 @@ def test_the_recipe_asks_for_a_base_and_a_text(base, text, tmp_path):
 
 
 def test_an_unknown_argument_is_an_error():
-    with pytest.raises(ValueError, match="smollm2:long is unknown: use :smoke"):
+    with pytest.raises(ValueError, match="smollm2:long is unknown: use :short, :smoke"):
         get_config("long")
