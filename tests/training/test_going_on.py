@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.training.test_trainer import losses
 def first(six_steps, tmp_path_factory):
     """Six steps of low-rank beacons, in float32 and in bfloat16."""
     workdir = tmp_path_factory.mktemp("first")
-    config = ConfigDict(six_steps.to_dict())
+    config: Any = ConfigDict(six_steps.to_dict())
     config.beacon.rank = 4
     config.optimizer.lr = 1e-2
     train(config, workdir / "float32")
