@@ -1,7 +1,7 @@
-"""Beacons on the tiny base model: `make quickstart`, and assets/tiny-beacon.
+"""Beacons on the tiny base model: `make tiny`, and assets/tiny-beacon.
 
 JAX_NUM_CPU_DEVICES=2 python -m beacon_jax.train --config=configs/quickstart.py \
-  --workdir=out/quickstart/train
+  --workdir=out/tiny/train
 
 Trains 0.15M beacon parameters, the base frozen: windows of 32 tokens, a ratio of 2, 4
 or 8 drawn for every window, real text with passkeys inserted, the loss of the first

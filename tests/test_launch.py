@@ -1,5 +1,6 @@
 """The launch scripts: they parse, stay short, and pass their arguments on unharmed."""
 
+import gzip
 import os
 import re
 import shutil
@@ -10,8 +11,10 @@ import pytest
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SETUP = ("setup.sh", "find_python.sh")  # tested in test_setup.py
-CHECK = "gpu_check.sh"
-SCRIPTS = sorted(f.name for f in LAUNCH.glob("*.sh") if f.name not in (*SETUP, CHECK))
+CHECK, CORPUS = "gpu_check.sh", "corpus.sh"
+QUICKSTART = "quickstart.sh"  # tested in test_quickstart.py
+OTHERS = (*SETUP, CHECK, CORPUS, QUICKSTART)
+SCRIPTS = sorted(f.name for f in LAUNCH.glob("*.sh") if f.name not in OTHERS)
 PARTS = ("parity", "kernels", "prefill", "decode", "train")
 BASH = shutil.which("bash") or "bash"
 COMMAND = "python -m beacon_jax.train --config="
@@ -60,7 +63,7 @@ def test_there_is_a_script_for_every_kind_of_machine():
     assert set(SCRIPTS) >= {"local_8gpu.sh", *REMOTE}
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *SETUP, CHECK])
+@pytest.mark.parametrize("name", [*SCRIPTS, *OTHERS])
 def test_a_script_parses(name):
     result = subprocess.run(
         [BASH, "-n", str(LAUNCH / name)], capture_output=True, text=True
@@ -83,7 +86,7 @@ def test_a_script_is_short_and_strict_and_runs_the_one_command(name):
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not here")
 def test_shellcheck_finds_nothing():
-    files = [str(LAUNCH / name) for name in (*SCRIPTS, *SETUP, CHECK)]
+    files = [str(LAUNCH / name) for name in (*SCRIPTS, *OTHERS)]
     result = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
@@ -180,3 +183,53 @@ def test_an_unknown_part_of_the_gpu_check_is_named(check):
     result, lines = check("prefil")
     assert result.returncode == 1 and lines == []
     assert "prefil: exit 2" in result.stderr and "use parity" in result.stderr
+
+
+def test_a_corpus_of_own_folders_holds_their_long_documents_by_name(tmp_path):
+    own, out = tmp_path / "own", tmp_path / "corpus"
+    long = "a line of some words\n" * 500
+    (own / "a").mkdir(parents=True)
+    (own / "long.txt").write_text(long)
+    (own / "copy.md").write_text(long)  # before long.txt in order
+    (own / "short.txt").write_text("short\n")
+    (own / "picture.png").write_bytes(b"x" * 9000)
+    (own / "a" / "page.html").write_text(
+        f"<head><title>no</title></head><p>One\ntwo</p><pre>{long}</pre>"
+    )
+    pod = f"=head1 Name\n\nC<code>, C<< a->[0] >>, L<text|page> E<gt>\n\n{long}"
+    (own / "a" / "p.pod.gz").write_bytes(gzip.compress(pod.encode()))
+    (own / "a" / "r.rst").write_text(f".. _label:\n\n:ref:`words <label>`\n\n{long}")
+    result = run(CORPUS, str(out), str(own))
+    assert result.returncode == 0, result.stderr
+    files = {f.name: f.read_text() for f in out.iterdir()}
+    assert sorted(files) == [f"own-{n}.txt" for n in ("a-p", "a-page", "a-r", "copy")]
+    assert files["own-a-page.txt"].startswith("One two\n\na line of some words\na line")
+    assert files["own-a-p.txt"].startswith("Name\n\ncode, a->[0], text >\n\na line")
+    assert files["own-a-r.txt"].startswith("words\n\na line")
+    assert "4 documents" in result.stdout and "1 short, 1 copies" in result.stdout
+    again = run(CORPUS, str(out), str(own))
+    assert again.returncode == 1 and f"DIR={out} exists" in again.stderr
+
+
+def test_a_corpus_without_apt_says_so_in_one_line(tmp_path):
+    names = ("bash", "dirname", "realpath")
+    for name in names:
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    result = run(CORPUS, str(tmp_path / "corpus"), env={"PATH": str(tmp_path)})
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "apt-get and dpkg are not here" in line and "FOLDER" in line
+
+
+def test_a_corpus_without_network_names_what_is_missing_and_the_remedy(tmp_path):
+    fake = tmp_path / "apt-get"
+    fake.write_text(f'#!{BASH}\necho "E: no route" >&2\nexit 100\n')
+    fake.chmod(0o755)
+    (tmp_path / "dpkg").symlink_to(fake)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    out = tmp_path / "corpus"
+    result = run(CORPUS, str(out), env=os.environ | {"PATH": path})
+    assert result.returncode == 1 and not out.exists()
+    assert "left out: anarchism: E: no route" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert "name folders of your own text" in line

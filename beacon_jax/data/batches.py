@@ -51,6 +51,7 @@ STAGE_KEYS = (
     "passkey_tail",
     "copy_weight",
     "dummy_every",
+    "first_step",
 )
 
 
@@ -145,6 +146,8 @@ class BatchConfig:
         final question. In training the last window has no beacons, at inference it has:
         with 0, no final answer is given next to beacons.
       dummy_every: the spacings of dummies, one drawn per interleaved row.
+      first_step: added to a step's number where rows are drawn, so that a run goes on
+        in the data behind one of that many steps.
     """
 
     stages: tuple[BatchStage, ...]
@@ -156,6 +159,7 @@ class BatchConfig:
     passkey_tail: int = 0
     copy_weight: float = 1.0
     dummy_every: tuple[int, ...] = (2, 4, 8)
+    first_step: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "BatchConfig":
@@ -257,7 +261,8 @@ class Batches:
         one after the other.
         """
         stage = self.config.stage_at(step)
-        rng = np.random.default_rng([self.config.seed, step])
+        drawn_as = step + self.config.first_step
+        rng = np.random.default_rng([self.config.seed, drawn_as])
         share = np.asarray([weight for _, weight in stage.mix]) / stage.total
         kinds = [KINDS.index(kind) for kind, _ in stage.mix]
         kind = np.asarray(kinds, np.int32)[

@@ -17,6 +17,7 @@ import numpy as np
 from beacon_jax.hf.conversion import (
     HfSource,
     Source,
+    check_dtype,
     is_converted,
     open_source,
     read_config,
@@ -135,14 +136,39 @@ def open_adapter(folder: Path, name: str = "beacons") -> Adapter:
     return Adapter(folder, config, **base)
 
 
+def adapter_for(folder: Path, base: Path, name: str = "beacons") -> tuple[Adapter, str]:
+    """Opens beacons for the base in `base`; says why they are not its own, or "".
+
+    Args:
+      name: of the argument, for messages.
+
+    Raises:
+      ValueError, FileNotFoundError: as `open_adapter` and `Adapter.other_base`.
+    """
+    found = open_adapter(folder, name)
+    config = ModelConfig.from_hf(read_config(base), ignore_sliding_window=True)
+    differs = found.other_base(base, config)
+    if differs:
+        differs = (
+            f"{name}={found.path} were trained on another base than {base} ({differs})"
+        )
+    return found, differs
+
+
 def write_adapter(
-    src: Path, dst: Path, *, overwrite: bool = False, keep: bool = False
+    src: Path,
+    dst: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    keep: bool = False,
 ) -> None:
     """Writes the beacons of a model alone.
 
     Args:
       src: the model, an HF or a converted folder.
       dst: the new adapter folder.
+      dtype: "float32", "bfloat16" or "float16"; None: as stored.
       overwrite, keep: as `save_hf`, for a folder that exists.
 
     Raises:
@@ -151,7 +177,7 @@ def write_adapter(
     """
     hf = read_config(src)
     config = ModelConfig.from_hf(hf, ignore_sliding_window=True)
-    source = open_source(config, src, quiet=True)
+    source = open_source(config, src, check_dtype(dtype), quiet=True)
     entries = [e for e in table(config) if e.name.startswith("beacon/")]
     if not entries or source.from_base:
         raise ValueError(

@@ -88,7 +88,8 @@ def load(
         (`gguf.GgufReader` says what that is in a GGUF file).
       beacon: replaces the beacon settings of config.json. Parts that the checkpoint
         does not have start from the base, so a plain model gets fresh beacons. An
-        adapter brings its own; whose base it is, `Adapter.other_base` says.
+        adapter brings its own, in the base's dtype unless `dtype` is given; whose base
+        it is, `Adapter.other_base` says.
       ignore_sliding_window: attend to everything although config.json has a window.
       place: says of every tensor on which devices it goes and in which dtype; the
         variables are jax arrays then, and no host ever holds more than one of them.
@@ -114,7 +115,8 @@ def load(
     if isinstance(beacon, Adapter):
         base = open_source(config, path, cast, quiet=True)
         config = dataclasses.replace(config, beacon=beacon.beacon)
-        source: Source = JoinedSource(base, beacon.source(config, cast))
+        kind = cast or base.tensors["params/embed/embedding"].dtype
+        source: Source = JoinedSource(base, beacon.source(config, kind))
     else:
         source = open_source(config, path, cast, quiet=quiet)
     leaves: dict[str, Any] = {}

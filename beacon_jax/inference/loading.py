@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 
 from beacon_jax import resources, runtime
 from beacon_jax.hf import checkpoint, hub
-from beacon_jax.hf.adapter import Adapter, open_adapter
-from beacon_jax.hf.conversion import read_config
+from beacon_jax.hf.adapter import Adapter, adapter_for
 from beacon_jax.hf.placement import Place
 from beacon_jax.inference import validate
 from beacon_jax.inference.model import Model
@@ -123,17 +122,14 @@ def _adapter(
     Raises:
       ValueError: it is another base than theirs, and that is not allowed.
     """
-    found = open_adapter(hub.find(beacons, "beacons"))
-    config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=True)
-    if differs := found.other_base(path, config):
-        text = f"beacons={found.path} were trained on another base than {path} "
-        text += f"({differs})"
+    found, differs = adapter_for(hub.find(beacons, "beacons"), path)
+    if differs:
         if not allow:
             raise ValueError(
-                f"{text}: load that base, or pass allow_other_base=True "
+                f"{differs}: load that base, or pass allow_other_base=True "
                 "(--allow_other_base) to try them on this one."
             )
-        validate.warn(f"{text}: what they compress may not be understood.")
+        validate.warn(f"{differs}: what they compress may not be understood.")
     return found if beacon is None else found.with_settings(beacon)
 
 

@@ -20,6 +20,7 @@ from beacon_jax.training.hardware import peak_flops
 from beacon_jax.training.initial import (
     base_folder,
     beacon_config,
+    check_beacons_from,
     random_model,
     tokenizer_folder,
 )
@@ -81,6 +82,7 @@ def check_settings(config: Config, workdir: str | Path) -> None:
     _check_numbers(config)
     _check_folders(config)
     model = _model(config)
+    check_beacons_from(config, model)
     make_optimizer(config.optimizer, 1)  # checks its name and its schedule
     check_data(config)
     sizes = batch_sizes(config)

@@ -41,7 +41,11 @@ FREE_KEYS = (
     "max_drop_fraction",
 )
 # What runs had before there was a key.
-BEFORE = {"config.beacon.rank": 0}
+BEFORE = {
+    "config.beacon.rank": 0,
+    "config.beacons_from": "",
+    "config.data.first_step": 0,
+}
 
 
 class CheckpointError(OSError):

@@ -62,6 +62,8 @@ def default_config() -> Config:
     config: Config = _RunConfigDict()
     config.init_from = ""  # HF or converted folder, GGUF file; "": `model`, at random
     config.model = ConfigDict()  # fields of ModelConfig, for random initialisation
+    # Adapter folder that beacons start from, with a fresh optimiser; "": from the base.
+    config.beacons_from = ""
     config.trainable = "beacon"  # what is trained; or "all": every parameter
     config.seed = 0  # of data, ratios and random initialisation
     # Of computing; or "bfloat16", "float16". Masters are always float32.
@@ -162,6 +164,9 @@ def default_config() -> Config:
             "passkey_tail": 0,  # most tokens of text that follow the last question
             "copy_weight": 1.0,  # of the tokens of a copied passage
             "dummy_every": (2, 4, 8),  # spacings of a stage's dummies
+            # Steps of runs before this one: its first batch and ratios are those that
+            # they would have had next.
+            "first_step": 0,
             # Only for whole rows, which are tokenised once, into a prepared folder.
             "prepared": "",  # that folder; "": `data` in the workdir
             "weights": (),  # a number per source; (): every row once per epoch

@@ -13,6 +13,7 @@ import numpy as np
 from beacon_jax import hf
 from beacon_jax.data.tokenizer import ensure_tokenizer
 from beacon_jax.hf import hub
+from beacon_jax.hf.adapter import Adapter, adapter_for, open_adapter
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
 from beacon_jax.model.shapes import param_shapes
@@ -69,6 +70,48 @@ def random_model(config: Config, **fields: Any) -> ModelConfig:
     return ModelConfig(**given, rope=rope, **fields)
 
 
+def check_beacons_from(config: Config, model: ModelConfig) -> None:
+    """Checks, without reading weights, that the beacons of beacons_from can start here.
+
+    Raises:
+      ValueError: their parameters are others, or there is no base to start on.
+      FileNotFoundError: there is no such adapter folder.
+    """
+    if not config.beacons_from:
+        return
+    given = f"beacons_from={config.beacons_from}"
+    if not (config.init_from and config.beacon.use):
+        raise ValueError(
+            f"{given} with init_from={config.init_from!r} and beacon.use="
+            f"{config.beacon.use}: name the base of these beacons, and set "
+            "beacon.use=True."
+        )
+    theirs = open_adapter(hub.find(config.beacons_from, "beacons_from"), "beacons_from")
+    for key in ("rank", "param"):  # decide the shapes
+        there, here = getattr(theirs.beacon, key), getattr(model.beacon, key)
+        if there != here:
+            raise ValueError(
+                f"{given} has {key}={there}, beacon.{key} is {here}: set beacon.{key} "
+                "to theirs, or leave beacons_from empty."
+            )
+
+
+def _starting_beacons(config: Config) -> BeaconConfig | Adapter | None:
+    """Returns the settings of fresh beacons, or the adapter that they start from.
+
+    Raises:
+      ValueError: the adapter belongs to another base.
+    """
+    beacon = beacon_config(config)
+    if beacon is None or not config.beacons_from:
+        return beacon
+    folder = hub.find(config.beacons_from, "beacons_from")
+    found, differs = adapter_for(folder, base_folder(config), "beacons_from")
+    if differs:
+        raise ValueError(f"{differs}: set init_from to the base of these beacons.")
+    return found.with_settings(beacon)
+
+
 def trained_trees(config: Config) -> tuple[str, ...]:
     """Names the parts of the variables that are trained."""
     return ("beacon",) if config.trainable == "beacon" else ("params", "beacon")
@@ -98,7 +141,7 @@ def make_model(
     if config.init_from:
         checkpoint = hf.load(
             base_folder(config),
-            beacon=beacon,
+            beacon=_starting_beacons(config),
             place=place,
             quiet=quiet,
             seed=config.seed,

@@ -243,7 +243,8 @@ def draw_plans(
             f"ratios {list(beacon.ratios)} fits; raise it, or set it to 0."
         )
 
-    return np.stack([draw([config.seed, step, i]) for i in range(count)], axis=1)
+    drawn_as = step + config.data.first_step
+    return np.stack([draw([config.seed, drawn_as, i]) for i in range(count)], axis=1)
 
 
 def slots(config: Config, model: ModelConfig, windows: int) -> int:

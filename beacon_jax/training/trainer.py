@@ -257,7 +257,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
             try:
                 export(*parts, overwrite=True, keep=True)
                 if alone is not None:
-                    write_adapter(folder, alone, overwrite=True, keep=True)
+                    # 16 bits, if the steps computed with no more.
+                    dtype = None if config.dtype == "float32" else config.dtype
+                    write_adapter(folder, alone, dtype=dtype, overwrite=True, keep=True)
                 summary["seconds"] = time.perf_counter() - began
                 write_whole(workdir / "summary.json", _json(summary))
             except OSError as error:
@@ -365,6 +367,7 @@ def export_checkpoint(
     settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     config: Config = ConfigDict(settings)
     config.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "accumulate": 1})
+    config.beacons_from = ""  # a checkpoint has them all
     with Progress().stage("making the model", note=config.init_from) as stage:
         tokenizer, tokenizer_folder = make_tokenizer(config, list, workdir)
         placement = make_placement(config.mesh, config.rules, [1])

