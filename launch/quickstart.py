@@ -1,5 +1,6 @@
 """The parts of `make quickstart` that are Python; launch/quickstart.sh runs them.
 
+python launch/quickstart.py dtype            # the one that is fastest here
 python launch/quickstart.py read MODEL BEACONS [--dtype=bfloat16]  # at three ratios
 python launch/quickstart.py loss WORKDIR  # did the loss of a run fall?
 
@@ -17,6 +18,7 @@ from pathlib import Path
 import jax
 
 import beacon_jax
+from beacon_jax.training.hardware import fastest_dtype
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "assets" / "quickstart" / "lighthouse.txt"
@@ -30,6 +32,7 @@ QUESTIONS = (
     ("The society's boat is called", "Marta"),
 )
 RATIOS = ("full", 4, 8)
+SHAPE = 576, 1536  # hidden and intermediate size of SmolLM2-135M
 ANSWER_TOKENS = 10
 
 
@@ -92,7 +95,11 @@ def main() -> None:
     reading.add_argument("beacons")
     reading.add_argument("--dtype", default="bfloat16")
     commands.add_parser("loss").add_argument("workdir", type=Path)
+    commands.add_parser("dtype")
     given = parser.parse_args()
+    if given.command == "dtype":
+        print(fastest_dtype(jax.devices()[0], *SHAPE)[0])
+        return
     if given.command == "loss":
         loss(given.workdir)
         return

@@ -53,7 +53,8 @@ fi
         for program in ("make", "python"):
             (fake / program).chmod(0o755)
         env = {"PYTHON": str(fake / "python"), "OUT": str(tmp_path / "out")}
-        env |= {"BEACONS": str(beacons), "MODEL": str(model)} | given
+        env |= {"BEACONS": str(beacons), "MODEL": str(model), "DTYPE": "float32"}
+        env |= given
         env["PATH"] = f"{fake}{os.pathsep}{os.environ['PATH']}"
         command = [BASH, str(ROOT / "launch" / "quickstart.sh")]
         result = subprocess.run(
@@ -81,6 +82,13 @@ def test_it_reads_measures_trains_and_looks_at_the_loss(start):
     assert loss.startswith("launch/quickstart.py loss ") and loss.endswith("/train")
     for line in lines:  # each command is shown as it can be typed
         assert f"python {line}" in result.stdout
+
+
+def test_the_dtype_is_that_of_the_processor_unless_it_is_given(start):
+    _, lines = start(DTYPE="")
+    assert lines[0] == "launch/quickstart.py dtype" and len(lines) == 5
+    _, lines = start()
+    assert "--dtype=float32" in lines[0] and "config.dtype=float32" in lines[2]
 
 
 def test_a_missed_floor_fails_at_the_end(start):

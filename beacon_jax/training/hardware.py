@@ -84,6 +84,12 @@ CHIPS: tuple[tuple[str, Chip], ...] = (
 _OTHERS = {"mig", "laptop", "v4 lite"}
 
 
+CPU_DTYPES = ("float32", "bfloat16")
+# Steps in bfloat16 were no faster on a CPU whose products were twice as fast
+# (AVX512-BF16), twice as fast where these were 4 times (AMX): half of the gain is lost.
+WORTH = 2.5
+
+
 def find_chip(kind: str) -> Chip | None:
     """Finds the peaks of a `device_kind`; None: not in the table (a CPU, say)."""
     words = _words(kind)
@@ -117,6 +123,23 @@ def peak_flops(devices: Iterable[Any], tflops: float = 0.0) -> float | None:
             return None
         total += tflops or (chip.tflops if chip else 0.0)
     return 1e12 * total or None
+
+
+def fastest_dtype(device: Any, width: int, out: int) -> tuple[str, str]:
+    """Returns the dtype that training is fastest in, and the reason.
+
+    Args:
+      width, out: of the products that a CPU is measured with: a model's hidden and
+        intermediate size.
+    """
+    if device.platform == "cpu":
+        slow, fast = (product_rate(device, x, width, out) for x in CPU_DTYPES)
+        dtype = CPU_DTYPES[fast >= WORTH * slow]
+        return dtype, f"bfloat16 products are {fast / slow:.2g} times as fast"
+    capability = float(getattr(device, "compute_capability", 8.0) or 8.0)
+    if capability < 8:
+        return "float16", f"{device.device_kind} has no bfloat16 units"
+    return "bfloat16", f"{device.device_kind} computes it fastest"
 
 
 def product_rate(

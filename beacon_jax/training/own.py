@@ -29,7 +29,12 @@ from beacon_jax.hf.conversion import read_config
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.shapes import param_shapes
 from beacon_jax.training.config import OPEN, Config, lookup
-from beacon_jax.training.hardware import device_bytes, find_chip, product_rate
+from beacon_jax.training.hardware import (
+    device_bytes,
+    fastest_dtype,
+    find_chip,
+    product_rate,
+)
 from beacon_jax.training.initial import (
     base_folder,
     beacon_config,
@@ -55,9 +60,6 @@ HOUR = 3600
 # on a CPU, where all of it is in the memory that the arrays are in.
 PROCESS_BYTES = int(1.5e9)
 UTILISATION = {"cpu": 0.4, "other": 0.3}  # of the peak
-# Steps in bfloat16 were no faster on a CPU whose products were twice as fast
-# (AVX512-BF16), twice as fast where these were 4 times (AMX): half of the gain is lost.
-WORTH = 2.5
 SAMPLES = 128  # rows that `evaluate` takes, whose last windows do not overlap
 SAMPLE_BYTES = 4_000_000  # larger texts are counted by their size
 
@@ -235,18 +237,8 @@ def _facts(config: Config) -> _Facts:
 
 def _dtype(facts: _Facts):
     """Yields the dtype that the device computes in fastest."""
-    device = facts.devices[0]
-    if facts.kind == "cpu":
-        shape = facts.model.hidden_size, facts.model.intermediate_size
-        slow, fast = (product_rate(device, x, *shape) for x in ("float32", "bfloat16"))
-        dtype = "bfloat16" if fast >= WORTH * slow else "float32"
-        yield "dtype", dtype, f"bfloat16 products are {fast / slow:.2g} times as fast"
-        return
-    capability = float(getattr(device, "compute_capability", 8.0) or 8.0)
-    if capability < 8:
-        yield "dtype", "float16", f"{device.device_kind} has no bfloat16 units"
-    else:
-        yield "dtype", "bfloat16", f"{device.device_kind} computes it fastest"
+    shape = facts.model.hidden_size, facts.model.intermediate_size
+    yield "dtype", *fastest_dtype(facts.devices[0], *shape)
 
 
 def _shape(facts: _Facts):
@@ -369,7 +361,7 @@ def _step_seconds(facts: _Facts) -> float:
         shape = model.hidden_size, model.intermediate_size
         peak = product_rate(facts.devices[0], config.dtype, *shape)
         if config.dtype != "float32":
-            peak /= 2  # see WORTH
+            peak /= 2  # see hardware.WORTH
     return flops / (UTILISATION[facts.kind] * peak)
 
 

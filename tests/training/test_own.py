@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from beacon_jax.training import own
+from beacon_jax.training import hardware, own
 from beacon_jax.training.check_data import check_data
 from beacon_jax.training.config import OPEN, lookup
 
@@ -172,7 +172,8 @@ def test_a_cpu_trains_in_the_dtype_whose_products_are_much_faster(
     config, tmp_path, monkeypatch, gain, dtype
 ):
     rates = {"float32": 1e11, "bfloat16": gain * 1e11}
-    monkeypatch.setattr(own, "product_rate", lambda device, dtype, *_: rates[dtype])
+    for module in (hardware, own):
+        monkeypatch.setattr(module, "product_rate", lambda _, dtype, *__: rates[dtype])
     made, lines = chosen(config, tmp_path)
     assert made.dtype == dtype
     line = f"  dtype={dtype}: bfloat16 products are {gain:g} times as fast"
