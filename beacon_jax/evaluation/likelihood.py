@@ -79,6 +79,7 @@ def score(
     *,
     ratio: int | str = "auto",
     batch_size: int = 8,
+    recent: bool = False,
     on_score: Callable[[int, Score], None] | None = None,
 ) -> list[Score]:
     """The scores of pairs, in their order.
@@ -87,6 +88,7 @@ def score(
       ratio: see `ratio_of`; decided for each pair.
       batch_size: rows computed together. Those of one batch have one ratio and about
         the same length; the longest come first, so that what does not fit fails soon.
+      recent: rows keep their last full windows raw, as in `Model.compress`.
       on_score: called with (index, score) as soon as a batch is done.
 
     Raises:
@@ -95,7 +97,7 @@ def score(
     rows = [_Row.of(model.config, i, pair, ratio) for i, pair in enumerate(pairs)]
     scores: dict[int, Score] = {}
     for batch in _batches(rows, batch_size):
-        for row, found in zip(batch, _score(model, batch), strict=True):
+        for row, found in zip(batch, _score(model, batch, recent), strict=True):
             scores[row.index] = found
             if on_score:
                 on_score(row.index, found)
@@ -151,10 +153,10 @@ def _batches(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
             yield group[start : start + size]
 
 
-def _score(model: Model, batch: list[_Row]) -> list[Score]:
+def _score(model: Model, batch: list[_Row], recent: bool) -> list[Score]:
     rows = fill_up(model, batch)
     rest, labels = [row.rest for row in rows], [row.labels for row in rows]
-    state = _remember(model, rows)
+    state = _remember(model, rows, recent)
     out, _ = feed_state(model, state, rest, batch[0].ratio, "score", labels)
     assert out.token_loss is not None and out.greedy is not None
     losses, greedy = np.asarray(out.token_loss, np.float64), np.asarray(out.greedy)
@@ -165,13 +167,14 @@ def _score(model: Model, batch: list[_Row]) -> list[Score]:
     return scores
 
 
-def _remember(model: Model, rows: list[_Row]) -> Any:
+def _remember(model: Model, rows: list[_Row], recent: bool) -> Any:
     """The state behind the rows' pasts, each different one compressed once."""
     if not rows[0].past.size:
-        return fresh_state(model, len(rows), 1)
+        return fresh_state(model, len(rows), 1, recent=recent)
     different = {row.past.tobytes(): row.past for row in rows}
     place = {key: i for i, key in enumerate(different)}
-    memory = model.compress(fill_up(model, list(different.values())), rows[0].ratio)
+    past = fill_up(model, list(different.values()))
+    memory = model.compress(past, rows[0].ratio, recent=recent)
     return memory[[place[row.past.tobytes()] for row in rows]].state
 
 
