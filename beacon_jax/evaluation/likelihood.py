@@ -19,6 +19,7 @@ from beacon_jax.evaluation.methods import ADAPT, adapted
 from beacon_jax.evaluation.prompts import ids
 from beacon_jax.evaluation.reading import feed_state
 from beacon_jax.inference.feeding import fresh_state
+from beacon_jax.inference.history import History
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.plan import make_plan
 from beacon_jax.model.config import ModelConfig
@@ -41,7 +42,11 @@ class Score(NamedTuple):
 
 @functools.lru_cache(4096)
 def ratio_of(
-    config: ModelConfig, ratio: int | str, length: int, new_tokens: int = 0
+    config: ModelConfig,
+    ratio: int | str,
+    length: int,
+    new_tokens: int = 0,
+    recent: bool = False,
 ) -> int:
     """The one ratio of a text of `length` tokens, its continuation included.
 
@@ -49,17 +54,19 @@ def ratio_of(
       ratio: a number, 0 or "full", "auto" or "auto-8" as in `Model.compress`, or
         "adapt": the release's rule, the smallest capacity of the config's ratios that
         holds 1,024 tokens more.
+      recent: the last full window stays raw.
 
     Raises:
       ValueError: a ratio that the model cannot use.
     """
     if ratio == ADAPT:
         return adapted(config, length)
-    plan = make_plan(config, ratio, length=length, new_tokens=new_tokens)
+    before = History.empty(recent)
+    plan = make_plan(config, ratio, length=length, new_tokens=new_tokens, before=before)
     return int(plan.ratios[0])
 
 
-def longest(config: ModelConfig, ratio: int | str) -> int:
+def longest(config: ModelConfig, ratio: int | str, recent: bool = False) -> int:
     """Counts the most tokens whose positions were trained at a ratio.
 
     Where the ratio is decided per text, it is the largest that there is.
@@ -69,8 +76,8 @@ def longest(config: ModelConfig, ratio: int | str) -> int:
     if isinstance(ratio, str):
         tail = ratio.removeprefix("auto-")
         ratio = int(tail) if tail.isdecimal() else fixed.get(ratio, fixed["auto"])
-    window = default_window(config)
-    return (config.trained_positions - window) * max(ratio, 1) + window
+    raw = default_window(config) * (1 + recent)
+    return (config.trained_positions - raw) * max(ratio, 1) + raw
 
 
 def score(
@@ -94,7 +101,8 @@ def score(
     Raises:
       ValueError: an empty context or continuation.
     """
-    rows = [_Row.of(model.config, i, pair, ratio) for i, pair in enumerate(pairs)]
+    read = functools.partial(_Row.of, model.config, ratio, recent)
+    rows = [read(i, pair) for i, pair in enumerate(pairs)]
     scores: dict[int, Score] = {}
     for batch in _batches(rows, batch_size):
         for row, found in zip(batch, _score(model, batch, recent), strict=True):
@@ -122,7 +130,14 @@ class _Row(NamedTuple):
     labels: np.ndarray
 
     @classmethod
-    def of(cls, config: ModelConfig, index: int, pair: Pair, ratio: int | str):
+    def of(
+        cls,
+        config: ModelConfig,
+        ratio: int | str,
+        recent: bool,
+        index: int,
+        pair: Pair,
+    ) -> "_Row":
         context, continuation = (np.asarray(x, np.int32) for x in pair)
         for name, tokens in (("context", context), ("continuation", continuation)):
             if tokens.ndim != 1 or not tokens.size:
@@ -135,7 +150,8 @@ class _Row(NamedTuple):
         inputs = np.concatenate([context, continuation[:-1]])
         labels = np.full(len(inputs), IGNORE, np.int32)
         labels[len(context) - 1 :] = continuation
-        number = ratio_of(config, ratio, len(context) + len(continuation))
+        length = len(context) + len(continuation)
+        number = ratio_of(config, ratio, length, recent=recent)
         return cls(index, number, inputs[:cut], inputs[cut:], labels[cut:])
 
 

@@ -101,7 +101,9 @@ class BeaconLM(_api.LM):
         self.ratio, self.batch_size, self.recent = ratio, int(batch_size), recent
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1.")
-        self.max_length = max_length or likelihood.longest(self.model.config, ratio)
+        self.max_length = max_length or likelihood.longest(
+            self.model.config, ratio, recent
+        )
         self.max_gen_toks, self.truncation, self.seed = max_gen_toks, truncation, seed
         likelihood.ratio_of(self.model.config, ratio, 1)  # a wrong one fails here
 
@@ -158,7 +160,9 @@ class BeaconLM(_api.LM):
             tokens = likelihood.shorten(tokens, room, self.truncation)
             rows.append((tokens, new))
             length = len(tokens) + new
-            ratio = likelihood.ratio_of(self.model.config, self.ratio, length)
+            ratio = likelihood.ratio_of(
+                self.model.config, self.ratio, length, recent=self.recent
+            )
             groups.setdefault((ratio, *sorted(asked.items())), []).append(i)
         texts: list[str] = [""] * len(requests)
         bar = self._progress(len(requests), disable_tqdm)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beacon_jax.core import recent
+from beacon_jax.core import plan, recent
 from beacon_jax.core.decode import decode_step
 from beacon_jax.core.feed import feed as feed_plain
 from beacon_jax.core.memory import CapacityError, init_memory
@@ -138,7 +138,15 @@ def test_pieces_give_what_the_whole_gives(sink, placement, dtype):
         assert_equal(config, memory, expected, row, row)
 
 
-@KINDS
+@pytest.mark.parametrize(
+    ("sink", "placement", "dtype"),
+    [
+        (0, "interleave", "float32"),
+        pytest.param(0, "interleave", "int8", marks=pytest.mark.slow),
+        pytest.param(3, "append", "float32", marks=pytest.mark.slow),
+        pytest.param(3, "append", "int8", marks=pytest.mark.slow),
+    ],
+)
 def test_decoding_writes_what_feeding_writes(sink, placement, dtype):
     """Token by token, rows at different places; every token's logits, too."""
     config = kind(sink, placement)
@@ -237,6 +245,46 @@ def test_the_buffer_that_is_asked_for_is_enough_and_no_less():
     # Of a memory that has a raw window: what it leaves behind counts, not what it has.
     first = feed(config, empty(config, 1, "float32"), TEXT[:1, : 3 * W])[1]
     assert needed_slots(config, first, T - 3 * W, RATIOS) == needed
+
+
+@pytest.fixture
+def windows_run(monkeypatch):
+    """Windows that are run of each row, by their ratios."""
+    found, run = [], recent._run
+
+    def counted(model, memory, tokens, counts, ratios, **how):
+        for row, count in enumerate(counts):
+            n = -(-int(count) // W)
+            found.extend((row, int(plan.at(ratios, i))) for i in range(n))
+        return run(model, memory, tokens, counts, ratios, **how)
+
+    monkeypatch.setattr(recent, "_run", counted)
+    return found
+
+
+def test_reading_costs_nothing_more_and_decoding_two_windows_per_window(windows_run):
+    config, memory = kind(0, "interleave"), None
+    given = (Net(config), variables())
+    feed(config, empty(config, 3, "float32"), TEXT, LENGTHS + np.eye(3, dtype=int)[1])
+    assert sorted(windows_run) == sorted(
+        [(0, r) for r in (4, 2, 4, 0, 0, 2)]  # of 5 full windows the last is raw
+        + [(1, r) for r in (4, 2, 0, 0)]
+        + [(2, r) for r in (0, 2)]
+    )
+    windows_run.clear()
+    whole = TEXT[:1, : 3 * W]
+    _, memory = feed(config, empty(config, 1, "float32"), whole, outputs="none")
+    assert windows_run == [(0, 4), (0, 2), (0, 0)]
+    windows_run.clear()
+    feed(config, empty(config, 1, "float32"), whole)  # with logits of the last token
+    assert windows_run == [(0, 4), (0, 0), (0, 4), (0, 2), (0, 0)]
+    windows_run.clear()
+    static = static_ratios(memory, RATIOS)
+    for t in range(3 * W, 5 * W):
+        token = jnp.asarray(TEXT[:1, t])
+        _, memory = decode_step(*given, memory, token, RATIOS, static=static)
+        memory = recent.settle(*given, memory)
+    assert windows_run == [(0, 4), (0, 0), (0, 0), (0, 0)]  # own ratio, then 0; twice
 
 
 def test_a_plain_call_refuses_such_a_memory():

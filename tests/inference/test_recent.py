@@ -312,6 +312,30 @@ def test_rows_are_taken_and_repeated(model, ids):
         assert_same(after, model.compress(ids[:n], **OPTIONS), row)
 
 
+def test_progress_ends_with_all_tokens(model, ids):
+    """Of a text longer than a piece; it never goes back."""
+    text, told = np.tile(ids, 5)[: 17 * W + 3], []
+    memory = model.compress(
+        [text, text[:50]],
+        on_progress=lambda done, total: told.append((done, total)),
+        **OPTIONS,
+    )
+    total = len(text) + 50
+    assert told == sorted(told) and told[-1] == (total, total) and len(told) > 1
+    assert_same(memory, model.compress(text, **OPTIONS))
+
+
+@pytest.mark.slow
+def test_a_mesh_leaves_the_same_memory(folder, model, ids):
+    split = load(folder, mesh="data:2,tensor:1")
+    rows = [ids[:30], ids[:14]]
+    ours = split.complete(rows, max_new_tokens=[5, 21], **OPTIONS)
+    theirs = model.complete(rows, max_new_tokens=[5, 21], **OPTIONS)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        assert_same(a.memory, b.memory)
+
+
 def test_off_has_the_arrays_that_it_had(model, ids):
     """So its programs are those of before, too."""
     state = model.compress(ids, ratio=4).state
