@@ -92,9 +92,7 @@ def feed(
     memory = memory if donate else memory.copy()
     new = [line[:n] for line, n in zip(tokens, lengths.tolist(), strict=True)]
     if outputs in ("last", "none"):
-        behind = int(
-            outputs == "last"
-        )  # the last token is to be read in an open window
+        behind = int(outputs == "last")  # a last token is read in an open window
         text = _Text.of(memory, new, planned, behind)
         memory = _advance(model, memory, text, pieces)
         out, memory = _read_open(model, memory, text)
@@ -132,13 +130,13 @@ class _Text(NamedTuple):
 
     Attributes:
       slots: in front of them [B].
-      new: how many of them close that have not been full before [B].
+      new: how many of them close that have not been full before, of each row.
       ids: tokens of each row.
       ratios: of each row, the own ones of its windows.
     """
 
     slots: np.ndarray
-    new: np.ndarray
+    new: list[int]
     ids: list[np.ndarray]
     ratios: list[list[int]]
 
@@ -157,22 +155,18 @@ class _Text(NamedTuple):
           behind: so many tokens of a row with any are left to the open window.
         """
         assert memory.recent is not None
-        now = (memory.slots, memory.windows, memory.raw, memory.ratio, memory.tokens)
-        old = memory.recent
-        host = jax.device_get((*now, old.length, old.ratio, old.tokens))
-        made = cls(np.array(host[0]), np.zeros_like(host[0]), [], [])
-        for i, (_, windows, raw, ratio, opened, length, own, last) in enumerate(
-            zip(*host, strict=True)
-        ):
-            count = max(int(raw) + len(given[i]) - behind, 0) // memory.window
-            again = int(length) if count else 0
-            used = plan.ahead(
-                planned[i], int(windows), count + 1, int(ratio) if raw else None
-            )
+        state = jax.device_get(memory.replace(k=None, v=None))
+        old, made = state.recent, cls(np.array(state.slots), [], [], [])
+        for i, raw in enumerate(state.raw.tolist()):
+            count = max(raw + len(given[i]) - behind, 0) // memory.window
+            again = int(old.length[i]) if count else 0
+            opened = int(state.ratio[i]) if raw else None
+            used = plan.ahead(planned[i], int(state.windows[i]), count + 1, opened)
             made.slots[i] -= again
-            made.new[i] = count
-            made.ids.append(np.concatenate([last[:again], opened[:raw], given[i]]))
-            made.ratios.append([int(own)] * bool(again) + used.tolist())
+            made.new.append(count)
+            parts = (old.tokens[i, :again], state.tokens[i, :raw], given[i])
+            made.ids.append(np.concatenate(parts))
+            made.ratios.append([int(old.ratio[i])] * bool(again) + used.tolist())
         return made
 
     def compressed(self) -> list[list[int]]:
@@ -228,7 +222,7 @@ def _advance(
         pairs = zip(text.ids, counts, strict=True)
         tokens = padded((ids[:n] for ids, n in pairs), int(counts.max()))
         bare = _run(model, bare, tokens, counts, ratios, pieces=pieces)[1]
-    if (closes := text.new > 0).any():
+    if (closes := np.asarray(text.new) > 0).any():
         tokens, own = padded(text.whole(w), w), [r[-2:][0] for r in text.ratios]
         bare = _run(model, bare, tokens, closes * w, np.zeros(1, np.int32))[1]
         pairs = zip((tokens, own, np.full(len(own), w)), last, strict=True)
