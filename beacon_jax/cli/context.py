@@ -48,6 +48,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "lossless", "windows", ["windows", "slots"], "What of --spans is kept raw."
     )
     f.choice("memory_dtype", None, ["int8"], "52 to 63 % of bfloat16's bytes.")
+    f.switch("recent", False, "Keep the last full window raw, W entries more.")
     f = Group(values, "Sampling")
     f.number("seed", 0, "Of sampling and of a random ratio mix.", lower_bound=0)
     f = Group(values, "Output")
@@ -236,6 +237,7 @@ def read(
         "max_slots": o.max_slots,
         "max_bytes": o.max_bytes,
         "memory_dtype": o.memory_dtype,
+        "recent": o.recent or None,
     }
     if text is None:
         return Context(memory, [], 0, 0.0, 0.0, ratio)

@@ -50,7 +50,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.number("batch_size", 16, "Examples at a time.")
     f = Group(values, "What is measured")
     f.names("tasks", DEFAULTS["tasks"], "Names or groups.")
-    f.names("methods", DEFAULTS["methods"], "What is compared.")
+    f.names(
+        "methods",
+        DEFAULTS["methods"],
+        "What is compared; NAME_recent: last window raw.",
+    )
     f.names("ratios", ["2", "4", "8"], "Of the methods that have a ratio; adapt.")
     f.names("lengths", ["256", "512", "1024"], "Tokens of an example, with its answer.")
     f.number("depths", 5, "Places of the needle.")

@@ -1,8 +1,8 @@
 """Runs lm-evaluation-harness against a compressed model, by its own command line.
 
 Every flag is lm_eval's; its --model_args are those of `evaluation.lm_eval.BeaconLM`
-(pretrained, beacons, ratio, batch_size, max_length, dtype, mesh, ...). Needs the extra:
-pip install "beacon_jax[lm-eval]".
+(pretrained, beacons, ratio, recent, batch_size, max_length, dtype, mesh, ...). Needs
+the extra: pip install "beacon_jax[lm-eval]".
 
 Example:
   beacon-jax lm_eval --model beacon_jax --tasks arc_easy,boolq --batch_size 8 \\

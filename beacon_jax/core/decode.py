@@ -34,7 +34,9 @@ def decode_step(
     """Feeds one token to every active row; inserts beacons and compresses as it goes.
 
     The ratio is data here (`count % r`), never a switch, so rows may be anywhere in
-    their windows. Call `plan.check_capacity` for all tokens to come beforehand.
+    their windows. Call `plan.check_capacity` for all tokens to come beforehand. Rows
+    that keep their last full window raw leave a full one open: `recent.settle` closes
+    it before the next step.
 
     Args:
       tokens: next raw token of each row.
@@ -84,8 +86,10 @@ def decode_step(
     column = jnp.minimum(memory.raw, w - 1)
     token = jnp.where(active, tokens, memory.tokens[row, column])
     full = active & (raw == w)
+    if settled := memory.recent is not None:
+        full = jnp.zeros_like(full)
     grown = law.kept(memory.ratio, memory.slots)
-    if compressing:
+    if compressing and not settled:
         moved = functools.partial(
             _compress_open, config, memory.slots, memory.ratio, full, compressing, law
         )

@@ -85,7 +85,8 @@ def feed(
     Raises:
       CapacityError: the memory's buffer is too small; states what is needed.
       ValueError: rows that need different ratios in one step, no labels where outputs
-        needs them, or pieces that are no multiple of the window.
+        needs them, pieces that are no multiple of the window, or rows that keep their
+        last full windows raw.
     """
     w, (rows, total) = memory.window, tokens.shape
     if outputs in ("loss", "score") and labels is None:
@@ -99,14 +100,42 @@ def feed(
     planned = plan.of_rows(ratios, rows)
     lengths = np.full(rows, total) if lengths is None else np.asarray(lengths)
     lengths = lengths.astype(np.int32)
+    if memory.recent is not None:
+        raise ValueError("memory.recent is not None: use core.recent.feed for it.")
     plan.check_capacity(net.config, memory, lengths, planned)
     plan.check_shared(memory, lengths, planned)
-    static = plan.static_ratios(memory, planned)
+    given = (memory if donate else memory.copy(), tokens, lengths, planned)
+    return scan_windows(
+        net,
+        variables,
+        *given,
+        outputs=outputs,
+        labels=labels,
+        close=close,
+        pieces=pieces,
+    )
+
+
+def scan_windows(
+    net: Net,
+    variables: dict[str, Any],
+    memory: MemoryState,
+    tokens: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, " B"],
+    ratios: Int[np.ndarray, "B P"],
+    *,
+    outputs: str = "last",
+    labels: Int[np.ndarray, "B T"] | None = None,
+    close: bool = True,
+    pieces: Pieces | None = None,
+) -> tuple[FeedOutput, MemoryState]:
+    """Feeds as `feed` does, without its checks; takes the memory over."""
+    w, total = memory.window, tokens.shape[1]
+    static = plan.static_ratios(memory, ratios)
     windows = max(-(-total // w), 1)
     # All tokens' outputs would run the head over the windows of the rounding, too.
     size = w * (power_of_two(windows) if outputs == "last" else windows)
     size = min(pieces.size, size) if pieces else size
-    memory = memory if donate else memory.copy()
     found: list[FeedOutput] = []
     for start in range(0, max(total, 1), size):
         here = slice(start, start + size)
@@ -118,7 +147,7 @@ def feed(
             memory,
             padded(tokens[:, here], size),
             count,
-            planned,
+            ratios,
             wanted,
             static=static,
             outputs=outputs,

@@ -26,6 +26,23 @@ class CapacityError(ValueError):
         self.needed = needed
 
 
+@no_type_check  # a pytree, as `MemoryState`
+class Recent(flax.struct.PyTreeNode):
+    """The last full window of each row, while its raw entries are the last slots.
+
+    It is run again at its own ratio when the next window is full (`core.recent`).
+
+    Attributes:
+      tokens: its ids; undefined where `length` is 0.
+      ratio: its own.
+      length: W, or 0 for a row none of whose windows lies so.
+    """
+
+    tokens: Int[Array, "B W"]
+    ratio: Int[Array, " B"]
+    length: Int[Array, " B"]
+
+
 @no_type_check  # a pytree: it also holds shapes, shardings or arrays of numpy
 class MemoryState(flax.struct.PyTreeNode):
     """Everything the model remembers of B sequences. A pytree; nothing is hidden.
@@ -44,6 +61,7 @@ class MemoryState(flax.struct.PyTreeNode):
       tokens: ids of the open window's raw tokens; beyond `raw` undefined. A later piece
         runs the open window again from its start, so that a program knows where its
         beacons stand when it is compiled.
+      recent: the last full windows, if rows keep theirs raw; None: they do not.
     """
 
     k: Buffer
@@ -54,6 +72,7 @@ class MemoryState(flax.struct.PyTreeNode):
     ratio: Int[Array, " B"]
     windows: Int[Array, " B"]
     tokens: Int[Array, "B W"]
+    recent: Recent | None = None
 
     @property
     def rows(self) -> int:
@@ -72,8 +91,9 @@ class MemoryState(flax.struct.PyTreeNode):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffer, used or not."""
-        return self.k.nbytes + self.v.nbytes
+        """Bytes of the buffer, used or not, and of the ids of recent windows."""
+        ids = self.recent.tokens.nbytes if self.recent is not None else 0
+        return self.k.nbytes + self.v.nbytes + ids
 
     @property
     def slot_nbytes(self) -> int:
@@ -108,16 +128,22 @@ def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
 
 
 def init_memory(
-    config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32
+    config: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+    recent: bool = False,
 ) -> MemoryState:
     """Makes an empty memory for `batch` rows of `capacity` slots.
 
     Args:
       capacity: see `plan.capacity`.
       dtype: of keys and values; int8 has scales besides.
+      recent: whether rows keep their last full windows raw.
     """
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
     zeros = lambda: jnp.zeros((batch,), jnp.int32)
+    ids = lambda: jnp.zeros((batch, default_window(config)), jnp.int32)
     k, v = buffers.empty(shape, dtype)
     return MemoryState(
         k=k,
@@ -127,8 +153,14 @@ def init_memory(
         raw=zeros(),
         ratio=zeros(),
         windows=zeros(),
-        tokens=jnp.zeros((batch, default_window(config)), jnp.int32),
+        tokens=ids(),
+        recent=Recent(ids(), zeros(), zeros()) if recent else None,
     )
+
+
+def batch_axis(leaf: Any) -> int:
+    """Returns the batch axis of a leaf of `MemoryState`: buffers have layers first."""
+    return 1 if leaf.ndim >= 4 else 0
 
 
 def buffer_size(needed: int, window: int) -> int:

@@ -74,17 +74,24 @@ def coming(
 
     Returns:
       For each row its slots, and the ratios of these windows. An open window keeps its
-      own ratio.
+      own ratio. Where windows close of a row that keeps its last full one raw, they
+      begin with the one that is raw so far, and end with one at ratio 0.
     """
-    state = (memory.slots, memory.raw, memory.ratio, memory.windows, tokens)
+    again = (0, 0)
+    if memory.recent is not None:
+        again = (memory.recent.ratio, memory.recent.length)
+    state = (memory.slots, memory.raw, memory.ratio, memory.windows, tokens, *again)
     columns = [np.broadcast_to(np.asarray(x), memory.slots.shape) for x in state]
     found = []
-    for slots, raw, ratio, windows, new, plan in zip(
+    for slots, raw, ratio, windows, new, own, length, plan in zip(
         *columns, of_rows(ratios, memory.rows), strict=True
     ):
         count = (int(raw) + int(new)) // memory.window + 1
-        opened = int(ratio) if raw else None
-        found.append((int(slots), ahead(plan, int(windows), count, opened)))
+        used = ahead(plan, int(windows), count, int(ratio) if raw else None)
+        if memory.recent is not None and count > 1:
+            used = np.append([own], used)[0 if length else 1 :].astype(np.int32)
+            used[-2], slots = 0, slots - length
+        found.append((int(slots), used))
     return found
 
 
@@ -125,6 +132,29 @@ def check_shared(memory: MemoryState, tokens: Any, ratios: Ratios) -> None:
             )
 
 
+def agreeing(steps: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Groups rows whose ratios agree in every step that both have.
+
+    Args:
+      steps: of each row, the ratios of its windows.
+
+    Returns:
+      As few groups of row numbers as possible, ascending, by their first row.
+    """
+    groups: list[list[int]] = []
+    # Longest first: a group's first row has all steps of the group, so that a row that
+    # agrees with it agrees with the others.
+    for i in sorted(range(len(steps)), key=lambda i: -len(steps[i])):
+        mine = list(steps[i])
+        for group in groups:
+            if list(steps[group[0]][: len(mine)]) == mine:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return sorted(sorted(group) for group in groups)
+
+
 def static_ratios(memory: MemoryState, ratios: Ratios) -> tuple[int, ...]:
     """Lists the ratios that feeding may meet: planned ones and open windows'."""
     plans, windows = of_rows(ratios, memory.rows), np.asarray(memory.windows)
@@ -134,15 +164,23 @@ def static_ratios(memory: MemoryState, ratios: Ratios) -> tuple[int, ...]:
 
 
 def capacity(
-    config: ModelConfig, ratios: Sequence[Any] | Ratios, *, window: int | None = None
+    config: ModelConfig,
+    ratios: Sequence[Any] | Ratios,
+    *,
+    window: int | None = None,
+    recent: bool = False,
 ) -> int:
     """Counts the slots that these full windows and an open one behind them need.
 
     Args:
       window: in place of the model's own.
+      recent: the last of them stays raw.
     """
-    law, given = Law.of(config, window), np.asarray(ratios, np.int64).reshape(-1)
-    return int(law.after(given)[-1]) + law.room(set(given.tolist()))
+    law, given = Law.of(config, window), np.array(ratios, np.int64).reshape(-1)
+    room = law.room(set(given.tolist()))
+    if recent:
+        given[-1:] = 0
+    return int(law.after(given)[-1]) + room
 
 
 # --- slots of training plans -----------------------------------------------------

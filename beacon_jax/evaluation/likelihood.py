@@ -19,6 +19,7 @@ from beacon_jax.evaluation.methods import ADAPT, adapted
 from beacon_jax.evaluation.prompts import ids
 from beacon_jax.evaluation.reading import feed_state
 from beacon_jax.inference.feeding import fresh_state
+from beacon_jax.inference.history import History
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.plan import make_plan
 from beacon_jax.model.config import ModelConfig
@@ -41,7 +42,11 @@ class Score(NamedTuple):
 
 @functools.lru_cache(4096)
 def ratio_of(
-    config: ModelConfig, ratio: int | str, length: int, new_tokens: int = 0
+    config: ModelConfig,
+    ratio: int | str,
+    length: int,
+    new_tokens: int = 0,
+    recent: bool = False,
 ) -> int:
     """The one ratio of a text of `length` tokens, its continuation included.
 
@@ -49,17 +54,19 @@ def ratio_of(
       ratio: a number, 0 or "full", "auto" or "auto-8" as in `Model.compress`, or
         "adapt": the release's rule, the smallest capacity of the config's ratios that
         holds 1,024 tokens more.
+      recent: the last full window stays raw.
 
     Raises:
       ValueError: a ratio that the model cannot use.
     """
     if ratio == ADAPT:
         return adapted(config, length)
-    plan = make_plan(config, ratio, length=length, new_tokens=new_tokens)
+    before = History.empty(recent)
+    plan = make_plan(config, ratio, length=length, new_tokens=new_tokens, before=before)
     return int(plan.ratios[0])
 
 
-def longest(config: ModelConfig, ratio: int | str) -> int:
+def longest(config: ModelConfig, ratio: int | str, recent: bool = False) -> int:
     """Counts the most tokens whose positions were trained at a ratio.
 
     Where the ratio is decided per text, it is the largest that there is.
@@ -69,8 +76,8 @@ def longest(config: ModelConfig, ratio: int | str) -> int:
     if isinstance(ratio, str):
         tail = ratio.removeprefix("auto-")
         ratio = int(tail) if tail.isdecimal() else fixed.get(ratio, fixed["auto"])
-    window = default_window(config)
-    return (config.trained_positions - window) * max(ratio, 1) + window
+    raw = default_window(config) * (1 + recent)
+    return (config.trained_positions - raw) * max(ratio, 1) + raw
 
 
 def score(
@@ -79,6 +86,7 @@ def score(
     *,
     ratio: int | str = "auto",
     batch_size: int = 8,
+    recent: bool = False,
     on_score: Callable[[int, Score], None] | None = None,
 ) -> list[Score]:
     """The scores of pairs, in their order.
@@ -87,15 +95,17 @@ def score(
       ratio: see `ratio_of`; decided for each pair.
       batch_size: rows computed together. Those of one batch have one ratio and about
         the same length; the longest come first, so that what does not fit fails soon.
+      recent: rows keep their last full windows raw, as in `Model.compress`.
       on_score: called with (index, score) as soon as a batch is done.
 
     Raises:
       ValueError: an empty context or continuation.
     """
-    rows = [_Row.of(model.config, i, pair, ratio) for i, pair in enumerate(pairs)]
+    read = functools.partial(_Row.of, model.config, ratio, recent)
+    rows = [read(i, pair) for i, pair in enumerate(pairs)]
     scores: dict[int, Score] = {}
     for batch in _batches(rows, batch_size):
-        for row, found in zip(batch, _score(model, batch), strict=True):
+        for row, found in zip(batch, _score(model, batch, recent), strict=True):
             scores[row.index] = found
             if on_score:
                 on_score(row.index, found)
@@ -120,7 +130,14 @@ class _Row(NamedTuple):
     labels: np.ndarray
 
     @classmethod
-    def of(cls, config: ModelConfig, index: int, pair: Pair, ratio: int | str):
+    def of(
+        cls,
+        config: ModelConfig,
+        ratio: int | str,
+        recent: bool,
+        index: int,
+        pair: Pair,
+    ) -> "_Row":
         context, continuation = (np.asarray(x, np.int32) for x in pair)
         for name, tokens in (("context", context), ("continuation", continuation)):
             if tokens.ndim != 1 or not tokens.size:
@@ -133,7 +150,8 @@ class _Row(NamedTuple):
         inputs = np.concatenate([context, continuation[:-1]])
         labels = np.full(len(inputs), IGNORE, np.int32)
         labels[len(context) - 1 :] = continuation
-        number = ratio_of(config, ratio, len(context) + len(continuation))
+        length = len(context) + len(continuation)
+        number = ratio_of(config, ratio, length, recent=recent)
         return cls(index, number, inputs[:cut], inputs[cut:], labels[cut:])
 
 
@@ -151,10 +169,10 @@ def _batches(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
             yield group[start : start + size]
 
 
-def _score(model: Model, batch: list[_Row]) -> list[Score]:
+def _score(model: Model, batch: list[_Row], recent: bool) -> list[Score]:
     rows = fill_up(model, batch)
     rest, labels = [row.rest for row in rows], [row.labels for row in rows]
-    state = _remember(model, rows)
+    state = _remember(model, rows, recent)
     out, _ = feed_state(model, state, rest, batch[0].ratio, "score", labels)
     assert out.token_loss is not None and out.greedy is not None
     losses, greedy = np.asarray(out.token_loss, np.float64), np.asarray(out.greedy)
@@ -165,13 +183,14 @@ def _score(model: Model, batch: list[_Row]) -> list[Score]:
     return scores
 
 
-def _remember(model: Model, rows: list[_Row]) -> Any:
+def _remember(model: Model, rows: list[_Row], recent: bool) -> Any:
     """The state behind the rows' pasts, each different one compressed once."""
     if not rows[0].past.size:
-        return fresh_state(model, len(rows), 1)
+        return fresh_state(model, len(rows), 1, recent=recent)
     different = {row.past.tobytes(): row.past for row in rows}
     place = {key: i for i, key in enumerate(different)}
-    memory = model.compress(fill_up(model, list(different.values())), rows[0].ratio)
+    past = fill_up(model, list(different.values()))
+    memory = model.compress(past, rows[0].ratio, recent=recent)
     return memory[[place[row.past.tobytes()] for row in rows]].state
 
 

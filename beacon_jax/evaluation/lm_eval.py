@@ -18,6 +18,7 @@ from beacon_jax.evaluation import likelihood
 from beacon_jax.evaluation.prompts import ids
 from beacon_jax.inference.loading import load
 from beacon_jax.inference.model import Model
+from beacon_jax.inference.validate import switch
 from beacon_jax.progress import Progress
 
 try:
@@ -53,6 +54,7 @@ class BeaconLM(_api.LM):
         max_batch_size: Any = None,
         beacons: str | None = None,
         allow_other_base: bool = False,
+        recent: bool = False,
     ):
         """Loads the model.
 
@@ -68,6 +70,7 @@ class BeaconLM(_api.LM):
           dtype, mesh: as in `beacon_jax.load`.
           seed: of sampling, where a task asks for it.
           beacons, allow_other_base: as in `beacon_jax.load`.
+          recent: the last full window stays raw, as in `Model.compress`.
           device, max_batch_size: are given by lm_eval's command line, and not used.
 
         Raises:
@@ -94,10 +97,13 @@ class BeaconLM(_api.LM):
         if self.model.tokenizer is None:
             raise ValueError(f"pretrained={pretrained} has no tokenizer files.")
         self.tokenizer = self.model.tokenizer
-        self.ratio, self.batch_size = ratio, int(batch_size)
+        switch("recent", recent)
+        self.ratio, self.batch_size, self.recent = ratio, int(batch_size), recent
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1.")
-        self.max_length = max_length or likelihood.longest(self.model.config, ratio)
+        self.max_length = max_length or likelihood.longest(
+            self.model.config, ratio, recent
+        )
         self.max_gen_toks, self.truncation, self.seed = max_gen_toks, truncation, seed
         likelihood.ratio_of(self.model.config, ratio, 1)  # a wrong one fails here
 
@@ -154,7 +160,9 @@ class BeaconLM(_api.LM):
             tokens = likelihood.shorten(tokens, room, self.truncation)
             rows.append((tokens, new))
             length = len(tokens) + new
-            ratio = likelihood.ratio_of(self.model.config, self.ratio, length)
+            ratio = likelihood.ratio_of(
+                self.model.config, self.ratio, length, recent=self.recent
+            )
             groups.setdefault((ratio, *sorted(asked.items())), []).append(i)
         texts: list[str] = [""] * len(requests)
         bar = self._progress(len(requests), disable_tqdm)
@@ -166,6 +174,7 @@ class BeaconLM(_api.LM):
                 made = self.model.generate(
                     [rows[i][0] for i in whole],
                     ratio=ratio,
+                    recent=self.recent,
                     max_new_tokens=[rows[i][1] for i in whole],
                     seed=[self.seed + i for i in whole],
                     **dict(asked),
@@ -220,6 +229,7 @@ class BeaconLM(_api.LM):
             pairs,
             ratio=self.ratio,
             batch_size=self.batch_size,
+            recent=self.recent,
             on_score=on_score,
         )
 

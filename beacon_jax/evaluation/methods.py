@@ -6,21 +6,22 @@ else. Baselines are in `baselines/`.
 """
 
 import copy
-import functools
 import re
 
 import numpy as np
 
-from beacon_jax.core.law import Law
+from beacon_jax.core.law import Law, default_window
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.core.plan import adaptive_ratio
 from beacon_jax.data.passkey import last_window_start
 from beacon_jax.evaluation.reading import Rows, empty, read
+from beacon_jax.inference.account import ID_NBYTES
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
 from beacon_jax.model.config import ModelConfig
 
 ADAPT = "adapt"
+RECENT = "_recent"  # ends the name of a method `with_recent`
 ADAPT_FUTURE = 1024  # tokens that the release's rule `adapt-1024` leaves room for
 
 
@@ -37,6 +38,9 @@ class Method:
       ratio: raw tokens per kept slot; "adapt" until `resolve`; None if the family has
         no ratio.
       live_ratio: ratio of the windows that are read after the past (0: no beacons).
+      takes_recent: whether it can have the budget of beacons that keep the last full
+        window raw, or be them.
+      recent: whether it has.
       longest: tokens of the longest text of a run, from which memories have their
         sizes; 0: each has the size that its text needs.
     """
@@ -45,13 +49,24 @@ class Method:
     per_ratio: bool = False
     question_aware: bool = False
     exact: bool = True
+    takes_recent: bool = False
+    recent: bool = False
     longest: int = 0
 
     def __init__(self, ratio: int | str | None = None):
         self.ratio = ratio
-        tag = "" if ratio is None else "_adapt" if ratio == ADAPT else f"_x{ratio}"
-        self.name = self.family + tag
+        self.tag = "" if ratio is None else "_adapt" if ratio == ADAPT else f"_x{ratio}"
+        self.name = self.family + self.tag
         self.live_ratio = 0
+
+    def with_recent(self) -> "Method":
+        """This method at the bytes of beacons that keep the last full window raw."""
+        assert self.takes_recent
+        made = copy.copy(self)
+        made.recent = True
+        made.family = self.family + RECENT
+        made.name = made.family + self.tag
+        return made
 
     def resolve(self, model: Model, tokens: int) -> "Method":
         """Returns this method for a text of `tokens`: "adapt" becomes a number."""
@@ -77,8 +92,10 @@ class Method:
         raise NotImplementedError
 
     def kv_bytes(self, memory: Memory) -> list[int]:
-        """Bytes of keys and values that each row keeps of its past."""
-        return (memory.slots * memory.slot_nbytes).tolist()
+        """Bytes of keys, values and ids that each row keeps of its past."""
+        ids = ID_NBYTES * memory.state.window
+        each = [ids if row.own is not None else 0 for row in memory.rows]
+        return (memory.slots * memory.slot_nbytes + each).tolist()
 
     @property
     def number(self) -> int:
@@ -104,10 +121,24 @@ def adapted(config: ModelConfig, tokens: int) -> int:
     return adaptive_ratio(config, ratios, tokens, ADAPT_FUTURE)
 
 
-def budget_slots(config: ModelConfig, tokens: int, ratio: int) -> int:
-    """Slots that beacons of this ratio make of a past of `tokens` (whole windows)."""
+def budget_slots(
+    config: ModelConfig, tokens: int, ratio: int, recent: bool = False
+) -> int:
+    """Slots that beacons of this ratio make of a past of `tokens` (whole windows).
+
+    recent: the last window is kept raw.
+    """
     law = Law.of(config)
-    return law.closed(ratio, tokens // law.window)
+    windows = tokens // law.window
+    if recent and windows:
+        return law.closed(ratio, windows - 1) + law.window
+    return law.closed(ratio, windows)
+
+
+def id_nbytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of the ids that beacons keep beside a raw last window of a past."""
+    window = default_window(config)
+    return ID_NBYTES * window if tokens >= window else 0
 
 
 def remember(
@@ -126,10 +157,11 @@ def remember(
     own, slot = memory.slot_nbytes, slot_nbytes(model.config, model.net.dtype)
     assert own <= slot
     for row, held in zip(past, kept, strict=True):
-        slots = budget_slots(model.config, len(row), method.number)
+        slots = budget_slots(model.config, len(row), method.number, method.recent)
+        ids = id_nbytes(model.config, len(row)) if method.recent else 0
         # Sinks and low ratios may leave more slots than there are tokens to keep.
         least = min(slots, len(row)) * own if method.exact else 0
-        most = slots * (own if method.exact else slot)
+        most = slots * (own if method.exact else slot) + ids
         if not least <= held <= most:
             raise AssertionError(
                 f"{method.name} keeps {held:,} bytes of {len(row)} tokens; the budget "
@@ -165,14 +197,21 @@ class Incremental(Method):
     dtype: str | None = None
 
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
-        sized = functools.partial(read, longest=self.longest, dtype=self.dtype)
-        return sized(model, past, self.live_ratio)[1]
+        return read(
+            model,
+            past,
+            self.live_ratio,
+            longest=self.longest,
+            dtype=self.dtype,
+            recent=self.recent,
+            wanted=False,
+        )[1]
 
 
 class Beacon(Incremental):
     """Activation Beacon: the past compressed window by window, as at inference."""
 
-    family, per_ratio = "beacon", True
+    family, per_ratio, takes_recent = "beacon", True, True
 
     def __init__(self, ratio: int | str | None = None):
         super().__init__(ratio)

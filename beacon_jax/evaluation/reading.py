@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from beacon_jax.core.feed import FeedOutput, feed, padded, power_of_two
+from beacon_jax.core.feed import FeedOutput, padded, power_of_two
 from beacon_jax.core.law import Law
 from beacon_jax.core.loss import IGNORE
 from beacon_jax.core.memory import MemoryState, buffer_size
 from beacon_jax.core.plan import capacity, needed_slots
+from beacon_jax.core.recent import feed
 from beacon_jax.inference.decode import Decoding, decode
 from beacon_jax.inference.feeding import Fit, decoded_memory, feed_rows, fresh_state
 from beacon_jax.inference.history import History
@@ -111,14 +112,23 @@ def load_model(
 
 
 def empty(
-    model: Model, rows: int, ratio: int, longest: int = 0, dtype: str | None = None
+    model: Model,
+    rows: int,
+    ratio: int,
+    longest: int = 0,
+    dtype: str | None = None,
+    recent: bool = False,
 ) -> Memory:
     """Makes an empty memory with room for `longest` tokens at a ratio.
 
-    dtype: of keys and values; None: that of the model.
+    Args:
+      dtype: of keys and values; None: that of the model.
+      recent: rows keep their last full windows raw.
     """
-    state = fresh_state(model, rows, _room(model, ratio, longest), dtype)
-    return Memory(model.config, state, (History.empty(),) * rows, model.identity)
+    room = _room(model, ratio, longest, recent)
+    state = fresh_state(model, rows, room, dtype, recent)
+    histories = (History.empty(recent),) * rows
+    return Memory(model.config, state, histories, model.identity)
 
 
 def read(
@@ -129,6 +139,8 @@ def read(
     *,
     longest: int = 0,
     dtype: str | None = None,
+    recent: bool = False,
+    wanted: bool = True,
 ) -> tuple[Any, Memory]:
     """Reads each row's next tokens; the windows that begin now have `ratio`.
 
@@ -136,7 +148,8 @@ def read(
       rows: some of them may be empty; their logits mean nothing.
       memory: is continued, not changed; None: a new one.
       longest: tokens of the longest text of the run; 0: sizes as in `Model.compress`.
-      dtype: of a new memory, as in `empty`.
+      dtype, recent: of a new memory, as in `empty`.
+      wanted: False: the logits are not needed (`core.recent.feed`).
 
     Returns:
       The logits [B, V] after each row's last token (None if nothing was read), and the
@@ -145,7 +158,7 @@ def read(
     sizes = [len(row) for row in rows]
     if not any(sizes):
         if memory is None:
-            memory = empty(model, len(rows), ratio, longest, dtype)
+            memory = empty(model, len(rows), ratio, longest, dtype, recent)
         return None, memory
     new = memory is None and longest
     logits, after = feed_rows(
@@ -155,8 +168,10 @@ def read(
         [_plan(ratio)] * len(rows),
         memory,
         Fit(
-            capacity=_room(model, ratio, longest) if new else None,
+            capacity=_room(model, ratio, longest, recent) if new else None,
             dtype=dtype,
+            recent=recent,
+            logits=wanted,
             width=_padded(model, max(sizes), longest),
         ),
     )
@@ -288,9 +303,10 @@ def _windows(model: Model, longest: int) -> int:
     return -(-longest // model.window)
 
 
-def _room(model: Model, ratio: int, longest: int) -> int:
+def _room(model: Model, ratio: int, longest: int, recent: bool) -> int:
     """Counts the slots that texts of up to `longest` tokens need at a ratio."""
-    return capacity(model.config, np.full(_windows(model, longest) + 1, ratio))
+    plan = np.full(_windows(model, longest) + 1, ratio)
+    return capacity(model.config, plan, recent=recent)
 
 
 def _padded(model: Model, most: int, longest: int) -> int:

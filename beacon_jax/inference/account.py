@@ -8,6 +8,7 @@ import numpy as np
 from beacon_jax.inference.history import History
 
 MIB = 2**20
+ID_NBYTES = 4  # of a token id on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,12 @@ class Account:
       slots: entries of closed windows, which never change again.
       open_tokens: raw tokens of the open window.
       entries: all that is held: slots, raw tokens and beacons of the open window.
-      nbytes: bytes of the entries: keys and values of all layers.
+      nbytes: bytes of the entries: keys and values of all layers. If the last full
+        window lies raw among the slots, those of its ids, too.
       ratios: ratios planned for the row's windows, ascending, the open one included;
         0: uncompressed.
       fed: tokens that the entries stand for.
+      recent: slots that are the raw entries of the last full window.
     """
 
     tokens: int
@@ -36,6 +39,7 @@ class Account:
     nbytes: int
     ratios: tuple[int, ...]
     fed: int
+    recent: int = 0
 
     @classmethod
     def of(cls, row: History, entries: int, slot_nbytes: int) -> "Account":
@@ -48,15 +52,18 @@ class Account:
         starts = row.marks[:-1, 1]
         # Sinks and entries that were kept have 0 beside the beacons' ratio.
         closed = np.maximum.reduceat(row.ratios, starts) if len(starts) else []
-        planned = {*map(int, closed), row.opened}
+        raw = 0 if row.own is None else row.slots - int(starts[-1])
+        closed = closed[:-1] if raw else closed
+        planned = {*map(int, closed), row.own, row.opened}
         return cls(
             tokens=row.length,
             slots=row.slots,
             open_tokens=row.raw,
             entries=entries,
-            nbytes=entries * slot_nbytes,
+            nbytes=entries * slot_nbytes + raw * ID_NBYTES,
             ratios=tuple(sorted(r for r in planned if r is not None)),
             fed=row.fed,
+            recent=raw,
         )
 
     @property
@@ -82,7 +89,10 @@ class Account:
 
     def holds(self) -> str:
         """Says how many slots, open tokens and bytes the row holds."""
-        text = f"{self.slots:,} memory slots + {self.open_tokens:,} in the open window"
+        slots = f"{self.slots:,} memory slots"
+        if self.recent:
+            slots += f" (the last {self.recent:,} raw)"
+        text = f"{slots} + {self.open_tokens:,} in the open window"
         if beacons := self.entries - self.slots - self.open_tokens:
             text += f" with {beacons:,} beacon{'s' if beacons > 1 else ''}"
         return f"{text} ({self.nbytes / MIB:,.3f} MiB)"

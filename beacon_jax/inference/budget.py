@@ -19,11 +19,13 @@ class Budget:
       slots: how many are allowed.
       name: the argument, with the value that was given.
       nbytes: bytes of a slot, if the argument is `max_bytes`.
+      ids: bytes of the ids besides.
     """
 
     slots: int
     name: str
     nbytes: int | None = None
+    ids: int = 0
 
     @classmethod
     def read(
@@ -31,6 +33,7 @@ class Budget:
         max_slots: int | None,
         max_bytes: int | str | None,
         slot_nbytes: int | None = None,
+        id_nbytes: int = 0,
     ) -> "Budget | None":
         """Returns the smaller of the budgets that are given; None: there is none.
 
@@ -38,6 +41,7 @@ class Budget:
           max_slots: a number of slots.
           max_bytes: the same as bytes of keys and values: a number or "512MiB".
           slot_nbytes: bytes of one slot (`Memory.slot_nbytes`), for `max_bytes`.
+          id_nbytes: bytes of the ids that a row keeps of its last full window.
         """
         found = []
         if max_slots is not None:
@@ -46,15 +50,16 @@ class Budget:
         if max_bytes is not None:
             if not slot_nbytes:
                 raise ValueError(f"max_bytes={max_bytes!r} needs slot_nbytes.")
-            slots = parse_bytes(max_bytes) // slot_nbytes
-            found.append(cls(slots, f"max_bytes={max_bytes!r}", slot_nbytes))
+            slots = max(parse_bytes(max_bytes) - id_nbytes, 0) // slot_nbytes
+            name = f"max_bytes={max_bytes!r}"
+            found.append(cls(slots, name, slot_nbytes, id_nbytes))
         return min(found, key=lambda budget: budget.slots, default=None)
 
     def enough(self, slots: int) -> str:
         """Names the argument, with a value that allows for `slots`."""
         if self.nbytes is None:
             return f"max_slots={slots}"
-        nbytes = slots * self.nbytes
+        nbytes = slots * self.nbytes + self.ids
         return f"max_bytes={nbytes} ({slots} slots, {nbytes / 2**20:.3f} MiB)"
 
 
@@ -109,6 +114,8 @@ def _too_small(row: Row, budget: Budget, ratio: int, needed: int) -> str:
         parts = ["the model has no beacons and cannot compress"]
     if row.before.slots:
         parts.append(f"the memory has {row.before.slots} slots already")
+    if row.before.recent and (row.full or row.before.own is not None):
+        parts.append(f"the last full window is kept raw, {row.window} slots")
     if row.lossless.any():
         count = int(row.lossless.sum())
         parts.append(f"{count} lossless windows take {count * row.window}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 
 from beacon_jax.inference import validate
-from beacon_jax.inference.feeding import check_memory, choose_dtype
+from beacon_jax.inference.feeding import check_memory, choose_dtype, choose_recent
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.options import ELSEWHERE, CompleteOptions, Completion, collect
 from beacon_jax.inference.template import encode_turns, try_template, turn_ends
@@ -105,6 +105,7 @@ class Chat:
             self.messages.append({"role": "system", "content": system})
         check_memory(model, memory, 1)
         choose_dtype(model, memory, asked.memory_dtype)
+        choose_recent(model, memory, asked, False)
         try_template(model.tokenizer, self.messages, chat_template)
         self._model, self._template = model, chat_template
         self._options: CompleteOptions = {

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from beacon_jax.core.decode import decode_step
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.plan import check_capacity, of_rows, static_ratios
+from beacon_jax.core.recent import settle
 from beacon_jax.inference.sampling import Sampling, row_keys, row_seeds, sample
 from beacon_jax.model.net import Net
 
@@ -110,14 +111,18 @@ def decode_block(
 ) -> tuple[Int[Array, "B n"], Loop, MemoryState]:
     """Generates up to BLOCK tokens per row.
 
-    The memory is donated: its buffer is written in place.
+    The memory is donated: its buffer is written in place. Where rows keep their last
+    full window raw, the loop ends when an open window is full (`recent.settle`).
     """
     ends = jnp.asarray(eos_ids, jnp.int32)
     rows = jnp.arange(loop.logits.shape[0])
 
     def unfinished(state: tuple) -> jax.Array:
-        step, _, loop, _ = state
-        return (step < BLOCK) & loop.active.any()
+        step, _, loop, memory = state
+        goes_on = (step < BLOCK) & loop.active.any()
+        if memory.recent is not None:
+            goes_on &= ~_full(memory).any()
+        return goes_on
 
     def body(state: tuple) -> tuple:
         step, tokens, (logits, active, seen), memory = state
@@ -205,6 +210,9 @@ def decode(
             eos_ids=ends,
             static=static,
         )
+        if memory.recent is not None and np.asarray(_full(memory)).any():
+            stop = start + int((np.asarray(block) >= 0).any(axis=0).sum())
+            memory = settle(net, variables, memory)
         # A loop's last block has empty columns behind the largest limit.
         block = np.asarray(block)[:, : min(stop, most) - start]
         fed = np.concatenate([fed, block], axis=1)
@@ -222,6 +230,11 @@ def decode(
             break
         start, stop = stop, stop + BLOCK
     return _decoded(fed, keep, loop.logits, memory)
+
+
+def _full(memory: MemoryState) -> Bool[Array, " B"]:
+    """Says which open windows are full."""
+    return memory.raw == memory.window
 
 
 def _limits(max_new_tokens: Any, rows: int) -> Int[np.ndarray, " B"]:

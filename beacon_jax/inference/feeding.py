@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beacon_jax.core.feed import Pieces, feed, padded
+from beacon_jax.core.feed import Pieces, padded
 from beacon_jax.core.law import Law
 from beacon_jax.core.memory import (
     CapacityError,
@@ -18,14 +18,16 @@ from beacon_jax.core.memory import (
 )
 from beacon_jax.core.move import keep_entries
 from beacon_jax.core.plan import needed_slots
+from beacon_jax.core.recent import feed
 from beacon_jax.inference import leaves
 from beacon_jax.inference.compatible import check_same_model
 from beacon_jax.inference.decode import Decoded
 from beacon_jax.inference.history import History, kept_window
 from beacon_jax.inference.memory import Memory, join_rows, take_rows
-from beacon_jax.inference.options import OnProgress
+from beacon_jax.inference.options import OnProgress, Reading
 from beacon_jax.inference.plan import Plan, group_rows, stack_ratios
 from beacon_jax.inference.room import check_buffer
+from beacon_jax.inference.validate import ArgumentError
 from beacon_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -35,9 +37,11 @@ if TYPE_CHECKING:
 PIECE_WINDOWS = 16  # fed at a time where progress is to be shown
 
 
-def histories(memory: Memory | None, rows: int) -> Sequence[History]:
+def histories(
+    memory: Memory | None, rows: int, recent: bool = False
+) -> Sequence[History]:
     """Returns the rows' histories so far; they are empty without a memory."""
-    return memory.rows if memory is not None else [History.empty()] * rows
+    return memory.rows if memory is not None else [History.empty(recent)] * rows
 
 
 class Fit(NamedTuple):
@@ -47,6 +51,9 @@ class Fit(NamedTuple):
       capacity: slots; None: as many as are needed.
       new: tokens per row that are to follow.
       dtype: of keys and values of a new memory; None: that of the model.
+      recent: whether rows of a new memory keep their last full windows raw.
+      logits: those after each row's last token are needed. Without them fewer windows
+        may be run (`core.recent.feed`).
       width: rows are padded to so many tokens: calls of one width share a program,
         whatever the rows' lengths up to it.
     """
@@ -54,6 +61,8 @@ class Fit(NamedTuple):
     capacity: int | None = None
     new: np.ndarray | int = 0
     dtype: str | None = None
+    recent: bool = False
+    logits: bool = True
     width: int = 0
 
 
@@ -73,10 +82,10 @@ def feed_rows(
     Returns:
       The logits after each row's last token, and the new memory.
     """
-    before = histories(memory, len(rows))
+    before = histories(memory, len(rows), fit.recent)
     fed = [np.concatenate([x.pending, r]) for x, r in zip(before, rows, strict=True)]
     ratios, dtype = stack_ratios(plans), fit.dtype
-    state = memory.state if memory else _nothing(model, len(rows), dtype)
+    state = memory.state if memory else _nothing(model, len(rows), fit)
     lengths, done = np.asarray([len(r) for r in fed]), 0
     size = _room(model.config, state, ratios, lengths + fit.new, fit.capacity, plans)
     if size > state.capacity:
@@ -86,7 +95,7 @@ def feed_rows(
     for group in groups:
         whole = len(group) == len(rows)
         if memory is None:
-            part = fresh_state(model, len(group), size, dtype)
+            part = fresh_state(model, len(group), size, dtype, fit.recent)
         else:
             part = state if whole else take_rows(state, np.asarray(group))
             part = _own(part.resized(size), state)
@@ -97,7 +106,7 @@ def feed_rows(
             ratios[group],
             plans[group[0]].keep,
             donate=part is not state,
-            width=fit.width,
+            fit=fit,
             on_fed=_counted(on_progress, lengths, group, done),
         )
         done += int(lengths[group].sum())
@@ -170,7 +179,7 @@ def _feed_group(
     keep: Mapping[int, np.ndarray],
     *,
     donate: bool,
-    width: int = 0,
+    fit: Fit,
     on_fed: Callable[[int], None] | None = None,
 ) -> tuple[jax.Array, MemoryState]:
     """Feeds a group by one call, and one more per window that keeps raw entries.
@@ -180,7 +189,7 @@ def _feed_group(
     """
     config, window = model.config, state.window
     lengths = np.asarray([len(r) for r in rows])
-    longest = max(width, *map(len, rows))
+    longest = max(fit.width, *map(len, rows))
     tokens = padded(rows, longest)
     done, begun = 0, -int(state.raw[0]) if keep else 0
 
@@ -198,6 +207,7 @@ def _feed_group(
             here,
             count,
             ratios,
+            outputs="last" if fit.logits else "none",
             close=close,
             donate=donate,
             pieces=pieces,
@@ -248,18 +258,64 @@ def choose_dtype(model: "Model", memory: Memory | None, asked: str | None) -> st
     return has
 
 
+def choose_recent(
+    model: "Model", memory: Memory | None, asked: Reading, keep: bool
+) -> bool:
+    """Chooses whether rows keep their last full windows raw: as `memory` has it.
+
+    Args:
+      keep: spans are given, whose own entries may have to stay beside beacons.
+
+    Raises:
+      ArgumentError: what the memory does not have, or what cannot be combined.
+    """
+    has = bool(asked.recent) if memory is None else memory.recent
+    if asked.recent not in (None, has):
+        made = "with" if has else "without"
+        raise ArgumentError(
+            "recent",
+            asked.recent,
+            f"but the memory was made {made} it and stays so",
+            remedy="leave recent out, or compress its text again",
+            flags="leave --recent out, or compress its text again",
+        )
+    if has and model.config.beacon is None:
+        raise ArgumentError(
+            "recent",
+            has,
+            "needs beacons, but this model has none and keeps every token",
+            remedy="leave recent out",
+            flags="leave --recent out",
+        )
+    if has and keep and asked.lossless == "slots":
+        raise ArgumentError(
+            "lossless",
+            asked.lossless,
+            "cannot be combined with recent, whose last full window is compressed when "
+            "its spans are no longer known",
+            remedy="use lossless='windows'",
+            flags="use --lossless=windows",
+        )
+    return has
+
+
 def fresh_state(
-    model: "Model", rows: int, capacity: int, dtype: str | None = None
+    model: "Model",
+    rows: int,
+    capacity: int,
+    dtype: str | None = None,
+    recent: bool = False,
 ) -> MemoryState:
     """Makes an empty memory, split over the devices of the model."""
     dtype = choose_dtype(model, None, dtype)
-    return leaves.empty(model.config, rows, capacity, dtype, model.partition)
+    return leaves.empty(model.config, rows, capacity, dtype, model.partition, recent)
 
 
-def _nothing(model: "Model", rows: int, dtype: str | None) -> MemoryState:
+def _nothing(model: "Model", rows: int, fit: Fit) -> MemoryState:
     """Makes a memory of one slot on the host, which only says that it is empty."""
-    dtype = choose_dtype(model, None, dtype)
-    shape = jax.eval_shape(lambda: init_memory(model.config, rows, 1, dtype))
+    dtype = choose_dtype(model, None, fit.dtype)
+    make = lambda: init_memory(model.config, rows, 1, dtype, fit.recent)
+    shape = jax.eval_shape(make)
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shape)
 
 

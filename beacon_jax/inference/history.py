@@ -33,6 +33,9 @@ class History:
         `cut` inside a window); None: not kept.
       ratio: of the window begun last. While none is open, the device has that of the
         next one in its place.
+      recent: whether the row keeps its last full window raw (`core.recent`).
+      own: ratio at which the window that lies raw is run again; None: none lies so.
+      fixed: windows in front that are never run again, because they were mounted.
     """
 
     spans: Int[np.ndarray, "M 2"]
@@ -41,12 +44,15 @@ class History:
     fed: int
     tokens: Int[np.ndarray, " n"] | None
     ratio: int = 0
+    recent: bool = False
+    own: int | None = None
+    fixed: int = 0
 
     @classmethod
-    def empty(cls) -> "History":
+    def empty(cls, recent: bool = False) -> "History":
         """Makes the history of a row that has read nothing."""
-        none = np.zeros(0, np.int32)
-        return cls(none.reshape(0, 2), none, np.zeros((1, 2), np.int32), 0, none)
+        none, mark = np.zeros(0, np.int32), np.zeros((1, 2), np.int32)
+        return cls(none.reshape(0, 2), none, mark, 0, none, recent=recent)
 
     @property
     def slots(self) -> int:
@@ -113,23 +119,46 @@ class History:
             kept = np.concatenate([kept[: self.fed], np.asarray(tokens, np.int32)])
         fed = self.fed + len(tokens)
         begun = self.ahead(plan, -(-(fed - self.start) // law.window))
-        spans, ratios, marks = [self.spans], [self.ratios], [self.marks]
-        start, slots = self.start, self.slots
-        for i, ratio in enumerate(begun[: (fed - start) // law.window].tolist()):
-            raw = (keep or {}).get(self.windows + i, ())
-            new, each = law.source(ratio, kept_window(law, ratio, raw, slots))
+        ratio = int(begun[-1]) if len(begun) else self.ratio
+        before, own = self, self.own
+        closing = begun[: (fed - self.start) // law.window].copy()
+        if self.recent and len(closing):
+            assert not keep
+            if own is not None:
+                before = self._without_last()
+                closing = np.append([own], closing).astype(np.int32)
+            own = int(closing[-1])
+            closing[-1] = 0
+        spans, ratios, marks = [before.spans], [before.ratios], [before.marks]
+        start, slots = before.start, before.slots
+        for i, each in enumerate(closing.tolist()):
+            raw = (keep or {}).get(before.windows + i, ())
+            new, kept_ratios = law.source(each, kept_window(law, each, raw, slots))
             spans.append(new + np.int32(start))
-            ratios.append(each)
+            ratios.append(kept_ratios)
             start, slots = start + law.window, slots + len(new)
             marks.append(np.array([[start, slots]], np.int32))
-        ratio = int(begun[-1]) if len(begun) else self.ratio
         joined = (np.concatenate(x) for x in (spans, ratios, marks))
-        return History(*joined, fed=fed, tokens=kept, ratio=ratio)
+        of_row = {"recent": self.recent, "own": own, "fixed": self.fixed}
+        return History(*joined, fed=fed, tokens=kept, ratio=ratio, **of_row)
+
+    def _without_last(self) -> "History":
+        """Returns the history with the last closed window as if it were open."""
+        slots = int(self.marks[-2, 1])
+        return dataclasses.replace(
+            self,
+            spans=self.spans[:slots],
+            ratios=self.ratios[:slots],
+            marks=self.marks[:-1],
+        )
 
     def close(self) -> "History":
-        """Returns the history with each token of the open window a slot of its own."""
+        """Returns the history with each token of the open window a slot of its own.
+
+        No window of it is run again.
+        """
         if not self.raw:
-            return self
+            return dataclasses.replace(self, own=None, fixed=self.windows)
         token = np.arange(self.start, self.fed, dtype=np.int32)
         mark = np.array([[self.fed, self.slots + self.raw]], np.int32)
         return dataclasses.replace(
@@ -137,13 +166,16 @@ class History:
             spans=np.concatenate([self.spans, np.stack([token, token + 1], axis=1)]),
             ratios=np.concatenate([self.ratios, np.zeros_like(token)]),
             marks=np.concatenate([self.marks, mark]),
+            own=None,
+            fixed=self.windows + 1,
         )
 
     def cut(self, tokens: int) -> "History":
         """Returns the history of the first `tokens` tokens.
 
         Windows that end there or before stay, and so does the front of the open window.
-        Tokens of a window that was closed become pending.
+        Tokens of a window that was closed become pending. If the row keeps its last
+        full window raw, so do those of the one that is the last then.
 
         Raises:
           ValueError: more tokens than there are, or tokens that were not kept.
@@ -160,21 +192,43 @@ class History:
                 f"tokens were not kept: truncate to {place}, where a window ends, or "
                 "keep the tokens (save(..., tokens=True))."
             )
-        if tokens >= self.start:
+        windows = self._windows_left(tokens)
+        if windows == self.windows:
             return dataclasses.replace(self, fed=min(tokens, self.fed), tokens=kept)
-        marks = self.marks[self.marks[:, 0] <= tokens]
+        marks = self.marks[: windows + 1]
         start, slots = marks[-1].tolist()
-        spans, ratios = self.spans[:slots], self.ratios[:slots]
-        return History(spans, ratios, marks, start, kept, self.ratio)
+        return dataclasses.replace(
+            self,
+            spans=self.spans[:slots],
+            ratios=self.ratios[:slots],
+            marks=marks,
+            fed=start,
+            tokens=kept,
+            own=None,
+            fixed=min(self.fixed, windows),
+        )
+
+    def _windows_left(self, tokens: int) -> int:
+        """Counts the closed windows that stay if the row is cut at `tokens`."""
+        ends = self.marks[1:, 0]
+        count = int((ends <= tokens).sum())
+        if not self.recent or count <= self.fixed:
+            return count
+        if count == self.windows:
+            # Behind an earlier cut none lies raw, and the last one may be pending.
+            behind = tokens - self.start >= self.marks[-1, 0] - self.marks[-2, 0]
+            return count if self.own is not None or behind else count - 1
+        return count - 1
 
     def cut_place(self, tokens: int) -> int:
         """Finds the last place at or before `tokens` where the row can be cut.
 
-        Without token ids it cannot be cut inside a window that was closed.
+        Without token ids it cannot be cut inside a window that was closed, nor where
+        one would have to be run again.
         """
         if self.tokens is not None or tokens >= self.start:
             return tokens
-        ends = self.marks[:, 0]
+        ends = self.marks[: self.fixed + 1 if self.recent else None, 0]
         return int(ends[ends <= tokens][-1])
 
     def forget_tokens(self) -> "History":
@@ -188,7 +242,7 @@ class History:
 
 
 def join(rows: Sequence[History]) -> History:
-    """Joins histories without open windows; all count from the first one's start."""
+    """Joins histories that are closed; all count from the first one's start."""
     steps = [(row.fed, row.slots) for row in rows]
     before = np.cumsum([(0, 0), *steps], axis=0, dtype=np.int32)  # (tokens, slots)
     ids = [row.tokens for row in rows if row.tokens is not None]
@@ -202,6 +256,8 @@ def join(rows: Sequence[History]) -> History:
         fed=int(before[-1, 0]),
         tokens=np.concatenate(ids) if len(ids) == len(rows) else None,
         ratio=rows[-1].ratio,
+        recent=rows[0].recent,
+        fixed=sum(row.windows for row in rows),
     )
 
 

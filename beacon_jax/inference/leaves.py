@@ -68,8 +68,11 @@ def parts(state: MemoryState, live: Sequence[int]) -> dict[str, Part]:
     for name, leaf in names(state).items():
         kind = axes(name, leaf.ndim)
         if "slots" not in kind:
-            # Ids beyond the open window are of no use, and could be another text's.
-            found[name] = whole(_open(state) if name == "tokens" else np.asarray(leaf))
+            # Ids beyond their window are of no use, and could be another text's.
+            values, live_ids = np.asarray(leaf), _ids(state).get(name)
+            if live_ids is not None:
+                values = np.where(np.arange(values.shape[1]) < live_ids, values, 0)
+            found[name] = whole(values)
             continue
         at = kind.index("slots") - 1
         for row, count in enumerate(live):
@@ -86,9 +89,12 @@ def _layer(leaf: Any, row: int, at: int, count: int, layer: int) -> np.ndarray:
     return one[(*(slice(None),) * at, slice(count))]
 
 
-def _open(state: MemoryState) -> np.ndarray:
-    tokens, raw = np.asarray(state.tokens), np.asarray(state.raw)
-    return np.where(np.arange(tokens.shape[1]) < raw[:, None], tokens, 0)
+def _ids(state: MemoryState) -> dict[str, np.ndarray]:
+    """Returns the leaves of ids, with how many of each row [B, 1] mean something."""
+    found = {"tokens": np.asarray(state.raw)[:, None]}
+    if state.recent is not None:
+        found["recent.tokens"] = np.asarray(state.recent.length)[:, None]
+    return found
 
 
 def build(
@@ -97,6 +103,7 @@ def build(
     dtype: str,
     part: Callable[[str], Part],
     partition: Partition | None,
+    recent: bool = False,
 ) -> MemoryState:
     """Makes a state on the devices from its parts: the inverse of `parts`.
 
@@ -104,7 +111,9 @@ def build(
     of a row of the file is mapped.
     """
     rows, capacity = len(live), buffer_size(max(live), default_window(config))
-    template = jax.eval_shape(lambda: init_memory(config, rows, capacity, dtype))
+    template = jax.eval_shape(
+        lambda: init_memory(config, rows, capacity, dtype, recent)
+    )
     made = {}
     for name, leaf in names(template).items():
         kind = axes(name, len(leaf.shape))
@@ -159,17 +168,18 @@ def empty(
     capacity: int,
     dtype: Any,
     partition: Partition | None,
+    recent: bool = False,
 ) -> MemoryState:
     """Makes an empty memory on the devices that it is split over."""
-    make = functools.partial(init_memory, config, rows, capacity, dtype)
+    make = functools.partial(init_memory, config, rows, capacity, dtype, recent)
     if partition is None:
-        return _empty(config, rows, capacity, dtype)
+        return _empty(config, rows, capacity, dtype, recent)
     where = shardings(partition, jax.eval_shape(make))
     return jax.jit(make, out_shardings=where)()
 
 
 # One program: each array by itself would be compiled, in every process anew.
-_empty = jax.jit(init_memory, static_argnums=(0, 1, 2, 3))
+_empty = jax.jit(init_memory, static_argnums=(0, 1, 2, 3, 4))
 
 
 def shardings(partition: Partition, state: Any) -> Any:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from beacon_jax.core.law import Law
-from beacon_jax.core.memory import MemoryState
+from beacon_jax.core.memory import MemoryState, batch_axis
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference import mount, packs, room, validate
 from beacon_jax.inference.account import Account
@@ -96,6 +96,11 @@ class Memory:
         return self.state.slot_nbytes
 
     @property
+    def recent(self) -> bool:
+        """Whether each row keeps its last full window raw, `compress(recent=True)`."""
+        return self.state.recent is not None
+
+    @property
     def entries(self) -> Int[np.ndarray, " B"]:
         """Entries in use per row: slots, and the open window with its beacons."""
         state = self.state
@@ -105,8 +110,9 @@ class Memory:
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes of the entries in use, all rows together."""
-        return int(self.entries.sum()) * self.slot_nbytes
+        """Bytes of what is in use, all rows together (`Account.nbytes`)."""
+        pairs = zip(self.rows, self.entries.tolist(), strict=True)
+        return sum(Account.of(row, n, self.slot_nbytes).nbytes for row, n in pairs)
 
     def __repr__(self) -> str:
         rows = "1 row" if len(self) == 1 else f"{len(self)} rows"
@@ -116,6 +122,7 @@ class Memory:
             f"Memory({rows}: {fed:,} tokens → {int(self.slots.sum()):,} slots + "
             f"{held - int(self.slots.sum()):,} open, x{fed / max(held, 1):.1f}, "
             f"{self.used_nbytes / 2**20:.2f} MiB, {self.dtype}"
+            + (", recent" if self.recent else "")
             + (f", {pending:,} tokens still to be fed)" if pending else ")")
         )
 
@@ -166,12 +173,14 @@ class Memory:
 
         Windows that end there or before stay as they are, and so does the front of the
         open window. Tokens inside a window that was compressed, less than one window,
-        are fed again with whatever comes next.
+        are fed again with whatever comes next. If rows keep their last full windows raw
+        (`recent`), they are less than two: the window that is the last full one then
+        comes first.
 
         Raises:
           TypeError: no whole number.
-          ValueError: more tokens than a row has, or tokens inside a compressed window
-            that were not kept.
+          ValueError: more tokens than a row has, or tokens to be fed again that were
+            not kept.
         """
         remedy = "give one whole number, which is for all rows"
         tokens = validate.whole("tokens", tokens, 0, remedy)
@@ -190,6 +199,10 @@ class Memory:
             raw=number(r.raw for r in rows),
             windows=number(r.windows for r in rows),
         )
+        if (recent := state.recent) is not None:
+            lie = number(r.own is not None for r in rows) == 1
+            length = jnp.where(lie, recent.length, 0)
+            state = state.replace(recent=recent.replace(length=length))
         return dataclasses.replace(self, state=state, rows=rows)
 
     @hinted("Memory.repeat")
@@ -261,11 +274,6 @@ def _listed(given: Any) -> list[Memory]:
     raise TypeError(
         f"memories={validate.shown(given)} is {validate.kind_of(given)}: {remedy}."
     )
-
-
-def batch_axis(leaf: Any) -> int:
-    """Returns the batch axis of a leaf of `MemoryState`: buffers have layers first."""
-    return 1 if leaf.ndim >= 4 else 0
 
 
 def take_rows(state: MemoryState, index: Int[np.ndarray, " b"]) -> MemoryState:

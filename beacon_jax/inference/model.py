@@ -14,12 +14,14 @@ from beacon_jax.core.law import default_window
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference import room, validate
+from beacon_jax.inference.account import ID_NBYTES
 from beacon_jax.inference.budget import Budget
 from beacon_jax.inference.decode import Decoded, Decoding, decode
 from beacon_jax.inference.feeding import (
     Fit,
     check_memory,
     choose_dtype,
+    choose_recent,
     decoded_memory,
     feed_rows,
     histories,
@@ -143,6 +145,9 @@ class Model:
             and the buffer leave room for.
           memory_dtype: of keys and values: "int8" takes about half of bfloat16; None:
             what the model computes in. A memory that is continued stays what it is.
+          recent: True keeps the last full window of each row raw: exact recent tokens,
+            W slots more. When the next window is full, it is compressed, and that one
+            stays raw. None: as `memory` was made, which goes on so; without one, False.
           seed: of a random ratio mix.
           on_note: called, before anything is fed, with each line on what was decided:
             by "auto", for a budget, and what `spans` cost.
@@ -169,11 +174,12 @@ class Model:
             token_spans(asked.spans, c, self.tokenizer, first=memory is None)
             for c in contexts
         ]
+        recent = choose_recent(self, memory, asked, any(map(len, marked)))
         plans = self._plans(rows, marked, memory, asked, dtype, reserve)
         if on_note:
             for note in dict.fromkeys(plan.note for plan in plans if plan.note):
                 on_note(note)
-        fit = Fit(asked.capacity, reserve, dtype)
+        fit = Fit(asked.capacity, reserve, dtype, recent, logits=False)
         return feed_rows(self, rows, plans, memory, fit, asked.on_progress)[1]
 
     @overload
@@ -255,8 +261,9 @@ class Model:
             memory = memory.repeat(count)
         new = np.broadcast_to(np.asarray(asked.max_new_tokens, int), (count,))
         rows, marked = self._prompt_rows(prompts, context, memory, asked)
+        recent = choose_recent(self, memory, asked, any(map(len, marked)))
         plans = self._plans(rows, marked, memory, asked, dtype, int(new.max()))
-        fit = Fit(asked.capacity, new, dtype)
+        fit = Fit(asked.capacity, new, dtype, recent)
         logits, after = feed_rows(self, rows, plans, memory, fit, asked.on_progress)
         jax.block_until_ready(logits)
         middle = time.perf_counter()
@@ -422,10 +429,13 @@ class Model:
         """Makes the plan of each row; warns of what was probably not meant."""
         check_memory(self, memory, len(rows))
         validate.matched(asked.spans, spans)
-        before, lengths = histories(memory, len(rows)), [len(row) for row in rows]
+        before = histories(memory, len(rows), bool(asked.recent))
+        lengths = [len(row) for row in rows]
         room.check_request(self, asked, lengths, new, before, dtype)
         slot = slot_nbytes(self.config, dtype)
-        budget, plans = Budget.read(asked.max_slots, asked.max_bytes, slot), []
+        ids = ID_NBYTES * self.window if before[0].recent else 0
+        budget = Budget.read(asked.max_slots, asked.max_bytes, slot, ids)
+        plans = []
         for row, history, marked in zip(rows, before, spans, strict=True):
             plan = make_plan(
                 self.config,

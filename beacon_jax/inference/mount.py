@@ -8,7 +8,7 @@ the first half says little about large ones.
 
 A row's keys are turned to their new slots. Of an open window the raw entries are kept,
 as if its ratio were 0. Its beacons go, because a beacon of a part of a window is
-nothing the model was trained on.
+nothing the model was trained on. A full window that lies raw (`recent`) stays so.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ def concatenate(memories: "Sequence[Memory]") -> "Memory":
     A new window begins behind them.
 
     Args:
-      memories: of the same number of rows (row i goes behind row i), by the same model
-        and in the same dtype; capacities may differ.
+      memories: of the same number of rows (row i goes behind row i), by the same model,
+        in the same dtype, all or none with `recent`; capacities may differ.
 
     Returns:
       A memory whose source tokens are those of the memories in a row. Sinks of later
@@ -50,7 +50,7 @@ def concatenate(memories: "Sequence[Memory]") -> "Memory":
     Raises:
       TypeError: no list of memories.
       ValueError: no memory, tokens that are still to be fed, or memories that differ
-        in rows, dtype, config or weights (says which and how).
+        in rows, dtype, recent, config or weights (says which and how).
     """
     memories = list(memories)
     _check(memories)
@@ -70,17 +70,21 @@ def concatenate(memories: "Sequence[Memory]") -> "Memory":
 def closed(memory: "Memory") -> "Memory":
     """Closes every open window: its raw tokens become slots, one each.
 
-    Its beacons are dropped. A memory without open windows is returned as it is.
+    Its beacons are dropped. Full windows that lie raw stay so. A memory without open
+    windows or such is returned as it is.
     """
     raw = np.asarray([row.raw for row in memory.rows], np.int32)
-    if not raw.any():
+    state = memory.state
+    if not raw.any() and state.recent is None:
         return memory
-    place = raw_places(memory.config, memory.state)
-    return dataclasses.replace(
-        memory,
-        state=move.keep_entries(memory.config, memory.state, place, jnp.asarray(raw)),
-        rows=tuple(row.close() for row in memory.rows),
-    )
+    if raw.any():
+        place = raw_places(memory.config, state)
+        state = move.keep_entries(memory.config, state, place, jnp.asarray(raw))
+    if state.recent is not None:
+        length = jnp.zeros_like(state.recent.length)
+        state = state.replace(recent=state.recent.replace(length=length))
+    rows = tuple(row.close() for row in memory.rows)
+    return dataclasses.replace(memory, state=state, rows=rows)
 
 
 def raw_places(config: ModelConfig, state: MemoryState) -> Int[np.ndarray, "B W"]:
@@ -112,6 +116,7 @@ def _check(memories: "list[Memory]") -> None:
 def _differences(a: "Memory", b: "Memory") -> list[str]:
     """Says in words what keeps two memories from being mounted."""
     both = [("rows", len(a), len(b)), ("dtype", a.dtype, b.dtype)]
+    both += [("recent", a.recent, b.recent)]
     found = [(name, x, y) for name, x, y in both if x != y]
     found += config_differences(a.config, b.config)
     found += identity_differences(a.identity, b.identity)

@@ -42,6 +42,7 @@ class ReadOptions(TypedDict, total=False):
     lossless: Literal["windows", "slots"]
     capacity: int | None
     memory_dtype: str | None
+    recent: bool | None
     seed: Integers
     on_progress: OnProgress | None
 
@@ -73,6 +74,7 @@ class Reading:
     lossless: Literal["windows", "slots"] = "windows"
     capacity: int | None = None
     memory_dtype: str | None = None
+    recent: bool | None = None
     seed: Integers = 0
     on_progress: OnProgress | None = None
 

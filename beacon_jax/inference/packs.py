@@ -15,7 +15,9 @@ The metadata has `beacon_pack` (format version), `manifest` (JSON) and its check
     dtype        of keys and values
     rows         per row: tokens, slots, entries (slots and open window), raw and ratio
                  of the open window, windows, text_sha256 (of the token ids as int32;
-                 null: they were not kept), tokens_stored
+                 null: they were not kept), tokens_stored; recent, if rows keep their
+                 last full windows raw: own (ratio of the one that lies so, or null) and
+                 fixed (windows in front that are never run again)
     tensors      name -> dtype, shape, sha256
 
 Tensors, for B rows of L layers, K kv heads of H channels:
@@ -23,6 +25,7 @@ Tensors, for B rows of L layers, K kv heads of H channels:
     state.k/b, state.v/b  [L, entries, K, H]  row b, its live entries only
     state.slots ...       [B]                 the counts of `core.memory.MemoryState`
     state.tokens          [B, W]              ids of the open window's tokens, 0 beyond
+    state.recent ...      [B], [B, W]         `core.memory.Recent`, if there is one
     row.spans/b           [M, 2]              source tokens of each slot
     row.ratios/b          [M]                 ratio of each slot, 0: a raw entry
     row.marks/b           [P, 2]              (tokens, slots) behind each window
@@ -66,7 +69,7 @@ from beacon_jax.model.partition import Partition
 if TYPE_CHECKING:
     from beacon_jax.inference.memory import Memory
 
-VERSION = 1
+VERSIONS = ("1", "2")  # 2: rows keep their last full windows raw
 _MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _AGAIN = "Copy it again from where it was made, or compress the text again."
 
@@ -93,7 +96,8 @@ def save(
     Args:
       path: of the file, `.beacon` by custom.
       tokens: whether token ids are written, which `truncate` inside a window needs.
-        Those of open windows (fewer than W per row) are always written.
+        Those of open windows (fewer than W per row) are always written, and those of
+        last full windows that lie raw (W per row).
       overwrite: a file of that name is replaced when the new one is complete.
 
     Raises:
@@ -129,6 +133,7 @@ def save(
                 "windows": row.windows,
                 "text_sha256": _text_hash(row),
                 "tokens_stored": stored[i].tokens is not None,
+                **_recent_fields(row),
             }
             for i, row in enumerate(rows)
         ],
@@ -143,7 +148,7 @@ def save(
     }
     with _new_file(target) as partial:
         text = json.dumps(manifest, separators=(",", ":"))
-        write_safetensors(partial, tensors, blocks, _metadata(text))
+        write_safetensors(partial, tensors, blocks, _metadata(text, memory.recent))
 
 
 def read(
@@ -194,6 +199,7 @@ def read(
         pack.manifest["dtype"],
         lambda name: pack.part(f"state.{name}"),
         partition,
+        pack.recent,
     )
     histories = tuple(_history(pack, i, row) for i, row in enumerate(rows))
     return config, state, histories, identity
@@ -263,7 +269,9 @@ class _Pack:
             shape, dtype = tuple(info["shape"]), ALL_DTYPES[info["dtype"]]
             self.tensors[name] = Tensor(shape, dtype, path.name, end)
             end += self.tensors[name].nbytes
-        if header != safetensors_header(self.tensors, _metadata(text)):
+        self.recent = "recent" in self.manifest["rows"][0]
+        metadata = _metadata(text, self.recent)
+        if header != safetensors_header(self.tensors, metadata):
             raise self._damaged("its header is not the one that was written")
         size = path.stat().st_size
         if size != end:
@@ -292,11 +300,11 @@ class _Pack:
             checksum = metadata["manifest_sha256"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._no_pack(f"its header has no manifest ({error!r})") from error
-        if version != str(VERSION):
-            newer = str(version).isdigit() and int(version) > VERSION
+        if version not in VERSIONS:
+            newer = str(version).isdigit() and int(version) > int(VERSIONS[-1])
             raise PackError(
                 f"{self.path} has format version {version}, this program reads "
-                f"{VERSION}: "
+                f"{' and '.join(VERSIONS)}: "
                 + (
                     "install a newer beacon_jax, or compress the text again."
                     if newer
@@ -359,7 +367,17 @@ def _history(pack: _Pack, row: int, about: Mapping[str, Any]) -> History:
     spans, ratios, marks = get("spans"), get("ratios"), get("marks")
     assert spans is not None and ratios is not None and marks is not None
     fed = int(marks[-1, 0]) + about["raw"]
-    return History(spans, ratios, marks, fed, get("tokens"), about["ratio"])
+    recent = about.get("recent", {})
+    return History(
+        spans,
+        ratios,
+        marks,
+        fed,
+        get("tokens"),
+        about["ratio"],
+        recent="recent" in about,
+        **recent,
+    )
 
 
 def _check_model(
@@ -382,9 +400,16 @@ def _check_model(
         raise PackError(f"{path} {other_model(found, 'pack')}\n{remedy}")
 
 
-def _metadata(manifest: str) -> dict[str, str]:
+def _recent_fields(row: History) -> dict[str, Any]:
+    """Returns what the manifest says of a row that keeps its last full window raw."""
+    if not row.recent:
+        return {}
+    return {"recent": {"own": row.own, "fixed": row.fixed}}
+
+
+def _metadata(manifest: str, recent: bool) -> dict[str, str]:
     return {
-        "beacon_pack": str(VERSION),
+        "beacon_pack": VERSIONS[recent],
         "manifest": manifest,
         "manifest_sha256": _sha256([np.frombuffer(manifest.encode(), np.uint8)]),
     }

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.core.feed import power_of_two
-from beacon_jax.core.plan import at, draw_ratios
+from beacon_jax.core.plan import agreeing, at, draw_ratios
 from beacon_jax.inference.budget import Budget, spend
 from beacon_jax.inference.history import History
 from beacon_jax.inference.options import Ratio
@@ -313,20 +313,8 @@ def group_rows(
     steps = []
     for i, plan in enumerate(plans):
         row = Row(config, int(lengths[i]), 0, before[i] if before else None)
-        used = row.before.ahead(plan.ratios, -(-row.text // row.window))
-        steps.append(used.tolist())
-    groups: list[list[int]] = []
-    # Longest first: a group's first row has all steps of the group, so that a row that
-    # agrees with it agrees with the others.
-    for i in sorted(range(len(steps)), key=lambda i: -len(steps[i])):
-        mine = steps[i]
-        for group in groups:
-            if steps[group[0]][: len(mine)] == mine:
-                group.append(i)
-                break
-        else:
-            groups.append([i])
-    return sorted(sorted(group) for group in groups)
+        steps.append(row.steps(plan.ratios))
+    return agreeing(steps)
 
 
 def stack_ratios(plans: Sequence[Plan]) -> Int[np.ndarray, "B P"]:

@@ -55,10 +55,11 @@ def check_request(
         per = _highest(asked, row, model) or 1
         total = row.raw + length + new
         each = int(law.kept(per, 1))
-        slots = row.slots + total // w * each
+        own = row.slots - (0 if row.own is None else w)  # is compressed, too
+        slots = own + total // w * each
         if slots <= free:
             continue
-        held = row.slots + law.room([per])
+        held = own + law.room([per])
         fit = int((free * _ROUNDED - held) // each * w) - row.raw - length
         if new > length and fit > 0:
             name = "max_new_tokens" if hasattr(asked, "max_new_tokens") else "reserve"

@@ -20,6 +20,7 @@ class Row:
       first: number of window 0 in the row.
       start: first token of window 0 in the row.
       text, total: tokens from there to the end of the text and of the new tokens.
+      full: windows that the text fills.
       fixed: ratio of window 0 if it is open already, else None.
       lossless: windows that are not compressed, bool [count].
       offsets: window -> offsets of the raw entries kept beside its beacons.
@@ -41,6 +42,7 @@ class Row:
         self.total = self.text + new
         self.count = max(-(-self.total // self.window), 1)
         self.fixed = self.before.opened
+        self.full = self.text // self.window  # windows that the text fills
         self.lossless = np.zeros(self.count, bool)
         self.offsets: dict[int, Int[np.ndarray, " k"]] = {}
 
@@ -53,7 +55,7 @@ class Row:
         if lossless == "slots":
             # A window that the text does not fill closes later, when nobody knows the
             # spans any more: it is not compressed.
-            closing = touched[touched < self.text // self.window]
+            closing = touched[touched < self.full]
             self.offsets = {
                 int(i): offset[window == i].astype(np.int32) for i in closing
             }
@@ -85,15 +87,47 @@ class Row:
         """
         return np.clip(tokens - self.window * np.arange(self.count), 0, self.window)
 
+    def steps(self, plan: Int[np.ndarray, " P"]) -> list[int]:
+        """Lists the ratios of the windows that rows of a batch run together.
+
+        Those are all windows of the text or, if the last full one stays raw, those in
+        front of it, which may begin with one that is run again.
+        """
+        used = self.before.ahead(plan, -(-self.text // self.window)).tolist()
+        if not self.before.recent:
+            return used
+        again = [] if self.before.own is None else [self.before.own]
+        return (again + used[: self.full])[:-1] if self.full else []
+
     def slots(self, ratios: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n1"]:
         """Counts the slots in front of each window if all close, and behind the last.
 
-        See docs/specification.md section 2.
+        All of these windows are compressed (docs/specification.md section 2).
         """
-        slots = self.law.after(ratios, self.before.slots)
+        slots, own = self.before.slots, self.before.own
+        if own is not None:
+            slots -= self.window
+            slots += int(self.law.kept(own, slots))
+        slots = self.law.after(ratios, slots)
         for i, at in self.offsets.items():
             slots[i + 1 :] += len(at) if ratios[i] else 0
         return slots
+
+    def in_front(self, ratios: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n1"]:
+        """Counts what `slots` does as each window meets it.
+
+        In front of a window that is open lies the one before, raw, if the row keeps
+        its last full window so.
+        """
+        slots = self.slots(ratios)
+        if not self.before.recent:
+            return slots
+        front = slots.copy()
+        front[1:] = slots[:-1] + self.window
+        front[0] = self.before.slots
+        # The text's full windows are compressed at once.
+        front[: self.full] = slots[: self.full]
+        return front
 
     def positions(self, ratios: Int[np.ndarray, " n"]) -> int:
         """Returns the most positions at once (docs/specification.md section 2)."""
@@ -101,14 +135,14 @@ class Row:
 
     def held(self, ratios: Int[np.ndarray, " n"]) -> int:
         """Returns the most entries in the buffer from the end of the text on."""
-        return self._most(ratios, self.text // self.window)
+        return self._most(ratios, self.full)
 
     def _most(self, ratios: Int[np.ndarray, " n"], first: int) -> int:
         """Counts the most entries at once from window `first` on.
 
         A window has the most before it closes: its raw tokens and all its beacons.
         """
-        slots, raw = self.slots(ratios), self.raw(self.total)
+        slots, raw = self.in_front(ratios), self.raw(self.total)
         opened = (slots[:-1] + self.law.entries(ratios, raw))[first:][raw[first:] > 0]
         return int(max(slots[self.total // self.window], opened.max(initial=0)))
 
@@ -117,7 +151,12 @@ class Row:
 
         The open window is read from its start, as `feed` does.
         """
-        steps = zip(ratios, self.slots(ratios), self.raw(self.text), strict=False)
+        used = ratios.copy()
+        steps = zip(used, self.in_front(ratios), self.raw(self.text), strict=False)
+        if self.before.recent and self.full:
+            used[self.full - 1] = 0
+            if (own := self.before.own) is not None:
+                steps = [(own, self.before.slots - self.window, self.window), *steps]
         spent = sum(
             flops.window(self.config, int(r), int(m), raw=int(n)).total
             for r, m, n in steps

@@ -339,6 +339,8 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
         alone(asked.ratio)
     if asked.memory_dtype is not None:
         is_a("memory_dtype", asked.memory_dtype, str, "give 'int8', or None")
+    if asked.recent is not None:
+        switch("recent", asked.recent)
     one_of("lossless", asked.lossless, LOSSLESS)
     check_spans(asked.spans)
     callback("on_progress", asked.on_progress, "tokens fed", "of how many")

@@ -87,9 +87,9 @@ def test_scores_are_those_of_all_logits_at_once(lm, pairs, ratio):
 def test_a_context_of_several_requests_is_compressed_once(lm, pairs, monkeypatch):
     rows = []
 
-    def counted(self, contexts, ratio, compress=Model.compress):
+    def counted(self, contexts, ratio, compress=Model.compress, **options):
         rows.append(len(contexts))
-        return compress(self, contexts, ratio)
+        return compress(self, contexts, ratio, **options)
 
     monkeypatch.setattr(Model, "compress", counted)
     shared = [pairs[5], *pairs[-2:]]

@@ -1,5 +1,7 @@
 """A tiny random model with a tokenizer, as an ordinary HF folder written by hand."""
 
+import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +109,16 @@ def model(folder) -> Model:
 @pytest.fixture(scope="session")
 def plain(make_folder) -> Model:
     return load(make_folder(beacons=False))
+
+
+@pytest.fixture(scope="session")
+def plain_text(model):
+    """The tiny model without tokens beyond ASCII: its text is tokenised again to its
+    own tokens, and never ends by itself."""
+    variables = copy.copy(model.variables)
+    kernel = variables["params"]["lm_head"]["kernel"]
+    params = variables["params"] | {"lm_head": {"kernel": kernel.at[:, 94:].set(0)}}
+    return dataclasses.replace(model, variables=variables | {"params": params})
 
 
 @pytest.fixture

@@ -85,6 +85,24 @@ def test_a_file_or_stdin_becomes_memory_and_text(run, model):
     assert again.out == first.out, again.err
 
 
+def test_recent_keeps_the_last_window_raw_in_packs_and_answers(run, model):
+    given = ("--context=context.txt", "--ratio=4", "--recent")
+    ran = run(compress, *given, "--out=x.beacon")
+    assert ran.code == 0 and "(the last 8 raw)" in ran.out, ran.err
+    options = {"ratio": 4, "recent": True, "max_new_tokens": 9}
+    expected = model.generate("At dawn", context=TEXT, **options)
+    ask = ("--prompt=At dawn", "--max_new_tokens=9")
+    assert run(generate, *ask, *given).out == expected + "\n"
+    # A pack goes on as it was made, with or without the flag.
+    assert run(generate, *ask, "--load_memory=x.beacon").out == expected + "\n"
+    plain = run(compress, "--context=context.txt", "--ratio=4", "--out=y.beacon")
+    assert plain.code == 0 and "raw" not in plain.out
+    fails(
+        run(generate, *ask, "--load_memory=y.beacon", "--recent"),
+        "--recent=True but the memory was made without it and stays so: leave --recent",
+    )
+
+
 def test_as_a_process_only_the_text_is_on_stdout(folder, model):
     result = subprocess.run(
         [

@@ -24,16 +24,6 @@ MESSAGES = ("Who wept?", "And when was that?", "Thanks!")
 OPTIONS = {"ratio": 4, "max_new_tokens": 9, "capacity": 320}
 
 
-@pytest.fixture(scope="module")
-def plain_text(model):
-    """The tiny model without tokens beyond ASCII: its text is tokenised again to its
-    own tokens, and never ends by itself."""
-    variables = copy.copy(model.variables)
-    kernel = variables["params"]["lm_head"]["kernel"]
-    params = variables["params"] | {"lm_head": {"kernel": kernel.at[:, 94:].set(0)}}
-    return dataclasses.replace(model, variables=variables | {"params": params})
-
-
 def assert_same(memory, expected):
     """Equal accounts and equal slots on the device."""
     (ours,), (theirs,) = memory.rows, expected.rows

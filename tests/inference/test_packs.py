@@ -210,7 +210,7 @@ def test_what_is_no_pack_is_said_to_be_none(tmp_path, path):
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [("2", "install a newer"), ("0", "compress the text again")]
+    ("version", "remedy"), [("3", "install a newer"), ("0", "compress the text again")]
 )
 def test_another_format_version_is_named_with_what_to_do(path, version, remedy):
     random_memory((13,)).save(path, overwrite=True)
@@ -218,7 +218,9 @@ def test_another_format_version_is_named_with_what_to_do(path, version, remedy):
     path.write_bytes(
         data.replace(b'"beacon_pack":"1"', f'"beacon_pack":"{version}"'.encode())
     )
-    with pytest.raises(PackError, match=f"version {version}, .* reads 1: {remedy}"):
+    with pytest.raises(
+        PackError, match=f"version {version}, .* reads 1 and 2: {remedy}"
+    ):
         Memory.load(path)
 
 
@@ -392,7 +394,7 @@ def test_leaves_of_an_int8_memory_are_cut_and_put_back(path, monkeypatch, mesh):
     assert manifest["dtype"] == "int8"
     assert manifest["tensors"]["state.k.values/0"]["shape"] == [2, 16, 2, 8]
     assert manifest["tensors"]["state.k.scale/1"]["shape"] == [2, 2, 6]
-    make = lambda config, rows, capacity, dtype: quantized(
+    make = lambda config, rows, capacity, dtype, recent: quantized(
         random_memory((1,) * rows, capacity=capacity)
     )
     monkeypatch.setattr(leaves, "init_memory", make)
@@ -426,7 +428,8 @@ def test_a_config_of_no_rank_is_written_as_before_there_was_one(path):
 def test_the_header_is_what_the_library_would_write(path):
     random_memory((13,)).save(path, overwrite=True)
     pack = packs._Pack(path)
-    metadata = packs._metadata(json.dumps(pack.manifest, separators=(",", ":")))
+    manifest = json.dumps(pack.manifest, separators=(",", ":"))
+    metadata = packs._metadata(manifest, pack.recent)
     header = safetensors_header(pack.tensors, metadata)
     assert path.read_bytes().startswith(header)
 

@@ -14,6 +14,8 @@ for every example.
     selective                    the tokens that the model would not have guessed
     text:module.function         what a compressor of text leaves (`baselines.text`)
     int8, beacon_int8            everything, or beacons, at their own bytes
+    NAME_recent                  beacon or beacon_int8 with the last full window raw;
+                                 others at the bytes of these beacons
 
 A method of one's own is a class in a file where the command is run, say `mine.py`:
 
@@ -44,6 +46,7 @@ from beacon_jax.evaluation.baselines.text import (
     text_compressor,
 )
 from beacon_jax.evaluation.methods import (
+    RECENT,
     Beacon,
     BeaconInt8,
     Full,
@@ -81,8 +84,9 @@ def make_methods(names: Sequence[str], ratios: Sequence[int | str]) -> list[Meth
     """The methods of --methods; those with a ratio once per ratio.
 
     Args:
-      names: of FAMILIES; "text:module.function", a compressor of text
-        (`baselines.text`); "module:Class", a `Method` of one's own.
+      names: of FAMILIES, some also with "_recent" behind them; "text:module.function",
+        a compressor of text (`baselines.text`); "module:Class", a `Method` of one's
+        own.
       ratios: numbers, or "adapt": the release's rule by the length of each text.
 
     Raises:
@@ -117,10 +121,20 @@ def _maker(name: str) -> tuple[Callable[..., Method], bool]:
                 f"--methods={name} is no subclass of beacon_jax.evaluation.Method."
             )
         return found, found.per_ratio
+    base = name.removesuffix(RECENT)
+    if base != name and base in FAMILIES:
+        found = FAMILIES[base]
+        if not found.takes_recent:
+            fit = [x for x, made in sorted(FAMILIES.items()) if made.takes_recent]
+            raise ValueError(
+                f"--methods={name}: {base} cannot have the bytes of beacons with a raw "
+                f"last window: use one of {', '.join(x + RECENT for x in fit)}."
+            )
+        return lambda ratio: found(ratio).with_recent(), True
     if name not in FAMILIES:
         raise ValueError(
             f"--methods names {name!r}: {meant(name, FAMILIES)}Known are "
-            f"{', '.join(sorted(FAMILIES))}, "
+            f"{', '.join(sorted(FAMILIES))}, NAME_recent, "
             "text:module.function and module:Class."
         )
     return FAMILIES[name], FAMILIES[name].per_ratio

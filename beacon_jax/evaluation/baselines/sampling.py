@@ -56,7 +56,7 @@ class Random(TokenSampling):
     run that is continued draws the same.
     """
 
-    family = "random"
+    family, takes_recent = "random", True
 
     def choose(self, row: Int[np.ndarray, " n"], k: int) -> Int[np.ndarray, " k"]:
         digest = hashlib.blake2b(np.asarray(row, "<i4").tobytes(), digest_size=8)
@@ -101,7 +101,7 @@ class Streaming(Budgeted):
     was evicted after one is not there for the next. Positions are those in the cache.
     """
 
-    family = "streaming"
+    family, takes_recent = "streaming", True
 
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         w, budget = model.window, self.budget(model, past)

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from beacon_jax.core.feed import padded
-from beacon_jax.core.memory import MemoryState
+from beacon_jax.core.memory import MemoryState, slot_nbytes
 from beacon_jax.evaluation import reading
-from beacon_jax.evaluation.methods import Method, budget_slots
+from beacon_jax.evaluation.methods import Method, budget_slots, id_nbytes
 from beacon_jax.evaluation.reading import Rows
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
@@ -34,13 +34,20 @@ class Budgeted(Method):
         They are as many as beacons and their sinks have, and no more than the row has
         tokens.
         """
-        most = lambda row: budget_slots(model.config, len(row), self.number)
+        most = lambda row: self._slots(model, len(row))
         return np.asarray([min(most(row), len(row)) for row in past], np.int32)
 
     def most(self, model: Model, past: Rows) -> int:
         """Returns the largest budget of a run: one compiled program for all lengths."""
-        longest = max(self.longest, *map(len, past))
-        return budget_slots(model.config, longest, self.number)
+        return self._slots(model, max(self.longest, *map(len, past)))
+
+    def _slots(self, model: Model, tokens: int) -> int:
+        """Counts the slots of beacons; of the bytes of ids besides it makes slots."""
+        slots = budget_slots(model.config, tokens, self.number, self.recent)
+        if not self.recent:
+            return slots
+        slot = slot_nbytes(model.config, model.net.dtype)
+        return slots + id_nbytes(model.config, tokens) // slot
 
 
 def read(model: Model, rows: Rows, longest: int = 0) -> Memory:

@@ -32,6 +32,7 @@ class Shortened(Budgeted):
 class Truncation(Shortened):
     """Keeps `cut(row, k)`, k tokens of each row."""
 
+    takes_recent = True
     cut: Callable[[Tokens, int], Tokens]
 
     def shortened(self, model: Model, past: Rows, sizes: list[int]) -> list[Tokens]:
@@ -76,7 +77,7 @@ class Selective(Shortened):
     first token, which nothing predicts, is always one of them.
     """
 
-    family = "selective"
+    family, takes_recent = "selective", True
 
     def shortened(self, model: Model, past: Rows, sizes: list[int]) -> list[Tokens]:
         found = self_information(model, past, self.longest)

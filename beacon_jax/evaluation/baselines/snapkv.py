@@ -36,6 +36,8 @@ OBSERVED, KERNEL = 64, 5
 class Voted(Budgeted):
     """Keeps the last `own` slots and, up to the budget, those with the most votes."""
 
+    takes_recent = True
+
     def kept(
         self, model: Model, past: Rows, memory: Memory, votes: jax.Array, own: Any
     ) -> Memory:

@@ -205,7 +205,7 @@ def _read_on(
 ) -> tuple[np.ndarray, list[int]]:
     """Reads once: returns (summed losses, bytes in front of the last window)."""
     ratio, longest = method.live_ratio, method.longest
-    memory = empty(model, len(rows), ratio, longest, method.dtype)
+    memory = empty(model, len(rows), ratio, longest, method.dtype, method.recent)
     cuts = [last_window_start(len(row), model.window) for row in rows]
     ends = [len(row) for row in rows]
     past, memory = _read(model, method, memory, rows, labels, [0] * len(rows), cuts)
