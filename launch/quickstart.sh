@@ -41,8 +41,9 @@ show "$python" launch/quickstart.py read "$model" "$beacons" --dtype="$dtype"
 missed=0
 show "$python" -m beacon_jax.evaluate --model="$model" --beacons="$beacons" \
   --dtype="$dtype" --tasks=perplexity,passkey --lengths=1024 --samples=12 --batch_size=4 \
-  --ratios=4,8 --methods=beacon,full,window,streaming,snapkv --text="${TEXT:-stdlib}" \
-  --out="$out/evaluation" --floors=smollm2 || missed=$?
+  --methods=beacon,beacon_recent,full,window,streaming_recent,snapkv_recent \
+  --ratios=4,8 --text="${TEXT:-stdlib}" --out="$out/evaluation" --floors=smollm2 ||
+  missed=$?
 show "$python" -m beacon_jax.train --config=configs/smollm2.py:short \
   --workdir="$out/train" --config.init_from="$model" --config.dtype="$dtype"
 show "$python" launch/quickstart.py loss "$out/train"

@@ -387,22 +387,26 @@ def _scores(x: Float[Array, "*B D"], kernel: Float[Array, "D V"]) -> Array:
     return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
 
 
-def _scores_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Any, Any]]:
-    return _scores(x, kernel), (x, kernel)
+def _scores_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Any, ...]]:
+    trained = () if kernel.perturbed else None  # a frozen one costs no product
+    return _scores(x.value, kernel.value), (x.value, kernel.value, trained)
 
 
-def _scores_backward(residuals: tuple[Any, Any], d: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
+def _scores_backward(residuals: tuple[Any, ...], d: Any) -> tuple[Any, Any]:
+    x, kernel, trained = residuals
+    if isinstance(d, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros_like(x), jnp.zeros_like(kernel)
     if x.dtype == jnp.bfloat16:  # float16 would lose the smallest
         d = d.astype(x.dtype)
-    f32 = jnp.float32
-    d_x = jnp.matmul(d, kernel.T, preferred_element_type=f32)
-    rows = tuple(range(x.ndim - 1))
-    d_kernel = jnp.tensordot(x, d, (rows, rows), preferred_element_type=f32)
-    return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
+    multiply = functools.partial(jnp.tensordot, preferred_element_type=jnp.float32)
+    d_x, d_kernel = multiply(d, kernel, (-1, 1)).astype(x.dtype), None
+    if trained is not None:
+        rows = tuple(range(x.ndim - 1))
+        d_kernel = multiply(x, d, (rows, rows)).astype(kernel.dtype)
+    return d_x, d_kernel
 
 
-_scores.defvjp(_scores_forward, _scores_backward)
+_scores.defvjp(_scores_forward, _scores_backward, symbolic_zeros=True)
 
 
 class Decoder(nn.Module):
