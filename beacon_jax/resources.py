@@ -80,8 +80,8 @@ def asset(path: str | Path) -> str:
 
 
 def models() -> list[str]:
-    """Returns the names of the models that come with the package."""
-    return sorted(p.parent.name for p in folder("assets").glob("*/config.json"))
+    """Returns the names of the models that come with the package; no lone beacons."""
+    return sorted(p.parent.name for p in folder("assets").glob("*/model.safetensors"))
 
 
 def has_tokenizer(path: str | Path) -> bool:
