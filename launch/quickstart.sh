@@ -40,8 +40,8 @@ dtype=${DTYPE:-$("$python" launch/quickstart.py dtype)}
 show "$python" launch/quickstart.py read "$model" "$beacons" --dtype="$dtype"
 missed=0
 show "$python" -m beacon_jax.evaluate --model="$model" --beacons="$beacons" \
-  --dtype="$dtype" --tasks=perplexity,passkey --lengths=1024 --samples=12 --batch_size=4 \
-  --methods=beacon,beacon_recent,full,window,streaming_recent,snapkv_recent \
+  --dtype="$dtype" --tasks=perplexity,passkey --lengths=1024 --samples=8 --batch_size=4 \
+  --methods=beacon_recent,full,window,streaming_recent,snapkv_recent \
   --ratios=4,8 --text="${TEXT:-stdlib}" --out="$out/evaluation" --floors=smollm2 ||
   missed=$?
 show "$python" -m beacon_jax.train --config=configs/smollm2.py:short \

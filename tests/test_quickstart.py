@@ -72,7 +72,7 @@ def test_it_reads_measures_trains_and_looks_at_the_loss(start):
     assert read.startswith("launch/quickstart.py read ") and "model.gguf" in read
     for option in (
         "--tasks=perplexity,passkey",
-        "--methods=beacon,beacon_recent,full,window,streaming_recent,snapkv_recent",
+        "--methods=beacon_recent,full,window,streaming_recent,snapkv_recent",
         "--ratios=4,8",
         "--floors=smollm2",
         "--beacons=",
