@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import beacon_jax
+from beacon_jax import resources
 from beacon_jax.evaluation.floors import read_floors
+from beacon_jax.hf.adapter import open_adapter
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash") or "bash"
@@ -139,6 +141,12 @@ def test_make_has_both_targets():
         command = ["make", "-n", "-C", str(ROOT), target]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0 and runs in done.stdout, done.stderr
+
+
+def test_the_beacons_that_come_along_are_found_by_name_and_are_no_model():
+    assert "smollm2-135m-beacon" not in resources.models()
+    beacons = open_adapter(Path(resources.asset("smollm2-135m-beacon"))).beacon
+    assert (beacons.rank, beacons.window, beacons.ratios) == (64, 256, (2, 4, 8))
 
 
 def test_its_floors_can_be_read():

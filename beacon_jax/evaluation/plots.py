@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from beacon_jax.evaluation.methods import ADAPT, split_name
+from beacon_jax.evaluation.methods import ADAPT, RECENT, split_name
 from beacon_jax.evaluation.statistics import grouped
 
 # The colours of the published needle heat maps: missed, half, found.
@@ -286,11 +286,18 @@ def _legend(figure: Figure, panels: Sequence[Any]) -> None:
 
 
 def style(family: str) -> dict[str, Any]:
-    """A colour and a marker that are a family's in every panel and every report."""
-    digit = int(hashlib.sha256(family.encode()).hexdigest(), 16)
+    """A colour and a marker that are a family's in every panel and every report.
+
+    With the last window raw it has the same ones, hollow and dotted.
+    """
+    base = family.removesuffix(RECENT)
+    digit = int(hashlib.sha256(base.encode()).hexdigest(), 16)
     free = f"C{digit % 10}", MARKERS[digit // 10 % len(MARKERS)]
-    color, marker = STYLES.get(family, free)
-    return {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2}
+    color, marker = STYLES.get(base, free)
+    drawn = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2}
+    if base == family:
+        return drawn
+    return drawn | {"markerfacecolor": "white", "linestyle": ":"}
 
 
 def _against_ratio(axes: Any, metrics: list[Mapping[str, Any]]) -> None:

@@ -86,7 +86,7 @@ _OTHERS = {"mig", "laptop", "v4 lite"}
 
 CPU_DTYPES = ("float32", "bfloat16")
 # Steps in bfloat16 were no faster on a CPU whose products were twice as fast
-# (AVX512-BF16), twice as fast where these were 4 times (AMX): half of the gain is lost.
+# (AVX512-BF16), and 1.5 times as fast where these were 4 times (AMX).
 WORTH = 2.5
 
 

@@ -361,7 +361,7 @@ def _step_seconds(facts: _Facts) -> float:
         shape = model.hidden_size, model.intermediate_size
         peak = product_rate(facts.devices[0], config.dtype, *shape)
         if config.dtype != "float32":
-            peak /= 2  # see hardware.WORTH
+            peak /= 2  # steps gain less than products, see hardware.WORTH
     return flops / (UTILISATION[facts.kind] * peak)
 
 
