@@ -228,6 +228,8 @@ def _spent(
     everything, own, replaced = sum(weights.values()), 0, 0
     if c.beacon and c.beacon.rank:
         own = count_params(c)[1] - c.hidden_size  # less the embedding's row
+        if c.beacon.anchor != "none":
+            replaced = weights["k_proj"] + weights["v_proj"]
     elif c.beacon:
         own = replaced = sum(weights[f"{letter}_proj"] for letter in c.beacon.param)
     return Flops(

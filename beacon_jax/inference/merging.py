@@ -12,6 +12,7 @@ from jaxtyping import Float
 from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.hf.adapter import materialised
 from beacon_jax.hf.checkpoint import load, save_hf
+from beacon_jax.hf.conversion import read_config
 from beacon_jax.inference.verify import MAX_KL
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
@@ -37,8 +38,16 @@ def merge(src: Path, dst: Path, *, overwrite: bool = False) -> str:
       What was written, with the KL per token against the low-rank beacons.
 
     Raises:
-      ValueError: the beacons of `src` have no rank.
+      ValueError: the beacons of `src` have no rank, or anchors, which the release does
+        not know.
     """
+    hf = read_config(src)
+    if hf.get("beacon_anchor", "none") != "none":
+        raise ValueError(
+            f"--src={src} has beacon_anchor={hf['beacon_anchor']!r}: projections of "
+            "the beacons' own, which the release reads, cannot say what such beacons "
+            "do. Use --adapter, and load them with --beacons."
+        )
     model = load(src)
     if model.config.beacon is None or not model.config.beacon.rank:
         raise ValueError(f"--src={src} has no low-rank beacons: there is none to add.")

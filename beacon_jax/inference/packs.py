@@ -416,10 +416,11 @@ def _metadata(manifest: str, recent: bool) -> dict[str, str]:
 
 
 def _config_fields(config: ModelConfig) -> dict[str, Any]:
-    """Returns a config as JSON; a rank of 0 is left out, as earlier versions do."""
+    """Returns a config as JSON; what earlier versions do not know is left out."""
     fields = dataclasses.asdict(config)
-    if config.beacon and not config.beacon.rank:
-        del fields["beacon"]["rank"]
+    for name, absent in (("rank", 0), ("anchor", "none")):
+        if config.beacon and getattr(config.beacon, name) == absent:
+            del fields["beacon"][name]
     return fields
 
 

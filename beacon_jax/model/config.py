@@ -195,6 +195,9 @@ class BeaconConfig:
       parallel_window: windows that may run at once; a speed hint, results are as for 1.
       rank: 0, beacons have projections of their own, the release's form; above 0 they
         have low-rank changes of the base's: x W + (x A) B, A [D, rank], B [rank, out].
+      anchor: "last", the keys and values that a low-rank beacon changes are those of
+        the token in front of it, the last one it stands for, in place of its own x W;
+        or "none", the release's form.
     """
 
     window: int = 1024
@@ -206,6 +209,7 @@ class BeaconConfig:
     placement: str = "interleave"
     parallel_window: int = 1
     rank: int = 0
+    anchor: str = "none"
 
     def __post_init__(self):
         for name in ("ratios", "param"):
@@ -243,6 +247,7 @@ class BeaconConfig:
             )
         check_choice("embed_init", self.embed_init, ("eos", "bos"))
         check_choice("placement", self.placement, ("interleave", "append"))
+        check_choice("anchor", self.anchor, ("none", "last"))
         whole = isinstance(self.sink, int) and not isinstance(self.sink, bool)
         if not whole or not 0 <= self.sink <= self.window:
             raise ValueError(
@@ -258,6 +263,18 @@ class BeaconConfig:
             raise ValueError(
                 f"rank={self.rank} and param=() leave nothing to change: name "
                 "projections in param, or use rank=0."
+            )
+        if self.anchor != "none" and not self.rank:
+            raise ValueError(
+                f"anchor={self.anchor!r} with rank=0: a beacon changes its anchor's "
+                "keys and values by matrices of a rank. Set rank, as in rank=64, or "
+                "anchor='none'."
+            )
+        if self.anchor != "none" and self.placement != "interleave":
+            raise ValueError(
+                f"anchor={self.anchor!r} with placement={self.placement!r}: a beacon's "
+                "anchor is the token in front of it. Use placement='interleave' or "
+                "anchor='none'."
             )
 
     @classmethod
@@ -304,8 +321,9 @@ class BeaconConfig:
         fields = {
             key: getattr(self, name) for key, name in _BEACON_KEYS.items() if name
         }
-        if not self.rank:  # the release's form, which has no such key
-            del fields["beacon_rank"]
+        for key, name in _NOT_RELEASED.items():  # the release's form has no such key
+            if getattr(self, name) == getattr(type(self), name):
+                del fields[key]
         return {
             "beacon_attend_prev": True,
             "beacon_attn": "full-coverage",
@@ -328,7 +346,9 @@ _BEACON_KEYS = {
     "beacon_pos": "placement",
     "beacon_parallel_window": "parallel_window",
     "beacon_rank": "rank",
+    "beacon_anchor": "anchor",
 }
+_NOT_RELEASED = {"beacon_rank": "rank", "beacon_anchor": "anchor"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,6 +131,8 @@ class Linear(nn.Module):
       rank: above 0 these are no weights in place of the base's W: beacon rows get
         (x A) B on top of x W. W + A B is never made: the backward pass would keep one
         per layer.
+      anchored: beacon rows start from the result of the raw row in front of them, in
+        place of their own x W.
       writes: into the residual stream; its inputs are `shrunk`.
     """
 
@@ -143,6 +145,7 @@ class Linear(nn.Module):
     dtype: Any
     writes: bool = False
     rank: int = 0
+    anchored: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -154,9 +157,9 @@ class Linear(nn.Module):
         if self.use_bias:
             base["bias"] = self.param("bias", bias_init, self.outputs)
         if not self.own:
-            return self._apply(x, base)
+            return self._from_base(x, base)
         if self.rank:
-            return self._low_rank(x, self._apply(x, base))
+            return self._low_rank(x, self._from_base(x, base))
         kernel = self.variable("beacon", "kernel", _zeros(kernel_init, shape))
         beacon: dict[str, Any] = {"kernel": kernel.value}
         if self.use_bias:
@@ -167,8 +170,15 @@ class Linear(nn.Module):
         raw, beacons = self.layout.split(x)
         return self.layout.join(self._apply(raw, base), self._apply(beacons, beacon))
 
+    def _from_base(self, x, base):
+        """Multiplies with the base's W; anchored beacons get their anchors' results."""
+        if not self.anchored or self.layout.beacons == 0:
+            return self._apply(x, base)
+        raw = self._apply(self.layout.split(x)[0], base)
+        return self.layout.join(raw, self.layout.anchors(raw))
+
     def _low_rank(self, x, y):
-        """Adds (x A) B to the beacon rows of y = x W."""
+        """Adds (x A) B to the beacon rows of y, which are those of `_from_base`."""
         n = len(self.inputs)
 
         def matrix(name, shape, axes):
@@ -230,10 +240,12 @@ class Attention(nn.Module):
         c, dtype = self.net.config, self.net.dtype
         d, h = (c.hidden_size,), c.head_dim
         owned, rank = (c.beacon.param, c.beacon.rank) if c.beacon else ((), 0)
+        anchored = c.beacon is not None and c.beacon.anchor == "last"
         make = lambda letter, i, o, axes, bias: Linear(
             *(i, o, axes, bias, letter in owned, self.layout, dtype),
             writes=letter == "o",
             rank=rank,
+            anchored=anchored and letter in "kv",
         )
         heads, kv_heads = (c.num_heads, h), (c.num_kv_heads, h)
         kv_axes = ("embed", "kv_heads", "head_dim")

@@ -53,6 +53,11 @@ class Layout:
         parts = grouped[:, :, : self.raw], grouped[:, :, self.raw :]
         return tuple(p.reshape(p.shape[0], -1, *p.shape[3:]) for p in parts)
 
+    def anchors(self, raw):
+        """Takes the raw row in front of each beacon, one per group."""
+        grouped = raw.reshape(raw.shape[0], self.groups, -1, *raw.shape[2:])
+        return grouped[:, :, -1]
+
     def join(self, raw, beacon):
         """Joins what `split` has split."""
         parts = [

@@ -42,6 +42,7 @@ FREE_KEYS = (
 )
 # What runs had before there was a key.
 BEFORE = {
+    "config.beacon.anchor": "none",
     "config.beacon.rank": 0,
     "config.beacons_from": "",
     "config.data.first_step": 0,

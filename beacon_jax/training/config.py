@@ -107,6 +107,9 @@ def default_config() -> Config:
             # 0: weights of their own; 64: changes of that rank, x W + (x A) B with the
             # base's W, of Llama-2-7B 50 million parameters in place of 1.6 billion.
             "rank": 0,
+            # "last": the keys and values that a low-rank beacon changes are those of
+            # the token in front of it, not its own x W: it starts as a copy of it.
+            "anchor": "none",
             "embed_init": "eos",  # or "bos": token whose embedding a beacon starts from
             "sink": 0,  # entries of the first window that are kept for ever
             # Beacons after every `ratio` tokens, or behind the window: "append".

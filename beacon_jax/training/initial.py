@@ -87,7 +87,7 @@ def check_beacons_from(config: Config, model: ModelConfig) -> None:
             "beacon.use=True."
         )
     theirs = open_adapter(hub.find(config.beacons_from, "beacons_from"), "beacons_from")
-    for key in ("rank", "param"):  # decide the shapes
+    for key in ("rank", "param", "anchor"):  # decide shapes, and what they change
         there, here = getattr(theirs.beacon, key), getattr(model.beacon, key)
         if there != here:
             raise ValueError(
