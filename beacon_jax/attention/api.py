@@ -49,8 +49,8 @@ INT8 = ("decode_gpu", "decode_tpu", "decode_xla", "pallas_tpu")
 # Names of what a backward pass needs besides q, k and v, for checkpoint policies.
 RESIDUALS = (OUT, LSE, WEIGHTS)
 # Up to so many slots all scores at once are cheaper than a loop over blocks. On a CPU
-# they leave its caches soon: 320 queries of SmolLM2's heads on 1,024 slots take 20 ms in
-# bfloat16, by blocks 5, backward 37 and 14; with 64 queries on 128 both take 0.4.
+# they soon leave its caches: 320 queries of SmolLM2's heads on 1,024 slots take 20 ms
+# in bfloat16, by blocks 5, backward 37 and 14; 64 queries on 128 take 0.4 either way.
 SMALL, SMALL_ON_CPU = 1024, 128
 
 
