@@ -26,7 +26,12 @@ def get_config(arg: str = "") -> Config:
     config.dtype = "bfloat16"
     config.beacon.window = 256
     config.beacon.ratios = (2, 4, 8)
+    # Each beacon starts as a copy of the token in front of it. Without the first token
+    # of the text, which all heads look at, copies are worth nothing; with own x W in
+    # place of them, beacons first have to unlearn harm of 1 to 5 nats.
     config.beacon.rank = 64
+    config.beacon.anchor = "last"
+    config.beacon.sink = 1
     # In half of the steps all windows have one ratio, as at inference.
     config.uniform_plans = 0.5
     config.loss.kind = "distil"
