@@ -27,6 +27,7 @@ from beacon_jax.hf.keys import beacon_part, flatten, table, unflatten
 from beacon_jax.hf.placement import Place
 from beacon_jax.hf.reader import TreeReader
 from beacon_jax.hf.writer import copy_small_files, new_folder, write_config
+from beacon_jax.model import config_keys
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.resources import asset
@@ -108,7 +109,9 @@ def load(
         )
     manifest = read_manifest(path) if is_converted(path) else {}
     ignore = ignore_sliding_window or manifest.get("ignore_sliding_window", False)
-    config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=ignore)
+    hf = read_config(path)
+    config = ModelConfig.from_hf(hf, ignore_sliding_window=ignore)
+    config_keys.warn_unknown(hf)
     if isinstance(beacon, BeaconConfig):
         config = dataclasses.replace(config, beacon=beacon)
     stored = config  # what the folder has, beside what it may have

@@ -45,6 +45,7 @@ from beacon_jax.hf.writer import (
     write_config,
     write_safetensors,
 )
+from beacon_jax.model import config_keys
 from beacon_jax.model.beacon import beacon_token
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import check_choice
@@ -72,6 +73,7 @@ def from_hf(
     _check_different(src, dst)
     hf = read_config(src)
     config = ModelConfig.from_hf(hf, ignore_sliding_window=ignore_sliding_window)
+    config_keys.warn_unknown(hf)
     with Progress().stage("looking at the tensors"):
         reader = open_weights(src)
         source = HfSource(config, reader, check_dtype(dtype))

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+from beacon_jax.model import config_keys
 from beacon_jax.names import check_choice, hinted_init, meant
 
 logger = logging.getLogger(__name__)
@@ -416,6 +417,7 @@ class ModelConfig:
     ) -> Self:
         """Reads a config.json. Raises ValueError naming what is not supported."""
         family = _family(hf)
+        config_keys.check(hf)
         hf = {**_DEFAULTS[family], **hf}
         if family == "mistral" and (hf.get("max_position_embeddings") or 0) > 4096:
             hf.setdefault("sliding_window", 4096)

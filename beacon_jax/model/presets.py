@@ -14,6 +14,7 @@ from beacon_jax.names import meant
 
 PARAMETERS = {
     "tiny": 557_696,
+    "smollm2-135m": 134_515_008,
     "qwen2-0.5b": 494_032_768,
     "qwen2-1.5b": 1_543_714_304,
     "qwen2-7b": 7_615_616_512,
@@ -75,6 +76,20 @@ PRESETS: dict[str, ModelConfig] = {
         head_dim=32,
         max_position=512,
         beacon=BeaconConfig(window=32, ratios=(2, 4, 8)),
+    ),
+    # Beacons as configs/smollm2.py trains them.
+    "smollm2-135m": _model(
+        "llama",
+        49152,
+        (576, 1536, 30, 9, 3),
+        head_dim=64,
+        tie_embeddings=True,
+        max_position=8192,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=1e5),
+        beacon=BeaconConfig(
+            window=256, ratios=(2, 4, 8), sink=1, rank=64, anchor="last"
+        ),
     ),
     "qwen2-0.5b": _qwen2(896, 4864, 24, 14, 2, head_dim=64, **_SMALL),
     "qwen2-1.5b": _qwen2(1536, 8960, 28, 12, 2, **_SMALL),
