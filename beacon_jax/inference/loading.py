@@ -1,5 +1,6 @@
 """Loads a model with its tokenizer, from here, from the package or from the hub."""
 
+import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from beacon_jax.hf import checkpoint, hub
 from beacon_jax.hf.adapter import Adapter, adapter_for
 from beacon_jax.hf.placement import Place
 from beacon_jax.inference import validate
+from beacon_jax.inference.ends import end_ids
 from beacon_jax.inference.model import Model
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import variable_axes
@@ -111,7 +113,9 @@ def load(
         validate.warn(f"{said}ratio=0.", f"{said}--ratio=full.")
     # A CPU device takes these arrays over as they are: half the memory, half the time.
     variables = jax.device_put(found.variables)
-    return Model(found.config, variables, tokenizer, found.identity, partition, path)
+    ends = end_ids(found.config, path, tokenizer)
+    config = dataclasses.replace(found.config, eos_ids=ends)
+    return Model(config, variables, tokenizer, found.identity, partition, path)
 
 
 def _adapter(

@@ -17,6 +17,7 @@ from beacon_jax.inference import room, validate
 from beacon_jax.inference.account import ID_NBYTES
 from beacon_jax.inference.budget import Budget
 from beacon_jax.inference.decode import Decoded, Decoding, decode
+from beacon_jax.inference.ends import named
 from beacon_jax.inference.feeding import (
     Fit,
     check_memory,
@@ -102,6 +103,15 @@ class Model:
             f"{devices} x {kind}" if devices > 1 else kind,
         ]
         return f"Model({', '.join(parts)})"
+
+    def describe(self) -> str:
+        """Describes the model in lines of text: what it is, and what ends its answers.
+
+        End tokens are those of config.json, generation_config.json and the tokenizer.
+        """
+        ends = named(self.config.eos_ids, self.tokenizer)
+        where = [f"from {self.path}"] if self.path else []
+        return "\n".join([repr(self), f"end tokens: {ends}", *where])
 
     @functools.cached_property
     def net(self) -> Net:

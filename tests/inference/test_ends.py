@@ -1,0 +1,61 @@
+"""End tokens are all that a model's files name."""
+
+import dataclasses
+import json
+
+import pytest
+
+from beacon_jax.inference.loading import load
+
+# A greedy answer of the tiny model, which ends nowhere by itself.
+ASKED = {"max_new_tokens": 12}
+
+
+@pytest.fixture
+def folder(make_folder):
+    return make_folder(eos_token_id=[])
+
+
+def write(folder, value) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(value))
+
+
+def test_generation_ends_at_a_token_that_only_generation_config_names(folder):
+    model = load(folder)
+    endless = dataclasses.replace(model.config, eos_ids=())
+    free = dataclasses.replace(model, config=endless).complete(list(b"abc"), **ASKED)
+    # The fourth token, or the first of them that is the same.
+    end = int(free.tokens[3])
+    write(folder, {"eos_token_id": [end, 255]})
+    model = load(folder)
+    assert {end, 255} <= set(model.config.eos_ids)
+    made = model.complete(list(b"abc"), **ASKED)
+    first = list(free.tokens).index(end)
+    assert list(made.tokens[:first]) == list(free.tokens[:first])
+    assert len(made.tokens) <= first + 1 < len(free.tokens)
+
+
+def test_all_three_are_one_union_in_order_without_doubles(make_folder):
+    folder = make_folder(eos_token_id=[7, 9])
+    write(folder, {"eos_token_id": 9, "do_sample": False})
+    model = load(folder)
+    eos = model.tokenizer.eos_token_id
+    assert model.config.eos_ids == tuple(dict.fromkeys((7, 9, eos)))
+    described = model.describe()
+    assert f"end tokens: {model.tokenizer.convert_ids_to_tokens(7)} (7)" in described
+    assert str(folder) in described
+
+
+@pytest.mark.parametrize("value", [{"eos_token_id": "2"}, {"eos_token_id": [2.5]}, []])
+def test_what_is_no_id_is_refused_with_its_file(folder, value):
+    write(folder, value)
+    with pytest.raises(ValueError, match=r"generation_config\.json has eos_token_id"):
+        load(folder)
+
+
+def test_a_file_that_is_no_json_is_refused_by_name(folder):
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
+        load(folder)
+    write(folder, {})
+    load(folder)
