@@ -1,5 +1,6 @@
 """Answers the prompts of `generate`: by a batch of answers, or in a conversation."""
 
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ def read_prompts(o: flags.FlagValues) -> list[str]:
             "--context=- and --prompt_file=- both read stdin: name a file for one."
         )
     if o.prompt_file:
-        text = context.read_text("prompt_file", o.prompt_file)
+        text = context.read_text("prompt_file", o.prompt_file, o.encoding)
         # An editor's last line break is no part of the prompt.
         return [text.removesuffix("\n").removesuffix("\r")]
     if o.prompt and not all(o.prompt):
@@ -68,7 +69,7 @@ def read_template(o: flags.FlagValues) -> str | None:
         raise ValueError(
             "--chat_template=- reads stdin, which --chat does: name a file."
         )
-    return context.read_text("chat_template", o.chat_template)
+    return context.read_text("chat_template", o.chat_template, o.encoding)
 
 
 def sampling(o: flags.FlagValues) -> dict[str, Any]:
@@ -217,6 +218,9 @@ def talk(
         model, read.memory, o.system, chat_template=template, **read.ratio, **options
     )
     ending.wait_for_python()  # Ctrl-C ends a turn, not the conversation
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no UTF-8 are an error of their line: `Chat.say` refuses it.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     context.say(f"commands: {COMMANDS} (or Ctrl-D)")
     while (line := _ask()) is not None:
         if not line.strip():

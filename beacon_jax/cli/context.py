@@ -16,6 +16,7 @@ from absl import flags
 from beacon_jax import paths, runtime
 from beacon_jax.cli.ending import fail, in_flags
 from beacon_jax.cli.options import Group
+from beacon_jax.decoding import decode
 from beacon_jax.progress import Progress, say
 
 if TYPE_CHECKING:  # jax takes seconds to import: after the flags
@@ -39,6 +40,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.text("mesh", None, "Devices to split over: tensor:8.")
     f = Group(values, "Text")
     f.texts("context", None, "Text file, - is stdin; repeated: read as one text.")
+    f.text("encoding", None, "Of text files that are not UTF-8: gb18030, utf-16.")
     f = Group(values, "Compression")
     f.text("ratio", None, "8; 2,4,8 (per window); full; auto; auto-8. Else the mix.")
     f.number("max_slots", None, "Budget in place of --ratio: entries held, at most.")
@@ -82,14 +84,21 @@ def main(
 # --- what the flags say ----------------------------------------------------------
 
 
-def read_text(flag: str, name: str) -> str:
-    """Reads the text of a file or, for "-", of stdin; ValueError if there is none."""
+def read_text(flag: str, name: str, encoding: str | None = None) -> str:
+    """Reads the text of a file or, for "-", of stdin.
+
+    Args:
+      encoding: of the file; None: UTF-8.
+
+    Raises:
+      ValueError: there is no such file, no text in it, or one in another encoding.
+    """
     if name != "-":
         check_file(flag, name, " (use - for stdin)")
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     if not data.strip():
         raise ValueError(f"--{flag}={name} is empty: name a file with text.")
-    return data.decode("utf-8", errors="replace")
+    return decode(data, f"--{flag}={name}", encoding)
 
 
 def check_file(flag: str, name: str, hint: str = "") -> None:
@@ -130,7 +139,8 @@ def read_context(o: flags.FlagValues) -> str | None:
         raise ValueError("--context=- is given twice: stdin can be read once.")
     if not names and o.spans is not None:
         raise ValueError(f"--spans={o.spans} marks parts of --context: give one.")
-    return "".join(read_text("context", name) for name in names) if names else None
+    texts = (read_text("context", name, o.encoding) for name in names)
+    return "".join(texts) if names else None
 
 
 def parse_ratio(text: str | None) -> list[int] | str | None:

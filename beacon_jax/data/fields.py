@@ -68,8 +68,9 @@ def parse(where: str, data: bytes) -> Record | Dropped:
 def decoded(data: bytes) -> dict[str, Any] | str:
     """Parses a row of UTF-8 JSON: returns its object, or the reason why it is none."""
     try:
-        # Not json.loads(bytes), which guesses UTF-16 and UTF-32.
-        row = json.loads(data.decode("utf-8"))
+        # Not json.loads(bytes), which guesses UTF-16 and UTF-32. A file's first row may
+        # have a byte order mark in front.
+        row = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return "invalid UTF-8"
     except (ValueError, RecursionError):

@@ -6,6 +6,7 @@ What the fields of a row mean is decided elsewhere (`fields`). Every reader yiel
 or one block, whatever the size of the file.
 """
 
+import codecs
 import csv
 import functools
 import itertools
@@ -215,7 +216,12 @@ def _read_text(part: Piece) -> Iterator[tuple[int, Value]]:
             end = first_after(file, end, TEXT_BYTES) if end < size else size
             file.seek(begin)
             if data := file.read(end - begin):
-                yield i + 1, _text(data)
+                yield i + 1, _text(_unmarked(data) if i == 0 else data)
+
+
+def _unmarked(data: bytes) -> bytes:
+    """Takes off the byte order mark that a file may begin with."""
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def _text(data: bytes) -> str | Bad:
@@ -223,6 +229,8 @@ def _text(data: bytes) -> str | Bad:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         return Bad("invalid UTF-8")
+    if "\0" in text:
+        return Bad("binary: a NUL byte")
     # Line ends as open() translates them.
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
@@ -276,7 +284,7 @@ class _CsvLines:
         self._lines = lines(chunks(part.path), part.limit)
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._lines:
+        for i, line in enumerate(self._lines):
             if isinstance(line, Bad):
                 if line.whole:
                     self.ended = line
@@ -285,7 +293,7 @@ class _CsvLines:
                 yield "\n"
                 continue
             try:
-                yield line.decode("utf-8") + "\n"
+                yield (line if i else _unmarked(line)).decode("utf-8") + "\n"
             except UnicodeDecodeError:
                 self.bad = Bad("invalid UTF-8")
                 yield line.decode("utf-8", "replace") + "\n"

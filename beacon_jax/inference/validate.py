@@ -45,6 +45,8 @@ class ArgumentError(ValueError):
         end = f": {flags or remedy}." if remedy or flags else "."
         several = value if isinstance(value, list | tuple) else [value]
         given = short(",".join(map(str, several)))
+        # Half a surrogate pair cannot be printed.
+        given = given.encode("utf-8", "backslashreplace").decode()
         self.in_flags = f"--{name}={given} {why}{end}"
 
 

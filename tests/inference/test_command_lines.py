@@ -37,11 +37,12 @@ def run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("context.txt").write_text(TEXT)
 
-    def call(module: ModuleType, *arguments: object, stdin: str = "") -> Ran:
+    def call(module: ModuleType, *arguments: object, stdin: str | bytes = "") -> Ran:
         values = flags.FlagValues()
         module.define_flags(values)
         values(["command", f"--model={folder}", *map(str, arguments)])
-        text = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", text)
         code: object = 0
         try:
@@ -291,6 +292,36 @@ def test_progress_counts_all_rows_of_a_batch_and_every_kept_window(model):
     fed, totals = zip(*seen, strict=True)
     assert set(totals) == {sum(map(len, rows))}
     assert list(fed) == sorted(fed) and fed[-1] == totals[0] and len(fed) > 2
+
+
+def test_text_is_utf8_or_what_encoding_says(run):
+    options = ("--prompt=At dawn", "--ratio=4", "--max_new_tokens=5")
+    expected = run(generate, *options, "--context=context.txt").out
+    text = TEXT.replace("dawn", "d\xe4wn")
+    files = {"mark.txt": TEXT.encode("utf-8-sig"), "wide.txt": TEXT.encode("utf-16")}
+    files |= {"old.txt": text.encode("cp1252"), "new.txt": text.encode()}
+    for name, data in files.items():
+        Path(name).write_bytes(data)
+    assert run(generate, *options, "--context=mark.txt").out == expected
+    wide = run(generate, *options, "--context=wide.txt")
+    fails(wide, "--context=wide.txt is UTF-16, not UTF-8: read it with")
+    wide = run(generate, *options, "--context=wide.txt", "--encoding=utf-16")
+    assert wide.out == expected, wide.err
+    old = run(compress, "--context=old.txt", "--ratio=4", "--out=a.beacon")
+    fails(old, "--context=old.txt is not UTF-8: byte 0xe4 at")
+    assert "--encoding=cp1252" in old.err and not Path("a.beacon").exists()
+    expected = run(generate, *options, "--context=new.txt").out
+    old = run(generate, *options, "--context=old.txt", "--encoding=cp1252")
+    assert old.out == expected, old.err
+
+
+def test_a_conversation_survives_a_line_that_is_no_text(run):
+    Path("chat.jinja").write_text(TEMPLATE)
+    options = ("--chat", "--chat_template=chat.jinja", "--max_new_tokens=5")
+    ran = run(generate, *options, stdin=b"Wh\xff left?\nWho left?\n/memory\n")
+    expected = run(generate, *options, stdin="Who left?\n/memory\n")
+    assert ran.code == 0 and ran.out == expected.out != "", ran.err
+    assert "at character 2" in ran.err and "at character 2" not in expected.err
 
 
 def test_a_conversation_on_stdin(run, folder, model):
