@@ -7,9 +7,6 @@ import pytest
 
 from beacon_jax.inference.loading import load
 
-# A greedy answer of the tiny model, which ends nowhere by itself.
-ASKED = {"max_new_tokens": 12}
-
 
 @pytest.fixture
 def folder(make_folder):
@@ -23,13 +20,15 @@ def write(folder, value) -> None:
 def test_generation_ends_at_a_token_that_only_generation_config_names(folder):
     model = load(folder)
     endless = dataclasses.replace(model.config, eos_ids=())
-    free = dataclasses.replace(model, config=endless).complete(list(b"abc"), **ASKED)
+    free = dataclasses.replace(model, config=endless).complete(
+        list(b"abc"), max_new_tokens=12
+    )
     # The fourth token, or the first of them that is the same.
     end = int(free.tokens[3])
     write(folder, {"eos_token_id": [end, 255]})
     model = load(folder)
     assert {end, 255} <= set(model.config.eos_ids)
-    made = model.complete(list(b"abc"), **ASKED)
+    made = model.complete(list(b"abc"), max_new_tokens=12)
     first = list(free.tokens).index(end)
     assert list(made.tokens[:first]) == list(free.tokens[:first])
     assert len(made.tokens) <= first + 1 < len(free.tokens)
