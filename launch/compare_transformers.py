@@ -10,6 +10,7 @@ names. SmolLM2's splits off digits first, so that spaces in front of one stay to
 (95 of 10,000 lines).
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 def main(gguf: Path) -> int:
     """Prints the differences; returns the exit status."""
-    import torch
+    torch = importlib.import_module("torch")  # no dependency of the package
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import beacon_jax

@@ -83,6 +83,7 @@ def test_text_read_as_a_whole_in_pieces_or_token_by_token_is_one():
         )
     np.testing.assert_allclose(found, whole, rtol=0, atol=1e-5 * whole.std())
     slots = int(memory.slots[0])
+    assert isinstance(single.k, jax.Array) and isinstance(memory.k, jax.Array)
     np.testing.assert_allclose(
         single.k[:, :, :slots], memory.k[:, :, :slots], rtol=0, atol=1e-5
     )
