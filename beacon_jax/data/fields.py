@@ -7,12 +7,18 @@
 | conversations: [{from, value}]   | turns (ShareGPT: human is user, gpt is assistant) |
 | text                             | text                                              |
 | instruction, output [, input]    | two turns (LongAlpaca); input on a line of its own|
+| instruction, response [, context]| two turns (Dolly), likewise                       |
+| prompt, completion               | two turns, or two lists of turns (TRL)            |
+| prompt, response                 | two turns                                         |
+| question, answer [, context]     | two turns; context as input                       |
 | chapter, summary_text            | two turns (BookSum); the user's: BOOKSUM, chapter |
+| content                          | text (files of source code)                       |
 
 Other fields are ignored. The first line of the table whose fields are all in the row,
-none of them null, decides.
+none of them null, decides. The content of a turn may be a list of {type: "text", text}.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,7 +32,11 @@ ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     "system": "system",
+    "developer": "system",
 }
 
 
@@ -165,7 +175,19 @@ def _turn(turn: Any) -> tuple[str, str]:
     known = ROLES.get(_string(role))
     if known is None:
         raise _BadField("unknown role")
-    return known, _string(content)
+    return known, _content(content)
+
+
+def _content(content: Any) -> str:
+    """Returns the text of a turn, which may be a list of parts; only text is known."""
+    if not isinstance(content, list | tuple | np.ndarray):
+        return _string(content)
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
+            raise _BadField("content that is no text")
+        texts.append(_string(part.get("text")))
+    return "".join(texts)
 
 
 def _turns(where: str, turns: tuple[tuple[str, str], ...]) -> Record:
@@ -174,16 +196,21 @@ def _turns(where: str, turns: tuple[tuple[str, str], ...]) -> Record:
     return Record(where, turns=turns)
 
 
-def _text(where: str, row: dict) -> Record:
-    return Record(where, text=_filled(row["text"]))
+def _text(where: str, row: dict, *, field: str = "text") -> Record:
+    return Record(where, text=_filled(row[field]))
 
 
-def _instruction(where: str, row: dict) -> Record:
-    user = _filled(row["instruction"])
-    more = row.get("input")
-    if more is not None and (more := _string(more)):
-        user = f"{user}\n{more}"
-    return _turns(where, (("user", user), ("assistant", _filled(row["output"]))))
+def _pair(fields: tuple[str, str], more: str, where: str, row: dict) -> Record:
+    """Makes two turns of two fields; `more`: a field that the user's may go on with."""
+    asked, answered = (row[field] for field in fields)
+    if more == "" and isinstance(asked, list | tuple | np.ndarray):
+        if not isinstance(answered, list | tuple | np.ndarray):
+            raise _BadField("wrong type")
+        return _turns(where, tuple(_turn(turn) for turn in [*asked, *answered]))
+    user, added = _filled(asked), row.get(more)
+    if added is not None and (added := _string(added)):
+        user = f"{user}\n{added}"
+    return _turns(where, (("user", user), ("assistant", _filled(answered))))
 
 
 def _booksum(where: str, row: dict) -> Record:
@@ -219,8 +246,18 @@ _FORMS: tuple[tuple[tuple[str, ...], Callable[[str, dict], Record]], ...] = (
     (("conversations",), _conversation),
     (("messages",), _conversation),
     (("text",), _text),
-    (("instruction", "output"), _instruction),
+    *(
+        (fields, functools.partial(_pair, fields, more))
+        for fields, more in (
+            (("instruction", "output"), "input"),
+            (("instruction", "response"), "context"),
+            (("prompt", "completion"), ""),
+            (("prompt", "response"), ""),
+            (("question", "answer"), "context"),
+        )
+    ),
     (("chapter", "summary_text"), _booksum),
+    (("content",), functools.partial(_text, field="content")),
 )
 UNKNOWN = "unknown fields (known: {})".format(
     ", ".join(" + ".join(fields) for fields, _ in _FORMS)
@@ -229,4 +266,5 @@ UNKNOWN = "unknown fields (known: {})".format(
 COLUMNS = frozenset(field for fields, _ in _FORMS for field in fields) | {
     "labels",
     "input",
+    "context",
 }
