@@ -25,6 +25,8 @@ from beacon_jax.inference.plan import make_plan
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import meant
 
+LEAST_ANSWER = 16  # tokens that an answer keeps where a context does not fit
+
 
 class Pair(NamedTuple):
     """Token ids that are given, at least one, and those to predict behind them."""
@@ -282,6 +284,48 @@ def shorten(
         return context[-room:]
     head = room // 2
     return np.concatenate([context[:head], context[len(context) - (room - head) :]])
+
+
+class Cut(NamedTuple):
+    """What a request has of its budget.
+
+    Attributes:
+      context: its tokens, perhaps less than there were.
+      new: tokens of the answer.
+      lost: tokens of the context that were left out.
+      short: whether the answer may be shorter than it was asked for.
+    """
+
+    context: Int[np.ndarray, " c"]
+    new: int
+    lost: int
+    short: bool
+
+
+def divide(
+    context: Int[np.ndarray, " C"], asked: int, most: int, side: str = "left"
+) -> Cut:
+    """Divides `most` tokens between a context and its answer.
+
+    The answer gives way first, down to LEAST_ANSWER tokens (or half of `most`). Then
+    the context is shortened: cut contexts make answers to other questions.
+
+    Args:
+      asked: tokens of the answer.
+      side: as in `shorten`.
+
+    Raises:
+      ValueError: `most` has no room for both.
+    """
+    if most < 2:
+        raise ValueError(
+            f"max_length={most} has no room for a context and an answer: give at least "
+            "2."
+        )
+    least = min(asked, LEAST_ANSWER, most // 2)
+    new = min(asked, max(most - len(context), least))
+    kept = shorten(context, most - new, side)
+    return Cut(kept, new, len(context) - len(kept), new < asked)
 
 
 def rolling_pairs(

@@ -19,7 +19,7 @@ from beacon_jax.evaluation.prompts import ids
 from beacon_jax.inference.loading import load
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.validate import switch
-from beacon_jax.progress import Progress
+from beacon_jax.progress import Progress, say
 
 try:
     _api: Any = importlib.import_module("lm_eval.api.model")
@@ -36,7 +36,9 @@ class BeaconLM(_api.LM):
 
     Attributes:
       model: an `inference.Model`.
-      max_length: input tokens of a request, more are cut away.
+      max_length: tokens of a request and its answer; see `likelihood.divide`.
+      shortened: what did not fit into max_length so far: contexts that were cut, the
+        tokens that they lost, and answers with less tokens than were asked for.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class BeaconLM(_api.LM):
             self.model.config, ratio, recent
         )
         self.max_gen_toks, self.truncation, self.seed = max_gen_toks, truncation, seed
+        self.shortened = {"contexts": 0, "tokens": 0, "answers": 0}
         likelihood.ratio_of(self.model.config, ratio, 1)  # a wrong one fails here
 
     def loglikelihood(
@@ -115,8 +118,15 @@ class BeaconLM(_api.LM):
         for request in requests:
             pair = likelihood.encode_pair(self.tokenizer, *request.args)
             room = self.max_length + 1 - len(pair.continuation)
+            if room < 1:
+                raise ValueError(
+                    f"max_length={self.max_length} is less than the "
+                    f"{len(pair.continuation)} tokens of a continuation: give more."
+                )
             context = likelihood.shorten(pair.context, room, self.truncation)
+            self._count(lost=len(pair.context) - len(context))
             pairs.append(likelihood.Pair(context, pair.continuation))
+        self._say_shortened(len(pairs))
 
         def keep(index: int, score: likelihood.Score) -> None:
             self._cache("loglikelihood", requests[index], tuple(score))
@@ -155,15 +165,16 @@ class BeaconLM(_api.LM):
             tokens = likelihood.encode(self.tokenizer, context)
             if not len(tokens):
                 tokens = np.asarray([likelihood.prefix_token(self.tokenizer)], np.int32)
-            room = self.max_length - asked.pop("max_new_tokens")
-            new = self.max_length - room
-            tokens = likelihood.shorten(tokens, room, self.truncation)
-            rows.append((tokens, new))
-            length = len(tokens) + new
+            new = asked.pop("max_new_tokens")
+            cut = likelihood.divide(tokens, new, self.max_length, self.truncation)
+            self._count(lost=cut.lost, short=cut.short)
+            rows.append((cut.context, cut.new))
+            length = len(cut.context) + cut.new
             ratio = likelihood.ratio_of(
                 self.model.config, self.ratio, length, recent=self.recent
             )
             groups.setdefault((ratio, *sorted(asked.items())), []).append(i)
+        self._say_shortened(len(rows))
         texts: list[str] = [""] * len(requests)
         bar = self._progress(len(requests), disable_tqdm)
         for (ratio, *asked), members in groups.items():
@@ -184,6 +195,27 @@ class BeaconLM(_api.LM):
                     self._cache("generate_until", requests[i], text)
                 bar(len(part))
         return texts
+
+    # --- what did not fit ----------------------------------------------------------
+
+    def _count(self, *, lost: int, short: bool = False) -> None:
+        for name, more in (
+            ("contexts", lost > 0),
+            ("tokens", lost),
+            ("answers", short),
+        ):
+            self.shortened[name] += int(more)
+
+    def _say_shortened(self, requests: int) -> None:
+        """Says in one line what did not fit, of all requests up to now."""
+        found = self.shortened
+        if found["contexts"] or found["answers"]:
+            say(
+                f"warning: max_length={self.max_length}: {found['contexts']} contexts "
+                f"were cut, by {found['tokens']} tokens in all, and {found['answers']} "
+                f"answers may have less tokens than asked for ({requests} requests in "
+                "this call)"
+            )
 
     # --- chat ---------------------------------------------------------------------
 

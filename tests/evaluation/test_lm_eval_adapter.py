@@ -132,6 +132,45 @@ def test_texts_are_generated_as_the_model_generates_them(lm, model):
     assert len(lm.cache_hook.told) == 8
 
 
+def test_what_does_not_fit_shortens_the_answer_first_and_is_said(lm, model, capsys):
+    context = likelihood.encode(model.tokenizer, TEXT)
+    words = model.tokenizer.decode(context[:12])
+    assert len(likelihood.encode(model.tokenizer, words)) == 12
+    (found,) = lm.generate_until([Request(words, {"max_gen_toks": 40})], True)
+    assert found == model.generate(words, ratio=2, max_new_tokens=18)
+    assert lm.shortened == {"contexts": 0, "tokens": 0, "answers": 1}
+    err = capsys.readouterr().err
+    assert (
+        "max_length=30: 0 contexts were cut, by 0 tokens in all, and 1 answers" in err
+    )
+    lm.loglikelihood([Request(TEXT, " a")], disable_tqdm=True)
+    assert lm.shortened["contexts"] == 1 and lm.shortened["tokens"] > 0
+    with pytest.raises(ValueError, match="max_length=30 is less than the"):
+        lm.loglikelihood([Request("a", TEXT)], disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "asked", "most", "expected"),
+    [
+        (10, 20, 40, (10, 20, 0, False)),
+        (22, 20, 40, (22, 18, 0, True)),
+        (30, 20, 40, (24, 16, 6, True)),
+        (39, 20, 40, (24, 16, 15, True)),
+        (180, 256, 12, (6, 6, 174, True)),
+        (100, 4, 40, (36, 4, 64, False)),
+    ],
+)
+def test_a_budget_is_divided(length, asked, most, expected):
+    cut = likelihood.divide(np.arange(length, dtype=np.int32), asked, most)
+    assert (len(cut.context), cut.new, cut.lost, cut.short) == expected
+    assert cut.context[-1] == length - 1
+
+
+def test_a_budget_without_room_is_an_error():
+    with pytest.raises(ValueError, match="max_length=1 has no room"):
+        likelihood.divide(np.arange(3, dtype=np.int32), 4, 1)
+
+
 def test_an_option_of_generation_that_is_unknown_is_named(adapter):
     read = adapter.generation_options
     assert read({"until": "\n\n"}, 7)["stop"] == ("\n\n",)
