@@ -1,16 +1,20 @@
-"""Checks where something is to be written, before hours of work end there in an error.
+"""Checks files: those that are read, and where something is to be written.
+
+The latter before hours of work end there in an error.
 
 A name is that of an argument ("path") or of a flag as the user types it ("--out").
 """
 
 import contextlib
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+POINTER = b"version https://git-lfs"  # what a pointer of git-lfs begins with
 LONGEST = 255  # bytes of a name, on all usual file systems
 
 
@@ -159,3 +163,32 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_fetched(path: Path) -> None:
+    """Raises ValueError if a file is a pointer of git-lfs in place of its content."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(
+                f"{path} is a pointer of git-lfs, not the file: fetch it (git lfs pull "
+                "in its folder), or download it again."
+            )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a file that holds a JSON object.
+
+    Raises:
+      ValueError: it is no JSON, or no object, or a pointer of git-lfs.
+    """
+    check_fetched(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}. Mend or replace it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} has {type(content).__name__} where a JSON object is expected: "
+            "mend or replace it."
+        )
+    return content

@@ -12,6 +12,7 @@ from typing import Any
 
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.names import meant
+from beacon_jax.paths import check_fetched
 
 PACKAGE = Path(__file__).parent
 # Those that a tokenizer can be loaded from, and what may lie beside them; their bytes
@@ -101,7 +102,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
     Raises:
       FileNotFoundError: the folder has no tokenizer files, or the GGUF file none.
-      ValueError: the GGUF file's is not supported.
+      ValueError: the files cannot be read, or the GGUF file's is not supported.
     """
     # Without it transformers prints, on import, that PyTorch is not there.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -117,9 +118,35 @@ def load_tokenizer(path: str | Path) -> Any:
             f"path={path} has no tokenizer files ({', '.join(TOKENIZERS)}): copy "
             "them from the base model."
         )
-    return AutoTokenizer.from_pretrained(
-        str(path), local_files_only=True, use_fast=True, trust_remote_code=False
-    )
+    for name in TOKENIZER_FILES:
+        if (path / name).is_file():
+            check_fetched(path / name)
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, use_fast=True, trust_remote_code=False
+        )
+    except Exception as error:  # of tokenizers, transformers, jinja, json, ...
+        raise ValueError(_unread(path, error)) from error
+
+
+def _unread(path: Path, error: Exception) -> str:
+    """Says why the tokenizer of a folder cannot be loaded, and what to do."""
+    import tokenizers
+    import transformers
+
+    there = [name for name in TOKENIZERS if (path / name).is_file()]
+    said = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {said[0] if said else 'no reason given'}"
+    if "tokenizer.json" in there:
+        remedy = (
+            "replace it by that of the base model; one that is newer than tokenizers "
+            f"{tokenizers.__version__} and transformers {transformers.__version__} "
+            "needs newer ones (pip install -U tokenizers transformers)"
+        )
+    else:
+        remedy = "a tokenizer.json is needed: copy it from the base model, or make it "
+        remedy += "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+    return f"path={path}: {', '.join(there)} cannot be read ({reason}): {remedy}."
 
 
 def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from beacon_jax.paths import check_fetched
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 _AGAIN = "Download it again."
@@ -71,6 +73,7 @@ class Header:
         self.counts: dict[str, int] = {}
         self.tensors: dict[str, Stored] = {}
         self._spans: dict[str, tuple[int, int]] = {}
+        check_fetched(path)
         with path.open("rb") as file:
             self._check_start(file.read(24))
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -49,6 +49,7 @@ from beacon_jax.model import config_keys
 from beacon_jax.model.beacon import beacon_token
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import check_choice
+from beacon_jax.paths import read_object
 from beacon_jax.progress import Progress
 
 VERSION = 1
@@ -419,7 +420,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: it is not there.
-      ValueError: it is not JSON, or the GGUF file is not supported.
+      ValueError: it is no JSON object, or the GGUF file is not supported.
     """
     if is_gguf(folder):
         return gguf.config(folder)
@@ -429,10 +430,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} is not there: give a folder on this machine with config.json and "
             "weights (download a checkpoint first)."
         )
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+    return read_object(path)
 
 
 def check_dtype(dtype: str | None) -> np.dtype | None:

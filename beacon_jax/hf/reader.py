@@ -7,6 +7,7 @@ Files are not mapped. Mapped pages count as resident memory until they are dropp
 import dataclasses
 import importlib.util
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from beacon_jax.hf.keys import flatten
+from beacon_jax.paths import check_fetched, read_object
+
+logger = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # bytes
 METADATA = "__metadata__"
@@ -149,6 +153,7 @@ def _opened(path: Path) -> safe_open:
     Raises:
       ValueError: the header or the length of the file is wrong.
     """
+    check_fetched(path)
     try:
         return safe_open(path, "numpy")
     except SafetensorError as error:
@@ -197,6 +202,7 @@ class TorchReader:
         self.metadata: dict[str, dict[str, str] | None] = {}
         self._paths = {path.name: path for path in files}
         for path in files:
+            check_fetched(path)
             self.metadata[path.name] = {"format": "pt"}
             for name, value in self._load(path.name).items():
                 dtype = np.dtype(str(value.dtype).removeprefix("torch."))
@@ -238,15 +244,36 @@ class TreeReader:
         return np.asarray(part)
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Reads {tensor: file} of an index."""
+    found = read_object(index).get("weight_map")
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in found.values()
+    ):
+        raise ValueError(
+            f"{index}: weight_map must be an object of names of files beside it. "
+            "Download it again, or delete it beside a complete file of weights."
+        )
+    return found
+
+
 def open_hf(folder: Path) -> SafetensorsReader | TorchReader:
     """Opens the weights of an HF folder: safetensors, else pytorch_model.bin."""
     for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
         make = SafetensorsReader if kind == "safetensors" else TorchReader
         index, single = folder / f"{stem}.{kind}.index.json", folder / f"{stem}.{kind}"
         if index.exists():
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = _weight_map(index)
             files = [folder / name for name in sorted(set(weight_map.values()))]
-            if absent := [path.name for path in files if not path.exists()]:
+            absent = [path.name for path in files if not path.exists()]
+            if absent and single.exists():
+                logger.warning(
+                    "%s names files that are not there (%s): it is of another version, "
+                    "and %s is read instead.",
+                    *(index, ", ".join(absent), single.name),
+                )
+                return make([single])
+            if absent:
                 raise ValueError(
                     f"{index} names files that are not there: {', '.join(absent)}. "
                     "Download them again."
