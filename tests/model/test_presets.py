@@ -35,14 +35,17 @@ def test_a_preset_survives_config_json(name):
 
 
 def test_an_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match=r"preset='gpt2' is unknown: use tiny, qwen2"):
+    with pytest.raises(
+        ValueError, match=r"preset='gpt2' is unknown: use tiny, smollm2"
+    ):
         get_preset("gpt2")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("param", [(), ("k",), ("q", "k", "v", "o")])
 def test_fresh_beacons_have_the_declared_shapes(name, param):
-    beacon = dataclasses.replace(PRESETS[name].beacon or BeaconConfig(), param=param)
+    changes = {"param": param} | ({} if param else {"rank": 0, "anchor": "none"})
+    beacon = dataclasses.replace(PRESETS[name].beacon or BeaconConfig(), **changes)
     config = dataclasses.replace(PRESETS[name], beacon=beacon)
     shapes = param_shapes(config)
     params = jax.tree.map(
