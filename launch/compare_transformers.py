@@ -5,9 +5,8 @@
 transformers reads the file by its own reader, in float32. Ends with 1 if the logits of
 LENGTH tokens differ by more than TOLERANCE standard deviations. Ids of LINES lines of
 prose and code (this repository's files) are compared as well. Lines that differ are
-shown, but are no failure: transformers 5.24 does not heed the pre-tokenizer that a file
-names. SmolLM2's splits off digits first, so that spaces in front of one stay together
-(95 of 10,000 lines).
+shown, but are no failure: for SmolLM2 transformers 5.24 splits two spaces in front of a
+digit, this package does not (95 of 10,000 lines).
 """
 
 import importlib
