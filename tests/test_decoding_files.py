@@ -17,7 +17,7 @@ FRENCH = "Le café où nous déjeunâmes était fermé à Noël. " * 5
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
 def test_utf8_is_read_with_or_without_a_mark(mark):
-    for text in (ENGLISH, CHINESE, RUSSIAN, "a\ufeffb"):
+    for text in (ENGLISH, CHINESE, RUSSIAN, "a\ufeffb", "GGUF is a format", "BZh"):
         assert decode(mark + text.encode(), "x") == text
 
 
@@ -25,7 +25,7 @@ def test_utf8_is_read_with_or_without_a_mark(mark):
     ("text", "encoding"),
     [
         (CHINESE, "gb18030"),
-        (JAPANESE, "shift_jis"),
+        (JAPANESE, "cp932"),
         (JAPANESE, "euc_jp"),
         (KOREAN, "euc_kr"),
         (RUSSIAN, "cp1251"),
@@ -36,21 +36,25 @@ def test_another_encoding_is_an_error_with_byte_and_guess_and_can_be_read(
     text, encoding
 ):
     data = (ENGLISH + text).encode(encoding)
-    with pytest.raises(ValueError, match="--context=a is not UTF-8: byte 0x") as error:
+    with pytest.raises(
+        ValueError, match="--context=a is no text in UTF-8: byte 0x"
+    ) as error:
         decode(data, "--context=a")
     assert f"--encoding={encoding}" in str(error.value)
     assert guess(data) == encoding
     assert decode(data, "--context=a", encoding) == ENGLISH + text
 
 
-def test_traditional_chinese_is_taken_for_chinese():
-    data = "今天天氣很好，我們去公園散步。".encode("big5")
-    assert guess(data) in ("big5", "gb18030")
+def test_long_and_short_texts_are_guessed_too():
+    assert guess("今天天氣很好，我們去公園散步。".encode("big5")) == "big5"
+    assert guess(f"{ENGLISH * 9}d\xe4wn".encode("cp1252")) == "cp1252"
+    lines = f"{CHINESE}\n" * 1000  # more than is looked at
+    assert guess(lines.encode("gb18030")) == "gb18030"
 
 
 @pytest.mark.parametrize(
     ("encoding", "name"),
-    [("utf-16", "utf-16"), ("utf-32", "utf-32"), ("utf-16-le", "utf-16-le")],
+    [("utf-16", "utf-16"), ("utf-32", "utf-32"), ("utf-16-le", "utf_16_le")],
 )
 def test_utf16_and_utf32_are_named(encoding, name):
     data = ENGLISH.encode(encoding)
@@ -63,9 +67,9 @@ def test_utf16_and_utf32_are_named(encoding, name):
     ("data", "words"),
     [
         (b"%PDF-1.7 ...", "is a PDF, no text"),
-        (b"PK\x03\x04 ...", "is a zip archive"),
-        (b"abc\x00def" * 9, "has a NUL byte at 3: it is binary"),
-        (bytes(range(1, 256)) * 4, "is not UTF-8: byte 0x80 at 127"),
+        (b"PK\x03\x04\x00 ...", "is a zip archive"),
+        (b"abc\x00def" * 9, r"has a NUL byte at 3\. It is binary"),
+        (bytes(range(1, 256)) * 4, "byte 0x80 at 127 is not UTF-8"),
     ],
 )
 def test_what_is_no_text_is_refused(data, words):

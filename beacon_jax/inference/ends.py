@@ -4,11 +4,11 @@ config.json often names the end of a text only, and generation_config.json or th
 tokenizer the end of a turn: Qwen2 and Llama-3 have two or three.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.paths import read_object
 
 GENERATION = "generation_config.json"
 
@@ -40,13 +40,9 @@ def named(ids: tuple[int, ...], tokenizer: Any) -> str:
 def _of_generation(path: Path) -> list[int]:
     if not path.is_file():
         return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}. Mend or delete it.") from None
-    ids = content.get("eos_token_id") if isinstance(content, dict) else content
+    ids = read_object(path).get("eos_token_id")
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not isinstance(content, dict) or any(type(i) is not int for i in listed):
+    if any(type(i) is not int for i in listed):
         raise ValueError(
             f"{path} has eos_token_id={ids!r}: it must be an id, or a list of ids. "
             "Mend it, or delete the file."

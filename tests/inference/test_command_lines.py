@@ -308,7 +308,7 @@ def test_text_is_utf8_or_what_encoding_says(run):
     wide = run(generate, *options, "--context=wide.txt", "--encoding=utf-16")
     assert wide.out == expected, wide.err
     old = run(compress, "--context=old.txt", "--ratio=4", "--out=a.beacon")
-    fails(old, "--context=old.txt is not UTF-8: byte 0xe4 at")
+    fails(old, "--context=old.txt is no text in UTF-8: byte 0xe4 at")
     assert "--encoding=cp1252" in old.err and not Path("a.beacon").exists()
     expected = run(generate, *options, "--context=new.txt").out
     old = run(generate, *options, "--context=old.txt", "--encoding=cp1252")
