@@ -200,12 +200,14 @@ def _text(where: str, row: dict, *, field: str = "text") -> Record:
     return Record(where, text=_filled(row[field]))
 
 
-def _pair(fields: tuple[str, str], more: str, where: str, row: dict) -> Record:
-    """Makes two turns of two fields; `more`: a field that the user's may go on with."""
+def _pair(fields: tuple[str, str], more: str | None, where: str, row: dict) -> Record:
+    """Makes two turns of two fields, or the turns of two lists of them.
+
+    more: a field that the user's text may go on with.
+    """
     asked, answered = (row[field] for field in fields)
-    if more == "" and isinstance(asked, list | tuple | np.ndarray):
-        if not isinstance(answered, list | tuple | np.ndarray):
-            raise _BadField("wrong type")
+    lists = [isinstance(x, list | tuple | np.ndarray) for x in (asked, answered)]
+    if all(lists):
         return _turns(where, tuple(_turn(turn) for turn in [*asked, *answered]))
     user, added = _filled(asked), row.get(more)
     if added is not None and (added := _string(added)):
@@ -251,8 +253,8 @@ _FORMS: tuple[tuple[tuple[str, ...], Callable[[str, dict], Record]], ...] = (
         for fields, more in (
             (("instruction", "output"), "input"),
             (("instruction", "response"), "context"),
-            (("prompt", "completion"), ""),
-            (("prompt", "response"), ""),
+            (("prompt", "completion"), None),
+            (("prompt", "response"), None),
             (("question", "answer"), "context"),
         )
     ),

@@ -8,6 +8,7 @@ In code: `lm_eval.simple_evaluate(model=BeaconLM("DIR", ratio=8), tasks=[...])`.
 the extra: pip install "beacon_jax[lm-eval]" (0.4.10 is the first that has no torch).
 """
 
+import collections
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -107,14 +108,14 @@ class BeaconLM(_api.LM):
             self.model.config, ratio, recent
         )
         self.max_gen_toks, self.truncation, self.seed = max_gen_toks, truncation, seed
-        self.shortened = {"contexts": 0, "tokens": 0, "answers": 0}
+        self.shortened = collections.Counter(contexts=0, tokens=0, answers=0)
         likelihood.ratio_of(self.model.config, ratio, 1)  # a wrong one fails here
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """(log probability, greedy?) of each (context, continuation)."""
-        pairs = []
+        pairs, cuts = [], []
         for request in requests:
             pair = likelihood.encode_pair(self.tokenizer, *request.args)
             room = self.max_length + 1 - len(pair.continuation)
@@ -124,9 +125,10 @@ class BeaconLM(_api.LM):
                     f"{len(pair.continuation)} tokens of a continuation: give more."
                 )
             context = likelihood.shorten(pair.context, room, self.truncation)
-            self._count(lost=len(pair.context) - len(context))
+            lost = len(pair.context) - len(context)
+            cuts.append(likelihood.Cut(context, 0, lost, short=False))
             pairs.append(likelihood.Pair(context, pair.continuation))
-        self._say_shortened(len(pairs))
+        self._say_shortened(cuts)
 
         def keep(index: int, score: likelihood.Score) -> None:
             self._cache("loglikelihood", requests[index], tuple(score))
@@ -158,7 +160,7 @@ class BeaconLM(_api.LM):
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[str]:
         """The text behind each (context, options), up to the first `until` string."""
-        rows, groups = [], {}
+        rows, groups, cuts = [], {}, []
         for i, request in enumerate(requests):
             context, given = request.args
             asked = generation_options(given, self.max_gen_toks)
@@ -167,14 +169,14 @@ class BeaconLM(_api.LM):
                 tokens = np.asarray([likelihood.prefix_token(self.tokenizer)], np.int32)
             new = asked.pop("max_new_tokens")
             cut = likelihood.divide(tokens, new, self.max_length, self.truncation)
-            self._count(lost=cut.lost, short=cut.short)
+            cuts.append(cut)
             rows.append((cut.context, cut.new))
             length = len(cut.context) + cut.new
             ratio = likelihood.ratio_of(
                 self.model.config, self.ratio, length, recent=self.recent
             )
             groups.setdefault((ratio, *sorted(asked.items())), []).append(i)
-        self._say_shortened(len(rows))
+        self._say_shortened(cuts)
         texts: list[str] = [""] * len(requests)
         bar = self._progress(len(requests), disable_tqdm)
         for (ratio, *asked), members in groups.items():
@@ -198,23 +200,16 @@ class BeaconLM(_api.LM):
 
     # --- what did not fit ----------------------------------------------------------
 
-    def _count(self, *, lost: int, short: bool = False) -> None:
-        for name, more in (
-            ("contexts", lost > 0),
-            ("tokens", lost),
-            ("answers", short),
-        ):
-            self.shortened[name] += int(more)
-
-    def _say_shortened(self, requests: int) -> None:
-        """Says in one line what did not fit, of all requests up to now."""
-        found = self.shortened
-        if found["contexts"] or found["answers"]:
+    def _say_shortened(self, cuts: Sequence[likelihood.Cut]) -> None:
+        """Counts what did not fit of a call's requests, and says it in one line."""
+        lost = [cut.lost for cut in cuts if cut.lost]
+        short = sum(cut.short for cut in cuts)
+        self.shortened.update(contexts=len(lost), tokens=sum(lost), answers=short)
+        if lost or short:
             say(
-                f"warning: max_length={self.max_length}: {found['contexts']} contexts "
-                f"were cut, by {found['tokens']} tokens in all, and {found['answers']} "
-                f"answers may have less tokens than asked for ({requests} requests in "
-                "this call)"
+                f"warning: max_length={self.max_length}: of {len(cuts)} requests "
+                f"{len(lost)} contexts were cut, by {sum(lost)} tokens in all, and "
+                f"{short} answers may have less tokens than asked for"
             )
 
     # --- chat ---------------------------------------------------------------------

@@ -41,16 +41,16 @@ def merge(src: Path, dst: Path, *, overwrite: bool = False) -> str:
       ValueError: the beacons of `src` have no rank, or anchors, which the release does
         not know.
     """
-    hf = read_config(src)
-    if hf.get("beacon_anchor", "none") != "none":
+    beacon = ModelConfig.from_hf(read_config(src), ignore_sliding_window=True).beacon
+    if beacon is None or not beacon.rank:
+        raise ValueError(f"--src={src} has no low-rank beacons: there is none to add.")
+    if beacon.anchor != "none":
         raise ValueError(
-            f"--src={src} has beacon_anchor={hf['beacon_anchor']!r}: projections of "
-            "the beacons' own, which the release reads, cannot say what such beacons "
-            "do. Use --adapter, and load them with --beacons."
+            f"--src={src} has beacon_anchor={beacon.anchor!r}: projections of the "
+            "beacons' own, which the release reads, cannot say what such beacons do. "
+            "Use --adapter, and load them with --beacons."
         )
     model = load(src)
-    if model.config.beacon is None or not model.config.beacon.rank:
-        raise ValueError(f"--src={src} has no low-rank beacons: there is none to add.")
     with Progress().stage("merging"):
         config, variables = materialised(model.config, model.variables)
         low = model.config, model.variables
@@ -63,7 +63,7 @@ def merge(src: Path, dst: Path, *, overwrite: bool = False) -> str:
                 kind, kl, variables = base.name, rounded, small
     save_hf(dst, config, variables, src, overwrite=overwrite)
     return (
-        f"W + A B in {kind}: KL per token against rank {model.config.beacon.rank} mean "
+        f"W + A B in {kind}: KL per token against rank {beacon.rank} mean "
         f"{kl.mean():.2e}, max {kl.max():.2e} nats, of {kl.size} random tokens"
     )
 

@@ -418,9 +418,8 @@ def _metadata(manifest: str, recent: bool) -> dict[str, str]:
 def _config_fields(config: ModelConfig) -> dict[str, Any]:
     """Returns a config as JSON; what earlier versions do not know is left out."""
     fields = dataclasses.asdict(config)
-    for name, absent in (("rank", 0), ("anchor", "none")):
-        if config.beacon and getattr(config.beacon, name) == absent:
-            del fields["beacon"][name]
+    for name in config.beacon.unset() if config.beacon else ():
+        del fields["beacon"][name]
     return fields
 
 

@@ -317,14 +317,18 @@ class BeaconConfig:
             fields["ratios"] = usable
         return cls(**fields)
 
+    def unset(self) -> list[str]:
+        """Lists fields that the release does not have and that are as if not there."""
+        names = ("rank", "anchor")
+        return [x for x in names if getattr(self, x) == getattr(type(self), x)]
+
     def to_hf(self) -> dict[str, Any]:
         """Writes the `beacon_*` fields of config.json."""
         fields = {
             key: getattr(self, name) for key, name in _BEACON_KEYS.items() if name
         }
-        for key, name in _NOT_RELEASED.items():  # the release's form has no such key
-            if getattr(self, name) == getattr(type(self), name):
-                del fields[key]
+        for name in self.unset():  # the release's form has no such key
+            del fields[f"beacon_{name}"]
         return {
             "beacon_attend_prev": True,
             "beacon_attn": "full-coverage",
@@ -349,7 +353,6 @@ _BEACON_KEYS = {
     "beacon_rank": "rank",
     "beacon_anchor": "anchor",
 }
-_NOT_RELEASED = {"beacon_rank": "rank", "beacon_anchor": "anchor"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,20 @@ import pytest
 from beacon_jax.core.decode import decode_step
 from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import init_memory
-from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.flops import window
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
-from tests.core.test_low_rank import B, W, batch, low_rank, variables
+from tests.core.test_low_rank import (
+    B,
+    W,
+    batch,
+    check_lean_modes,
+    low_rank,
+    variables,
+)
 
 pytestmark = pytest.mark.optimized
 
@@ -91,23 +97,7 @@ def test_text_read_as_a_whole_in_pieces_or_token_by_token_is_one():
 
 @pytest.mark.parametrize("kind", ["labels", "distil"])
 def test_both_lean_modes_have_the_bits_of_plain_reverse_mode(kind):
-    params, beacon = variables(CONFIG)["params"], variables(CONFIG)["beacon"]
-
-    def gradient(remat):
-        def loss(beacon):
-            settings = LossConfig(kind=kind, remat=remat)
-            plan = jnp.asarray((2, 4, 0))
-            return train_loss(Net(CONFIG), beacon, params, batch(), plan, settings)[0]
-
-        return jax.jit(jax.value_and_grad(loss))(beacon)
-
-    expected, gradients = gradient("window")
-    for path, x in jax.tree.leaves_with_path(gradients):
-        assert np.any(x), jax.tree_util.keystr(path)
-    for remat in ("lean", "lean-layer"):
-        value, ours = gradient(remat)
-        assert value == expected
-        jax.tree.map(np.testing.assert_array_equal, ours, gradients)
+    check_lean_modes(CONFIG, kind=kind)
 
 
 def test_an_anchor_saves_the_products_of_beacons_with_k_and_v():

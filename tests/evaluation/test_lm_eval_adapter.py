@@ -140,9 +140,9 @@ def test_what_does_not_fit_shortens_the_answer_first_and_is_said(lm, model, caps
     assert found == model.generate(words, ratio=2, max_new_tokens=18)
     assert lm.shortened == {"contexts": 0, "tokens": 0, "answers": 1}
     err = capsys.readouterr().err
-    assert (
-        "max_length=30: 0 contexts were cut, by 0 tokens in all, and 1 answers" in err
-    )
+    assert "max_length=30: of 1 requests 0 contexts were cut, by 0 tokens" in err
+    lm.generate_until([Request(words, {"max_gen_toks": 4})], disable_tqdm=True)
+    assert "max_length" not in capsys.readouterr().err  # each call says its own
     lm.loglikelihood([Request(TEXT, " a")], disable_tqdm=True)
     assert lm.shortened["contexts"] == 1 and lm.shortened["tokens"] > 0
     with pytest.raises(ValueError, match="max_length=30 is less than the"):

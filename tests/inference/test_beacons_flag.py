@@ -9,7 +9,7 @@ from beacon_jax.cli import compress, evaluate, generate
 from beacon_jax.evaluation import reading
 from beacon_jax.hf import load, save_hf
 from beacon_jax.hf.adapter import write_adapter
-from beacon_jax.inference import loading
+from beacon_jax.inference import loading, merging
 from beacon_jax.inference.memory import Memory
 from beacon_jax.model.config import BeaconConfig
 
@@ -21,9 +21,9 @@ def base(make_folder):
     return make_folder(beacons=False)
 
 
-@pytest.fixture(scope="module")
-def adapter(base, tmp_path_factory):
-    beacon = BeaconConfig(window=8, ratios=(2, 4), rank=2)
+@pytest.fixture(scope="module", params=["none", "last"])
+def adapter(request, base, tmp_path_factory):
+    beacon = BeaconConfig(window=8, ratios=(2, 4), rank=2, anchor=request.param)
     model = load(base, beacon=beacon, quiet=True)
     rng = np.random.default_rng(0)
     for part in model.variables["beacon"]["layers"]["attention"].values():
@@ -67,6 +67,18 @@ def test_generate_and_compress_take_beacons_beside_the_model(run, base, adapter)
     whole = loading.load(adapter.with_name("whole"))
     memory = Memory.load("text.beacon", whole)
     assert memory.identity == whole.identity == model.identity
+
+
+def test_anchored_beacons_have_no_form_that_the_release_reads(adapter, tmp_path):
+    src = adapter.with_name("whole")
+    beacon = load(src).config.beacon
+    assert beacon is not None
+    if beacon.anchor == "none":
+        assert "KL per token" in merging.merge(src, tmp_path / "released")
+    else:
+        with pytest.raises(ValueError, match=r"beacon_anchor='last'.*Use --adapter"):
+            merging.merge(src, tmp_path / "released")
+        assert not (tmp_path / "released").exists()
 
 
 def test_another_base_ends_in_one_line_unless_allowed(run, base, adapter, make_folder):
