@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -53,8 +54,12 @@ install_import_hook([f"beacon_jax.{room}" for room in CHECKED], "beartype.bearty
 
 
 ROOT = Path(__file__).parents[1]
+LAST_CHECK = [0.0]
 CACHE_BYTES = 2 * 2**30
+# Linux allows 65,530 memory mappings per process. XLA makes some for every CPU program, a
+# gradient on a mesh 1,500; beyond the limit the next program aborts the process.
 MAX_MAPS = 40_000
+CHECK_SECONDS = 1.0  # counting 30,000 maps takes 35 ms
 
 
 def pytest_configure(config):
@@ -69,11 +74,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs(request):
-    """Optimised ones where the module asks for it, and room for those of the next.
-
-    XLA maps memory for every CPU program. Beyond Linux's 65,530 maps per process the
-    next program aborts it.
-    """
+    """Optimised ones where the module asks for it."""
     marked = request.node.get_closest_marker("optimized") is not None
     optimized = marked and request.config.option.markexpr != "not slow"
     before = jax.config.read("jax_disable_most_optimizations")
@@ -82,9 +83,21 @@ def programs(request):
         jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-    if (optimized and before) or maps() > MAX_MAPS:
+    if optimized and before:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def room():
+    """Room for the programs of the next test; those of this one may go."""
+    yield
+    if time.monotonic() - LAST_CHECK[0] < CHECK_SECONDS:
+        return
+    if maps() > MAX_MAPS:
+        jax.clear_caches()
+        gc.collect()
+    LAST_CHECK[0] = time.monotonic()
 
 
 @pytest.fixture(autouse=True)
