@@ -26,14 +26,14 @@ quickstart: setup  ## SmolLM2-135M read, asked, measured and trained: 8 minutes
 
 # Convert the tiny base model, train beacons on it, measure them: no network.
 # Two CPU devices share a batch 1.45 times as fast as two threads of one.
-OUT := out/tiny
+TINY := out/tiny
 tiny: setup  ## The same on a tiny model, from convert on: 15 to 30 minutes on two cores
-	$(PY) -m beacon_jax.convert from-hf --src=assets/tiny-base --dst=$(OUT)/base --overwrite
+	$(PY) -m beacon_jax.convert from-hf --src=assets/tiny-base --dst=$(TINY)/base --overwrite
 	JAX_NUM_CPU_DEVICES=2 $(PY) -m beacon_jax.train --config=configs/quickstart.py \
-	  --workdir=$(OUT)/train --config.init_from=$(OUT)/base
-	$(PY) -m beacon_jax.evaluate --model=$(OUT)/train/export --tasks=perplexity,passkey \
-	  --ratios=2,4,8 --methods=beacon,full,window --out=$(OUT) --floors=quickstart \
-	  --summary=$(OUT)/train/summary.json
+	  --workdir=$(TINY)/train --config.init_from=$(TINY)/base
+	$(PY) -m beacon_jax.evaluate --model=$(TINY)/train/export --tasks=perplexity,passkey \
+	  --ratios=2,4,8 --methods=beacon,full,window --out=$(TINY) --floors=quickstart \
+	  --summary=$(TINY)/train/summary.json
 
 # Workers take tests from each other at the end, so that none is idle.
 WORKERS ?= 2
@@ -90,5 +90,5 @@ constraints: setup  ## constraints.txt anew, after a change of the dependencies
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:  ## Remove everything that make has made
-	rm -rf .venv .venv-aot .cache $(OUT) out/quickstart .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aot .cache $(TINY) out/quickstart .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
