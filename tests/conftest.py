@@ -56,8 +56,8 @@ install_import_hook([f"beacon_jax.{room}" for room in CHECKED], "beartype.bearty
 ROOT = Path(__file__).parents[1]
 LAST_CHECK = [0.0]
 CACHE_BYTES = 2 * 2**30
-# Linux allows 65,530 memory mappings per process. XLA makes some for every CPU program, a
-# gradient on a mesh 1,500; beyond the limit the next program aborts the process.
+# Linux allows 65,530 memory mappings per process. XLA makes some for every CPU program,
+# a gradient on a mesh 1,500; beyond the limit the next program aborts the process.
 MAX_MAPS = 40_000
 CHECK_SECONDS = 1.0  # counting 30,000 maps takes 35 ms
 

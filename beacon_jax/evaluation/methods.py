@@ -14,7 +14,7 @@ from beacon_jax.core.law import Law, default_window
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.core.plan import adaptive_ratio
 from beacon_jax.data.passkey import last_window_start
-from beacon_jax.evaluation.reading import Rows, empty, read
+from beacon_jax.evaluation.reading import Prefill, Rows, empty, read
 from beacon_jax.inference.account import ID_NBYTES
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
@@ -43,6 +43,7 @@ class Method:
       recent: whether it has.
       longest: tokens of the longest text of a run, from which memories have their
         sizes; 0: each has the size that its text needs.
+      prefill: of a run, the same for all its methods; None: nothing is shared.
     """
 
     family: str = ""
@@ -52,6 +53,7 @@ class Method:
     takes_recent: bool = False
     recent: bool = False
     longest: int = 0
+    prefill: Prefill | None = None
 
     def __init__(self, ratio: int | str | None = None):
         self.ratio = ratio
@@ -77,10 +79,10 @@ class Method:
         made.live_ratio = made.ratio if self.live_ratio else 0
         return made
 
-    def sized(self, longest: int) -> "Method":
+    def sized(self, longest: int, prefill: Prefill | None = None) -> "Method":
         """This method in a run whose longest text has so many tokens."""
         made = copy.copy(self)
-        made.longest = longest
+        made.longest, made.prefill = longest, prefill
         return made
 
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
@@ -224,6 +226,11 @@ class Full(Incremental):
     """Full attention: ratio 0 everywhere, nothing is dropped."""
 
     family = "full"
+
+    def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
+        if self.prefill is None or self.dtype is not None:
+            return super().remember(model, past, following)
+        return self.prefill(model, past, self.longest)
 
 
 class Int8(Full):

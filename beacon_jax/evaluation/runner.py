@@ -8,8 +8,9 @@ OUT/metrics.json, OUT/report.md, OUT/*.png   made anew from the lines each time
 Predictions and metrics of a run that was interrupted are those of one that was not,
 byte for byte; the report differs in its last sections, which say how long things took.
 
-Predictions are appended batch by batch. A run that stopped finds its lines, drops a
-half-written last one, repeats the batch in which it stopped (batches keep their
+All methods answer a batch before the next one, so that what they start from is read
+once. Predictions are appended batch by batch. A run that stopped finds its lines, drops
+a half-written last one, repeats the batch in which it stopped (batches keep their
 composition, since float sums may depend on it) and writes what is missing.
 """
 
@@ -31,6 +32,7 @@ from beacon_jax.compiling import Stopwatch
 from beacon_jax.evaluation import groups, report
 from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method
+from beacon_jax.evaluation.reading import Prefill
 from beacon_jax.evaluation.statistics import grouped
 from beacon_jax.evaluation.tasks.base import Instance, Metric, Task
 from beacon_jax.inference.model import Model
@@ -61,7 +63,8 @@ def evaluate(
     if any(task.whole_windows for task in tasks):
         check_lengths(settings.lengths, model.window)
     longest = max(task.longest(settings) for task in tasks)
-    methods = [method.sized(longest) for method in methods]
+    prefill = Prefill()
+    methods = [method.sized(longest, prefill) for method in methods]
     progress, examples = Progress(), {}
     with progress.stage("hashing the model"):
         run = describe_run(model, settings)
@@ -79,16 +82,18 @@ def evaluate(
     with progress.stage("evaluating", "tokens") as stage:
         stage.begin(0, total)
         for task in tasks:
-            predictions = []
-            for method in methods:
-                stage.note = f"{task.name} {method.name}"
-                name = f"{task.name}.{method.name}.jsonl"
-                files = out / "predictions" / name, out / "timings" / name
-                predict(
-                    task, method, model, examples[task.name], files, settings, stage
-                )
-                predictions += read_lines(files[0])
-                times += read_lines(files[1])
+            names = [f"{task.name}.{method.name}.jsonl" for method in methods]
+            files = [(out / "predictions" / n, out / "timings" / n) for n in names]
+            together(
+                [
+                    predict(
+                        task, method, model, examples[task.name], pair, settings, stage
+                    )
+                    for method, pair in zip(methods, files, strict=True)
+                ]
+            )
+            predictions = [line for pair in files for line in read_lines(pair[0])]
+            times += [line for pair in files for line in read_lines(pair[1])]
             scored = task.score(predictions)
             metrics += scored
             sections.append(task.report(scored, out))
@@ -157,6 +162,21 @@ def batches(
         yield before, batch
 
 
+def together(parts: Sequence[Iterator[int]]) -> None:
+    """Runs them all, always one that is least far.
+
+    All methods answer a batch before any goes on to the next: they can share what full
+    attention makes of it (`reading.Prefill`).
+    """
+    far = dict.fromkeys(range(len(parts)), 0)
+    while far:
+        i = min(far, key=lambda i: far[i])
+        try:
+            far[i] = next(parts[i])
+        except StopIteration:
+            del far[i]
+
+
 def predict(
     task: Task,
     method: Method,
@@ -165,8 +185,11 @@ def predict(
     files: tuple[Path, Path],
     settings: RunSettings,
     stage: Stage,
-) -> None:
-    """Completes one file of predictions, and notes how long each batch took."""
+) -> Iterator[int]:
+    """Completes one file of predictions, and notes how long each batch took.
+
+    Yields after each batch how many examples are done.
+    """
     done = repair(files[0], [e.id for e in examples])
     stage.skip(sum(e.length for e in examples[:done]))
     at, size = 0, min(settings.batch_size, len(examples))
@@ -177,10 +200,15 @@ def predict(
                 continue
             # Repeating an example keeps the shape, hence the compiled program.
             padded = batch + batch[-1:] * (size - len(batch))
-            watch = Stopwatch()
+            stage.note = f"{task.name} {method.name}"
+            prefill = resolved.prefill
+            watch, before = Stopwatch(), prefill.saved if prefill else 0.0
             answers = task.run(model, resolved, padded)[: len(batch)]
             took, compiled = watch.read()
-            took = answers[0].get("seconds", [took])
+            # What another method has read counts for each that starts from it.
+            first, *others = answers[0].get("seconds", [took])
+            shared = prefill.saved - before if prefill else 0.0
+            took = [first + shared, *others]
             compiled = answers[0].get("compile_seconds", compiled)
             line = {
                 "task": task.name,
@@ -204,6 +232,7 @@ def predict(
             lines.writelines(line + "\n" for line in text[-new:])
             lines.flush()
             stage.add(sum(e.length for e in batch[-new:]))
+            yield at
 
 
 def summary(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

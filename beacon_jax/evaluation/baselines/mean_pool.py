@@ -27,7 +27,7 @@ class MeanPool(Budgeted):
 
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         count = jnp.asarray(self.budget(model, past))
-        memory = read(model, past, self.longest)
+        memory = read(model, past, self.longest, self.prefill)
         state = pooled(model.config, memory.state, self.number, count)
         return of_slots(memory, state)
 

@@ -14,7 +14,7 @@ from beacon_jax.core.feed import padded
 from beacon_jax.core.memory import MemoryState, slot_nbytes
 from beacon_jax.evaluation import reading
 from beacon_jax.evaluation.methods import Method, budget_slots, id_nbytes
-from beacon_jax.evaluation.reading import Rows
+from beacon_jax.evaluation.reading import Prefill, Rows
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.mount import closed
@@ -50,12 +50,19 @@ class Budgeted(Method):
         return slots + id_nbytes(model.config, tokens) // slot
 
 
-def read(model: Model, rows: Rows, longest: int = 0) -> Memory:
+def read(
+    model: Model, rows: Rows, longest: int = 0, prefill: Prefill | None = None
+) -> Memory:
     """The memory of these tokens with full attention; nothing is left open.
 
-    longest: of the method (`Method.longest`).
+    It is the caller's own, to be donated.
+
+    longest, prefill: of the method, where `rows` are what other methods read too.
     """
-    return closed(reading.read(model, rows, 0, longest=longest)[1])
+    if prefill is None:
+        return closed(reading.read(model, rows, 0, longest=longest)[1])
+    memory = closed(prefill(model, rows, longest))
+    return dataclasses.replace(memory, state=jax.tree.map(jnp.copy, memory.state))
 
 
 def of_slots(memory: Memory, state: MemoryState) -> Memory:

@@ -59,7 +59,7 @@ class SnapKV(Voted):
     family = "snapkv"
 
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
-        memory = read(model, past, self.longest)
+        memory = read(model, past, self.longest, self.prefill)
         own = np.minimum(OBSERVED, self.budget(model, past) // 2)
         votes = observe(model, memory.state, past, own, memory.state.slots - own)
         return self.kept(model, past, memory, votes, own)
@@ -79,7 +79,7 @@ class SnapKVAware(Voted):
     question_aware = True
 
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
-        memory = read(model, past, self.longest)
+        memory = read(model, past, self.longest, self.prefill)
         # The memory with the question is for its queries alone.
         asked = reading.read(model, following, 0, memory)[1].state
         both = [np.concatenate(pair) for pair in zip(past, following, strict=True)]
