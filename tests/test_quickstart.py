@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import beacon_jax
 from beacon_jax import resources
 from beacon_jax.evaluation.floors import read_floors
 from beacon_jax.hf.adapter import open_adapter
+from beacon_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash") or "bash"
@@ -170,14 +173,34 @@ def test_answers_stand_beside_their_cost(capsys):
         assert f"{sentence} ...   [{answer}]" in said
 
 
-def test_a_loss_that_does_not_fall_is_an_error(tmp_path, capsys):
-    file = tmp_path / "metrics.jsonl"
-    steps = lambda *losses: "\n".join(
-        json.dumps({"step": 10 * i + 10, "loss": loss}) for i, loss in enumerate(losses)
-    )
-    file.write_text(steps(2.0, 2.5, 1.5))
-    quickstart.loss(tmp_path)
-    assert "up to 10: 2.000 nats, of those up to 30: 1.500" in capsys.readouterr().out
-    file.write_text(steps(2.0, 1.5, 2.0))
-    with pytest.raises(SystemExit, match="the loss did not fall"):
-        quickstart.loss(tmp_path)
+def run(workdir, lr):
+    """Trains beacons of the tiny base as `make quickstart` trains those of SmolLM2."""
+    path = str(ROOT / "configs" / "smollm2.py")
+    config = runpy.run_path(path)["get_config"]("smoke")
+    config.init_from = str(ROOT / "assets" / "tiny-base")
+    config.data.sources = (str(ROOT / "docs"),)
+    config.dtype, config.compilation_cache = "float32", "off"
+    config.beacon.ratios = (2, 4)
+    config.data.stages.stage1.mix.passkey = 0.0
+    config.data.stages.stage1.steps = 6
+    config.mesh.data = 1
+    config.optimizer.lr = lr
+    train(config, workdir)
+
+
+@pytest.mark.slow
+def test_the_loss_is_that_of_rows_no_step_has_read(tmp_path, capsys):
+    """At a rate far too high it rises; from there to untrained beacons it falls."""
+    run(tmp_path / "rises", lr=0.1)
+    with pytest.raises(SystemExit, match="the loss did not fall") as error:
+        quickstart.loss(tmp_path / "rises")
+    before, after = re.findall(r"\d\.\d{3}", str(error.value))
+    run(tmp_path / "falls", lr=1e-12)
+    config = json.loads((tmp_path / "falls" / "config.json").read_text())
+    config["beacons_from"] = str(tmp_path / "rises" / "adapter")
+    (tmp_path / "falls" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    quickstart.loss(tmp_path / "falls")
+    said = capsys.readouterr().out
+    assert f"no step has read: {after} nats per token before" in said
+    assert f"{before} after" in said
