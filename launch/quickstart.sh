@@ -34,8 +34,8 @@ if [[ -z $model ]]; then
   fi
 fi
 
-# With matrix units for bfloat16 a training step takes two thirds of its time in float32;
-# without them bfloat16 gains nothing.
+# Where the processor multiplies bfloat16 faster, a training step takes two thirds of its
+# time in float32; elsewhere bfloat16 gains nothing.
 dtype=${DTYPE:-$("$python" launch/quickstart.py dtype)}
 show "$python" launch/quickstart.py read "$model" "$beacons" --dtype="$dtype"
 missed=0
