@@ -90,7 +90,7 @@ def written(
         return [model.encode(p, "prompt", first=False).tolist() for p in prompts]
     from beacon_jax.inference.template import encode_question
 
-    return [encode_question(model, p, behind=True).tolist() for p in prompts]
+    return [encode_question(model, p, first=False).tolist() for p in prompts]
 
 
 def answer(

@@ -45,6 +45,7 @@ def from_flags(values: Any, folder: Path) -> "Prepared":
     with starting():
         from beacon_jax.data.prepare import Preparation, prepare
         from beacon_jax.training.check_data import check_data
+        from beacon_jax.training.initial import embedding_rows
 
     config = values.config
     if config.data.stages:
@@ -61,7 +62,11 @@ def from_flags(values: Any, folder: Path) -> "Prepared":
             print(line, flush=True)
 
         return prepare(
-            Preparation.of(config.data, tokenizer_folder(config, folder.parent)),
+            Preparation.of(
+                config.data,
+                tokenizer_folder(config, folder.parent),
+                embedding_rows(config),
+            ),
             folder,
             workers=config.data.workers if values.workers < 0 else values.workers,
             max_drop_fraction=config.data.max_drop_fraction,

@@ -216,11 +216,16 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches over one token stream (see tokenizer.encode_stream)."""
+    """Batches over one token stream (see tokenizer.encode_stream).
+
+    Attributes:
+      vocab_size: rows of the model's embedding; None: one for each token.
+    """
 
     stream: np.ndarray
     tokenizer: Any
     config: BatchConfig
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         longest = max(stage.length for stage in self.config.stages)
@@ -303,7 +308,8 @@ class Batches:
         # along.
         period = int(np.exp(rng.uniform(np.log(4), np.log(length // 2 + 1))))
         specials = len(set(self.tokenizer.all_special_ids))
-        segment = rng.integers(specials, len(self.tokenizer), period)
+        known = min(len(self.tokenizer), self.vocab_size or len(self.tokenizer))
+        segment = rng.integers(specials, known, period)
         weights = np.ones(length)
         weights[:period] = 0.0
         return np.tile(segment, -(-length // period))[:length], weights

@@ -16,7 +16,7 @@ release (fastchat's, with its system prompts and separators):
   hf       the tokenizer's own template, which must mark answers by {% generation %}
 
 The line breaks above, and the brackets around the targets, are not part of the
-templates. The tokenizer adds its own bos, as everywhere.
+templates. The tokenizer adds its own bos, as everywhere (`tokenise`).
 
 A token may straddle the start of an answer, and is then treated as in the release. The
 release counts the tokens of the text up to the answer. A token that begins in front of
@@ -40,6 +40,8 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from beacon_jax.names import check_choice
+from beacon_jax.tokenise import Place, encode_spans
+from beacon_jax.tokenise import encode as encode_text
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +225,7 @@ def _plain(
     (_, question), (_, answer) = turns
     # As the release does: whatever the tokenizer cannot hold is lost here already.
     question = tokenizer.decode(
-        tokenizer.encode(question, verbose=False), skip_special_tokens=True
+        encode_text(tokenizer, question, "start").tolist(), skip_special_tokens=True
     )
     answer = " " + answer + tokenizer.eos_token
     start = len(question) + len(answer) - len(answer.lstrip())
@@ -250,7 +252,7 @@ def _by_own_template(
         _warn_once(f"{REFUSED}: {error}")
         return REFUSED
     (text,), (spans,) = rendered
-    return _tokenise(text, spans, tokenizer, add_special_tokens=False)
+    return _tokenise(text, spans, tokenizer, at="bare")
 
 
 @functools.cache
@@ -282,20 +284,15 @@ def _tokenise(
     tokenizer: Any,
     *,
     from_start: bool = False,
-    add_special_tokens: bool = True,
+    at: Place = "start",
 ) -> tuple[np.ndarray, np.ndarray] | str:
     """Tokenises the text; targets are the tokens that overlap a span.
 
     Args:
       from_start: a token that begins in front of a span is no target.
     """
-    encoded = tokenizer(
-        text,
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    start, stop = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+    encoded = encode_spans(tokenizer, text, at)
+    start, stop = encoded.spans.T
     # Spaces are left out of some tokenizers' offsets; a token of spaces only is then
     # empty and lies at their end. Give it the place behind the token before it.
     before = np.maximum.accumulate(np.append(0, stop[:-1]))
@@ -306,4 +303,4 @@ def _tokenise(
         labelled |= inside & (start < last)
     if not labelled.any():
         return NO_LABELS
-    return np.asarray(encoded["input_ids"], np.int32), labelled
+    return encoded.ids, labelled

@@ -15,6 +15,7 @@ from beacon_jax.data import chat
 from beacon_jax.data.heldout import HELD_OUT
 from beacon_jax.data.sources import Record
 from beacon_jax.names import check_choice
+from beacon_jax.tokenise import check_ids, encode
 
 # Why a record becomes no example. Those of EXPECTED are harmless; all others count as
 # bad rows.
@@ -105,7 +106,9 @@ class Made(NamedTuple):
     lost: int = 0
 
 
-def make_examples(record: Record, tokenizer: Any, rules: Rules) -> Made:
+def make_examples(
+    record: Record, tokenizer: Any, rules: Rules, vocab_size: int | None = None
+) -> Made:
     """Returns the examples of a record, or the reason why there is none.
 
     Text: all tokens are targets. Text below min_length is dropped. Text with fewer than
@@ -120,10 +123,23 @@ def make_examples(record: Record, tokenizer: Any, rules: Rules) -> Made:
     Tokenised rows are taken as they are inside [min_length, max_length]; without labels
     all tokens are targets.
 
+    Args:
+      vocab_size: rows of the embedding of the model that is to be trained; None: there
+        is no model yet, it will have a row for each token.
+
     Raises:
       ValueError: a conversation without rules.chat_template, or a tokenizer that lacks
-        what the rules need (eos, offsets, a template with generation marks).
+        what the rules need (eos, offsets, a template with generation marks); a token
+        that the model has no embedding of.
     """
+    made = _make(record, tokenizer, rules, vocab_size)
+    if vocab_size is not None:
+        for example in made.examples:
+            check_ids(example.tokens, vocab_size, record.where, tokenizer)
+    return made
+
+
+def _make(record: Record, tokenizer: Any, rules: Rules, vocab_size: int | None) -> Made:
     if record.text is not None:
         return _of_text(record.text, tokenizer, rules)
     if record.turns is not None:
@@ -131,7 +147,9 @@ def make_examples(record: Record, tokenizer: Any, rules: Rules) -> Made:
         example = made if isinstance(made, str) else Example(*made)
     else:
         assert record.tokens is not None
-        example = _of_tokens(*record.tokens, tokenizer)
+        if vocab_size is not None:
+            check_ids(record.tokens[0], vocab_size, record.where, tokenizer)
+        example = _of_tokens(*record.tokens, vocab_size or len(tokenizer))
     if isinstance(example, str):
         return Made(reason=example)
     n = len(example.tokens)
@@ -155,8 +173,7 @@ def shift(tokens: np.ndarray, labelled: np.ndarray) -> np.ndarray:
 def _of_text(text: str, tokenizer: Any, rules: Rules) -> Made:
     if not text.strip():
         return Made(reason=EMPTY)
-    # verbose=False: a text longer than the model's positions is no reason to warn.
-    tokens = np.asarray(tokenizer(text, verbose=False)["input_ids"], np.int32)
+    tokens = encode(tokenizer, text, "start")
     n, size = len(tokens), rules.max_length
     if n < rules.min_length:
         return Made(reason=SHORTER, lost=n)
@@ -187,7 +204,7 @@ def _pieces(tokens: np.ndarray, tokenizer: Any, size: int) -> list[np.ndarray]:
 def _ended(tokens: np.ndarray, tokenizer: Any, size: int) -> np.ndarray:
     """Returns the tokens with an eos behind them, if there is room and none yet.
 
-    Some tokenizers, and some texts, bring their own eos.
+    Some texts bring their own.
     """
     eos = np.int32(chat.eos_of(tokenizer)) if len(tokens) < size else None
     if eos is None or (len(tokens) and tokens[-1] == eos):
@@ -200,11 +217,11 @@ def _all_targets(tokens: np.ndarray) -> Example:
 
 
 def _of_tokens(
-    tokens: np.ndarray, labels: np.ndarray | None, tokenizer: Any
+    tokens: np.ndarray, labels: np.ndarray | None, known: int
 ) -> Example | str:
     if not len(tokens):
         return EMPTY
-    if np.min(tokens) < 0 or np.max(tokens) >= len(tokenizer):
+    if np.min(tokens) < 0 or np.max(tokens) >= known:
         return OTHER_VOCABULARY
     tokens = np.asarray(tokens, np.int32)
     if labels is None:

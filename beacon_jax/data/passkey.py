@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from beacon_jax.tokenise import encode_spans
+
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is {key}"
 
@@ -41,7 +43,7 @@ def draw_key(rng: np.random.Generator) -> int:
 
 
 def encode_with_key(template: str, key: int, tokenizer: Any) -> tuple[np.ndarray, list]:
-    """Tokenises the template with the key filled in.
+    """Tokenises the template with the key filled in, as a part of a longer text.
 
     A token that covers any digit of the key belongs to the key's span: some tokenizers
     glue a space to the first digit.
@@ -50,16 +52,16 @@ def encode_with_key(template: str, key: int, tokenizer: Any) -> tuple[np.ndarray
       Token ids [n], and the token spans of the key.
     """
     text = template.format(key=key)
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    out = encode_spans(tokenizer, text, "behind")
     spans, start = [], text.find(str(key))
     while start >= 0:
         end = start + len(str(key))
         hit = [
-            i for i, (a, b) in enumerate(out["offset_mapping"]) if a < end and b > start
+            i for i, (a, b) in enumerate(out.spans.tolist()) if a < end and b > start
         ]
         spans.append((hit[0], hit[-1] + 1))
         start = text.find(str(key), end)
-    return np.asarray(out["input_ids"], np.int32), spans
+    return out.ids, spans
 
 
 def contains(tokens: np.ndarray, part: np.ndarray) -> bool:

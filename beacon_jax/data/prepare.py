@@ -53,18 +53,24 @@ class Preparation:
       tokenizer: folder of the tokenizer.
       rules: which rows become examples (`data.examples`).
       root: what `long-llm:` URIs are relative to.
+      vocab_size: rows of the embedding of the model that is to be trained: a token
+        beyond is an error. None: there is no such model. No part of what a folder is
+        known by, because it changes no byte of it.
     """
 
     sources: tuple[str, ...]
     tokenizer: str
     rules: Rules = dataclasses.field(default_factory=Rules)
     root: str = ""
+    vocab_size: int | None = None
 
     @classmethod
-    def of(cls, data: Any, tokenizer: str | Path) -> "Preparation":
+    def of(
+        cls, data: Any, tokenizer: str | Path, vocab_size: int | None = None
+    ) -> "Preparation":
         """Makes the settings from config.data."""
         rules = Rules(**{f.name: data[f.name] for f in dataclasses.fields(Rules)})
-        return cls(tuple(data.sources), str(tokenizer), rules, data.root)
+        return cls(tuple(data.sources), str(tokenizer), rules, data.root, vocab_size)
 
 
 def prepare(
@@ -92,8 +98,8 @@ def prepare(
       show: receives progress lines; nothing is shown if not given.
 
     Raises:
-      ValueError: no sources, other settings (all of them named), too many bad rows, or
-        nothing left.
+      ValueError: no sources, other settings (all of them named), too many bad rows,
+        nothing left, or a token that the model has no embedding of.
       FileNotFoundError: a source or the tokenizer does not exist.
     """
     if not settings.sources:
@@ -305,7 +311,8 @@ def _run(
             tally.add(job.index, job.report_path)
     count = min(workers or len(os.sched_getaffinity(0)), len(todo))
     if count <= 1:
-        worker = Worker(load_tokenizer(settings.tokenizer), settings.rules, counters)
+        tokenizer = load_tokenizer(settings.tokenizer)
+        worker = Worker(tokenizer, settings.rules, counters, settings.vocab_size)
         with progress.running():
             for job in todo:
                 worker.write(job)
@@ -315,7 +322,12 @@ def _run(
         count,
         mp_context=context,
         initializer=start_worker,
-        initargs=(settings.tokenizer, settings.rules, counters),
+        initargs=(
+            settings.tokenizer,
+            settings.rules,
+            counters,
+            settings.vocab_size,
+        ),
     )
     with progress.running():
         try:
@@ -351,6 +363,7 @@ def _finish(
         "format": FORMAT,
         "settings": identity,
         "total": tally.total(),
+        "largest_id": tally.largest,
         "sources": tally.sources,
         "shards": shards,
     }

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from beacon_jax.resources import load_tokenizer
+from beacon_jax.tokenise import encode_all
 
 # Where a text may be cut, best first: behind a paragraph, a line, a sentence, a word.
 BOUNDARIES = tuple(
@@ -45,10 +46,7 @@ def token_counter(tokenizer: str | Path | None = None) -> Count:
         ) from error
 
     def count(texts: Sequence[str]) -> list[int]:
-        if not texts:
-            return []
-        made = loaded(list(texts), add_special_tokens=False, verbose=False)
-        return [len(ids) for ids in made["input_ids"]]
+        return [len(ids) for ids in encode_all(loaded, texts)]
 
     return count
 

@@ -76,14 +76,18 @@ EXAMPLES, TOKENS, BYTES, STOP = range(4)
 class Worker:
     """Writer of shards: a process has one, with its tokenizer, for all its jobs."""
 
-    def __init__(self, tokenizer: Any, rules: Rules, counters: Any):
+    def __init__(
+        self, tokenizer: Any, rules: Rules, counters: Any, vocab_size: int | None = None
+    ):
         self.tokenizer, self.rules, self.counters = tokenizer, rules, counters
+        self.vocab_size = vocab_size
 
     def write(self, job: Job) -> int:
         """Writes the shard of a job, its index and its report; returns job.index.
 
         Raises:
           CancelledError: the main process set the STOP slot.
+          ValueError: as `make_examples`.
           OSError: the disk is full, say.
         """
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -115,7 +119,7 @@ class Worker:
             return Made(reason=row.reason)
         if held_out(part, row, self.rules.heldout):
             return Made(reason=HELD_OUT)
-        made = make_examples(row, self.tokenizer, self.rules)
+        made = make_examples(row, self.tokenizer, self.rules, self.vocab_size)
         self._count(EXAMPLES, len(made.examples))
         self._count(TOKENS, sum(len(x.tokens) for x in made.examples))
         return made
@@ -141,7 +145,9 @@ class Worker:
             self.counters[slot] += number
 
 
-def start_worker(tokenizer_folder: str, rules: Rules, counters: Any) -> None:
+def start_worker(
+    tokenizer_folder: str, rules: Rules, counters: Any, vocab_size: int | None
+) -> None:
     """Sets up a worker process, which ends when its parent does."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
@@ -155,7 +161,7 @@ def start_worker(tokenizer_folder: str, rules: Rules, counters: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    _worker = Worker(load_tokenizer(tokenizer_folder), rules, counters)
+    _worker = Worker(load_tokenizer(tokenizer_folder), rules, counters, vocab_size)
 
 
 def run_job(job: Job) -> int:

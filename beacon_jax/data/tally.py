@@ -30,11 +30,12 @@ class ShardCounts:
     """The counts of a shard.
 
     Attributes:
-      value: {"sources": {number: counts}, "bad": [[where, reason], ...]}, as JSON.
+      value: {"sources": {number: counts}, "bad": [[where, reason], ...], "largest":
+        the largest token id, -1 without examples}, as JSON.
     """
 
     def __init__(self):
-        self.value: dict[str, Any] = {"sources": {}, "bad": []}
+        self.value: dict[str, Any] = {"sources": {}, "bad": [], "largest": -1}
 
     def add(self, source: int, where: str, made: Made) -> None:
         """Counts a row and what became of it."""
@@ -45,6 +46,8 @@ class ShardCounts:
             counts["tokens"] += sum(len(x.tokens) for x in made.examples)
             counts["labelled"] += sum(int(x.labelled.sum()) for x in made.examples)
             counts["cut"] += made.lost
+            ends = [int(x.tokens.max()) for x in made.examples]
+            self.value["largest"] = max(self.value["largest"], *ends)
             return
         bad = made.reason not in EXPECTED
         drop = _dropped(counts, made.reason, bad)
@@ -61,11 +64,13 @@ class Tally:
     Attributes:
       sources: counts of each source, with its URI.
       bad_rows: {"where", "reason"} of the first DROPPED_LINES bad rows.
+      largest: the largest token id; None: a shard of an earlier version did not say.
     """
 
     def __init__(self, sources: Sequence[str], limit: float):
         self.sources = [{"uri": uri, **_counts()} for uri in sources]
         self.bad_rows: list[dict[str, str]] = []
+        self.largest: int | None = -1
         self._limit = limit
         self._reports: dict[int, Path] = {}
         self._next = 0
@@ -93,6 +98,9 @@ class Tally:
                 merged["rows"] += drop["rows"]
                 merged["tokens"] += drop["tokens"]
                 merged["first"] = (merged["first"] + drop["first"])[:FIRST]
+        largest = report.get("largest")
+        known = largest is not None and self.largest is not None
+        self.largest = max(self.largest, largest) if known else None
         room = DROPPED_LINES - len(self.bad_rows)
         for where, reason in report["bad"][:room]:
             self.bad_rows.append({"where": where, "reason": reason})

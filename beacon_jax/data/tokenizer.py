@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from beacon_jax.data.chat import eos_of
 from beacon_jax.data.passkey import NEEDLE, QUESTION, draw_key
 from beacon_jax.resources import save_tokenizer
+from beacon_jax.tokenise import encode_all
 
 # One token separates documents and is both bos and eos: beacons start from its
 # embedding row (docs/specification.md section 1), so it has to be a row that base
@@ -111,5 +112,5 @@ def ensure_tokenizer(
 def encode_stream(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
     """Returns all documents as one int32 stream [n], each followed by eos."""
     eos = eos_of(tokenizer)
-    ids = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
-    return np.concatenate([np.asarray([*row, eos], np.int32) for row in ids])
+    rows = encode_all(tokenizer, documents)
+    return np.concatenate([np.asarray([*row, eos], np.int32) for row in rows])

@@ -116,6 +116,7 @@ class Chat:
         self._seed = int(np.asarray(asked.seed).reshape(()))
         self._base = int(memory.lengths[0]) if memory is not None else 0
         # Without token ids the end of the context cannot be cut back to: keep it.
+        self._after = memory.rows[0].last if memory is not None else None
         forgot = memory is not None and memory.rows[0].tokens is None
         self._context = memory if forgot else None
         self._held = np.zeros(0, np.int32)  # tokens of the memory behind the context
@@ -172,7 +173,11 @@ class Chat:
     def encode(self, messages: list[dict[str, str]]) -> np.ndarray:
         """Returns the tokens [n] of a conversation up to where its answer begins."""
         return encode_turns(
-            self._model, messages, template=self._template, behind=bool(self._base)
+            self._model,
+            messages,
+            template=self._template,
+            first=not self._base,
+            after=self._after,
         )
 
     def _cut(self, tokens: int) -> "tuple[Memory | None, int]":

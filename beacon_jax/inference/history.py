@@ -90,6 +90,12 @@ class History:
         """Tokens of the row, pending ones included."""
         return self.fed + len(self.pending)
 
+    @property
+    def last(self) -> int | None:
+        """The last token of the row; None: there is none, or ids were not kept."""
+        kept = self.tokens
+        return int(kept[-1]) if kept is not None and len(kept) else None
+
     def ahead(self, plan: Int[np.ndarray, " P"], count: int) -> Int[np.ndarray, " n"]:
         """Returns the ratios of the next `count` windows, the open one first.
 

@@ -62,6 +62,7 @@ from beacon_jax.inference.validate_ratio import check_ratios
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
 from beacon_jax.model.partition import Partition
+from beacon_jax.tokenise import check_ids, encode
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -179,11 +180,12 @@ class Model:
         validate.callback("on_note", on_note, "line of text")
         validate.memory(memory, Memory)
         dtype = choose_dtype(self, memory, asked.memory_dtype)
-        rows = [self.encode(c, "context", first=memory is None) for c in contexts]
-        marked = [
-            token_spans(asked.spans, c, self.tokenizer, first=memory is None)
-            for c in contexts
-        ]
+        rows, marked = [], []
+        for row, each in enumerate(contexts):
+            first, after = _before(memory, row)
+            rows.append(self.encode(each, "context", first=first, after=after))
+            spans = asked.spans, each, self.tokenizer
+            marked.append(token_spans(*spans, first=first, after=after))
         recent = choose_recent(self, memory, asked, any(map(len, marked)))
         plans = self._plans(rows, marked, memory, asked, dtype, reserve)
         if on_note:
@@ -348,8 +350,21 @@ class Model:
         made = self.complete(prompt, context=context, memory=memory, **options)
         return [m.text for m in made] if isinstance(made, list) else made.text
 
-    def encode(self, text: Text, name: str, *, first: bool) -> np.ndarray:
-        """Returns token ids [n]; `first` adds the tokens in front of a text (bos)."""
+    def encode(
+        self, text: Text, name: str, *, first: bool, after: int | None = None
+    ) -> np.ndarray:
+        """Returns the token ids [n] of a text, or those that are given.
+
+        Args:
+          name: what it is, for messages.
+          first: the text is the first of its row and begins as the tokenizer begins
+            texts (bos); else it goes on behind what the row has (`tokenise`).
+          after: the last token of that; None: it is not known.
+
+        Raises:
+          ValueError: no token, no row of tokens, or one that the model has no
+            embedding of.
+        """
         given = text
         if isinstance(text, str):
             if self.tokenizer is None:
@@ -357,9 +372,8 @@ class Model:
                     f"{name} is text, but the model's folder has no tokenizer files: "
                     "copy them there from the base model, or give token ids."
                 )
-            # `verbose` would warn about the base model's length, which is the point.
-            ids = self.tokenizer(text, add_special_tokens=first, verbose=False)
-            text = ids["input_ids"] if text else []
+            at = "start" if first else "behind"
+            text = encode(self.tokenizer, text, at, after) if text else []
         ids = np.asarray(text)
         if ids.size == 0:
             raise validate.empty(name, given)
@@ -368,11 +382,7 @@ class Model:
                 f"{name} has shape {list(ids.shape)}, it is no row of tokens: give the "
                 "token ids of one text, or a list of texts."
             )
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"{name} has token ids from {ids.min()} to {ids.max()}, the model has "
-                f"0 to {self.config.vocab_size - 1}: is the tokenizer the model's own?"
-            )
+        check_ids(ids, self.config.vocab_size, name, self.tokenizer)
         return ids.astype(np.int32)
 
     # --- the rows of a batch -----------------------------------------------------
@@ -396,19 +406,21 @@ class Model:
                 )
         elif asked.spans is not None:
             raise ValueError("spans mark parts of the context: give context=...")
-        rows, marked, first = [], [], memory is None
-        for prompt, before in zip(prompts, contexts, strict=True):
-            alone = first and before is None
-            if asked.instruct:
-                tokens = encode_question(self, prompt, behind=not alone)
-            else:
-                tokens = self.encode(prompt, "prompt", first=alone)
+        rows, marked = [], []
+        for row, (prompt, before) in enumerate(zip(prompts, contexts, strict=True)):
+            place = first, after = _before(memory, row)
+            tokens = np.zeros(0, np.int32)
             if before is not None:
-                tokens = np.concatenate(
-                    [self.encode(before, "context", first=first), tokens]
-                )
-            rows.append(tokens)
-            marked.append(token_spans(asked.spans, before, self.tokenizer, first=first))
+                tokens = self.encode(before, "context", first=first, after=after)
+                first, after = False, int(tokens[-1])
+            if asked.instruct:
+                rest = encode_question(self, prompt, first=first, after=after)
+            else:
+                rest = self.encode(prompt, "prompt", first=first, after=after)
+            rows.append(np.concatenate([tokens, rest]))
+            first, after = place
+            spans = asked.spans, before, self.tokenizer
+            marked.append(token_spans(*spans, first=first, after=after))
         return rows, marked
 
     def _streams(self, asked: Completion, rows: int | None) -> list[Streamer]:
@@ -509,3 +521,10 @@ class Model:
                 "they were not kept: save with tokens=True, or leave the penalty at 1."
             )
         return seen_tokens(known, self.config.vocab_size)
+
+
+def _before(memory: Memory | None, row: int) -> tuple[bool, int | None]:
+    """Says behind what the text of a row begins: `first` and `after` of `encode`."""
+    if memory is None or row >= len(memory) or not memory.rows[row].length:
+        return True, None
+    return False, memory.rows[row].last

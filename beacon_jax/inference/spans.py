@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from beacon_jax.names import short
+from beacon_jax.tokenise import encode_spans
 
 type Spans = str | re.Pattern[str] | Sequence[tuple[int, int]] | Int[np.ndarray, "S 2"]
 
@@ -18,6 +19,7 @@ def token_spans(
     tokenizer: Any = None,
     *,
     first: bool = True,
+    after: int | None = None,
 ) -> Int[np.ndarray, "S 2"]:
     """Finds the token ranges [start, stop) of a text that `spans` marks.
 
@@ -26,7 +28,7 @@ def token_spans(
         match. Ranges are returned as they are; None: none.
       text: where the expression is searched; an error if it is no str.
       tokenizer: a fast tokenizer of transformers.
-      first: whether the text was encoded with the tokens put before a text (bos).
+      first, after: where the text begins, as in `Model.encode`.
 
     Raises:
       ValueError: an expression without text or fast tokenizer, or not a valid one.
@@ -52,10 +54,8 @@ def token_spans(
     # Marked characters in front of each; a token has some if its ends differ. Tokens
     # that the tokenizer adds have the range (0, 0).
     count = np.cumsum(marked)
-    out = tokenizer(
-        text, add_special_tokens=first, return_offsets_mapping=True, verbose=False
-    )
-    ends = np.asarray(out["offset_mapping"], int).reshape(-1, 2)
+    at = "start" if first else "behind"
+    ends = encode_spans(tokenizer, text, at, after).spans
     return _runs(count[ends[:, 1]] > count[ends[:, 0]])
 
 

@@ -7,6 +7,7 @@ import jinja2
 import numpy as np
 
 from beacon_jax.inference.validate import shown
+from beacon_jax.tokenise import encode
 
 if TYPE_CHECKING:
     from beacon_jax.inference.model import Model
@@ -37,26 +38,29 @@ def encode_turns(
     messages: Sequence[dict[str, str]],
     *,
     template: str | None = None,
-    behind: bool = False,
+    first: bool = True,
+    after: int | None = None,
 ) -> np.ndarray:
     """Returns the tokens [n] of a conversation up to where the next answer begins.
 
     Args:
       messages: [{"role": ..., "content": ...}].
       template: jinja text in place of the tokenizer's own.
-      behind: a context comes in front. It has a bos, so the template's is left out.
+      first, after: as in `Model.encode`. A context in front has a bos, so the
+        template's is left out behind one.
 
     Raises:
-      ValueError: no template, or one that refuses the conversation.
+      ValueError: no template, one that refuses the conversation, or a token that the
+        model has no embedding of.
     """
     tokenizer = model.tokenizer
     check_template(tokenizer, template)
     text = _written(tokenizer, messages, template)
     # The template writes the special tokens itself.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if behind and ids and ids[0] == tokenizer.bos_token_id:
-        ids = ids[1:]
-    return model.encode(ids, "the conversation", first=False)
+    if not first:
+        text = text.removeprefix(tokenizer.bos_token or "")
+    ids = encode(tokenizer, text, "bare" if first else "behind", after)
+    return model.encode(ids, "the conversation", first=first)
 
 
 def try_template(
@@ -103,8 +107,13 @@ def _named(template: str | None) -> str:
     return f"chat_template={shown(template)}"
 
 
-def encode_question(model: "Model", text: Any, *, behind: bool) -> np.ndarray:
+def encode_question(
+    model: "Model", text: Any, *, first: bool, after: int | None = None
+) -> np.ndarray:
     """Returns the tokens [n] of one question in the template, up to its answer.
+
+    Args:
+      first, after: as in `encode_turns`.
 
     Raises:
       ValueError: not a text, no template, or one that refuses it.
@@ -114,7 +123,8 @@ def encode_question(model: "Model", text: Any, *, behind: bool) -> np.ndarray:
             f"instruct=True with a prompt of type {type(text).__name__}: the chat "
             "template is for text. Give a str, or leave instruct out."
         )
-    return encode_turns(model, [{"role": "user", "content": text}], behind=behind)
+    turns = [{"role": "user", "content": text}]
+    return encode_turns(model, turns, first=first, after=after)
 
 
 def turn_ends(model: "Model", stop: str | Sequence[str] = ()) -> list[str]:

@@ -14,6 +14,7 @@ from beacon_jax import hf
 from beacon_jax.data.tokenizer import ensure_tokenizer
 from beacon_jax.hf import hub
 from beacon_jax.hf.adapter import Adapter, adapter_for, open_adapter
+from beacon_jax.hf.conversion import read_config
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
 from beacon_jax.model.shapes import param_shapes
@@ -38,6 +39,24 @@ def tokenizer_folder(config: Config) -> Path:
     if config.tokenizer.path:
         return Path(asset(config.tokenizer.path))
     return base_folder(config)
+
+
+def embedding_rows(config: Config) -> int | None:
+    """Counts the rows of the base's embedding, without reading weights.
+
+    Returns:
+      None: the model is drawn at random, with a row for each token of its tokenizer, or
+      the base is not on this machine and not needed, because tokenizer.path is given.
+    """
+    if not config.init_from:
+        return None
+    if config.tokenizer.path and not Path(asset(config.init_from)).exists():
+        return None
+    folder = base_folder(config)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        return None  # a folder of tokenizer files is enough to prepare
+    size = read_config(folder).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def make_tokenizer(

@@ -26,9 +26,10 @@ from beacon_jax.data.windows import split_windows
 from beacon_jax.flops import training_step
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.progress import Stage
+from beacon_jax.tokenise import check_ids
 from beacon_jax.training.config import Config
 from beacon_jax.training.console import say
-from beacon_jax.training.initial import make_tokenizer
+from beacon_jax.training.initial import embedding_rows, make_tokenizer
 from beacon_jax.training.processes import is_lead
 
 AHEAD = 8  # batches that wait for their step: at 8 rows of 20,480 tokens 1.3 MB each
@@ -72,28 +73,33 @@ def make_data(
       stage: told that preparing goes on.
 
     Raises:
-      ValueError, FileNotFoundError: settings or sources that do not work.
+      ValueError, FileNotFoundError: settings or sources that do not work, or a token
+        that the model has no embedding of.
     """
     data = config.data
     documents = functools.cache(lambda: run_documents(config))
     tokenizer, tokenizer_folder = make_tokenizer(config, documents, workdir)
+    vocab_size = embedding_rows(config) or len(tokenizer)
     if data.stages:
         stream = encode_stream(documents(), tokenizer)
-        batches = Batches(stream, tokenizer, BatchConfig.of(config))
+        check_ids(stream, vocab_size, "the text of data.sources", tokenizer)
+        batches = Batches(stream, tokenizer, BatchConfig.of(config), vocab_size)
         return tokenizer, tokenizer_folder, batches
     folder = Path(data.prepared or workdir / "data").expanduser()
-    made = _prepared(config, tokenizer_folder, folder, stage)
+    settings = Preparation.of(data, tokenizer_folder, vocab_size)
+    made = _prepared(data, settings, folder, stage)
+    # A folder may have been prepared before, for another model.
+    largest = made.manifest.get("largest_id") or 0
+    check_ids(largest, vocab_size, f"prepared={folder}", tokenizer)
     if is_lead():
         say(usage(made.manifest))
     return tokenizer, tokenizer_folder, GroupedBatches(made, GroupConfig.of(config))
 
 
 def _prepared(
-    config: Config, tokenizer_folder: Path, folder: Path, stage: Stage
+    data: Any, settings: Preparation, folder: Path, stage: Stage
 ) -> Prepared:
     """Returns the prepared data: made by the first process, awaited by the others."""
-    data = config.data
-    settings = Preparation.of(data, tokenizer_folder)
 
     def show(line: str) -> None:
         stage.alive()
@@ -146,6 +152,7 @@ class Inputs:
       batches: rows of the run, step by step.
       count: ratio plans per step, P.
       rows: indices of the rows of a batch that this process needs; None: all.
+      tokenizer: names a token that the model has no embedding of, which is an error.
     """
 
     def __init__(
@@ -155,15 +162,18 @@ class Inputs:
         batches: StepBatches,
         count: int,
         rows: Sequence[int] | None = None,
+        tokenizer: Any = None,
     ):
         self._config, self._model, self._batches = config, model, batches
-        self._count, self._rows = count, rows
+        self._count, self._rows, self._tokenizer = count, rows, tokenizer
         # The tokenizer, which passkey rows need, is not for several threads.
         self._threads = 1 if isinstance(batches, Batches) else 4
 
     def __getitem__(self, step: int) -> StepInputs:
         config, model, batches = self._config, self._model, self._batches
         raw, lengths = batches.batch(step, self._rows), batches.lengths(step)
+        name = f"the batch of step {step + 1}"
+        check_ids(raw["tokens"], model.vocab_size, name, self._tokenizer)
         size = window(config, model, batches.width(step))
         n = max(-(-t // window(config, model, t)) for _, t in batches.shapes)
         cut = functools.partial(

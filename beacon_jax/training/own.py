@@ -28,6 +28,7 @@ from beacon_jax.data.text import load_documents, run_documents
 from beacon_jax.hf.conversion import read_config
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.shapes import param_shapes
+from beacon_jax.tokenise import encode_all
 from beacon_jax.training.config import OPEN, Config, lookup
 from beacon_jax.training.hardware import (
     device_bytes,
@@ -225,10 +226,8 @@ def _facts(config: Config) -> _Facts:
     size = sum(source_bytes(config.data.sources, config.data.root))
     tokenizer = hf.load_tokenizer(tokenizer_folder(config))
     if size <= SAMPLE_BYTES:
-        texts = tokenizer(
-            run_documents(config, quiet=True), add_special_tokens=False, verbose=False
-        )
-        tokens = sum(map(len, texts["input_ids"]))
+        texts = run_documents(config, quiet=True)
+        tokens = sum(map(len, encode_all(tokenizer, texts)))
     else:
         # Bytes of a token of English and code: 3.5 with 49,152 tokens, 2 with 512.
         tokens = int(size / (3.5 if len(tokenizer) > 8192 else 2.0))

@@ -1,0 +1,195 @@
+"""Turns text into token ids: one way for reading, asking, measuring and training.
+
+A text begins in one of three places:
+
+  start    a text of its own. It has what the tokenizer puts in front (bos), but never
+           twice: a text that brings its bos keeps that one.
+  bare     a text that nothing is added to: a chat template has written its special
+           tokens, and documents of a stream are joined by eos.
+  behind   a text that goes on behind another one, of which the tokens are known.
+
+What a tokenizer puts behind a text of its own accord (eos, [SEP]) is never added: a
+prompt has to go on, and training adds its own eos (docs/specification.md section 6).
+
+Some tokenizers begin every text by a space that is not there: Llama-2's "▁". Two texts
+that are encoded one after the other would have it in between, "arg" and "ument" would
+become "arg ument". So a text behind another one is encoded behind a character that
+melts into nothing, and the tokens of that character are left out. The ids are those of
+both texts in one, wherever that has a border of tokens there. Other tokenizers encode
+it by itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from beacon_jax.names import short
+
+Place = Literal["start", "bare", "behind"]
+
+# To encode a text behind. Letters come last: many more tokens begin with them.
+_MARKS = "\n!.,:;?-()/\"'*#=&@[]{}<>|~^%$+\\_`0123456789"
+_MARKS += "zqxjkvwybfghmpucldrnsotiaeZQXJKVWYBFGHMPUCLDRNSOTIAE"
+_PROBES = ("a", "0", "e", "t", ".")
+_HEAD = 64  # characters on which marks are tried
+
+
+class Encoded(NamedTuple):
+    """A text as tokens.
+
+    Attributes:
+      ids: int32 [n].
+      spans: characters [start, stop) of each token; (0, 0) of those that were added.
+    """
+
+    ids: Int[np.ndarray, " n"]
+    spans: Int[np.ndarray, "n 2"]
+
+
+def encode(
+    tokenizer: Any, text: str, at: Place, after: int | None = None
+) -> Int[np.ndarray, " n"]:
+    """Returns the ids of a text.
+
+    Args:
+      tokenizer: one of transformers.
+      at: where the text begins.
+      after: "behind": the token in front of it; None: it is not known.
+    """
+    return _encode(tokenizer, text, at, after, spans=False).ids
+
+
+def encode_spans(
+    tokenizer: Any, text: str, at: Place, after: int | None = None
+) -> Encoded:
+    """Returns the ids of a text, as `encode` does, and the characters of each.
+
+    Args:
+      tokenizer: a fast one, which knows them.
+    """
+    return _encode(tokenizer, text, at, after, spans=True)
+
+
+def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of bare texts, on all cores."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def front(tokenizer: Any) -> Int[np.ndarray, " n"]:
+    """Returns what the tokenizer puts in front of a text: mostly bos, or nothing."""
+    around = _ids(tokenizer, "", special=True)
+    if around:
+        for probe in _PROBES:
+            bare = _ids(tokenizer, probe)
+            whole = _ids(tokenizer, probe, special=True)
+            for at in range(len(whole) - len(bare) + 1) if bare else ():
+                if whole[at : at + len(bare)] == bare:
+                    return np.asarray(whole[:at], np.int32)
+    return np.zeros(0, np.int32)
+
+
+def check_ids(ids: Any, vocab_size: int, name: str, tokenizer: Any = None) -> None:
+    """Checks that the model has an embedding of every token.
+
+    A tokenizer may have tokens that were added to it and not to the model.
+
+    Args:
+      ids: integers of any shape.
+      vocab_size: rows of the embedding.
+      name: what they are of, for the message.
+      tokenizer: knows the text of a token; None: only its number is named.
+
+    Raises:
+      ValueError: one has none; names it, its text and the remedy.
+    """
+    ids = np.asarray(ids)
+    if not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
+        return
+    wrong = int(ids[(ids < 0) | (ids >= vocab_size)].flat[0])
+    known = tokenizer is not None and 0 <= wrong < len(tokenizer)
+    token = tokenizer.convert_ids_to_tokens(wrong) if known else None
+    text = f" ({short(repr(token))})" if token is not None else ""
+    raise ValueError(
+        f"{name} has token ids from {ids.min()} to {ids.max()}: {wrong}{text} has no "
+        f"row in the model's embedding, which has 0 to {vocab_size - 1}. Is the "
+        "tokenizer the model's own? Use that one, leave that token out of the text, or "
+        "train the model with a row for it first."
+    )
+
+
+def _encode(
+    tokenizer: Any, text: str, at: Place, after: int | None, *, spans: bool
+) -> Encoded:
+    if at == "behind" and text and _adds_space(tokenizer):
+        for mark in _marks(tokenizer, text, after):
+            found = _behind(tokenizer, text, mark, spans=spans)
+            if found is not None:
+                return found
+    bare = _read(tokenizer, text, spans=spans)
+    if at != "start":
+        return bare
+    added = front(tokenizer)
+    if not len(added) or _brings_bos(tokenizer, bare.ids, added):
+        return bare
+    none = np.zeros((len(added), 2), np.int64)
+    return Encoded(
+        np.concatenate([added, bare.ids]), np.concatenate([none, bare.spans])
+    )
+
+
+def _brings_bos(tokenizer: Any, ids: np.ndarray, added: np.ndarray) -> bool:
+    return len(ids) > 0 and ids[0] in (added[0], tokenizer.bos_token_id)
+
+
+def _adds_space(tokenizer: Any) -> bool:
+    """Tells whether a text by itself begins by other tokens than behind a character."""
+    for probe in _PROBES:
+        for mark in _marks(tokenizer, probe, None):
+            found = _behind(tokenizer, probe, mark, spans=False)
+            if found is not None:
+                return found.ids.tolist() != _ids(tokenizer, probe)
+    return False
+
+
+def _marks(tokenizer: Any, text: str, after: int | None) -> Iterator[str]:
+    """Yields what the text may be encoded behind.
+
+    A special token in front is the best: some tokenizers begin anew behind it.
+    """
+    special = getattr(tokenizer, "added_tokens_decoder", {}).get(after)
+    if special is not None:
+        yield str(special)
+    head = text[:_HEAD]
+    for mark in _MARKS:
+        if len(head) == len(text) or _behind(tokenizer, head, mark, spans=False):
+            yield mark
+
+
+def _behind(tokenizer: Any, text: str, mark: str, *, spans: bool) -> Encoded | None:
+    """Encodes a text behind a mark; None: they share a token, or the mark is lost."""
+    before = _ids(tokenizer, mark)
+    if not before or before[-1] in (tokenizer.unk_token_id, *_ids(tokenizer, " ")):
+        return None
+    both = _read(tokenizer, mark + text, spans=spans)
+    if both.ids[: len(before)].tolist() != before:
+        return None
+    moved = np.maximum(both.spans[len(before) :] - len(mark), 0)
+    return Encoded(both.ids[len(before) :], moved)
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def _read(tokenizer: Any, text: str, *, spans: bool) -> Encoded:
+    # `verbose` would warn of texts longer than the base model's, which are the point.
+    found = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=spans, verbose=False
+    )
+    ids = np.asarray(found["input_ids"], np.int32)
+    where = found["offset_mapping"] if spans else np.zeros((len(ids), 2))
+    return Encoded(ids, np.asarray(where, np.int64).reshape(-1, 2))
