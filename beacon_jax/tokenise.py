@@ -110,14 +110,14 @@ def check_ids(ids: Any, vocab_size: int, name: str, tokenizer: Any = None) -> No
     if not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
         return
     wrong = int(ids[(ids < 0) | (ids >= vocab_size)].flat[0])
-    known = tokenizer is not None and 0 <= wrong < len(tokenizer)
-    token = tokenizer.convert_ids_to_tokens(wrong) if known else None
+    token = None
+    if tokenizer is not None and 0 <= wrong < len(tokenizer):
+        token = tokenizer.convert_ids_to_tokens(wrong)
     text = f" ({short(repr(token))})" if token is not None else ""
     raise ValueError(
-        f"{name} has token ids from {ids.min()} to {ids.max()}: {wrong}{text} has no "
-        f"row in the model's embedding, which has 0 to {vocab_size - 1}. Is the "
-        "tokenizer the model's own? Use that one, leave that token out of the text, or "
-        "train the model with a row for it first."
+        f"{name} has token ids from {ids.min()} to {ids.max()}, the model has 0 to "
+        f"{vocab_size - 1}: {wrong}{text} has no row in its embedding. Is the "
+        "tokenizer the model's own? Use that one, or leave that token out."
     )
 
 
@@ -172,7 +172,8 @@ def _marks(tokenizer: Any, text: str, after: int | None) -> Iterator[str]:
 def _behind(tokenizer: Any, text: str, mark: str, *, spans: bool) -> Encoded | None:
     """Encodes a text behind a mark; None: they share a token, or the mark is lost."""
     before = _ids(tokenizer, mark)
-    if not before or before[-1] in (tokenizer.unk_token_id, *_ids(tokenizer, " ")):
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if not before or before[-1] in (unknown, *_ids(tokenizer, " ")):
         return None
     both = _read(tokenizer, mark + text, spans=spans)
     if both.ids[: len(before)].tolist() != before:

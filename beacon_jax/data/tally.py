@@ -98,9 +98,9 @@ class Tally:
                 merged["rows"] += drop["rows"]
                 merged["tokens"] += drop["tokens"]
                 merged["first"] = (merged["first"] + drop["first"])[:FIRST]
-        largest = report.get("largest")
-        known = largest is not None and self.largest is not None
-        self.largest = max(self.largest, largest) if known else None
+        if self.largest is not None:
+            known = "largest" in report
+            self.largest = max(self.largest, report["largest"]) if known else None
         room = DROPPED_LINES - len(self.bad_rows)
         for where, reason in report["bad"][:room]:
             self.bad_rows.append({"where": where, "reason": reason})

@@ -16,14 +16,14 @@ from beacon_jax.core.feed import power_of_two
 from beacon_jax.core.law import default_window
 from beacon_jax.core.loss import IGNORE
 from beacon_jax.evaluation.methods import ADAPT, adapted
-from beacon_jax.evaluation.prompts import ids
 from beacon_jax.evaluation.reading import feed_state
 from beacon_jax.inference.feeding import fresh_state
 from beacon_jax.inference.history import History
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.plan import make_plan
 from beacon_jax.model.config import ModelConfig
-from beacon_jax.names import meant
+from beacon_jax.names import meant, short
+from beacon_jax.tokenise import check_ids, encode
 
 LEAST_ANSWER = 16  # tokens that an answer keeps where a context does not fit
 
@@ -101,8 +101,12 @@ def score(
       on_score: called with (index, score) as soon as a batch is done.
 
     Raises:
-      ValueError: an empty context or continuation.
+      ValueError: an empty context or continuation, or a token that the model has no
+        embedding of.
     """
+    for i, pair in enumerate(pairs):
+        check(model, pair.context, f"context of pair {i}")
+        check(model, pair.continuation, f"continuation of pair {i}")
     read = functools.partial(_Row.of, model.config, ratio, recent)
     rows = [read(i, pair) for i, pair in enumerate(pairs)]
     scores: dict[int, Score] = {}
@@ -209,6 +213,11 @@ def fill_up[Item](model: Model, rows: list[Item]) -> list[Item]:
     return rows + rows[-1:] * (count - len(rows))
 
 
+def check(model: Model, tokens: Int[np.ndarray, " n"], name: str) -> None:
+    """Raises ValueError for a token that the model has no embedding of."""
+    check_ids(tokens, model.config.vocab_size, name, model.tokenizer)
+
+
 # --- from text to pairs, by the rules of lm-evaluation-harness --------------------
 
 
@@ -224,40 +233,39 @@ def prefix_token(tokenizer: Any) -> int:
     raise ValueError("the tokenizer has no bos and no eos: an empty context needs one.")
 
 
-def encode(tokenizer: Any, text: str) -> Int[np.ndarray, " n"]:
-    """Encodes a text as the model reads it from its start.
-
-    It has a bos if the tokenizer adds it, but not a second one: a chat template writes
-    its own.
-    """
-    bos = tokenizer.bos_token
-    return ids(tokenizer, text, special=not (bos and text.startswith(bos)))
-
-
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> Pair:
     """Encodes both together and cuts behind as many tokens as the context has alone.
 
     Spaces at its end belong to the continuation. An empty context is `prefix_token`.
 
     Raises:
-      ValueError: an empty continuation.
+      ValueError: an empty continuation, or one without a token.
     """
     if not continuation:
         raise ValueError("the continuation is empty: there is nothing to predict.")
     if not context:
         prefix = prefix_token(tokenizer)
-        tokens = ids(tokenizer, continuation)
-        if tokens[0] == prefix and len(tokens) > 1:
+        tokens = encode(tokenizer, continuation, "bare")
+        if len(tokens) > 1 and tokens[0] == prefix:
             return Pair(tokens[:1], tokens[1:])
-        return Pair(np.asarray([prefix], np.int32), tokens)
+        return Pair(np.asarray([prefix], np.int32), _some(tokens, continuation))
     bare = context.rstrip()
-    whole = encode(tokenizer, context + continuation)
-    cut = len(encode(tokenizer, bare))
+    whole = _some(encode(tokenizer, context + continuation, "start"), continuation)
+    cut = len(encode(tokenizer, bare, "start"))
     # The end of the context may melt into the continuation's first token.
     cut = min(cut, len(whole) - 1)
     if cut > 0:
         return Pair(whole[:cut], whole[cut:])
     return Pair(np.asarray([prefix_token(tokenizer)], np.int32), whole)
+
+
+def _some(tokens: np.ndarray, text: str) -> np.ndarray:
+    if not len(tokens):
+        raise ValueError(
+            f"the tokenizer makes no token of the continuation {short(repr(text))}: "
+            "there is nothing to predict."
+        )
+    return tokens
 
 
 def shorten(

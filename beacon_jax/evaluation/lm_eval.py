@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.evaluation import likelihood
-from beacon_jax.evaluation.prompts import ids
 from beacon_jax.inference.loading import load
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.validate import switch
 from beacon_jax.progress import Progress, say
+from beacon_jax.tokenise import encode
 
 try:
     _api: Any = importlib.import_module("lm_eval.api.model")
@@ -142,9 +142,11 @@ class BeaconLM(_api.LM):
         """Log probability of each whole text, in pieces of `max_length`."""
         pairs, owners = [], []
         for i, request in enumerate(requests):
+            tokens = encode(self.tokenizer, request.args[0], "bare")
+            prefix = likelihood.prefix_token(self.tokenizer)
             found = likelihood.rolling_pairs(
-                ids(self.tokenizer, request.args[0]),
-                likelihood.prefix_token(self.tokenizer),
+                tokens[1:] if len(tokens) and tokens[0] == prefix else tokens,
+                prefix,
                 self.max_length,
             )
             pairs += found
@@ -164,7 +166,8 @@ class BeaconLM(_api.LM):
         for i, request in enumerate(requests):
             context, given = request.args
             asked = generation_options(given, self.max_gen_toks)
-            tokens = likelihood.encode(self.tokenizer, context)
+            tokens = encode(self.tokenizer, context, "start")
+            likelihood.check(self.model, tokens, f"context of request {i}")
             if not len(tokens):
                 tokens = np.asarray([likelihood.prefix_token(self.tokenizer)], np.int32)
             new = asked.pop("max_new_tokens")

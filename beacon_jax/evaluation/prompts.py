@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from beacon_jax import tokenise
 from beacon_jax.inference.model import Model
 
 Tokens = Int[np.ndarray, " n"]
@@ -18,14 +19,13 @@ def encode(model: Model, text: str, prefix: str = "", chat: str = "auto") -> Tok
     Args:
       chat: "auto": in the tokenizer's chat template, if it has one; "none": as it is.
     """
-    tokenizer, special = model.tokenizer, True
-    if templated(model, chat):
-        turns = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
-        special = False  # the template has them
-    return ids(tokenizer, text + prefix, special=special)
+    if not templated(model, chat):
+        return tokenise.encode(model.tokenizer, text + prefix, "start")
+    turns = [{"role": "user", "content": text}]
+    text = model.tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
+    return tokenise.encode(model.tokenizer, text + prefix, "bare")
 
 
 def ask(model: Model, text: str, prefix: str, chat: str) -> Tokens:
@@ -43,19 +43,13 @@ def templated(model: Model, chat: str) -> bool:
     return chat == "auto" and bool(getattr(model.tokenizer, "chat_template", None))
 
 
-def ids(tokenizer: Any, text: str, *, special: bool = False) -> Tokens:
-    """Token ids of a text; `special` adds what the tokenizer puts in front (bos)."""
-    found = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return np.asarray(found, np.int32)
-
-
 def cut_middle(tokenizer: Any, text: str, most: int) -> str:
     """The text, or the text of its first and last most // 2 tokens if it has more.
 
     LongBench's: the middle goes, since beginnings and ends hold instructions. The two
     halves can come out a few tokens longer or shorter once joined.
     """
-    found = ids(tokenizer, text, special=True)
+    found = tokenise.encode(tokenizer, text, "start")
     if len(found) <= most:
         return text
     half = most // 2

@@ -37,6 +37,7 @@ from beacon_jax.evaluation.statistics import grouped
 from beacon_jax.evaluation.tasks.base import Instance, Metric, Task
 from beacon_jax.inference.model import Model
 from beacon_jax.progress import Progress, Stage
+from beacon_jax.tokenise import check_ids
 
 TIMES = ("seconds", "compile_seconds")  # of an answer, which no run repeats
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
@@ -58,7 +59,8 @@ def evaluate(
 
     Raises:
       ValueError: `out` holds predictions of another model or other settings, lengths
-        that are not multiples of the window, or too little text.
+        that are not multiples of the window, too little text, or a token that the model
+        has no embedding of.
     """
     if any(task.whole_windows for task in tasks):
         check_lengths(settings.lengths, model.window)
@@ -73,8 +75,9 @@ def evaluate(
     with progress.stage("making examples") as stage:
         for task in tasks:
             stage.note = task.name
-            made = task.examples(model, settings, inputs)
-            examples[task.name] = limit(made, settings.limit)
+            made = limit(task.examples(model, settings, inputs), settings.limit)
+            check_tokens(task, model, made)
+            examples[task.name] = made
     prepare_folder(out, run, overwrite=overwrite)
     total = len(methods) * sum(e.length for made in examples.values() for e in made)
     metrics: list[Metric] = []
@@ -142,6 +145,14 @@ def limit(examples: Sequence[Instance], count: int | None) -> list[Instance]:
         if count is None or seen[example.length] <= count:
             kept.append(example)
     return kept
+
+
+def check_tokens(task: Task, model: Model, examples: Sequence[Instance]) -> None:
+    """Raises ValueError for a token that the model has no embedding of."""
+    for example in examples:
+        for tokens in (example.tokens, *task.further(model, example)):
+            name = f"example {example.id} of {task.name}"
+            check_ids(tokens, model.config.vocab_size, name, model.tokenizer)
 
 
 def batches(

@@ -96,9 +96,7 @@ def make_data(
     return tokenizer, tokenizer_folder, GroupedBatches(made, GroupConfig.of(config))
 
 
-def _prepared(
-    data: Any, settings: Preparation, folder: Path, stage: Stage
-) -> Prepared:
+def _prepared(data: Any, settings: Preparation, folder: Path, stage: Stage) -> Prepared:
     """Returns the prepared data: made by the first process, awaited by the others."""
 
     def show(line: str) -> None:

@@ -18,6 +18,7 @@ from beacon_jax.inference.model import Model
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
+from beacon_jax.tokenise import encode
 
 # Context and continuation lengths: within a window of 32, at its edges, behind whole
 # windows, a continuation longer than a window.
@@ -166,9 +167,9 @@ def test_both_texts_are_encoded_together_and_cut_behind_the_context(lm):
         ("wind", "ow river"),  # one word, cut in the middle
     ):
         pair = likelihood.encode_pair(tokenizer, context, continuation)
-        both = likelihood.encode(tokenizer, context + continuation)
+        both = encode(tokenizer, context + continuation, "start")
         assert np.concatenate(pair).tolist() == both.tolist()
-        alone = likelihood.encode(tokenizer, context.rstrip())
+        alone = encode(tokenizer, context.rstrip(), "start")
         assert len(pair.context) == min(len(alone), len(both) - 1)
 
 

@@ -13,6 +13,7 @@ import pytest
 import beacon_jax
 from beacon_jax.evaluation import likelihood
 from beacon_jax.hf.adapter import write_adapter
+from beacon_jax.tokenise import encode
 
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
 
@@ -125,7 +126,7 @@ def test_texts_are_generated_as_the_model_generates_them(lm, model):
     assert not any("e" in texts[i] for i in (0, 2))
     plain = model.generate("river", ratio=2, max_new_tokens=6, stop="e")
     assert texts[2] == plain
-    shortened = likelihood.encode(model.tokenizer, TEXT)[-24:]
+    shortened = encode(model.tokenizer, TEXT, "start")[-24:]
     expected = model.generate(shortened, ratio=2, max_new_tokens=6, stop="e")
     assert texts[1] == expected
     assert lm.generate_until(asked, disable_tqdm=True) == texts  # sampling is seeded
@@ -133,9 +134,9 @@ def test_texts_are_generated_as_the_model_generates_them(lm, model):
 
 
 def test_what_does_not_fit_shortens_the_answer_first_and_is_said(lm, model, capsys):
-    context = likelihood.encode(model.tokenizer, TEXT)
+    context = encode(model.tokenizer, TEXT, "start")
     words = model.tokenizer.decode(context[:12])
-    assert len(likelihood.encode(model.tokenizer, words)) == 12
+    assert len(encode(model.tokenizer, words, "start")) == 12
     (found,) = lm.generate_until([Request(words, {"max_gen_toks": 40})], True)
     assert found == model.generate(words, ratio=2, max_new_tokens=18)
     assert lm.shortened == {"contexts": 0, "tokens": 0, "answers": 1}

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from beacon_jax.data.tokenizer import train_tokenizer
-from beacon_jax.evaluation import prompts, words
+from beacon_jax.evaluation import words
 from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.reading import Continuations, load_model
 from beacon_jax.evaluation.runner import evaluate
 from beacon_jax.evaluation.tasks import generation, make_tasks, ruler_qa, ruler_text
 from beacon_jax.evaluation.tasks.ruler import OFFLINE, Ruler
+from beacon_jax.tokenise import encode
 
 SENTENCES = (
     "A river runs through the old town. ",
@@ -79,7 +80,7 @@ def test_a_prompt_and_its_answer_fill_the_length_to_within_one_unit(
     # A word of an essay, or of a list with its number; coded words come 6 at a time
     # at most: so many ranks gain one at the same n.
     unit = units.get(kind, {"cwe": "1234. " + "x" * 30, "fwe": "abcdef " * 6}.get(task))
-    size = len(prompts.ids(small.tokenizer, f"{unit or 'remembers'}\n"))
+    size = len(encode(small.tokenizer, f"{unit or 'remembers'}\n", "bare"))
     for example in made(small, folder, task):
         used = len(example.tokens) + example.info["new_tokens"]
         assert LENGTH - size < used <= LENGTH

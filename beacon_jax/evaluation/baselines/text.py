@@ -22,6 +22,7 @@ import numpy as np
 from beacon_jax.evaluation.baselines.shortened import Shortened, Tokens
 from beacon_jax.evaluation.reading import Rows
 from beacon_jax.inference.model import Model
+from beacon_jax.tokenise import check_ids, encode
 
 Compress = Callable[[str, int], str]
 
@@ -54,6 +55,7 @@ class TextCompressor(Shortened):
 
         Raises:
           TypeError: `compress` gave something else than text.
+          ValueError: text with a token that the model has no embedding of.
         """
         bos = row[:1] if np.isin(row[:1], model.config.bos_ids).any() else row[:0]
         room = k - len(bos)
@@ -66,8 +68,10 @@ class TextCompressor(Shortened):
                 f"--methods: {self.family} returned {type(found).__name__} for a text "
                 f"of {len(text)} characters: it must return the shorter text."
             )
-        tokens = model.tokenizer.encode(found, add_special_tokens=False)
-        return np.concatenate([bos, np.asarray(tokens[:room], np.int32)])
+        tokens = encode(model.tokenizer, found, "bare")
+        name = f"--methods: the text of {self.family}"
+        check_ids(tokens, model.config.vocab_size, name, model.tokenizer)
+        return np.concatenate([bos, tokens[:room]])
 
 
 def text_compressor(spelling: str) -> tuple[Compress, str]:

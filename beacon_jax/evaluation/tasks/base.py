@@ -56,6 +56,10 @@ class Task:
         """Makes all examples, those of one length together."""
         raise NotImplementedError
 
+    def further(self, model: Model, example: Instance) -> list[np.ndarray]:
+        """Token ids that a run needs besides the example's: right answers, say."""
+        return []
+
     def run(
         self, model: Model, method: Method, batch: Sequence[Instance]
     ) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from beacon_jax.evaluation import plots, prompts
+from beacon_jax.evaluation import plots
 from beacon_jax.evaluation.methods import Method, remember_prompts
 from beacon_jax.evaluation.reading import answer, answer_losses, read
 from beacon_jax.evaluation.report import interval, table
@@ -27,6 +27,7 @@ from beacon_jax.evaluation.statistics import (
 from beacon_jax.evaluation.tasks.base import Instance, Metric, Prediction, Task
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
+from beacon_jax.tokenise import encode
 
 
 class GenerationTask(Task):
@@ -69,6 +70,10 @@ class GenerationTask(Task):
         logits, memory = read(model, rest, method.live_ratio, memory)
         return memory, logits, kept
 
+    def further(self, model: Model, example: Instance) -> list[np.ndarray]:
+        count = example.info.get("new_tokens", self.new_tokens)
+        return [self._reference(model, example, count)]
+
     def run(
         self, model: Model, method: Method, batch: Sequence[Instance]
     ) -> list[dict[str, Any]]:
@@ -86,8 +91,8 @@ class GenerationTask(Task):
 
     def _reference(self, model: Model, example: Instance, count: int) -> np.ndarray:
         """Tokens of the first right answer, as far as it may be long."""
-        answer = example.info["answers"][0]
-        found = prompts.ids(model.tokenizer, self.lead + answer)
+        answer, last = example.info["answers"][0], int(example.tokens[-1])
+        found = encode(model.tokenizer, self.lead + answer, "behind", last)
         return found[:count]
 
     def score(self, predictions: Sequence[Prediction]) -> list[Metric]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from beacon_jax.tokenise import encode_spans
+
 SENTENCE = re.compile(r"[.!?][\"')\]]*(?=\s)")
 LINE = re.compile(r"\n+")
 WALK = 20  # a needle moves back by up to 1/20 of the text to a sentence's end
@@ -85,7 +87,4 @@ class Haystack:
 
 def _ends(tokenizer: Any, text: str) -> np.ndarray:
     """The character behind each token."""
-    found = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    return np.maximum.accumulate([end for _, end in found["offset_mapping"]])
+    return np.maximum.accumulate(encode_spans(tokenizer, text, "bare").spans[:, 1])

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from beacon_jax.evaluation import prompts
 from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method
 from beacon_jax.evaluation.reading import answer_losses
 from beacon_jax.evaluation.tasks.base import Instance, Prediction
 from beacon_jax.evaluation.tasks.files import OnFiles
 from beacon_jax.inference.model import Model
+from beacon_jax.tokenise import encode
 
 LETTERS = "ABCD"
 LONGEST = 4096  # tokens of a question with five examples
@@ -95,16 +95,18 @@ class Mmlu(OnFiles):
     def info(self, row: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
         return {"answers": [_letter(row["answer"])], "subject": row["subject"]}
 
+    def further(self, model: Model, example: Instance) -> list[np.ndarray]:
+        """The answers, as they stand behind the question."""
+        space, last = " " * example.info["space"], int(example.tokens[-1])
+        return [encode(model.tokenizer, space + x, "behind", last) for x in LETTERS]
+
     def run(
         self, model: Model, method: Method, batch: Sequence[Instance]
     ) -> list[dict[str, Any]]:
         memory, logits, kept = self.read(model, method, batch)
         losses = []
-        for letter in LETTERS:
-            references = [
-                prompts.ids(model.tokenizer, " " * e.info["space"] + letter)
-                for e in batch
-            ]
+        for number in range(len(LETTERS)):
+            references = [self.further(model, e)[number] for e in batch]
             ratio = method.live_ratio
             losses.append(answer_losses(model, memory, logits, references, ratio))
         return [

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from beacon_jax.data.passkey import last_window_start
-from beacon_jax.evaluation import prompts
 from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method, remember
 from beacon_jax.evaluation.reading import nats, read
@@ -26,6 +25,7 @@ from beacon_jax.evaluation.tasks.base import Prediction
 from beacon_jax.evaluation.tasks.places import ByPlace
 from beacon_jax.evaluation.tasks.synthetic import Draw, Drawn
 from beacon_jax.inference.model import Model
+from beacon_jax.tokenise import front
 
 QUERIES = 8
 EVERY = 16  # tokens per pair
@@ -67,8 +67,7 @@ class Mqar(ByPlace):
                 f"{3 * QUERIES} are needed: name a source with more text."
             )
         keys, values, fillers = thirds
-        first = prompts.ids(model.tokenizer, "", special=True)
-        return Vocabulary(keys, values, fillers, first)
+        return Vocabulary(keys, values, fillers, front(model.tokenizer))
 
     def example(self, draw: Draw) -> Drawn:
         """Draws an example; its tokens have the last value too, which is never fed."""

@@ -26,6 +26,7 @@ from beacon_jax.evaluation.tasks.base import Instance, Prediction
 from beacon_jax.evaluation.tasks.haystack import Haystack
 from beacon_jax.evaluation.tasks.synthetic import Draw, Drawn, Synthetic
 from beacon_jax.inference.model import Model
+from beacon_jax.tokenise import encode
 
 TURNS = 3
 NAMES = """
@@ -86,7 +87,8 @@ class MultiNeedle(Synthetic):
 
     def turns(self, model: Model, chat: str, length: int) -> int:
         """Counts the turns: three, or as many as fit into `length`."""
-        city = max(CITIES, key=lambda c: len(prompts.ids(model.tokenizer, c)))
+        size = lambda city: len(encode(model.tokenizer, city, "bare"))
+        city = max(CITIES, key=size)
         question, prefix = _question(city)
         needle = _needle(city, "1234567")
         for turns in range(TURNS, 1, -1):
@@ -102,7 +104,7 @@ class MultiNeedle(Synthetic):
         """What stands between an answer and the next one."""
         if not prompts.templated(model, chat):
             text = f"\n\n{question}\n{prefix}"
-            return prompts.ids(model.tokenizer, text)
+            return encode(model.tokenizer, text, "behind")
         mark = "\u2020answer\u2020"
         roles = zip(("user", "assistant", "user"), ("?", mark, question), strict=True)
         text = model.tokenizer.apply_chat_template(
@@ -110,7 +112,19 @@ class MultiNeedle(Synthetic):
             tokenize=False,
             add_generation_prompt=True,
         )
-        return prompts.ids(model.tokenizer, text.split(mark)[1] + prefix)
+        return encode(model.tokenizer, text.split(mark)[1] + prefix, "behind")
+
+    def further(self, model: Model, example: Instance) -> list[np.ndarray]:
+        """The turns behind the first one, and the answer of each."""
+        turns = [np.asarray(turn, np.int32) for turn in example.info["turns"]]
+        return turns + self._answers(model, example)
+
+    def _answers(self, model: Model, example: Instance) -> list[np.ndarray]:
+        asked = [example.tokens, *example.info["turns"]]
+        return [
+            encode(model.tokenizer, f" {answer}", "behind", int(tokens[-1]))
+            for tokens, answer in zip(asked, example.info["answers"], strict=True)
+        ]
 
     def run(
         self, model: Model, method: Method, batch: Sequence[Instance]
@@ -126,10 +140,7 @@ class MultiNeedle(Synthetic):
             took, made = watch.read()
             seconds.append(took)
             compiled += made
-            wanted = [
-                prompts.ids(model.tokenizer, f" {e.info['answers'][turn]}")
-                for e in batch
-            ]
+            wanted = [self._answers(model, e)[turn] for e in batch]
             losses.append(answer_losses(model, memory, logits, wanted, ratio))
             texts.append(found.texts)
             if turn + 1 == turns:

@@ -29,7 +29,6 @@ import numpy as np
 
 from beacon_jax.core.loss import IGNORE
 from beacon_jax.data.passkey import last_window_start
-from beacon_jax.evaluation import prompts
 from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Incremental, Method, remember
 from beacon_jax.evaluation.reading import Rows, empty, losses
@@ -40,6 +39,7 @@ from beacon_jax.evaluation.tasks.generation import about
 from beacon_jax.evaluation.tasks.synthetic import draw_seed
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
+from beacon_jax.tokenise import encode, front
 
 PARTS = 4  # windows of a document
 FILE, WHERE = "lm/pg19", "the release's data (namespace-Pt/projects, long-llm.tar.gz)"
@@ -71,7 +71,7 @@ class PerplexityRelease(Task):
         rng = np.random.default_rng(draw_seed(settings, self.name))
         count = min(settings.samples, len(documents))
         chosen = np.sort(rng.choice(len(documents), count, replace=False)).tolist()
-        first = prompts.ids(model.tokenizer, "", special=True)
+        first = front(model.tokenizer)
         return [
             Instance(
                 f"{length}/{d}/{start}",
@@ -194,7 +194,9 @@ def _documents(
     for text in texts:
         # Cut before it is encoded: books have 0.5 MB. No token has 16 characters on
         # average; one that does only makes the document shorter.
-        tokens = prompts.ids(model.tokenizer, text[: 16 * most])[:most]
+        # Without the bos that each window begins with.
+        tokens = encode(model.tokenizer, text[: 16 * most], "start")
+        tokens = tokens[len(front(model.tokenizer)) :][:most]
         if len(tokens) >= least:
             found.append(tokens)
     return found

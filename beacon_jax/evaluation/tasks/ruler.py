@@ -23,6 +23,7 @@ from beacon_jax.evaluation.tasks import ruler_text as text
 from beacon_jax.evaluation.tasks.base import Instance, Prediction
 from beacon_jax.evaluation.tasks.generation import GenerationTask
 from beacon_jax.inference.model import Model
+from beacon_jax.tokenise import encode
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ def _chain(
     if not tokens:
         return text.chain_problem(rng, hops, "")
     example = text.chain_example(rng, hops)
-    size = lambda n: prompts.ids(model.tokenizer, example(n))
+    size = lambda n: encode(model.tokenizer, example(n), "bare")
     if len(size(1)) > tokens:
         return None
     return text.chain_problem(rng, hops, example(prompts.fit(size, tokens, least=1)))
