@@ -49,20 +49,21 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    tokenizer: Any, text: str, at: Place, after: int | None = None
+    tokenizer: Any, text: str, at: Place, after: int | str | None = None
 ) -> Int[np.ndarray, " n"]:
     """Returns the ids of a text.
 
     Args:
       tokenizer: one of transformers.
       at: where the text begins.
-      after: "behind": the token in front of it; None: it is not known.
+      after: "behind": the text in front of it, or its last token; None: neither is
+        known.
     """
     return _encode(tokenizer, text, at, after, spans=False).ids
 
 
 def encode_spans(
-    tokenizer: Any, text: str, at: Place, after: int | None = None
+    tokenizer: Any, text: str, at: Place, after: int | str | None = None
 ) -> Encoded:
     """Returns the ids of a text, as `encode` does, and the characters of each.
 
@@ -122,7 +123,7 @@ def check_ids(ids: Any, vocab_size: int, name: str, tokenizer: Any = None) -> No
 
 
 def _encode(
-    tokenizer: Any, text: str, at: Place, after: int | None, *, spans: bool
+    tokenizer: Any, text: str, at: Place, after: int | str | None, *, spans: bool
 ) -> Encoded:
     if at == "behind" and text and _adds_space(tokenizer):
         for mark in _marks(tokenizer, text, after):
@@ -155,25 +156,31 @@ def _adds_space(tokenizer: Any) -> bool:
     return False
 
 
-def _marks(tokenizer: Any, text: str, after: int | None) -> Iterator[str]:
-    """Yields what the text may be encoded behind.
+def _marks(tokenizer: Any, text: str, after: int | str | None) -> Iterator[str]:
+    """Yields what the text may be encoded behind, the best first.
 
-    A special token in front is the best: some tokenizers begin anew behind it.
+    That is what stands in front, or a special token at its end, behind which some
+    tokenizers begin anew; then characters that the tokenizer does not lose.
     """
-    special = getattr(tokenizer, "added_tokens_decoder", {}).get(after)
-    if special is not None:
-        yield str(special)
+    if isinstance(after, str):
+        yield after
+    elif after is not None:
+        special = getattr(tokenizer, "added_tokens_decoder", {}).get(after)
+        if special is not None:
+            yield str(special)
     head = text[:_HEAD]
+    lost = {getattr(tokenizer, "unk_token_id", None), *_ids(tokenizer, " ")}
     for mark in _MARKS:
+        if {*_ids(tokenizer, mark)[-1:]} <= lost:
+            continue
         if len(head) == len(text) or _behind(tokenizer, head, mark, spans=False):
             yield mark
 
 
 def _behind(tokenizer: Any, text: str, mark: str, *, spans: bool) -> Encoded | None:
-    """Encodes a text behind a mark; None: they share a token, or the mark is lost."""
+    """Encodes a text behind a mark; None: they share a token."""
     before = _ids(tokenizer, mark)
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if not before or before[-1] in (unknown, *_ids(tokenizer, " ")):
+    if not before:
         return None
     both = _read(tokenizer, mark + text, spans=spans)
     if both.ids[: len(before)].tolist() != before:

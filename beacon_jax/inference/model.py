@@ -351,7 +351,7 @@ class Model:
         return [m.text for m in made] if isinstance(made, list) else made.text
 
     def encode(
-        self, text: Text, name: str, *, first: bool, after: int | None = None
+        self, text: Text, name: str, *, first: bool, after: int | str | None = None
     ) -> np.ndarray:
         """Returns the token ids [n] of a text, or those that are given.
 
@@ -359,7 +359,7 @@ class Model:
           name: what it is, for messages.
           first: the text is the first of its row and begins as the tokenizer begins
             texts (bos); else it goes on behind what the row has (`tokenise`).
-          after: the last token of that; None: it is not known.
+          after: the text of that, or its last token; None: neither is known.
 
         Raises:
           ValueError: no token, no row of tokens, or one that the model has no
@@ -408,11 +408,13 @@ class Model:
             raise ValueError("spans mark parts of the context: give context=...")
         rows, marked = [], []
         for row, (prompt, before) in enumerate(zip(prompts, contexts, strict=True)):
-            place = first, after = _before(memory, row)
+            place = _before(memory, row)
+            first, after = place
             tokens = np.zeros(0, np.int32)
             if before is not None:
                 tokens = self.encode(before, "context", first=first, after=after)
-                first, after = False, int(tokens[-1])
+                known = before if isinstance(before, str) else int(tokens[-1])
+                first, after = False, known
             if asked.instruct:
                 rest = encode_question(self, prompt, first=first, after=after)
             else:

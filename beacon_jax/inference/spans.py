@@ -19,7 +19,7 @@ def token_spans(
     tokenizer: Any = None,
     *,
     first: bool = True,
-    after: int | None = None,
+    after: int | str | None = None,
 ) -> Int[np.ndarray, "S 2"]:
     """Finds the token ranges [start, stop) of a text that `spans` marks.
 

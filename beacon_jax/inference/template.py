@@ -39,7 +39,7 @@ def encode_turns(
     *,
     template: str | None = None,
     first: bool = True,
-    after: int | None = None,
+    after: int | str | None = None,
 ) -> np.ndarray:
     """Returns the tokens [n] of a conversation up to where the next answer begins.
 
@@ -108,7 +108,7 @@ def _named(template: str | None) -> str:
 
 
 def encode_question(
-    model: "Model", text: Any, *, first: bool, after: int | None = None
+    model: "Model", text: Any, *, first: bool, after: int | str | None = None
 ) -> np.ndarray:
     """Returns the tokens [n] of one question in the template, up to its answer.
 
