@@ -15,7 +15,7 @@ PLACES = ("start", "bare", "behind")
 
 
 def borders(tokenizer, text=TEXT):
-    """Places where the text as a whole has a border, and the ids in front and behind."""
+    """Where the text as a whole has a border, and the ids in front and behind."""
     whole = encode(tokenizer, text, "bare").tolist()
     for at in range(1, len(text)):
         left = encode(tokenizer, text[:at], "bare").tolist()

@@ -40,6 +40,7 @@ from beacon_jax.data.passkey import (
     make_passkey,
 )
 from beacon_jax.names import meant
+from beacon_jax.tokenise import check_ids
 
 KINDS = ("text", "passkey", "repeat", "copy")
 # Keys of config.data that only stages read.
@@ -275,6 +276,9 @@ class Batches:
         ]
         drawn = [self._row(rng, stage, KINDS[k]) for k in kind]
         tokens, labels, weights = (np.stack(part) for part in zip(*drawn, strict=True))
+        if self.vocab_size is not None:  # eos and passkeys are not of the stream
+            name = f"the batch of step {step + 1}"
+            check_ids(tokens, self.vocab_size, name, self.tokenizer)
         return {"tokens": tokens, "labels": labels, "weights": weights, "kind": kind}
 
     def _row(self, rng: np.random.Generator, stage: BatchStage, kind: str):

@@ -39,6 +39,7 @@ from beacon_jax.data.tally import Tally, clock
 from beacon_jax.gguf.file import Header, is_gguf
 from beacon_jax.paths import whole_file
 from beacon_jax.resources import TOKENIZER_FILES, load_tokenizer
+from beacon_jax.tokenise import check_ids
 
 SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they have it
 SUBSET_SEED = 42  # of `file[COUNT]`, as in the release
@@ -124,13 +125,13 @@ def prepare(
     show = show or (lambda line: None)
     done = finished(settings, folder, overwrite=overwrite)
     if done is not None and not (folder / "unfinished.json").exists():
-        return done  # without writing: the folder may be read-only
+        return _checked(done, settings)  # without writing: the folder may be read-only
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder, show):
         done = finished(settings, folder, overwrite=overwrite)
         if done is not None:
             _clean(folder)
-            return done
+            return _checked(done, settings)
         identity = _identity(settings, source_bytes(settings.sources, settings.root))
         _begin(folder, identity, overwrite)
         parts = open_parts(
@@ -151,7 +152,7 @@ def prepare(
             f"prepared {total['examples']:,} examples, {total['tokens']:,} tokens in "
             f"{folder} ({clock(seconds)})"
         )
-    return Prepared(folder)
+    return _checked(Prepared(folder), settings)
 
 
 def finished(
@@ -181,6 +182,18 @@ def finished(
     if not overwrite:
         raise ValueError(_refusal(folder, changed))
     return None
+
+
+def _checked(data: Prepared, settings: Preparation) -> Prepared:
+    """Returns the data; ValueError if it has a token that the model has no row for.
+
+    A folder may have been prepared before, for another model.
+    """
+    size = settings.vocab_size
+    if size is not None and data.largest_id >= size:
+        tokenizer = load_tokenizer(settings.tokenizer)
+        check_ids(data.largest_id, size, f"prepared={data.folder}", tokenizer)
+    return data
 
 
 def tokenizer_hash(folder: str | Path) -> str:

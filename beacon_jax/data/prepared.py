@@ -2,7 +2,8 @@
 
   shard-00000-of-00012.array_record ...  the examples (`encode`), in order
   index.npy      length, source and hash of every example (INDEX), in the same order
-  manifest.json  format, settings (tokenizer hash, rules, sources), counts, drops
+  manifest.json  format, settings (tokenizer hash, rules, sources), counts, drops, the
+                 largest token id
   dropped.jsonl  where and why rows were left out, the first `DROPPED_LINES` bad ones
 
 manifest.json is written last: a folder without it is not finished. Lengths of all
@@ -134,6 +135,14 @@ class Prepared:
         digest.update(self.sources.tobytes())
         digest.update(self.hashes.tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest token id; read from all examples if the manifest lacks it."""
+        known = self.manifest.get("largest_id")
+        if known is None:  # of an earlier version
+            known = max(int(self.read(i).tokens.max()) for i in range(len(self)))
+        return known
 
     def read(self, index: int) -> Example:
         """Reads one example; safe to call from several threads.

@@ -79,18 +79,16 @@ def make_data(
     data = config.data
     documents = functools.cache(lambda: run_documents(config))
     tokenizer, tokenizer_folder = make_tokenizer(config, documents, workdir)
-    vocab_size = embedding_rows(config) or len(tokenizer)
+    vocab_size = embedding_rows(config)
     if data.stages:
         stream = encode_stream(documents(), tokenizer)
-        check_ids(stream, vocab_size, "the text of data.sources", tokenizer)
+        if vocab_size is not None:
+            check_ids(stream, vocab_size, "the text of data.sources", tokenizer)
         batches = Batches(stream, tokenizer, BatchConfig.of(config), vocab_size)
         return tokenizer, tokenizer_folder, batches
     folder = Path(data.prepared or workdir / "data").expanduser()
     settings = Preparation.of(data, tokenizer_folder, vocab_size)
     made = _prepared(data, settings, folder, stage)
-    # A folder may have been prepared before, for another model.
-    largest = made.manifest.get("largest_id") or 0
-    check_ids(largest, vocab_size, f"prepared={folder}", tokenizer)
     if is_lead():
         say(usage(made.manifest))
     return tokenizer, tokenizer_folder, GroupedBatches(made, GroupConfig.of(config))
@@ -150,7 +148,6 @@ class Inputs:
       batches: rows of the run, step by step.
       count: ratio plans per step, P.
       rows: indices of the rows of a batch that this process needs; None: all.
-      tokenizer: names a token that the model has no embedding of, which is an error.
     """
 
     def __init__(
@@ -160,18 +157,15 @@ class Inputs:
         batches: StepBatches,
         count: int,
         rows: Sequence[int] | None = None,
-        tokenizer: Any = None,
     ):
         self._config, self._model, self._batches = config, model, batches
-        self._count, self._rows, self._tokenizer = count, rows, tokenizer
+        self._count, self._rows = count, rows
         # The tokenizer, which passkey rows need, is not for several threads.
         self._threads = 1 if isinstance(batches, Batches) else 4
 
     def __getitem__(self, step: int) -> StepInputs:
         config, model, batches = self._config, self._model, self._batches
         raw, lengths = batches.batch(step, self._rows), batches.lengths(step)
-        name = f"the batch of step {step + 1}"
-        check_ids(raw["tokens"], model.vocab_size, name, self._tokenizer)
         size = window(config, model, batches.width(step))
         n = max(-(-t // window(config, model, t)) for _, t in batches.shapes)
         cut = functools.partial(

@@ -154,8 +154,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         last: dict[str, float] = {}
         done, received = start, None
         held = placement.rows(rows[0])
-        inputs = Inputs(config, model, batches, count, held, tokenizer)
-        inputs = inputs.ahead(start, steps)
+        inputs = Inputs(config, model, batches, count, held).ahead(start, steps)
         with contextlib.closing(metrics), profiler, contextlib.closing(inputs):
             for step in range(start, steps):
                 # The inputs, and the step: it is dispatched, not waited for.

@@ -6,6 +6,7 @@ import pytest
 from beacon_jax.data import chat, examples
 from beacon_jax.data.examples import Made, Rules, make_examples, shift
 from beacon_jax.data.sources import Record
+from tests import text_tokenizers
 from tests.data import chat_tokenizers as tiny
 
 TEXT = "Wrap a single paragraph of text, returning a list of wrapped lines."
@@ -194,3 +195,62 @@ def test_shift_makes_each_token_predict_the_next_target():
     assert list(shift(tokens, np.ones(4, bool))) == [6, 7, 8, -100]
     assert list(shift(tokens[:1], np.ones(1, bool))) == [-100]
     assert len(shift(tokens[:0], np.ones(0, bool))) == 0
+
+
+ENDING = pytest.mark.parametrize("added", text_tokenizers.ADDED)
+
+
+@ENDING
+@pytest.mark.parametrize("kind", ["gpt-2", "llama-2", "unigram first"])
+def test_text_has_one_bos_and_one_eos_whoever_writes_them(kind, added):
+    tokenizer = text_tokenizers.make(kind, added)
+    front, eos = text_tokenizers.ADDED[added][0], tokenizer.eos_token_id
+    for text in (f"{front}{TEXT}", TEXT, TEXT + text_tokenizers.EOS):
+        tokens = made(row(text=text), tokenizer).tokens.tolist()
+        assert tokens.count(eos) == 1 and tokens[-1] == eos
+        assert tokens.count(tokenizer.bos_token_id) == bool(front)
+    # What is cut has no eos in between, and the bos of the text in front of each piece.
+    whole = make_examples(row(text=TEXT), tokenizer, Rules(max_length=20)).examples
+    assert len(whole) > 1
+    for example in whole[:-1]:
+        assert eos not in example.tokens
+        assert (example.tokens[0] == tokenizer.bos_token_id) == bool(front)
+
+
+@ENDING
+def test_a_conversation_ends_with_its_own_end_marker(added):
+    tokenizer = text_tokenizers.make("llama-2", added)
+    plain = made(row(turns=TALK), tokenizer, chat_template="no")
+    assert plain.tokens[-1] == tokenizer.eos_token_id and plain.labelled[-1]
+    assert list(plain.tokens).count(tokenizer.eos_token_id) == 1
+    for template in ("mistral", "llama-2"):
+        example = made(row(turns=TALK), tokenizer, chat_template=template)
+        ids = tokenizer(
+            chat.render(TALK, template)[0], add_special_tokens=False
+        ).input_ids
+        assert list(example.tokens[-len(ids) :]) == ids
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ({"text": f"{TEXT} <tool>"}, r" \('<tool>'\)"),
+        ({"turns": (("user", "Q?"), ("assistant", "A <tool>"))}, r" \('<tool>'\)"),
+        ({"tokens": (np.asarray([1, 703]), None)}, r" \('<tool>'\)"),
+        ({"tokens": (np.asarray([1, 2**32 + 703]), None)}, ""),
+    ],
+)
+def test_a_token_that_the_model_has_no_row_for_is_an_error(kind, said):
+    tokenizer = tiny.qwen.__wrapped__()
+    rules = Rules(chat_template="no")
+    size = len(tokenizer)
+    assert size == 703
+    tokenizer.add_tokens(["<tool>"])
+    beyond = rf"a.jsonl:1 has token ids .* the model has 0 to 702: \d+{said} has no row"
+    with pytest.raises(ValueError, match=beyond):
+        make_examples(row(**kind), tokenizer, rules, size)
+    # An embedding may have more rows than its tokenizer has tokens.
+    wide = make_examples(row(tokens=(np.asarray([1, 900]), None)), tokenizer, rules, 1000)
+    assert list(wide.examples[0].tokens) == [1, 900]
+    if "tokens" not in kind:
+        assert make_examples(row(**kind), tokenizer, rules, size + 1).examples

@@ -360,3 +360,28 @@ def test_the_command_prepares_what_a_config_names(
     with pytest.raises(SystemExit) as stopped:
         run_command(monkeypatch, *words, "--config.data.max_length=50")
     assert "rules.max_length: 100 -> 50" in str(stopped.value)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_token_that_the_model_has_no_row_for_stops_with_its_name(
+    settings, tmp_path, workers
+):
+    small = dataclasses.replace(settings, vocab_size=300)
+    said = r"\d\.jsonl:\d+ has token ids from \d+ to \d+, the model has 0 to 299: "
+    with pytest.raises(ValueError, match=said + r"\d+ \('.+'\) has no row"):
+        prepare(small, tmp_path / "a", workers=workers)
+    assert not (tmp_path / "a/manifest.json").exists()
+    if workers > 1:
+        return
+    # A folder is known by its text and rules, not by the model it is meant for.
+    data = prepare(settings, tmp_path / "b", workers=1)
+    ids = [int(data.read(i).tokens.max()) for i in range(len(data))]
+    assert data.largest_id == max(ids) >= 300
+    enough = dataclasses.replace(settings, vocab_size=max(ids) + 1)
+    assert len(prepare(enough, tmp_path / "b")) == len(data)
+    manifest = tmp_path / "b/manifest.json"
+    bare = json.loads(manifest.read_text())
+    for made in (bare, {k: v for k, v in bare.items() if k != "largest_id"}):
+        manifest.write_text(json.dumps(made))
+        with pytest.raises(ValueError, match=rf"prepared=.*b has .*: {max(ids)} \("):
+            prepare(dataclasses.replace(settings, vocab_size=max(ids)), tmp_path / "b")
