@@ -5,6 +5,7 @@ behind it, as Llama (bos), T5 (eos) and BERT (both) do.
 """
 
 import functools
+from collections import Counter
 from typing import Any
 
 from tokenizers import (
@@ -74,8 +75,8 @@ def _trained(kind: str) -> Tokenizer:
     if kind in (*BYTE_LEVEL, "roberta"):
         return _byte_level(kind)
     unigram = kind.startswith("unigram") or kind == "t5"
-    unknown: dict[str, Any] = {} if unigram else {"unk_token": "<unk>"}
-    tokenizer = Tokenizer(models.Unigram() if unigram else models.BPE(**unknown))
+    model = models.Unigram(*_pieces()) if unigram else models.BPE(unk_token="<unk>")
+    tokenizer = Tokenizer(model)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     words = normalizers.Replace(" ", "▁")
     if kind == "llama-2":
@@ -92,16 +93,7 @@ def _trained(kind: str) -> Tokenizer:
         scheme = "first" if "first" in kind else "always"
         split = "never split" not in kind
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split)
-    alphabet = sorted({*TEXT.replace(" ", "▁"), *"▁"})
     if unigram:
-        trainer = trainers.UnigramTrainer(
-            vocab_size=90,
-            special_tokens=SPECIALS,
-            unk_token="<unk>",
-            initial_alphabet=alphabet,
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator([TEXT] * 8, trainer)
         return tokenizer
     # As in sentencepiece, merges keep to words, whose space leads.
     bare = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -109,7 +101,7 @@ def _trained(kind: str) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=180,
         special_tokens=SPECIALS,
-        initial_alphabet=alphabet,
+        initial_alphabet=sorted({*TEXT.replace(" ", "▁")}),
         show_progress=False,
     )
     bare.train_from_iterator([f"▁{TEXT}".replace(" ", "▁")] * 8, trainer)
@@ -135,6 +127,21 @@ def _byte_level(kind: str) -> Tokenizer:
     )
     tokenizer.train_from_iterator([TEXT] * 8, trainer)
     return tokenizer
+
+
+def _pieces() -> tuple[list[tuple[str, float]], int]:
+    """Pieces of TEXT and their scores: fewer pieces are better, then frequent ones."""
+    text = f"▁{TEXT}".replace(" ", "▁")
+    found = Counter(
+        text[i : i + n]
+        for n in range(2, 8)
+        for i in range(len(text) - n + 1)
+        if not {*"▁\n"} & {*text[i + 1 : i + n]} and text[i] != "\n"
+    )
+    pieces = sorted(piece for piece, n in found.items() if n > 1) + sorted({*text})
+    # A number more for each, so that no two ways to cut a text are equally good.
+    scores = [-8.0 - 1 / (1 + found[p]) - i * 0.00137 for i, p in enumerate(pieces)]
+    return [("<unk>", 0.0), *zip(pieces, scores, strict=True)], 0
 
 
 def _llama_decoder() -> Any:

@@ -250,7 +250,9 @@ def test_a_token_that_the_model_has_no_row_for_is_an_error(kind, said):
     with pytest.raises(ValueError, match=beyond):
         make_examples(row(**kind), tokenizer, rules, size)
     # An embedding may have more rows than its tokenizer has tokens.
-    wide = make_examples(row(tokens=(np.asarray([1, 900]), None)), tokenizer, rules, 1000)
+    wide = make_examples(
+        row(tokens=(np.asarray([1, 900]), None)), tokenizer, rules, 1000
+    )
     assert list(wide.examples[0].tokens) == [1, 900]
     if "tokens" not in kind:
         assert make_examples(row(**kind), tokenizer, rules, size + 1).examples
