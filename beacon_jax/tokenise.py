@@ -9,7 +9,7 @@ A text begins in one of three places:
   behind   a text that goes on behind another one, of which the tokens are known.
 
 What a tokenizer puts behind a text of its own accord (eos, [SEP]) is never added: a
-prompt has to go on, and training adds its own eos (docs/specification.md section 6).
+prompt has to go on, and training adds its own eos (docs/specification.md section 8).
 
 Some tokenizers begin every text by a space that is not there: Llama-2's "▁". Two texts
 that are encoded one after the other would have it in between, "arg" and "ument" would

@@ -1,5 +1,7 @@
 """`BeaconLM`: what lm_eval asks and gets; in lm_eval itself where it is installed."""
 
+import copy
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -170,6 +172,43 @@ def test_a_budget_is_divided(length, asked, most, expected):
 def test_a_budget_without_room_is_an_error():
     with pytest.raises(ValueError, match="max_length=1 has no room"):
         likelihood.divide(np.arange(3, dtype=np.int32), 4, 1)
+
+
+def test_a_token_beyond_the_embedding_is_named_before_anything_is_fed(
+    adapter, model, monkeypatch
+):
+    tokenizer = copy.deepcopy(model.tokenizer)
+    rows = model.config.vocab_size
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(rows - len(tokenizer))])
+    tokenizer.add_tokens(["<tool>"])
+    lm = adapter.BeaconLM(dataclasses.replace(model, tokenizer=tokenizer), ratio=2)
+    monkeypatch.setattr(likelihood, "_score", None)
+    monkeypatch.setattr(type(model), "complete", None)
+    said = rf"1 has .* the model has 0 to {rows - 1}: {rows} \('<tool>'\) has no row"
+    for call, *good in (
+        (lm.loglikelihood, "river", " stone"),
+        (lm.loglikelihood_rolling, "river"),
+        (lm.generate_until, "river", {"max_gen_toks": 2}),
+    ):
+        bad = [f"river <tool> {good[0]}", *good[1:]]
+        with pytest.raises(ValueError, match=said):
+            call([Request(*good), Request(*bad)], disable_tqdm=True)
+
+
+def test_a_whole_text_that_brings_its_bos_has_no_second_one(lm, model, monkeypatch):
+    seen, zero = [], likelihood.Score(0.0, True)
+
+    def score(pairs, quiet):
+        seen.extend(pairs)
+        return [zero] * len(pairs)
+
+    monkeypatch.setattr(lm, "_score", score)
+    bos = model.tokenizer.bos_token
+    lm.loglikelihood_rolling([Request(f"{bos}river stone")], disable_tqdm=True)
+    (pair,) = seen
+    assert pair.context.tolist() == [model.tokenizer.bos_token_id]
+    bare = encode(model.tokenizer, "river stone", "bare")
+    assert pair.continuation.tolist() == bare.tolist()
 
 
 def test_an_option_of_generation_that_is_unknown_is_named(adapter):
