@@ -21,7 +21,7 @@ from beacon_jax.data.passkey import last_window_start
 from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method, remember
 from beacon_jax.evaluation.reading import nats, read
-from beacon_jax.evaluation.tasks.base import Prediction
+from beacon_jax.evaluation.tasks.base import Instance, Prediction
 from beacon_jax.evaluation.tasks.places import ByPlace
 from beacon_jax.evaluation.tasks.synthetic import Draw, Drawn
 from beacon_jax.inference.model import Model
@@ -95,6 +95,9 @@ class Mqar(ByPlace):
         tokens[length - 2 * queries :: 2] = keys[asked]
         tokens[length - 2 * queries + 1 :: 2] = values[asked]
         return tokens, {"pairs": count, "positions": (at[asked] + 1).tolist()}
+
+    def further(self, model: Model, example: Instance) -> list[np.ndarray]:
+        return []  # the answers are tokens of the example
 
     def run(
         self, model: Model, method: Method, batch: Sequence[Any]
