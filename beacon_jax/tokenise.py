@@ -11,12 +11,12 @@ A text begins in one of three places:
 What a tokenizer puts behind a text of its own accord (eos, [SEP]) is never added: a
 prompt has to go on, and training adds its own eos (docs/specification.md section 8).
 
-Some tokenizers begin every text by a space that is not there: Llama-2's "▁". Two texts
-that are encoded one after the other would have it in between, "arg" and "ument" would
-become "arg ument". So a text behind another one is encoded behind a character that
-melts into nothing, and the tokens of that character are left out. The ids are those of
-both texts in one, wherever that has a border of tokens there. Other tokenizers encode
-it by itself.
+Some tokenizers begin every text with a space that is not there, Llama-2's "▁", or drop
+the one that is. Two texts that are encoded one after the other would have it in
+between, "arg" and "ument" would become "arg ument". So a text behind another one is
+encoded behind a character that melts into nothing, and the tokens of that character are
+left out. The ids are those of both texts in one, wherever that has a border of tokens
+there. Other tokenizers encode it by itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -125,7 +125,7 @@ def check_ids(ids: Any, vocab_size: int, name: str, tokenizer: Any = None) -> No
 def _encode(
     tokenizer: Any, text: str, at: Place, after: int | str | None, *, spans: bool
 ) -> Encoded:
-    if at == "behind" and text and _adds_space(tokenizer):
+    if at == "behind" and text and _begins_anew(tokenizer):
         for mark in _marks(tokenizer, text, after):
             found = _behind(tokenizer, text, mark, spans=spans)
             if found is not None:
@@ -146,13 +146,20 @@ def _brings_bos(tokenizer: Any, ids: np.ndarray, added: np.ndarray) -> bool:
     return len(ids) > 0 and ids[0] in (added[0], tokenizer.bos_token_id)
 
 
-def _adds_space(tokenizer: Any) -> bool:
-    """Tells whether a text by itself begins by other tokens than behind a character."""
+def _begins_anew(tokenizer: Any) -> bool:
+    """Tells whether a text by itself begins with other tokens than behind another."""
     for probe in _PROBES:
-        for mark in _marks(tokenizer, probe, None):
-            found = _behind(tokenizer, probe, mark, spans=False)
-            if found is not None:
-                return found.ids.tolist() != _ids(tokenizer, probe)
+        seen = False
+        for text in (probe, f" {probe}"):
+            for mark in _marks(tokenizer, text, None):
+                found = _behind(tokenizer, text, mark, spans=False)
+                if found is not None:
+                    seen = True
+                    if found.ids.tolist() != _ids(tokenizer, text):
+                        return True
+                    break
+        if seen:
+            return False
     return False
 
 

@@ -31,9 +31,10 @@ SPECIALS = ["<unk>", BOS, EOS, END]
 # In front, behind: what a post-processor may add.
 ADDED = {"nothing": ("", ""), "bos": (BOS, ""), "eos": ("", EOS), "both": (BOS, EOS)}
 BYTE_LEVEL = ("gpt-2", "qwen2")
-# Those that put a space in front of a text.
+# Those that begin a text otherwise than its parts: by a space in front of it.
 SPACED = (
     "roberta",  # byte-level
+    "stripped",  # byte-level; drops the space that is there instead
     "llama-2",  # in front of every piece between special tokens
     "metaspace always",
     "metaspace first",
@@ -72,7 +73,7 @@ def make(kind: str, added: str = "nothing") -> Any:
 
 
 def _trained(kind: str) -> Tokenizer:
-    if kind in (*BYTE_LEVEL, "roberta"):
+    if kind in (*BYTE_LEVEL, "roberta", "stripped"):
         return _byte_level(kind)
     unigram = kind.startswith("unigram") or kind == "t5"
     model = models.Unigram(*_pieces()) if unigram else models.BPE(unk_token="<unk>")
@@ -111,6 +112,8 @@ def _trained(kind: str) -> Tokenizer:
 
 def _byte_level(kind: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
+    if kind == "stripped":
+        tokenizer.normalizer = normalizers.Strip(left=True, right=False)
     cut = [pre_tokenizers.ByteLevel(add_prefix_space=kind == "roberta")]
     if kind == "qwen2":
         cut = [

@@ -105,8 +105,7 @@ class Mmlu(OnFiles):
     ) -> list[dict[str, Any]]:
         memory, logits, kept = self.read(model, method, batch)
         losses = []
-        for number in range(len(LETTERS)):
-            references = [self.further(model, e)[number] for e in batch]
+        for references in zip(*(self.further(model, e) for e in batch), strict=True):
             ratio = method.live_ratio
             losses.append(answer_losses(model, memory, logits, references, ratio))
         return [

@@ -129,6 +129,7 @@ class MultiNeedle(Synthetic):
     def run(
         self, model: Model, method: Method, batch: Sequence[Instance]
     ) -> list[dict[str, Any]]:
+        right = [self._answers(model, e) for e in batch]
         watch, compiled = Stopwatch(), 0.0
         asked = [e.tokens for e in batch]  # the conversation, as far as it is asked
         memory, following, kept = remember_prompts(model, method, asked)
@@ -140,7 +141,7 @@ class MultiNeedle(Synthetic):
             took, made = watch.read()
             seconds.append(took)
             compiled += made
-            wanted = [self._answers(model, e)[turn] for e in batch]
+            wanted = [answers[turn] for answers in right]
             losses.append(answer_losses(model, memory, logits, wanted, ratio))
             texts.append(found.texts)
             if turn + 1 == turns:
