@@ -187,9 +187,9 @@ def _marks(tokenizer: Any, text: str, after: int | str | None) -> Iterator[str]:
 def _behind(tokenizer: Any, text: str, mark: str, *, spans: bool) -> Encoded | None:
     """Encodes a text behind a mark; None: they share a token."""
     before = _ids(tokenizer, mark)
-    if not before:
-        return None
     both = _read(tokenizer, mark + text, spans=spans)
+    if not 0 < len(before) < len(both.ids):
+        return None
     if both.ids[: len(before)].tolist() != before:
         return None
     moved = np.maximum(both.spans[len(before) :] - len(mark), 0)

@@ -123,6 +123,8 @@ def test_unknown_characters_are_not_lost_behind_another_text():
     assert encode(fast, "ab", "bare").tolist() == [6]
     assert encode(fast, "ab", "behind").tolist() == [2, 3]
     assert encode(fast, "xab", "behind").tolist() == [0, 2, 3]
+    # Unknown ones next to each other are one token, even over a border.
+    assert encode(fast, "xy", "behind", "ax").tolist() == [0]
 
 
 def test_a_tokenizer_without_any_mark_encodes_a_part_by_itself():
