@@ -10,9 +10,11 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from beacon_jax.names import short
 
 POINTER = b"version https://git-lfs"  # what a pointer of git-lfs begins with
 LONGEST = 255  # bytes of a name, on all usual file systems
@@ -175,20 +177,104 @@ def check_fetched(path: Path) -> None:
             )
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, form: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 
+    Args:
+      form: what it must have (`check_form`); None: anything.
+
     Raises:
-      ValueError: it is no JSON, or no object, or a pointer of git-lfs.
+      ValueError: it is no JSON, or no object, or a pointer of git-lfs, or a key is in
+        one object twice, or it does not have the form.
     """
     check_fetched(path)
+    content = parse_object(path.read_bytes(), str(path))
+    check_form(content, form or {}, str(path))
+    return content
+
+
+def parse_object(data: bytes, name: str) -> dict[str, Any]:
+    """Parses a JSON object; UTF-8, a byte order mark may be in front.
+
+    A key that is there twice has two values, of which parsers take the last without a
+    word: it is an error.
+
+    Args:
+      name: of what holds it, for messages.
+
+    Raises:
+      ValueError: as `read_object`.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_single)
+    except RepeatedKey as error:
+        raise ValueError(f"{name} has the key {error}: keep one of them.") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}. Mend or replace it.") from error
+        raise ValueError(f"{name} is not JSON: {error}. Mend or replace it.") from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{path} has {type(content).__name__} where a JSON object is expected: "
+            f"{name} has {type(content).__name__} where a JSON object is expected: "
             "mend or replace it."
         )
     return content
+
+
+class RepeatedKey(Exception):
+    """A key that an object has twice, and its values."""
+
+
+def _single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of its pairs, for `json.loads`."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        key = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
+        values = ", ".join(short(repr(v)) for k, v in pairs if k == key)
+        raise RepeatedKey(f"{short(key)!r} more than once ({values})")
+    return made
+
+
+def check_form(content: Mapping[str, Any], form: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError, with the key and its value, unless an object has a form.
+
+    Args:
+      form: key -> a type, a tuple of types, a form, [FORM] for a list of such, or
+        {str: FORM} for an object of such. Keys that it does not have are free.
+      name: of the file, for messages.
+    """
+    for key, wanted in form.items():
+        if key not in content:
+            raise ValueError(f"{name} has no {key}: replace the file, or make it anew.")
+        _check_value(content[key], wanted, key, name)
+
+
+def _check_value(value: Any, wanted: Any, key: str, name: str) -> None:
+    kind = wanted if isinstance(wanted, type | tuple) else type(wanted)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if type(value) not in kinds:  # a bool is an int, but no number
+        names = " or ".join(_KINDS[kind] for kind in kinds)
+        raise ValueError(
+            f"{name} has {key}={short(repr(value))} where {names} is expected: replace "
+            "the file, or make it anew."
+        )
+    if isinstance(wanted, list):
+        for i, item in enumerate(value):
+            _check_value(item, wanted[0], f"{key}[{i}]", name)
+    elif isinstance(wanted, dict):
+        each = wanted.get(str)
+        for part in value if each is not None else wanted:
+            if part not in value:
+                raise ValueError(
+                    f"{name} has no {part} in {key}: replace the file, or make it anew."
+                )
+            _check_value(value[part], each or wanted[part], f"{key}.{part}", name)
+
+
+_KINDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}

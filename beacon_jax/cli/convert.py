@@ -37,6 +37,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f = Group(values, "Only from-hf and from-gguf")
     f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Cast to this.")
     f.switch("verify", False, "Compare logits with a second path.")
+    f.text("strip_prefix", None, "Of tensors' names, as module.; empty: add model.")
     f.switch(
         "ignore_sliding_window",
         False,
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
                 dtype=options.dtype,
                 overwrite=options.overwrite,
                 ignore_sliding_window=options.ignore_sliding_window,
+                strip_prefix=options.strip_prefix,
             )
     except MENDED as error:
         fail(error)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
     if options.verify and argv[1] != "to-hf":
         runtime.for_command()
         with Progress().stage("verifying"):
-            result = verify.compare(src, dst)
+            result = verify.compare(src, dst, strip_prefix=options.strip_prefix)
         print(result.table())
         if not result.passed:
             sys.exit(f"error: --verify: {dst} does not compute what {src} does.")

@@ -65,7 +65,9 @@ class Adapter:
         config = dataclasses.replace(self.config, beacon=beacon)
         return dataclasses.replace(self, config=config)
 
-    def other_base(self, folder: Path, config: ModelConfig) -> str:
+    def other_base(
+        self, folder: Path, config: ModelConfig, strip_prefix: str | None = None
+    ) -> str:
         """Says what a base has that is not the one of the beacons; "" if it is.
 
         The same values are the same base, whatever format and dtype they are in.
@@ -74,6 +76,7 @@ class Adapter:
           folder: with the base's weights, an HF or a converted one; all are read,
             unless it is converted and has the same dtypes.
           config: the base's.
+          strip_prefix: as it is loaded with.
 
         Raises:
           ValueError: its parameters have other shapes.
@@ -97,7 +100,7 @@ class Adapter:
             return changes
         if is_converted(folder) and read_manifest(folder)["base_hash"] == self.stored:
             return ""
-        here, there = base_values_hash(folder), self.values
+        here, there = base_values_hash(folder, strip_prefix), self.values
         return "" if here == there else f"hash {there[:16]} there, {here[:16]} here"
 
     def source(self, config: ModelConfig, dtype: np.dtype | None) -> Source:
@@ -128,7 +131,12 @@ def open_adapter(folder: Path, name: str = "beacons") -> Adapter:
     hf = read_config(folder)
     config = ModelConfig.from_hf(hf, ignore_sliding_window=True)
     base = hf.get(BASE)
-    if config.beacon is None or not isinstance(base, dict) or set(base) != _HASHES:
+    if (
+        config.beacon is None
+        or not isinstance(base, dict)
+        or set(base) != _HASHES
+        or not all(isinstance(x, str) for x in base.values())
+    ):
         raise ValueError(
             f"{name}={folder} has a config.json without beacon_* fields or without "
             f"{BASE}: write the folder again (convert to-hf --adapter)."
@@ -136,18 +144,25 @@ def open_adapter(folder: Path, name: str = "beacons") -> Adapter:
     return Adapter(folder, config, **base)
 
 
-def adapter_for(folder: Path, base: Path, name: str = "beacons") -> tuple[Adapter, str]:
+def adapter_for(
+    folder: Path,
+    base: Path,
+    name: str = "beacons",
+    *,
+    strip_prefix: str | None = None,
+) -> tuple[Adapter, str]:
     """Opens beacons for the base in `base`; says why they are not its own, or "".
 
     Args:
       name: of the argument, for messages.
+      strip_prefix: as the base is loaded with.
 
     Raises:
       ValueError, FileNotFoundError: as `open_adapter` and `Adapter.other_base`.
     """
     found = open_adapter(folder, name)
     config = ModelConfig.from_hf(read_config(base), ignore_sliding_window=True)
-    differs = found.other_base(base, config)
+    differs = found.other_base(base, config, strip_prefix)
     if differs:
         differs = (
             f"{name}={found.path} were trained on another base than {base} ({differs})"

@@ -79,6 +79,7 @@ def load(
     place: Place | None = None,
     quiet: bool = False,
     seed: int = 0,
+    strip_prefix: str | None = None,
 ) -> Checkpoint:
     """Reads an HF folder, a converted folder or a GGUF file into memory.
 
@@ -96,6 +97,7 @@ def load(
         variables are jax arrays then, and no host ever holds more than one of them.
       quiet: no warning about beacons that start from the base.
       seed: of fresh low-rank beacons.
+      strip_prefix: what tensors' names have in front (`conversion.open_weights`).
 
     Raises:
       ValueError, FileNotFoundError: tensors or a file do not fit; the message names
@@ -112,16 +114,17 @@ def load(
     hf = read_config(path)
     config = ModelConfig.from_hf(hf, ignore_sliding_window=ignore)
     config_keys.warn_unknown(hf)
+    opened = functools.partial(open_source, strip_prefix=strip_prefix)
     if isinstance(beacon, BeaconConfig):
         config = dataclasses.replace(config, beacon=beacon)
     stored = config  # what the folder has, beside what it may have
     if isinstance(beacon, Adapter):
-        base = open_source(config, path, cast, quiet=True)
+        base = opened(config, path, cast, quiet=True)
         config = dataclasses.replace(config, beacon=beacon.beacon)
         kind = cast or base.tensors["params/embed/embedding"].dtype
         source: Source = JoinedSource(base, beacon.source(config, kind))
     else:
-        source = open_source(config, path, cast, quiet=quiet)
+        source = opened(config, path, cast, quiet=quiet)
     leaves: dict[str, Any] = {}
     for name, tensor in source.tensors.items():
         if place is None:
@@ -134,7 +137,20 @@ def load(
     variables = {"params": {}, "beacon": {}} | unflatten(leaves)
     # Fresh beacons may be in no file.
     whole = stored is config and all(name in source.tensors for name in leaves)
-    identity = _identity(path, stored, leaves, cast, hashes, whole=whole)
+    if not whole or (is_converted(path) and config.beacon and "beacon" not in hashes):
+        # Hashed from memory, when somebody asks.
+        part = {k: x for k, x in leaves.items() if k.startswith("beacon/")}
+        known = {**hashes, "beacon": lambda: tree_hash(unflatten(part)["beacon"])}
+    else:
+        known = hashes
+    identity = folder_identity(
+        path,
+        stored,
+        cast=cast,
+        dtypes={name: np.dtype(x.dtype) for name, x in leaves.items()},
+        known=known,
+        strip_prefix=strip_prefix,
+    )
     parts = {beacon_part(name) for name in source.tensors} - {None, *source.from_base}
     untrained = config.beacon is not None and not parts
     return Checkpoint(config, variables, path, hashes, identity, untrained)
@@ -154,31 +170,6 @@ def _with_fresh_beacons(
         if name not in leaves
     }
     return {e.name: (leaves | made)[e.name] for e in table(config)}
-
-
-def _identity(
-    path: Path,
-    config: ModelConfig,
-    leaves: Mapping[str, Any],
-    cast: np.dtype | None,
-    hashes: Mapping[str, str],
-    *,
-    whole: bool,
-) -> Identity:
-    """Returns the identity of the model as it was loaded.
-
-    Its hashes come from the folder wherever that has the weights.
-
-    Args:
-      whole: whether the folder has all of them.
-    """
-    dtypes = {name: np.dtype(x.dtype) for name, x in leaves.items()}
-    known: dict[str, Any] = dict(hashes)
-    if not whole or (is_converted(path) and config.beacon and "beacon" not in hashes):
-        # Hashed from memory, when somebody asks.
-        part = unflatten({k: x for k, x in leaves.items() if k.startswith("beacon/")})
-        known["beacon"] = lambda: tree_hash(part["beacon"])
-    return folder_identity(path, config, cast=cast, dtypes=dtypes, known=known)
 
 
 def _placed(x: Any, config: ModelConfig, name: str, place: Place) -> Any:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from beacon_jax.gguf.file import is_gguf
-from beacon_jax.hf import gguf
+from beacon_jax.hf import gguf, relatives
 from beacon_jax.hf.hashing import TreeHash
 from beacon_jax.hf.keys import (
     EMBEDDING,
@@ -31,6 +31,7 @@ from beacon_jax.hf.reader import (
     BLOCK_BYTES,
     DTYPES,
     Reader,
+    RenamedReader,
     SafetensorsReader,
     Tensor,
     TorchReader,
@@ -49,10 +50,22 @@ from beacon_jax.model import config_keys
 from beacon_jax.model.beacon import beacon_token
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import check_choice
-from beacon_jax.paths import read_object
+from beacon_jax.paths import check_form, read_object
 from beacon_jax.progress import Progress
 
+type HfReader = SafetensorsReader | TorchReader | gguf.GgufReader | RenamedReader
+
 VERSION = 1
+# Of the manifest, beside its version.
+_FORM = {
+    "base_hash": str,
+    "beacon_hash": (str, type(None)),
+    "dtype": (str, type(None)),
+    "ignore_sliding_window": bool,
+    "beacon_from_base": [str],
+    "files": {str: {"metadata": (dict, type(None)), "tensors": [str]}},
+    "index": (str, type(None)),
+}
 
 
 def from_hf(
@@ -62,8 +75,12 @@ def from_hf(
     dtype: str | None = None,
     overwrite: bool = False,
     ignore_sliding_window: bool = False,
+    strip_prefix: str | None = None,
 ) -> None:
     """Converts the HF folder `src` into a new folder `dst`, cast to `dtype` if given.
+
+    Args:
+      strip_prefix: what tensors' names have in front, as "module." (`open_weights`).
 
     Raises:
       ValueError: config or tensors do not fit; the message lists them.
@@ -76,7 +93,7 @@ def from_hf(
     config = ModelConfig.from_hf(hf, ignore_sliding_window=ignore_sliding_window)
     config_keys.warn_unknown(hf)
     with Progress().stage("looking at the tensors"):
-        reader = open_weights(src)
+        reader = open_weights(src, strip_prefix)
         source = HfSource(config, reader, check_dtype(dtype))
     if absent := [e.keys[0] for e in table(config) if e.name not in source.tensors]:
         raise ValueError(
@@ -302,18 +319,36 @@ def open_source(
     dtype: np.dtype | None = None,
     *,
     quiet: bool = False,
+    strip_prefix: str | None = None,
 ) -> Source:
-    """Opens the weights of a folder or a GGUF file, to be cast to `dtype`."""
+    """Opens the weights of a folder or a GGUF file, to be cast to `dtype`.
+
+    Args:
+      quiet: no warning about beacons that start from the base.
+      strip_prefix: as in `open_weights`; a converted folder has none.
+    """
     if is_converted(folder):
         return ConvertedSource(config, folder, dtype)
-    return HfSource(config, open_weights(folder), dtype, quiet=quiet)
+    reader = open_weights(folder, strip_prefix)
+    try:
+        return HfSource(config, reader, dtype, quiet=quiet)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
-def open_weights(
-    path: Path,
-) -> SafetensorsReader | TorchReader | gguf.GgufReader:
-    """Opens the weights of an HF folder or of a GGUF file, under their HF names."""
-    return gguf.GgufReader(path) if is_gguf(path) else open_hf(path)
+def open_weights(path: Path, strip_prefix: str | None = None) -> HfReader:
+    """Opens the weights of an HF folder or of a GGUF file, under their HF names.
+
+    Args:
+      strip_prefix: what is left out in front of tensors' names and of their parts,
+        "module." or "module.,_orig_mod."; names that lack `model.` get it, also with
+        "". None: names are as they are.
+
+    Raises:
+      ValueError: no tensor's name has it.
+    """
+    reader = gguf.GgufReader(path) if is_gguf(path) else open_hf(path)
+    return reader if strip_prefix is None else RenamedReader(reader, strip_prefix)
 
 
 def write_hf_weights(
@@ -406,12 +441,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"--src={folder} is not a converted checkpoint (no {MANIFEST}): make one "
             "with `python -m beacon_jax.convert from-hf`."
         )
-    manifest = json.loads(path.read_text())
+    manifest = read_object(path, {"version": int})
     if manifest["version"] != VERSION:
         raise ValueError(
             f"{path} has version {manifest['version']}, this program reads {VERSION}: "
             "convert the HF checkpoint again."
         )
+    check_form(manifest, _FORM, str(path))
+    if bad := [name for name in manifest["files"] if Path(name).name != name]:
+        raise ValueError(f"{path} has files={bad}, no names of files: replace it.")
     return manifest
 
 
@@ -428,7 +466,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is not there: give a folder on this machine with config.json and "
-            "weights (download a checkpoint first)."
+            f"weights (download a checkpoint first). {relatives.of_folder(folder)}"
         )
     return read_object(path)
 
@@ -459,4 +497,8 @@ def _original_files(
     index = src / "model.safetensors.index.json"
     # With other sizes or keys (inv_freq is dropped) the index must be made anew.
     same = dtype is None and set(reader.tensors) <= known and index.exists()
+    # Nor is it that of a single file, or of names with a prefix.
+    same = same and read_object(index)["weight_map"] == {
+        key: tensor.file for key, tensor in reader.tensors.items()
+    }
     return {"files": files, "index": index.read_text() if same else None}

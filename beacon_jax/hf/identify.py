@@ -100,7 +100,8 @@ def folder_identity(
     *,
     cast: np.dtype | None = None,
     dtypes: Mapping[str, np.dtype] | None = None,
-    known: Mapping[str, str] | None = None,
+    known: Mapping[str, Hash] | None = None,
+    strip_prefix: str | None = None,
 ) -> Identity:
     """Returns the identity of a folder's model as it was loaded from it.
 
@@ -109,6 +110,7 @@ def folder_identity(
       cast: dtype that every tensor was cast to, if any.
       dtypes: dtype of each tensor in the end; None: as stored (or cast).
       known: hashes that need not be computed, "base" and "beacon".
+      strip_prefix: as it was loaded with.
     """
     known, stamp = known or {}, _stamp(path)
     pairs = tuple(sorted(dtypes.items())) if dtypes is not None else None
@@ -119,7 +121,7 @@ def folder_identity(
                 f"the weights in {path} changed since they were loaded, so it cannot "
                 "be said which ones wrote the memory: load the model again."
             )
-        return _folder_hash(path, stamp, config, part, cast, pairs)
+        return _folder_hash(path, stamp, config, part, cast, pairs, strip_prefix)
 
     return Identity(
         known.get("base") or (lambda: compute("params")),
@@ -127,7 +129,7 @@ def folder_identity(
     )
 
 
-def base_values_hash(path: Path) -> str:
+def base_values_hash(path: Path, strip_prefix: str | None = None) -> str:
     """Returns the hash of a base's values, as float32, whatever it is stored in.
 
     All weights of the base in a folder are read, once per process.
@@ -135,7 +137,8 @@ def base_values_hash(path: Path) -> str:
     config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=True)
     names = [e.name for e in table(config) if e.name.startswith("params/")]
     dtypes = tuple((name, np.dtype(np.float32)) for name in sorted(names))
-    return _folder_hash(path, _stamp(path), config, "params", None, dtypes)
+    stamp = _stamp(path)
+    return _folder_hash(path, stamp, config, "params", None, dtypes, strip_prefix)
 
 
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
@@ -148,10 +151,10 @@ def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _folder_hash(path, stamp, config, part, cast, dtypes) -> str:
+def _folder_hash(path, stamp, config, part, cast, dtypes, strip_prefix) -> str:
     """Computes `tree_hash` of one part of a folder's model, as a stream."""
     del stamp  # only a part of the key
-    source = open_source(config, path, cast, quiet=True)
+    source = open_source(config, path, cast, quiet=True, strip_prefix=strip_prefix)
     final, result = dict(dtypes or ()), TreeHash()
     for name, tensor in source.tensors.items():
         if not name.startswith(f"{part}/"):

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from beacon_jax.hf.prefixes import advice
+from beacon_jax.hf.relatives import of_tensors
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.shapes import param_shapes
 
@@ -42,6 +44,7 @@ _ENDS = {"bias": ".bias", "lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"
 
 # Buffers of old releases, computed from the config.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+MOST_SHOWN = 12  # lines about tensors that do not fit
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -128,8 +131,8 @@ def resolve(
       (A and B of low-rank beacons).
 
     Raises:
-      ValueError: some tensors are missing, unknown or wrongly shaped; lists all of
-        them.
+      ValueError: some tensors are missing, unknown or wrongly shaped; lists the first
+        of them, or says in one line why they are.
     """
     entries = [e for e in table(config) if e.name.startswith(only)]
     shapes = {key: e.hf_shape for e in entries for key in e.keys}
@@ -149,9 +152,14 @@ def resolve(
         if k in found and tuple(found[k]) != tuple(shape)
     ]
     if problems:
+        if known := of_tensors(sorted(unknown - foreign)) or advice(found, shapes):
+            raise ValueError(known)
+        shown = problems[:MOST_SHOWN]
+        if len(problems) > MOST_SHOWN:
+            shown.append(f"and {len(problems) - MOST_SHOWN} more")
         raise ValueError(
             f"{len(problems)} tensors do not fit config.json "
-            f"(family {config.family}):\n  " + "\n  ".join(problems)
+            f"(family {config.family}):\n  " + "\n  ".join(shown)
         )
     parts: dict[str, list[str]] = {}
     for e in entries:

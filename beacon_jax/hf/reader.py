@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import math
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +18,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from beacon_jax.hf import relatives
 from beacon_jax.hf.keys import flatten
-from beacon_jax.paths import check_fetched, read_object
+from beacon_jax.hf.prefixes import stripped
+from beacon_jax.names import short
+from beacon_jax.paths import check_fetched, parse_object, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -99,23 +103,16 @@ class SafetensorsReader:
             with _opened(path) as file:
                 self.metadata[path.name] = file.metadata()
                 self._add(path, {k: file.get_slice(k) for k in file.offset_keys()})
+            parse_object(_header(path), f"the header of {path}")  # no name twice
 
     def _add(self, path: Path, slices: Mapping[str, Any]) -> None:
         """Adds the tensors of a file; their bytes fill its end, in this order."""
         found: list[Tensor] = []
         for name, part in slices.items():
-            if name in self.tensors:
-                raise ValueError(
-                    f"tensor {name} is in {self.tensors[name].file} and in "
-                    f"{path.name}: remove one of the files from {path.parent}."
-                )
+            _check_new(self.tensors, name, path)
             dtype = DTYPES.get(part.get_dtype())
             if dtype is None:
-                raise ValueError(
-                    f"{path}: tensor {name} has dtype {part.get_dtype()}, only "
-                    f"{', '.join(DTYPES)} are supported: use an unquantized "
-                    "checkpoint."
-                )
+                raise ValueError(_other_dtype(path, name, part.get_dtype()))
             found.append(Tensor(tuple(part.get_shape()), dtype, path.name))
         offset = path.stat().st_size - sum(tensor.nbytes for tensor in found)
         for name, tensor in zip(slices, found, strict=True):
@@ -147,6 +144,22 @@ class SafetensorsReader:
         ).reshape(stop - start, *tensor.shape[2:])
 
 
+def _check_new(tensors: Mapping[str, Tensor], name: str, path: Path) -> None:
+    """Raises ValueError for a tensor that another file has, too."""
+    if name in tensors:
+        raise ValueError(
+            f"tensor {name} is in {tensors[name].file} and in {path.name}: remove one "
+            f"of the files from {path.parent}."
+        )
+
+
+def _other_dtype(path: Path, name: str, dtype: str) -> str:
+    return (
+        f"{path}: tensor {name} has dtype {dtype}, only {', '.join(DTYPES)} are "
+        "supported: use an unquantized checkpoint."
+    )
+
+
 def _opened(path: Path) -> safe_open:
     """Opens a safetensors file with the library, which checks its header.
 
@@ -158,6 +171,12 @@ def _opened(path: Path) -> safe_open:
         return safe_open(path, "numpy")
     except SafetensorError as error:
         raise ValueError(_fault(path, error)) from error
+
+
+def _header(path: Path) -> bytes:
+    """Reads the JSON in front of the tensors."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
 
 
 def _fault(path: Path, error: Exception) -> str:
@@ -205,7 +224,11 @@ class TorchReader:
             check_fetched(path)
             self.metadata[path.name] = {"format": "pt"}
             for name, value in self._load(path.name).items():
-                dtype = np.dtype(str(value.dtype).removeprefix("torch."))
+                _check_new(self.tensors, name, path)
+                kind = str(value.dtype).removeprefix("torch.")
+                dtype = {d.name: d for d in DTYPES.values()}.get(kind)
+                if dtype is None:
+                    raise ValueError(_other_dtype(path, name, kind))
                 self.tensors[name] = Tensor(tuple(value.shape), dtype, path.name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -220,9 +243,55 @@ class TorchReader:
     def _load(self, file: str) -> dict[str, Any]:
         import torch  # pyright: ignore[reportMissingImports]
 
-        return torch.load(
-            self._paths[file], map_location="cpu", mmap=True, weights_only=True
-        )
+        path = self._paths[file]
+        try:
+            found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{path} cannot be read by torch ({type(error).__name__}: "
+                f"{short(str(error))}): download it again, or save the model in the "
+                "safetensors format (save_pretrained)."
+            ) from error
+        if not isinstance(found, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor)
+            for name, value in found.items()
+        ):
+            raise ValueError(
+                f"{path} does not hold tensors by name alone: save the model's "
+                "state_dict(), or its folder (save_pretrained)."
+            )
+        return found
+
+
+class RenamedReader:
+    """The tensors of a reader under their names without prefixes.
+
+    Raises:
+      ValueError: no name changes, or two tensors get one name.
+    """
+
+    def __init__(self, reader: Any, strip_prefix: str):
+        self._reader: Reader = reader
+        self._old: dict[str, str] = {}
+        for old in reader.tensors:
+            new = stripped(old, strip_prefix)
+            if new in self._old:
+                raise ValueError(
+                    f"strip_prefix={strip_prefix!r} makes {new} of two tensors, "
+                    f"{self._old[new]} and {old}: remove one of them."
+                )
+            self._old[new] = old
+        if all(new == old for new, old in self._old.items()):
+            first = next(iter(self._old), "none")
+            raise ValueError(
+                f"strip_prefix={strip_prefix!r} changes no tensor's name (the first "
+                f"is {first}): leave it out."
+            )
+        self.tensors = {new: reader.tensors[old] for new, old in self._old.items()}
+        self.metadata = reader.metadata
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._reader.read(self._old[name], start, stop)
 
 
 class TreeReader:
@@ -258,41 +327,67 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def open_hf(folder: Path) -> SafetensorsReader | TorchReader:
-    """Opens the weights of an HF folder: safetensors, else pytorch_model.bin."""
+    """Opens the weights of an HF folder: safetensors, else pytorch_model.bin.
+
+    A single file with all tensors of an index beside it is read in place of those that
+    the index names, as transformers does.
+    """
     for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
         make = SafetensorsReader if kind == "safetensors" else TorchReader
         index, single = folder / f"{stem}.{kind}.index.json", folder / f"{stem}.{kind}"
+        if single.exists() and index.exists():
+            reader = make([single])
+            if why := _stale(index, single.name, reader.tensors):
+                logger.warning("%s is read, not what %s names: %s", single, index, why)
+                return reader
         if index.exists():
-            weight_map = _weight_map(index)
-            files = [folder / name for name in sorted(set(weight_map.values()))]
-            absent = [path.name for path in files if not path.exists()]
-            if absent and single.exists():
-                logger.warning(
-                    "%s names files that are not there (%s): it is of another version, "
-                    "and %s is read instead.",
-                    *(index, ", ".join(absent), single.name),
-                )
-                return make([single])
-            if absent:
-                raise ValueError(
-                    f"{index} names files that are not there: {', '.join(absent)}. "
-                    "Download them again."
-                )
-            reader = make(files)
-            wrong = [
-                f"{key} (in {file})"
-                for key, file in weight_map.items()
-                if key not in reader.tensors or reader.tensors[key].file != file
-            ]
-            if wrong:
-                raise ValueError(
-                    f"{index} names tensors that the files do not have: "
-                    f"{', '.join(wrong)}."
-                )
-            return reader
+            return _open_indexed(index, make)
         if single.exists():
             return make([single])
     raise FileNotFoundError(
         f"{folder} has no weights: expected model.safetensors, "
-        "model.safetensors.index.json or pytorch_model.bin."
+        "model.safetensors.index.json or pytorch_model.bin. "
+        f"{relatives.of_folder(folder)}".rstrip()
     )
+
+
+def _stale(index: Path, single: str, tensors: Mapping[str, Tensor]) -> str:
+    """Says why a single file is read and not those of an index; "" if it is not."""
+    try:
+        weight_map = _weight_map(index)
+    except ValueError as error:
+        return str(error)
+    files = sorted(set(weight_map.values()))
+    if absent := [name for name in files if not (index.parent / name).exists()]:
+        return f"it is of another version, {', '.join(absent)} are not there."
+    if files != [single] and weight_map.keys() <= tensors.keys():
+        return "those files have no other tensors."
+    return ""
+
+
+def _open_indexed(
+    index: Path, make: type[SafetensorsReader] | type[TorchReader]
+) -> SafetensorsReader | TorchReader:
+    """Opens the files that an index names."""
+    weight_map = _weight_map(index)
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if not files:
+        raise ValueError(f"{index} names no tensors: download it again.")
+    if absent := [path.name for path in files if not path.exists()]:
+        raise ValueError(
+            f"{index} names files that are not there: {', '.join(absent)}. Download "
+            "them again."
+        )
+    reader = make(files)
+    wrong = [
+        f"{key} (in {file})"
+        for key, file in weight_map.items()
+        if key not in reader.tensors or reader.tensors[key].file != file
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(
+            f"{index} names tensors that the files do not have: "
+            f"{', '.join(wrong[:8])}{more}. Download the index and the files again."
+        )
+    return reader

@@ -1,7 +1,9 @@
 """Writes safetensors files as streams and folders as a whole or not at all."""
 
 import contextlib
+import fnmatch
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,10 +23,27 @@ from beacon_jax.resources import (
     save_tokenizer,
 )
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "beacon_jax.json"
 DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 # As "tokenizer.", so that tokenizer.model.v3 is one, too.
 _TOKENIZER = tuple(name.partition(".")[0] + "." for name in TOKENIZER_FILES)
+# What a converted folder has of the other files of a model: these names, code that
+# config.json may name (auto_map), and further chat templates.
+_SMALL = (
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+    "additional_chat_templates/*.jinja",
+)
+SMALL_BYTES = 16 << 20  # of each, but for the tokenizer's: that of Gemma has 33 MB
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -36,7 +55,9 @@ def safetensors_header(
     It is what the safetensors library writes (compact JSON, padded to 8), so that a
     file read and written again is the same file.
     """
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    header: dict[str, object] = {}
+    if metadata is not None:  # an empty one is kept, too
+        header["__metadata__"] = metadata
     end = 0
     for name, tensor in tensors.items():
         header[name] = {
@@ -77,26 +98,46 @@ def write_safetensors(
 
 
 def copy_small_files(src: Path, dst: Path, *, card: bool = True) -> None:
-    """Copies all files but weights, indices and the manifest.
+    """Copies config.json, the tokenizer's files, the model's card, licence and code.
 
-    These are the tokenizer, templates and code; and the model's card README.md, unless
-    dst is another model. Hidden files stay behind. Of a GGUF file, config.json and the
+    Nothing else is copied, and what is left behind is named in one line, but for
+    weights, indices, the manifest and hidden files. Of a GGUF file, config.json and the
     files of the tokenizer are written.
 
     Args:
-      card: whether README.md is copied.
+      card: whether README.md is copied, and a word said of what is left behind; not if
+        dst is another model.
     """
     if is_gguf(src):
         write_config(dst, gguf.config(src))
         if has_tokenizer(src):
             copy_tokenizer(src, dst)
+    behind = []
     for path in sorted(src.rglob("*")):
         relative = path.relative_to(src)
         hidden = any(part.startswith(".") for part in relative.parts)
         left = path.name == "README.md" and not card
-        if path.is_file() and not (hidden or left or _holds_weights(path)):
+        if not path.is_file() or hidden or left or _holds_weights(path):
+            continue
+        if _is_copied(path, str(relative)):
             (dst / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, dst / relative)
+        else:
+            behind.append(str(relative))
+    if behind and card:
+        more = f" and {len(behind) - 8} more" if len(behind) > 8 else ""
+        logger.warning(
+            "not copied from %s, since a model does not need them: %s%s",
+            *(src, ", ".join(behind[:8]), more),
+        )
+
+
+def _is_copied(path: Path, relative: str) -> bool:
+    """Tells whether a file is a small one that belongs to a model, or a tokenizer's."""
+    if relative.startswith(_TOKENIZER):
+        return True
+    known = any(fnmatch.fnmatchcase(relative, pattern) for pattern in _SMALL)
+    return known and path.stat().st_size <= SMALL_BYTES
 
 
 def write_config(folder: Path, hf: Mapping[str, Any]) -> None:

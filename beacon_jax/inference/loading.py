@@ -10,8 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from beacon_jax import resources, runtime
-from beacon_jax.hf import checkpoint, hub
-from beacon_jax.hf.adapter import Adapter, adapter_for
+from beacon_jax.hf import checkpoint, hub, relatives
+from beacon_jax.hf.adapter import adapter_for
 from beacon_jax.hf.placement import Place
 from beacon_jax.inference import validate
 from beacon_jax.inference.ends import end_ids
@@ -50,6 +50,7 @@ def load(
     mesh: str | Mesh | None = None,
     beacons: str | Path | None = None,
     allow_other_base: bool = False,
+    strip_prefix: str | None = None,
 ) -> Model:
     """Loads a model, with its tokenizer, from a folder or a GGUF file.
 
@@ -69,6 +70,8 @@ def load(
         place of the beacons that `path` may have. The base has to be the one they were
         trained on, value by value, in any format and dtype.
       allow_other_base: take beacons of another base of the same shapes.
+      strip_prefix: what tensors' names have in front in place of none, "module." for
+        example, as wrappers of PyTorch save them; "" if they lack `model.`.
 
     Raises:
       TypeError: an argument of another type, or one that does not exist.
@@ -83,16 +86,24 @@ def load(
     if beacons is not None:
         remedy = "give an adapter folder, as the `adapter` of a training run"
         validate.is_a("beacons", beacons, str | os.PathLike, remedy)
+    if strip_prefix is not None:
+        remedy = "give what tensors' names begin with, as 'module.'"
+        validate.is_a("strip_prefix", strip_prefix, str, remedy)
     path = hub.find(path)
     if not (path.is_file() or (path / "config.json").is_file()):
         raise FileNotFoundError(
-            f"path={path} is not a model folder: it has no config.json."
+            f"path={path} is not a model folder: it has no config.json. "
+            f"{relatives.of_folder(path)}".rstrip()
         )
     checkpoint.check_dtype(dtype)
     runtime.prepare()
     chosen = beacon
     if beacons is not None:
-        chosen = _adapter(beacons, path, beacon, allow_other_base)
+        found, differs = adapter_for(
+            hub.find(beacons, "beacons"), path, strip_prefix=strip_prefix
+        )
+        _check_base(differs, allow_other_base)
+        chosen = found if beacon is None else found.with_settings(beacon)
     partition = make_partition(mesh) if mesh is not None else None
     place = None if partition is None else placed_on(partition)
     # Importing transformers takes 1 to 2 s: meanwhile the weights are read.
@@ -104,6 +115,7 @@ def load(
             beacon=chosen,
             ignore_sliding_window=ignore_sliding_window,
             place=place,
+            strip_prefix=strip_prefix,
         )
         tokenizer = reading.result()
     if found.untrained:
@@ -118,23 +130,20 @@ def load(
     return Model(config, variables, tokenizer, found.identity, partition, path)
 
 
-def _adapter(
-    beacons: str | Path, path: Path, beacon: BeaconConfig | None, allow: bool
-) -> Adapter:
-    """Opens the beacons of an adapter folder for the base in `path`.
+def _check_base(differs: str, allow: bool) -> None:
+    """Raises ValueError if beacons have another base, unless that is allowed.
 
-    Raises:
-      ValueError: it is another base than theirs, and that is not allowed.
+    Args:
+      differs: how it is another one; "" if it is not.
     """
-    found, differs = adapter_for(hub.find(beacons, "beacons"), path)
-    if differs:
-        if not allow:
-            raise ValueError(
-                f"{differs}: load that base, or pass allow_other_base=True "
-                "(--allow_other_base) to try them on this one."
-            )
-        validate.warn(f"{differs}: what they compress may not be understood.")
-    return found if beacon is None else found.with_settings(beacon)
+    if not differs:
+        return
+    if not allow:
+        raise ValueError(
+            f"{differs}: load that base, or pass allow_other_base=True "
+            "(--allow_other_base) to try them on this one."
+        )
+    validate.warn(f"{differs}: what they compress may not be understood.")
 
 
 def _check(path: Any, dtype: Any, beacon: Any) -> None:

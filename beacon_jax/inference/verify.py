@@ -194,6 +194,7 @@ def compare(
     *,
     length: int = 32,
     seed: int = 0,
+    strip_prefix: str | None = None,
 ) -> Comparison:
     """Runs both paths on `length` random tokens and compares them.
 
@@ -201,10 +202,12 @@ def compare(
       src: the HF folder or GGUF file, read by the second path.
       dst: the converted folder, loaded in float32 and given to `logits`.
       logits: (config, variables, tokens [T]) -> [T, V]; None: `jax_logits`.
+      strip_prefix: as `src` was converted with.
     """
     config = ModelConfig.from_hf(read_config(src), ignore_sliding_window=True)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, length)
-    reference = softmax(numpy_logits(config, open_weights(src), tokens))
+    weights = open_weights(src, strip_prefix)
+    reference = softmax(numpy_logits(config, weights, tokens))
     model = load(dst, dtype="float32")
     ours = softmax((logits or jax_logits)(model.config, model.variables, tokens))
     ratio = np.log(np.maximum(reference, 1e-30)) - np.log(np.maximum(ours, 1e-30))

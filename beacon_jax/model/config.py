@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from beacon_jax.model import config_keys
+from beacon_jax.model.rope_config import RopeConfig
 from beacon_jax.names import check_choice, hinted_init, meant
 
 logger = logging.getLogger(__name__)
@@ -46,138 +47,6 @@ def check_ratio(ratio: int, window: int) -> None:
             f"ratio={ratio} does not divide window={window}: use "
             f"{ratio_choices(window)}."
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding (docs/specification.md section 5); a `kind` uses some fields.
-
-    Attributes:
-      theta: base of the frequencies.
-      kind: "default", "linear", "llama3" or "yarn".
-      factor: how many times the positions are stretched.
-      low_freq_factor, high_freq_factor: llama3 bands.
-      original_max_position: positions of the pretraining before stretching.
-      beta_fast, beta_slow, truncate: yarn's ramp between kept and divided frequencies.
-      attention_factor, mscale, mscale_all_dim: yarn, see `attention_scale`.
-    """
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self):
-        if self.kind not in _ROPE_KEYS:
-            raise ValueError(
-                f"rope kind {self.kind!r} is not supported: use one of "
-                f"{', '.join(_ROPE_KEYS)} (`rope_type` or `type` in config.json)."
-            )
-        if not (self.theta > 0 and self.factor >= 1):
-            raise ValueError(
-                f"rope theta={self.theta}, factor={self.factor}: theta must be "
-                "positive and factor at least 1."
-            )
-        if self.kind in ("llama3", "yarn") and not self.original_max_position:
-            raise ValueError(
-                f"original_max_position={self.original_max_position}: rope kind "
-                f"{self.kind!r} needs the number of positions of the pretraining."
-            )
-
-    @property
-    def attention_scale(self) -> float:
-        """What cos and sin are multiplied with; 1 for all kinds but yarn."""
-        if self.kind != "yarn":
-            return 1.0
-        if self.attention_factor is not None:
-            return self.attention_factor
-        scale = lambda m: 0.1 * m * math.log(self.factor) + 1.0
-        if self.mscale and self.mscale_all_dim:
-            return scale(self.mscale) / scale(self.mscale_all_dim)
-        return scale(1.0)
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> Self:
-        """Reads `rope_parameters` (transformers 5) or `rope_scaling` + `rope_theta`."""
-        old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
-        if old and new and old != new:
-            raise ValueError(
-                f"config.json has rope_scaling={old} and rope_parameters={new}, which "
-                "disagree: delete the one that is wrong."
-            )
-        given = dict(new or old or {})
-        kinds = {given.pop(key) for key in ("rope_type", "type") if key in given}
-        kind = kinds.pop() if kinds else "default"
-        if kinds:
-            raise ValueError(
-                f"rope_type and type disagree ({kind!r}, {kinds.pop()!r}): "
-                "keep only rope_type."
-            )
-        theta = given.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-        partial = given.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
-        if partial not in (None, 1, 1.0):
-            raise ValueError(
-                f"partial_rotary_factor={partial} is not supported: only models that "
-                "rotate all of head_dim are."
-            )
-        if kind not in _ROPE_KEYS:
-            return cls(kind=kind)  # raises, with the list of kinds
-        if unknown := sorted(set(given) - {*_ROPE_KEYS[kind], _ORIGINAL}):
-            raise ValueError(
-                f"rotary settings {unknown} are not known for rope_type={kind!r} "
-                f"(known: {', '.join(_ROPE_KEYS[kind]) or 'none'}): remove them from "
-                "config.json if they have no effect."
-            )
-        # Null means "not given"; transformers lets a top-level value win.
-        given = {key: value for key, value in given.items() if value is not None}
-        original = hf.get(_ORIGINAL) or given.pop(_ORIGINAL, None)
-        given.pop(_ORIGINAL, None)
-        if kind in ("llama3", "yarn"):
-            original = original or hf["max_position_embeddings"]
-        if kind == "yarn" and "factor" not in given:
-            given["factor"] = max(hf["max_position_embeddings"] / original, 1.0)
-        if kind != "default" and "factor" not in given:
-            raise ValueError(
-                f"rope_type={kind!r} without factor: add it to config.json."
-            )
-        return cls(theta=theta, kind=kind, original_max_position=original, **given)
-
-    def to_hf(self) -> dict[str, Any]:
-        """Writes `rope_theta` and `rope_scaling`, which every release reads."""
-        if self.kind == "default" and self.original_max_position is None:
-            return {"rope_theta": self.theta, "rope_scaling": None}
-        scaling: dict[str, Any] = {"rope_type": self.kind}
-        for key in _ROPE_KEYS[self.kind]:
-            if (value := getattr(self, key)) is not None:
-                scaling[key] = value
-        if self.original_max_position is not None:
-            scaling[_ORIGINAL] = self.original_max_position
-        return {"rope_theta": self.theta, "rope_scaling": scaling}
-
-
-_ORIGINAL = "original_max_position_embeddings"
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": (
-        "factor",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-}
 
 
 @hinted_init
@@ -281,7 +150,8 @@ class BeaconConfig:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Self | None:
         """Reads the `beacon_*` fields; None if there are none."""
-        given = {k: v for k, v in hf.items() if k in _BEACON_KEYS and v is not None}
+        keys = config_keys.BEACON
+        given = {k: hf[k] for k in keys if hf.get(k) is not None}
         if not given:
             return None
         window = given.get("beacon_window", cls.window)
@@ -291,14 +161,14 @@ class BeaconConfig:
             ("beacon_attend_prev", True),
         ):
             value = given.get(key, only)
-            if (value[0] if isinstance(value, list) else value) != only:
+            if (value[:1] if isinstance(value, list) else [value]) != [only]:
                 raise ValueError(
                     f"{key}={value!r} is not supported: only {only!r} is "
                     f"(beacon_window={window}); such a model must be retrained."
                 )
         fields: dict[str, Any] = {
             name: tuple(given[key]) if isinstance(given[key], list) else given[key]
-            for key, name in _BEACON_KEYS.items()
+            for key, name in keys.items()
             if name and key in given
         }
         if isinstance(fields.get("ratios"), int):
@@ -325,7 +195,7 @@ class BeaconConfig:
     def to_hf(self) -> dict[str, Any]:
         """Writes the `beacon_*` fields of config.json."""
         fields = {
-            key: getattr(self, name) for key, name in _BEACON_KEYS.items() if name
+            key: getattr(self, name) for key, name in config_keys.BEACON.items() if name
         }
         for name in self.unset():  # the release's form has no such key
             del fields[f"beacon_{name}"]
@@ -335,24 +205,6 @@ class BeaconConfig:
             "beacon_stride": self.window,
             **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
         }
-
-
-# config.json key -> field; "" for those with a single supported value.
-_BEACON_KEYS = {
-    "beacon_window": "window",
-    "beacon_stride": "",
-    "beacon_attn": "",
-    "beacon_attend_prev": "",
-    "beacon_ratio": "ratios",
-    "beacon_ratio_mix": "ratio_mix",
-    "beacon_param": "param",
-    "beacon_embed_init": "embed_init",
-    "beacon_sink_size": "sink",
-    "beacon_pos": "placement",
-    "beacon_parallel_window": "parallel_window",
-    "beacon_rank": "rank",
-    "beacon_anchor": "anchor",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,7 +225,7 @@ class ModelConfig:
     head_dim: int
     max_position: int
     rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
@@ -419,9 +271,12 @@ class ModelConfig:
         cls, hf: Mapping[str, Any], *, ignore_sliding_window: bool = False
     ) -> Self:
         """Reads a config.json. Raises ValueError naming what is not supported."""
+        config_keys.check_types(hf)
         family = _family(hf)
         config_keys.check(hf)
         hf = {**_DEFAULTS[family], **hf}
+        if hf["use_sliding_window"] is None:
+            hf["use_sliding_window"] = _DEFAULTS[family]["use_sliding_window"]
         if family == "mistral" and (hf.get("max_position_embeddings") or 0) > 4096:
             hf.setdefault("sliding_window", 4096)
         if hf.get("num_key_value_heads") is None and family != "mistral":
@@ -478,7 +333,7 @@ class ModelConfig:
             if before == self:
                 return result
             if before.beacon != self.beacon:
-                for key in _BEACON_KEYS:
+                for key in config_keys.BEACON:
                     result.pop(key, None)
                 result |= self.beacon.to_hf() if self.beacon else {}
             if dataclasses.replace(before, beacon=self.beacon) == self:
@@ -534,15 +389,21 @@ _BIASES = {
 
 
 def _family(hf: Mapping[str, Any]) -> str:
-    named = [ARCHITECTURES.get(a, a) for a in hf.get("architectures") or ()]
-    named += [hf["model_type"]] if "model_type" in hf else []
-    if len(set(named)) != 1 or named[0] not in FAMILIES:
-        raise ValueError(
-            f"architectures={hf.get('architectures')}, "
-            f"model_type={hf.get('model_type')!r} is not supported: config.json must "
-            f"name one of {', '.join(ARCHITECTURES)} and its model_type."
-        )
-    return named[0]
+    named: list[str] = [ARCHITECTURES.get(a, a) for a in hf.get("architectures") or ()]
+    if kind := hf.get("model_type"):
+        named.append(kind)
+    if len(set(named)) == 1 and named[0] in FAMILIES:
+        return named[0]
+    experts = any("moe" in n.lower() or "mixtral" in n.lower() for n in named)
+    kind = ", a mixture of experts," if experts else ""
+    remedy = "give a model of one of these families"
+    if not named or set(named) & set(FAMILIES):
+        remedy = "config.json must name one of them and its model_type"
+    raise ValueError(
+        f"architectures={hf.get('architectures')}, "
+        f"model_type={hf.get('model_type')!r}{kind} is not supported, only "
+        f"{', '.join(ARCHITECTURES)} are: {remedy}."
+    )
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -7,8 +7,11 @@ error unless its value turns it off, and a key that nobody knows is a line of wa
 """
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from beacon_jax.names import short
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,56 @@ READ = frozenset(
     vocab_size
     """.split()
 )
+# config.json key -> field; "" for those with a single supported value.
+BEACON = {
+    "beacon_window": "window",
+    "beacon_stride": "",
+    "beacon_attn": "",
+    "beacon_attend_prev": "",
+    "beacon_ratio": "ratios",
+    "beacon_ratio_mix": "ratio_mix",
+    "beacon_param": "param",
+    "beacon_embed_init": "embed_init",
+    "beacon_sink_size": "sink",
+    "beacon_pos": "placement",
+    "beacon_parallel_window": "parallel_window",
+    "beacon_rank": "rank",
+    "beacon_anchor": "anchor",
+}
+# Key -> its kind, of `check_value`; null stands for a key that is not given, where
+# transformers' config classes take it so.
+KINDS = {
+    **dict.fromkeys(
+        """
+        beacon_parallel_window beacon_rank beacon_sink_size beacon_window head_dim
+        hidden_size intermediate_size max_position_embeddings num_attention_heads
+        num_hidden_layers num_key_value_heads original_max_position_embeddings
+        sliding_window vocab_size
+        """.split(),
+        "whole",
+    ),
+    **dict.fromkeys(("partial_rotary_factor", "rms_norm_eps", "rope_theta"), "number"),
+    **dict.fromkeys(
+        """
+        attention_bias beacon_attend_prev mlp_bias tie_word_embeddings
+        use_sliding_window
+        """.split(),
+        "switch",
+    ),
+    **dict.fromkeys(
+        """
+        beacon_anchor beacon_attn beacon_embed_init beacon_pos beacon_ratio_mix
+        hidden_act model_type
+        """.split(),
+        "text",
+    ),
+    **dict.fromkeys(("architectures", "beacon_param", "layer_types"), "texts"),
+    **dict.fromkeys(("beacon_ratio", "beacon_stride"), "wholes"),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), "ids"),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), "object"),
+}
+NEEDED = ("hidden_act", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+MOST_LAYERS = 10_000  # a name is made for every tensor of every layer
 # Of the config classes of transformers' decoders; tests/model/test_config_keys.py
 # derives it.
 COMPUTING = frozenset(
@@ -182,6 +235,80 @@ COMPUTING = frozenset(
 )
 
 
+def check_types(hf: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key that is read and whose value is of another type."""
+    if own := sorted(key for key in hf if key.startswith("ultragist_")):
+        raise ValueError(
+            f"config.json has {', '.join(own)}: this is an UltraGist model, a "
+            "predecessor of Activation Beacon that computes something else (each gist "
+            "attends to a part of its window only), and is not supported. Give a model "
+            "of Activation Beacon, or the plain one that it was trained from."
+        )
+    for key, kind in KINDS.items():
+        if key in hf and (hf[key] is not None or key in NEEDED):
+            check_value(key, hf[key], kind)
+    layers = hf.get("num_hidden_layers")
+    if layers is not None and layers > MOST_LAYERS:
+        raise ValueError(
+            f"config.json has num_hidden_layers={layers}: at most {MOST_LAYERS} are "
+            "possible. Mend or replace it."
+        )
+
+
+def check_value(key: str, value: Any, kind: str) -> None:
+    """Raises ValueError, naming the key of config.json, if a value is of another kind.
+
+    A number in quotes is none: transformers refuses it, too.
+    """
+    fits, wanted = _FITS[kind]
+    if not fits(value):
+        hint = ""
+        if isinstance(value, str) and kind in ("whole", "number", "switch", "ids"):
+            hint = ", without quotes"
+        elif value is None:
+            hint = ", or leave the key out"
+        raise ValueError(
+            f"config.json has {key}={short(repr(value))}: it must be {wanted}{hint}."
+        )
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _number(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(map(fits, value))
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_FITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "whole": (_whole, "a whole number"),
+    "number": (_number, "a number"),
+    "switch": (lambda x: isinstance(x, bool), "true or false"),
+    "text": (_text, "a text"),
+    "texts": (_all(_text), "a list of texts"),
+    "wholes": (
+        lambda x: _whole(x) or _all(_whole)(x),
+        "a whole number, or a list of them",
+    ),
+    "ids": (
+        lambda x: _whole(x) or _all(_whole)(x),
+        "a token's id, or a list of them",
+    ),
+    "object": (lambda x: isinstance(x, Mapping), "an object"),
+}
+
+
 def check(hf: Mapping[str, Any]) -> None:
     """Raises ValueError for a key that changes the computation and is not read here."""
     for key, names in ALIASES.items():
@@ -192,6 +319,13 @@ def check(hf: Mapping[str, Any]) -> None:
                     f"config.json has {name}={here!r} and {key}={there!r}, two "
                     "spellings of one value: delete the wrong one."
                 )
+    if (found := hf.get("quantization_config")) and not _off(found):
+        method = found.get("quant_method") if isinstance(found, Mapping) else None
+        raise ValueError(
+            f"config.json has quantization_config ({method or 'of no known method'}): "
+            "quantized weights in this form are not supported. Give the checkpoint "
+            "that they were made of, or a GGUF file of the model."
+        )
     for key in hf:
         if (key in COMPUTING or key in OTHERS) and not _off(hf[key]):
             raise ValueError(
@@ -204,8 +338,9 @@ def check(hf: Mapping[str, Any]) -> None:
 def warn_unknown(hf: Mapping[str, Any]) -> None:
     """Names in one line of warning the keys that nobody knows."""
     aliases = {name for names in ALIASES.values() for name in names}
-    known = READ | HARMLESS | COMPUTING | aliases | {*ALIASES, *OTHERS}
-    unknown = [k for k in hf if k not in known and not k.startswith("beacon_")]
+    known = READ | HARMLESS | COMPUTING | aliases | {*ALIASES, *OTHERS, *BEACON}
+    known |= {"beacon_base"}  # of an adapter's base
+    unknown = [k for k in hf if k not in known]
     if unknown:
         logger.warning(
             "config.json has keys that are not known here and are ignored: %s",

@@ -118,7 +118,7 @@ def test_the_same_values_are_the_same_base_in_any_format_and_dtype(
         warnings.simplefilter("error")
         beacon_jax.load(tmp_path / "float32", beacons=adapter)
     # A folder that was converted without a cast knows its hash: nothing is read.
-    monkeypatch.setattr("beacon_jax.hf.adapter.base_values_hash", lambda _: "read")
+    monkeypatch.setattr("beacon_jax.hf.adapter.base_values_hash", lambda *_: "read")
     config = load(base).config
     found = open_adapter(adapter)
     assert found.other_base(tmp_path / "bfloat16", config) == ""

@@ -161,7 +161,7 @@ def test_a_trained_model_is_saved_with_beacon_keys_and_the_tokenizer(
     fields = {k: saved.pop(k) for k in list(saved) if k.startswith("beacon_")}
     assert fields["beacon_window"] == fields["beacon_stride"] == 32
     assert saved == {k: v for k, v in hf.items() if not k.startswith("beacon_")}
-    for name in ("tokenizer.json", "templates/chat.jinja"):
+    for name in ("tokenizer.json", "additional_chat_templates/chat.jinja"):
         assert (tmp_path / "saved" / name).read_bytes() == (both[0] / name).read_bytes()
 
 

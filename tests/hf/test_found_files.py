@@ -39,6 +39,7 @@ def test_a_pointer_may_be_a_gguf_file_an_index_or_a_tokenizer(folder, tokenizer)
     gguf.write_text(POINTER)
     with pytest.raises(ValueError, match=r"model\.gguf is a pointer of git-lfs"):
         load(gguf)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
     (folder / "model.safetensors.index.json").write_text(POINTER)
     with pytest.raises(ValueError, match=r"index\.json is a pointer of git-lfs"):
         load(folder)
@@ -63,9 +64,13 @@ def test_a_whole_file_wins_over_an_index_of_files_that_are_gone(folder, caplog):
     "content", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}', "{"]
 )
 def test_an_index_of_another_structure_is_named(folder, content):
-    (folder / "model.safetensors.index.json").write_text(content)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(content)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
         load(folder)
+    (folder / "model-1.safetensors").rename(folder / "model.safetensors")
+    load(folder)  # a whole file needs none
 
 
 @pytest.mark.parametrize("content", ["[1]", "null", '"llama"', "{", ""])
