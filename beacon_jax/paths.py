@@ -10,10 +10,11 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from beacon_jax.forms import unlike
 from beacon_jax.names import short
 
 POINTER = b"version https://git-lfs"  # what a pointer of git-lfs begins with
@@ -168,7 +169,9 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def check_fetched(path: Path) -> None:
-    """Raises ValueError if a file is a pointer of git-lfs in place of its content."""
+    """Raises ValueError if a file is a pointer of git-lfs in its place, or a folder."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and a file is expected: replace it.")
     with path.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise ValueError(
@@ -177,19 +180,20 @@ def check_fetched(path: Path) -> None:
             )
 
 
-def read_object(path: Path, form: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_object(path: Path, form: Any = None) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 
     Args:
-      form: what it must have (`check_form`); None: anything.
+      form: that it must have (`forms`); None: any.
 
     Raises:
-      ValueError: it is no JSON, or no object, or a pointer of git-lfs, or a key is in
-        one object twice, or it does not have the form.
+      ValueError: it is no JSON, or no object, or a pointer of git-lfs, or a folder, or
+        a key is in one object twice, or it does not have the form.
     """
     check_fetched(path)
     content = parse_object(path.read_bytes(), str(path))
-    check_form(content, form or {}, str(path))
+    if form is not None and (wrong := unlike(content, form, str(path))):
+        raise ValueError(f"{wrong}: mend or replace the file.")
     return content
 
 
@@ -206,8 +210,8 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
       ValueError: as `read_object`.
     """
     try:
-        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_single)
-    except RepeatedKey as error:
+        content = json.loads(data.decode("utf-8-sig"), object_pairs_hook=single)
+    except RepeatedKeyError as error:
         raise ValueError(f"{name} has the key {error}: keep one of them.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}. Mend or replace it.") from error
@@ -219,62 +223,19 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
     return content
 
 
-class RepeatedKey(Exception):
+class RepeatedKeyError(Exception):
     """A key that an object has twice, and its values."""
 
 
-def _single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes an object of its pairs, for `json.loads`."""
+def single(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of its pairs, for `json.loads(..., object_pairs_hook=single)`.
+
+    Raises:
+      RepeatedKeyError: a key is there twice.
+    """
     made = dict(pairs)
     if len(made) < len(pairs):
         key = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
         values = ", ".join(short(repr(v)) for k, v in pairs if k == key)
-        raise RepeatedKey(f"{short(key)!r} more than once ({values})")
+        raise RepeatedKeyError(f"{short(key)!r} more than once ({values})")
     return made
-
-
-def check_form(content: Mapping[str, Any], form: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError, with the key and its value, unless an object has a form.
-
-    Args:
-      form: key -> a type, a tuple of types, a form, [FORM] for a list of such, or
-        {str: FORM} for an object of such. Keys that it does not have are free.
-      name: of the file, for messages.
-    """
-    for key, wanted in form.items():
-        if key not in content:
-            raise ValueError(f"{name} has no {key}: replace the file, or make it anew.")
-        _check_value(content[key], wanted, key, name)
-
-
-def _check_value(value: Any, wanted: Any, key: str, name: str) -> None:
-    kind = wanted if isinstance(wanted, type | tuple) else type(wanted)
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if type(value) not in kinds:  # a bool is an int, but no number
-        names = " or ".join(_KINDS[kind] for kind in kinds)
-        raise ValueError(
-            f"{name} has {key}={short(repr(value))} where {names} is expected: replace "
-            "the file, or make it anew."
-        )
-    if isinstance(wanted, list):
-        for i, item in enumerate(value):
-            _check_value(item, wanted[0], f"{key}[{i}]", name)
-    elif isinstance(wanted, dict):
-        each = wanted.get(str)
-        for part in value if each is not None else wanted:
-            if part not in value:
-                raise ValueError(
-                    f"{name} has no {part} in {key}: replace the file, or make it anew."
-                )
-            _check_value(value[part], each or wanted[part], f"{key}.{part}", name)
-
-
-_KINDS = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}

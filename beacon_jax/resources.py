@@ -12,7 +12,7 @@ from typing import Any
 
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.names import meant
-from beacon_jax.paths import check_fetched
+from beacon_jax.paths import check_fetched, parse_object, read_object
 
 PACKAGE = Path(__file__).parent
 # Those that a tokenizer can be loaded from, and what may lie beside them; their bytes
@@ -118,9 +118,7 @@ def load_tokenizer(path: str | Path) -> Any:
             f"path={path} has no tokenizer files ({', '.join(TOKENIZERS)}): copy "
             "them from the base model."
         )
-    for name in TOKENIZER_FILES:
-        if (path / name).is_file():
-            check_fetched(path / name)
+    _check_tokenizer_files(path)
     try:
         return AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, use_fast=True, trust_remote_code=False
@@ -129,12 +127,75 @@ def load_tokenizer(path: str | Path) -> Any:
         raise ValueError(_unread(path, error)) from error
 
 
+def _check_tokenizer_files(path: Path) -> None:
+    """Checks what transformers takes as it is, or says in words of its own.
+
+    Raises:
+      ValueError: a file is a pointer of git-lfs, or no JSON of its form; or there is
+        none that a fast tokenizer can be made of.
+    """
+    for name in TOKENIZER_FILES:
+        if (path / name).is_file():
+            check_fetched(path / name)
+    for name, form in _FORMS.items():
+        if (path / name).is_file():
+            read_object(path / name, form)
+    files = [name for name in TOKENIZERS if (path / name).is_file()]
+    if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= {
+        name for name in TOKENIZER_FILES if (path / name).is_file()
+    }:
+        return
+    remedy = "copy tokenizer.json from the base model"
+    if "tokenizer.model" in files:
+        if all(map(has, ("sentencepiece", "google.protobuf"))):
+            return
+        remedy += ", or install what makes one of tokenizer.model (pip install "
+        remedy += "sentencepiece protobuf)"
+    raise ValueError(
+        f"path={path} has {', '.join(files)} alone, and a tokenizer.json is needed: "
+        f"{remedy}."
+    )
+
+
+# Forms (`forms`) of what some files of tokenizers may hold; null: it is not given.
+_SPECIAL = {
+    f"{name}_token?": (str, {}, None)
+    for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+}
+_FORMS = {
+    "tokenizer_config.json": {
+        **_SPECIAL,
+        "added_tokens_decoder?": ({}, None),
+        "chat_template?": (str, {}, [{}], None),
+        "model_max_length?": (float, None),
+        "tokenizer_class?": (str, None),
+        **{
+            f"{name}?": (bool, None)
+            for name in (
+                "add_bos_token",
+                "add_eos_token",
+                "add_prefix_space",
+                "clean_up_tokenization_spaces",
+            )
+        },
+    },
+    "special_tokens_map.json": _SPECIAL,
+    "added_tokens.json": {},
+}
+
+
 def _unread(path: Path, error: Exception) -> str:
     """Says why the tokenizer of a folder cannot be loaded, and what to do."""
     import tokenizers
     import transformers
 
     there = [name for name in TOKENIZERS if (path / name).is_file()]
+    if "tokenizer.json" in there:
+        try:
+            parse_object((path / "tokenizer.json").read_bytes(), "it")
+            tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as closer:  # the library has no class of its own
+            error, there = closer, ["tokenizer.json"]
     said = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {said[0] if said else 'no reason given'}"
     if "tokenizer.json" in there:
@@ -144,8 +205,7 @@ def _unread(path: Path, error: Exception) -> str:
             "needs newer ones (pip install -U tokenizers transformers)"
         )
     else:
-        remedy = "a tokenizer.json is needed: copy it from the base model, or make it "
-        remedy += "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        remedy = "copy the tokenizer.json of the base model"
     return f"path={path}: {', '.join(there)} cannot be read ({reason}): {remedy}."
 
 

@@ -108,10 +108,8 @@ def _to_hf(src: Path, dst: Path, options: flags.FlagValues) -> None:
     """Writes what to-hf makes of an HF or a converted folder."""
     from beacon_jax.hf import adapter, conversion
     from beacon_jax.inference import merging
-    from beacon_jax.model.config import ModelConfig
 
-    hf = conversion.read_config(src)
-    beacon = ModelConfig.from_hf(hf, ignore_sliding_window=True).beacon
+    beacon = conversion.model_config(src, ignore_sliding_window=True).beacon
     if options.adapter:
         adapter.write_adapter(src, dst, overwrite=options.overwrite)
     elif beacon and beacon.rank:

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from beacon_jax.paths import RepeatedKeyError, single
+
 # The release ships BookSum as finished conversations only, so its wording is not known.
 BOOKSUM = "Summarize the following chapter.\n\n"
 ROLES = {
@@ -80,9 +82,11 @@ def decoded(data: bytes) -> dict[str, Any] | str:
     try:
         # Not json.loads(bytes), which guesses UTF-16 and UTF-32. A file's first row may
         # have a byte order mark in front.
-        row = json.loads(data.decode("utf-8-sig"))
+        row = json.loads(data.decode("utf-8-sig"), object_pairs_hook=single)
     except UnicodeDecodeError:
         return "invalid UTF-8"
+    except RepeatedKeyError:
+        return "a key twice"
     except (ValueError, RecursionError):
         return "not JSON"
     return row if isinstance(row, dict) else "not an object"

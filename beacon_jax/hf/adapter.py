@@ -19,6 +19,7 @@ from beacon_jax.hf.conversion import (
     Source,
     check_dtype,
     is_converted,
+    model_config,
     open_source,
     read_config,
     read_manifest,
@@ -129,7 +130,7 @@ def open_adapter(folder: Path, name: str = "beacons") -> Adapter:
             "`adapter` of a training run, or what `convert to-hf --adapter` wrote."
         )
     hf = read_config(folder)
-    config = ModelConfig.from_hf(hf, ignore_sliding_window=True)
+    config = model_config(folder, ignore_sliding_window=True)
     base = hf.get(BASE)
     if (
         config.beacon is None
@@ -161,7 +162,7 @@ def adapter_for(
       ValueError, FileNotFoundError: as `open_adapter` and `Adapter.other_base`.
     """
     found = open_adapter(folder, name)
-    config = ModelConfig.from_hf(read_config(base), ignore_sliding_window=True)
+    config = model_config(base, ignore_sliding_window=True)
     differs = found.other_base(base, config, strip_prefix)
     if differs:
         differs = (
@@ -191,7 +192,7 @@ def write_adapter(
       FileExistsError: `dst` is not empty.
     """
     hf = read_config(src)
-    config = ModelConfig.from_hf(hf, ignore_sliding_window=True)
+    config = model_config(src, ignore_sliding_window=True)
     source = open_source(config, src, check_dtype(dtype), quiet=True)
     entries = [e for e in table(config) if e.name.startswith("beacon/")]
     if not entries or source.from_base:

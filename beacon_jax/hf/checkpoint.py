@@ -15,6 +15,7 @@ from beacon_jax.hf.conversion import (
     Source,
     check_dtype,
     is_converted,
+    model_config,
     open_source,
     read_config,
     read_manifest,
@@ -112,7 +113,7 @@ def load(
     manifest = read_manifest(path) if is_converted(path) else {}
     ignore = ignore_sliding_window or manifest.get("ignore_sliding_window", False)
     hf = read_config(path)
-    config = ModelConfig.from_hf(hf, ignore_sliding_window=ignore)
+    config = model_config(path, ignore_sliding_window=ignore)
     config_keys.warn_unknown(hf)
     opened = functools.partial(open_source, strip_prefix=strip_prefix)
     if isinstance(beacon, BeaconConfig):

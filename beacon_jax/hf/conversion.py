@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from beacon_jax.forms import Count, unlike
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.hf import gguf, relatives
 from beacon_jax.hf.hashing import TreeHash
@@ -50,7 +51,7 @@ from beacon_jax.model import config_keys
 from beacon_jax.model.beacon import beacon_token
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import check_choice
-from beacon_jax.paths import check_form, read_object
+from beacon_jax.paths import read_object
 from beacon_jax.progress import Progress
 
 type HfReader = SafetensorsReader | TorchReader | gguf.GgufReader | RenamedReader
@@ -59,12 +60,12 @@ VERSION = 1
 # Of the manifest, beside its version.
 _FORM = {
     "base_hash": str,
-    "beacon_hash": (str, type(None)),
-    "dtype": (str, type(None)),
+    "beacon_hash": (str, None),
+    "dtype": (frozenset(d.name for d in DTYPES.values()), None),
     "ignore_sliding_window": bool,
-    "beacon_from_base": [str],
-    "files": {str: {"metadata": (dict, type(None)), "tensors": [str]}},
-    "index": (str, type(None)),
+    "beacon_from_base": [frozenset(("embed", "q", "k", "v", "o"))],
+    "files": {str: {"metadata": ({str: str}, None), "tensors": [str]}},
+    "index": (str, None),
 }
 
 
@@ -90,7 +91,7 @@ def from_hf(
     src, dst = Path(src), Path(dst)
     _check_different(src, dst)
     hf = read_config(src)
-    config = ModelConfig.from_hf(hf, ignore_sliding_window=ignore_sliding_window)
+    config = model_config(src, ignore_sliding_window=ignore_sliding_window)
     config_keys.warn_unknown(hf)
     with Progress().stage("looking at the tensors"):
         reader = open_weights(src, strip_prefix)
@@ -141,12 +142,14 @@ def to_hf(src: Path, dst: Path, *, overwrite: bool = False) -> None:
     src, dst = Path(src), Path(dst)
     _check_different(src, dst)
     manifest = read_manifest(src)
-    config = ModelConfig.from_hf(read_config(src), ignore_sliding_window=True)
+    config = model_config(src, ignore_sliding_window=True)
+    ConvertedSource(config, src)  # all tensors are there, in their shapes
     reader = open_converted(src)
     files = {
         name: (spec["tensors"], spec["metadata"])
         for name, spec in manifest["files"].items()
     }
+    _check_files(src / MANIFEST, config, manifest, reader)
     with new_folder(dst, overwrite=overwrite) as folder:
         copy_small_files(src, folder)
         write_hf_weights(folder, config, reader, files)
@@ -441,15 +444,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"--src={folder} is not a converted checkpoint (no {MANIFEST}): make one "
             "with `python -m beacon_jax.convert from-hf`."
         )
-    manifest = read_object(path, {"version": int})
+    manifest = read_object(path, {"version": Count})
     if manifest["version"] != VERSION:
         raise ValueError(
             f"{path} has version {manifest['version']}, this program reads {VERSION}: "
             "convert the HF checkpoint again."
         )
-    check_form(manifest, _FORM, str(path))
+    if wrong := unlike(manifest, _FORM, str(path)):
+        raise ValueError(f"{wrong}: convert the model again.")
     if bad := [name for name in manifest["files"] if Path(name).name != name]:
-        raise ValueError(f"{path} has files={bad}, no names of files: replace it.")
+        raise ValueError(
+            f"{path} has files={bad}, no names of files beside each other: convert the "
+            "model again."
+        )
     return manifest
 
 
@@ -471,6 +478,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(path)
 
 
+def model_config(folder: Path, *, ignore_sliding_window: bool = False) -> ModelConfig:
+    """Returns the config of a folder's or a GGUF file's model.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_config`, or it is not supported; the
+        message names the folder.
+    """
+    hf = read_config(folder)
+    try:
+        return ModelConfig.from_hf(hf, ignore_sliding_window=ignore_sliding_window)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
 def check_dtype(dtype: str | None) -> np.dtype | None:
     """Returns the dtype of that name; None: none is asked for."""
     if dtype is None:
@@ -482,6 +503,27 @@ def check_dtype(dtype: str | None) -> np.dtype | None:
 def _check_different(src: Path, dst: Path) -> None:
     if src.resolve() == dst.resolve():
         raise ValueError(f"--src and --dst are the same folder {src}: use another.")
+
+
+def _check_files(
+    path: Path, config: ModelConfig, manifest: Mapping[str, Any], reader: Reader
+) -> None:
+    """Raises ValueError unless a manifest's files have each tensor once."""
+    listed = [k for file in manifest["files"].values() for k in file["tensors"]]
+    known = {key for e in table(config) for key in e.keys} | {LM_HEAD}
+    needed = {
+        key
+        for e in table(config)
+        if e.name in reader.tensors
+        and beacon_part(e.name) not in manifest["beacon_from_base"]
+        for key in e.keys
+    }
+    wrong = sorted((set(listed) - known) | (needed - set(listed)))
+    if wrong or len(set(listed)) < len(listed):
+        raise ValueError(
+            f"{path}: its files do not have each tensor of the model once"
+            f"{f' ({wrong[0]})' if wrong else ''}: convert the model again."
+        )
 
 
 def _original_files(

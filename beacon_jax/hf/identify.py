@@ -15,8 +15,8 @@ import numpy as np
 
 from beacon_jax.hf.conversion import (
     is_converted,
+    model_config,
     open_source,
-    read_config,
     read_manifest,
 )
 from beacon_jax.hf.hashing import TreeHash
@@ -90,7 +90,7 @@ def identity(source: "str | Path | Checkpoint") -> Identity:
     if is_converted(path):
         manifest = read_manifest(path)
         return Identity(manifest["base_hash"], manifest["beacon_hash"])
-    config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=True)
+    config = model_config(path, ignore_sliding_window=True)
     return folder_identity(path, config)
 
 
@@ -134,7 +134,7 @@ def base_values_hash(path: Path, strip_prefix: str | None = None) -> str:
 
     All weights of the base in a folder are read, once per process.
     """
-    config = ModelConfig.from_hf(read_config(path), ignore_sliding_window=True)
+    config = model_config(path, ignore_sliding_window=True)
     names = [e.name for e in table(config) if e.name.startswith("params/")]
     dtypes = tuple((name, np.dtype(np.float32)) for name in sorted(names))
     stamp = _stamp(path)

@@ -51,7 +51,7 @@ def advice(found: Iterable[str], expected: Mapping[str, Any]) -> str:
     said = f"tensors are named {said} (the first is {short(changed)}): "
     head = "lm_head.weight"
     if head in expected and head not in new and not prefix:
-        said += f"there is no {head}, so save the model as ...ForCausalLM; else "
+        return f"{said}there is no {head} either. Save the model as ...ForCausalLM."
     option = f"--strip_prefix={prefix}"
     return (
         f"{said}pass {option} to `convert from-hf`, or strip_prefix={prefix!r} to load."

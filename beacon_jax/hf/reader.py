@@ -192,7 +192,10 @@ def _fault(path: Path, error: Exception) -> str:
         try:
             header = json.loads(file.read(start - 8))
             ends = [v["data_offsets"][1] for k, v in header.items() if k != METADATA]
-        except (ValueError, TypeError, KeyError, AttributeError) as fault:
+        except (
+            *(ValueError, TypeError, LookupError, AttributeError),
+            RecursionError,
+        ) as fault:
             return f"{path} is not a safetensors file: {fault}."
     expected = start + max(ends, default=0)
     if actual == expected:

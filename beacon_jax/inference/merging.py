@@ -12,7 +12,7 @@ from jaxtyping import Float
 from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.hf.adapter import materialised
 from beacon_jax.hf.checkpoint import load, save_hf
-from beacon_jax.hf.conversion import read_config
+from beacon_jax.hf.conversion import model_config
 from beacon_jax.inference.verify import MAX_KL
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
@@ -41,7 +41,7 @@ def merge(src: Path, dst: Path, *, overwrite: bool = False) -> str:
       ValueError: the beacons of `src` have no rank, or anchors, which the release does
         not know.
     """
-    beacon = ModelConfig.from_hf(read_config(src), ignore_sliding_window=True).beacon
+    beacon = model_config(src, ignore_sliding_window=True).beacon
     if beacon is None or not beacon.rank:
         raise ValueError(f"--src={src} has no low-rank beacons: there is none to add.")
     if beacon.anchor != "none":

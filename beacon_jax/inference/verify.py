@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from beacon_jax.hf.checkpoint import load
-from beacon_jax.hf.conversion import open_weights, read_config, read_manifest
+from beacon_jax.hf.conversion import model_config, open_weights, read_manifest
 from beacon_jax.hf.reader import Reader
 from beacon_jax.model.config import ModelConfig, RopeConfig
 
@@ -204,7 +204,7 @@ def compare(
       logits: (config, variables, tokens [T]) -> [T, V]; None: `jax_logits`.
       strip_prefix: as `src` was converted with.
     """
-    config = ModelConfig.from_hf(read_config(src), ignore_sliding_window=True)
+    config = model_config(src, ignore_sliding_window=True)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, length)
     weights = open_weights(src, strip_prefix)
     reference = softmax(numpy_logits(config, weights, tokens))

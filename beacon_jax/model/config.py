@@ -176,7 +176,7 @@ class BeaconConfig:
         # A checkpoint's list may hold ratios for other windows: the release draws
         # from those that divide W. None that does is an error (from the constructor).
         ratios = fields.get("ratios", cls.ratios)
-        usable = tuple(r for r in ratios if r >= 0 and (r == 0 or window % r == 0))
+        usable = tuple(r for r in ratios if r <= 0 or window % r == 0)
         if usable and usable != ratios:
             logger.warning(
                 "beacon_ratio=%s: only %s divide beacon_window=%d and are used.",
@@ -238,6 +238,10 @@ class ModelConfig:
         object.__setattr__(self, "bos_ids", tuple(self.bos_ids))
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))
         check_choice("family", self.family, FAMILIES)
+        if not 0 < self.rms_norm_eps < 1:
+            raise ValueError(
+                f"rms_norm_eps={self.rms_norm_eps!r} must be above 0 and below 1."
+            )
         _check_positive(self, *_SIZES.values())
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -389,7 +393,7 @@ _BIASES = {
 
 
 def _family(hf: Mapping[str, Any]) -> str:
-    named: list[str] = [ARCHITECTURES.get(a, a) for a in hf.get("architectures") or ()]
+    named = [str(ARCHITECTURES.get(a, a)) for a in hf.get("architectures") or ()]
     if kind := hf.get("model_type"):
         named.append(kind)
     if len(set(named)) == 1 and named[0] in FAMILIES:

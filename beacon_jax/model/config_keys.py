@@ -276,6 +276,10 @@ def _whole(value: Any) -> bool:
     return type(value) is int
 
 
+def _id(value: Any) -> bool:
+    return _whole(value) and value >= 0
+
+
 def _number(value: Any) -> bool:
     try:
         return type(value) in (int, float) and math.isfinite(value)
@@ -302,7 +306,7 @@ _FITS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a whole number, or a list of them",
     ),
     "ids": (
-        lambda x: _whole(x) or _all(_whole)(x),
+        lambda x: _id(x) or _all(_id)(x),
         "a token's id, or a list of them",
     ),
     "object": (lambda x: isinstance(x, Mapping), "an object"),

@@ -10,7 +10,7 @@ from beacon_jax.core.plan import memory_slots
 from beacon_jax.core.train_loss import KINDS
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.gguf.file import is_gguf
-from beacon_jax.hf.conversion import is_converted, read_config, read_manifest
+from beacon_jax.hf.conversion import is_converted, model_config, read_manifest
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import meant
 from beacon_jax.paths import check_folder
@@ -205,7 +205,7 @@ def _model(config: Config) -> ModelConfig:
         ignore = is_converted(folder) and read_manifest(folder).get(
             "ignore_sliding_window", False
         )
-        model = ModelConfig.from_hf(read_config(folder), ignore_sliding_window=ignore)
+        model = model_config(folder, ignore_sliding_window=ignore)
         return dataclasses.replace(model, beacon=beacon)
     sizes = {}
     if "vocab_size" not in config.model:

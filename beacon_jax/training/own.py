@@ -25,7 +25,7 @@ from beacon_jax.core.law import Law
 from beacon_jax.data.sources import open_parts, source_bytes
 from beacon_jax.data.tally import clock, si
 from beacon_jax.data.text import load_documents, run_documents
-from beacon_jax.hf.conversion import read_config
+from beacon_jax.hf.conversion import model_config
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.shapes import param_shapes
 from beacon_jax.tokenise import encode_all
@@ -222,7 +222,7 @@ def _facts(config: Config) -> _Facts:
             "--config.data.sources=FOLDER"
         )
     folder = base_folder(config)
-    model = ModelConfig.from_hf(read_config(folder))
+    model = model_config(folder)
     size = sum(source_bytes(config.data.sources, config.data.root))
     tokenizer = hf.load_tokenizer(tokenizer_folder(config))
     if size <= SAMPLE_BYTES:
