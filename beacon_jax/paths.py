@@ -172,12 +172,17 @@ def check_fetched(path: Path) -> None:
     """Raises ValueError if a file is a pointer of git-lfs in its place, or a folder."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder, and a file is expected: replace it.")
-    with path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise ValueError(
-                f"{path} is a pointer of git-lfs, not the file: fetch it (git lfs pull "
-                "in its folder), or download it again."
-            )
+    if is_pointer(path):
+        raise ValueError(
+            f"{path} is a pointer of git-lfs, not the file: fetch it (git lfs pull in "
+            "its folder), or download it again."
+        )
+
+
+def is_pointer(path: str | Path) -> bool:
+    """Tells whether a file is a pointer of git-lfs in place of its content."""
+    with open(path, "rb") as file:
+        return file.read(len(POINTER)) == POINTER
 
 
 def read_object(path: Path, form: Any = None) -> dict[str, Any]:

@@ -248,7 +248,15 @@ def _by_own_template(
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    except jinja2.TemplateError as error:
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"data.chat_template='hf' but the chat template of tokenizer="
+            f"{tokenizer.name_or_path!r} is no jinja template: {error.message} (line "
+            f"{error.lineno}). Mend it, or use one of {', '.join(FORMATS)}."
+        ) from None
+    except ValueError:  # of `_own_template`
+        raise
+    except Exception as error:  # a template is a program of the user's
         _warn_once(f"{REFUSED}: {error}")
         return REFUSED
     (text,), (spans,) = rendered

@@ -32,6 +32,7 @@ from beacon_jax.data.streams import (
     longer,
     newlines,
 )
+from beacon_jax.paths import is_pointer
 
 PART_BYTES = 16 * 2**20
 ROW_LIMIT = 64 * 2**20  # bytes
@@ -105,6 +106,8 @@ def cut(part: Piece, part_bytes: int = PART_BYTES) -> list[Piece]:
     """
     if part.kind:
         return _cut_tfds(part, part_bytes) if part.kind == "tfds" else [part]
+    if is_pointer(part.path):
+        return [unusable(part, "a pointer of git-lfs: fetch the file (git lfs pull)")]
     end = ending(part.name)
     kind = "text" if end in TEXT_ENDINGS else end[1:]
     if end.startswith(JSON_ENDINGS):
