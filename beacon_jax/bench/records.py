@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 
+from beacon_jax.paths import read_object
+
 SCHEMA = 1
 # refused: NotImplementedError. Does not fit: by formula or for real. Failed: any other
 # error, tried again by the next run.
@@ -148,11 +150,8 @@ def read(path: Path) -> dict[str, Any]:
     """Reads a bench.json; ValueError for anything else."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file: name the bench.json of a run.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from None
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    content = read_object(path)
+    if content.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a bench.json of schema {SCHEMA}: run bench.")
     return content
 

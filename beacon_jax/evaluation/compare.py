@@ -1,6 +1,5 @@
 """Finished runs side by side: what `evaluate --report DIR…` writes."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from beacon_jax.evaluation import plots
 from beacon_jax.evaluation.report import main_metrics, pivot, table
 from beacon_jax.evaluation.statistics import grouped
+from beacon_jax.paths import read_object
 
 SEED = re.compile(r"[-_.]?seed\d+$")
 
@@ -62,7 +62,7 @@ def _read(folder: Path) -> dict[str, Any]:
             f"--report names {folder}, which has no metrics.json: it is not the --out "
             "of a finished run."
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_object(file)
 
 
 def _groups(folders: Sequence[Path]) -> dict[str, list[Path]]:

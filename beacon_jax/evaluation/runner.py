@@ -36,6 +36,7 @@ from beacon_jax.evaluation.reading import Prefill
 from beacon_jax.evaluation.statistics import grouped
 from beacon_jax.evaluation.tasks.base import Instance, Metric, Task
 from beacon_jax.inference.model import Model
+from beacon_jax.paths import read_object
 from beacon_jax.progress import Progress, Stage
 from beacon_jax.tokenise import check_ids
 
@@ -310,7 +311,7 @@ def prepare_folder(out: Path, run: dict[str, Any], *, overwrite: bool) -> None:
         for old in (folder, out / "timings"):
             shutil.rmtree(old, ignore_errors=True)
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_object(file)
         differ = [k for k, v in identity.items() if before.get(k) != v]
         if differ:
             changes = ", ".join(

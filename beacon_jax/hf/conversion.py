@@ -475,7 +475,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} is not there: give a folder on this machine with config.json and "
             f"weights (download a checkpoint first). {relatives.of_folder(folder)}"
         )
-    return read_object(path)
+    hf = read_object(path)
+    if "architectures" not in hf and (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"{folder} is the --workdir of a training run, no model: give "
+            f"{folder / 'export'}, or what `convert to-hf --src={folder}` writes."
+        )
+    return hf
 
 
 def model_config(folder: Path, *, ignore_sliding_window: bool = False) -> ModelConfig:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
+from beacon_jax.forms import unlike
 from beacon_jax.hf.hashing import tree_hash
 from beacon_jax.training.console import say
 from beacon_jax.training.processes import is_lead, wait, worst
@@ -47,6 +48,9 @@ BEFORE = {
     "config.beacons_from": "",
     "config.data.first_step": 0,
 }
+
+
+_RECORD = {"hash": str}  # form of what is saved beside the state
 
 
 class CheckpointError(OSError):
@@ -187,7 +191,7 @@ class Checkpoints:
         return self._record(steps[-1])[0] if steps else None
 
     def restore(
-        self, state: Any, record: dict[str, Any], allow: bool
+        self, state: Any, record: dict[str, Any], allow: bool, *, move: bool = True
     ) -> Restored | None:
         """Restores the newest whole checkpoint; None without one.
 
@@ -196,6 +200,7 @@ class Checkpoints:
           record: {"config": resolved, ...} of this run.
           allow: whether the record may be another one. If only the optimiser's part of
             the state differs then, the rest of it is restored.
+          move: whether damaged ones are moved aside; not by who only reads them.
 
         Raises:
           ValueError: the run of these checkpoints had another config.
@@ -225,7 +230,10 @@ class Checkpoints:
             if not bad:
                 return Restored(_merged(state, leaves, other), not other)
             damaged = True
-            self._move_aside(step)
+            if move:
+                self._move_aside(step)
+            elif is_lead():
+                say(f"{_damaged(step)}: using the one before")
         if damaged and is_lead():
             say("no whole checkpoint is left: the run starts at step 0")
         return None
@@ -234,7 +242,10 @@ class Checkpoints:
         """Reads what a checkpoint says of its run, and its hash."""
         try:
             args = ocp.args.Composite(record=ocp.args.JsonRestore())
-            saved = dict(self._manager.restore(step, args=args)["record"])
+            saved = self._manager.restore(step, args=args)["record"]
+            if wrong := unlike(saved, _RECORD, "its record"):
+                raise ValueError(wrong)
+            saved = dict(saved)
             return saved, saved.pop("hash")
         except Exception as error:
             raise self._unreadable(step, error) from error
@@ -254,6 +265,7 @@ class Checkpoints:
         """
         target = _leaves(state)
         try:
+            _check_whole(self._folder / str(step) / "state")
             stored = self._manager.item_metadata(step)["state"].tree
             stored = {name: (tuple(x.shape), x.dtype) for name, x in stored.items()}
         except Exception as error:
@@ -306,7 +318,8 @@ class Checkpoints:
         return CheckpointError(
             f"the checkpoint of step {step} cannot be read: {_cause(error)}. No file "
             f"was changed. Repair {self._folder / str(step)}, or move it away to go on "
-            f"from step {max(older, default=0)}."
+            f"from step {max(older, default=0)}; if a newer orbax-checkpoint than "
+            f"{ocp.__version__} wrote it, install that."
         )
 
     def _move_aside(self, step: int) -> None:
@@ -331,10 +344,11 @@ class Checkpoints:
         wait("moved a damaged checkpoint")
         self._manager.reload()
         if is_lead():
-            say(
-                f"checkpoint of step {step} is damaged (it reads back with another "
-                f"hash): moved to {target}, using the one before"
-            )
+            say(f"{_damaged(step)}: moved to {target}, using the one before")
+
+
+def _damaged(step: int) -> str:
+    return f"checkpoint of step {step} is damaged (it reads back with another hash)"
 
 
 # How the names of `_leaves` begin.
@@ -373,6 +387,16 @@ def _differences(
     if cause:
         rows += ["Settings that changed:", *(f"  {line}" for line in cause)]
     return "\n".join(rows)
+
+
+def _check_whole(folder: Path) -> None:
+    """Raises FileNotFoundError if a state lacks a file that all of it hangs on.
+
+    orbax would find that out array by array, with a traceback for some of them.
+    """
+    for name in ("_METADATA", "manifest.ocdbt"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is not there")
 
 
 def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:
