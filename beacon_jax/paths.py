@@ -170,8 +170,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 def check_fetched(path: Path) -> None:
     """Raises ValueError if a file is a pointer of git-lfs in its place, or a folder."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, and a file is expected: replace it.")
+    is_there(path)
     if is_pointer(path):
         raise ValueError(
             f"{path} is a pointer of git-lfs, not the file: fetch it (git lfs pull in "
@@ -183,6 +182,24 @@ def is_pointer(path: str | Path) -> bool:
     """Tells whether a file is a pointer of git-lfs in place of its content."""
     with open(path, "rb") as file:
         return file.read(len(POINTER)) == POINTER
+
+
+def is_there(path: Path) -> bool:
+    """Tells whether a file is there, which may be left out.
+
+    Raises:
+      ValueError: a folder, or a link to nothing, as in a cache of which a part was
+        deleted, has its name.
+    """
+    if path.is_file():
+        return True
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and a file is expected: replace it.")
+    if path.is_symlink():
+        raise ValueError(
+            f"{path} is a link to a file that is gone: download it again, or delete it."
+        )
+    return False
 
 
 def read_object(path: Path, form: Any = None) -> dict[str, Any]:

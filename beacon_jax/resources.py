@@ -12,7 +12,7 @@ from typing import Any
 
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.names import meant
-from beacon_jax.paths import check_fetched, parse_object, read_object
+from beacon_jax.paths import check_fetched, is_there, parse_object, read_object
 
 PACKAGE = Path(__file__).parent
 # Those that a tokenizer can be loaded from, and what may lie beside them; their bytes
@@ -135,7 +135,7 @@ def _check_tokenizer_files(path: Path) -> None:
         none that a fast tokenizer can be made of.
     """
     for name in TOKENIZER_FILES:
-        if (path / name).is_file():
+        if is_there(path / name):
             check_fetched(path / name)
     for name, form in _FORMS.items():
         if (path / name).is_file():

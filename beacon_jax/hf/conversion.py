@@ -51,7 +51,7 @@ from beacon_jax.model import config_keys
 from beacon_jax.model.beacon import beacon_token
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import check_choice
-from beacon_jax.paths import read_object
+from beacon_jax.paths import is_there, read_object
 from beacon_jax.progress import Progress
 
 type HfReader = SafetensorsReader | TorchReader | gguf.GgufReader | RenamedReader
@@ -428,7 +428,7 @@ def open_converted(folder: Path) -> SafetensorsReader:
 
 def is_converted(folder: Path) -> bool:
     """Tells whether a folder holds a converted checkpoint."""
-    return (folder / MANIFEST).exists()
+    return is_there(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -470,7 +470,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if is_gguf(folder):
         return gguf.config(folder)
     path = folder / "config.json"
-    if not path.exists():
+    if not is_there(path):
         raise FileNotFoundError(
             f"{path} is not there: give a folder on this machine with config.json and "
             f"weights (download a checkpoint first). {relatives.of_folder(folder)}"

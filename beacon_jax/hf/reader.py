@@ -22,7 +22,7 @@ from beacon_jax.hf import relatives
 from beacon_jax.hf.keys import flatten
 from beacon_jax.hf.prefixes import stripped
 from beacon_jax.names import short
-from beacon_jax.paths import check_fetched, parse_object, read_object
+from beacon_jax.paths import check_fetched, is_there, parse_object, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -338,14 +338,14 @@ def open_hf(folder: Path) -> SafetensorsReader | TorchReader:
     for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
         make = SafetensorsReader if kind == "safetensors" else TorchReader
         index, single = folder / f"{stem}.{kind}.index.json", folder / f"{stem}.{kind}"
-        if single.exists() and index.exists():
+        if is_there(single) and is_there(index):
             reader = make([single])
             if why := _stale(index, single.name, reader.tensors):
                 logger.warning("%s is read, not what %s names: %s", single, index, why)
                 return reader
-        if index.exists():
+        if is_there(index):
             return _open_indexed(index, make)
-        if single.exists():
+        if is_there(single):
             return make([single])
     raise FileNotFoundError(
         f"{folder} has no weights: expected model.safetensors, "

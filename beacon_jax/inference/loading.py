@@ -20,6 +20,7 @@ from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import variable_axes
 from beacon_jax.model.partition import Partition, make_partition
 from beacon_jax.names import hinted
+from beacon_jax.paths import is_there
 
 _DEVICE = (
     "jax chooses the device (set JAX_PLATFORMS=cpu before Python starts), and "
@@ -90,7 +91,7 @@ def load(
         remedy = "give what tensors' names begin with, as 'module.'"
         validate.is_a("strip_prefix", strip_prefix, str, remedy)
     path = hub.find(path)
-    if not (path.is_file() or (path / "config.json").is_file()):
+    if not (path.is_file() or is_there(path / "config.json")):
         raise FileNotFoundError(
             f"path={path} is not a model folder: it has no config.json. "
             f"{relatives.of_folder(path)}".rstrip()

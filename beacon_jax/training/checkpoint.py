@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -264,6 +265,7 @@ class Checkpoints:
           (arrays, names of those that are others than in `state`).
         """
         target = _leaves(state)
+        _drop_late_answers()
         try:
             _check_whole(self._folder / str(step) / "state")
             stored = self._manager.item_metadata(step)["state"].tree
@@ -387,6 +389,21 @@ def _differences(
     if cause:
         rows += ["Settings that changed:", *(f"  {line}" for line in cause)]
     return "\n".join(rows)
+
+
+def _drop_late_answers() -> None:
+    """Keeps Python from printing tracebacks of answers that nobody waits for.
+
+    If one array cannot be read, orbax closes its event loop, and TensorStore's threads
+    still report the others there.
+    """
+    before = sys.unraisablehook
+
+    def report(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    sys.unraisablehook = report
 
 
 def _check_whole(folder: Path) -> None:
