@@ -14,6 +14,14 @@ from beacon_jax.paths import read_object
 
 SEED = re.compile(r"[-_.]?seed\d+$")
 
+# Form of what is read of a metrics.json.
+_FORM = {
+    "model": {"path": str, "beacon_hash": (str, None)},
+    "settings": {"seed": int},
+    "versions": {"commit": (str, None)},
+    "metrics": [{"metric": str, "method": str, "length": int}],
+}
+
 
 def write(folders: Sequence[Path], out: Path) -> str:
     """Writes OUT/report.md and its figures; returns the text.
@@ -62,7 +70,7 @@ def _read(folder: Path) -> dict[str, Any]:
             f"--report names {folder}, which has no metrics.json: it is not the --out "
             "of a finished run."
         )
-    return read_object(file)
+    return read_object(file, _FORM)
 
 
 def _groups(folders: Sequence[Path]) -> dict[str, list[Path]]:

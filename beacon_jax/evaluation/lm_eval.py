@@ -18,6 +18,7 @@ import numpy as np
 from beacon_jax.evaluation import likelihood
 from beacon_jax.inference.loading import load
 from beacon_jax.inference.model import Model
+from beacon_jax.inference.template import written
 from beacon_jax.inference.validate import switch
 from beacon_jax.progress import Progress, say
 from beacon_jax.tokenise import encode
@@ -221,12 +222,7 @@ class BeaconLM(_api.LM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The conversation as text, by the tokenizer's template."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        return written(self.tokenizer, chat_history, answers=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """What lm_eval writes down: the template's text; None without one."""

@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 from beacon_jax import tokenise
 from beacon_jax.inference.model import Model
+from beacon_jax.inference.template import written
 
 Tokens = Int[np.ndarray, " n"]
 
@@ -22,9 +23,7 @@ def encode(model: Model, text: str, prefix: str = "", chat: str = "auto") -> Tok
     if not templated(model, chat):
         return tokenise.encode(model.tokenizer, text + prefix, "start")
     turns = [{"role": "user", "content": text}]
-    text = model.tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True
-    )
+    text = written(model.tokenizer, turns)
     return tokenise.encode(model.tokenizer, text + prefix, "bare")
 
 

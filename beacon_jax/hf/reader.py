@@ -5,6 +5,7 @@ Files are not mapped. Mapped pages count as resident memory until they are dropp
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 64  # bytes
 METADATA = "__metadata__"
+MOST_HEADER = 100_000_000  # bytes, as the library has it
 BLOCK_BYTES = 16 << 20  # what is transposed, cast, hashed and written at a time
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -184,6 +186,8 @@ def _fault(path: Path, error: Exception) -> str:
     actual = path.stat().st_size
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
+        if start > MOST_HEADER:
+            return f"{path} is not a safetensors file: {error}. Download it again."
         if actual < start:
             return (
                 f"{path} is truncated: its header alone needs {start} bytes, the file "
@@ -341,7 +345,7 @@ def open_hf(folder: Path) -> SafetensorsReader | TorchReader:
         if is_there(single) and is_there(index):
             reader = make([single])
             if why := _stale(index, single.name, reader.tensors):
-                logger.warning("%s is read, not what %s names: %s", single, index, why)
+                _warn_once(f"{single} is read, not what {index} names: {why}")
                 return reader
         if is_there(index):
             return _open_indexed(index, make)
@@ -352,6 +356,11 @@ def open_hf(folder: Path) -> SafetensorsReader | TorchReader:
         "model.safetensors.index.json or pytorch_model.bin. "
         f"{relatives.of_folder(folder)}".rstrip()
     )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _stale(index: Path, single: str, tensors: Mapping[str, Tensor]) -> str:

@@ -55,7 +55,7 @@ def encode_turns(
     """
     tokenizer = model.tokenizer
     check_template(tokenizer, template)
-    text = _written(tokenizer, messages, template)
+    text = written(tokenizer, messages, template)
     # The template writes the special tokens itself.
     if not first:
         text = text.removeprefix(tokenizer.bos_token or "")
@@ -76,34 +76,52 @@ def try_template(
       ValueError: no template, or one that is broken or refuses this.
     """
     check_template(tokenizer, template)
-    _written(tokenizer, [*messages, {"role": "user", "content": "Hello"}], template)
+    written(tokenizer, [*messages, {"role": "user", "content": "Hello"}], template)
 
 
-def _written(
-    tokenizer: Any, messages: Sequence[dict[str, str]], template: str | None
+def written(
+    tokenizer: Any,
+    messages: Sequence[dict[str, str]],
+    template: str | None = None,
+    *,
+    answers: bool = True,
 ) -> str:
+    """Writes a conversation by a template.
+
+    Args:
+      template: jinja text in place of the tokenizer's own.
+      answers: the next answer begins at its end; if not, the last message goes on.
+
+    Raises:
+      ValueError: the template is broken, or refuses the conversation.
+    """
     # A broken template may raise anything: it is a program of the user's.
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=answers,
+            continue_final_message=not answers,
         )
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
-            f"{_named(template)} is no jinja template: {error.message} (line "
+            f"{_named(tokenizer, template)} is no jinja template: {error.message} (line "
             f"{error.lineno})."
         ) from None
     except jinja2.TemplateError as error:
-        said = f"{_named(template)} refuses this: {error}"
+        said = f"{_named(tokenizer, template)} refuses this: {error}"
         raise ValueError(said if said.endswith(".") else f"{said}.") from None
     except Exception as error:
         raise ValueError(
-            f"{_named(template)} cannot write a conversation: {error!r}."
+            f"{_named(tokenizer, template)} cannot write a conversation: {error!r}."
         ) from error
 
 
-def _named(template: str | None) -> str:
+def _named(tokenizer: Any, template: str | None) -> str:
     if template is None:
-        return "the tokenizer's chat template"
+        folder = getattr(tokenizer, "name_or_path", "")
+        return "the tokenizer's chat template" + (f" (of {folder})" if folder else "")
     return f"chat_template={shown(template)}"
 
 

@@ -11,6 +11,7 @@ from beacon_jax.core.train_loss import KINDS
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.hf.conversion import is_converted, model_config, read_manifest
+from beacon_jax.hf.relatives import of_folder
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import meant
 from beacon_jax.paths import check_folder
@@ -173,7 +174,7 @@ def _check_folders(config: Config) -> None:
     if base and not (base.is_file() or (base / "config.json").exists()):
         raise FileNotFoundError(
             f"init_from={config.init_from!r} has no config.json: give the folder that "
-            "holds the model's files."
+            f"holds the model's files. {of_folder(base)}".rstrip()
         )
     if not config.tokenizer.train:
         key = "tokenizer.path" if config.tokenizer.path else "init_from"

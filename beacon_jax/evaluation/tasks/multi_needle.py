@@ -26,6 +26,7 @@ from beacon_jax.evaluation.tasks.base import Instance, Prediction
 from beacon_jax.evaluation.tasks.haystack import Haystack
 from beacon_jax.evaluation.tasks.synthetic import Draw, Drawn, Synthetic
 from beacon_jax.inference.model import Model
+from beacon_jax.inference.template import written
 from beacon_jax.tokenise import encode
 
 TURNS = 3
@@ -107,11 +108,13 @@ class MultiNeedle(Synthetic):
             return encode(model.tokenizer, text, "behind")
         mark = "\u2020answer\u2020"
         roles = zip(("user", "assistant", "user"), ("?", mark, question), strict=True)
-        text = model.tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in roles],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        turns = [{"role": role, "content": content} for role, content in roles]
+        text = written(model.tokenizer, turns)
+        if mark not in text:
+            raise ValueError(
+                "the tokenizer's chat template leaves answers out, which multi_needle "
+                "needs: mend it, or use --chat=none."
+            )
         return encode(model.tokenizer, text.split(mark)[1] + prefix, "behind")
 
     def further(self, model: Model, example: Instance) -> list[np.ndarray]:
