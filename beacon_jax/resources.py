@@ -119,12 +119,40 @@ def load_tokenizer(path: str | Path) -> Any:
             "them from the base model."
         )
     _check_tokenizer_files(path)
+    config = _tokenizer_settings(path)
     try:
         return AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, use_fast=True, trust_remote_code=False
+            str(path),
+            config=config,
+            local_files_only=True,
+            use_fast=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # of tokenizers, transformers, jinja, json, ...
         raise ValueError(_unread(path, error)) from error
+
+
+def _tokenizer_settings(path: Path) -> Any:
+    """Returns what of a model's config.json a tokenizer depends on.
+
+    It is the type of the model, and a class. Whatever else is in the file, or not, is
+    the model's business; without the file the tokenizer's own files decide.
+
+    Raises:
+      ValueError: the file is no JSON object.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    file = path / "config.json"
+    hf = read_object(file) if is_there(file) else {}
+    given = lambda key: x if isinstance(x := hf.get(key), str) else None
+    kind = given("model_type")
+    known = kind in CONFIG_MAPPING_NAMES
+    config = AutoConfig.for_model(kind or "") if known else PreTrainedConfig()
+    config.name_or_path = str(path)
+    config.tokenizer_class = given("tokenizer_class")
+    return config
 
 
 def _check_tokenizer_files(path: Path) -> None:

@@ -30,6 +30,7 @@ from beacon_jax.hf.hub import ADAPTER as WEIGHTS
 from beacon_jax.hf.identify import base_values_hash, identity
 from beacon_jax.hf.keys import table, unflatten
 from beacon_jax.hf.reader import SafetensorsReader, TreeReader
+from beacon_jax.hf.relatives import PEFT, peft
 from beacon_jax.hf.writer import new_folder
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.shapes import param_shapes
@@ -107,7 +108,10 @@ class Adapter:
     def source(self, config: ModelConfig, dtype: np.dtype | None) -> Source:
         """Opens the tensors, to be cast to `dtype` and to fit `config`."""
         reader = SafetensorsReader([self.path / WEIGHTS])
-        return HfSource(config, reader, dtype, only="beacon/")
+        try:
+            return HfSource(config, reader, dtype, only="beacon/")
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
 
 def is_adapter(folder: Path) -> bool:
@@ -127,7 +131,8 @@ def open_adapter(folder: Path, name: str = "beacons") -> Adapter:
     if not is_adapter(folder):
         raise FileNotFoundError(
             f"{name}={folder} has no {WEIGHTS}: give a folder of beacons alone, the "
-            "`adapter` of a training run, or what `convert to-hf --adapter` wrote."
+            "`adapter` of a training run, or what `convert to-hf --adapter` wrote. "
+            f"{peft(folder) if (folder / PEFT).is_file() else ''}".rstrip()
         )
     hf = read_config(folder)
     config = model_config(folder, ignore_sliding_window=True)

@@ -1,5 +1,6 @@
 """Finds a model: a folder or GGUF file here, one of the package, or one on the hub."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ TIMEOUT = 5.0  # seconds until the hub counts as not reachable
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL = re.compile(r"[\w.-]+\.(json|jinja)|tokenizer\.model")
 _SAFE = re.compile(r"model[\w.-]*\.safetensors")
+# Faults of this machine, not of the network.
+_OWN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 ADAPTER = "beacons.safetensors"  # of beacons alone
 _TORCH = re.compile(r"pytorch_model[\w.-]*\.bin")
 
@@ -72,7 +75,11 @@ def download(id: str, name: str = "path", cache: Path | None = None) -> Path:
       FileNotFoundError: for the same reasons as in `find`.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     endpoint = os.environ.get("HF_ENDPOINT")
     by_hand = (
@@ -102,6 +109,11 @@ def download(id: str, name: str = "path", cache: Path | None = None) -> Path:
         except HfHubHTTPError as error:
             why = f"the hub refuses it ({error.response.status_code})"
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OWN:
+                raise OSError(
+                    f"{name}={id} cannot be downloaded ({error.strerror}): make room "
+                    "in the cache of huggingface_hub, or name another (HF_HOME)."
+                ) from error
             # The HTTP library below, and so its errors, change from release to release.
             why = f"the hub cannot be reached ({type(error).__name__})"
     for weights in ("*.safetensors", "*.bin"):
@@ -114,7 +126,7 @@ def download(id: str, name: str = "path", cache: Path | None = None) -> Path:
                     cache_dir=cache,
                 )
             )
-        except Exception:  # not in the cache, or only a part of it
+        except LocalEntryNotFoundError:  # not in the cache, or only a part of it
             continue
     raise FileNotFoundError(
         f"{name}={id} is no folder here, and {why}. {by_hand}"
@@ -127,6 +139,7 @@ def needed_files(names: list[str]) -> list[str]:
     No weights are among them twice, and nothing of other libraries.
     """
     safe = [n for n in names if _SAFE.fullmatch(n)]
+    safe = ["model.safetensors"] if "model.safetensors" in safe else safe
     weights = safe or [n for n in names if _TORCH.fullmatch(n)]
     weights += [n for n in names if n == ADAPTER]
     return [n for n in names if _SMALL.fullmatch(n)] + weights

@@ -152,7 +152,9 @@ def resolve(
         if k in found and tuple(found[k]) != tuple(shape)
     ]
     if problems:
-        if known := of_tensors(sorted(unknown - foreign)) or advice(found, shapes):
+        if known := of_tensors(sorted(unknown - foreign)) or advice(
+            found, shapes, adapter=bool(only)
+        ):
             raise ValueError(known)
         shown = problems[:MOST_SHOWN]
         if len(problems) > MOST_SHOWN:

@@ -29,12 +29,15 @@ def stripped(name: str, strip_prefix: str) -> str:
     return f"model.{name}" if name.startswith(_BARE) else name
 
 
-def advice(found: Iterable[str], expected: Mapping[str, Any]) -> str:
+def advice(
+    found: Iterable[str], expected: Mapping[str, Any], *, adapter: bool = False
+) -> str:
     """Says which prefix to strip; "" if that does not make more names fit.
 
     Args:
       found: names of a checkpoint's tensors.
       expected: those of the model, as keys.
+      adapter: they are beacons alone, which are always named by `convert`.
     """
     found = list(found)
     prefix = _guess(found)
@@ -52,6 +55,8 @@ def advice(found: Iterable[str], expected: Mapping[str, Any]) -> str:
     head = "lm_head.weight"
     if head in expected and head not in new and not prefix:
         return f"{said}there is no {head} either. Save the model as ...ForCausalLM."
+    if adapter:
+        return f"{said}write the folder again (convert to-hf --adapter)."
     option = f"--strip_prefix={prefix}"
     return (
         f"{said}pass {option} to `convert from-hf`, or strip_prefix={prefix!r} to load."

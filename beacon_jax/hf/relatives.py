@@ -31,6 +31,11 @@ def of_folder(folder: Path) -> str:
                 f"It has {files[0]}, which is not read: give a checkpoint in the "
                 "safetensors format."
             )
+    if (folder / "beacons.safetensors").is_file():
+        return (
+            "It has beacons alone (beacons.safetensors), whose config.json belongs "
+            "beside them: copy the whole folder again."
+        )
     if files := there("*.safetensors"):
         return (
             f"It has {files[0]}: weights are read from model.safetensors, or from the "

@@ -106,8 +106,8 @@ def written(
         )
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
-            f"{_named(tokenizer, template)} is no jinja template: {error.message} (line "
-            f"{error.lineno})."
+            f"{_named(tokenizer, template)} is no jinja template: {error.message} "
+            f"(line {error.lineno})."
         ) from None
     except jinja2.TemplateError as error:
         said = f"{_named(tokenizer, template)} refuses this: {error}"

@@ -319,8 +319,8 @@ class ModelConfig:
             qkv_bias=bias,
             o_bias=bias and llama,
             mlp_bias=bool(hf.get("mlp_bias")) and llama,
-            bos_ids=_ids(hf.get("bos_token_id")),
-            eos_ids=_ids(hf.get("eos_token_id")),
+            bos_ids=_ids(hf, "bos_token_id"),
+            eos_ids=_ids(hf, "eos_token_id"),
             beacon=BeaconConfig.from_hf(hf),
         )
 
@@ -410,10 +410,17 @@ def _family(hf: Mapping[str, Any]) -> str:
     )
 
 
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+def _ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """Reads tokens' ids; ValueError for one that the model has no embedding of."""
+    value = hf.get(key)
+    ids = value if isinstance(value, list | tuple) else (value,)
+    ids = () if value is None else tuple(ids)
+    if beyond := [i for i in ids if i >= hf["vocab_size"]]:
+        raise ValueError(
+            f"config.json has {key}={beyond[0]}, and ids below vocab_size="
+            f"{hf['vocab_size']}: mend it, or leave it out."
+        )
+    return ids
 
 
 def _unpack(ids: tuple[int, ...]) -> int | list[int] | None:

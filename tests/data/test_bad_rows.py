@@ -26,6 +26,7 @@ BAD_ROWS = {
     b'{"text": "caf\xe9"}': "invalid UTF-8",
     '{"text": "a"}'.encode("utf-16"): "invalid UTF-8",
     b'{"text": "\\ud800"}': "lone surrogate",
+    b'{"text": "a", "text": "b"}': "a key twice",
     b'"text"': "not an object",
     b'[{"text": "a"}]': "not an object",
     b"null": "not an object",
@@ -219,3 +220,11 @@ def test_messages_are_a_conversation():
     found = record("a.jsonl:1", {"messages": turns, "id": 7})
     assert isinstance(found, Record)
     assert found.turns == (("user", "a"), ("assistant", "b"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl", "a.txt"])
+def test_a_pointer_of_git_lfs_is_no_data(tmp_path, name):
+    file = tmp_path / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\nsize 5\n")
+    reason = "a pointer of git-lfs: fetch the file (git lfs pull)"
+    assert rows_of(str(file)) == [Dropped(name, reason)]

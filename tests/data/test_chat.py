@@ -293,6 +293,18 @@ def test_conversation_that_its_own_template_refuses_is_dropped(caplog):
     assert "no thanks" in caplog.text
 
 
+def test_own_template_that_divides_by_zero_is_dropped(caplog):
+    assert chat.encode(TALK, with_template(MARKED + "{{ 1 / 0 }}"), "hf") == (
+        chat.REFUSED
+    )
+    assert "division by zero" in caplog.text
+
+
+def test_own_template_that_is_no_jinja_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match=r"is no jinja template: .*\(line 1\)\. Mend"):
+        chat.encode(TALK, with_template("{% for %}{% generation %}"), "hf")
+
+
 def test_template_of_another_model_names_what_is_missing():
     with pytest.raises(
         ValueError, match=r"'llama-3' needs <\|start_header_id\|>.*qwen"

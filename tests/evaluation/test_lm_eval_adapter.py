@@ -232,6 +232,9 @@ def test_a_conversation_is_written_by_the_tokenizers_template(lm, monkeypatch):
     assert begun == "<user>river<assistant>sto"
     assert lm.chat_template(True) == template and lm.chat_template(False) is None
     assert "/" not in lm.tokenizer_name
+    monkeypatch.setattr(lm.tokenizer, "chat_template", "{% for %}")
+    with pytest.raises(ValueError, match="chat template.* is no jinja template"):
+        lm.apply_chat_template(turns)
 
 
 @pytest.mark.parametrize(

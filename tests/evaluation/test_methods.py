@@ -103,6 +103,10 @@ def test_a_chat_template_wraps_the_question_unless_told_not_to(model, monkeypatc
     decode = lambda ids: model.tokenizer.decode(ids.tolist())
     assert decode(prompts.encode(model, text, " x", "auto")) == "memory slot# x"
     assert decode(prompts.encode(model, text, " x", "none")) == decode(plain)
+    for broken in ("{% for %}", "{{ 1 / 0 }}"):
+        monkeypatch.setattr(model.tokenizer, "chat_template", broken, raising=False)
+        with pytest.raises(ValueError, match="the tokenizer's chat template"):
+            prompts.encode(model, text)
 
 
 def test_malformed_rows_are_skipped_and_counted(model, tmp_path):

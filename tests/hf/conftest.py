@@ -122,7 +122,9 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         (folder / "config.json").write_text(json.dumps(hf, indent=3) + "\n\n")
         (folder / "tokenizer.json").write_bytes(b'{"odd":  "bytes \xc3\xa9"}\r\n')
         (folder / "generation_config.json").write_text("{}")
-        (folder / "additional_chat_templates" / "chat.jinja").write_text("{{ messages }}")
+        (folder / "additional_chat_templates" / "chat.jinja").write_text(
+            "{{ messages }}"
+        )
         names = list(tensors)
         if shards == 1:
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})

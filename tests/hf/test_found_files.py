@@ -4,9 +4,12 @@ import json
 import logging
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from beacon_jax.hf import load, load_tokenizer
+from beacon_jax.hf.conversion import from_hf, to_hf
 from beacon_jax.resources import asset
 
 POINTER = (
@@ -112,3 +115,166 @@ def test_a_lone_tokenizer_model_says_what_is_needed(tmp_path):
 def test_a_tokenizer_loads_without_the_config_of_a_model(tokenizer):
     expected = load_tokenizer(asset("tiny-base"))("The boats left.")["input_ids"]
     assert load_tokenizer(tokenizer)("The boats left.")["input_ids"] == expected
+
+
+def test_a_whole_file_wins_over_the_same_tensors_in_parts(
+    tmp_path, make_checkpoint, config_of, tensors_of, caplog
+):
+    hf = config_of("llama")
+    folder = make_checkpoint(hf, shards=2)
+    expected = load(folder).identity.base
+    save_file(tensors_of(hf), folder / "model.safetensors", {"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        assert load(folder).identity.base == expected
+    assert "is read, not what" in caplog.text
+    from_hf(folder, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    assert not list((tmp_path / "back").glob("*.index.json"))
+    # One that lacks tensors of the index is left alone.
+    some = {"model.norm.weight": np.zeros(16, np.float32)}
+    save_file(some, folder / "model.safetensors")
+    assert load(folder).identity.base == expected
+
+
+def test_a_tensor_in_two_parts_or_twice_in_one_header_is_an_error(
+    make_checkpoint, config_of
+):
+    folder = make_checkpoint(config_of("llama"), shards=2)
+    parts = sorted(folder.glob("model-*"))
+    twice = load_file(parts[0]) | load_file(parts[1])
+    save_file(twice, parts[1])
+    with pytest.raises(ValueError, match=r"tensor .* is in model-00001.*remove one of"):
+        load(folder)
+    header = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+    header += '"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    header += " " * (-len(header) % 8)
+    file = folder / "model.safetensors"
+    for path in (*parts, folder / "model.safetensors.index.json"):
+        path.unlink()
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 4)
+    with pytest.raises(ValueError, match=r"the header of .* has the key 'a' more than"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["[" * 10_000, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "[1]"],
+)
+def test_a_header_of_another_structure_is_no_safetensors_file(folder, header):
+    data = len(header).to_bytes(8, "little") + header.encode() + b"\0" * 4
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.safetensors is (not a|corrupt)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, None])
+def test_the_metadata_of_a_file_comes_back_as_it_was(
+    tmp_path, folder, config_of, tensors_of, metadata
+):
+    save_file(tensors_of(config_of("llama")), folder / "model.safetensors", metadata)
+    from_hf(folder, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    before, after = (
+        (x / "model.safetensors").read_bytes() for x in (folder, tmp_path / "back")
+    )
+    assert before == after
+
+
+def test_only_small_files_of_a_model_are_copied(tmp_path, folder, caplog):
+    more = ("LICENSE", "modeling_qwen2.py", "tokenizer.model.v3", "merges.txt")
+    left = ("notes.txt", "trainer_state.json", "data/rows.jsonl", ".env")
+    (folder / "data").mkdir()
+    for name in (*more, *left, "optimizer.pt"):
+        (folder / name).write_text("x")
+    with (folder / "README.md").open("wb") as file:
+        file.truncate(17 << 20)
+    with caplog.at_level(logging.WARNING):
+        from_hf(folder, tmp_path / "ours")
+    copied = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert copied == {
+        *more,
+        "additional_chat_templates",
+        "beacon_jax.json",
+        "config.json",
+        "generation_config.json",
+        "params.safetensors",
+        "tokenizer.json",
+    }
+    assert (
+        "need them: README.md, data/rows.jsonl, notes.txt, trainer_state.json"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "1"}, r"\.version is '1', not a whole number"),
+        ({"base_hash": 5}, r"\.base_hash is 5, not a text"),
+        ({"dtype": "int7"}, r"\.dtype is 'int7', not one of"),
+        ({"beacon_from_base": ["z"]}, r"\.beacon_from_base\[0\] is 'z'"),
+        ({"files": {"a": {"metadata": None}}}, r"\.files\.a\.tensors is missing"),
+        ({"files": {"../a": {"metadata": None, "tensors": []}}}, r"no names of files"),
+        ({"index": 3}, r"\.index is 3"),
+    ],
+)
+def test_a_manifest_of_another_form_is_named(tmp_path, folder, changes, message):
+    from_hf(folder, tmp_path / "ours")
+    file = tmp_path / "ours" / "beacon_jax.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=rf"beacon_jax\.json.*{message}"):
+        load(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("tensors", [["x"], [], ["model.norm.weight"] * 2])
+def test_a_manifest_has_each_tensor_once(tmp_path, folder, tensors):
+    from_hf(folder, tmp_path / "ours")
+    file = tmp_path / "ours" / "beacon_jax.json"
+    files = {"model.safetensors": {"metadata": None, "tensors": tensors}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"files": files}))
+    with pytest.raises(ValueError, match=r"do not have each tensor of the model once"):
+        to_hf(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "[]", "has list where a JSON object"),
+        ("tokenizer_config.json", '{"a": 1, "a": 2}', "has the key 'a' more than once"),
+        ("tokenizer_config.json", '{"eos_token": 5}', r"\.eos_token is 5, not"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', r"\.model_max_length"),
+        ("tokenizer_config.json", '{"chat_template": [1]}', r"\.chat_template is"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}', r"\.tokenizer_class is 5"),
+        ("special_tokens_map.json", '{"eos_token": ', "is not JSON"),
+        ("special_tokens_map.json", '{"pad_token": 7}', r"\.pad_token is 7"),
+        ("added_tokens.json", "[3]", "has list where"),
+        ("config.json", "{", "is not JSON"),
+    ],
+)
+def test_a_tokenizers_file_of_another_form_is_named(tokenizer, name, content, message):
+    (tokenizer / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} ?{message}"):
+        load_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"model_type": "newkind"}',
+        '{"model_type": "llama", "hidden_size": "a"}',
+        '{"model_type": 5}',
+        '{"tokenizer_class": "NewTokenizer"}',
+    ],
+)
+def test_a_tokenizer_does_not_depend_on_the_settings_of_a_model(tokenizer, content):
+    expected = load_tokenizer(asset("tiny-base"))("The boats left.")["input_ids"]
+    (tokenizer / "config.json").write_text(content)
+    assert load_tokenizer(tokenizer)("The boats left.")["input_ids"] == expected
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "chat_template.jinja"])
+def test_a_tokenizers_link_to_nothing_is_named(tokenizer, name):
+    (tokenizer / name).symlink_to(tokenizer / "gone")
+    with pytest.raises(ValueError, match=rf"{name} is a link to a file that is gone"):
+        load_tokenizer(tokenizer)
