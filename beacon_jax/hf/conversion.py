@@ -420,10 +420,13 @@ def transposed_blocks(matrix: np.ndarray) -> Iterator[np.ndarray]:
 
 def open_converted(folder: Path) -> SafetensorsReader:
     """Opens our tensors in a converted folder, named "params/..." and "beacon/..."."""
-    params, beacon = folder / "params.safetensors", folder / "beacon.safetensors"
-    if not params.exists():
-        raise FileNotFoundError(f"{params} is not there: convert the model again.")
-    return SafetensorsReader([params, beacon] if beacon.exists() else [params])
+    parts = {"base_hash": "params", "beacon_hash": "beacon"}
+    manifest = read_manifest(folder)
+    files = [folder / f"{parts[x]}.safetensors" for x in parts if manifest[x]]
+    for path in files:
+        if not is_there(path):
+            raise FileNotFoundError(f"{path} is not there: convert the model again.")
+    return SafetensorsReader(files)
 
 
 def is_converted(folder: Path) -> bool:
@@ -516,7 +519,6 @@ def _check_files(
 ) -> None:
     """Raises ValueError unless a manifest's files have each tensor once."""
     listed = [k for file in manifest["files"].values() for k in file["tensors"]]
-    known = {key for e in table(config) for key in e.keys} | {LM_HEAD}
     needed = {
         key
         for e in table(config)
@@ -524,7 +526,8 @@ def _check_files(
         and beacon_part(e.name) not in manifest["beacon_from_base"]
         for key in e.keys
     }
-    wrong = sorted((set(listed) - known) | (needed - set(listed)))
+    free = {LM_HEAD} if config.tie_embeddings else set()
+    wrong = sorted((set(listed) ^ needed) - free)
     if wrong or len(set(listed)) < len(listed):
         raise ValueError(
             f"{path}: its files do not have each tensor of the model once"

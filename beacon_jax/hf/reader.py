@@ -196,12 +196,12 @@ def _fault(path: Path, error: Exception) -> str:
         try:
             header = json.loads(file.read(start - 8))
             ends = [v["data_offsets"][1] for k, v in header.items() if k != METADATA]
+            expected = start + max(ends, default=0)
         except (
             *(ValueError, TypeError, LookupError, AttributeError),
             RecursionError,
         ) as fault:
-            return f"{path} is not a safetensors file: {fault}."
-    expected = start + max(ends, default=0)
+            return f"{path} is not a safetensors file: {fault}. Download it again."
     if actual == expected:
         return f"{path} is corrupt: {error}. Download it again."
     return (

@@ -115,6 +115,7 @@ KINDS = {
     **dict.fromkeys(("rope_parameters", "rope_scaling"), "object"),
 }
 NEEDED = ("hidden_act", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+MOST = 2**31  # beyond every size and id
 MOST_LAYERS = 10_000  # a name is made for every tensor of every layer
 # Of the config classes of transformers' decoders; tests/model/test_config_keys.py
 # derives it.
@@ -273,7 +274,7 @@ def check_value(key: str, value: Any, kind: str) -> None:
 
 
 def _whole(value: Any) -> bool:
-    return type(value) is int
+    return type(value) is int and abs(value) < MOST
 
 
 def _id(value: Any) -> bool:
@@ -296,7 +297,7 @@ def _text(value: Any) -> bool:
 
 
 _FITS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "whole": (_whole, "a whole number"),
+    "whole": (_whole, f"a whole number below {MOST}"),
     "number": (_number, "a number"),
     "switch": (lambda x: isinstance(x, bool), "true or false"),
     "text": (_text, "a text"),

@@ -41,10 +41,10 @@ class RopeConfig:
                 f"rope kind {self.kind!r} is not supported: use one of "
                 f"{', '.join(_ROPE_KEYS)} (`rope_type` or `type` in config.json)."
             )
-        if not (0 < self.theta < math.inf and 1 <= self.factor < math.inf):
+        if not (1 <= self.theta < math.inf and 1 <= self.factor < math.inf):
             raise ValueError(
-                f"rope theta={self.theta}, factor={self.factor}: theta must be "
-                "positive and factor at least 1."
+                f"rope theta={self.theta}, factor={self.factor}: theta must be at "
+                "least 1, and factor at least 1."
             )
         bands = self.low_freq_factor, self.high_freq_factor
         if self.kind == "llama3" and not 0 < bands[0] < bands[1] < math.inf:

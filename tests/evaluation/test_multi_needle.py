@@ -91,7 +91,7 @@ def test_needles_lie_in_thirds_and_the_turns_fit(wanted):
 
 def test_a_chat_template_gives_the_turns_between_answers():
     class Chat(SimpleNamespace):
-        def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+        def apply_chat_template(self, turns, **_):
             said = "".join(f"[{t['role']}]{t['content']}[end]" for t in turns)
             return said + "[assistant]"
 

@@ -158,7 +158,12 @@ def test_a_tensor_in_two_parts_or_twice_in_one_header_is_an_error(
 
 @pytest.mark.parametrize(
     "header",
-    ["[" * 10_000, '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "[1]"],
+    [
+        "[" * 10_000,
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        '{"a": {"data_offsets": [0, 4]}, "b": {"data_offsets": [0, "x"]}}',
+        "[1]",
+    ],
 )
 def test_a_header_of_another_structure_is_no_safetensors_file(folder, header):
     data = len(header).to_bytes(8, "little") + header.encode() + b"\0" * 4
@@ -224,6 +229,22 @@ def test_a_manifest_of_another_form_is_named(tmp_path, folder, changes, message)
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError, match=rf"beacon_jax\.json.*{message}"):
         load(tmp_path / "ours")
+
+
+def test_lost_beacons_of_a_converted_folder_are_named(
+    tmp_path, make_checkpoint, config_of, beacon_fields
+):
+    dst = tmp_path / "ours"
+    from_hf(make_checkpoint(config_of("llama", **beacon_fields)), dst)
+    (dst / "beacon.safetensors").unlink()
+    for read in (lambda: load(dst), lambda: to_hf(dst, tmp_path / "back")):
+        with pytest.raises(
+            FileNotFoundError, match=r"beacon\.safetensors is not th"
+        ):
+            read()
+    (dst / "beacon.safetensors").symlink_to("beacon.safetensors")
+    with pytest.raises(ValueError, match=r"beacon\.safetensors is a link to a file"):
+        load(dst)
 
 
 @pytest.mark.parametrize("tensors", [["x"], [], ["model.norm.weight"] * 2])
