@@ -94,7 +94,8 @@ KINDS = {
         """.split(),
         "whole",
     ),
-    **dict.fromkeys(("partial_rotary_factor", "rms_norm_eps", "rope_theta"), "number"),
+    **dict.fromkeys(("partial_rotary_factor", "rms_norm_eps"), "number"),
+    "rope_theta": "theta",
     **dict.fromkeys(
         """
         attention_bias beacon_attend_prev mlp_bias tie_word_embeddings
@@ -264,7 +265,7 @@ def check_value(key: str, value: Any, kind: str) -> None:
     fits, wanted = _FITS[kind]
     if not fits(value):
         hint = ""
-        if isinstance(value, str) and kind in ("whole", "number", "switch", "ids"):
+        if isinstance(value, str) and kind not in ("text", "texts", "object"):
             hint = ", without quotes"
         elif value is None:
             hint = ", or leave the key out"
@@ -299,6 +300,7 @@ def _text(value: Any) -> bool:
 _FITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "whole": (_whole, f"a whole number below {MOST}"),
     "number": (_number, "a number"),
+    "theta": (lambda x: _number(x) and x >= 1, "a number of at least 1"),
     "switch": (lambda x: isinstance(x, bool), "true or false"),
     "text": (_text, "a text"),
     "texts": (_all(_text), "a list of texts"),

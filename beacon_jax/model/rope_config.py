@@ -8,6 +8,9 @@ from typing import Any, Self
 from beacon_jax.model.config_keys import check_value
 
 
+MOST_FACTOR = 2**20
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding (docs/specification.md section 5); a `kind` uses some fields.
@@ -41,10 +44,10 @@ class RopeConfig:
                 f"rope kind {self.kind!r} is not supported: use one of "
                 f"{', '.join(_ROPE_KEYS)} (`rope_type` or `type` in config.json)."
             )
-        if not (1 <= self.theta < math.inf and 1 <= self.factor < math.inf):
+        if not (1 <= self.theta < math.inf and 1 <= self.factor <= MOST_FACTOR):
             raise ValueError(
                 f"rope theta={self.theta}, factor={self.factor}: theta must be at "
-                "least 1, and factor at least 1."
+                f"least 1, and factor at least 1 and at most {MOST_FACTOR}."
             )
         bands = self.low_freq_factor, self.high_freq_factor
         if self.kind == "llama3" and not 0 < bands[0] < bands[1] < math.inf:

@@ -23,10 +23,11 @@ LINEAR = {"type": "linear", "factor": 2.0}
 @pytest.mark.parametrize(
     ("key", "value", "wanted"),
     [
-        ("rope_theta", "10000", "a number, without quotes"),
-        ("rope_theta", None, "a number, or leave the key out"),
-        ("rope_theta", True, "a number"),
-        ("rope_theta", float("nan"), "a number"),
+        ("rope_theta", "10000", "a number of at least 1, without quotes"),
+        ("rope_theta", None, "a number of at least 1, or leave the key out"),
+        ("rope_theta", True, "a number of at least 1"),
+        ("rope_theta", 0, "a number of at least 1"),
+        ("rope_theta", float("nan"), "a number of at least 1"),
         ("rms_norm_eps", "1e-5", "a number, without quotes"),
         ("rms_norm_eps", None, "a number, or leave the key out"),
         ("rms_norm_eps", {"value": 1e-5}, "a number"),
@@ -69,7 +70,11 @@ def test_a_value_of_another_type_is_named_with_what_it_must_be(key, value, wante
             {"rope_parameters": {"rope_theta": "5", "rope_type": "default"}},
             r"rope_parameters\.rope_theta='5'",
         ),
-        ({"rope_theta": 0}, "rope theta=0,.*theta must be at least 1"),
+        (
+            {"rope_parameters": {"rope_theta": 0.5, "rope_type": "default"}},
+            "rope theta=0.5,.*theta must be at least 1",
+        ),
+        ({"rope_scaling": LINEAR | {"factor": 2.0**64}}, "and at most 1048576"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be above 0 and below 1"),
         (
             {
