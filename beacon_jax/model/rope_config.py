@@ -7,7 +7,6 @@ from typing import Any, Self
 
 from beacon_jax.model.config_keys import check_value
 
-
 MOST_FACTOR = 2**20
 
 
