@@ -413,8 +413,9 @@ def _family(hf: Mapping[str, Any]) -> str:
 def _ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
     """Reads tokens' ids; ValueError for one that the model has no embedding of."""
     value = hf.get(key)
-    ids = value if isinstance(value, list | tuple) else (value,)
-    ids = () if value is None else tuple(ids)
+    if value is None:
+        return ()
+    ids = tuple(value) if isinstance(value, list | tuple) else (value,)
     if beyond := [i for i in ids if i >= hf["vocab_size"]]:
         raise ValueError(
             f"config.json has {key}={beyond[0]}, and ids below vocab_size="

@@ -1,8 +1,11 @@
 """Files as they are found: pointers of git-lfs, old indexes, broken tokenizers."""
 
+import importlib.machinery
 import json
 import logging
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from beacon_jax.hf import load, load_tokenizer
 from beacon_jax.hf.conversion import from_hf, to_hf
+from beacon_jax.hf.reader import TorchReader
 from beacon_jax.resources import asset
 
 POINTER = (
@@ -231,6 +235,43 @@ def test_a_manifest_of_another_form_is_named(tmp_path, folder, changes, message)
         load(tmp_path / "ours")
 
 
+class FakeTensor:
+    """What the reader asks a tensor of torch for."""
+
+    shape = (2, 3)
+
+    def __init__(self, dtype):
+        self.dtype = f"torch.{dtype}"
+
+
+def _fail(*_, **__):
+    raise RuntimeError("PytorchStreamReader failed reading zip archive")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"a\.bin cannot be read by torch \(RuntimeError: PytorchStream.*again"),
+        ({"state_dict": {}}, r"a\.bin does not hold tensors by name alone"),
+        ({"x": FakeTensor("int64")}, "tensor x has dtype int64, only"),
+        ({"x": FakeTensor("bfloat16")}, r"tensor x is in a\.bin and in b\.bin"),
+    ],
+)
+def test_what_a_file_of_torch_may_not_hold_is_named(
+    tmp_path, monkeypatch, content, message
+):
+    torch = types.ModuleType("torch")
+    torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    loaded = _fail if content is None else lambda *_, **__: content
+    vars(torch).update(Tensor=FakeTensor, load=loaded)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    files = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for file in files:
+        file.write_bytes(b"x")
+    with pytest.raises(ValueError, match=message):
+        TorchReader(files)
+
+
 def test_lost_beacons_of_a_converted_folder_are_named(
     tmp_path, make_checkpoint, config_of, beacon_fields
 ):
@@ -238,9 +279,7 @@ def test_lost_beacons_of_a_converted_folder_are_named(
     from_hf(make_checkpoint(config_of("llama", **beacon_fields)), dst)
     (dst / "beacon.safetensors").unlink()
     for read in (lambda: load(dst), lambda: to_hf(dst, tmp_path / "back")):
-        with pytest.raises(
-            FileNotFoundError, match=r"beacon\.safetensors is not th"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"beacon\.safetensors is not th"):
             read()
     (dst / "beacon.safetensors").symlink_to("beacon.safetensors")
     with pytest.raises(ValueError, match=r"beacon\.safetensors is a link to a file"):
