@@ -12,6 +12,7 @@ Examples:
   beacon-jax convert to-hf --src=DIR --dst=HF
 """
 
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -89,10 +90,9 @@ def main(argv: Sequence[str]) -> None:
 def _export(src: Path, dst: Path, options: flags.FlagValues) -> None:
     """Writes what to-hf makes of the newest checkpoint of a training run."""
     with starting():
-        from beacon_jax.training.config import read_settings
         from beacon_jax.training.trainer import export_checkpoint
 
-    settings = read_settings(src)
+    settings = json.loads((src / "config.json").read_text(encoding="utf-8"))
     if not (options.adapter or settings["beacon"].get("rank")):
         export_checkpoint(src, dst, overwrite=options.overwrite)
         return

@@ -1,5 +1,6 @@
 """Finished runs side by side: what `evaluate --report DIR…` writes."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +11,8 @@ import numpy as np
 from beacon_jax.evaluation import plots
 from beacon_jax.evaluation.report import main_metrics, pivot, table
 from beacon_jax.evaluation.statistics import grouped
-from beacon_jax.paths import read_object
 
 SEED = re.compile(r"[-_.]?seed\d+$")
-
-# Form of what is read of a metrics.json.
-_FORM = {
-    "model": {"path": str, "beacon_hash": (str, None)},
-    "settings": {"seed": int},
-    "versions": {"commit": (str, None)},
-    "metrics": [{"metric": str, "method": str, "length": int}],
-}
 
 
 def write(folders: Sequence[Path], out: Path) -> str:
@@ -70,7 +62,7 @@ def _read(folder: Path) -> dict[str, Any]:
             f"--report names {folder}, which has no metrics.json: it is not the --out "
             "of a finished run."
         )
-    return read_object(file, _FORM)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _groups(folders: Sequence[Path]) -> dict[str, list[Path]]:

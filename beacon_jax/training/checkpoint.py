@@ -192,7 +192,7 @@ class Checkpoints:
         return self._record(steps[-1])[0] if steps else None
 
     def restore(
-        self, state: Any, record: dict[str, Any], allow: bool, *, move: bool = True
+        self, state: Any, record: dict[str, Any], allow: bool
     ) -> Restored | None:
         """Restores the newest whole checkpoint; None without one.
 
@@ -201,7 +201,6 @@ class Checkpoints:
           record: {"config": resolved, ...} of this run.
           allow: whether the record may be another one. If only the optimiser's part of
             the state differs then, the rest of it is restored.
-          move: whether damaged ones are moved aside; not by who only reads them.
 
         Raises:
           ValueError: the run of these checkpoints had another config.
@@ -231,10 +230,7 @@ class Checkpoints:
             if not bad:
                 return Restored(_merged(state, leaves, other), not other)
             damaged = True
-            if move:
-                self._move_aside(step)
-            elif is_lead():
-                say(f"{_damaged(step)}: using the one before")
+            self._move_aside(step)
         if damaged and is_lead():
             say("no whole checkpoint is left: the run starts at step 0")
         return None
@@ -346,11 +342,10 @@ class Checkpoints:
         wait("moved a damaged checkpoint")
         self._manager.reload()
         if is_lead():
-            say(f"{_damaged(step)}: moved to {target}, using the one before")
-
-
-def _damaged(step: int) -> str:
-    return f"checkpoint of step {step} is damaged (it reads back with another hash)"
+            say(
+                f"checkpoint of step {step} is damaged (it reads back with another "
+                f"hash): moved to {target}, using the one before"
+            )
 
 
 # How the names of `_leaves` begin.

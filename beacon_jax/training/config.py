@@ -5,14 +5,12 @@ typo, in a file or on the command line, is an error. So is a key of an earlier v
 the error names the key that took its place (`MOVED`).
 """
 
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from beacon_jax.model.partition import RULES
-from beacon_jax.paths import read_object
 
 # A ConfigDict; Any, because a type checker knows nothing of its keys.
 Config = Any
@@ -281,23 +279,3 @@ def stage(
             "mix": mix,
         }
     )
-
-
-def read_settings(workdir: Path) -> dict[str, Any]:
-    """Reads the resolved config of a run, which `train` writes when it begins.
-
-    Raises:
-      ValueError, FileNotFoundError: there is none, or it is of another form.
-    """
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there: name the --workdir of a training run."
-        )
-    settings = read_object(path, {"beacon": {}, "init_from": str})
-    if absent := sorted(set(default_config()) - set(settings) - {"beacons_from"}):
-        raise ValueError(
-            f"{path} has no {absent[0]}: it is damaged, or no run's of this version. "
-            "Train again with the same --workdir, which writes it anew."
-        )
-    return settings

@@ -314,7 +314,7 @@ def _drop_after(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (json.JSONDecodeError, KeyError):
             continue
     write_whole(path, "".join(kept))
 

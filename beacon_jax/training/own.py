@@ -9,6 +9,7 @@ choices that its workdir recorded.
 import contextlib
 import copy
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,6 @@ from beacon_jax.data.text import load_documents, run_documents
 from beacon_jax.hf.conversion import model_config
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.shapes import param_shapes
-from beacon_jax.paths import read_object
 from beacon_jax.tokenise import encode_all
 from beacon_jax.training.config import OPEN, Config, lookup
 from beacon_jax.training.hardware import (
@@ -119,8 +119,9 @@ def choose(
             )
     config = copy.deepcopy(config)
     if (workdir / "config.json").exists():
+        text = (workdir / "config.json").read_text(encoding="utf-8")
         try:
-            chosen = read_object(workdir / "config.json")
+            chosen = json.loads(text)
         except ValueError as error:
             raise ValueError(
                 f"{workdir / 'config.json'} is damaged ({error}), and it says what was "

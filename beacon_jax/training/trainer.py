@@ -29,7 +29,7 @@ from beacon_jax.paths import check_folder, write_whole
 from beacon_jax.progress import Progress
 from beacon_jax.training.check import check_settings
 from beacon_jax.training.checkpoint import Checkpoints, Restored, check_unchanged
-from beacon_jax.training.config import Config, read_settings
+from beacon_jax.training.config import Config
 from beacon_jax.training.console import OutputClosed, say
 from beacon_jax.training.hardware import peak_flops
 from beacon_jax.training.initial import export, make_model, make_tokenizer
@@ -364,7 +364,8 @@ def export_checkpoint(
       FileNotFoundError: `workdir` has no config.json, or no whole checkpoint.
     """
     workdir = Path(workdir)
-    config: Config = ConfigDict(read_settings(workdir))
+    settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    config: Config = ConfigDict(settings)
     config.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "accumulate": 1})
     config.beacons_from = ""  # a checkpoint has them all
     with Progress().stage("making the model", note=config.init_from) as stage:
@@ -376,7 +377,7 @@ def export_checkpoint(
         stage.becomes("restoring the checkpoint")
         saved = Checkpoints(workdir / "checkpoints", config.keep)
         with contextlib.closing(saved):
-            restored = saved.restore(state, {}, allow=True, move=False)
+            restored = saved.restore(state, {}, allow=True)
     if restored is None:
         raise FileNotFoundError(f"--src={workdir} has no checkpoint yet: train first.")
     variables = restored.state["trained"]

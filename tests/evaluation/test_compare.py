@@ -71,21 +71,6 @@ def test_a_folder_of_seeds_stands_for_them(tmp_path):
     assert "0.750 ± 0.354 (2)" in together
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "has list where"),
-        ('{"a": 1, "a": 2}', "more than once"),
-        ("{}", r"metrics\.json\.\w+ is missing"),
-    ],
-)
-def test_results_of_another_form_are_named(tmp_path, content, message):
-    (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        compare.write([tmp_path], tmp_path / "out")
-
-
 def test_a_folder_without_a_finished_run_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"names .*empty, which has no metrics\.json"):

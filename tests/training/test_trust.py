@@ -1,7 +1,6 @@
 """Whatever happens to a run, nothing that it has learned is lost."""
 
 import contextlib
-import json
 import os
 import re
 import resource
@@ -121,31 +120,6 @@ def test_one_that_cannot_be_read_stops_the_run_and_every_file_stays(
     assert "move it away to go on from step 4" in str(stopped.value)
     assert len(str(stopped.value).splitlines()) == 1
     assert files(workdir / "checkpoints") == before
-
-
-def test_an_export_moves_nothing_and_takes_the_one_before(workdir, tmp_path):
-    record = workdir / "checkpoints" / "6" / "record" / "metadata"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"hash": "x"}))
-    before = files(workdir / "checkpoints")
-    assert trainer.export_checkpoint(workdir, tmp_path / "exported") == 4
-    assert files(workdir / "checkpoints") == before
-    assert not (workdir / "checkpoints-damaged").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "is not there: name the --workdir of a training run"),
-        ("{", "is not JSON"),
-        ("{}", "beacon is missing"),
-        ('{"beacon": {}, "init_from": ""}', "it is damaged, or no run's"),
-    ],
-)
-def test_an_export_names_settings_that_are_none(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        trainer.export_checkpoint(tmp_path, tmp_path / "exported")
 
 
 def test_a_tree_that_differs_stops_the_run_and_every_file_stays(config, workdir):
