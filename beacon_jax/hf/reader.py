@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from beacon_jax.forms import Count, unlike
 from beacon_jax.hf import relatives
 from beacon_jax.hf.keys import flatten
 from beacon_jax.hf.prefixes import stripped
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 ALIGNMENT = 64  # bytes
 METADATA = "__metadata__"
 MOST_HEADER = 100_000_000  # bytes, as the library has it
+_HEADER = {str: {"dtype": str, "shape": [Count], "data_offsets": [Count]}}
 BLOCK_BYTES = 16 << 20  # what is transposed, cast, hashed and written at a time
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -195,13 +197,14 @@ def _fault(path: Path, error: Exception) -> str:
             )
         try:
             header = json.loads(file.read(start - 8))
-            ends = [v["data_offsets"][1] for k, v in header.items() if k != METADATA]
-            expected = start + max(ends, default=0)
-        except (
-            *(ValueError, TypeError, LookupError, AttributeError),
-            RecursionError,
-        ) as fault:
+        except (ValueError, RecursionError) as fault:
             return f"{path} is not a safetensors file: {fault}. Download it again."
+    if isinstance(header, dict):
+        header.pop(METADATA, None)
+    if said := unlike(header, _HEADER, "its header"):
+        return f"{path} is not a safetensors file: {said}. Download it again."
+    ends = (end for tensor in header.values() for end in tensor["data_offsets"])
+    expected = start + max(ends, default=0)
     if actual == expected:
         return f"{path} is corrupt: {error}. Download it again."
     return (
@@ -371,7 +374,7 @@ def _stale(index: Path, single: str, tensors: Mapping[str, Tensor]) -> str:
         return str(error)
     files = sorted(set(weight_map.values()))
     if absent := [name for name in files if not (index.parent / name).exists()]:
-        return f"it is of another version, {', '.join(absent)} are not there."
+        return f"it is of another version, there is no {', '.join(absent)}."
     if files != [single] and weight_map.keys() <= tensors.keys():
         return "those files have no other tensors."
     return ""

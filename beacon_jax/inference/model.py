@@ -362,8 +362,8 @@ class Model:
           after: the text of that, or its last token; None: neither is known.
 
         Raises:
-          ValueError: no token, no row of tokens, or one that the model has no
-            embedding of.
+          ValueError: no token, no row of tokens, one that the model has no embedding
+            of, or a text with half of a character.
         """
         given = text
         if isinstance(text, str):
@@ -372,8 +372,9 @@ class Model:
                     f"{name} is text, but the model's folder has no tokenizer files: "
                     "copy them there from the base model, or give token ids."
                 )
+            validate.readable(name, text)
             at = "start" if first else "behind"
-            text = encode(self.tokenizer, text, at, after) if text else []
+            text = encode(self.tokenizer, text, at, after)
         ids = np.asarray(text)
         if ids.size == 0:
             raise validate.empty(name, given)

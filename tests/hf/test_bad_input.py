@@ -100,10 +100,24 @@ def test_a_truncated_converted_file_is_an_error(tmp_path, make_checkpoint, confi
         load(dst)
 
 
-def test_a_file_that_is_not_safetensors_is_an_error(make_checkpoint, config_of):
+@pytest.mark.parametrize(
+    "header, said",
+    [
+        (b"oops", "Expecting value"),
+        (b"[1, 2]", r"its header is \[1, 2\], not an object"),
+        (b'{"a": [1, 2]}', r"its header.a is \[1, 2\], not an object"),
+        (
+            b'{"a": {"dtype": "F32", "shape": []}}',
+            "its header.a.data_offsets is missing",
+        ),
+    ],
+)
+def test_a_file_that_is_not_safetensors_is_an_error(
+    header, said, make_checkpoint, config_of
+):
     path = make_checkpoint(config_of("llama")) / "model.safetensors"
-    path.write_bytes((4).to_bytes(8, "little") + b"oops")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=f"is not a safetensors file: {said}"):
         load(path.parent)
 
 

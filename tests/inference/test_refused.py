@@ -195,6 +195,16 @@ def test_texts_that_cannot_be_read(model, given, said):
     refused(model.compress, said.replace("T", "context", 1), given)
 
 
+def test_a_text_with_half_a_character_has_no_ids(model):
+    refused(
+        model.encode,
+        "prompt=.*half of a surrogate pair",
+        "a\ud800",
+        "prompt",
+        first=True,
+    )
+
+
 def test_a_surrogate_is_named_by_its_flag():
     from beacon_jax.inference.validate import texts
 
