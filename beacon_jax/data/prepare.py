@@ -22,7 +22,9 @@ import numpy as np
 from beacon_jax.data.examples import Rules
 from beacon_jax.data.prepared import (
     FORMAT,
+    SETTINGS,
     Prepared,
+    read_index,
     read_manifest,
     write_json,
 )
@@ -36,13 +38,20 @@ from beacon_jax.data.shards import (
 )
 from beacon_jax.data.sources import Piece, open_parts, source_bytes
 from beacon_jax.data.tally import Tally, clock
+from beacon_jax.forms import unlike
 from beacon_jax.gguf.file import Header, is_gguf
-from beacon_jax.paths import whole_file
+from beacon_jax.paths import read_object, whole_file
 from beacon_jax.resources import TOKENIZER_FILES, load_tokenizer
 from beacon_jax.tokenise import check_ids
 
 SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they have it
 SUBSET_SEED = 42  # of `file[COUNT]`, as in the release
+SHARDS = "shard-*-of-*.array_record"
+# Files that a run makes again: what a killed one leaves of them, and all.
+PARTIAL = (".shard-*.partial", ".index.npy.partial", ".*.json.partial")
+BYTES = ("utf-8", "backslashreplace")  # a file's name may be no text
+_UNFINISHED = "unfinished.json"  # the settings of a run that has not finished
+MADE = (SHARDS, "shard-*-of-*.index.npy", "shard-*-of-*.json", "index.npy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +133,9 @@ def prepare(
     folder = Path(folder).expanduser()
     show = show or (lambda line: None)
     done = finished(settings, folder, overwrite=overwrite)
-    if done is not None and not (folder / "unfinished.json").exists():
+    if done is not None and not (folder / _UNFINISHED).exists():
         return _checked(done, settings)  # without writing: the folder may be read-only
+    _check_others(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder, show):
         done = finished(settings, folder, overwrite=overwrite)
@@ -164,8 +174,18 @@ def finished(
     are.
 
     Raises:
-      ValueError: the folder was made with other settings, and `overwrite` is not given.
+      ValueError, FileNotFoundError: the folder was made with other settings or is
+        damaged, and `overwrite` is not given.
     """
+    try:
+        return _finished(settings, folder)
+    except (ValueError, FileNotFoundError):
+        if overwrite:
+            return None
+        raise
+
+
+def _finished(settings: Preparation, folder: Path) -> Prepared | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
@@ -177,11 +197,9 @@ def finished(
         with contextlib.suppress(FileNotFoundError):
             sizes = source_bytes(settings.sources, settings.root)
             changed = differences(made, _identity(settings, sizes))
-    if not changed:
-        return Prepared(folder)
-    if not overwrite:
+    if changed:
         raise ValueError(_refusal(folder, changed))
-    return None
+    return Prepared(folder)
 
 
 def _checked(data: Prepared, settings: Preparation) -> Prepared:
@@ -287,24 +305,55 @@ def _refusal(folder: Path, changed: list[str]) -> str:
     )
 
 
+def _check_others(folder: Path, overwrite: bool) -> None:
+    """Raises ValueError if a folder has shards that no run of ours says it made."""
+    known = any((folder / name).exists() for name in ("manifest.json", _UNFINISHED))
+    if overwrite or known or not folder.is_dir():
+        return
+    for pattern in MADE:
+        for file in folder.glob(pattern):
+            raise ValueError(
+                f"prepared={folder} has {file.name} but no manifest.json: it was copied "
+                "in part, or is another program's. Copy it again, use another folder, "
+                "or prepare it again with --overwrite, which replaces these files."
+            )
+
+
 def _begin(folder: Path, identity: dict[str, Any], overwrite: bool) -> None:
     """Begins a run in the folder, or takes over what an interrupted one left.
 
     Shards are kept if the interrupted run had the same settings; else they are removed.
     """
-    unfinished, manifest = folder / "unfinished.json", folder / "manifest.json"
+    unfinished, manifest = folder / _UNFINISHED, folder / "manifest.json"
     keep = False
     if unfinished.exists() and not manifest.exists():
-        old = _of_now(json.loads(unfinished.read_text(encoding="utf-8")))
-        changed = differences(old, identity)
+        changed = _changed_since(unfinished, identity, overwrite)
         if changed and not overwrite:
             raise ValueError(_refusal(folder, changed))
         keep = not changed
     manifest.unlink(missing_ok=True)
-    for pattern in (".*.partial", *(() if keep else ("shard-*", "index.npy"))):
+    for pattern in (*PARTIAL, *(() if keep else MADE)):
         for file in folder.glob(pattern):
             file.unlink()
     write_json(unfinished, identity)
+
+
+def _changed_since(
+    unfinished: Path, identity: dict[str, Any], overwrite: bool
+) -> list[str]:
+    """Lists the settings that changed since an interrupted run."""
+    try:
+        old = read_object(unfinished)
+        if wrong := unlike(old, SETTINGS, "settings"):
+            raise ValueError(f"{unfinished} is damaged, {wrong}.")
+    except ValueError as error:
+        if overwrite:
+            return ["all"]
+        raise ValueError(
+            f"{error} It says how an interrupted run began: prepare the folder again "
+            "with --overwrite, or use another one."
+        ) from None
+    return differences(_of_now(old), identity)
 
 
 def _run(
@@ -362,12 +411,12 @@ def _run(
 def _finish(
     folder: Path, identity: dict[str, Any], jobs: Sequence[Job], tally: Tally
 ) -> None:
-    indices = [np.load(job.index_path) for job in jobs]
+    indices = [read_index(job.index_path) for job in jobs]
     with whole_file(folder / "index.npy") as file:
         np.save(file, np.concatenate(indices))
     with whole_file(folder / "dropped.jsonl") as file:
         for row in tally.bad_rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode(*BYTES))
     shards = [
         {"name": job.path.name, "examples": len(index)}
         for job, index in zip(jobs, indices, strict=True)
@@ -386,7 +435,7 @@ def _finish(
 
 def _clean(folder: Path) -> None:
     """Removes what only an unfinished run needs."""
-    for pattern in ("shard-*.json", "shard-*.index.npy", "unfinished.json"):
+    for pattern in (*MADE[1:3], _UNFINISHED):
         for file in folder.glob(pattern):
             file.unlink()
 

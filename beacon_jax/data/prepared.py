@@ -20,11 +20,29 @@ import numpy as np
 from jaxtyping import Int
 
 from beacon_jax.data.examples import Example
-from beacon_jax.paths import whole_file
+from beacon_jax.forms import Count, unlike
+from beacon_jax.paths import check_fetched, read_object, whole_file
 
 FORMAT = 1
 INDEX = np.dtype([("length", "<i4"), ("source", "<i2"), ("hash", "<u8")])
 DROPPED_LINES = 10_000
+COUNTS = ("rows", "examples", "tokens", "labelled", "cut")
+# Forms of what is counted; earlier versions did not count all of it.
+_SUMS = {**dict.fromkeys(COUNTS[:-1], Count), "cut?": Count}
+_DROP = {"rows": Count, "tokens?": Count, "bad": bool, "first": [str]}
+COUNTED = {**_SUMS, "drops": {str: _DROP}}
+SETTINGS = {
+    "tokenizer": str,
+    "rules": {"min_length": Count, "max_length": Count},
+    "sources": [{"uri": str, "bytes?": Count}],
+}
+_FORM = {
+    "settings": SETTINGS,
+    "total": _SUMS,
+    "sources": [{"uri": str, **COUNTED}],
+    "shards": [{"name": str, "examples": Count}],
+}
+_AGAIN = "copy it again, or prepare it again with --overwrite"
 
 
 def encode(example: Example) -> bytes:
@@ -99,22 +117,22 @@ class Prepared:
                 "that is not finished."
             )
         self.manifest: dict[str, Any] = manifest
-        if manifest.get("format") != FORMAT:
-            raise ValueError(
-                f"prepared={self.folder} has format {manifest.get('format')}, "
-                f"this version reads {FORMAT}: prepare it again."
-            )
-        index = np.load(self._file("index.npy"))
+        index = read_index(self._file("index.npy"))
         self._shards = [
             _Shard(str(self._file(shard["name"])), 0, n, n)
             for shard in manifest["shards"]
             if (n := shard["examples"])
         ]
-        stored = sum(shard.take for shard in self._shards)
-        if index.dtype != INDEX or len(index) != stored:
+        stored, total = sum(shard.take for shard in self._shards), manifest["total"]
+        known = np.isin(index["source"], range(len(self.uris)))
+        if (
+            not len(index) == stored == total["examples"]
+            or index["length"].sum() != total["tokens"]
+            or not ((index["length"] > 0) & known).all()
+        ):
             raise ValueError(
-                f"prepared={self.folder}: index.npy does not fit the shards of "
-                f"{stored} examples: prepare the folder again."
+                f"prepared={self.folder}: index.npy does not fit the shards of {stored} "
+                f"examples and the counts of manifest.json: {_AGAIN}."
             )
         self.lengths = index["length"].copy()
         self.sources = index["source"].copy()
@@ -151,18 +169,21 @@ class Prepared:
           ValueError: its bytes are not those that were written.
         """
         try:
-            example = decode(self._records[index])
-        except (RuntimeError, ValueError) as error:
+            data = self._records[index]
+            if example_hash(data) != self.hashes[index]:
+                raise ValueError("it is another one than index.npy has")
+            example, size = decode(data), self.lengths[index]
+            if len(example.tokens) != size:
+                raise ValueError(
+                    f"it has {len(example.tokens)} tokens, index.npy says {size}"
+                )
+            return example
+        except (RuntimeError, ValueError, IndexError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"prepared={self.folder}: example {index} is damaged "
-                f"({str(error).splitlines()[0][:200]}): prepare the folder again."
+                f"prepared={self.folder}: example {index} is damaged ({said[:200]}): "
+                f"{_AGAIN}."
             ) from None
-        if len(example.tokens) != self.lengths[index]:
-            raise ValueError(
-                f"prepared={self.folder}: example {index} has {len(example.tokens)} "
-                f"tokens, index.npy says {self.lengths[index]}: prepare it again."
-            )
-        return example
 
     def rows_of(self, source: int) -> Int[np.ndarray, " n"]:
         """Returns the numbers of the examples of one source."""
@@ -177,18 +198,52 @@ class Prepared:
 
     def _file(self, name: str) -> Path:
         path = self.folder / name
-        if not path.exists():
+        if Path(name).name != name or not path.is_file():
             raise FileNotFoundError(
-                f"prepared={self.folder} has a manifest.json but no {name}: it was "
-                "copied in part; copy it again, or prepare it again."
+                f"prepared={self.folder} has a manifest.json but no file {name}: it "
+                f"was copied in part; {_AGAIN}."
             )
         return path
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Returns the content of manifest.json, or None if the folder is not finished."""
+    """Returns the content of manifest.json, or None if the folder is not finished.
+
+    Raises:
+      ValueError: it is of another format, or not as it was written.
+    """
     path = folder / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists() and not path.is_symlink():
+        return None
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: {_AGAIN}.")
+    manifest = read_object(path)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"prepared={folder} has format {manifest.get('format')!r:.60}, this version "
+            f"reads {FORMAT}: prepare it again with --overwrite."
+        )
+    if wrong := unlike(manifest, _FORM, "manifest"):
+        raise ValueError(f"{path} is damaged, {wrong}: {_AGAIN}.")
+    return manifest
+
+
+def read_index(path: Path) -> np.ndarray:
+    """Returns the index INDEX [n] of a folder or a shard.
+
+    Raises:
+      ValueError: the file is none.
+    """
+    check_fetched(path)
+    try:
+        with path.open("rb") as file:  # np.load would take a zip or a pickle, too
+            index = np.lib.format.read_array(file, allow_pickle=False)
+        if index.dtype != INDEX or index.ndim != 1:
+            raise ValueError(f"it holds {index.dtype} {list(index.shape)}")
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is no index of examples ({said}): {_AGAIN}.") from None
+    return index
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,5 @@
 """Counts what becomes of rows: in a shard, and in a prepared folder."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any
 
 from beacon_jax.data.examples import EXPECTED, LONGER, SHORTER, Made
 from beacon_jax.data.heldout import HELD_OUT
-from beacon_jax.data.prepared import DROPPED_LINES
+from beacon_jax.data.prepared import COUNTED, COUNTS, DROPPED_LINES
+from beacon_jax.forms import unlike
+from beacon_jax.paths import read_object
 
-COUNTS = ("rows", "examples", "tokens", "labelled", "cut")
 FIRST = 5  # places that are named for every reason
 BAD_ROWS = 1_000  # bad rows of a shard that dropped.jsonl may hold
 EARLY_ROWS = 1_000  # after so many a run that drops too many stops at once
@@ -84,9 +84,23 @@ class Tally:
         self._reports[shard] = report
         while self._next in self._reports:
             path = self._reports.pop(self._next)
-            self._merge(json.loads(path.read_text(encoding="utf-8")))
+            self._merge(self._read(path))
             self._next += 1
             self.check(final=False)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Reads the counts of a shard, which an interrupted run may have written."""
+        report = read_object(path)
+        names = {f"{i}?": COUNTED for i in range(len(self.sources))}
+        wrong = unlike(report, {"sources": names, "bad": [[str]]}, "report")
+        if not wrong and not {*report["sources"]} <= {x[:-1] for x in names}:
+            wrong = "it counts rows of other sources"
+        if wrong or any(len(row) != 2 for row in report["bad"]):
+            raise ValueError(
+                f"{path} is damaged{wrong and ', '}{wrong}: remove it, and the same "
+                "command makes its shard again."
+            )
+        return report
 
     def _merge(self, report: dict[str, Any]) -> None:
         for source, counts in report["sources"].items():

@@ -97,6 +97,38 @@ def _ids(state: MemoryState) -> dict[str, np.ndarray]:
     return found
 
 
+def shapes(
+    config: ModelConfig, live: Sequence[int], dtype: str, recent: bool
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Returns shape and dtype of each of the `parts` of a state, by name.
+
+    Args:
+      live: entries of each row.
+      dtype: of keys and values.
+      recent: whether rows keep their last full windows raw.
+    """
+    found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    for name, leaf in names(_template(config, live, dtype, recent)).items():
+        kind = axes(name, len(leaf.shape))
+        if "slots" not in kind:
+            found[name] = leaf.shape, np.dtype(leaf.dtype)
+            continue
+        for row, count in enumerate(live):
+            shape = [leaf.shape[0], *leaf.shape[2:]]
+            shape[kind.index("slots") - 1] = count
+            found[f"{name}/{row}"] = tuple(shape), np.dtype(leaf.dtype)
+    return found
+
+
+def _template(
+    config: ModelConfig, live: Sequence[int], dtype: str, recent: bool
+) -> MemoryState:
+    """Returns the shapes of a state with room for the live entries of each row."""
+    capacity = buffer_size(max(live), default_window(config))
+    make = lambda: init_memory(config, len(live), capacity, dtype, recent)
+    return jax.eval_shape(make)
+
+
 def build(
     config: ModelConfig,
     live: Sequence[int],
@@ -110,10 +142,7 @@ def build(
     While a leaf is made, each device's share of it is on the host once, and one layer
     of a row of the file is mapped.
     """
-    rows, capacity = len(live), buffer_size(max(live), default_window(config))
-    template = jax.eval_shape(
-        lambda: init_memory(config, rows, capacity, dtype, recent)
-    )
+    rows, template = len(live), _template(config, live, dtype, recent)
     made = {}
     for name, leaf in names(template).items():
         kind = axes(name, len(leaf.shape))

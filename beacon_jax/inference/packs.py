@@ -42,6 +42,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,7 +53,9 @@ from jax.sharding import Mesh
 
 import beacon_jax
 from beacon_jax import paths
+from beacon_jax.core.law import Law
 from beacon_jax.core.memory import MemoryState
+from beacon_jax.forms import Count, unlike
 from beacon_jax.hf.identify import Identity
 from beacon_jax.hf.reader import ALL_DTYPES, BLOCK_BYTES, Tensor
 from beacon_jax.hf.writer import DTYPE_NAMES, safetensors_header, write_safetensors
@@ -65,11 +68,28 @@ from beacon_jax.inference.compatible import (
 from beacon_jax.inference.history import History
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
 from beacon_jax.model.partition import Partition
+from beacon_jax.names import short
 
 if TYPE_CHECKING:
     from beacon_jax.inference.memory import Memory
 
 VERSIONS = ("1", "2")  # 2: rows keep their last full windows raw
+_STATE = ("slots", "raw", "ratio", "windows")  # what a row is counted by on the device
+DTYPES = frozenset({"float32", "bfloat16", "float16", "int8"})
+_RECENT = {"own": (Count, None), "fixed": Count}
+_ROW = {
+    **dict.fromkeys(("tokens", "slots", "entries", "raw", "ratio", "windows"), Count),
+    "text_sha256": (str, None),
+    "tokens_stored": bool,
+    "recent?": _RECENT,
+}
+_FORM = {
+    "library": str,
+    "model": {"base": (str, None), "beacon": (str, None), "config": {}},
+    "dtype": DTYPES,
+    "rows": [_ROW],
+    "tensors": {str: {"dtype": str, "shape": [Count], "sha256": str}},
+}
 _MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 _AGAIN = "Copy it again from where it was made, or compress the text again."
 
@@ -191,8 +211,11 @@ def read(
         _check_model(pack.path, config, identity, model, allow_other_model)
         config, identity = model.config, model.identity
         partition = partition or getattr(model, "partition", None)
-    pack.verify()
     rows = pack.manifest["rows"]
+    pack.check_tensors(config)
+    pack.verify()
+    histories = tuple(_history(pack, i, row) for i, row in enumerate(rows))
+    pack.check_rows(config, histories)
     state = leaves.build(
         config,
         [row["entries"] for row in rows],
@@ -201,7 +224,6 @@ def read(
         partition,
         pack.recent,
     )
-    histories = tuple(_history(pack, i, row) for i, row in enumerate(rows))
     return config, state, histories, identity
 
 
@@ -262,14 +284,15 @@ class _Pack:
             raise PackError(f"{path} is a device or pipe: give the pack's file.")
         header = self._header()
         text = self._manifest_text(header)
-        self.manifest = json.loads(text)
+        self.manifest, self.recent = self._parsed(text)
         self.tensors: dict[str, Tensor] = {}
         end = len(header)
         for name, info in self.manifest["tensors"].items():
-            shape, dtype = tuple(info["shape"]), ALL_DTYPES[info["dtype"]]
-            self.tensors[name] = Tensor(shape, dtype, path.name, end)
+            dtype = ALL_DTYPES.get(info["dtype"])
+            if dtype is None or not name.isascii():
+                raise self._damaged(f"it has no tensors such as {name!a}")
+            self.tensors[name] = Tensor(tuple(info["shape"]), dtype, path.name, end)
             end += self.tensors[name].nbytes
-        self.recent = "recent" in self.manifest["rows"][0]
         metadata = _metadata(text, self.recent)
         if header != safetensors_header(self.tensors, metadata):
             raise self._damaged("its header is not the one that was written")
@@ -292,18 +315,33 @@ class _Pack:
                 )
             return start + file.read(length - len(start))
 
+    def _parsed(self, text: str) -> tuple[dict[str, Any], bool]:
+        """Returns the manifest, and whether its rows keep a window raw."""
+        try:
+            manifest = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(f"its manifest is no JSON ({error})") from error
+        if wrong := unlike(manifest, _FORM, "manifest"):
+            raise self._damaged(wrong)
+        recent = {"recent" in row for row in manifest["rows"]}
+        if len(recent) != 1:
+            raise self._damaged("manifest.rows is empty, or of two kinds")
+        return manifest, recent.pop()
+
     def _manifest_text(self, header: bytes) -> str:
         """Returns the manifest, unchanged since this format version wrote it."""
         try:
             metadata = json.loads(header[8:])["__metadata__"]
             version, text = metadata["beacon_pack"], metadata["manifest"]
-            checksum = metadata["manifest_sha256"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self._no_pack(f"its header has no manifest ({error!r})") from error
+            checksum, found = metadata["manifest_sha256"], _text_sha256(text)
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            said = short(repr(error))
+            raise self._no_pack(f"its header has no manifest ({said})") from error
         if version not in VERSIONS:
-            newer = str(version).isdigit() and int(version) > int(VERSIONS[-1])
+            newer = re.fullmatch("[3-9]|[1-9][0-9]+", str(version))
             raise PackError(
-                f"{self.path} has format version {version}, this program reads "
+                f"{self.path} has format version {short(str(version))}, this program "
+                "reads "
                 f"{' and '.join(VERSIONS)}: "
                 + (
                     "install a newer beacon_jax, or compress the text again."
@@ -311,7 +349,7 @@ class _Pack:
                     else "compress the text again."
                 )
             )
-        if checksum != _sha256([np.frombuffer(str(text).encode(), np.uint8)]):
+        if checksum != found:
             raise self._damaged("its manifest does not have the checksum it was given")
         return text
 
@@ -325,12 +363,49 @@ class _Pack:
                 rope=RopeConfig(**rope),
                 beacon=BeaconConfig(**beacon) if beacon else None,
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PackError(
                 f"{self.path} was written by beacon_jax {self.manifest['library']}, "
                 f"whose model config is another one ({error}): install that version, "
                 "or compress the text again."
             ) from error
+
+    def check_tensors(self, config: ModelConfig) -> None:
+        """Raises PackError unless the tensors are those of the config and the rows."""
+        about, int32 = self.manifest["rows"], np.dtype(np.int32)
+        live, dtype = [row["entries"] for row in about], self.manifest["dtype"]
+        wanted = leaves.shapes(config, live, dtype, self.recent)
+        wanted = {f"state.{name}": what for name, what in wanted.items()}
+        for i, row in enumerate(about):
+            wanted[f"row.spans/{i}"] = (row["slots"], 2), int32
+            wanted[f"row.ratios/{i}"] = (row["slots"],), int32
+            wanted[f"row.marks/{i}"] = (row["windows"] + 1, 2), int32
+            if row["tokens_stored"]:
+                wanted[f"row.tokens/{i}"] = (row["tokens"],), int32
+        found = {name: (x.shape, x.dtype) for name, x in self.tensors.items()}
+        for name in sorted({*wanted, *found}):
+            if wanted.get(name) != found.get(name):
+                raise self._damaged(f"tensor {name} does not fit the rest of it")
+
+    def check_rows(self, config: ModelConfig, rows: tuple[History, ...]) -> None:
+        """Raises PackError unless the manifest says of the rows what the tensors do."""
+        state = {name: self.array(f"state.{name}") for name in _STATE}
+        law, lies = Law.of(config), self.array("state.recent.length")
+        for i, (row, about) in enumerate(zip(rows, self.manifest["rows"], strict=True)):
+            slots, raw, ratio, windows = (int(state[name][i]) for name in _STATE)
+            same = (
+                about["slots"] == slots == row.marks[-1, 1],
+                about["raw"] == raw < law.window,
+                about["ratio"] == ratio or not raw,
+                about["windows"] == windows,
+                about["entries"] == slots + int(law.entries(ratio, raw)),
+                about["tokens"] == row.length,
+                not row.ratio or law.window % row.ratio == 0,
+                lies is None or bool(lies[i]) == (row.own is not None),
+                row.fixed <= row.windows,
+            )
+            if not all(same):
+                raise self._damaged(f"its manifest counts row {i} otherwise than it is")
 
     def verify(self) -> None:
         """Compares all checksums, reading each byte once, BLOCK_BYTES at a time."""
@@ -367,7 +442,7 @@ def _history(pack: _Pack, row: int, about: Mapping[str, Any]) -> History:
     spans, ratios, marks = get("spans"), get("ratios"), get("marks")
     assert spans is not None and ratios is not None and marks is not None
     fed = int(marks[-1, 0]) + about["raw"]
-    recent = about.get("recent", {})
+    recent = {name: about["recent"][name] for name in _RECENT} if pack.recent else {}
     return History(
         spans,
         ratios,
@@ -375,7 +450,7 @@ def _history(pack: _Pack, row: int, about: Mapping[str, Any]) -> History:
         fed,
         get("tokens"),
         about["ratio"],
-        recent="recent" in about,
+        recent=pack.recent,
         **recent,
     )
 
@@ -411,7 +486,7 @@ def _metadata(manifest: str, recent: bool) -> dict[str, str]:
     return {
         "beacon_pack": VERSIONS[recent],
         "manifest": manifest,
-        "manifest_sha256": _sha256([np.frombuffer(manifest.encode(), np.uint8)]),
+        "manifest_sha256": _text_sha256(manifest),
     }
 
 
@@ -428,6 +503,10 @@ def _text_hash(row: History) -> str | None:
     if row.tokens is None:
         return None
     return _sha256([np.asarray(row.tokens, "<i4")])
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(blocks: Iterable[np.ndarray]) -> str:

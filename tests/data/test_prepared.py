@@ -68,7 +68,7 @@ def test_a_damaged_shard_names_the_example(folder):
         data[at] ^= 0xFF
     shard.write_bytes(data)
     prepared = Prepared(folder)
-    with pytest.raises(ValueError, match=r"example \d+ is damaged.*prepare the folder"):
+    with pytest.raises(ValueError, match=r"example \d+ is damaged.*copy it again"):
         for i in range(len(prepared)):
             prepared.read(i)
 
@@ -86,7 +86,7 @@ def test_files_that_are_missing_or_do_not_fit_are_errors(folder, tmp_path):
         Prepared(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     next(folder.glob("shard-*")).unlink()
-    with pytest.raises(FileNotFoundError, match="but no shard-00000-of-00001"):
+    with pytest.raises(FileNotFoundError, match="but no file shard-00000-of-00001"):
         Prepared(folder)
     with pytest.raises(FileNotFoundError, match="holds no manifest.json"):
         Prepared(tmp_path)
@@ -94,9 +94,101 @@ def test_files_that_are_missing_or_do_not_fit_are_errors(folder, tmp_path):
 
 def test_an_index_that_disagrees_with_a_record_is_an_error(folder):
     index = np.load(folder / "index.npy")
-    index["length"][3] += 1
+    index["length"][3:5] += np.asarray([1, -1], np.int32)
+    index["hash"][5] += 1
     np.save(folder / "index.npy", index)
     prepared = Prepared(folder)
     assert len(prepared.read(2).tokens) == prepared.lengths[2]
-    with pytest.raises(ValueError, match=r"example 3 has \d+ tokens, index.npy says"):
+    with pytest.raises(ValueError, match=r"example 3 is .*has \d+ tokens, index.npy"):
         prepared.read(3)
+    with pytest.raises(ValueError, match="example 5 is damaged.*another one than"):
+        prepared.read(5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "manifest.json is not JSON"),
+        (b"\xff\xfe{\0}\0", "manifest.json is not JSON"),
+        (b"[" * 100_000, "manifest.json is not JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+        (b"[]", "has list where a JSON object is expected"),
+        (b"{}", "has format None, this version reads 1"),
+    ],
+)
+def test_a_manifest_that_is_none_is_named(folder, content, message):
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Prepared(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("settings",), None, "manifest.settings is None, not an object"),
+        (("total", "examples"), "20", "total.examples is '20', not a whole number"),
+        (("total", "tokens"), 7, "index.npy does not fit"),
+        (("sources", 0, "drops"), [], r"sources\[0\].drops is \[\], not an object"),
+        (("shards", 0, "name"), 3, r"shards\[0\].name is 3, not a text"),
+        (("shards", 0, "name"), "../data/x", "no file ../data/x"),
+        (("shards", 0, "examples"), -1, r"shards\[0\].examples is -1, not a whole"),
+        (("shards",), [], "index.npy does not fit the shards of 0"),
+    ],
+)
+def test_what_is_wrong_in_a_manifest_is_named(folder, keys, value, message):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    inner = manifest
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Prepared(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1, 2, 3]", b"\x93NUMPY\x01\0v\0{'descr': '<f4'}\n", b"\x80\x04N."]
+)
+def test_an_index_that_is_none_is_named(folder, content):
+    (folder / "index.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"index\.npy is no index of examples"):
+        Prepared(folder)
+
+
+def test_damaged_folders_are_replaced_only_if_asked_and_other_files_never(tmp_path):
+    source, folder = tmp_path / "a.jsonl", tmp_path / "data"
+    source.write_text(json.dumps({"text": "a river"}))
+    settings = Preparation((str(source),), TOKENIZER)
+    prepare(settings, folder, workers=1)
+    others = [folder / "shard-of-mine.tar", folder / "notes.json", folder / ".x.partial"]
+    for other in others:
+        other.write_text("mine")
+    for name, content, message in (
+        ("manifest.json", "{", "manifest.json is not JSON"),
+        ("index.npy", "", "or prepare it again with --overwrite"),
+        ("manifest.json", None, "but no manifest.json.*again with --overwrite"),
+    ):
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content)
+        before = {x.name: x.read_bytes() for x in folder.iterdir()}
+        with pytest.raises(ValueError, match=message):
+            prepare(settings, folder, workers=1)
+        assert {x.name: x.read_bytes() for x in folder.iterdir()} == before
+        assert len(prepare(settings, folder, workers=1, overwrite=True)) == 1
+    assert [other.read_text() for other in others] == ["mine"] * 3
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "{}", '{"tokenizer": 1, "rules": {}, "sources": []}']
+)
+def test_how_an_interrupted_run_began_is_read_or_named(tmp_path, content):
+    source, folder = tmp_path / "a.jsonl", tmp_path / "data"
+    source.write_text(json.dumps({"text": "a river"}))
+    folder.mkdir()
+    (folder / "unfinished.json").write_text(content)
+    settings = Preparation((str(source),), TOKENIZER)
+    with pytest.raises(ValueError, match=r"unfinished\.json is .*with --overwrite"):
+        prepare(settings, folder, workers=1)
+    assert len(prepare(settings, folder, workers=1, overwrite=True)) == 1

@@ -1,0 +1,1 @@
+"""Feeds damaged files to what reads files: `python -m tests.fuzz --count=2000`."""
