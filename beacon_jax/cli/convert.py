@@ -12,7 +12,6 @@ Examples:
   beacon-jax convert to-hf --src=DIR --dst=HF
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -90,10 +89,10 @@ def main(argv: Sequence[str]) -> None:
 def _export(src: Path, dst: Path, options: flags.FlagValues) -> None:
     """Writes what to-hf makes of the newest checkpoint of a training run."""
     with starting():
+        from beacon_jax.training.config import read_recorded
         from beacon_jax.training.trainer import export_checkpoint
 
-    settings = json.loads((src / "config.json").read_text(encoding="utf-8"))
-    if not (options.adapter or settings["beacon"].get("rank")):
+    if not (options.adapter or read_recorded(src)["beacon"]["rank"]):
         export_checkpoint(src, dst, overwrite=options.overwrite)
         return
     # Beside --dst, where there is room for a model.

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from beacon_jax.forms import unlike
+
 KEYS = (("question", "answer"), ("q", "a"))
 Pair = tuple[str, str]
 
@@ -39,7 +41,9 @@ class Answers:
         line = b"\n"
         for line in self._file:
             row = self._read(line)
-            if isinstance(row.get("key"), str) and isinstance(row.get("pairs"), list):
+            if not unlike(row, {"key": str, "pairs": [[str]]}, "row") and all(
+                len(pair) == 2 for pair in row["pairs"]
+            ):
                 self._places[row["key"]] = place
             place += len(line)
         if not line.endswith(b"\n"):
@@ -54,7 +58,7 @@ class Answers:
     def _read(line: bytes) -> dict[str, Any]:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         return row if isinstance(row, dict) else {}
 

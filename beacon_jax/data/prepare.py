@@ -313,9 +313,9 @@ def _check_others(folder: Path, overwrite: bool) -> None:
     for pattern in MADE:
         for file in folder.glob(pattern):
             raise ValueError(
-                f"prepared={folder} has {file.name} but no manifest.json: it was copied "
-                "in part, or is another program's. Copy it again, use another folder, "
-                "or prepare it again with --overwrite, which replaces these files."
+                f"prepared={folder} has {file.name} but no manifest.json: it was "
+                "copied in part, or is another program's. Copy it again, use another "
+                "folder, or prepare it again with --overwrite, which replaces the file."
             )
 
 

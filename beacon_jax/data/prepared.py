@@ -131,8 +131,8 @@ class Prepared:
             or not ((index["length"] > 0) & known).all()
         ):
             raise ValueError(
-                f"prepared={self.folder}: index.npy does not fit the shards of {stored} "
-                f"examples and the counts of manifest.json: {_AGAIN}."
+                f"prepared={self.folder}: index.npy does not fit the shards of "
+                f"{stored} examples and the counts of manifest.json: {_AGAIN}."
             )
         self.lengths = index["length"].copy()
         self.sources = index["source"].copy()
@@ -220,8 +220,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = read_object(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(
-            f"prepared={folder} has format {manifest.get('format')!r:.60}, this version "
-            f"reads {FORMAT}: prepare it again with --overwrite."
+            f"prepared={folder} has format {manifest.get('format')!r:.60}, this "
+            f"version reads {FORMAT}: prepare it again with --overwrite."
         )
     if wrong := unlike(manifest, _FORM, "manifest"):
         raise ValueError(f"{path} is damaged, {wrong}: {_AGAIN}.")
@@ -242,7 +242,9 @@ def read_index(path: Path) -> np.ndarray:
             raise ValueError(f"it holds {index.dtype} {list(index.shape)}")
     except (ValueError, TypeError, OverflowError, MemoryError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is no index of examples ({said}): {_AGAIN}.") from None
+        raise ValueError(
+            f"{path} is no index of examples ({said}): {_AGAIN}."
+        ) from None
     return index
 
 

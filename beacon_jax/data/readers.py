@@ -256,8 +256,11 @@ def _read_csv(part: Piece) -> Iterator[tuple[int, Value]]:
             row = next(reader)
         except StopIteration:
             break
-        except csv.Error:  # a quote that never closes runs up to the limit
-            yield first, source.bad or longer("row", part.limit)
+        except csv.Error as error:
+            # A quote that never closes runs up to the limit.
+            far = "field limit" in str(error)
+            reason = longer("row", part.limit) if far else Bad("not CSV")
+            yield first, source.bad or reason
             continue
         if source.bad:
             yield first, source.bad

@@ -1,6 +1,5 @@
 """Finished runs side by side: what `evaluate --report DIR…` writes."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,22 @@ import numpy as np
 from beacon_jax.evaluation import plots
 from beacon_jax.evaluation.report import main_metrics, pivot, table
 from beacon_jax.evaluation.statistics import grouped
+from beacon_jax.forms import Count, unlike
+from beacon_jax.paths import read_object
 
+_FORM = {  # of metrics.json, as far as it is read here
+    "model": {"path": str, "beacon_hash": (str, None)},
+    "settings": {"seed": int},
+    "versions": {"commit": (str, None)},
+    "metrics": [
+        {
+            **dict.fromkeys(("task", "metric", "method"), str),
+            "length": Count,
+            "value": (float, None),
+            "count": Count,
+        }
+    ],
+}
 SEED = re.compile(r"[-_.]?seed\d+$")
 
 
@@ -62,7 +76,12 @@ def _read(folder: Path) -> dict[str, Any]:
             f"--report names {folder}, which has no metrics.json: it is not the --out "
             "of a finished run."
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    found = read_object(file)
+    if wrong := unlike(found, _FORM, "run"):
+        raise ValueError(
+            f"{file} is damaged: {wrong}. Evaluate again, or leave it out of --report."
+        )
+    return found
 
 
 def _groups(folders: Sequence[Path]) -> dict[str, list[Path]]:

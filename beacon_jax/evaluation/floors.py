@@ -5,15 +5,22 @@
              "length": 256 (optional: the run's first), "rows": 128 (optional)}]}
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from beacon_jax import resources
 from beacon_jax.evaluation.report import table
+from beacon_jax.forms import Count, unlike
+from beacon_jax.paths import read_object
 
 KEYS = frozenset(["name", "task", "metric", "method", "min", "length", "rows"])
+_FLOOR = {
+    **dict.fromkeys(("name", "task", "metric", "method"), str),
+    "min": float,
+    "length?": Count,
+    "rows?": Count,
+}
 
 
 def read_floors(name: str) -> dict[str, Any]:
@@ -30,10 +37,7 @@ def read_floors(name: str) -> dict[str, Any]:
             f"--floors={name}: {path} does not exist; name a JSON file, or X for "
             "configs/X_floors.json."
         )
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--floors={path} is not JSON: {error}") from None
+    spec = read_object(path)
     floors = spec.get("floors") if isinstance(spec, dict) else None
     if not isinstance(floors, list) or set(spec) - {"floors", "base_hash_unchanged"}:
         raise ValueError(
@@ -41,12 +45,16 @@ def read_floors(name: str) -> dict[str, Any]:
             "'base_hash_unchanged'."
         )
     for floor in floors:
+        if not isinstance(floor, dict):
+            raise ValueError(f"--floors={path} has {floor!r:.60}: give objects.")
         wrong = set(floor) - KEYS or KEYS - {"length", "rows"} - set(floor)
         if wrong:
             raise ValueError(
                 f"--floors={path}: wrong or missing {sorted(wrong)} in {floor}; keys "
                 f"are {sorted(KEYS)}, of which length and rows may be left out."
             )
+    if wrong := unlike(floors, [_FLOOR], "floors"):
+        raise ValueError(f"--floors={path}: {wrong}.")
     return spec
 
 
@@ -99,7 +107,7 @@ def _same_base(summary: str | None) -> tuple[bool, str]:
     path = Path(summary)
     if not path.is_file():
         return False, f"unknown: --summary={summary} does not exist"
-    run = json.loads(path.read_text(encoding="utf-8"))
+    run = read_object(path)
     before, after = run.get("base_hash_before"), run.get("base_hash_after")
     if not before or not after:
         return False, f"unknown: {summary} has no base_hash_before and base_hash_after"

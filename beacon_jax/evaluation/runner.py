@@ -279,18 +279,18 @@ def repair(file: Path, ids: Sequence[str]) -> int:
         return 0
     data = file.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with file.open("r+b") as opened:
-            opened.truncate(len(whole))
     try:
         found = [json.loads(line)["id"] for line in whole.splitlines()]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = None
     if found is None or found != list(ids[: len(found)]):
         raise ValueError(
             f"{file} does not hold the first examples of this run: remove it, or use "
             "--overwrite."
         )
+    if len(whole) < len(data):  # after the check: it could be another program's file
+        with file.open("r+b") as opened:
+            opened.truncate(len(whole))
     return len(found)
 
 

@@ -4,26 +4,28 @@ config.json often names the end of a text only, and generation_config.json or th
 tokenizer the end of a turn: Qwen2 and Llama-3 have two or three.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.names import short
 from beacon_jax.paths import read_object
 
 GENERATION = "generation_config.json"
 
 
-def end_ids(config: ModelConfig, path: Path, tokenizer: Any) -> tuple[int, ...]:
+def end_ids(
+    config: ModelConfig, named: Sequence[int], tokenizer: Any
+) -> tuple[int, ...]:
     """Returns the end tokens of config.json, generation_config.json and the tokenizer.
 
     Args:
-      path: the model's folder; a GGUF file has no generation_config.json.
+      named: those of generation_config.json (`of_generation`). Ids that the model does
+        not have cannot come: they are left out.
       tokenizer: None: there is none.
-
-    Raises:
-      ValueError: generation_config.json is no JSON object, or its end tokens no ids.
     """
-    found = [*config.eos_ids, *_of_generation(path / GENERATION)]
+    found = [*config.eos_ids, *(i for i in named if i < config.vocab_size)]
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         found.append(tokenizer.eos_token_id)
     return tuple(dict.fromkeys(found))
@@ -37,14 +39,22 @@ def named(ids: tuple[int, ...], tokenizer: Any) -> str:
     return ", ".join(f"{token} ({i})" for token, i in tokens) or "none"
 
 
-def _of_generation(path: Path) -> list[int]:
-    if not path.is_file():
+def of_generation(folder: Path) -> list[int]:
+    """Returns the end tokens that generation_config.json names; a GGUF file has none.
+
+    Raises:
+      ValueError: it is no JSON object, or its end tokens are no ids.
+    """
+    path = folder / GENERATION
+    if not path.exists() and not path.is_symlink():
         return []
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder or a broken link: mend or delete it.")
     ids = read_object(path).get("eos_token_id")
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if any(type(i) is not int for i in listed):
+    if any(type(i) is not int or not 0 <= i < 2**31 for i in listed):
         raise ValueError(
-            f"{path} has eos_token_id={ids!r}: it must be an id, or a list of ids. "
+            f"{path} has eos_token_id={short(repr(ids))}: it must be an id, or a list of ids. "
             "Mend it, or delete the file."
         )
     return listed

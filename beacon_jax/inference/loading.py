@@ -14,7 +14,7 @@ from beacon_jax.hf import checkpoint, hub, relatives
 from beacon_jax.hf.adapter import adapter_for
 from beacon_jax.hf.placement import Place
 from beacon_jax.inference import validate
-from beacon_jax.inference.ends import end_ids
+from beacon_jax.inference.ends import end_ids, of_generation
 from beacon_jax.inference.model import Model
 from beacon_jax.model.config import BeaconConfig, ModelConfig
 from beacon_jax.model.decoder import variable_axes
@@ -97,6 +97,7 @@ def load(
             f"{relatives.of_folder(path)}".rstrip()
         )
     checkpoint.check_dtype(dtype)
+    ended = of_generation(path)  # before the weights are read
     runtime.prepare()
     chosen = beacon
     if beacons is not None:
@@ -126,7 +127,7 @@ def load(
         validate.warn(f"{said}ratio=0.", f"{said}--ratio=full.")
     # A CPU device takes these arrays over as they are: half the memory, half the time.
     variables = jax.device_put(found.variables)
-    ends = end_ids(found.config, path, tokenizer)
+    ends = end_ids(found.config, ended, tokenizer)
     config = dataclasses.replace(found.config, eos_ids=ends)
     return Model(config, variables, tokenizer, found.identity, partition, path)
 

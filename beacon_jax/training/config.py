@@ -5,12 +5,15 @@ typo, in a file or on the command line, is an error. So is a key of an earlier v
 the error names the key that took its place (`MOVED`).
 """
 
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from beacon_jax.forms import form_of, unlike
 from beacon_jax.model.partition import RULES
+from beacon_jax.paths import read_object
 
 # A ConfigDict; Any, because a type checker knows nothing of its keys.
 Config = Any
@@ -230,10 +233,45 @@ OPEN = (
 def lookup(config: Any, key: str, absent: Any = None) -> Any:
     """Returns the value of a dotted key, or `absent` if there is no such key."""
     for name in key.split("."):
-        if name not in config:
+        if not hasattr(config, "keys") or name not in config:
             return absent
         config = config[name]
     return config
+
+
+def read_recorded(workdir: Path) -> dict[str, Any]:
+    """Reads the config.json of a run: the settings that it was made with.
+
+    Keys that an earlier version did not have are there with their defaults.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged; names the key.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there: give the --workdir of a training run."
+        )
+    defaults = default_config().to_dict()
+    form = form_of(defaults | {"rules": {}})  # mesh axes are texts, lists or null
+    try:
+        found = read_object(path)
+        if wrong := unlike(found, form, "config"):
+            raise ValueError(f"{path} is damaged: {wrong}.")
+    except ValueError as error:
+        raise ValueError(
+            f"{error} It says with what settings the run was made: repair it, or use "
+            "another --workdir."
+        ) from None
+    return _filled(found, defaults)
+
+
+def _filled(found: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Returns `found` with the defaults of keys that it does not have."""
+    groups = {k: x for k, x in defaults.items() if isinstance(x, dict) and k in found}
+    inner = {k: _filled(found[k], x) for k, x in groups.items() if k != "rules"}
+    return defaults | found | inner
 
 
 def leave_open(config: Config) -> None:

@@ -9,7 +9,6 @@ choices that its workdir recorded.
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,11 +24,12 @@ from beacon_jax.core.law import Law
 from beacon_jax.data.sources import open_parts, source_bytes
 from beacon_jax.data.tally import clock, si
 from beacon_jax.data.text import load_documents, run_documents
+from beacon_jax.forms import unlike
 from beacon_jax.hf.conversion import model_config
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.shapes import param_shapes
 from beacon_jax.tokenise import encode_all
-from beacon_jax.training.config import OPEN, Config, lookup
+from beacon_jax.training.config import OPEN, Config, lookup, read_recorded
 from beacon_jax.training.hardware import (
     device_bytes,
     fastest_dtype,
@@ -119,15 +119,16 @@ def choose(
             )
     config = copy.deepcopy(config)
     if (workdir / "config.json").exists():
-        text = (workdir / "config.json").read_text(encoding="utf-8")
-        try:
-            chosen = json.loads(text)
-        except ValueError as error:
-            raise ValueError(
-                f"{workdir / 'config.json'} is damaged ({error}), and it says what was "
-                f"chosen for this run: repair it, set {', '.join(missing)} by hand, or "
-                "use another --workdir."
-            ) from None
+        chosen = read_recorded(workdir)
+        for key in missing:
+            group, _, name = key.rpartition(".")
+            kind = (lookup(config, group) if group else config).get_type(name)
+            if wrong := unlike(lookup(chosen, key), kind, key):
+                raise ValueError(
+                    f"{workdir / 'config.json'} is damaged: {wrong}. It says what was "
+                    f"chosen for this run: repair it, set {', '.join(missing)} by "
+                    "hand, or use another --workdir."
+                )
         config.update_from_flattened_dict({key: lookup(chosen, key) for key in missing})
         show(f"going on with what was chosen for {workdir}")
         return config

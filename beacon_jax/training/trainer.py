@@ -29,7 +29,7 @@ from beacon_jax.paths import check_folder, write_whole
 from beacon_jax.progress import Progress
 from beacon_jax.training.check import check_settings
 from beacon_jax.training.checkpoint import Checkpoints, Restored, check_unchanged
-from beacon_jax.training.config import Config
+from beacon_jax.training.config import Config, read_recorded
 from beacon_jax.training.console import OutputClosed, say
 from beacon_jax.training.hardware import peak_flops
 from beacon_jax.training.initial import export, make_model, make_tokenizer
@@ -348,7 +348,7 @@ def _exported(workdir: Path, trained_hash: str) -> bool:
     try:
         summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
         same = summary["trained_hash"] == trained_hash
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return same and (workdir / "export" / "config.json").is_file()
 
@@ -362,10 +362,10 @@ def export_checkpoint(
 
     Raises:
       FileNotFoundError: `workdir` has no config.json, or no whole checkpoint.
+      ValueError: its config.json is damaged.
     """
     workdir = Path(workdir)
-    settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    config: Config = ConfigDict(settings)
+    config: Config = ConfigDict(read_recorded(workdir))
     config.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "accumulate": 1})
     config.beacons_from = ""  # a checkpoint has them all
     with Progress().stage("making the model", note=config.init_from) as stage:

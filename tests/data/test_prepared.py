@@ -147,7 +147,8 @@ def test_what_is_wrong_in_a_manifest_is_named(folder, keys, value, message):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[1, 2, 3]", b"\x93NUMPY\x01\0v\0{'descr': '<f4'}\n", b"\x80\x04N."]
+    "content",
+    [b"", b"[1, 2, 3]", b"\x93NUMPY\x01\0v\0{'descr': '<f4'}\n", b"PK\3\4", b"\x80N."],
 )
 def test_an_index_that_is_none_is_named(folder, content):
     (folder / "index.npy").write_bytes(content)
@@ -160,7 +161,11 @@ def test_damaged_folders_are_replaced_only_if_asked_and_other_files_never(tmp_pa
     source.write_text(json.dumps({"text": "a river"}))
     settings = Preparation((str(source),), TOKENIZER)
     prepare(settings, folder, workers=1)
-    others = [folder / "shard-of-mine.tar", folder / "notes.json", folder / ".x.partial"]
+    others = [
+        folder / "shard-of-mine.tar",
+        folder / "notes.json",
+        folder / ".x.partial",
+    ]
     for other in others:
         other.write_text("mine")
     for name, content, message in (

@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="KIND:SEED, or KIND")
     parser.add_argument("--verbose", action="store_true", help="print every input")
     given = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")
     from tests.fuzz.kinds import KINDS
     from tests.fuzz.run import Outcome
 
@@ -54,9 +55,14 @@ def main() -> int:
             if found.how == "failure":
                 failures.append(found)
             if given.verbose or given.only:
-                print(f"{found.name} {found.how} ({found.what}) {found.said}", flush=True)
+                print(
+                    f"{found.name} {found.how} ({found.what}) {found.said}", flush=True
+                )
     print(f"{'kind':<12}{'inputs':>8}{'success':>9}{'error':>7}{'failure':>9}")
-    for kind, count in [*counts.items(), ("all", sum(counts.values(), collections.Counter()))]:
+    for kind, count in [
+        *counts.items(),
+        ("all", sum(counts.values(), collections.Counter())),
+    ]:
         numbers = [count.total(), count["success"], count["error"], count["failure"]]
         print("{:<12}{:>8}{:>9}{:>7}{:>9}".format(kind, *numbers))
     print(f"{time.monotonic() - began:.0f} s")

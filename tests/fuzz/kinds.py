@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -37,8 +36,14 @@ from beacon_jax.training import own
 from beacon_jax.training.check import check_settings
 from tests.data.source_files import json_lines, write_csv, write_records, write_stream
 from tests.fuzz.device import DEVICE
-from tests.fuzz.mutate import damage_bytes, damage_files, damage_json, damage_json_file
-from tests.fuzz.mutate import damage_text, write_json
+from tests.fuzz.mutate import (
+    damage_bytes,
+    damage_files,
+    damage_json,
+    damage_json_file,
+    damage_text,
+    write_json,
+)
 from tests.hf.gguf_files import byte_level, gguf_tensors, metadata, write_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -259,9 +264,7 @@ def make_gguf(root: Path) -> None:
         hf["tie_word_embeddings"] = False
         values = metadata(hf) | tokens
         (root / arch).mkdir()
-        write_gguf(
-            root / arch / "m.gguf", arch, values, gguf_tensors(hf, weights(hf))
-        )
+        write_gguf(root / arch / "m.gguf", arch, values, gguf_tensors(hf, weights(hf)))
 
 
 @functools.cache
@@ -281,7 +284,10 @@ def make_packs(root: Path) -> None:
 
 
 ROWS = [
-    *({"text": f"Row {i}: the river carries stones, é. " * (1 + i % 4)} for i in range(9)),
+    *(
+        {"text": f"Row {i}: the river carries stones, é. " * (1 + i % 4)}
+        for i in range(9)
+    ),
     {
         "conversations": [
             {"role": "user", "content": "What about the river?"},
@@ -458,7 +464,10 @@ def damage_pack(rng: random.Random, folder: Path) -> tuple[str, str]:
     value, what, _ = damage_json(rng, manifest)
     text = write_json(value).decode()
     if rng.random() < 0.1:
-        text, what = rng.choice(("", "[", "7", "null", "{", "\ud800", text * 2)), "other"
+        text, what = (
+            rng.choice(("", "[", "7", "null", "{", "\ud800", text * 2)),
+            "other",
+        )
     digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
     header["__metadata__"] |= {"manifest": text, "manifest_sha256": digest}
     tensors = value.get("tensors") if isinstance(value, dict) else None

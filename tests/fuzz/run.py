@@ -114,7 +114,9 @@ def work(pipe: Connection, folder: Path) -> None:
         os.dup2(nowhere, stream)
     folder.mkdir(parents=True)
     fuzz = Fuzz(folder)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf(
+        "SC_PAGESIZE"
+    )
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
     with contextlib.suppress(EOFError):
         while True:

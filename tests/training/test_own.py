@@ -62,10 +62,29 @@ def test_a_number_that_cannot_work_is_named(config, tmp_path, name):
         chosen(config, tmp_path)
 
 
-def test_damaged_choices_of_a_run_are_named(config, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("", "{", r"config\.json is not JSON.*use another --workdir"),
+        ("", "[]", r"config\.json has list where a JSON object"),
+        ("beacon", [], r"damaged: config.beacon is \[\], not an object"),
+        ("seed", "0", "damaged: config.seed is '0', not a whole number"),
+        ("optimizer.lr", "fast", "damaged: config.optimizer.lr is 'fast', not a numb"),
+        ("dtype", None, "damaged: config.dtype is None, not a text"),
+        ("data.stages.stage1.steps", True, "damaged: .*steps is True, not a whole"),
+        ("data.stages.stage1", 7, "damaged: data.stages.stage1.length is None, not a"),
+    ],
+)
+def test_damaged_choices_of_a_run_are_named(config, tmp_path, key, value, message):
+    made, _ = chosen(config, tmp_path)
+    record = made.to_dict()
+    if key:
+        group, _, name = key.rpartition(".")
+        (lookup(record, group) if group else record)[name] = value
+        value = json.dumps(record)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+    (tmp_path / "run" / "config.json").write_text(value)
+    with pytest.raises(ValueError, match=message):
         chosen(config, tmp_path)
 
 
