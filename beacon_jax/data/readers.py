@@ -392,6 +392,8 @@ def _batches(
                 yield number, {name: _cell(c[row]) for name, c in columns.items()}
             except UnicodeDecodeError:
                 yield number, Bad("invalid UTF-8")
+            except (ValueError, OverflowError):  # a date beyond those of Python
+                yield number, Bad("wrong type")
             number += 1
 
 

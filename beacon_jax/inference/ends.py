@@ -54,7 +54,7 @@ def of_generation(folder: Path) -> list[int]:
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if any(type(i) is not int or not 0 <= i < 2**31 for i in listed):
         raise ValueError(
-            f"{path} has eos_token_id={short(repr(ids))}: it must be an id, or a list of ids. "
-            "Mend it, or delete the file."
+            f"{path} has eos_token_id={short(repr(ids))}: it must be an id, or a list "
+            "of ids. Mend it, or delete the file."
         )
     return listed

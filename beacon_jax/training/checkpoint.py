@@ -50,7 +50,7 @@ BEFORE = {
     "config.data.first_step": 0,
 }
 
-
+_DAMAGED = "checkpoint of step {} is damaged (it reads back with another hash)"
 _RECORD = {"hash": str}  # form of what is saved beside the state
 
 
@@ -100,9 +100,10 @@ class Checkpoints:
                     "record": ocp.JsonCheckpointHandler(),
                 },
             )
-        except OSError as error:
+        except Exception as error:  # of a disk, or of orbax about its metadata
             raise CheckpointError(
-                f"{folder} cannot be used: {_cause(error)}"
+                f"{folder} cannot be used: {_cause(error)}. Repair what is in it, move "
+                "a damaged checkpoint away, or use another --workdir."
             ) from error
 
     def newest(self) -> int:
@@ -192,7 +193,7 @@ class Checkpoints:
         return self._record(steps[-1])[0] if steps else None
 
     def restore(
-        self, state: Any, record: dict[str, Any], allow: bool
+        self, state: Any, record: dict[str, Any], allow: bool, aside: bool = True
     ) -> Restored | None:
         """Restores the newest whole checkpoint; None without one.
 
@@ -201,6 +202,7 @@ class Checkpoints:
           record: {"config": resolved, ...} of this run.
           allow: whether the record may be another one. If only the optimiser's part of
             the state differs then, the rest of it is restored.
+          aside: whether a damaged one is moved aside; else it stays, and is not used.
 
         Raises:
           ValueError: the run of these checkpoints had another config.
@@ -230,8 +232,11 @@ class Checkpoints:
             if not bad:
                 return Restored(_merged(state, leaves, other), not other)
             damaged = True
-            self._move_aside(step)
-        if damaged and is_lead():
+            if aside:
+                self._move_aside(step)
+            elif is_lead():
+                say(f"{_DAMAGED.format(step)}: left where it is, using the one before")
+        if damaged and aside and is_lead():
             say("no whole checkpoint is left: the run starts at step 0")
         return None
 
@@ -264,7 +269,10 @@ class Checkpoints:
         _drop_late_answers()
         try:
             _check_whole(self._folder / str(step) / "state")
-            stored = self._manager.item_metadata(step)["state"].tree
+            stored = self._manager.item_metadata(step)["state"]
+            if stored is None:
+                raise ValueError("what it has of the state is not described")
+            stored = stored.tree
             stored = {name: (tuple(x.shape), x.dtype) for name, x in stored.items()}
         except Exception as error:
             raise self._unreadable(step, error) from error
@@ -342,10 +350,7 @@ class Checkpoints:
         wait("moved a damaged checkpoint")
         self._manager.reload()
         if is_lead():
-            say(
-                f"checkpoint of step {step} is damaged (it reads back with another "
-                f"hash): moved to {target}, using the one before"
-            )
+            say(f"{_DAMAGED.format(step)}: moved to {target}, using the one before")
 
 
 # How the names of `_leaves` begin.

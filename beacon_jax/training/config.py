@@ -254,7 +254,7 @@ def read_recorded(workdir: Path) -> dict[str, Any]:
             f"{path} is not there: give the --workdir of a training run."
         )
     defaults = default_config().to_dict()
-    form = form_of(defaults | {"rules": {}})  # mesh axes are texts, lists or null
+    form = form_of(defaults) | {"rules?": {str: (str, [str], None)}}
     try:
         found = read_object(path)
         if wrong := unlike(found, form, "config"):

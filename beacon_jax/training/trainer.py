@@ -28,7 +28,12 @@ from beacon_jax.model.net import Net
 from beacon_jax.paths import check_folder, write_whole
 from beacon_jax.progress import Progress
 from beacon_jax.training.check import check_settings
-from beacon_jax.training.checkpoint import Checkpoints, Restored, check_unchanged
+from beacon_jax.training.checkpoint import (
+    Checkpoints,
+    Restored,
+    changes,
+    check_unchanged,
+)
 from beacon_jax.training.config import Config, read_recorded
 from beacon_jax.training.console import OutputClosed, say
 from beacon_jax.training.hardware import peak_flops
@@ -53,6 +58,9 @@ from beacon_jax.training.sharding import (
 )
 from beacon_jax.training.signals import Signals
 from beacon_jax.training.steps import Flight, Programs
+
+# Keys that decide what a checkpoint is exported as.
+EXPORTED = ("beacon", "dtype", "model", "trainable")
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -358,26 +366,36 @@ def export_checkpoint(
 ) -> int:
     """Writes the newest checkpoint of a run as an HF folder; returns its step.
 
-    It does so on one device, as `train` does at its end.
+    It does so on one device, as `train` does at its end. `workdir` is only read: a
+    damaged checkpoint stays where it is.
 
     Raises:
       FileNotFoundError: `workdir` has no config.json, or no whole checkpoint.
-      ValueError: its config.json is damaged.
+      ValueError: its config.json is damaged, or it or the base is another one than the
+        checkpoint was made with.
+      CheckpointError: the checkpoint cannot be read.
     """
     workdir = Path(workdir)
-    config: Config = ConfigDict(read_recorded(workdir))
+    settings = read_recorded(workdir)
+    config: Config = ConfigDict(settings)
     config.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "accumulate": 1})
     config.beacons_from = ""  # a checkpoint has them all
-    with Progress().stage("making the model", note=config.init_from) as stage:
+    with (
+        contextlib.closing(Checkpoints(workdir / "checkpoints", config.keep)) as saved,
+        Progress().stage("making the model", note=config.init_from) as stage,
+    ):
+        before = saved.record() or {}
+        _check_exported(workdir, before.get("config"), settings)
         tokenizer, tokenizer_folder = make_tokenizer(config, list, workdir)
         placement = make_placement(config.mesh, config.rules, [1])
         model, trained, frozen = make_model(config, tokenizer, placement)
+        if frozen:
+            stage.becomes("hashing the base")
+            _check_base(config, before, hf.tree_hash(frozen["params"]))
         optimizer = make_optimizer(config.optimizer, 1)  # the structure of its state
         state = fresh_state(placement, optimizer, trained)
         stage.becomes("restoring the checkpoint")
-        saved = Checkpoints(workdir / "checkpoints", config.keep)
-        with contextlib.closing(saved):
-            restored = saved.restore(state, {}, allow=True)
+        restored = saved.restore(state, {}, allow=True, aside=False)
     if restored is None:
         raise FileNotFoundError(f"--src={workdir} has no checkpoint yet: train first.")
     variables = restored.state["trained"]
@@ -386,6 +404,33 @@ def export_checkpoint(
     trained = fetch(variables)
     export(Path(dst), config, model, trained, tokenizer_folder, overwrite=overwrite)
     return int(restored.state["step"])
+
+
+def _check_exported(
+    workdir: Path, before: dict[str, Any] | None, now: dict[str, Any]
+) -> None:
+    """Raises ValueError unless config.json says what the newest checkpoint is of."""
+    if before is None:
+        return
+    what = lambda config: {"config": {key: config.get(key) for key in EXPORTED}}
+    if changed := changes(what(before), what(now)):
+        raise ValueError(
+            f"{workdir / 'config.json'} is not that of the newest checkpoint:\n  "
+            + "\n  ".join(changed)
+            + "\nPut these values back, or wait for the next checkpoint of a run that "
+            "goes on with others."
+        )
+
+
+def _check_base(config: Config, before: dict[str, Any], now: str) -> None:
+    """Raises ValueError unless the base is the one that beacons were trained on."""
+    then = before.get("base_hash")
+    if then and then != now:
+        raise ValueError(
+            f"init_from={config.init_from} is another model than the run began with "
+            f"(hash {then[:16]} then, {now[:16]} now): put the weights back that the "
+            "beacons were trained on."
+        )
 
 
 def fresh_state(placement: Placement, optimizer: Any, trained: Any) -> dict[str, Any]:

@@ -180,6 +180,20 @@ def test_files_without_rows_give_none_and_texts_without_text_are_dropped(tmp_pat
     ]
 
 
+def test_cells_that_python_has_no_value_for_cost_only_their_rows(tmp_path):
+    file = tmp_path / "a.parquet"
+    odd = pyarrow.array([2**53, None], pyarrow.timestamp("ms"))
+    columns = {"text": ["bad", "good"], "content": odd}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    bad, good = rows_of(str(file))
+    assert bad == Dropped("a.parquet:1", "wrong type") and good.text == "good"
+
+
+def test_line_ends_of_old_macs_in_csv_are_no_long_row(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text\rone\rtwo\r")
+    assert rows_of(str(tmp_path / "a.csv")) == [Dropped("a.csv:1", "not CSV")]
+
+
 def test_bad_csv_rows_are_dropped_and_the_next_are_read(tmp_path):
     file = tmp_path / "a.csv"
     file.write_bytes(

@@ -22,7 +22,7 @@ SECONDS = 2.0  # that an error may take, of the clock or of the processor
 ROOM = 6 << 30  # bytes that a worker may ask for on top of what its imports took
 # How messages begin that Python or a library wrote.
 BARE = re.compile(
-    r"\[Errno|invalid literal|could not convert|.{0,60}(object has no attribute|"
+    r"\[Errno|invalid literal|could not convert|[^:]{0,60}(object has no attribute|"
     r"object is not|unexpected keyword|takes \d+ positional|out of range$)"
 )
 

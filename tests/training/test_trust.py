@@ -1,6 +1,7 @@
 """Whatever happens to a run, nothing that it has learned is lost."""
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -22,7 +23,7 @@ from beacon_jax.training import trainer
 from beacon_jax.training.checkpoint import CheckpointError, Checkpoints
 from beacon_jax.training.console import OutputClosed
 from beacon_jax.training.signals import Signals
-from beacon_jax.training.trainer import train
+from beacon_jax.training.trainer import export_checkpoint, train
 
 
 @pytest.fixture
@@ -90,6 +91,66 @@ def test_one_that_reads_back_with_another_hash_is_moved_aside(
     train(config, workdir)
     assert files(target) == damaged
     assert (target.parent / "6.1" / "state").is_dir()
+
+
+def test_an_export_leaves_a_damaged_one_where_it_is(workdir, tmp_path, capsys):
+    state = workdir / "checkpoints" / "6" / "state"
+    shutil.rmtree(state)
+    shutil.copytree(workdir / "checkpoints" / "4" / "state", state)
+    before = files(workdir)
+    assert export_checkpoint(workdir, tmp_path / "hf") == 4
+    assert "step 6 is damaged" in capsys.readouterr().out
+    assert files(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "bfloat16"}, "(?s)config.json is not that of.*dtype: .float32. -> "),
+        (
+            {"beacon": {"use": True, "window": 4, "ratios": [2]}},
+            "(?s)beacon.window: 8 ",
+        ),
+        ({"beacon": 7}, "config.beacon is 7, not an object.*use another --workdir"),
+        ({"rules": {"vocab": [[1]]}}, "config.rules.vocab is .*, not a text or a list"),
+        (None, "config.json is not there"),
+    ],
+)
+def test_an_export_wants_the_settings_of_its_checkpoint(
+    workdir, tmp_path, change, message
+):
+    file = workdir / "config.json"
+    if change is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        export_checkpoint(workdir, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_export_wants_the_base_of_its_checkpoint(workdir, base, tmp_path):
+    other = shutil.copytree(base / "export", tmp_path / "base")
+    file = workdir / "config.json"
+    settings = json.loads(file.read_text()) | {"init_from": str(other)}
+    file.write_text(json.dumps(settings))
+    assert export_checkpoint(workdir, tmp_path / "hf") == 6  # the same, elsewhere
+    tensors = safetensors.load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    safetensors.save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="is another model than the run began with"):
+        export_checkpoint(workdir, tmp_path / "again")
+
+
+def test_metadata_of_a_checkpoint_that_are_none_are_named(config, workdir):
+    file = workdir / "checkpoints" / "6" / "_CHECKPOINT_METADATA"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics": [1]}))
+    before = files(workdir)
+    with pytest.raises(
+        CheckpointError, match="checkpoints cannot be used: .*--workdir"
+    ):
+        train(config, workdir)
+    assert files(workdir) == before
 
 
 @pytest.mark.parametrize(
