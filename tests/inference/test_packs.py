@@ -209,6 +209,76 @@ def test_what_is_no_pack_is_said_to_be_none(tmp_path, path):
         Memory.load(tmp_path / "absent.beacon")
 
 
+def resealed(path, keys, value):
+    """Writes a pack anew, with another value in its manifest and checksums that fit."""
+    pack, data = packs._Pack(path), path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    manifest = pack.manifest
+    inner = manifest
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    metadata = packs._metadata(json.dumps(manifest, separators=(",", ":")), pack.recent)
+    path.write_bytes(safetensors_header(pack.tensors, metadata) + data[end:])
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("library",), None, "manifest.library is None, not a text"),
+        (("model", "base"), 3, "manifest.model.base is 3, not a text or null"),
+        (("model", "config"), [], r"manifest.model.config is \[\], not an object"),
+        (("model", "config", "rope"), 7, "whose model config is another one"),
+        (("model", "config", "num_layers"), -1, "another one .*num_layers=-1 must be"),
+        (("model", "config", "num_layers"), 3, "tensor state.k/0 does not fit"),
+        (("dtype",), "float31", "manifest.dtype is 'float31', not one of bfloat16"),
+        (("dtype",), "bfloat16", "tensor state.k/0 does not fit"),
+        (("rows",), [], "manifest.rows is empty"),
+        (("rows", 0, "slots"), "4", r"rows\[0\].slots is '4', not a whole number"),
+        (("rows", 0, "slots"), 5, "tensor row.ratios/0 does not fit"),
+        (("rows", 0, "windows"), 0, "tensor row.marks/0 does not fit"),
+        (("rows", 0, "entries"), 10**30, "tensor state.k/0 does not fit"),
+        (("rows", 0, "tokens"), 12, "tensor row.tokens/0 does not fit"),
+        (("rows", 0, "raw"), 4, "its manifest counts row 0 otherwise than it is"),
+        (("rows", 0, "ratio"), 2, "its manifest counts row 0 otherwise than it is"),
+        (
+            ("rows", 0, "recent"),
+            {"own": None, "fixed": 0},
+            "format version|not the one",
+        ),
+        (("tensors",), {}, "its header is not the one that was written"),
+        (("tensors", "state.raw", "dtype"), "I31", "no tensors such as 'state.raw'"),
+        (("tensors", "state.raw", "shape"), [-1], r"shape\[0\] is -1, not a whole"),
+        (
+            ("tensors", "état"),
+            {"dtype": "I32", "shape": [], "sha256": ""},
+            "no tensors",
+        ),
+        (
+            ("tensors", "state.raw", "sha256"),
+            "",
+            "state.raw does not have its checksum",
+        ),
+    ],
+)
+def test_a_manifest_that_contradicts_its_pack_is_refused(path, keys, value, message):
+    random_memory((13,), plan=(2, 4)).save(path, overwrite=True)
+    resealed(path, keys, value)
+    with pytest.raises(PackError, match=f"text.beacon.*{message}"):
+        Memory.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "[", "7", "null", "[" * 100_000, "9" * 5000])
+def test_a_manifest_that_is_no_object_is_refused(path, text):
+    random_memory((13,)).save(path, overwrite=True)
+    tensors, data = packs._Pack(path).tensors, path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = safetensors_header(tensors, packs._metadata(text, False))
+    path.write_bytes(header + data[end:])
+    with pytest.raises(PackError, match=r"text\.beacon is damaged: .*manifest"):
+        Memory.load(path)
+
+
 @pytest.mark.parametrize(
     ("version", "remedy"), [("3", "install a newer"), ("0", "compress the text again")]
 )
