@@ -338,12 +338,13 @@ def _read_parquet(part: Piece) -> Iterator[tuple[int, Value]]:
             groups = list(range(part.start, part.stop or file.num_row_groups))
             batches = file.iter_batches(BATCH, row_groups=groups, columns=names)
             yield from _batches(part, batches)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         yield part.first, _broken(error, "damaged parquet")
 
 
 def _cut_arrow(part: Piece, part_bytes: int) -> list[Piece]:
-    sizes = [(batch.num_rows, batch.nbytes) for batch in _arrow(part.path)]
+    # Not `nbytes`, which trusts offsets in the file: wrong ones end the process.
+    sizes = [(x.num_rows, x.get_total_buffer_size()) for x in _arrow(part.path)]
     return _pieces(part, sizes, part_bytes) or [part]
 
 
@@ -365,9 +366,26 @@ def _arrow(path: str) -> Iterator[pyarrow.RecordBatch]:
 def _read_arrow(part: Piece) -> Iterator[tuple[int, Value]]:
     try:
         batches = itertools.islice(_arrow(part.path), part.start, part.stop)
-        yield from _batches(part, batches)
-    except (pyarrow.ArrowException, OSError) as error:
+        yield from _batches(part, map(_validated, batches))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         yield part.first, _broken(error, "damaged arrow")
+
+
+def _validated(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Returns a batch whose offsets lie in its buffers: pyarrow reads any others.
+
+    Text that is no UTF-8 is left for its row, unless it lies in a list or an object.
+
+    Raises:
+      ArrowInvalid: the batch is damaged.
+    """
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            if "UTF8" not in str(error) or pyarrow.types.is_nested(column.type):
+                raise
+    return batch
 
 
 def _broken(error: Exception, reason: str) -> Bad:

@@ -180,6 +180,30 @@ def test_files_without_rows_give_none_and_texts_without_text_are_dropped(tmp_pat
     ]
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_damage_inside_of_arrow_never_ends_the_process(tmp_path, seed):
+    WRITERS["a.arrow"](tmp_path / "a.arrow")
+    rng = random.Random(seed)
+    data = bytearray((tmp_path / "a.arrow").read_bytes())
+    for _ in range(3):
+        at = rng.randrange(300, len(data) - 4)
+        data[at : at + 4] = rng.choice((2**31 - 1, 10**6, -7)).to_bytes(
+            4, "little", signed=True
+        )
+    (tmp_path / "a.arrow").write_bytes(data)
+    for row in rows_of(str(tmp_path / "a.arrow")):
+        assert isinstance(row, Record) or row.reason in (
+            *("damaged arrow", "invalid UTF-8", "wrong type", UNKNOWN, "empty"),
+        )
+
+
+def test_a_text_that_is_no_utf_8_costs_only_its_row_in_arrow(tmp_path):
+    texts = pyarrow.array([b"caf\xe9", b"good"]).view("string")
+    write_stream(tmp_path / "a.arrow", pyarrow.table({"text": texts}))
+    bad, good = rows_of(str(tmp_path / "a.arrow"))
+    assert bad == Dropped("a.arrow:1", "invalid UTF-8") and good.text == "good"
+
+
 def test_cells_that_python_has_no_value_for_cost_only_their_rows(tmp_path):
     file = tmp_path / "a.parquet"
     odd = pyarrow.array([2**53, None], pyarrow.timestamp("ms"))

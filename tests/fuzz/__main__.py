@@ -94,7 +94,9 @@ class Worker:
         self._process.join()
         said = f"{said} (exit code {self._process.exitcode})"
         self._process = None
-        return Outcome(f"{kind}:{seed}", "see the seed", "failure", said)
+        what = Path(self._folder.name, str(self._starts), "what")
+        what = what.read_text() if what.exists() else "nothing"
+        return Outcome(f"{kind}:{seed}", what, "failure", said)
 
     def close(self) -> None:
         if self._process is not None:

@@ -66,6 +66,7 @@ class Fuzz:
         out.mkdir()
         what, key = KINDS[kind].damage(rng, source) if seed >= 0 else ("nothing", "")
         use = rng.choice(uses) if seed >= 0 else uses[seed % len(uses)]
+        (self._folder / "what").write_text(what, errors="replace")  # if it dies of it
         before = _content(source)
         DEVICE.reset()
         clock, processor = time.monotonic(), time.process_time()
