@@ -46,10 +46,11 @@ class Progress:
           note: what is worked on, behind the figures.
         """
         stage = Stage(doing, unit, note, self._clock)
-        before, self._stage = self._stage, stage
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._look, daemon=True)
-            self._thread.start()
+        with self._lock:
+            before, self._stage = self._stage, stage
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, daemon=True)
+                self._thread.start()
         try:
             yield stage
         finally:
@@ -71,8 +72,13 @@ class Progress:
                 self._show(_compiling(self._after) or stage.line())
 
     def _look(self) -> None:
+        """Looks at the clock until there is no stage: a program makes many of these."""
         while True:
             time.sleep(LOOK)
+            with self._lock:
+                if self._stage is None:
+                    self._thread = None
+                    return
             self.look()
 
 

@@ -1,7 +1,9 @@
 """What a command says about work that takes long, and that it is silent otherwise."""
 
 import threading
+import time
 
+from beacon_jax import progress as module
 from beacon_jax.compiling import COMPILED, EVENTS, LOWERED, Watch
 from beacon_jax.progress import Progress, duration
 
@@ -49,6 +51,23 @@ def test_longer_work_is_shown_with_its_rate_what_is_left_and_how_long_it_took():
         "reading: 3,000 of 5,000 tokens, 400.0 tokens/s, 5 s left",
         "reading: 5,000 of 5,000 tokens, 800.0 tokens/s, 8 s",
     ]
+
+
+def test_no_thread_is_left_behind_and_a_later_stage_has_one(monkeypatch):
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    lines: list[str] = []
+    progress = Progress(lines.append, after=0.02, every=60)
+    for _ in range(2):
+        with progress.stage("reading"):
+            thread = progress._thread
+            assert thread is not None and thread.is_alive()
+            deadline = time.monotonic() + 20
+            while not lines and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert lines[0] == "reading: 0 s ..." and len(lines) == 2
+        lines.clear()
+        thread.join(20)
+        assert not thread.is_alive() and progress._thread is None
 
 
 def test_text_that_comes_is_progress_enough():

@@ -622,7 +622,8 @@ def _adapts(folder: Path, out: Path) -> str | None:
 
 def _reads_gguf(folder: Path, out: Path) -> str | None:
     load(folder / "m.gguf")
-    return None
+    found = nonsense(conversion.read_config(folder / "m.gguf"))
+    return f"{found} was used" if found else None
 
 
 def _converts_gguf(folder: Path, out: Path) -> str | None:
