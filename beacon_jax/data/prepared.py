@@ -234,13 +234,15 @@ def read_index(path: Path) -> np.ndarray:
     Raises:
       ValueError: the file is none.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: {_AGAIN}.")
     check_fetched(path)
     try:
         with path.open("rb") as file:  # np.load would take a zip or a pickle, too
             index = np.lib.format.read_array(file, allow_pickle=False)
         if index.dtype != INDEX or index.ndim != 1:
             raise ValueError(f"it holds {index.dtype} {list(index.shape)}")
-    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+    except Exception as error:  # numpy parses its header as Python
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} is no index of examples ({said}): {_AGAIN}."

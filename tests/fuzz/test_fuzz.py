@@ -5,8 +5,9 @@ import random
 import pytest
 
 from tests.fuzz import mutate
-from tests.fuzz.kinds import KINDS, nonsense
+from tests.fuzz.kinds import KINDS
 from tests.fuzz.run import Fuzz
+from tests.fuzz.sense import nonsense
 
 # Those that need neither a compiled program nor a second.
 QUICK = ("config", "weights", "index", "adapter", "gguf", "pack", "prepared", "workdir")
