@@ -389,7 +389,7 @@ class _Pack:
 
     def check_rows(self, config: ModelConfig, rows: tuple[History, ...]) -> None:
         """Raises PackError unless the manifest says of the rows what the tensors do."""
-        state = {name: self.array(f"state.{name}") for name in _STATE}
+        state = {name: self.part(f"state.{name}").read(None) for name in _STATE}
         law, lies = Law.of(config), self.array("state.recent.length")
         for i, (row, about) in enumerate(zip(rows, self.manifest["rows"], strict=True)):
             slots, raw, ratio, windows = (int(state[name][i]) for name in _STATE)

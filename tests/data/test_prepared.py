@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from beacon_jax.data.examples import Example
 from beacon_jax.data.prepare import Preparation, prepare
 from beacon_jax.data.prepared import Prepared, decode, encode, example_hash
+from beacon_jax.data.tally import ShardCounts, Tally
 
 TOKENIZER = "assets/tiny-base"
 
@@ -197,3 +198,19 @@ def test_how_an_interrupted_run_began_is_read_or_named(tmp_path, content):
     with pytest.raises(ValueError, match=r"unfinished\.json is .*with --overwrite"):
         prepare(settings, folder, workers=1)
     assert len(prepare(settings, folder, workers=1, overwrite=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bad": 7}, "report.bad is 7, not a list"),
+        ({"bad": [["a"]]}, ": remove it, and"),
+        ({"sources": {"0": {"rows": -1}}}, "report.sources.0.rows is -1, not a whole"),
+        ({"sources": {"9": {}}}, "it counts rows of other sources: remove it"),
+    ],
+)
+def test_a_damaged_report_of_a_shard_is_named(tmp_path, change, message):
+    report = ShardCounts().value | change
+    (tmp_path / "shard.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=rf"shard\.json is damaged.*{message}"):
+        Tally(["a.jsonl"], 1.0).add(0, tmp_path / "shard.json")

@@ -416,7 +416,8 @@ def test_damaged_lines_of_the_answers_cost_only_themselves(tmp_path):
         for key in "abc":
             answers.add(key, [(f"{key}?", f"{key}!")])
     first, second, third = path.read_bytes().splitlines(keepends=True)
-    damaged = first + b"\xff" + second[1:] + third + b'{"key": "d", "pa'
+    damaged = first + b"\xff" + second[1:] + b'{"key": "b", "pairs": [["b?"]]}\n'
+    damaged += b"[" * 99_999 + b"\n" + third + b'{"key": "d", "pa'
     path.write_bytes(damaged)
     with Answers(path) as answers:
         assert answers.known() == {"a", "c"}

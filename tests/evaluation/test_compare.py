@@ -77,3 +77,19 @@ def test_a_folder_without_a_finished_run_is_named(tmp_path):
         compare.write([tmp_path / "empty"], tmp_path / "out")
     with pytest.raises(ValueError, match="--report needs the folders"):
         compare.write([], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": {}}, "run.metrics is {}, not a list"),
+        ({"metrics": [{"task": "t"}]}, r"run.metrics\[0\].metric is missing"),
+        ({"model": None}, "run.model is None, not an object"),
+        ({"settings": {"seed": "0"}}, "run.settings.seed is '0', not a whole number"),
+    ],
+)
+def test_a_damaged_report_is_named(tmp_path, change, message):
+    file = run(tmp_path / "a", 0.5) / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"metrics.json is damaged: {message}"):
+        compare.write([tmp_path / "a"], tmp_path / "out")

@@ -10,7 +10,7 @@ from absl import flags
 from beacon_jax.cli import evaluate as command
 from beacon_jax.evaluation import reading
 from beacon_jax.evaluation.baselines import make_methods
-from beacon_jax.evaluation.runner import evaluate, integers, limit
+from beacon_jax.evaluation.runner import evaluate, integers, limit, repair
 from beacon_jax.evaluation.tasks import make_tasks
 from beacon_jax.evaluation.tasks.base import Instance
 
@@ -196,3 +196,18 @@ def test_the_command_fails_by_naming_the_floors_that_were_missed(
     assert (tmp_path / "out" / "training_loss.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="--out=.*seed=0 there, 1"):
         run_command(**options, seeds=["1"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"id": "b"}\nmine', b"[]\nmine", b"[" * 99_999 + b"\nmine", b"\xff\nm"],
+)
+def test_a_file_that_is_none_of_the_run_is_not_cut(tmp_path, content):
+    file = tmp_path / "predictions.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="does not hold the first examples of this"):
+        repair(file, ["a", "b"])
+    assert file.read_bytes() == content
+    file.write_bytes(b'{"id": "a"}\n{"id"')
+    assert repair(file, ["a", "b"]) == 1
+    assert file.read_bytes() == b'{"id": "a"}\n'

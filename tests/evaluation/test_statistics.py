@@ -105,6 +105,14 @@ def test_bad_floors_are_errors_that_say_what_is_wrong(tmp_path):
     file.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         read_floors(str(file))
+    for wrong, message in (
+        (7, "has 7: give objects"),
+        (FLOOR | {"min": "0.8"}, r"floors\[0\].min is '0.8', not a number"),
+        (FLOOR | {"rows": -1}, r"floors\[0\].rows is -1, not a whole number from 0"),
+    ):
+        file.write_text(json.dumps({"floors": [wrong]}))
+        with pytest.raises(ValueError, match=message):
+            read_floors(str(file))
     file.write_text(json.dumps({"floors": [FLOOR | {"minimum": 1}]}))
     with pytest.raises(ValueError, match="minimum"):
         read_floors(str(file))
