@@ -381,7 +381,8 @@ def export_checkpoint(
     config.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "accumulate": 1})
     config.beacons_from = ""  # a checkpoint has them all
     with (
-        contextlib.closing(Checkpoints(workdir / "checkpoints", config.keep)) as saved,
+        # Nothing is saved, so nothing is deleted, whatever `keep` says.
+        contextlib.closing(Checkpoints(workdir / "checkpoints", 1)) as saved,
         Progress().stage("making the model", note=config.init_from) as stage,
     ):
         before = saved.record() or {}

@@ -25,6 +25,8 @@ BARE = re.compile(
     r"\[Errno|invalid literal|could not convert|[^:]{0,60}(object has no attribute|"
     r"object is not|unexpected keyword|takes \d+ positional|out of range$)"
 )
+# How messages name an argument and its value, or the text that was given.
+NAMED = re.compile(r"\w=|^(prompt|context|the conversation) has ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +143,8 @@ def _fault(error: Exception, names: list) -> str:
     if BARE.match(str(error)):
         return f"of Python, {frame.filename}:{frame.lineno}: {said}"
     text = str(error)
-    if not any(str(name) in text for name in names if name) and not re.search(
-        r"\w=", text
-    ):
+    known = any(str(name) in text for name in names if name)
+    if not known and not NAMED.search(text):
         return f"names no file, argument or key: {said}"
     return ""
 
