@@ -10,7 +10,10 @@ from tests.fuzz.run import Fuzz
 from tests.fuzz.sense import nonsense
 
 # Those that need neither a compiled program nor a second.
-QUICK = ("config", "weights", "index", "adapter", "gguf", "pack", "prepared", "workdir")
+QUICK = (
+    *("config", "weights", "index", "converted", "adapter", "gguf"),
+    *("rows", "texts", "prepared", "unfinished", "workdir"),
+)
 
 
 @pytest.fixture(scope="module")
