@@ -394,7 +394,7 @@ _BIASES = {
 
 def _family(hf: Mapping[str, Any]) -> str:
     named = [str(ARCHITECTURES.get(a, a)) for a in hf.get("architectures") or ()]
-    if kind := hf.get("model_type"):
+    if (kind := hf.get("model_type")) is not None:
         named.append(kind)
     if len(set(named)) == 1 and named[0] in FAMILIES:
         return named[0]

@@ -88,6 +88,12 @@ class RopeConfig:
                 "disagree: delete the one that is wrong."
             )
         given = dict(new or old or {})
+        for key in ("rope_type", "type"):
+            if not isinstance(given.get(key, ""), str):
+                raise ValueError(
+                    f"config.json has {key}={given[key]!r}, which is no name: use one "
+                    f"of {', '.join(_ROPE_KEYS)}."
+                )
         kinds = {given.pop(key) for key in ("rope_type", "type") if key in given}
         kind = kinds.pop() if kinds else "default"
         if kinds:

@@ -75,6 +75,11 @@ def test_a_value_of_another_type_is_named_with_what_it_must_be(key, value, wante
             "rope theta=0.5,.*theta must be at least 1",
         ),
         ({"rope_scaling": LINEAR | {"factor": 2.0**64}}, "and at most 1048576"),
+        (
+            {"rope_scaling": {"rope_type": ["yarn"]}},
+            r"rope_type=\['yarn'\], which is no",
+        ),
+        ({"model_type": ""}, "model_type='' is not supported"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be above 0 and below 1"),
         (
             {
