@@ -512,6 +512,8 @@ def check_dtype(dtype: str | None) -> np.dtype | None:
 def _check_different(src: Path, dst: Path) -> None:
     if src.resolve() == dst.resolve():
         raise ValueError(f"--src and --dst are the same folder {src}: use another.")
+    if dst.resolve() in src.resolve().parents:
+        raise ValueError(f"--src={src} lies in --dst={dst}: use another --dst.")
 
 
 def _check_files(

@@ -201,10 +201,12 @@ def _fault(path: Path, error: Exception) -> str:
             return f"{path} is not a safetensors file: {fault}. Download it again."
     if isinstance(header, dict):
         header.pop(METADATA, None)
-    if said := unlike(header, _HEADER, "its header"):
+    said = unlike(header, _HEADER, "its header")
+    if not said and any(len(x["data_offsets"]) != 2 for x in header.values()):
+        said = "its header has a tensor without two data_offsets"
+    if said:
         return f"{path} is not a safetensors file: {said}. Download it again."
-    ends = (end for tensor in header.values() for end in tensor["data_offsets"])
-    expected = start + max(ends, default=0)
+    expected = start + max((x["data_offsets"][1] for x in header.values()), default=0)
     if actual == expected:
         return f"{path} is corrupt: {error}. Download it again."
     return (

@@ -15,6 +15,7 @@ import numpy as np
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.hf import gguf
 from beacon_jax.hf.reader import ALL_DTYPES, Tensor
+from beacon_jax.paths import check_fetched
 from beacon_jax.progress import Stage
 from beacon_jax.resources import (
     TOKENIZER_FILES,
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 MANIFEST = "beacon_jax.json"
 DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 # As "tokenizer.", so that tokenizer.model.v3 is one, too.
-_TOKENIZER = tuple(name.partition(".")[0] + "." for name in TOKENIZER_FILES)
 # What a converted folder has of the other files of a model: these names, code that
 # config.json may name (auto_map), and further chat templates.
 _SMALL = (
@@ -41,6 +41,7 @@ _SMALL = (
     "configuration_*.py",
     "modeling_*.py",
     "tokenization_*.py",
+    "tokenizer.model.v*",
     "additional_chat_templates/*.jinja",
 )
 SMALL_BYTES = 16 << 20  # of each, but for the tokenizer's: that of Gemma has 33 MB
@@ -117,11 +118,11 @@ def copy_small_files(src: Path, dst: Path, *, card: bool = True) -> None:
         relative = path.relative_to(src)
         hidden = any(part.startswith(".") for part in relative.parts)
         left = path.name == "README.md" and not card
-        if not path.is_file() or hidden or left or _holds_weights(path):
+        if path.is_dir() or hidden or left or _holds_weights(path):
             continue
         if _is_copied(path, str(relative)):
             (dst / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, dst / relative)
+            _copy(path, dst / relative)
         else:
             behind.append(str(relative))
     if behind and card:
@@ -134,10 +135,16 @@ def copy_small_files(src: Path, dst: Path, *, card: bool = True) -> None:
 
 def _is_copied(path: Path, relative: str) -> bool:
     """Tells whether a file is a small one that belongs to a model, or a tokenizer's."""
-    if relative.startswith(_TOKENIZER):
+    if relative in TOKENIZER_FILES:
         return True
     known = any(fnmatch.fnmatchcase(relative, pattern) for pattern in _SMALL)
-    return known and path.stat().st_size <= SMALL_BYTES
+    return known and (not path.exists() or path.stat().st_size <= SMALL_BYTES)
+
+
+def _copy(path: Path, to: Path) -> None:
+    """Copies a file; ValueError if a pointer of git-lfs or a link stands for it."""
+    check_fetched(path)
+    shutil.copyfile(path, to)
 
 
 def write_config(folder: Path, hf: Mapping[str, Any]) -> None:
@@ -150,12 +157,15 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
     if is_gguf(src):
         return save_tokenizer(load_tokenizer(src), dst)
     for path in sorted(src.iterdir()):
-        if path.is_file() and path.name.startswith(_TOKENIZER):
-            shutil.copyfile(path, dst / path.name)
+        if path.name in TOKENIZER_FILES:
+            _copy(path, dst / path.name)
 
 
-def check_new(dst: Path, *, overwrite: bool) -> bool:
+def check_new(dst: Path, *, overwrite: bool, keep: bool = False) -> bool:
     """Returns whether something is at `dst` that a new checkpoint may replace.
+
+    Args:
+      keep: as in `new_folder`.
 
     Raises:
       FileExistsError: something is there that it may not replace.
@@ -171,7 +181,25 @@ def check_new(dst: Path, *, overwrite: bool) -> bool:
             f"--dst={dst} is not a checkpoint (no config.json) and is not overwritten: "
             "choose another folder."
         )
+    if used and not keep and (others := _others(dst)):
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        raise FileExistsError(
+            f"--dst={dst} holds more than a checkpoint, which is not overwritten "
+            f"({', '.join(others[:4])}{more}): move that away, or choose another "
+            "folder."
+        )
     return used
+
+
+def _others(folder: Path) -> list[str]:
+    """Lists the files of a folder that are of no checkpoint."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        weights = path.parent == folder and _holds_weights(path)
+        if not (path.is_dir() or weights or _is_copied(path, name)):
+            found.append(name)
+    return found
 
 
 @contextlib.contextmanager
@@ -185,9 +213,10 @@ def new_folder(dst: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Pa
       keep: the old folder is of the same model, so that its files which are no weights
         and have no new version, such as notes of the user, move to the new folder.
     """
-    used = check_new(dst, overwrite=overwrite)
-    dst.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = dst.absolute().with_name(f".{dst.absolute().name}.partial")
+    used = check_new(dst, overwrite=overwrite, keep=keep)
+    dst = dst.resolve()  # a link stays one, and what it names is replaced
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    partial = dst.with_name(f".{dst.name}.partial")
     old = partial.with_suffix(".old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -1,6 +1,7 @@
 """HF -> converted -> HF gives the same bytes back, for every kind of checkpoint."""
 
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -211,6 +212,62 @@ def test_a_full_destination_is_kept_unless_told_otherwise(
     assert (home / "thesis.txt").read_text() == "years"
     with pytest.raises(ValueError, match="same folder"):
         from_hf(src, src, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", ".git/HEAD", "checkpoint-5/model.safetensors", "train.jsonl"]
+)
+def test_files_of_the_user_are_not_overwritten(
+    name, tmp_path, make_checkpoint, config_of
+):
+    src, dst = make_checkpoint(config_of("llama")), tmp_path / "ours"
+    from_hf(src, dst)
+    (dst / name).parent.mkdir(parents=True, exist_ok=True)
+    (dst / name).write_text("years")
+    before = files_of(dst)
+    with pytest.raises(FileExistsError, match=f"more than a checkpoint.*{name}.*move"):
+        from_hf(src, dst, overwrite=True)
+    assert files_of(dst) == before
+
+
+def test_a_source_inside_of_the_destination_stays(make_checkpoint, config_of):
+    outer = make_checkpoint(config_of("llama"))
+    inner = outer / "checkpoint-5"
+    shutil.copytree(outer, inner)
+    before = files_of(outer)
+    with pytest.raises(ValueError, match="--src=.*lies in --dst="):
+        from_hf(inner, outer, overwrite=True)
+    assert files_of(outer) == before
+
+
+def test_a_link_as_destination_stays_one(tmp_path, make_checkpoint, config_of):
+    src, real, link = (
+        make_checkpoint(config_of("llama")),
+        tmp_path / "a",
+        tmp_path / "b",
+    )
+    from_hf(src, real)
+    link.symlink_to(real)
+    from_hf(src, link, dtype="float16", overwrite=True)
+    assert link.is_symlink() and not list(tmp_path.glob(".*"))
+    assert load(real).variables["params"]["final_norm"]["scale"].dtype == np.float16
+
+
+@pytest.mark.parametrize("pointer", [True, False])
+def test_what_stands_for_a_tokenizers_file_is_not_copied(
+    pointer, tmp_path, make_checkpoint, config_of
+):
+    src = make_checkpoint(config_of("llama"))
+    (src / "tokenizer.json").unlink(missing_ok=True)
+    if pointer:
+        (src / "tokenizer.json").write_text(
+            "version https://git-lfs.github.com/spec/v1"
+        )
+    else:
+        (src / "tokenizer.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="tokenizer.json is a (pointer|link)"):
+        from_hf(src, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_pytorch_files_convert_where_torch_is_installed(
