@@ -96,20 +96,27 @@ def guess(data: bytes) -> str | None:
 
 
 def _decode_as(data: bytes, where: str, encoding: str) -> str:
+    text = ""
     try:
-        codecs.lookup(encoding)
-    except LookupError:
+        text = data.decode(encoding).removeprefix("\ufeff")
+    except LookupError:  # also of one that makes no text, as hex
         near = meant(encoding, ("utf-8", "utf-16", "utf-32", "latin-1", *GUESSES))
         raise ValueError(
             f"--encoding={encoding} is unknown: {near}use a name that Python knows, as "
             f"utf-16 or {', '.join(GUESSES)}."
         ) from None
-    try:
-        return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{where} is not {encoding}: {error.reason} at byte {error.start:,}."
         ) from None
+    except UnicodeError as error:
+        raise ValueError(f"{where} is not {encoding}: {error}.") from None
+    if (at := text.find("\0")) >= 0:
+        raise ValueError(
+            f"{where} has a NUL character at {at:,}, read as {encoding}: it is binary, "
+            "or in another encoding."
+        )
+    return text
 
 
 def _remedy(encoding: str) -> str:

@@ -77,7 +77,7 @@ def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of bare texts, on all cores."""
     if not texts:
         return []
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return _call(tokenizer, list(texts), add_special_tokens=False)["input_ids"]
 
 
 def front(tokenizer: Any) -> Int[np.ndarray, " n"]:
@@ -173,7 +173,8 @@ def _marks(tokenizer: Any, text: str, after: int | str | None) -> Iterator[str]:
         yield after
     elif after is not None:
         special = getattr(tokenizer, "added_tokens_decoder", {}).get(after)
-        if special is not None:
+        # The unknown token stands for any text, so its own says nothing of that.
+        if special is not None and after != getattr(tokenizer, "unk_token_id", None):
             yield str(special)
     head = text[:_HEAD]
     lost = {getattr(tokenizer, "unk_token_id", None), *_ids(tokenizer, " ")}
@@ -197,14 +198,27 @@ def _behind(tokenizer: Any, text: str, mark: str, *, spans: bool) -> Encoded | N
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return _call(tokenizer, text, add_special_tokens=special)["input_ids"]
 
 
 def _read(tokenizer: Any, text: str, *, spans: bool) -> Encoded:
-    # `verbose` would warn of texts longer than the base model's, which are the point.
-    found = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=spans, verbose=False
+    found = _call(
+        tokenizer, text, add_special_tokens=False, return_offsets_mapping=spans
     )
     ids = np.asarray(found["input_ids"], np.int32)
     where = found["offset_mapping"] if spans else np.zeros((len(ids), 2))
     return Encoded(ids, np.asarray(where, np.int64).reshape(-1, 2))
+
+
+def _call(tokenizer: Any, text: str | list[str], **options: bool) -> Any:
+    """Calls a tokenizer; ValueError if it has no token for what is in a text."""
+    try:
+        # `verbose` would warn of long texts, which are the point.
+        return tokenizer(text, verbose=False, **options)
+    except Exception as error:  # tokenizers raises it bare
+        of = getattr(tokenizer, "name_or_path", "")
+        raise ValueError(
+            f"the tokenizer{f' of {of}' if of else ''} cannot encode "
+            f"{short(repr(text))} ({error}): use the tokenizer.json of the base model, "
+            "or leave out the characters that it does not have."
+        ) from error

@@ -86,3 +86,18 @@ def test_an_unknown_or_wrong_encoding_is_named():
 
 def test_a_row_of_json_may_have_a_mark():
     assert decoded(codecs.BOM_UTF8 + b'{"text": "a"}') == {"text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("hex", "--encoding=hex is unknown"),
+        ("zlib", "--encoding=zlib is unknown"),
+        ("undefined", "is not undefined: undefined encoding"),
+        ("punycode", "is not punycode"),
+        ("latin-1", "has a NUL character at 1"),
+    ],
+)
+def test_an_encoding_that_gives_no_text_is_refused(encoding, said):
+    with pytest.raises(ValueError, match=said):
+        decode(b"a\0\xff-b!", "notes.txt", encoding)

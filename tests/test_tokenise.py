@@ -153,3 +153,14 @@ def test_a_token_without_a_row_is_named_with_its_text():
             check_ids([1, unknown], size, "prompt", tokenizer)
     with pytest.raises(ValueError, match=rf": {size} has no row"):
         check_ids(bad, size, "prompt")
+
+
+def test_what_a_tokenizer_cannot_encode_is_named():
+    model = models.BPE(vocab={"a": 0}, merges=[], unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    with pytest.raises(
+        ValueError, match="cannot encode 'ab'.*leave out the characters"
+    ):
+        encode(tokenizer, "ab", "start")
+    with pytest.raises(ValueError, match="cannot encode"):
+        encode_all(tokenizer, ["ab"])

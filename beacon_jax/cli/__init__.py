@@ -8,6 +8,7 @@ arguments of the process. Nothing that takes long to import is imported at its t
 """
 
 import importlib
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -75,6 +76,9 @@ def start(name: str, arguments: Sequence[str] | None = None) -> None:
     from beacon_jax.cli.ending import ended
 
     runtime.quiet()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # escapes for letters it cannot write
+            stream.reconfigure(errors="backslashreplace")
     with ended(name, AFTERWARDS.get(name, "")):
         module = importlib.import_module(f"beacon_jax.cli.{name}")
         if not hasattr(module, "define_flags"):

@@ -232,6 +232,8 @@ def _string(value: Any) -> str:
             raise _BadField("invalid UTF-8") from None
     if not isinstance(value, str):
         raise _BadField("wrong type")
+    if "\0" in value:
+        raise _BadField("NUL character")
     if not value.isascii():
         try:
             value.encode("utf-8")

@@ -67,7 +67,7 @@ STDLIB_SKIP = frozenset(
         "__pycache__",
     ]
 )
-SKIPPED_FOLDERS = frozenset({"__pycache__", ".git"})
+SKIPPED_FOLDERS = frozenset({"__pycache__"})
 HF_FILES = frozenset({"dataset_info.json", "state.json", "dataset_dict.json"})
 
 
@@ -310,13 +310,17 @@ def _glob(uri: Uri, pattern: Path) -> list[tuple[str, Path]]:
 
 
 def _walk(root: Path, skip: frozenset[str]) -> Iterator[tuple[str, Path]]:
-    """Yields the files below a folder; of a `datasets` folder only those with rows."""
+    """Yields the files below a folder; of a `datasets` folder only those with rows.
+
+    Hidden ones are left out: caches, environments, copies of an editor.
+    """
+    shown = lambda names: [name for name in names if not name.startswith(".")]
     for folder, folders, files in os.walk(root):
         here = Path(folder)
-        folders[:] = sorted(name for name in folders if name not in skip)
+        folders[:] = sorted(name for name in shown(folders) if name not in skip)
         linked = [name for name in folders if (here / name).is_symlink()]
         # os.walk does not enter linked folders.
-        for name in sorted([*_with_rows(files), *linked]):
+        for name in sorted([*_with_rows(shown(files)), *linked]):
             path = here / name
             if name != "dataset_dict.json":
                 yield path.relative_to(root).as_posix(), path

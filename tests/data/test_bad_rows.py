@@ -26,6 +26,7 @@ BAD_ROWS = {
     b'{"text": "caf\xe9"}': "invalid UTF-8",
     '{"text": "a"}'.encode("utf-16"): "invalid UTF-8",
     b'{"text": "\\ud800"}': "lone surrogate",
+    b'{"text": "a\\u0000b"}': "NUL character",
     b'{"text": "a", "text": "b"}': "a key twice",
     b'"text"': "not an object",
     b'[{"text": "a"}]': "not an object",
@@ -194,6 +195,7 @@ def test_damage_inside_of_arrow_never_ends_the_process(tmp_path, seed):
     for row in rows_of(str(tmp_path / "a.arrow")):
         assert isinstance(row, Record) or row.reason in (
             *("damaged arrow", "invalid UTF-8", "wrong type", UNKNOWN, "empty"),
+            "NUL character",
         )
 
 
