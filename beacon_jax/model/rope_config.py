@@ -82,7 +82,7 @@ class RopeConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> Self:
         """Reads `rope_parameters` (transformers 5) or `rope_scaling` + `rope_theta`."""
         old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
-        if old and new and old != new:
+        if old and new and _differ(old, new):
             raise ValueError(
                 f"config.json has rope_scaling={old} and rope_parameters={new}, which "
                 "disagree: delete the one that is wrong."
@@ -104,12 +104,13 @@ class RopeConfig:
         _check_numbers(given, "rope_parameters" if new else "rope_scaling")
         theta = given.pop("rope_theta", None)
         theta = hf.get("rope_theta", 10000.0) if theta is None else theta
-        partial = given.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
-        if partial not in (None, 1, 1.0):
-            raise ValueError(
-                f"partial_rotary_factor={partial} is not supported: only models that "
-                "rotate all of head_dim are."
-            )
+        factor = "partial_rotary_factor"
+        for partial in (given.pop(factor, None), hf.get(factor)):
+            if partial not in (None, 1, 1.0):
+                raise ValueError(
+                    f"partial_rotary_factor={partial} is not supported: only models "
+                    "that rotate all of head_dim are."
+                )
         if kind not in _ROPE_KEYS:
             return cls(kind=kind)  # raises, with the list of kinds
         if unknown := sorted(set(given) - {*_ROPE_KEYS[kind], _ORIGINAL}):
@@ -146,6 +147,21 @@ class RopeConfig:
 
 
 _ORIGINAL = "original_max_position_embeddings"
+
+
+def _differ(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Tells whether two spellings of rotary settings have different values.
+
+    A theta that only one of them has is that of both.
+    """
+    names = {"type": "rope_type"}
+    a, b = ({names.get(k, k): x for k, x in one.items()} for one in (old, new))
+    if "rope_theta" not in a or "rope_theta" not in b:
+        a.pop("rope_theta", None)
+        b.pop("rope_theta", None)
+    return a != b
+
+
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),

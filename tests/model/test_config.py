@@ -194,6 +194,18 @@ def test_rope_theta_inside_rope_parameters_wins():
     assert ModelConfig.from_hf(hf).rope.theta == 7.0
 
 
+def test_equal_rotary_settings_in_two_spellings_are_one():
+    old = {"type": "linear", "factor": 2.0}
+    new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
+    hf = LLAMA | {"rope_scaling": old, "rope_parameters": new}
+    assert ModelConfig.from_hf(hf).rope == RopeConfig(
+        theta=7.0, kind="linear", factor=2.0
+    )
+    hf["rope_scaling"] = old | {"rope_theta": 8.0}
+    with pytest.raises(ValueError, match="disagree"):
+        ModelConfig.from_hf(hf)
+
+
 def test_yarns_attention_scale_is_that_of_transformers():
     yarn = RopeConfig(kind="yarn", factor=4.0, original_max_position=64)
     replace = dataclasses.replace
@@ -217,6 +229,16 @@ def test_yarns_attention_scale_is_that_of_transformers():
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"num_hidden_layers": 0}, "num_layers=0 must be a positive"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (
+            {
+                "partial_rotary_factor": 0.5,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "partial_rotary_factor": 1.0,
+                },
+            },
+            "partial_rotary_factor=0.5",
+        ),
         ({"rope_scaling": {"type": "longrope"}}, "'longrope' is not.*use one of def"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' is not supp"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type='linear' without factor"),
