@@ -223,6 +223,15 @@ def loss_of(config, beacon, tokens, lengths, plan, **options):
     )
 
 
+def assert_same_gradients(tree, others):
+    """Sums in another order: measured 2e-7 to 6e-7 of a leaf's largest, which is 28."""
+
+    def close(x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * float(np.abs(y).max()))
+
+    jax.tree.map(close, tree, others)
+
+
 @pytest.mark.slow  # its gradients are in the sum that the next test compares
 @pytest.mark.parametrize("sink", [0, 3])
 def test_a_short_row_trains_as_alone_while_others_go_on(sink):
@@ -241,7 +250,7 @@ def test_a_short_row_trains_as_alone_while_others_go_on(sink):
     a, da = jax.value_and_grad(short_row)(beacon)
     b, db = jax.value_and_grad(alone)(beacon)
     np.testing.assert_allclose(a, b, rtol=1e-5)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), da, db)
+    assert_same_gradients(da, db)
 
 
 @pytest.mark.slow
@@ -264,8 +273,7 @@ def test_a_batch_of_mixed_lengths_has_the_gradients_of_its_rows_alone(remat):
     mean = lambda *xs: sum(x * n / count for x, (_, n) in zip(xs, parts, strict=True))
     alone, gradients = jax.tree.map(mean, *(part for part, _ in parts))
     np.testing.assert_allclose(loss, alone, rtol=1e-5)
-    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
-    jax.tree.map(close, together, gradients)
+    assert_same_gradients(together, gradients)
 
 
 def test_the_first_window_can_be_left_out_of_the_loss():
