@@ -4,12 +4,14 @@ In a repository they are folders beside the package; a wheel has them inside it.
 that exists always wins over a name.
 """
 
+import codecs
 import importlib.util
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from beacon_jax.forms import Count
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.names import meant
 from beacon_jax.paths import check_fetched, is_there, parse_object, read_object
@@ -165,6 +167,8 @@ def _check_tokenizer_files(path: Path) -> None:
     for name in TOKENIZER_FILES:
         if is_there(path / name):
             check_fetched(path / name)
+            if name != "tokenizer.model":
+                _check_text(path / name)
     for name, form in _FORMS.items():
         if (path / name).is_file():
             read_object(path / name, form)
@@ -185,6 +189,26 @@ def _check_tokenizer_files(path: Path) -> None:
     )
 
 
+def _check_text(path: Path) -> None:
+    """Raises ValueError for what is no UTF-8, or begins with a byte order mark.
+
+    Libraries take the mark for a part of what is in the file.
+    """
+    data = path.read_bytes()
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8: byte {data[error.start]:#04x} at "
+            f"{error.start:,} is not. Save it in UTF-8, or download it again."
+        ) from None
+    if data.startswith(codecs.BOM_UTF8):
+        raise ValueError(
+            f"{path} begins with a byte order mark, which would be a part of what is "
+            "in it: save it without one."
+        )
+
+
 # Forms (`forms`) of what some files of tokenizers may hold; null: it is not given.
 _SPECIAL = {
     f"{name}_token?": (str, {}, None)
@@ -193,8 +217,8 @@ _SPECIAL = {
 _FORMS = {
     "tokenizer_config.json": {
         **_SPECIAL,
-        "added_tokens_decoder?": ({}, None),
-        "chat_template?": (str, {}, [{}], None),
+        "added_tokens_decoder?": ({str: {"content": str}}, None),
+        "chat_template?": (str, {}, [{"name": str, "template": str}], None),
         "model_max_length?": (float, None),
         "tokenizer_class?": (str, None),
         **{
@@ -208,7 +232,7 @@ _FORMS = {
         },
     },
     "special_tokens_map.json": _SPECIAL,
-    "added_tokens.json": {},
+    "added_tokens.json": {str: Count},
 }
 
 

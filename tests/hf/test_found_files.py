@@ -309,11 +309,26 @@ def test_a_manifest_has_each_tensor_once(tmp_path, folder, tensors):
         ("special_tokens_map.json", '{"eos_token": ', "is not JSON"),
         ("special_tokens_map.json", '{"pad_token": 7}', r"\.pad_token is 7"),
         ("added_tokens.json", "[3]", "has list where"),
+        ("added_tokens.json", '{"<x>": "5"}', r".*<x> is '5', not a whole number"),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"template": "x"}]}',
+            r"\.chat_template is",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"2": "<x>"}}',
+            r"\.added_tokens_decoder is",
+        ),
+        ("chat_template.jinja", "\ufeffhi", "begins with a byte order mark"),
+        ("chat_template.jinja", "caf\udce9", "is no text in UTF-8: byte 0xe9 at 3"),
+        ("tokenizer.json", "\ufeff{}", "begins with a byte order mark"),
         ("config.json", "{", "is not JSON"),
     ],
 )
 def test_a_tokenizers_file_of_another_form_is_named(tokenizer, name, content, message):
-    (tokenizer / name).write_text(content)
+    data = content.encode(errors="surrogateescape")
+    (tokenizer / name).write_bytes(data)
     with pytest.raises(ValueError, match=rf"{name} ?{message}"):
         load_tokenizer(tokenizer)
 
