@@ -105,9 +105,11 @@ class SafetensorsReader:
         self._paths = {path.name: path for path in files}
         for path in files:
             with _opened(path) as file:
-                self.metadata[path.name] = file.metadata()
                 self._add(path, {k: file.get_slice(k) for k in file.offset_keys()})
-            parse_object(_header(path), f"the header of {path}")  # no name twice
+            # Parsed once more: no name is there twice, and the metadata have their
+            # order, which the library forgets.
+            header = parse_object(_header(path), f"the header of {path}")
+            self.metadata[path.name] = header.get(METADATA)
 
     def _add(self, path: Path, slices: Mapping[str, Any]) -> None:
         """Adds the tensors of a file; their bytes fill its end, in this order."""

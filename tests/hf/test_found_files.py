@@ -176,7 +176,9 @@ def test_a_header_of_another_structure_is_no_safetensors_file(folder, header):
         load(folder)
 
 
-@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, None])
+@pytest.mark.parametrize(
+    "metadata", [{}, {"format": "pt"}, None, dict(zip("zyxwv", "abcde", strict=True))]
+)
 def test_the_metadata_of_a_file_comes_back_as_it_was(
     tmp_path, folder, config_of, tensors_of, metadata
 ):
