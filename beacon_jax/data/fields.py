@@ -89,7 +89,13 @@ def decoded(data: bytes) -> dict[str, Any] | str:
         return "a key twice"
     except (ValueError, RecursionError):
         return "not JSON"
+    if isinstance(row, list) and row and all(map(_says_who, row)):
+        return {"messages": row}  # turns without a name for all of them
     return row if isinstance(row, dict) else "not an object"
+
+
+def _says_who(turn: Any) -> bool:
+    return isinstance(turn, dict) and bool({"role", "from"} & turn.keys())
 
 
 def record(where: str, row: Any) -> Record | Dropped:
@@ -249,6 +255,12 @@ def _filled(value: Any) -> str:
     return value
 
 
+def _lone_content(where: str, row: dict) -> Record:
+    if row.get("role") is not None:
+        raise _BadField("a turn without its conversation")
+    return _text(where, row, field="content")
+
+
 _FORMS: tuple[tuple[tuple[str, ...], Callable[[str, dict], Record]], ...] = (
     (("input_ids",), _tokens),
     (("conversations",), _conversation),
@@ -265,7 +277,7 @@ _FORMS: tuple[tuple[tuple[str, ...], Callable[[str, dict], Record]], ...] = (
         )
     ),
     (("chapter", "summary_text"), _booksum),
-    (("content",), functools.partial(_text, field="content")),
+    (("content",), _lone_content),
 )
 UNKNOWN = "unknown fields (known: {})".format(
     ", ".join(" + ".join(fields) for fields, _ in _FORMS)
@@ -275,4 +287,5 @@ COLUMNS = frozenset(field for fields, _ in _FORMS for field in fields) | {
     "labels",
     "input",
     "context",
+    "role",
 }

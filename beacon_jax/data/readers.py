@@ -10,7 +10,7 @@ import codecs
 import csv
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -268,12 +268,20 @@ def _read_csv(part: Piece) -> Iterator[tuple[int, Value]]:
             continue
         elif header is None:
             header = row
+        elif _twice(header):
+            yield first, Bad("a column twice")
         elif len(row) != len(header):
             yield first, Bad("another number of fields than the header")
         else:
             yield first, dict(zip(header, row, strict=True))
     if source.ended:
         yield reader.line_num + 1, source.ended
+
+
+def _twice(names: Sequence[str]) -> bool:
+    """Tells whether a column that is read is there twice: which one is meant?"""
+    known = [name for name in names if name in COLUMNS]
+    return len(set(known)) < len(known)
 
 
 class _CsvLines:
@@ -405,7 +413,12 @@ def _batches(
             for i, name in enumerate(batch.schema.names)
             if name in COLUMNS
         }
+        twice = _twice(batch.schema.names)
         for row in range(batch.num_rows):
+            if twice:
+                yield number, Bad("a column twice")
+                number += 1
+                continue
             try:
                 yield number, {name: _cell(c[row]) for name, c in columns.items()}
             except UnicodeDecodeError:

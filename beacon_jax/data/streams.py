@@ -6,6 +6,7 @@ A longer row is skipped, and a `Bad` in its place says so.
 
 import contextlib
 import gzip
+import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -121,13 +122,27 @@ def lines(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]:
 
 
 def is_array(path: str) -> bool:
-    """Tells whether a JSON file is one array, not JSON lines: it starts with "["."""
+    """Tells whether a JSON file is one array, not JSON lines: it starts with "[".
+
+    Unless the first line is a whole array and another one begins behind it.
+    """
     for chunk in chunks(path):
         if isinstance(chunk, Bad):
             return False
         if start := chunk.lstrip():
-            return start.startswith(b"[")
+            line, _, rest = start.partition(b"\n")
+            return line.startswith(b"[") and not (
+                rest.lstrip().startswith(b"[") and _is_json(line)
+            )
     return False
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def elements(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]:

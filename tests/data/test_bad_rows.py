@@ -1,6 +1,7 @@
 """Bad rows and files are dropped where they are, with a reason, and nothing else is."""
 
 import gzip
+import json
 import random
 
 import pyarrow
@@ -30,6 +31,8 @@ BAD_ROWS = {
     b'{"text": "a", "text": "b"}': "a key twice",
     b'"text"': "not an object",
     b'[{"text": "a"}]': "not an object",
+    b'[{"role": "user", "content": " "}]': "empty",
+    b'{"role": "user", "content": "a"}': "a turn without its conversation",
     b"null": "not an object",
     b"{}": UNKNOWN,
     b'{"title": "a"}': UNKNOWN,
@@ -268,3 +271,38 @@ def test_a_pointer_of_git_lfs_is_no_data(tmp_path, name):
     file.write_text("version https://git-lfs.github.com/spec/v1\nsize 5\n")
     reason = "a pointer of git-lfs: fetch the file (git lfs pull)"
     assert rows_of(str(file)) == [Dropped(name, reason)]
+
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_lines_of_turns_are_conversations(tmp_path, rows):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(TURNS) + "\n" for _ in range(rows)))
+    turns = (("user", "q"), ("assistant", "a"))
+    assert rows_of(str(file)) == [
+        Record(f"a.jsonl:{i + 1}", turns=turns) for i in range(rows)
+    ]
+
+
+def test_an_array_of_lone_turns_is_no_text(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(TURNS))
+    alone = "a turn without its conversation"
+    assert rows_of(str(file)) == [
+        Dropped("a.json:1", alone),
+        Dropped("a.json:2", alone),
+    ]
+
+
+def test_a_column_that_is_there_twice_is_not_chosen_from(tmp_path):
+    (tmp_path / "a.csv").write_text("text,n,n,text\na,1,2,b\n")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    (tmp_path / "c.csv").write_text("text,n,n\na,1,2\n")
+    assert rows_of(str(tmp_path)) == [
+        Dropped("a.csv:2", "a column twice"),
+        Dropped("b.parquet:1", "a column twice"),
+        Record("c.csv:2", text="a"),
+    ]
