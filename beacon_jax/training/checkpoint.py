@@ -14,6 +14,7 @@ import logging
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,7 +166,7 @@ class Checkpoints:
             self._manager.close()
             if self._half is not None and is_lead():  # a full disk needs the room
                 for path in self._folder.glob(f"{self._half}.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove(path)
 
     def _failed(self, error: Exception) -> None:
         """Raises CheckpointError for a save that failed, whatever the reason was.
@@ -351,6 +352,15 @@ class Checkpoints:
         self._manager.reload()
         if is_lead():
             say(f"{_DAMAGED.format(step)}: moved to {target}, using the one before")
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder that threads of TensorStore may still write to, for 5 s."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 # How the names of `_leaves` begin.
