@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict
 
 from beacon_jax.forms import unlike
 from beacon_jax.hf.hashing import tree_hash
+from beacon_jax.paths import read_object
 from beacon_jax.training.console import say
 from beacon_jax.training.processes import is_lead, wait, worst
 
@@ -417,13 +418,21 @@ def _drop_late_answers() -> None:
 
 
 def _check_whole(folder: Path) -> None:
-    """Raises FileNotFoundError if a state lacks a file that all of it hangs on.
+    """Checks the files that all of a state hangs on.
 
-    orbax would find that out array by array, with a traceback for some of them.
+    orbax would find that out array by array, with a traceback for some of them, and its
+    reader of JSON ends the process where objects lie too deep in each other.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is no JSON object.
     """
     for name in ("_METADATA", "manifest.ocdbt"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is not there")
+    for name in ("_METADATA", "_sharding"):
+        if (folder / name).is_file():
+            read_object(folder / name)
 
 
 def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:

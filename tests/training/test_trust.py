@@ -154,13 +154,16 @@ def test_metadata_of_a_checkpoint_that_are_none_are_named(config, workdir):
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated", "missing", "link", "no manifest", "no hash", "no object"]
+    "damage",
+    ["truncated", "missing", "link", "no manifest", "no hash", "no object", "too deep"],
 )
 def test_one_that_cannot_be_read_stops_the_run_and_every_file_stays(
     config, workdir, damage
 ):
     step = workdir / "checkpoints" / "6"
-    if damage == "truncated":
+    if damage == "too deep":  # TensorStore's reader of JSON ends the process
+        (step / "state" / "_sharding").write_text('{"a": ' + "[" * 100_000)
+    elif damage == "truncated":
         for path in (step / "state").rglob("d/*"):
             path.write_bytes(path.read_bytes()[:10])
     elif damage == "missing":
