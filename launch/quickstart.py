@@ -10,7 +10,6 @@ sentences to be finished: a model of 135 million parameters answers few real que
 
 import argparse
 import functools
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ import beacon_jax
 from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.model.net import Net
 from beacon_jax.progress import Progress
-from beacon_jax.training.config import default_config
+from beacon_jax.training.config import default_config, read_recorded
 from beacon_jax.training.hardware import fastest_dtype
 from beacon_jax.training.initial import make_model
 from beacon_jax.training.inputs import Inputs, make_data
@@ -84,9 +83,8 @@ def loss(workdir: Path) -> None:
     Raises:
       SystemExit: their loss did not fall.
     """
-    saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     config = default_config()
-    config.update(saved)
+    config.update(read_recorded(workdir))
     stage = config.data.stages.stage1
     config.data.first_step += stage.steps
     stage.steps = ROWS
