@@ -3,8 +3,8 @@
 A form is a type, None, or built of forms:
 
     Count                 a whole number from 0 on
-    int, float, str ...   a value of this type; a float is finite, an int is one, too;
-                          a list may hold anything
+    int, float, str ...   a value of this type; a float is finite; an int is one, too,
+                          if a float can hold it; a list may hold anything
     {"key": form, ...}    an object with these keys, and perhaps others
     {"key?": form, ...}   the same, but the key may be missing
     {str: form}           an object whose keys are any
@@ -13,7 +13,7 @@ A form is a type, None, or built of forms:
     frozenset({...})      one of these values
 """
 
-import math
+import sys
 from typing import Any
 
 from beacon_jax.names import short
@@ -90,7 +90,7 @@ def _fits(value: Any, form: Any) -> bool:
     if form is Count:
         return type(value) is int and value >= 0
     if form is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is form
 
 

@@ -35,6 +35,8 @@ def test_what_is_as_its_form_may_have_more_keys_and_lack_optional_ones():
         ({"rows": [ROW | {"count": True}]}, "it.rows[0].count is True, not a whole"),
         ({"rows": [ROW | {"count": 1.0}]}, "it.rows[0].count is 1.0, not a whole"),
         ({"rows": [ROW | {"share": math.nan}]}, "it.rows[0].share is nan, not a num"),
+        ({"rows": [ROW | {"share": -math.inf}]}, "it.rows[0].share is -inf, not a num"),
+        ({"rows": [ROW | {"share": 10**400}]}, "it.rows[0].share is 10000000"),
         ({"rows": [ROW | {"share": False}]}, "it.rows[0].share is False, not a numb"),
         ({"rows": [ROW | {"hash": 1}]}, "it.rows[0].hash is 1, not a text or null"),
         ({"rows": [ROW | {"own": 1}]}, "it.rows[0].own is 1, not true or false"),

@@ -30,7 +30,6 @@ COUNTS = ("rows", "examples", "tokens", "labelled", "cut")
 # Forms of what is counted; earlier versions did not count all of it.
 _SUMS = {**dict.fromkeys(COUNTS[:-1], Count), "cut?": Count}
 _DROP = {"rows": Count, "tokens?": Count, "bad": bool, "first": [str]}
-COUNTED = {**_SUMS, "drops": {str: _DROP}}
 SETTINGS = {
     "tokenizer": str,
     "rules": {"min_length": Count, "max_length": Count},
@@ -39,7 +38,7 @@ SETTINGS = {
 _FORM = {
     "settings": SETTINGS,
     "total": _SUMS,
-    "sources": [{"uri": str, **COUNTED}],
+    "sources": [{"uri": str, **_SUMS, "drops": {str: _DROP}}],
     "shards": [{"name": str, "examples": Count}],
 }
 _AGAIN = "copy it again, or prepare it again with --overwrite"

@@ -7,13 +7,16 @@ from typing import Any
 
 from beacon_jax.data.examples import EXPECTED, LONGER, SHORTER, Made
 from beacon_jax.data.heldout import HELD_OUT
-from beacon_jax.data.prepared import COUNTED, COUNTS, DROPPED_LINES
-from beacon_jax.forms import unlike
+from beacon_jax.data.prepared import COUNTS, DROPPED_LINES
+from beacon_jax.forms import Count, unlike
 from beacon_jax.paths import read_object
 
 FIRST = 5  # places that are named for every reason
 BAD_ROWS = 1_000  # bad rows of a shard that dropped.jsonl may hold
 EARLY_ROWS = 1_000  # after so many a run that drops too many stops at once
+# Forms of what a shard counts.
+_DROP = {"rows": Count, "tokens": Count, "bad": bool, "first": [str]}
+_COUNTED = {**dict.fromkeys(COUNTS, Count), "drops": {str: _DROP}}
 
 
 def _counts() -> dict[str, Any]:
@@ -91,8 +94,9 @@ class Tally:
     def _read(self, path: Path) -> dict[str, Any]:
         """Reads the counts of a shard, which an interrupted run may have written."""
         report = read_object(path)
-        names = {f"{i}?": COUNTED for i in range(len(self.sources))}
-        wrong = unlike(report, {"sources": names, "bad": [[str]]}, "report")
+        names = {f"{i}?": _COUNTED for i in range(len(self.sources))}
+        form = {"sources": names, "bad": [[str]], "largest?": int}
+        wrong = unlike(report, form, "report")
         if not wrong and not {*report["sources"]} <= {x[:-1] for x in names}:
             wrong = "it counts rows of other sources"
         if wrong or any(len(row) != 2 for row in report["bad"]):

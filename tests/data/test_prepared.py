@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from beacon_jax.data.examples import Example
 from beacon_jax.data.prepare import Preparation, prepare
-from beacon_jax.data.prepared import Prepared, decode, encode, example_hash
+from beacon_jax.data.prepared import COUNTS, Prepared, decode, encode, example_hash
 from beacon_jax.data.tally import ShardCounts, Tally
 
 TOKENIZER = "assets/tiny-base"
+COUNTED = {**dict.fromkeys(COUNTS, 0), "drops": {}}
+DROP = {"rows": 1, "bad": False, "first": []}
 
 
 @pytest.fixture
@@ -207,6 +209,12 @@ def test_how_an_interrupted_run_began_is_read_or_named(tmp_path, content):
         ({"bad": [["a"]]}, ": remove it, and"),
         ({"sources": {"0": {"rows": -1}}}, "report.sources.0.rows is -1, not a whole"),
         ({"sources": {"9": {}}}, "it counts rows of other sources: remove it"),
+        ({"sources": {"0": COUNTED | {"drops": {"x": DROP}}}}, "x.tokens is missing"),
+        (
+            {"sources": {"0": {k: n for k, n in COUNTED.items() if k != "cut"}}},
+            "report.sources.0.cut is missing: remove it",
+        ),
+        ({"largest": "7"}, "report.largest is '7', not a whole number"),
     ],
 )
 def test_a_damaged_report_of_a_shard_is_named(tmp_path, change, message):
