@@ -49,7 +49,6 @@ _SURE = 0.9  # from here on chardet has seen structure; below it counts letters
 _NEAR = 0.6
 _BEFORE = 256  # bytes in front of the first that is no ASCII
 _MOST = 4
-_PLACES = 4  # valid characters of UTF-8 for each damaged place
 
 _SAVE = "save it as plain text (.txt) in UTF-8"
 _UNPACK = "unpack it, and give the text in it"
@@ -277,12 +276,14 @@ def _likely(data: bytes, bad: int | None, nul: int) -> str:
     if bad is not None and nul < 0:
         text = data.decode("utf-8", "replace")
         places = text.count("\ufffd")
-        valid = len(text) - len(text.encode("ascii", "ignore")) - places
-        if valid >= places * _PLACES:
+        plain = len(text.encode("ascii", "ignore"))
+        valid = len(text) - plain - places
+        # By chance 1 letter of CJK in 7 is valid UTF-8, and hardly one among ASCII.
+        if valid >= places * 4 or (valid >= places and plain > len(text) / 2):
             one = "1 place" if places == 1 else f"{places:,} places"
             return (
-                f"It is UTF-8 that is damaged in {one}: mend that, or leave the bad "
-                "bytes out (iconv -c -f UTF-8 -t UTF-8)."
+                f"It seems to be UTF-8 that is damaged in {one}: mend that, or leave "
+                "the bad bytes out (iconv -c -f UTF-8 -t UTF-8)."
             )
         # A part that begins with the letters of a format has no guess.
         parts = [_part(data, bad), data[bad : bad + SHOWN]]

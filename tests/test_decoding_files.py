@@ -191,10 +191,13 @@ def test_a_document_is_no_text_in_any_encoding(data):
         (RUSSIAN.encode() + b"\xff" + ENGLISH.encode(), "1 place"),
         (FRENCH.encode() + b"caf\xe9 " * 2 + FRENCH.encode(), "2 places"),
         (CHINESE.encode()[:-1], "1 place"),
+        (b"\xc3\xa9 " + ENGLISH.encode() + b"\xf3 " + ENGLISH.encode(), "1 place"),
     ],
 )
 def test_damaged_utf8_is_no_other_encoding(data, place):
-    assert f"It is UTF-8 that is damaged in {place}: mend that" in refused(data)
+    assert f"It seems to be UTF-8 that is damaged in {place}: mend that" in refused(
+        data
+    )
 
 
 def test_an_unknown_or_wrong_encoding_is_named():
