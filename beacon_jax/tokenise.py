@@ -16,7 +16,9 @@ the one that is. Two texts that are encoded one after the other would have it in
 between, "arg" and "ument" would become "arg ument". So a text behind another one is
 encoded behind a character that melts into nothing, and the tokens of that character are
 left out. The ids are those of both texts in one, wherever that has a border of tokens
-there. Other tokenizers encode it by itself.
+there. Other tokenizers encode it by itself. Those whose tokens say where a word begins
+or ends (WordPiece's ##, </w>), and lists of words, then have a border of words between
+the two: "arg" and "ument" are two words to them. No model that is supported has one.
 """
 
 from collections.abc import Iterator, Sequence

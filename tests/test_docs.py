@@ -3,6 +3,7 @@
 import collections
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -57,6 +58,41 @@ def test_the_readme_fits_and_begins_with_a_short_snippet():
     assert len(text.encode()) <= 12 * 1024
     snippet, *others = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(snippet.splitlines()) <= 13 and not others
+
+
+def test_the_readme_begins_with_a_command_and_figures_that_were_measured():
+    """No owner is known, and no word of the method stands before the first command."""
+    text = README.read_text("utf-8")
+    first, said = text.split("## ")[0].split("```\n")[1:]
+    assert first.startswith("make setup && ") and "beacon-jax generate" in first
+    before = text.split("```")[0]
+    assert not re.findall(r"beacons?\b|window|ratio|slot|memory", before)
+    assert not [page for page in PAGES if "OWNER" in page.read_text("utf-8")]
+    measured = (ROOT / "docs" / "quickstart.md").read_text("utf-8")
+    figures = re.findall(r"\d[\d,]*[.,]\d+", said.split("**What it saves.**")[1])
+    assert len(figures) >= 7
+    for figure in {*figures} - {"2,048"}:  # of the report below
+        assert re.search(rf"\b{re.escape(figure)} (s|MiB|tokens)", measured), figure
+    report = re.search(r"\[(\d+) %\]\((\S+)/report.md\)\s+\[(\d+), (\d+)\]", said)
+    assert report
+    metrics = json.loads((ROOT / report[2] / "metrics.json").read_text("utf-8"))
+    (gap,) = (
+        [round(100 * each[key]) for key in ("value", "low", "high")]
+        for each in metrics["metrics"]
+        if (each["method"], each["metric"]) == ("beacon_x4", "gap_closed")
+    )
+    assert gap == [int(report[i]) for i in (1, 3, 4)]
+
+
+@pytest.mark.slow  # compiles two programs
+def test_the_first_command_of_the_readme_answers_as_it_says():
+    first = README.read_text("utf-8").split("```\n")[1].split("\n", 1)[1]
+    command = first.replace("beacon-jax", f"{sys.executable} -m beacon_jax")
+    ran = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ran.stdout == "71492\n", ran.stderr
+    assert "264 context tokens" in ran.stderr
 
 
 def test_the_readme_links_to_files_that_are_there():

@@ -20,13 +20,14 @@ def source(cell):
     return "".join(cell["source"])
 
 
-def test_the_badges_and_the_clone_name_one_repository():
-    """Its owner stands in pyproject.toml, README.md and two cells of the notebook."""
+def test_the_badge_the_clone_and_the_site_name_one_repository():
+    """Its owner stands in pyproject.toml, mkdocs.yml and two cells of the notebook."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     owner = project["urls"]["Repository"].removeprefix("https://github.com/")
     first = BADGE.search(source(NOTEBOOK["cells"][0]))
-    readme = BADGE.search((ROOT / "README.md").read_text("utf-8"))
-    assert first and readme and first[1] == readme[1] == owner
+    assert first and first[1] == owner
+    site = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert f"repo_url: {project['urls']['Repository']}\n" in site
     assert f'REPOSITORY = "{project["urls"]["Repository"]}"' in source(CODE[0])
 
 

@@ -135,6 +135,46 @@ def test_a_tokenizer_without_any_mark_encodes_a_part_by_itself():
     assert encode(fast, "the a", "behind").tolist() == [1, 2]
 
 
+def words_of(kind):
+    """A tokenizer whose tokens tell of words, and that drops the spaces."""
+    letters = sorted({*"argumentsofhe"})
+    if kind == "wordpiece":
+        names = [*letters, *(f"##{x}" for x in letters), "arg", "##um", "!"]
+        vocab = {x: i for i, x in enumerate(["?", *names])}
+        model = models.WordPiece(vocab=vocab, unk_token="?")
+    elif kind == "</w>":
+        names = [*letters, *(f"{x}</w>" for x in letters), "ar", "arg", "um", "!"]
+        merges = [("a", "r"), ("ar", "g"), ("u", "m")]
+        model = models.BPE(
+            {x: i for i, x in enumerate(["?", *names])},
+            merges,
+            unk_token="?",
+            end_of_word_suffix="</w>",
+        )
+    else:
+        names = ["arg", "ument", "argument", "of", "the", "!"]
+        model = models.WordLevel({x: i for i, x in enumerate(["?", *names])}, "?")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "</w>", "word list"])
+def test_a_border_of_parts_is_one_of_words_where_tokens_tell_of_words(kind):
+    """Specification section 8; the ids of the whole at its borders of words only."""
+    tokenizer = words_of(kind)
+    ids = lambda text: encode(tokenizer, text, "bare").tolist()
+    behind = lambda text, after: encode(tokenizer, text, "behind", after).tolist()
+    text = "the argument of the ument"
+    for at in range(1, len(text)):
+        front, rest = text[:at], text[at:]
+        for after in (None, front, ids(front)[-1]):
+            assert behind(rest, after) == ids(rest)
+        parts = ids(front) + behind(rest, front)
+        assert parts == ids(f"{front} {rest}")
+        assert (parts == ids(text)) == (" " in (text[at - 1], text[at]))
+
+
 def test_a_token_without_a_row_is_named_with_its_text():
     tokenizer = make.__wrapped__("qwen2")
     size = len(tokenizer)

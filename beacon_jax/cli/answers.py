@@ -33,6 +33,8 @@ def read_prompts(o: flags.FlagValues) -> list[str]:
                     f"--{name}={getattr(o, name)} together with --chat, which reads "
                     "messages from stdin and answers in text: leave one of them out."
                 )
+        if sys.stdin is None:
+            raise ValueError("--chat reads messages from stdin, which is closed.")
         if stdin:
             raise ValueError(
                 "--context=- reads stdin, which --chat takes messages from: name a "

@@ -93,12 +93,22 @@ def read_text(flag: str, name: str, encoding: str | None = None) -> str:
     Raises:
       ValueError: there is no such file, no text in it, or one in another encoding.
     """
-    if name != "-":
+    if name == "-":
+        if sys.stdin is None:
+            raise ValueError(f"--{flag}=- reads stdin, which is closed: name a file.")
+        data = sys.stdin.buffer.read()
+    else:
         check_file(flag, name, " (use - for stdin)")
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    if not data.strip():
+        data = Path(name).read_bytes()
+    if data.startswith(paths.POINTER):
+        raise ValueError(
+            f"--{flag}={name} is a pointer of git-lfs, not the file: fetch it (git lfs "
+            "pull in its folder)."
+        )
+    text = decode(data, f"--{flag}={name}", encoding)
+    if not text.strip():
         raise ValueError(f"--{flag}={name} is empty: name a file with text.")
-    return decode(data, f"--{flag}={name}", encoding)
+    return text
 
 
 def check_file(flag: str, name: str, hint: str = "") -> None:
@@ -128,6 +138,10 @@ def check_options(o: flags.FlagValues, memory: str, rows: int, **more: Any) -> N
     names = ("max_slots", "max_bytes", "spans", "lossless", "memory_dtype")
     given = {name: getattr(o, name) for name in names}
     validate.options(Completion(ratio=parse_ratio(o.ratio), **given, **more), rows)
+    for text in getattr(o, "prompt", None) or []:
+        validate.readable("prompt", text)
+    if getattr(o, "system", None):
+        validate.readable("system", o.system)
     if getattr(o, memory) is not None:
         check_file(memory, getattr(o, memory))
 

@@ -32,6 +32,7 @@ from beacon_jax.data.streams import (
     longer,
     newlines,
 )
+from beacon_jax.decoding import SHOWN, disguised
 from beacon_jax.paths import is_pointer
 
 PART_BYTES = 16 * 2**20
@@ -104,12 +105,19 @@ def cut(part: Piece, part_bytes: int = PART_BYTES) -> list[Piece]:
 
     The kind of a whole file is ""; it is found from the name.
     """
-    if part.kind:
+    if part.kind not in ("", "kept"):
         return _cut_tfds(part, part_bytes) if part.kind == "tfds" else [part]
     if is_pointer(part.path):
         return [unusable(part, "a pointer of git-lfs: fetch the file (git lfs pull)")]
     end = ending(part.name)
     kind = "text" if end in TEXT_ENDINGS else end[1:]
+    if kind == "text":
+        with open(part.path, "rb") as file:
+            found = disguised(file.read(SHOWN))
+        if found:
+            return [unusable(part, found)]
+    if part.kind:
+        return [part]
     if end.startswith(JSON_ENDINGS):
         kind = "array" if is_array(part.path) else "lines"
     part = part._replace(kind=kind)

@@ -199,11 +199,16 @@ def readable(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        letter = text[error.start]
+        why = f"has {letter!a} at character {error.start}, half of a surrogate pair, "
+        why += "which is no character"
+        if "\udc80" <= letter <= "\udcff":  # what Python makes of an argument's bytes
+            why = f"has byte {ord(letter) - 0xDC00:#04x} at character {error.start}, "
+            why += f"which is not UTF-8 ({letter!a} stands for it)"
         raise ArgumentError(
             name,
             text,
-            f"has {text[error.start]!a} at character {error.start}, half of a "
-            "surrogate pair, which is no character",
+            why,
             remedy=f"leave it out, {name}.encode('utf-8', 'ignore').decode()",
             flags="leave it out, or give the text as a file in UTF-8",
         ) from None
@@ -345,6 +350,8 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
         switch("recent", asked.recent)
     one_of("lossless", asked.lossless, LOSSLESS)
     check_spans(asked.spans)
+    if isinstance(asked.spans, str) and asked.spans:
+        readable("spans", asked.spans)
     callback("on_progress", asked.on_progress, "tokens fed", "of how many")
     if not isinstance(asked, Completion):
         return
@@ -365,6 +372,8 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
             "has an empty string, which every text contains",
             remedy="leave it out",
         )
+    for end in ends:
+        readable("stop", end)
 
 
 def alone(ratio: Any) -> None:

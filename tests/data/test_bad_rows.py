@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from beacon_jax.data.fields import BOOKSUM, UNKNOWN, record
-from beacon_jax.data.sources import Dropped, Record
+from beacon_jax.data.sources import Dropped, Record, open_parts, read_part
 from tests.data.source_files import (
     WRITERS,
     json_lines,
@@ -271,6 +271,28 @@ def test_a_pointer_of_git_lfs_is_no_data(tmp_path, name):
     file.write_text("version https://git-lfs.github.com/spec/v1\nsize 5\n")
     reason = "a pointer of git-lfs: fetch the file (git lfs pull)"
     assert rows_of(str(file)) == [Dropped(name, reason)]
+
+
+@pytest.mark.parametrize("heldout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (rb"{\rtf1\ansi Hello.}", "RTF, no plain text: save it as plain text"),
+        (b"%PDF-1.7 a", "a PDF, no plain text"),
+        ("今日は\n".encode("iso2022_jp"), "iso2022_jp, not UTF-8: write it anew"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-lfs"),
+    ],
+    ids=lambda given: given[:9] if isinstance(given, str) else "",
+)
+def test_a_file_that_is_ascii_and_no_plain_text_is_no_data(
+    tmp_path, content, reason, heldout
+):
+    file = tmp_path / "a.txt"
+    file.write_bytes(content)
+    (part,) = open_parts([str(file)], heldout=heldout)
+    (dropped,) = read_part(part)
+    assert isinstance(dropped, Dropped) and dropped.where == "a.txt"
+    assert dropped.reason.startswith(reason)
 
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

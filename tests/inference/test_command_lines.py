@@ -1,5 +1,6 @@
 """`compress` and `generate` from the outside; in this process, as jax loads slowly."""
 
+import codecs
 import io
 import json
 import re
@@ -315,6 +316,30 @@ def test_text_is_utf8_or_what_encoding_says(run):
     assert old.out == expected, old.err
 
 
+@pytest.mark.parametrize("flag", ["context", "prompt_file"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (codecs.BOM_UTF8, "is empty"),
+        (codecs.BOM_UTF8 + b"\r\n", "is empty"),
+        ("\u3000\n".encode(), "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+        (rb"{\rtf1\ansi Hello}", "is RTF, no plain text: save it as plain text"),
+    ],
+)
+def test_a_file_without_a_text_is_named(run, flag, data, message):
+    Path("a.txt").write_bytes(data)
+    options = () if flag == "prompt_file" else ("--prompt=x",)
+    fails(run(generate, *options, f"--{flag}=a.txt"), f"--{flag}=a.txt {message}")
+
+
+@pytest.mark.parametrize("words", [["--prompt=x", "--context=-"], ["--chat"]])
+def test_a_closed_stdin_is_named(run, words, monkeypatch):
+    monkeypatch.setattr(io, "TextIOWrapper", lambda *_, **__: None)
+    fails(run(generate, *words), words[-1])
+
+
 def test_a_conversation_survives_a_line_that_is_no_text(run):
     Path("chat.jinja").write_text(TEMPLATE)
     options = ("--chat", "--chat_template=chat.jinja", "--max_new_tokens=5")
@@ -427,6 +452,19 @@ def test_an_interrupt_stops_the_answer_and_not_the_conversation(run, monkeypatch
         (["--prompt=x", "--spans=a"], "--spans=a marks parts of --context"),
         (["--prompt=x", "--context=context.txt", "--spans=("], "--spans='(' is not a"),
         (["--prompt="], "--prompt= is empty"),
+        *(
+            ([*more, f"--{name}=a\udcff"], f"--{name}=a\\udcff has byte 0xff at char")
+            for name, more in (
+                ("prompt", []),
+                ("stop", ["--prompt=x"]),
+                ("spans", ["--prompt=x", "--context=context.txt"]),
+                ("system", ["--chat"]),
+            )
+        ),
+        (
+            ["--prompt=x", "--context=context.txt", "--encoding=a\udcff"],
+            "--encoding=a\udcff is unknown",
+        ),
         (["--prompt=x", "--context=."], "--context=. is a folder"),
         (["--prompt=x", "--context="], "--context= is empty: name a file"),
         (["--prompt=x", "--load_memory=."], "--load_memory=. is a folder"),
@@ -467,6 +505,7 @@ def test_bad_input_ends_with_one_line_that_names_it(run, arguments, message):
         ),
         *("--max_new_tokens=0", "--temperature=-1", "--top_p=2", "--stop="),
         *("--load_memory=gone", "--context=gone", "--spans=(", "--save_memory=."),
+        *("--prompt=a\udcff", "--stop=a\udcff", "--spans=a\udcff"),
     ],
 )
 def test_what_needs_no_model_is_checked_before_it_is_loaded(run, argument, monkeypatch):
