@@ -252,6 +252,36 @@ def _document(data: bytes) -> tuple[str, str] | None:
     return next(((kind, do) for x, kind, do in _DOCUMENTS if x.match(head)), None)
 
 
+def format_of(data: bytes) -> str | None:
+    """Names the format of a file that is no plain text, and the remedy, if known.
+
+    Args:
+      data: the beginning of a file.
+    """
+    found = _document(data) or _binary(data)
+    return found and f"{found[0]}, no plain text: {found[1]}"
+
+
+def wide(head: bytes) -> str:
+    """Returns the encoding that the first bytes of a text prove; "": UTF-8, perhaps.
+
+    A byte order mark does, and so do two letters of ASCII with their NUL bytes, those
+    of UTF-16 and UTF-32.
+    """
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            return name
+    if any(0 < byte < 32 and byte not in b"\t\n\r" for byte in head[:4]):
+        return ""
+    letters = "".join("a" if byte else "0" for byte in head[:4])
+    return {
+        "a0a0": "utf-16-le",
+        "0a0a": "utf-16-be",
+        "a000": "utf-32-le",
+        "000a": "utf-32-be",
+    }.get(letters, "")
+
+
 def _binary(data: bytes) -> tuple[str, str] | None:
     """Returns what a file is that has bytes that no text has, and the remedy."""
     if not _CONTROL.search(data[:SHOWN]):
@@ -261,7 +291,8 @@ def _binary(data: bytes) -> tuple[str, str] | None:
             return kind, remedy
     from chardet import detect
 
-    media = detect(data[:SHOWN], include_encodings=["utf-8"])["mime_type"] or ""
+    only = {"include_encodings": ["utf-8"], "no_match_encoding": "utf-8"}
+    media = detect(data[:SHOWN], **only)["mime_type"] or ""
     if media.startswith("text/") or media in ("", "application/octet-stream"):
         return None  # of no format
     for pattern, kind, remedy in _TYPES:

@@ -4,6 +4,7 @@ A wrong flag or value ends the program with one line that names it and what to d
 flags are absl's, so a command can be called from a program with values of its own.
 """
 
+import ast
 import functools
 import re
 import sys
@@ -167,19 +168,39 @@ def parse(argv: Sequence[str], values: flags.FlagValues, doc: str = "") -> list[
 
 
 def _with_config(words: list[str], values: flags.FlagValues) -> list[str]:
-    """Returns the arguments with the path of --config in place of its name."""
+    """Returns the arguments with the path of --config in place of its name.
+
+    Paths of --config.data.sources are quoted, as ml_collections wants them.
+    """
     if "config" not in values:
         return words
+    ours = {"config": _config, "config.data.sources": _quoted}
     made: list[str] = []
     for word in words:
         name, found, value = word.partition("=")
-        if found and name in ("--config", "-config"):
-            made.append(f"--config={_config(value)}")
-        elif made and made[-1] in ("--config", "-config"):
-            made[-1] = f"--config={_config(word)}"
+        before = made[-1] if made else ""
+        if found and name.startswith("-") and name.lstrip("-") in ours:
+            made.append(f"{name}={ours[name.lstrip('-')](value)}")
+        elif before.startswith("-") and before.lstrip("-") in ours:
+            made[-1] = f"{before}={ours[before.lstrip('-')](word)}"
         else:
             made.append(word)
     return made
+
+
+def _quoted(value: str) -> str:
+    """Returns a path as a tuple of one in Python, and a tuple of paths as it is.
+
+    ml_collections reads Python: a blank in a name would be an error, 2024 a number.
+    """
+    try:
+        made = ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        made = None
+    if isinstance(made, str):
+        return repr((made,))
+    paths = isinstance(made, tuple | list) and all(isinstance(x, str) for x in made)
+    return value if paths else repr((value,))
 
 
 def _config(name: str) -> str:

@@ -97,6 +97,7 @@ FORMATS = {
 }
 TEMPLATES = (*FORMATS, "hf", "no")
 TURN_ROLES = ("user", "assistant")
+HF_ROLES = (*TURN_ROLES, "system", "tool")
 Span = tuple[int, int]
 
 
@@ -107,21 +108,22 @@ def encode(
 
     Args:
       turns: (role, content) in order; those in front of the first of the user are left
-        out. Roles are user and assistant in turn; `hf` leaves that to its template.
+        out (`not_written`). Roles are user and assistant in turn; `hf` leaves that to
+        its template, which also gets system and tool.
       tokenizer: a fast tokenizer of transformers.
       template: one of TEMPLATES.
 
     Returns:
       The tokens int32 [n], and labelled bool [n], which marks the targets: the
       assistant's text and its end marker. One of REASONS if the conversation is to be
-      dropped.
+      dropped, perhaps with more behind a colon.
 
     Raises:
       ValueError: no template or an unknown one, or a tokenizer without its markers,
         without offsets, or, for `hf`, without a template that marks answers.
     """
     _check(tokenizer, template)
-    turns = _from_first_question(turns)
+    turns = _from_first_question(turns, template)
     reason = _fault(turns, template)
     if reason:
         return reason
@@ -200,16 +202,35 @@ def _has(tokenizer: Any, token: str) -> bool:
     )
 
 
-def _from_first_question(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    return list(itertools.dropwhile(lambda turn: turn[0] != "user", turns))
+def not_written(turns: Sequence[tuple[str, str]], template: str) -> list[str]:
+    """Names what `encode` leaves out in front of the user's first turn."""
+    kept = len(_from_first_question(turns, template))
+    roles = {role for role, words in turns[: len(turns) - kept] if words.strip()}
+    return [
+        f"{role} turns in front of the user's (chat_template={template})"
+        for role in sorted(roles)
+    ]
+
+
+def _from_first_question(
+    turns: Sequence[tuple[str, str]], template: str
+) -> list[tuple[str, str]]:
+    """Returns the turns from the user's first on; `hf` also has the system's."""
+    asks = [role == "user" for role, _ in turns]
+    first = asks.index(True) if True in asks else len(turns)
+    if template == "hf" and first and turns[first - 1][0] == "system":
+        first -= 1
+    return list(turns[first:])
 
 
 def _fault(turns: list[tuple[str, str]], template: str) -> str:
     """Returns the reason why these turns cannot be written, or ""."""
     roles = [role for role, _ in turns]
-    known = ("user", "assistant", "system") if template == "hf" else TURN_ROLES
-    if any(role not in known for role in roles):
-        return UNKNOWN_ROLE
+    known = HF_ROLES if template == "hf" else TURN_ROLES
+    for role in roles:
+        if role not in known:
+            hint = "" if role not in HF_ROLES else "; data.chat_template=hf may"
+            return f"{UNKNOWN_ROLE}: {template} writes no turns of {role}{hint}"
     if "assistant" not in roles:
         return NO_ASSISTANT
     if any(not content for _, content in turns):

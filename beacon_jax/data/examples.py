@@ -97,13 +97,15 @@ class Made(NamedTuple):
 
     Attributes:
       examples: none if there is a reason.
-      reason: one of `REASONS`, or "".
+      reason: one of `REASONS`, perhaps with more behind a colon, or "".
       lost: tokens of the record that are in no example, as far as they were counted.
+      unread: names of what the record's row has besides (`Record.unread`).
     """
 
     examples: tuple[Example, ...] = ()
     reason: str = ""
     lost: int = 0
+    unread: tuple[str, ...] = ()
 
 
 def make_examples(
@@ -136,7 +138,10 @@ def make_examples(
     if vocab_size is not None:
         for example in made.examples:
             check_ids(example.tokens, vocab_size, record.where, tokenizer)
-    return made
+    if made.reason:
+        return made
+    dropped = chat.not_written(record.turns or (), rules.chat_template)
+    return made._replace(unread=(*record.unread, *dropped))
 
 
 def _make(record: Record, tokenizer: Any, rules: Rules, vocab_size: int | None) -> Made:

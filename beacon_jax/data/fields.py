@@ -1,45 +1,78 @@
 """Makes records of the rows of a source: fields become text, turns or tokens.
 
-| fields                           | record                                            |
-|----------------------------------|---------------------------------------------------|
-| input_ids [, labels]             | tokens                                            |
-| conversations: [{role, content}] | turns; messages is another name of it             |
-| conversations: [{from, value}]   | turns (ShareGPT: human is user, gpt is assistant) |
-| text                             | text                                              |
-| instruction, output [, input]    | two turns (LongAlpaca); input on a line of its own|
-| instruction, response [, context]| two turns (Dolly), likewise                       |
-| prompt, completion               | two turns, or two lists of turns (TRL)            |
-| prompt, response                 | two turns                                         |
-| question, answer [, context]     | two turns; context as input                       |
-| chapter, summary_text            | two turns (BookSum); the user's: BOOKSUM, chapter |
-| content                          | text (files of source code)                       |
+| fields                              | record                                         |
+|-------------------------------------|------------------------------------------------|
+| input_ids [, labels]                | tokens                                         |
+| conversations, messages,            | turns: a list of {role, content}, of ShareGPT's|
+| conversation, dialog or dialogue    | {from, value}, or the same as JSON             |
+| text                                | text                                           |
+| instruction, output (or response)   | two turns (LongAlpaca, Dolly)                  |
+| prompt, completion (or response)    | two turns; either may be a list of turns (TRL) |
+| question, answer, answers or        | two turns; SQuAD's {"text": [...]} also: the   |
+| response                            | first of several answers                       |
+| query, response                     | two turns                                      |
+| problem, solution                   | two turns                                      |
+| inputs, targets                     | two turns                                      |
+| input, output                       | two turns                                      |
+| chapter, summary_text               | two turns (BookSum); the user's: BOOKSUM,      |
+|                                     | chapter                                        |
+| content                             | text (files of source code)                    |
 
-Other fields are ignored. The first line of the table whose fields are all in the row,
-none of them null, decides. The content of a turn may be a list of {type: "text", text}.
+With two turns, `input` and `context` go on with the user's text, on lines of their own;
+the turns of `history` come before. `system` (or system_prompt) is the first turn, also
+of a list of turns. The first line of the table whose fields all hold something decides.
+Names are read in any case. What else a row holds is not read, and is counted by name
+(`Record.unread`). What a turn may be is in `turns`.
 """
 
-import functools
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from beacon_jax.data.turns import (
+    BadField,
+    Turn,
+    asked,
+    before,
+    conversation,
+    filled,
+    has,
+    is_list,
+    listed,
+    role_of,
+    said,
+    says_who,
+    string,
+    unquoted,
+)
+from beacon_jax.names import short
 from beacon_jax.paths import RepeatedKeyError, single
 
 # The release ships BookSum as finished conversations only, so its wording is not known.
 BOOKSUM = "Summarize the following chapter.\n\n"
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
-}
+CONVERSATIONS = ("conversations", "messages", "conversation", "dialog", "dialogue")
+PAIRS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("question", "answers"),
+    ("question", "response"),
+    ("query", "response"),
+    ("problem", "solution"),
+    ("inputs", "targets"),
+    ("input", "output"),
+)
+MORE = ("input", "context")  # what a question may go on with
+SYSTEM = ("system", "system_prompt")
+NAMED = 20  # fields that a line names
+INVALID = "invalid UTF-8"
+# A string, which stays, or a comma in front of the end of what it is in.
+_COMMA = re.compile(r'("(?:[^"\\]|\\.)*+(?:"|\\?\Z))|,(?=\s*(?:[}\]]|\Z))', re.DOTALL)
 
 
 class Record(NamedTuple):
@@ -48,27 +81,36 @@ class Record(NamedTuple):
     Attributes:
       where: "folder/file.jsonl:17", the 1-based line or row of a file, relative to the
         source.
-      turns: (role, content) in order; roles are "user", "assistant", "system".
+      turns: (role, content) in order; roles are "user", "assistant", "system", "tool".
       tokens: int32 [n] of a row that is tokenised, and its labels int32 [n] or None. A
         label of -100 is none. labels[t] belongs to token t, as in transformers: not
         shifted.
+      unread: names of what the row holds besides, "messages[].weight" of turns.
     """
 
     where: str
     text: str | None = None
-    turns: tuple[tuple[str, str], ...] | None = None
+    turns: tuple[Turn, ...] | None = None
     tokens: tuple[np.ndarray, np.ndarray | None] | None = None
+    unread: tuple[str, ...] = ()
 
 
 class Dropped(NamedTuple):
-    """A row, or a file, that was left out, and the reason in a few words."""
+    """A row, or a file, that was left out, and the reason in a few words.
+
+    What stands in front of a colon is one of few; what is behind says more.
+    """
 
     where: str
     reason: str
 
 
-class _BadField(Exception):
-    """Raised for a field that cannot be used; its message is a Dropped's reason."""
+class Shape(NamedTuple):
+    """Fields that a row has, what becomes of them, and others that are used then."""
+
+    fields: tuple[str, ...]
+    make: Callable[[tuple[str, ...], dict], Record]
+    more: tuple[str, ...] = ()
 
 
 def parse(where: str, data: bytes) -> Record | Dropped:
@@ -78,24 +120,32 @@ def parse(where: str, data: bytes) -> Record | Dropped:
 
 
 def decoded(data: bytes) -> dict[str, Any] | str:
-    """Parses a row of UTF-8 JSON: returns its object, or the reason why it is none."""
+    """Parses a row of UTF-8 JSON: returns its object, or the reason why it is none.
+
+    Commas behind the last field, and behind the row, are left out.
+    """
     try:
         # Not json.loads(bytes), which guesses UTF-16 and UTF-32. A file's first row may
         # have a byte order mark in front.
-        row = json.loads(data.decode("utf-8-sig"), object_pairs_hook=single)
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return "invalid UTF-8"
+        return INVALID
+    try:
+        try:
+            row = json.loads(text, object_pairs_hook=single)
+        except ValueError:
+            mended = _COMMA.sub(lambda found: found[1] or "", text)
+            if mended == text:
+                raise
+            row = json.loads(mended, object_pairs_hook=single)
     except RepeatedKeyError:
         return "a key twice"
     except (ValueError, RecursionError):
-        return "not JSON"
-    if isinstance(row, list) and row and all(map(_says_who, row)):
+        quotes = re.match(r"\s*[{\[]\s*'", text)
+        return "not JSON" + (": quotes must be double (json.dumps)" if quotes else "")
+    if is_list(row) and row and all(map(says_who, row)):
         return {"messages": row}  # turns without a name for all of them
     return row if isinstance(row, dict) else "not an object"
-
-
-def _says_who(turn: Any) -> bool:
-    return isinstance(turn, dict) and bool({"role", "from"} & turn.keys())
 
 
 def record(where: str, row: Any) -> Record | Dropped:
@@ -105,187 +155,139 @@ def record(where: str, row: Any) -> Record | Dropped:
     """
     if not isinstance(row, dict):
         return Dropped(where, "not an object")
-    present = {key for key, value in row.items() if value is not None}
-    for fields, make in _FORMS:
-        if present.issuperset(fields):
-            try:
-                return make(where, row)
-            except _BadField as error:
-                return Dropped(where, str(error))
-    if any(set(fields) <= row.keys() for fields, _ in _FORMS):
+    if not all(name.islower() for name in row):
+        row = {**{name.lower(): value for name, value in row.items()}, **row}
+        row = {name: value for name, value in row.items() if name == name.lower()}
+    there = {name for name, value in row.items() if has(value)}
+    try:
+        # Blank fields decide only if nothing else is there.
+        for names in (there, {name for name, x in row.items() if x is not None}):
+            for shape in SHAPES:
+                if names.issuperset(shape.fields) and _suits(shape, row):
+                    made = shape.make(shape.fields, row)
+                    extra = there - {*shape.fields, *shape.more} | {*made.unread}
+                    return made._replace(where=where, unread=tuple(sorted(extra)))
+    except BadField as error:
+        return Dropped(where, str(error))
+    for name in CONVERSATIONS:
+        if name in there:  # a text
+            return Dropped(where, f"wrong type: {name} is no list of turns")
+    if any(set(shape.fields) <= row.keys() for shape in SHAPES):
         return Dropped(where, "wrong type")
-    return Dropped(where, UNKNOWN)
+    return Dropped(where, unknown(row))
 
 
-def _tokens(where: str, row: dict) -> Record:
+def unknown(names: Iterable[object]) -> str:
+    """Returns the reason to leave out a row or file of these fields."""
+    return f"{UNKNOWN}: it has {listed(names)} (known: {KNOWN})"
+
+
+def not_read(counts: dict[str, int]) -> str:
+    """Lists what was not read, most first, with its number of rows."""
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    more = len(names) - NAMED
+    rest = f" and {more} more" if more > 0 else ""
+    made = (f"{short(name)} ({counts[name]:,} rows)" for name in names[:NAMED])
+    return ", ".join(made) + rest
+
+
+def _suits(shape: Shape, row: dict) -> bool:
+    """Tells whether a field of turns holds some: a text of that name does not."""
+    name = shape.fields[0]
+    return name not in CONVERSATIONS or not isinstance(unquoted(row[name]), str | bytes)
+
+
+def _tokens(fields: tuple[str, ...], row: dict) -> Record:
     tokens = _integers(row["input_ids"])
     if not len(tokens):
-        raise _BadField("empty")
+        raise BadField("empty")
     if tokens.min() < 0:
-        raise _BadField("wrong type")
+        raise BadField("wrong type")
     labels = row.get("labels")
     if labels is not None:
         labels = _integers(labels)
         if len(labels) != len(tokens):
-            raise _BadField("labels of another length")
-    return Record(where, tokens=(tokens, labels))
+            raise BadField("labels of another length")
+    return Record("", tokens=(tokens, labels))
 
 
 def _integers(value: Any) -> np.ndarray:
     """Returns a list of integers as int32 [n]."""
     try:
-        array = np.asarray(value)
+        array = np.asarray(unquoted(value))
     except ValueError:  # ragged
-        raise _BadField("wrong type") from None
+        raise BadField("wrong type") from None
     if array.ndim == 1 and not array.size:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise _BadField("wrong type")
+        raise BadField("wrong type")
     limits = np.iinfo(np.int32)
     if array.min() < limits.min or array.max() > limits.max:
-        raise _BadField("wrong type")
+        raise BadField("wrong type")
     return array.astype(np.int32)
 
 
-def _conversation(where: str, row: dict) -> Record:
-    turns = row["conversations" if row.get("conversations") is not None else "messages"]
-    if isinstance(turns, dict):
-        turns = _transposed(turns)
-    if not isinstance(turns, list | tuple | np.ndarray):
-        raise _BadField("wrong type")
-    return _turns(where, tuple(_turn(turn) for turn in turns))
+def _conversation(fields: tuple[str, ...], row: dict) -> Record:
+    turns, unread = conversation(fields[0], row[fields[0]])
+    return _with_system(row, turns, unread)
 
 
-def _transposed(columns: dict) -> list[dict]:
-    """Makes a list of turns from a dict of lists.
-
-    TFDS and older Arrow files hold turns as a dict of lists.
-    """
-    lists = [
-        value for value in columns.values() if isinstance(value, list | np.ndarray)
-    ]
-    if len(lists) != len(columns) or len({len(value) for value in lists}) > 1:
-        raise _BadField("wrong type")
-    return [
-        dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)
-    ]
+def _with_system(row: dict, turns: tuple[Turn, ...], unread: Sequence[str]) -> Record:
+    """Puts what the row has for the system in front, if the turns do not begin so."""
+    names = [name for name in SYSTEM if has(row.get(name))]
+    if names and (not turns or turns[0][0] != "system"):
+        turns = (("system", string(row[names.pop(0)])), *turns)
+    return _turns(turns, (*unread, *names))
 
 
-def _turn(turn: Any) -> tuple[str, str]:
-    if not isinstance(turn, dict):
-        raise _BadField("wrong type")
-    role, content = (
-        turn.get(ours) if turn.get(ours) is not None else turn.get(theirs)
-        for ours, theirs in (("role", "from"), ("content", "value"))
-    )
-    if role is None:
-        raise _BadField("missing role")
-    if content is None:
-        raise _BadField("missing content")
-    known = ROLES.get(_string(role))
-    if known is None:
-        raise _BadField("unknown role")
-    return known, _content(content)
-
-
-def _content(content: Any) -> str:
-    """Returns the text of a turn, which may be a list of parts; only text is known."""
-    if not isinstance(content, list | tuple | np.ndarray):
-        return _string(content)
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type", "text") != "text":
-            raise _BadField("content that is no text")
-        texts.append(_string(part.get("text")))
-    return "".join(texts)
-
-
-def _turns(where: str, turns: tuple[tuple[str, str], ...]) -> Record:
+def _turns(turns: tuple[Turn, ...], unread: tuple[str, ...] = ()) -> Record:
     if all(not content or content.isspace() for _, content in turns):
-        raise _BadField("empty")
-    return Record(where, turns=turns)
+        raise BadField("empty")
+    return Record("", turns=turns, unread=unread)
 
 
-def _text(where: str, row: dict, *, field: str = "text") -> Record:
-    return Record(where, text=_filled(row[field]))
+def _text(fields: tuple[str, ...], row: dict) -> Record:
+    role = row.get("role")
+    if isinstance(role, str | bytes) and role_of(string(role)):
+        raise BadField("a turn without its conversation")
+    return Record("", text=filled(row[fields[0]]))
 
 
-def _pair(fields: tuple[str, str], more: str | None, where: str, row: dict) -> Record:
-    """Makes two turns of two fields, or the turns of two lists of them.
+def _pair(fields: tuple[str, ...], row: dict) -> Record:
+    """Makes turns of a question and an answer, or of lists of turns.
 
-    more: a field that the user's text may go on with.
+    The system's turn and the history stand in front.
     """
-    asked, answered = (row[field] for field in fields)
-    lists = [isinstance(x, list | tuple | np.ndarray) for x in (asked, answered)]
-    if all(lists):
-        return _turns(where, tuple(_turn(turn) for turn in [*asked, *answered]))
-    user, added = _filled(asked), row.get(more)
-    if added is not None and (added := _string(added)):
-        user = f"{user}\n{added}"
-    return _turns(where, (("user", user), ("assistant", _filled(answered))))
+    question, answer = (
+        make(name, row[name]) for make, name in zip((asked, said), fields, strict=True)
+    )
+    turns, unread = question.turns, [*question.unread, *answer.unread]
+    more = [name for name in MORE if name not in fields and has(row.get(name))]
+    if len(turns) == 1 and not is_list(unquoted(row[fields[0]])):
+        lines = [turns[0][1], *(string(row[name]) for name in more)]
+        turns = (("user", "\n".join(lines)),)
+    else:
+        unread += more
+    history = before(row["history"]) if has(row.get("history")) else ()
+    return _with_system(row, (*history, *turns, *answer.turns), unread)
 
 
-def _booksum(where: str, row: dict) -> Record:
-    user = BOOKSUM + _filled(row["chapter"])
-    return _turns(where, (("user", user), ("assistant", _filled(row["summary_text"]))))
+def _booksum(fields: tuple[str, ...], row: dict) -> Record:
+    user = BOOKSUM + filled(row["chapter"])
+    return _turns((("user", user), ("assistant", filled(row["summary_text"]))))
 
 
-def _string(value: Any) -> str:
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise _BadField("invalid UTF-8") from None
-    if not isinstance(value, str):
-        raise _BadField("wrong type")
-    if "\0" in value:
-        raise _BadField("NUL character")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:  # "\ud800" in JSON: tokenizers raise on it
-            raise _BadField("lone surrogate") from None
-    return value
-
-
-def _filled(value: Any) -> str:
-    value = _string(value)
-    if not value or value.isspace():
-        raise _BadField("empty")
-    return value
-
-
-def _lone_content(where: str, row: dict) -> Record:
-    if row.get("role") is not None:
-        raise _BadField("a turn without its conversation")
-    return _text(where, row, field="content")
-
-
-_FORMS: tuple[tuple[tuple[str, ...], Callable[[str, dict], Record]], ...] = (
-    (("input_ids",), _tokens),
-    (("conversations",), _conversation),
-    (("messages",), _conversation),
-    (("text",), _text),
-    *(
-        (fields, functools.partial(_pair, fields, more))
-        for fields, more in (
-            (("instruction", "output"), "input"),
-            (("instruction", "response"), "context"),
-            (("prompt", "completion"), None),
-            (("prompt", "response"), None),
-            (("question", "answer"), "context"),
-        )
-    ),
-    (("chapter", "summary_text"), _booksum),
-    (("content",), _lone_content),
+SHAPES: Sequence[Shape] = (
+    Shape(("input_ids",), _tokens, ("labels",)),
+    *(Shape((name,), _conversation, SYSTEM) for name in CONVERSATIONS),
+    Shape(("text",), _text),
+    *(Shape(pair, _pair, (*MORE, *SYSTEM, "history")) for pair in PAIRS),
+    Shape(("chapter", "summary_text"), _booksum),
+    Shape(("content",), _text),
 )
-UNKNOWN = "unknown fields (known: {})".format(
-    ", ".join(" + ".join(fields) for fields, _ in _FORMS)
-)
-# Columns that are read from files that hold columns.
-COLUMNS = frozenset(field for fields, _ in _FORMS for field in fields) | {
-    "labels",
-    "input",
-    "context",
-    "role",
-}
+UNKNOWN = "unknown fields"
+KNOWN = ", ".join(" + ".join(shape.fields) for shape in SHAPES)
+# Columns that are read from files that hold columns, in any case.
+COLUMNS = frozenset(
+    name for shape in SHAPES for name in (*shape.fields, *shape.more)
+) | {"role"}

@@ -6,10 +6,11 @@ evaluation, however many other files there are.
 """
 
 import hashlib
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from beacon_jax.data.streams import Bad
+from beacon_jax.data.packed import Bad, TextOf
 
 # A lone file is cut into documents of this many characters (at line ends), because a
 # split by file name would leave nothing on one side.
@@ -63,7 +64,9 @@ def kept_runs(
     """
     run, first, length = [], 1, 0
     try:
-        with open(path, encoding="utf-8") as file:  # "\r\n" becomes "\n"
+        source = TextOf(str(path))
+        raw = io.BufferedReader(source)
+        with io.TextIOWrapper(raw, "utf-8") as file:  # "\r\n" becomes "\n"
             lines = (part for line in file for part in line.splitlines(keepends=True))
             for number, block in enumerate(blocks(lines)):
                 held = is_heldout(block_name(name, number), heldout)
@@ -81,3 +84,5 @@ def kept_runs(
         return
     if run and any(map(str.strip, run)):
         yield first, "".join(run)
+    if source.bad:
+        yield first, source.bad

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from beacon_jax.data.contents import Contents
 from beacon_jax.data.examples import Rules
 from beacon_jax.data.prepared import (
     FORMAT,
@@ -36,7 +37,7 @@ from beacon_jax.data.shards import (
     run_job,
     start_worker,
 )
-from beacon_jax.data.sources import Piece, open_parts, source_bytes
+from beacon_jax.data.sources import Piece, open_parts, source_files
 from beacon_jax.data.tally import Tally, clock
 from beacon_jax.forms import unlike
 from beacon_jax.gguf.file import Header, is_gguf
@@ -115,7 +116,7 @@ def prepare(
     if not settings.sources:
         raise ValueError(
             "data.sources=() is empty: name files, folders or datasets, as in "
-            "--config.data.sources=\"('books/*.jsonl',)\"."
+            "--config.data.sources='books/*.jsonl'."
         )
     if not 0.0 <= max_drop_fraction <= 1.0:
         raise ValueError(
@@ -142,8 +143,10 @@ def prepare(
         if done is not None:
             _clean(folder)
             return _checked(done, settings)
-        identity = _identity(settings, source_bytes(settings.sources, settings.root))
+        contents = _contents(settings, folder)
+        identity = _identity(settings, contents)
         _begin(folder, identity, overwrite)
+        contents.save()
         parts = open_parts(
             settings.sources,
             settings.root,
@@ -155,6 +158,14 @@ def prepare(
         began = time.monotonic()
         _run(settings, jobs, workers, tally, show)
         tally.check(final=True)
+        now = _contents(settings, folder)
+        if now.sources != contents.sources:
+            raise ValueError(
+                f"data.sources={list(settings.sources)} changed while they were "
+                f"prepared{_named(now.changed)}: wait until they are written, and "
+                "prepare them again with --overwrite."
+            )
+        now.save()
         _finish(folder, identity, jobs, tally)
         seconds = max(time.monotonic() - began, 1e-9)
         total = tally.total()
@@ -170,8 +181,8 @@ def finished(
 ) -> Prepared | None:
     """Returns the folder's data if finished and made with these settings, else None.
 
-    The sources themselves need not be there any more: their sizes are compared if they
-    are.
+    The sources themselves need not be there any more: their content is compared if they
+    are (`data.contents`); with a folder of an earlier version, their sizes.
 
     Raises:
       ValueError, FileNotFoundError: the folder was made with other settings or is
@@ -192,13 +203,14 @@ def _finished(settings: Preparation, folder: Path) -> Prepared | None:
     made = _of_now(manifest["settings"])
     wanted = _identity(settings, None)
     bare = {**made, "sources": [{"uri": s["uri"]} for s in made["sources"]]}
-    changed = differences(bare, wanted)
+    changed, files = differences(bare, wanted), []
     if not changed:
-        with contextlib.suppress(FileNotFoundError):
-            sizes = source_bytes(settings.sources, settings.root)
-            changed = differences(made, _identity(settings, sizes))
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            contents = _contents(settings, folder)
+            changed = _changes(made, _identity(settings, contents))
+            files = contents.changed
     if changed:
-        raise ValueError(_refusal(folder, changed))
+        raise ValueError(_refusal(folder, changed, files))
     return Prepared(folder)
 
 
@@ -252,24 +264,41 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         for i, (a, b) in enumerate(zip(old, new, strict=True)):
             found += differences(a, b, f"{name}[{i}]")
         return found
-    short = lambda x: f"{x[:12]}..." if name == "tokenizer" and x else repr(x)
+    hashed = name == "tokenizer" or name.endswith("sha256")
+    short = lambda x: f"{x[:12]}..." if hashed and x else repr(x)
     return [] if old == new else [f"{name}: {short(old)} -> {short(new)}"]
 
 
-def _identity(settings: Preparation, sizes: Sequence[int] | None) -> dict[str, Any]:
+def _contents(settings: Preparation, folder: Path) -> Contents:
+    return Contents(source_files(settings.sources, settings.root), folder)
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns the `differences` of identities; earlier versions hashed no text."""
+    sources = [
+        {key: b[key] for key in b if key in a or key != "sha256"}
+        for a, b in zip(old["sources"], new["sources"], strict=False)
+    ]
+    rest = new["sources"][len(sources) :]
+    return differences(old, {**new, "sources": [*sources, *rest]})
+
+
+def _identity(settings: Preparation, contents: Contents | None) -> dict[str, Any]:
     """Returns everything that decides about the bytes of the folder.
 
-    The bytes of each source are part of it if `sizes` gives them.
+    The content of each source is part of it if it is given.
     """
-    sources: list[dict[str, Any]] = [{"uri": uri} for uri in settings.sources]
-    for source, size in zip(sources, sizes or (), strict=bool(sizes)):
-        source["bytes"] = size
+    known: Sequence[dict[str, Any]] = [{} for _ in settings.sources]
+    known = known if contents is None else contents.sources
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_hash(settings.tokenizer),
         "rules": dataclasses.asdict(settings.rules),
         "subset_seed": SUBSET_SEED,
-        "sources": sources,
+        "sources": [
+            {"uri": uri, **content}
+            for uri, content in zip(settings.sources, known, strict=True)
+        ],
     }
 
 
@@ -296,13 +325,22 @@ def _jobs(parts: Sequence[Piece], folder: Path) -> list[Job]:
     return [Job(i, count, tuple(g), str(folder)) for i, g in enumerate(groups)]
 
 
-def _refusal(folder: Path, changed: list[str]) -> str:
+def _refusal(folder: Path, changed: list[str], files: Sequence[str] = ()) -> str:
+    text = any(".sha256: " in line or ".bytes: " in line for line in changed)
     return (
-        f"prepared={folder} was made with other settings:\n  "
+        f"prepared={folder} was made with other {'text' if text else 'settings'}:\n  "
         + "\n  ".join(changed)
+        + _named(files)
         + "\nUse another folder (--out, data.prepared), or prepare it again with "
         "--overwrite."
     )
+
+
+def _named(files: Sequence[str]) -> str:
+    """Names files that changed, as far as they are known."""
+    more = len(files) - 5
+    rest = f" and {more} more" if more > 0 else ""
+    return f" ({', '.join(files[:5])}{rest})" if files else ""
 
 
 def _check_others(folder: Path, overwrite: bool) -> None:
@@ -353,7 +391,7 @@ def _changed_since(
             f"{error} It says how an interrupted run began: prepare the folder again "
             "with --overwrite, or use another one."
         ) from None
-    return differences(_of_now(old), identity)
+    return _changes(_of_now(old), identity)
 
 
 def _run(

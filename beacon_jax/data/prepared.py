@@ -5,6 +5,7 @@
   manifest.json  format, settings (tokenizer hash, rules, sources), counts, drops, the
                  largest token id
   dropped.jsonl  where and why rows were left out, the first `DROPPED_LINES` bad ones
+  .stamps.json   what is known of the files of the sources (`contents`); may be missing
 
 manifest.json is written last: a folder without it is not finished. Lengths of all
 examples are known from the index, without reading one of them.
@@ -33,12 +34,12 @@ _DROP = {"rows": Count, "tokens?": Count, "bad": bool, "first": [str]}
 SETTINGS = {
     "tokenizer": str,
     "rules": {"min_length": Count, "max_length": Count},
-    "sources": [{"uri": str, "bytes?": Count}],
+    "sources": [{"uri": str, "bytes?": Count, "sha256?": str}],
 }
 _FORM = {
     "settings": SETTINGS,
     "total": _SUMS,
-    "sources": [{"uri": str, **_SUMS, "drops": {str: _DROP}}],
+    "sources": [{"uri": str, **_SUMS, "drops": {str: _DROP}, "unread?": {str: Count}}],
     "shards": [{"name": str, "examples": Count}],
 }
 _AGAIN = "copy it again, or prepare it again with --overwrite"

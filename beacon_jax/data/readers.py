@@ -6,8 +6,6 @@ What the fields of a row mean is decided elsewhere (`fields`). Every reader yiel
 or one block, whatever the size of the file.
 """
 
-import codecs
-import csv
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,19 +18,18 @@ import pyarrow.ipc
 import pyarrow.parquet
 from jaxtyping import Int64
 
-from beacon_jax.data.fields import COLUMNS, UNKNOWN
+from beacon_jax.data.csv_rows import csv_rows, twice
+from beacon_jax.data.fields import COLUMNS, INVALID, unknown
 from beacon_jax.data.heldout import kept_runs
+from beacon_jax.data.packed import BOM, Bad, chunks, look, other_encoding, refusal
 from beacon_jax.data.streams import (
-    Bad,
-    chunks,
     elements,
     first_after,
-    is_array,
+    json_kind,
     lines,
-    longer,
     newlines,
+    text_blocks,
 )
-from beacon_jax.decoding import SHOWN, disguised
 from beacon_jax.paths import is_pointer
 
 PART_BYTES = 16 * 2**20
@@ -40,18 +37,24 @@ ROW_LIMIT = 64 * 2**20  # bytes
 # A text longer than this is cut: about 15,000 tokens of English, below the max_length
 # of the paper's stages (20,480), so that nothing of it is truncated.
 TEXT_BYTES = 2**16
+UNREAD = ...  # in place of a cell of a column that no record needs
 BATCH = 16  # rows of columns or records in memory at a time
 
-JSON_ENDINGS = (".jsonl", ".json")
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".py")
-ENDINGS = (
-    *(json + packed for packed in ("", ".gz", ".zst") for json in JSON_ENDINGS),
-    ".parquet",
-    ".arrow",
-    ".csv",
-    *TEXT_ENDINGS,
-    ".array_record",
-)
+# Reader of each ending; that of JSON is found from the content (`json_kind`).
+_KINDS = {
+    **dict.fromkeys((".jsonl", ".json", ".ndjson"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys(TEXT_ENDINGS, "text"),
+    **{f".{kind}": kind for kind in ("parquet", "arrow", "array_record")},
+}
+ENDINGS = tuple(_KINDS)
+# Endings of compressed files: whether they are, and by what, the first bytes say.
+PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+# Kinds of files that are one document: those that are cut, and "packed" ones.
+WHOLE_TEXTS = ("text", "packed")
+# First bytes of files of columns, which a name may not tell.
+_COLUMNS = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 
 type Value = bytes | dict[str, Any] | str | Bad
 
@@ -96,30 +99,39 @@ class Piece(NamedTuple):
 
 
 def ending(name: str) -> str:
-    """Returns the supported ending of a file name, else ""."""
-    return next((e for e in ENDINGS if name.lower().endswith(e)), "")
+    """Returns the supported ending of a file name without that of its packing."""
+    bare = name.lower()
+    for packed in PACKED_ENDINGS:
+        bare = bare.removesuffix(packed)
+    return next((e for e in ENDINGS if bare.endswith(e)), "")
 
 
 def cut(part: Piece, part_bytes: int = PART_BYTES) -> list[Piece]:
     """Cuts a whole file or data set into pieces of about `part_bytes`.
 
-    The kind of a whole file is ""; it is found from the name.
+    The kind of a whole file is "", or "kept"; it is found from the name and the first
+    bytes.
     """
-    if part.kind not in ("", "kept"):
-        return _cut_tfds(part, part_bytes) if part.kind == "tfds" else [part]
+    if part.kind == "tfds":
+        return _cut_tfds(part, part_bytes)
+    if part.kind == "unusable":
+        return [part]
     if is_pointer(part.path):
         return [unusable(part, "a pointer of git-lfs: fetch the file (git lfs pull)")]
-    end = ending(part.name)
-    kind = "text" if end in TEXT_ENDINGS else end[1:]
-    if kind == "text":
-        with open(part.path, "rb") as file:
-            found = disguised(file.read(SHOWN))
-        if found:
-            return [unusable(part, found)]
-    if part.kind:
-        return [part]
-    if end.startswith(JSON_ENDINGS):
-        kind = "array" if is_array(part.path) else "lines"
+    found, kind = look(part.path), _KINDS[ending(part.name)]
+    kind = next(
+        (k for mark, k in _COLUMNS.items() if found.head.startswith(mark)), kind
+    )
+    if kind in ("json", "csv", "text"):
+        if reason := refusal(found, prose=kind == "text"):
+            return [unusable(part, reason)]
+        if part.kind == "kept":
+            return [part]
+        kind = json_kind(found.head) if kind == "json" else kind
+        if not found.plain:
+            return [part._replace(kind="packed" if kind == "text" else kind)]
+    elif found.packed:
+        return [unusable(part, f"compressed by {found.packed}: unpack the {kind} file")]
     part = part._replace(kind=kind)
     try:
         return _CUTTERS[kind](part, part_bytes) if kind in _CUTTERS else [part]
@@ -130,6 +142,13 @@ def cut(part: Piece, part_bytes: int = PART_BYTES) -> list[Piece]:
 def read(part: Piece) -> Iterator[tuple[int, Value]]:
     """Yields the rows of a part, in order."""
     yield from _READERS[part.kind](part)
+
+
+def explained(part: Piece, reason: str) -> str:
+    """Returns a reason, with the encoding of a file whose bytes are no UTF-8."""
+    of_text = part.kind not in ("parquet", "arrow", "array_record", "tfds")
+    more = other_encoding(part.path) if reason == INVALID and of_text else ""
+    return f"{reason}{more}"
 
 
 def count(part: Piece) -> int:
@@ -186,8 +205,8 @@ def _pieces(part: Piece, sizes: list[tuple[int, int]], part_bytes: int) -> list[
 
 
 def _cut_lines(part: Piece, part_bytes: int) -> list[Piece]:
-    if part.size <= part_bytes or ending(part.name) not in JSON_ENDINGS:
-        return [part]  # small or compressed
+    if part.size <= part_bytes:
+        return [part]
     return [
         part._replace(start=start, stop=stop, first=line, size=stop - start)
         for start, stop, line in newlines(part.path, part_bytes)
@@ -227,98 +246,31 @@ def _read_text(part: Piece) -> Iterator[tuple[int, Value]]:
             end = first_after(file, end, TEXT_BYTES) if end < size else size
             file.seek(begin)
             if data := file.read(end - begin):
-                yield i + 1, _text(_unmarked(data) if i == 0 else data)
+                yield i + 1, _text(data if i else data.removeprefix(BOM))
 
 
-def _unmarked(data: bytes) -> bytes:
-    """Takes off the byte order mark that a file may begin with."""
-    return data.removeprefix(codecs.BOM_UTF8)
+def _read_packed(part: Piece) -> Iterator[tuple[int, Value]]:
+    """Yields the blocks of a text that is compressed or not in UTF-8, as `_read_text`.
+
+    It is one part.
+    """
+    number = 0
+    for number, block in enumerate(text_blocks(chunks(part.path), TEXT_BYTES), 1):
+        if block:
+            yield number, block if isinstance(block, Bad) else _text(block)
+    if not number:
+        yield 1, Bad("empty")
 
 
 def _text(data: bytes) -> str | Bad:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        return Bad("invalid UTF-8")
+        return Bad(INVALID)
     if "\0" in text:
         return Bad("binary: a NUL byte")
     # Line ends as open() translates them.
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-
-# CSV
-
-
-def _read_csv(part: Piece) -> Iterator[tuple[int, Value]]:
-    """Yields rows as dicts by the names in the first row.
-
-    A row has the number of the line that it begins on.
-    """
-    csv.field_size_limit(part.limit)  # the default, 131,072, is less than a chapter
-    source = _CsvLines(part)
-    reader = csv.reader(source)
-    header: list[str] | None = None
-    while True:
-        first, source.bad = reader.line_num + 1, None
-        try:
-            row = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            # A quote that never closes runs up to the limit.
-            far = "field limit" in str(error)
-            reason = longer("row", part.limit) if far else Bad("not CSV")
-            yield first, source.bad or reason
-            continue
-        if source.bad:
-            yield first, source.bad
-        elif not row:
-            continue
-        elif header is None:
-            header = row
-        elif _twice(header):
-            yield first, Bad("a column twice")
-        elif len(row) != len(header):
-            yield first, Bad("another number of fields than the header")
-        else:
-            yield first, dict(zip(header, row, strict=True))
-    if source.ended:
-        yield reader.line_num + 1, source.ended
-
-
-def _twice(names: Sequence[str]) -> bool:
-    """Tells whether a column that is read is there twice: which one is meant?"""
-    known = [name for name in names if name in COLUMNS]
-    return len(set(known)) < len(known)
-
-
-class _CsvLines:
-    """Decoded lines for csv.reader.
-
-    Attributes:
-      bad: what is wrong with a line of the present row; None if nothing is.
-      ended: what is wrong with the file, if reading it ended early.
-    """
-
-    def __init__(self, part: Piece):
-        self.bad: Bad | None = None
-        self.ended: Bad | None = None
-        self._lines = lines(chunks(part.path), part.limit)
-
-    def __iter__(self) -> Iterator[str]:
-        for i, line in enumerate(self._lines):
-            if isinstance(line, Bad):
-                if line.whole:
-                    self.ended = line
-                    return
-                self.bad = line
-                yield "\n"
-                continue
-            try:
-                yield (line if i else _unmarked(line)).decode("utf-8") + "\n"
-            except UnicodeDecodeError:
-                self.bad = Bad("invalid UTF-8")
-                yield line.decode("utf-8", "replace") + "\n"
 
 
 # Columns: parquet and arrow
@@ -347,13 +299,14 @@ def _read_parquet(part: Piece) -> Iterator[tuple[int, Value]]:
         with pyarrow.parquet.ParquetFile(
             part.path, buffer_size=2**20, pre_buffer=False
         ) as file:
-            names = [name for name in file.schema_arrow.names if name in COLUMNS]
+            every = file.schema_arrow.names
+            names = [name for name in every if name.lower() in COLUMNS]
             if not names:
-                yield part.first, Bad(UNKNOWN, whole=True)
+                yield part.first, Bad(unknown(every), whole=True)
                 return
             groups = list(range(part.start, part.stop or file.num_row_groups))
             batches = file.iter_batches(BATCH, row_groups=groups, columns=names)
-            yield from _batches(part, batches)
+            yield from _batches(part, batches, every)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         yield part.first, _broken(error, "damaged parquet")
 
@@ -412,25 +365,33 @@ def _broken(error: Exception, reason: str) -> Bad:
 
 
 def _batches(
-    part: Piece, batches: Iterator[pyarrow.RecordBatch]
+    part: Piece, batches: Iterator[pyarrow.RecordBatch], every: Sequence[str] = ()
 ) -> Iterator[tuple[int, Value]]:
+    """Yields the rows of batches, with UNREAD in the place of columns of no use.
+
+    Args:
+      every: names of the file's columns, if the batches do not have all of them.
+    """
     number = part.first
     for batch in batches:
+        names = batch.schema.names
         columns = {
             name: batch.column(i)
-            for i, name in enumerate(batch.schema.names)
-            if name in COLUMNS
+            for i, name in enumerate(names)
+            if name.lower() in COLUMNS
         }
-        twice = _twice(batch.schema.names)
+        unread = dict.fromkeys({*names, *every} - {*columns}, UNREAD)
+        repeated = twice(names)
         for row in range(batch.num_rows):
-            if twice:
+            if repeated:
                 yield number, Bad("a column twice")
                 number += 1
                 continue
             try:
-                yield number, {name: _cell(c[row]) for name, c in columns.items()}
+                cells = {name: _cell(column[row]) for name, column in columns.items()}
+                yield number, {**cells, **unread}
             except UnicodeDecodeError:
-                yield number, Bad("invalid UTF-8")
+                yield number, Bad(INVALID)
             except (ValueError, OverflowError):  # a date beyond those of Python
                 yield number, Bad("wrong type")
             number += 1
@@ -537,6 +498,14 @@ def tfds_size(path: str, root: str) -> tuple[int, tuple[str, ...]]:
     return size, (name, split, data_dir)
 
 
+def tfds_files(name: str, split: str, data_dir: str) -> list[Path]:
+    """Returns the files that hold a split, all of its rows and perhaps others."""
+    import tensorflow_datasets as tfds
+
+    found = tfds.builder(name, data_dir=data_dir or None).info.splits[split]
+    return sorted({Path(piece.filename) for piece in found.file_instructions})
+
+
 def _tfds_missing(path: str, data_dir: str) -> str:
     place = data_dir or "TFDS's data_dir (TFDS_DATA_DIR)"
     return (
@@ -575,11 +544,15 @@ _CUTTERS: dict[str, Callable[[Piece, int], list[Piece]]] = {
 _READERS: dict[str, Callable[[Piece], Iterable[tuple[int, Value]]]] = {
     "lines": _read_lines,
     "array": lambda part: enumerate(elements(chunks(part.path), part.limit), 1),
+    "values": lambda part: enumerate(
+        elements(chunks(part.path), part.limit, array=False), 1
+    ),
     "text": _read_text,
+    "packed": _read_packed,
     "kept": lambda part: kept_runs(
         part.path, part.name, float(part.detail[0]), TEXT_BYTES
     ),
-    "csv": _read_csv,
+    "csv": lambda part: csv_rows(part.path, part.name, part.limit),
     "parquet": _read_parquet,
     "arrow": _read_arrow,
     "array_record": _read_records,

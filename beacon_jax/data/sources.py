@@ -2,8 +2,10 @@
 
 | URI                            | rows                                                |
 |--------------------------------|-----------------------------------------------------|
-| books.jsonl, *.json, x.json.gz | JSON lines or one JSON array, streamed either way   |
-| x.parquet, x.csv, x.arrow      | their rows                                          |
+| books.jsonl, *.json, x.ndjson  | JSON lines, objects over several lines, or one JSON |
+|                                | array; all of them streamed                         |
+| x.csv, x.tsv                   | rows; between commas, semicolons, tabs or bars      |
+| x.parquet, x.arrow             | their rows                                          |
 | x.array_record                 | records that are JSON                               |
 | x.txt .md .rst .py             | the text; cut at line ends if over 64 KiB           |
 | a folder or a glob             | all of these in it, recursively, in sorted order    |
@@ -11,6 +13,9 @@
 | stdlib                         | the text of the standard library of this Python     |
 | tfds:name/config:split         | a prepared TFDS data set (ArrayRecord)              |
 | long-llm:redpajama/train.json  | a file of the release's layout, below `data.root`   |
+
+JSON, CSV and text may be compressed by gzip, bzip2, xz or zstd, and be in UTF-8, or in
+UTF-16 or UTF-32; their first bytes say so, whatever their names are (`packed`).
 
 `URI[5000]` takes a seeded subset of 5000 rows, bad ones counted. What fields a row may
 have is in `fields`. Nothing is left out silently: a row that cannot be used is a
@@ -24,15 +29,19 @@ import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from beacon_jax.data.fields import Dropped, Record, parse, record
 from beacon_jax.data.heldout import is_heldout, row_name
+from beacon_jax.data.packed import look, refusal
 from beacon_jax.data.readers import (
     ENDINGS,
+    PACKED_ENDINGS,
     PART_BYTES,
     ROW_LIMIT,
     TEXT_ENDINGS,
+    WHOLE_TEXTS,
     Bad,
     Piece,
     Subset,
@@ -40,6 +49,7 @@ from beacon_jax.data.readers import (
     count,
     cut,
     ending,
+    explained,
     read,
     tfds_size,
     unusable,
@@ -88,13 +98,13 @@ class Uri(NamedTuple):
 def parse_uri(uri: str) -> Uri:
     """Returns the pieces of `[scheme:]path[COUNT]`.
 
-    A path that looks like a scheme or ends in a number in brackets can be written as
-    ./path or with a glob.
+    A path that looks like a scheme can be written as ./path. What exists as it is
+    written is that file or folder, as "n[5]" may be.
 
     Raises:
       ValueError: an unknown scheme, no path, or a COUNT of 0.
     """
-    match = re.search(r"\[(\d+)\]$", uri)
+    match = None if _exists(uri) else re.search(r"\[(\d+)\]$", uri)
     rest = uri[: match.start()] if match else uri
     rows = int(match.group(1)) if match else None
     if rows == 0:
@@ -117,6 +127,13 @@ def parse_uri(uri: str) -> Uri:
     return Uri(uri, scheme, path, rows)
 
 
+def _exists(path: str) -> bool:
+    try:
+        return os.path.exists(os.path.expanduser(path))
+    except ValueError:  # a NUL character
+        return False
+
+
 def open_parts(
     uris: Sequence[str],
     root: str = "",
@@ -130,8 +147,8 @@ def open_parts(
 
     A file of lines over `part_bytes` is read once (GB/s) to find the line that each
     part begins with. A source with a COUNT is read once to count its rows. Files of
-    text, columns and records are cut without reading. Compressed files, CSV and JSON
-    arrays are one part.
+    text, columns and records are cut without reading. Compressed files, those in
+    UTF-16, CSV, JSON arrays and objects over several lines are one part.
 
     Args:
       root: folder of `long-llm:`, and of `tfds:` data sets that lie in it.
@@ -166,8 +183,16 @@ def held_out(part: Piece, row: Record | Dropped, heldout: float) -> bool:
     """
     if not heldout or part.kind == "kept" or isinstance(row, Dropped):
         return False
-    name = part.name if part.kind == "text" else row_name(row.where)
+    name = part.name if part.kind in WHOLE_TEXTS else row_name(row.where)
     return is_heldout(name, heldout)
+
+
+def source_files(uris: Sequence[str], root: str = "") -> list[list[Piece]]:
+    """Returns the files of each source, without reading them.
+
+    Raises the same errors as `open_parts`.
+    """
+    return [_files(parse_uri(text), root, i) for i, text in enumerate(uris)]
 
 
 def source_bytes(uris: Sequence[str], root: str = "") -> list[int]:
@@ -176,10 +201,7 @@ def source_bytes(uris: Sequence[str], root: str = "") -> list[int]:
     They are about the sum of the sizes of the source's parts. Raises the same errors as
     `open_parts`.
     """
-    return [
-        sum(file.size for file in _files(parse_uri(text), root, index))
-        for index, text in enumerate(uris)
-    ]
+    return [sum(file.size for file in files) for files in source_files(uris, root)]
 
 
 def read_part(part: Piece) -> Iterator[Record | Dropped]:
@@ -201,11 +223,16 @@ def read_part(part: Piece) -> Iterator[Record | Dropped]:
             at += 1
         where = f"{part.name}:{number}"
         if isinstance(value, Bad):
-            yield Dropped(part.name if part.kind == "unusable" else where, value.reason)
+            made = Dropped(
+                part.name if part.kind == "unusable" else where, value.reason
+            )
         elif isinstance(value, bytes):
-            yield parse(where, value)
+            made = parse(where, value)
         else:
-            yield record(where, {"text": value} if isinstance(value, str) else value)
+            made = record(where, {"text": value} if isinstance(value, str) else value)
+        if isinstance(made, Dropped):
+            made = Dropped(made.where, explained(part, made.reason))
+        yield made
 
 
 def _lone_text(uri: Uri) -> bool:
@@ -238,24 +265,30 @@ def _files(uri: Uri, root: str, source: int) -> list[Piece]:
     files = _named_files(uri, root)
     parts = [_file(source, name, path) for name, path in files]
     if not any(not part.kind for part in parts):
+        some = ", ".join(f"{part.name}: {part.detail[0]}" for part in parts[:3])
         raise FileNotFoundError(
-            f"uri={uri.text!r} holds no text among its {len(parts)} files; expected "
-            f"files ending in {' '.join(ENDINGS)}"
+            f"uri={uri.text!r} holds no text among its {len(parts)} files"
+            + (f" ({some}{', ...' if len(parts) > 3 else ''})" if some else "")
+            + f"; expected files ending in {' '.join(ENDINGS)}, text also in "
+            + " ".join(PACKED_ENDINGS)
         )
     return parts
 
 
 def _file(source: int, name: str, path: Path) -> Piece:
-    try:
-        size = path.stat().st_size
-    except OSError:
-        return unusable(Piece(source, name, 0, "", ""), "broken link")
-    part = Piece(source, name, size, "", str(path))
+    """Returns the part of a file, which is only reported if it cannot be read."""
+    part = Piece(source, name, 0, "", str(path))
+    if not path.exists():
+        return unusable(part, "broken link")
     if path.is_dir():
-        return unusable(part._replace(size=0), "linked folder, not followed")
+        return unusable(part, "linked folder, not followed")
+    if not path.is_file():
+        return unusable(part, "no file but a pipe or device: write it to a file")
+    if not os.access(path, os.R_OK):
+        return unusable(part, "not readable: it needs a permission (chmod +r)")
     if not ending(name):
-        return unusable(part._replace(size=0), "unknown ending")
-    return part
+        return unusable(part, refusal(look(str(path))) or "unknown ending")
+    return part._replace(size=path.stat().st_size)
 
 
 def _named_files(uri: Uri, root: str) -> list[tuple[str, Path]]:
@@ -278,6 +311,15 @@ def _named_files(uri: Uri, root: str) -> list[tuple[str, Path]]:
     if glob.has_magic(str(path)):
         return _glob(uri, path)
     place = f" in data.root={root!r}" if uri.scheme else ""
+    for between in (r"\s*,\s*", r"[,\s]+"):
+        several = re.split(between, uri.path)
+        if len(several) < 2 or not all(map(_exists, several)):
+            continue
+        apart = " ".join(f"--config.data.sources={quote(part)}" for part in several)
+        raise FileNotFoundError(
+            f"uri={uri.text!r} does not exist; name its {len(several)} sources apart, "
+            f"as in {apart}"
+        )
     raise FileNotFoundError(
         f"uri={uri.text!r} does not exist{place}; name a file, folder or glob of "
         "text, 'stdlib', 'tfds:name/config:split' or 'long-llm:file'"
@@ -287,12 +329,14 @@ def _named_files(uri: Uri, root: str) -> list[tuple[str, Path]]:
 def _glob(uri: Uri, pattern: Path) -> list[tuple[str, Path]]:
     """Returns the files that a pattern matches; of a folder it matches, all files.
 
-    Names are relative to the part of the pattern that has no wildcard.
+    Folders in front that exist as they are written are these, as in "n[5]/*.txt".
+    Names are relative to them.
     """
-    wild = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
-    base = Path(*pattern.parts[:wild])
+    base = next(folder for folder in pattern.parents if folder.exists())
+    rest = str(pattern.relative_to(base))
     found: dict[Path, str] = {}
-    for match in sorted(glob.glob(str(pattern), recursive=True)):
+    matches = glob.glob(os.path.join(glob.escape(str(base)), rest), recursive=True)
+    for match in sorted(matches):
         path = Path(match)
         name = path.relative_to(base).as_posix()
         if path.is_dir():

@@ -1,32 +1,18 @@
-"""Reads bytes in constant memory: lines, and the elements of one JSON array.
+"""Cuts bytes in constant memory: into lines, JSON values and blocks of text.
 
 Everything works on chunks, keeps at most one row, and no more than `limit` bytes of it.
 A longer row is skipped, and a `Bad` in its place says so.
 """
 
-import contextlib
-import gzip
+import io
 import json
 import re
-import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import pyarrow
+from beacon_jax.data.packed import CHUNK, Bad
 
-CHUNK = 2**20
-BOM = b"\xef\xbb\xbf"
-
-
-class Bad(NamedTuple):
-    """Mark in place of a row that cannot be used.
-
-    Attributes:
-      whole: whether the mark is about the file, and stands for no row.
-    """
-
-    reason: str
-    whole: bool = False
+_AROUND = b" \t\r\n\x0b\x0c,"  # what an element of an array, or a value, lies between
 
 
 def longer(what: str, limit: int) -> Bad:
@@ -35,64 +21,6 @@ def longer(what: str, limit: int) -> Bad:
         if limit % unit == 0:
             return Bad(f"{what} longer than {limit // unit} {name}")
     raise AssertionError(limit)
-
-
-def chunks(path: str, start: int = 0, stop: int | None = None) -> Iterator[bytes | Bad]:
-    """Yields the content of a file from byte `start` to `stop`.
-
-    A byte order mark is left out. .gz and .zst files are decompressed (and read whole).
-    One that is damaged or cut off ends with a Bad, after what could be read of it.
-    """
-    first = start == 0
-    for chunk in _raw_chunks(path, start, stop):
-        if first and isinstance(chunk, bytes):
-            chunk, first = chunk.removeprefix(BOM), False
-        yield chunk
-
-
-def _raw_chunks(path: str, start: int, stop: int | None) -> Iterator[bytes | Bad]:
-    if path.endswith((".gz", ".zst")):
-        yield from _gzip(path) if path.endswith(".gz") else _zstd(path)
-        return
-    with open(path, "rb", buffering=0) as file:
-        at = file.seek(start)
-        while chunk := file.read(CHUNK if stop is None else min(CHUNK, stop - at)):
-            at += len(chunk)
-            yield chunk
-
-
-def _gzip(path: str) -> Iterator[bytes | Bad]:
-    with gzip.open(path, "rb") as file:
-        try:
-            # Not read(), which loses what came before the damage.
-            while chunk := file.read1(CHUNK):
-                yield chunk
-        except EOFError:
-            yield Bad("truncated gzip", whole=True)
-        except (gzip.BadGzipFile, zlib.error):
-            yield Bad("damaged gzip", whole=True)
-
-
-def _zstd(path: str) -> Iterator[bytes | Bad]:
-    with pyarrow.OSFile(path) as raw:
-        file = pyarrow.CompressedInputStream(raw, "zstd")
-        try:
-            # Small reads: the one that meets the damage returns nothing.
-            while chunk := file.read(2**16):
-                yield chunk
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            # Its limit keeps memory constant where `zstd --long=31` would take 2 GiB.
-            reasons = {
-                "Truncated": "truncated zstd",
-                "too much memory": "zstd window over 128 MiB",
-            }
-            known = (why for said, why in reasons.items() if said in str(error))
-            yield Bad(next(known, "damaged zstd"), whole=True)
-        finally:
-            with contextlib.suppress(OSError):
-                file.close()
 
 
 def lines(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]:
@@ -121,20 +49,19 @@ def lines(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]:
         yield b"".join(held) if size <= limit else longer("line", limit)
 
 
-def is_array(path: str) -> bool:
-    """Tells whether a JSON file is one array, not JSON lines: it starts with "[".
+def json_kind(head: bytes) -> str:
+    """Tells what a JSON file is by its first bytes: "lines", "array" or "values".
 
-    Unless the first line is a whole array and another one begins behind it.
+    It is one array if it begins with "[", unless the first line is a whole array and
+    another one begins behind it. It is objects over several lines ("values") if the
+    first line leaves an object open and the second goes on with it.
     """
-    for chunk in chunks(path):
-        if isinstance(chunk, Bad):
-            return False
-        if start := chunk.lstrip():
-            line, _, rest = start.partition(b"\n")
-            return line.startswith(b"[") and not (
-                rest.lstrip().startswith(b"[") and _is_json(line)
-            )
-    return False
+    line, _, rest = (part.strip() for part in head.lstrip().partition(b"\n"))
+    if line.startswith(b"["):
+        return "lines" if rest.startswith(b"[") and _is_json(line) else "array"
+    goes_on = rest.startswith((b'"', b"}")) or line.endswith((b"[", b":"))
+    opened = line.startswith(b"{") and line.endswith((b"{", b"[", b",", b":"))
+    return "values" if opened and goes_on and rest else "lines"
 
 
 def _is_json(line: bytes) -> bool:
@@ -145,15 +72,17 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def elements(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]:
-    """Yields the elements of a JSON array, not parsed.
+def elements(
+    source: Iterator[bytes | Bad], limit: int, *, array: bool = True
+) -> Iterator[bytes | Bad]:
+    """Yields the elements of a JSON array, or the values of a file, not parsed.
 
     Their ends are found by quotes and brackets alone, so an element that is not JSON or
     not UTF-8 costs only itself, and one beyond the limit is never held. With json.loads
     this makes 180 MB/s of CPU time on rows of 50 KB. ijson 3.6 (yajl2_c) makes 660, but
     ends at the first error and holds any row; json.load holds everything.
     """
-    scanner = _Elements(limit)
+    scanner = _Elements(limit, array)
     for chunk in source:
         if isinstance(chunk, Bad):
             yield chunk
@@ -162,8 +91,7 @@ def elements(source: Iterator[bytes | Bad], limit: int) -> Iterator[bytes | Bad]
             yield element
             if isinstance(element, Bad) and element.whole:
                 return
-    if not scanner.closed:
-        yield Bad("array not closed", whole=True)
+    yield from scanner.end()
 
 
 class _Elements:
@@ -175,9 +103,10 @@ class _Elements:
     # quotes makes 90 (a quote every 60 bytes).
     _BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, array: bool):
         self.limit = limit
         self.closed = False
+        self._array = array
         self._depth = 0
         self._string = False
         self._escaped = False  # the last chunk ended within a string, after "\\"
@@ -191,7 +120,7 @@ class _Elements:
                 yield Bad("data after the array", whole=True)
             return
         at = begin = 0
-        if not self._depth:  # nothing but blanks so far: `is_array` looked
+        if self._array and not self._depth:  # blanks so far: `json_kind` looked
             at = begin = data.find(b"[") + 1
             self._depth = int(begin > 0)
             if not begin:
@@ -200,14 +129,15 @@ class _Elements:
             if self._string:
                 at = self._end_of_string(data, at)
                 continue
-            pattern = self._TOP if self._depth == 1 else self._INNER
+            top = self._array and self._depth == 1
+            pattern = self._TOP if top else self._INNER
             if (match := pattern.search(data, at)) is None:
                 break
             at = match.end()
             mark = data[at - 1]
             if mark == 0x22:  # "
                 self._string, self._escaped = True, False
-            elif mark == 0x2C or (mark == 0x5D and self._depth == 1):  # , ]
+            elif mark == 0x2C or (mark == 0x5D and top):  # , ]
                 yield from self._element(data[begin : at - 1])
                 begin = at
                 if mark == 0x5D:
@@ -218,7 +148,18 @@ class _Elements:
                 self._depth += 1
             elif self._depth > 1:  # } ]
                 self._depth -= 1
+            elif self._depth and not self._array:
+                self._depth = 0
+                yield from self._element(data[begin:at])
+                begin = at
         self._hold(data[begin:])
+
+    def end(self) -> Iterator[bytes | Bad]:
+        """Yields what is wrong at the end of the file."""
+        if self._array and not self.closed:
+            yield Bad("array not closed", whole=True)
+        if not self._array and b"".join(self._held).strip(_AROUND):
+            yield Bad("object not closed", whole=True)
 
     def _end_of_string(self, data: bytes, at: int) -> int:
         """Returns the index after the quote that ends the string.
@@ -242,7 +183,7 @@ class _Elements:
         self._hold(data)
         if self._size > self.limit:
             yield longer("row", self.limit)
-        elif element := b"".join(self._held).strip():
+        elif element := b"".join(self._held).strip(_AROUND):
             yield element
         self._held, self._size = [], 0
 
@@ -254,20 +195,20 @@ def newlines(path: str, every: int) -> Iterator[tuple[int, int, int]]:
       (start, stop, number of the first line, from 1).
     """
     start, line, seen, at = 0, 1, 0, 0
-    for chunk in _raw_chunks(path, 0, None):
-        assert isinstance(chunk, bytes)
-        begin = 0
-        while at + len(chunk) - start >= every:
-            end = chunk.find(b"\n", max(begin, start + every - 1 - at))
-            if end < 0:
-                break
-            seen += chunk.count(b"\n", begin, end + 1)
-            begin = end + 1
-            yield start, at + begin, line
-            start, line = at + begin, line + seen
-            seen = 0
-        seen += chunk.count(b"\n", begin)
-        at += len(chunk)
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            begin = 0
+            while at + len(chunk) - start >= every:
+                end = chunk.find(b"\n", max(begin, start + every - 1 - at))
+                if end < 0:
+                    break
+                seen += chunk.count(b"\n", begin, end + 1)
+                begin = end + 1
+                yield start, at + begin, line
+                start, line = at + begin, line + seen
+                seen = 0
+            seen += chunk.count(b"\n", begin)
+            at += len(chunk)
     if at > start:
         yield start, at, line
 
@@ -288,3 +229,27 @@ def first_after(file: Any, at: int, reach: int) -> int:
         if skip == len(data) or data[skip] & 0xC0 != 0x80:
             return at - 1 + skip
     return at
+
+
+def text_blocks(source: Iterator[bytes | Bad], size: int) -> Iterator[bytes | Bad]:
+    """Yields the blocks of a text that can only be read from its start.
+
+    They are those of `first_after`: block i reaches from there at i * size to the next.
+    """
+    held, base, number = b"", 0, 1
+    for chunk in source:
+        if isinstance(chunk, Bad):
+            yield held
+            yield chunk
+            return
+        held += chunk
+        while base + len(held) > (number + 1) * size + 8:
+            end = first_after(io.BytesIO(held), number * size - base, size)
+            yield held[:end]
+            held, base, number = held[end:], base + end, number + 1
+    while base + len(held) > number * size:
+        end = first_after(io.BytesIO(held), number * size - base, size)
+        yield held[:end]
+        held, base, number = held[end:], base + end, number + 1
+    if held:
+        yield held

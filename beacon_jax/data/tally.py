@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from beacon_jax.data.examples import EXPECTED, LONGER, SHORTER, Made
+from beacon_jax.data.fields import not_read
 from beacon_jax.data.heldout import HELD_OUT
 from beacon_jax.data.prepared import COUNTS, DROPPED_LINES
 from beacon_jax.forms import Count, unlike
@@ -13,20 +14,37 @@ from beacon_jax.paths import read_object
 
 FIRST = 5  # places that are named for every reason
 BAD_ROWS = 1_000  # bad rows of a shard that dropped.jsonl may hold
+# Of a source: reasons are told apart by what stands behind their colon, and unread
+# fields by name, as long as there are so few.
+KINDS = 50
+OTHERS = "other fields"
 EARLY_ROWS = 1_000  # after so many a run that drops too many stops at once
 # Forms of what a shard counts.
 _DROP = {"rows": Count, "tokens": Count, "bad": bool, "first": [str]}
-_COUNTED = {**dict.fromkeys(COUNTS, Count), "drops": {str: _DROP}}
+_COUNTED = {
+    **dict.fromkeys(COUNTS, Count),
+    "drops": {str: _DROP},
+    "unread?": {str: Count},
+}
 
 
 def _counts() -> dict[str, Any]:
-    return {**dict.fromkeys(COUNTS, 0), "drops": {}}
+    return {**dict.fromkeys(COUNTS, 0), "drops": {}, "unread": {}}
 
 
 def _dropped(counts: dict[str, Any], reason: str, bad: bool) -> dict[str, Any]:
     """Returns the counts of one reason to leave out rows of a source."""
     new = {"rows": 0, "tokens": 0, "bad": bad, "first": []}
+    if len(counts["drops"]) >= KINDS and reason not in counts["drops"]:
+        reason = reason.partition(":")[0]
     return counts["drops"].setdefault(reason, new)
+
+
+def _unread(counts: dict[str, Any], name: str, rows: int) -> None:
+    """Counts rows of a source with a field that is not read."""
+    unread = counts["unread"]
+    name = name if name in unread or len(unread) < KINDS else OTHERS
+    unread[name] = unread.get(name, 0) + rows
 
 
 class ShardCounts:
@@ -44,6 +62,8 @@ class ShardCounts:
         """Counts a row and what became of it."""
         counts = self.value["sources"].setdefault(str(source), _counts())
         counts["rows"] += 1
+        for name in made.unread:
+            _unread(counts, name, 1)
         if not made.reason:
             counts["examples"] += len(made.examples)
             counts["tokens"] += sum(len(x.tokens) for x in made.examples)
@@ -116,6 +136,8 @@ class Tally:
                 merged["rows"] += drop["rows"]
                 merged["tokens"] += drop["tokens"]
                 merged["first"] = (merged["first"] + drop["first"])[:FIRST]
+            for name, rows in counts.get("unread", {}).items():
+                _unread(total, name, rows)
         if self.largest is not None:
             known = "largest" in report
             self.largest = max(self.largest, report["largest"]) if known else None
@@ -157,7 +179,9 @@ def usage(manifest: dict[str, Any]) -> str:
     """
     total, rules = manifest["total"], manifest["settings"]["rules"]
     rows_of, tokens_of = Counter[str](), Counter[str]()  # by the reason
+    unread = Counter[str]()
     for source in manifest["sources"]:
+        unread.update(source.get("unread", {}))
         for reason, drop in source["drops"].items():
             rows_of[reason] += drop["rows"]
             tokens_of[reason] += drop.get("tokens", 0)
@@ -191,6 +215,8 @@ def usage(manifest: dict[str, Any]) -> str:
         lines.append(
             f"{rows_of[HELD_OUT]:,} rows {HELD_OUT} (data.heldout={rules['heldout']})"
         )
+    if unread:
+        lines.append(f"not read: {not_read(unread)}")
     return "; ".join(lines)
 
 

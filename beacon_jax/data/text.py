@@ -7,13 +7,16 @@ machine without a download), a folder or a file. Everything is read into memory.
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from beacon_jax.data.fields import not_read
 from beacon_jax.data.heldout import block_name, blocks, is_heldout, row_name
-from beacon_jax.data.readers import Bad, Piece, read
+from beacon_jax.data.packed import Bad
+from beacon_jax.data.readers import WHOLE_TEXTS, Piece, explained, read
 from beacon_jax.data.sources import Dropped, open_parts, read_part
 
 log = logging.getLogger(__name__)
@@ -30,10 +33,12 @@ class Corpus:
     Attributes:
       documents: (name, text) pairs, sorted by name.
       skipped: rows and files that were left out, in their order.
+      unread: rows with a field that is not read, by its name.
     """
 
     documents: tuple[tuple[str, str], ...]
     skipped: tuple[Dropped, ...]
+    unread: Counter[str]
 
 
 def load_documents(
@@ -67,6 +72,8 @@ def load_documents(
         log.warning(
             "%s: left out %d: %s", uri, len(corpus.skipped), _listed(corpus.skipped)
         )
+    if corpus.unread and not quiet:
+        log.warning("%s: not read: %s", uri, not_read(corpus.unread))
     chosen = [
         text
         for name, text in corpus.documents
@@ -108,10 +115,11 @@ def read_corpus(uri: str, *, root: str = "", turns: bool = False) -> Corpus:
     files = [list(file) for _, file in itertools.groupby(parts, lambda part: part.name)]
     alone = Path(uri).expanduser().is_file()
     skipped: list[Dropped] = []
+    unread = Counter[str]()
     documents: list[tuple[str, str]] = []
     for file in files:
-        if file[0].kind != "text":
-            documents += _rows(file, skipped, turns)
+        if file[0].kind not in WHOLE_TEXTS:
+            documents += _rows(file, skipped, unread, turns)
         elif (text := _whole(file, skipped)) is not None:
             name = file[0].name
             documents += _blocks(name, text) if alone else [(name, text)]
@@ -125,7 +133,7 @@ def read_corpus(uri: str, *, root: str = "", turns: bool = False) -> Corpus:
                 else ""
             )
         )
-    return Corpus(tuple(sorted(documents)), tuple(skipped))
+    return Corpus(tuple(sorted(documents)), tuple(skipped), unread)
 
 
 def _listed(skipped: Sequence[Dropped]) -> str:
@@ -147,7 +155,7 @@ def _whole(file: list[Piece], skipped: list[Dropped]) -> str | None:
     for _, piece in itertools.chain.from_iterable(map(read, file)):
         if not isinstance(piece, str):
             assert isinstance(piece, Bad)
-            skipped.append(Dropped(file[0].name, piece.reason))
+            skipped.append(Dropped(file[0].name, explained(file[0], piece.reason)))
             return None
         pieces.append(piece)
     text = "".join(pieces)
@@ -158,14 +166,16 @@ def _whole(file: list[Piece], skipped: list[Dropped]) -> str | None:
 
 
 def _rows(
-    file: list[Piece], skipped: list[Dropped], turns: bool
+    file: list[Piece], skipped: list[Dropped], unread: Counter[str], turns: bool
 ) -> list[tuple[str, str]]:
     """Returns the documents of a file of rows; a name has the row's number from 0."""
     rows: list[tuple[str, str]] = []
     for row in itertools.chain.from_iterable(map(read_part, file)):
         if isinstance(row, Dropped):
             skipped.append(row)
-        elif row.text is not None:
+            continue
+        unread.update(row.unread)
+        if row.text is not None:
             rows.append((row_name(row.where), row.text))
         elif turns and row.turns is not None:
             text = "\n".join(content for _, content in row.turns)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.data.fields import decoded
-from beacon_jax.data.readers import Bad, Value, read
+from beacon_jax.data.readers import UNREAD, Bad, Value, read
 from beacon_jax.data.sources import open_parts
 from beacon_jax.data.text import load_documents
 from beacon_jax.data.tokenizer import encode_stream
@@ -158,7 +158,9 @@ def _parsed(value: Value) -> dict[str, Any] | str:
         return value.reason
     if isinstance(value, bytes):
         return decoded(value)
-    return value if isinstance(value, dict) else "not an object"
+    if isinstance(value, dict):
+        return {name: cell for name, cell in value.items() if cell is not UNREAD}
+    return "not an object"
 
 
 def _wrong(

@@ -1,8 +1,10 @@
 """Writes the same rows as every kind of file that `data.sources` reads."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 
 import pyarrow
 import pyarrow.parquet
@@ -43,9 +45,10 @@ def write_records(path, rows):
     writer.close()
 
 
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+def write_csv(path, rows, **options):
+    encoding = options.pop("encoding", "utf-8")
+    with open(path, "w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, list(rows[0]), **options)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -70,6 +73,20 @@ def write_saved_dataset(folder, table):
     write_stream(folder / "cache-0123456789abcdef.arrow", table)
     (folder / "dataset_info.json").write_text('{\n "features": {}\n}')
     (folder / "state.json").write_text('{\n "_split": null\n}')
+
+
+NUMBERED = [{"n": i, **row} for i, row in enumerate(ROWS)]  # two columns
+
+
+def indented(rows=ROWS, ensure_ascii=True):
+    """Objects over several lines, one after the other."""
+    made = (json.dumps(row, indent=2, ensure_ascii=ensure_ascii) for row in rows)
+    return "\n".join(made).encode()
+
+
+def commas():
+    """Lines of JSON, each with the commas that an array would need, and more."""
+    return b"".join(line[:-1] + b", },\n" for line in json_lines().splitlines())
 
 
 def array(rows=ROWS, **options):
@@ -101,6 +118,33 @@ WRITERS = {
     "saved": lambda path: write_saved_dataset(path, pyarrow.Table.from_pylist(ROWS)),
     "a.array_record": lambda path: write_records(
         path, [json.dumps(row).encode() for row in ROWS]
+    ),
+    "a.ndjson": lambda path: path.write_bytes(json_lines()),
+    "array.jsonl": lambda path: path.write_bytes(array(indent=1)),
+    "objects.json": lambda path: path.write_bytes(indented()),
+    "objects.jsonl.xz": lambda path: path.write_bytes(lzma.compress(indented())),
+    "commas.jsonl": lambda path: path.write_bytes(commas()),
+    "commas.json": lambda path: path.write_bytes(b"[" + commas() + b"]"),
+    # Packed, whatever the name says.
+    "gzip.jsonl": lambda path: path.write_bytes(gzip.compress(json_lines())),
+    "plain.jsonl.gz": lambda path: path.write_bytes(json_lines()),
+    "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(json_lines())),
+    "a.json.xz": lambda path: path.write_bytes(lzma.compress(array())),
+    "a.ndjson.zstd": lambda path: path.write_bytes(zstd(json_lines())),
+    "parquet.jsonl": lambda path: WRITERS["a.parquet"](path),
+    "utf16.jsonl": lambda path: path.write_bytes(json_lines().decode().encode("utf16")),
+    "utf16.json": lambda path: path.write_bytes(
+        indented(ensure_ascii=False).decode().encode("utf-16-be")
+    ),
+    "utf32.csv": lambda path: write_csv(path, ROWS, encoding="utf-32"),
+    "a.tsv": lambda path: write_csv(path, NUMBERED, dialect="excel-tab"),
+    "tabs.csv": lambda path: write_csv(path, NUMBERED, delimiter="\t"),
+    "semicolons.csv": lambda path: write_csv(
+        path, NUMBERED, delimiter=";", encoding="utf-8-sig"
+    ),
+    "a.csv.gz": lambda path: (
+        write_csv(path, ROWS),
+        path.write_bytes(gzip.compress(path.read_bytes())),
     ),
     "UPPER.JSONL": lambda path: path.write_bytes(json_lines()),
 }

@@ -229,8 +229,26 @@ def test_turns_in_front_of_the_first_question_are_left_out(name):
     ],
 )
 def test_conversation_that_cannot_be_written_has_a_reason(turns, template, reason):
-    assert chat.encode(turns, tiny.qwen(), template) == reason
+    found = chat.encode(turns, tiny.qwen(), template)
+    assert isinstance(found, str) and found.partition(":")[0] == reason
     assert reason in chat.REASONS
+
+
+def test_turns_in_front_of_the_users_are_named_and_hf_writes_those_of_the_system():
+    tokenizer = with_template(MARKED)
+    talk = [("assistant", "Hello."), ("system", "Be brief."), *TALK[:2]]
+    tokens, labelled = encode(talk, tokenizer, "hf")
+    assert "system\nBe brief.<|im_end|>" in decode(tokens[~labelled], tokenizer)
+    assert "Hello." not in decode(tokens, tokenizer)
+    front = "turns in front of the user's (chat_template={})"
+    assert chat.not_written(talk, "hf") == [f"assistant {front.format('hf')}"]
+    assert chat.not_written(talk, "qwen") == [
+        f"{role} {front.format('qwen')}" for role in ("assistant", "system")
+    ]
+    assert chat.not_written([("system", " "), *TALK], "qwen") == []
+    called = [TALK[0], ("tool", "21 degrees"), TALK[1]]
+    tokens, labelled = encode(called, tokenizer, "hf")
+    assert "tool\n21 degrees" in decode(tokens[~labelled], tokenizer)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -16,6 +16,7 @@ from absl import flags
 
 from beacon_jax.cli import options
 from beacon_jax.cli import prepare as command
+from beacon_jax.data import contents
 from beacon_jax.data import prepare as module
 from beacon_jax.data.examples import Rules, make_examples
 from beacon_jax.data.prepare import Preparation, prepare, tokenizer_hash
@@ -58,11 +59,11 @@ def small_shards(monkeypatch):
 
 
 def content(folder):
-    """Every file of a folder but the lock."""
+    """Every file of a folder that depends on the text and the settings alone."""
     return {
         file.name: file.read_bytes()
         for file in sorted(folder.iterdir())
-        if file.name != ".lock"
+        if file.name not in (".lock", ".stamps.json")
     }
 
 
@@ -135,7 +136,7 @@ def test_a_finished_folder_is_not_touched_and_needs_no_sources(
     def gone(*_):
         raise FileNotFoundError("moved away")
 
-    monkeypatch.setattr(module, "source_bytes", gone)
+    monkeypatch.setattr(module, "source_files", gone)
     assert len(prepare(settings, tmp_path)) > 200
     after = {f.name: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
     assert before == after
@@ -259,6 +260,76 @@ def test_a_source_that_changed_is_refused(tmp_path):
     file.write_text(sentence(1, 40))
     with pytest.raises(ValueError, match=r"sources\[0\]\.bytes: \d+ -> \d+"):
         prepare(settings, tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize("trained_by", [None, "an earlier version"])
+def test_other_text_of_the_same_size_and_time_is_refused(tmp_path, trained_by):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (source / name).write_text(sentence(1, 30))
+        os.utime(source / name, ns=(10**18, 10**18))
+    settings = Preparation((str(source),), TOKENIZER)
+    prepare(settings, out, workers=1)
+    if trained_by:  # which knew sizes only
+        manifest = json.loads((out / "manifest.json").read_text())
+        del manifest["settings"]["sources"][0]["sha256"]
+        (out / "manifest.json").write_text(json.dumps(manifest))
+    assert len(prepare(settings, out, workers=1)) == 2
+    (source / "b.txt").write_text(sentence(1, 30).replace("Row", "Box"))
+    os.utime(source / "b.txt", ns=(10**18, 10**18))
+    if trained_by:
+        assert len(prepare(settings, out, workers=1)) == 2
+        return
+    said = r"was made with other text:\n  sources\[0\]\.sha256: \w{12}\.\.\. -> \w{12}"
+    with pytest.raises(ValueError, match=said):
+        prepare(settings, out, workers=1)
+    (source / "b.txt").write_text(sentence(1, 30))
+    assert len(prepare(settings, out, workers=1)) == 2
+    (source / "a.txt").rename(source / "c.txt")  # the order of the rows
+    with pytest.raises(ValueError, match=said):
+        prepare(settings, out, workers=1)
+
+
+def test_text_that_nobody_wrote_since_is_not_read_again(tmp_path, monkeypatch):
+    source, out = tmp_path / "a.txt", tmp_path / "out"
+    source.write_text(sentence(1, 30))
+    settings = Preparation((str(source),), TOKENIZER)
+    monkeypatch.setattr(contents, "SETTLED", 0)
+    prepare(settings, out, workers=1)
+    hashed, digest = [], contents.hashlib.file_digest
+    monkeypatch.setattr(
+        contents.hashlib, "file_digest", lambda *x: hashed.append(1) or digest(*x)
+    )
+    assert len(prepare(settings, out)) == 1 and not hashed
+    source.touch()
+    assert len(prepare(settings, out)) == 1 and hashed
+    source.write_text(sentence(1, 31))
+    with pytest.raises(ValueError, match=r"bytes: .*\n.*sha256: .* \(a.txt\)\nUse"):
+        prepare(settings, out)
+    for damage in ("nonsense", "[]", '{"a": 1}'):
+        source.write_text(sentence(1, 30))
+        (out / ".stamps.json").write_text(damage)
+        assert len(prepare(settings, out)) == 1
+
+
+def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    source, out = tmp_path / "a.txt", tmp_path / "out"
+    source.write_text(sentence(1, 30))
+    write = module.Worker.write
+    monkeypatch.setattr(
+        module.Worker,
+        "write",
+        lambda worker, job: (write(worker, job), source.write_text(sentence(2, 30))),
+    )
+    settings = Preparation((str(source),), TOKENIZER)
+    with pytest.raises(ValueError, match="a.txt'] changed while they were prepared"):
+        prepare(settings, out, workers=1)
+    assert not (out / "manifest.json").exists()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="was made with other text"):
+        prepare(settings, out, workers=1)
+    assert len(prepare(settings, out, workers=1, overwrite=True)) == 1
 
 
 def test_an_unfinished_folder_of_other_settings_is_refused(

@@ -78,7 +78,8 @@ def test_a_folder_is_read_recursively_in_sorted_order_and_strangers_are_reported
     (tmp_path / "b" / "c" / "y.md").write_text("fourth")
     (tmp_path / "b" / "x.py").write_text("third")
     (tmp_path / "b" / "a.jsonl").write_text('{"text": "second"}')
-    (tmp_path / "b" / "image.png").write_bytes(b"\x89PNG")
+    (tmp_path / "b" / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (tmp_path / "b" / "w.pth").write_bytes(b"weights")
     (tmp_path / "b" / "gone.txt").symlink_to(tmp_path / "nowhere")
     (tmp_path / "linked").symlink_to(tmp_path / "b")
     assert rows_of(str(tmp_path)) == [
@@ -86,7 +87,10 @@ def test_a_folder_is_read_recursively_in_sorted_order_and_strangers_are_reported
         Record("z.txt:1", "first\nline\nend"),
         Record("b/a.jsonl:1", "second"),
         Dropped("b/gone.txt", "broken link"),
-        Dropped("b/image.png", "unknown ending"),
+        Dropped(
+            "b/image.png", "a picture (image/png), no plain text: give a text file"
+        ),
+        Dropped("b/w.pth", "unknown ending"),
         Record("b/x.py:1", "third"),
         Record("b/c/y.md:1", "fourth"),
     ]
@@ -282,7 +286,7 @@ def test_uris_are_parsed_and_bad_ones_name_the_remedy(tmp_path):
         "nowhere.json": "'nowhere.json' does not exist; name a file",
         f"{tmp_path}/*.json": "matches no file; check the pattern",
         "no-*.json": "matches no file; the pattern is relative to",
-        f"{tmp_path}": "holds no text among its 1 files; expected files ending in",
+        f"{tmp_path}": r"1 files \(a.png: unknown ending\); expected files ending in",
     }.items():
         with pytest.raises(FileNotFoundError, match=message):
             open_parts([uri])

@@ -42,11 +42,11 @@ def test_bad_files_and_rows_are_skipped_and_counted(folder):
     (folder / "rows.jsonl").write_text("\n".join(rows))
     corpus = read_corpus(str(folder))
     assert ("rows.jsonl:000000000", "row") in corpus.documents
-    assert corpus.skipped == (
+    assert [(where, said.partition(":")[0]) for where, said in corpus.skipped] == [
         ("latin.txt", "invalid UTF-8"),
         ("rows.jsonl:2", "not JSON"),
         ("rows.jsonl:3", UNKNOWN),
-    )
+    ]
 
 
 def test_what_is_left_out_is_told_once_with_its_places(folder, caplog):
@@ -60,6 +60,15 @@ def test_what_is_left_out_is_told_once_with_its_places(folder, caplog):
     assert caplog.messages == [
         f"{folder}: left out 8: unknown ending (a.pdf); not JSON ({places} and 2 more)"
     ]
+
+
+def test_fields_that_are_not_read_are_told(folder, caplog):
+    rows = [{"text": "a", "meta": 1}, {"text": "b", "meta": {}}, {"text": "c", "n": 0}]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    load_documents(str(folder), "all", quiet=True)
+    assert caplog.messages == []
+    load_documents(str(folder), "all")
+    assert caplog.messages == [f"{folder}: not read: meta (1 rows), n (1 rows)"]
 
 
 def test_names_and_texts_are_those_that_the_shipped_model_was_split_by(tmp_path):

@@ -53,6 +53,21 @@ def test_what_is_cut_off_is_said_with_the_key_that_keeps_it(folder, tmp_path):
     assert total["cut"] > total["tokens"] / 2
 
 
+def test_what_is_not_read_and_reasons_are_counted_by_a_few_names(tmp_path):
+    rows = [{"text": "a", "tools": ["t"], "id": i} for i in range(3)]
+    rows += [{"text": "a", f"n{i}": 1} for i in range(60)]
+    rows += [{f"other{i}": 1} for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = Preparation((str(tmp_path / "a.jsonl"),), TOKENIZER)
+    data = prepare(settings, tmp_path / "out", workers=1, max_drop_fraction=1.0)
+    line = usage(data.manifest)
+    assert (
+        "; not read: other fields (12 rows), id (3 rows), tools (3 rows), n0 (" in line
+    )
+    drops = data.manifest["sources"][0]["drops"]
+    assert len(drops) == 51 and drops["unknown fields"]["rows"] == 10
+
+
 def test_split_text_is_all_of_the_text(folder, tmp_path):
     data = prepared(folder, tmp_path / "out", max_length=100)
     assert sorted("".join(text_of(data))) == sorted(

@@ -154,7 +154,10 @@ def damage_rows(rng: random.Random, folder: Path) -> tuple[str, str]:
         return f"{path.name}: {'; '.join(done)}", ""
     if path.suffix == ".parquet" and kind < 0.5:
         return f"{path.name}: {_odd_columns(rng, path)}", ""
-    if path.suffix in (".txt", ".md", ".csv", ".json", ".jsonl") and kind < 0.8:
+    if (
+        path.suffix in (".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+        and kind < 0.8
+    ):
         data, what = damage_text(rng, data)
     elif kind < 0.9:
         data, what = damage_bytes(rng, data)

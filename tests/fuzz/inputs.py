@@ -1,8 +1,11 @@
 """Makes whole inputs, small and at random: a folder for each."""
 
+import bz2
 import contextlib
 import functools
+import gzip
 import json
+import lzma
 import runpy
 import shutil
 from pathlib import Path
@@ -24,7 +27,13 @@ from beacon_jax.resources import TOKENIZER_FILES, asset
 from beacon_jax.training import own
 from beacon_jax.training.config import default_config, stage
 from beacon_jax.training.trainer import train
-from tests.data.source_files import json_lines, write_csv, write_records, write_stream
+from tests.data.source_files import (
+    indented,
+    json_lines,
+    write_csv,
+    write_records,
+    write_stream,
+)
 from tests.hf.gguf_files import byte_level, gguf_tensors, metadata, write_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +203,17 @@ ROWS = [
     {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]},
     {"instruction": "Count.", "output": "One, two.", "input": "to two"},
     {"prompt": "A question", "completion": " and its answer"},
+    {
+        "system": "Be brief.",
+        "history": [["Who?", "I."]],
+        "prompt": [{"role": "User", "text": "Why?"}],
+        "response": "So.",
+    },
+    {"question": "Who?", "answers": {"text": ["I.", "Me."], "answer_start": [1, 2]}},
+    {
+        "dialogue": '[{"role": "ai", "content": ["Yes", "."], "weight": 0}]',
+        "tools": [1],
+    },
 ]
 PLAIN = ROWS[:9]
 
@@ -201,6 +221,17 @@ PLAIN = ROWS[:9]
 def make_rows(root: Path) -> None:
     for name in ("jsonl", "json", "csv", "parquet", "arrow", "array_record", "txt"):
         (root / name).mkdir(parents=True)
+    for name, pack in (
+        ("gz", gzip.compress),
+        ("bz2", bz2.compress),
+        ("xz", lzma.compress),
+    ):
+        (root / name).mkdir()
+        (root / name / f"a.jsonl.{name}").write_bytes(pack(json_lines(ROWS)))
+        (root / name / f"b.txt.{name}").write_bytes(pack(TEXT.encode("utf-16")))
+    (root / "objects").mkdir()
+    (root / "objects" / "a.ndjson").write_bytes(indented(ROWS))
+    write_csv(root / "objects" / "b.tsv", PLAIN, dialect="excel-tab")
     (root / "jsonl" / "a.jsonl").write_bytes(json_lines(ROWS))
     (root / "json" / "a.json").write_text(json.dumps(ROWS))
     write_csv(root / "csv" / "a.csv", PLAIN)

@@ -114,11 +114,29 @@ def test_a_key_of_an_earlier_version_names_the_new_one(
         assert '"' not in str(stopped.value.code)
 
 
-def test_a_folder_is_named_on_the_command_line_without_quotes(monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["my-docs/2024", "b.jsonl"], ("my-docs/2024", "b.jsonl")),
+        (["go d.jsonl", "2024"], ("go d.jsonl", "2024")),
+        (["a, b.txt"], ("a, b.txt",)),
+        (["n (1) [5]"], ("n (1) [5]",)),
+        (["it's"], ("it's",)),
+        (["None"], ("None",)),
+        (["('a b', 'c')"], ("a b", "c")),
+        (["'a b'"], ("a b",)),
+    ],
+)
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_source_is_named_on_the_command_line_without_quotes(
+    monkeypatch, given, names, apart
+):
     argv = ["train", "--workdir=x", "--config=configs/quickstart.py:smoke"]
-    argv += ["--config.data.sources=my-docs/2024", "--config.data.sources=b.jsonl"]
+    for name in given:
+        key = "--config.data.sources"
+        argv += [key, name] if apart else [f"{key}={name}"]
     monkeypatch.setattr(sys, "argv", argv)
     values = flags.FlagValues()
     command.define_flags(values)
     options.parse(argv, values)
-    assert values["config"].value.data.sources == ("my-docs/2024", "b.jsonl")
+    assert values["config"].value.data.sources == names
