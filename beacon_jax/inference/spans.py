@@ -68,8 +68,8 @@ def token_spans(
         found = [match.span() for match in matches]
     except TimeoutError:
         raise ValueError(
-            f"spans={_shown(spans)} is neither found nor ruled out in {seconds:.0f} s in "
-            f"a text of {len(text):,} characters: it repeats what repeats itself, as "
+            f"spans={_shown(spans)} is neither found nor ruled out in {seconds:.0f} s, "
+            f"in {len(text):,} characters of text: it repeats what repeats itself, as "
             "(a+)+ does; write it without, or give token ranges as (start, stop)."
         ) from None
     marked = np.zeros(len(text) + 1, np.int32)
