@@ -109,9 +109,9 @@ def check_spans(spans: Any) -> None:
 
 def _compiled(spans: str | re.Pattern[str]) -> regex.Pattern[str]:
     """Compiles an expression; ValueError as `check_spans`."""
-    text, flags = spans, 0
+    text: Any = spans.pattern if isinstance(spans, re.Pattern) else spans
+    flags = 0
     if isinstance(spans, re.Pattern):
-        text = spans.pattern
         for flag in (re.ASCII, re.IGNORECASE, re.MULTILINE, re.DOTALL, re.VERBOSE):
             flags |= getattr(regex, flag.name) if spans.flags & flag else 0
     if isinstance(text, bytes):

@@ -450,6 +450,38 @@ def test_a_tokenizers_file_of_another_form_is_named(tokenizer, name, content, me
         load_tokenizer(tokenizer)
 
 
+PAD = {"content": "<|pad|>", "lstrip": False, "rstrip": False, "normalized": False}
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("more", [{}, {"__type": "AddedToken"}, {"single_word": False}])
+def test_special_tokens_may_be_objects(tokenizer, file, more):
+    path = tokenizer / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content |= {"eos_token": PAD | more}
+    content |= {"additional_special_tokens": ["<|endoftext|>", PAD | more]}
+    path.write_text(json.dumps(content))
+    found = load_tokenizer(tokenizer)
+    assert (found.eos_token, found.eos_token_id, len(found)) == ("<|pad|>", 1, 512)
+    assert {"<|endoftext|>", "<|pad|>"} <= set(found.all_special_tokens)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eos_token", {}),
+        ("pad_token", {"content": 5}),
+        ("additional_special_tokens", ["<a>", {"lstrip": True}]),
+        ("additional_special_tokens", [7]),
+    ],
+)
+def test_a_special_token_without_its_text_is_named(tokenizer, file, key, value):
+    (tokenizer / file).write_text(json.dumps({key: value}))
+    with pytest.raises(ValueError, match=rf"{file}\.{key} has .*, which is no token"):
+        load_tokenizer(tokenizer)
+
+
 @pytest.mark.parametrize(
     "content",
     [
