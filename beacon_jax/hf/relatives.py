@@ -38,6 +38,11 @@ def of_folder(folder: Path) -> str:
             "It has beacons alone (beacons.safetensors), whose config.json belongs "
             "beside them: copy the whole folder again."
         )
+    if (folder / "params.safetensors").is_file():
+        return (
+            "It has params.safetensors, of a converted folder that is not whole: "
+            "convert the model again."
+        )
     files = [*there("*.safetensors"), *there("pytorch_model*.bin")]
     if files and no_config:
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""

@@ -112,8 +112,8 @@ def _compiled(spans: str | re.Pattern[str]) -> regex.Pattern[str]:
     text: Any = spans.pattern if isinstance(spans, re.Pattern) else spans
     flags = 0
     if isinstance(spans, re.Pattern):
-        for flag in (re.ASCII, re.IGNORECASE, re.MULTILINE, re.DOTALL, re.VERBOSE):
-            flags |= getattr(regex, flag.name) if spans.flags & flag else 0
+        for name in ("ASCII", "IGNORECASE", "MULTILINE", "DOTALL", "VERBOSE"):
+            flags |= getattr(regex, name) if spans.flags & getattr(re, name) else 0
     if isinstance(text, bytes):
         raise ValueError(
             f"spans={_shown(spans)} is an expression for bytes: leave out the b."

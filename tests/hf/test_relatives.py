@@ -40,6 +40,7 @@ def test_a_folder_without_a_config_is_named_by_what_it_has(tmp_path, files, mess
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (["params.safetensors"], "of a converted folder that is not whole: convert"),
         (["weights.safetensors"], r"read from model\.safetensors; rename it"),
         (["pytorch_model_1.bin"], r"read from pytorch_model\.bin; rename it"),
         (
