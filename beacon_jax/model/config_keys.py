@@ -10,6 +10,7 @@ decoder. Another key that nobody knows is a line of warning.
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -387,8 +388,9 @@ def check(hf: Mapping[str, Any]) -> None:
         what = "changes what a model computes, and is not supported"
         if not listed:
             what = "is not known, and by its name changes what a model computes"
-        remedy = ", or write what it means as rope_theta or rope_scaling"
-        remedy = remedy if "rope" in key or "rotary" in key else ""
+        remedy = ""
+        if re.search(r"(rope|rotary).*(scal|ratio|factor|base|theta)", key):
+            remedy = ", or write what it means as rope_theta or rope_scaling"
         raise ValueError(
             f"{key}={short(repr(value))} {what}. If this model was made without it, "
             f"delete it from config.json{remedy}."
