@@ -153,19 +153,55 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file that is at `path` when the block ends without an error, else not.
+    """Opens a file that is at `path` when the block ends without an error, else not."""
+    with new_file(path) as partial, partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
-    A killed process leaves `.NAME.partial`, and what was at `path` before.
+
+@contextlib.contextmanager
+def new_file(path: Path, name: str = "path") -> Iterator[Path]:
+    """Yields a file beside `path` that takes its name when the block ends well.
+
+    An error removes it; a killed process leaves `.NAME.*.partial`, a name that nobody
+    else has, and what was at `path` before.
+
+    Args:
+      name: of the argument ("path") or the flag ("--out"), for messages.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    folder = path.parent
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(".partial", partial_prefix(path), folder)
+    except OSError as error:
+        raise OSError(
+            f"{name}={path} cannot be written ({error.strerror}): name a file "
+            "elsewhere."
+        ) from error
+    os.close(handle)
+    partial = Path(made)
+    try:
+        yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # mkstemp lets nobody else read it
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the new name, after the bytes
+    finally:
+        os.close(handle)
+
+
+def partial_prefix(path: Path) -> str:
+    """Returns how names begin of what is to be at `path`, short enough for any of it.
+
+    A character has at most four bytes.
+    """
+    return f".{path.name[:50]}."
 
 
 def check_fetched(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from beacon_jax.forms import Count
 from beacon_jax.gguf.file import is_gguf
-from beacon_jax.names import meant
+from beacon_jax.names import meant, short
 from beacon_jax.paths import check_fetched, is_there, parse_object, read_object
 
 PACKAGE = Path(__file__).parent
@@ -121,7 +121,7 @@ def load_tokenizer(path: str | Path) -> Any:
             "them from the base model."
         )
     _check_tokenizer_files(path)
-    config = _tokenizer_settings(path)
+    config, objects = _tokenizer_settings(path), _token_objects(path)
     try:
         return AutoTokenizer.from_pretrained(
             str(path),
@@ -129,6 +129,7 @@ def load_tokenizer(path: str | Path) -> Any:
             local_files_only=True,
             use_fast=True,
             trust_remote_code=False,
+            **objects,
         )
     except Exception as error:  # of tokenizers, transformers, jinja, json, ...
         raise ValueError(_unread(path, error)) from error
@@ -155,6 +156,43 @@ def _tokenizer_settings(path: Path) -> Any:
     config.name_or_path = str(path)
     config.tokenizer_class = given("tokenizer_class")
     return config
+
+
+def _token_objects(path: Path) -> dict[str, Any]:
+    """Returns the special tokens that files have as objects, {"content": ...}.
+
+    Transformers 4 wrote them so; transformers 5 reads some of them only.
+
+    Raises:
+      ValueError: one without its content.
+    """
+    from tokenizers import AddedToken
+
+    def token(value: Any, where: str) -> Any:
+        if isinstance(value, str) or value is None:
+            return value
+        content = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(content, str) or not content:
+            raise ValueError(
+                f"{where} has {short(repr(value))}, which is no token: it must be a "
+                'text, or an object with its "content". Mend or replace the file.'
+            )
+        flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
+        given = {flag: value[flag] for flag in flags if type(value.get(flag)) is bool}
+        return AddedToken(content, **({"special": True} | given))
+
+    found: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second wins
+        file = path / name
+        for key, value in (read_object(file) if is_there(file) else {}).items():
+            if key == "additional_special_tokens" and isinstance(value, list):
+                found[key] = [token(x, f"{file}.{key}") for x in value]
+            elif key in _NAMED:
+                found[key] = token(value, f"{file}.{key}")
+    made = lambda x: (
+        isinstance(x, AddedToken) or (isinstance(x, list) and any(map(made, x)))
+    )
+    return {key: value for key, value in found.items() if made(value)}
 
 
 def _check_tokenizer_files(path: Path) -> None:
@@ -210,10 +248,10 @@ def _check_text(path: Path) -> None:
 
 
 # Forms (`forms`) of what some files of tokenizers may hold; null: it is not given.
-_SPECIAL = {
-    f"{name}_token?": (str, {}, None)
-    for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
-}
+_NAMED = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+)
+_SPECIAL = {f"{name}?": (str, {}, None) for name in _NAMED}
 _FORMS = {
     "tokenizer_config.json": {
         **_SPECIAL,

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from beacon_jax.paths import check_file, check_folder
+from beacon_jax.paths import check_file, check_folder, whole_file, write_whole
 
 LONG = "x" * 300
 
@@ -38,3 +38,18 @@ def test_nothing_stays_of_a_look(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="--out=.* is a folder: name a file"):
         check_file("--out", tmp_path)
+
+
+def test_a_whole_file_has_a_partial_name_that_nobody_else_has(tmp_path):
+    path = tmp_path / ("n" * 255)
+    mine = tmp_path / f".{'n' * 20}.partial"
+    mine.write_text("mine")
+    write_whole(tmp_path / ("n" * 20), "one")
+    write_whole(path, "two")
+    assert (mine.read_text(), path.read_text()) == ("mine", "two")
+    assert path.stat().st_mode == mine.stat().st_mode
+    with pytest.raises(RuntimeError), whole_file(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_text() == "two"
+    assert len([*tmp_path.iterdir()]) == 3

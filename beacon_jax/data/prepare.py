@@ -49,7 +49,13 @@ SHARD_BYTES = 16 * 2**20  # of the sources: parts are put together until they ha
 SUBSET_SEED = 42  # of `file[COUNT]`, as in the release
 SHARDS = "shard-*-of-*.array_record"
 # Files that a run makes again: what a killed one leaves of them, and all.
-PARTIAL = (".shard-*.partial", ".index.npy.partial", ".*.json.partial")
+PARTIAL = (
+    ".shard-*.partial",
+    ".index.npy.*.partial",
+    ".dropped.jsonl.*.partial",
+    ".manifest.json.*.partial",
+    ".unfinished.json.*.partial",
+)
 BYTES = ("utf-8", "backslashreplace")  # a file's name may be no text
 _UNFINISHED = "unfinished.json"  # the settings of a run that has not finished
 MADE = (SHARDS, "shard-*-of-*.index.npy", "shard-*-of-*.json", "index.npy")

@@ -107,7 +107,7 @@ class Adapter:
 
     def source(self, config: ModelConfig, dtype: np.dtype | None) -> Source:
         """Opens the tensors, to be cast to `dtype` and to fit `config`."""
-        reader = SafetensorsReader([self.path / WEIGHTS])
+        reader = SafetensorsReader([self.path / WEIGHTS], self.path)
         try:
             return HfSource(config, reader, dtype, only="beacon/")
         except ValueError as error:

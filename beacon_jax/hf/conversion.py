@@ -40,6 +40,7 @@ from beacon_jax.hf.reader import (
     open_hf,
     row_blocks,
 )
+from beacon_jax.hf.shards import is_below
 from beacon_jax.hf.writer import (
     MANIFEST,
     copy_small_files,
@@ -390,12 +391,14 @@ def write_hf_weights(
         stage.begin(0, sum(t.nbytes for t in tensors.values()) / 1e6)
         for name, (keys, metadata) in files.items():
             chosen = {key: tensors[key] for key in keys}
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_safetensors(folder / name, chosen, blocks, metadata, stage)
 
 
 def write_index(path: Path, files: Iterable[str]) -> None:
-    """Writes model.safetensors.index.json for files that lie beside it."""
-    reader = SafetensorsReader([path.with_name(name) for name in files])
+    """Writes model.safetensors.index.json for files beside it, or below its folder."""
+    folder = path.parent
+    reader = SafetensorsReader([folder / name for name in files], folder)
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in reader.tensors.values())},
         "weight_map": {key: t.file for key, t in sorted(reader.tensors.items())},
@@ -426,7 +429,7 @@ def open_converted(folder: Path) -> SafetensorsReader:
     for path in files:
         if not is_there(path):
             raise FileNotFoundError(f"{path} is not there: convert the model again.")
-    return SafetensorsReader(files)
+    return SafetensorsReader(files, folder)
 
 
 def is_converted(folder: Path) -> bool:
@@ -455,10 +458,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if wrong := unlike(manifest, _FORM, str(path)):
         raise ValueError(f"{wrong}: convert the model again.")
-    if bad := [name for name in manifest["files"] if Path(name).name != name]:
+    if bad := [name for name in manifest["files"] if not is_below(name)]:
         raise ValueError(
-            f"{path} has files={bad}, no names of files beside each other: convert the "
-            "model again."
+            f"{path} has files={bad}, no names of files in a folder: convert the model "
+            "again."
         )
     return manifest
 

@@ -10,7 +10,7 @@ from beacon_jax.gguf.file import is_gguf
 from beacon_jax.names import nearest
 
 TIMEOUT = 5.0  # seconds until the hub counts as not reachable
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SMALL = re.compile(r"[\w.-]+\.(json|jinja)|tokenizer\.model")
 _SAFE = re.compile(r"model[\w.-]*\.safetensors")
 # Faults of this machine, not of the network.
@@ -73,14 +73,26 @@ def download(id: str, name: str = "path", cache: Path | None = None) -> Path:
 
     Raises:
       FileNotFoundError: for the same reasons as in `find`.
+      ValueError: no model can have this id.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(id)
+    except HFValidationError:
+        shown = id if len(id) <= 120 else f"{id[:117]}..."
+        raise ValueError(
+            f"{name}={shown} is no folder here, and no id of a model on the hub: one "
+            "is org/name, each with at most 96 characters, no -- or .., no - or . at "
+            "an end, and no .git behind."
+        ) from None
     endpoint = os.environ.get("HF_ENDPOINT")
     by_hand = (
         f"Download it where there is a network, `hf download {id} --local-dir "

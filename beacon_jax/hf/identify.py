@@ -6,6 +6,7 @@ has its hashes in its manifest. Those of an HF folder are computed from its file
 somebody asks, a block of 16 MB at a time, once per process.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from beacon_jax.hf.conversion import (
 )
 from beacon_jax.hf.hashing import TreeHash
 from beacon_jax.hf.keys import table
+from beacon_jax.hf.shards import weight_map
 from beacon_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -143,10 +145,13 @@ def base_values_hash(path: Path, strip_prefix: str | None = None) -> str:
 
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Returns names, sizes and times of the files with the weights."""
-    files = [path]
+    files = {path}
     if path.is_dir():
-        files = [p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")]
-    stats = [(p.name, p.stat()) for p in sorted(files)]
+        files = {p for p in path.iterdir() if p.suffix in (".safetensors", ".bin")}
+        for index in path.glob("*.index.json"):
+            with contextlib.suppress(ValueError):  # one that is not read, then
+                files |= {path / name for name in weight_map(index).values()}
+    stats = [(str(p), p.stat()) for p in sorted(files) if p.exists()]
     return tuple((name, s.st_size, s.st_mtime_ns) for name, s in stats)
 
 

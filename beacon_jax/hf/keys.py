@@ -42,8 +42,14 @@ KEYS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
 # Our leaf -> the end of the HF name; the release knows no low-rank beacons.
 _ENDS = {"bias": ".bias", "lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
 
-# Buffers of old releases, computed from the config.
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+# Buffers, which are no weights: tables of rotary embeddings and masks that the config
+# determines, counts of profilers. Old releases of transformers saved some of them.
+_BUFFER = re.compile(
+    r"(^|\.)(\w*(rotary|rope)\w*\.(cos|sin|freqs)\w*|(original_)?inv_freq"
+    r"|(cos|sin)_cached?|freqs_cis|freqs_(cos|sin)|position_ids|causal_mask"
+    r"|attn_mask|attention_mask|masked_bias|total_ops|total_params)$"
+)
+_MASK = re.compile(r"(^|\.)(self_)?att(entio)?n\.(bias|mask|tril)$")
 MOST_SHOWN = 12  # lines about tensors that do not fit
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -67,6 +73,12 @@ class Entry:
     linear: bool
     hf_shape: tuple[int, ...]
     stacked: bool
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Tells whether an HF tensor is no weight but made of the config, or of no use."""
+    square = len(shape) > 1 and shape[-1] == shape[-2]
+    return bool(_BUFFER.search(name) or (square and _MASK.search(name)))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -138,7 +150,8 @@ def resolve(
     shapes = {key: e.hf_shape for e in entries for key in e.keys}
     if config.tie_embeddings and not only:
         shapes[LM_HEAD] = shapes[EMBEDDING]  # allowed, compared when it is read
-    unknown = {k for k in found if k not in shapes and not _IGNORED.search(k)}
+    unknown = {k for k in found if k not in shapes}
+    unknown -= {k for k in unknown if is_buffer(k, tuple(found[k]))}
     foreign = {k for k in unknown if re.search(r"\bbeacon_", k)}
     optional = {k for e in entries if e.name.startswith("beacon/") for k in e.keys}
     optional |= {LM_HEAD} if config.tie_embeddings else set()

@@ -22,9 +22,11 @@ def stripped(name: str, strip_prefix: str) -> str:
 
     Args:
       strip_prefix: what is left out in front of the name and of its parts, several
-        separated by commas; empty: nothing.
+        separated by commas or blanks; each ends at a dot, also one without its own.
+        Empty: nothing.
     """
-    for prefix in filter(None, strip_prefix.split(",")):
+    parts = (part.strip(".") for part in re.split(r"[,\s]+", strip_prefix))
+    for prefix in [f"{part}." for part in parts if part]:
         name = name.removeprefix(prefix).replace(f".{prefix}", ".")
     return f"model.{name}" if name.startswith(_BARE) else name
 

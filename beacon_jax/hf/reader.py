@@ -20,11 +20,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from beacon_jax.forms import Count, unlike
-from beacon_jax.hf import relatives
-from beacon_jax.hf.keys import flatten
+from beacon_jax.hf import relatives, shards
+from beacon_jax.hf.keys import flatten, is_buffer
 from beacon_jax.hf.prefixes import stripped
 from beacon_jax.names import short
-from beacon_jax.paths import check_fetched, is_there, parse_object, read_object
+from beacon_jax.paths import check_fetched, is_there, parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,15 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# What buffers may have, which are read by nobody (`keys.is_buffer`).
+_BUFFERS = {
+    "BOOL": np.dtype(np.bool_),
+    **{
+        f"{k}{n}": np.dtype(f"{k.lower()}{n // 8}")
+        for k in "IU"
+        for n in (8, 16, 32, 64)
+    },
 }
 # What files that are no checkpoints may have, too.
 ALL_DTYPES = DTYPES | {
@@ -97,33 +106,29 @@ class SafetensorsReader:
     a file: of 1 GiB in blocks of 16 MB, an open one keeps 1,056 MB resident, one that
     is opened anew for every block 50 MB in 0.20 s (two cores, page cache), and `read`
     takes 32 MB and 0.15 s, at addresses that a CPU device uses without a copy.
+
+    Args:
+      files: in the folder, or below it.
     """
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], folder: Path):
         self.tensors: dict[str, Tensor] = {}
         self.metadata: dict[str, dict[str, str] | None] = {}
-        self._paths = {path.name: path for path in files}
-        for path in files:
-            with _opened(path) as file:
-                self._add(path, {k: file.get_slice(k) for k in file.offset_keys()})
+        self._paths = {path.relative_to(folder).as_posix(): path for path in files}
+        for file, path in self._paths.items():
+            with _opened(path) as opened:
+                slices = {k: opened.get_slice(k) for k in opened.offset_keys()}
             # Parsed once more: no name is there twice, and the metadata have their
             # order, which the library forgets.
-            header = parse_object(_header(path), f"the header of {path}")
-            self.metadata[path.name] = header.get(METADATA)
-
-    def _add(self, path: Path, slices: Mapping[str, Any]) -> None:
-        """Adds the tensors of a file; their bytes fill its end, in this order."""
-        found: list[Tensor] = []
-        for name, part in slices.items():
-            _check_new(self.tensors, name, path)
-            dtype = DTYPES.get(part.get_dtype())
-            if dtype is None:
-                raise ValueError(_other_dtype(path, name, part.get_dtype()))
-            found.append(Tensor(tuple(part.get_shape()), dtype, path.name))
-        offset = path.stat().st_size - sum(tensor.nbytes for tensor in found)
-        for name, tensor in zip(slices, found, strict=True):
-            self.tensors[name] = dataclasses.replace(tensor, offset=offset)
-            offset += tensor.nbytes
+            text = _header(path)
+            header = parse_object(text, f"the header of {path}")
+            self.metadata[file] = header.get(METADATA)
+            for name, part in slices.items():
+                _check_new(self.tensors, name, path)
+                shape = tuple(part.get_shape())
+                dtype = _dtype(path, name, shape, part.get_dtype())
+                offset = 8 + len(text) + header[name]["data_offsets"][0]
+                self.tensors[name] = Tensor(shape, dtype, file, offset)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         tensor = self.tensors[name]
@@ -159,11 +164,25 @@ def _check_new(tensors: Mapping[str, Tensor], name: str, path: Path) -> None:
         )
 
 
-def _other_dtype(path: Path, name: str, dtype: str) -> str:
-    return (
-        f"{path}: tensor {name} has dtype {dtype}, only {', '.join(DTYPES)} are "
-        "supported: use an unquantized checkpoint."
-    )
+def _dtype(path: Path, name: str, shape: tuple[int, ...], kind: str) -> np.dtype:
+    """Returns the dtype of that name, "F32" or "BOOL".
+
+    Raises:
+      ValueError: no weight has it, and the tensor is not known as a buffer.
+    """
+    if kind in DTYPES:
+        return DTYPES[kind]
+    if kind in _BUFFERS and is_buffer(name, shape):
+        return _BUFFERS[kind]
+    if said := relatives.of_tensors([name]):
+        raise ValueError(f"{path}: {said}")
+    said = f"{path}: tensor {name} has dtype {kind}, only {', '.join(DTYPES)} are "
+    if kind in _BUFFERS and not name.endswith((".weight", "_proj.bias")):
+        raise ValueError(
+            f"{said}supported for weights, and it is no buffer that is known: if the "
+            "model computes the same without it, remove it from the file."
+        )
+    raise ValueError(f"{said}supported: use an unquantized checkpoint.")
 
 
 def _opened(path: Path) -> safe_open:
@@ -224,7 +243,7 @@ class TorchReader:
     stay resident.
     """
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], folder: Path):
         if importlib.util.find_spec("torch") is None:
             raise ImportError(
                 f"{files[0].parent} has only {files[0].name}, and reading it needs "
@@ -233,17 +252,19 @@ class TorchReader:
             )
         self.tensors: dict[str, Tensor] = {}
         self.metadata: dict[str, dict[str, str] | None] = {}
-        self._paths = {path.name: path for path in files}
-        for path in files:
+        self._paths = {path.relative_to(folder).as_posix(): path for path in files}
+        kinds = {dtype.name: kind for kind, dtype in (DTYPES | _BUFFERS).items()}
+        for file, path in self._paths.items():
             check_fetched(path)
-            self.metadata[path.name] = {"format": "pt"}
-            for name, value in self._load(path.name).items():
+            self.metadata[file] = {"format": "pt"}
+            for name, value in self._load(file).items():
                 _check_new(self.tensors, name, path)
-                kind = str(value.dtype).removeprefix("torch.")
-                dtype = {d.name: d for d in DTYPES.values()}.get(kind)
-                if dtype is None:
-                    raise ValueError(_other_dtype(path, name, kind))
-                self.tensors[name] = Tensor(tuple(value.shape), dtype, path.name)
+                kind, shape = (
+                    str(value.dtype).removeprefix("torch."),
+                    tuple(value.shape),
+                )
+                dtype = _dtype(path, name, shape, kinds.get(kind, kind))
+                self.tensors[name] = Tensor(shape, dtype, file)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         import torch  # pyright: ignore[reportMissingImports]
@@ -327,37 +348,32 @@ class TreeReader:
         return np.asarray(part)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Reads {tensor: file} of an index."""
-    found = read_object(index).get("weight_map")
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in found.values()
-    ):
-        raise ValueError(
-            f"{index}: weight_map must be an object of names of files beside it. "
-            "Download it again, or delete it beside a complete file of weights."
-        )
-    return found
-
-
 def open_hf(folder: Path) -> SafetensorsReader | TorchReader:
     """Opens the weights of an HF folder: safetensors, else pytorch_model.bin.
 
     A single file with all tensors of an index beside it is read in place of those that
-    the index names, as transformers does.
+    the index names, as transformers does. Numbered files that are all there need no
+    index.
     """
-    for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
-        make = SafetensorsReader if kind == "safetensors" else TorchReader
-        index, single = folder / f"{stem}.{kind}.index.json", folder / f"{stem}.{kind}"
+    makes = {"safetensors": SafetensorsReader, "bin": TorchReader}
+    for kind, make in makes.items():
+        single = folder / shards.STEMS[kind]
+        index = single.with_name(f"{single.name}.index.json")
         if is_there(single) and is_there(index):
-            reader = make([single])
+            reader = make([single], folder)
             if why := _stale(index, single.name, reader.tensors):
                 _warn_once(f"{single} is read, not what {index} names: {why}")
                 return reader
         if is_there(index):
             return _open_indexed(index, make)
         if is_there(single):
-            return make([single])
+            return make([single], folder)
+        if files := shards.complete(folder, kind):
+            _warn_once(
+                f"{folder} has no {index.name}: all {len(files)} files from "
+                f"{files[0].name} to {files[-1].name} are read, which are complete."
+            )
+            return make(files, folder)
     raise FileNotFoundError(
         f"{folder} has no weights: expected model.safetensors, "
         "model.safetensors.index.json or pytorch_model.bin. "
@@ -373,7 +389,7 @@ def _warn_once(message: str) -> None:
 def _stale(index: Path, single: str, tensors: Mapping[str, Tensor]) -> str:
     """Says why a single file is read and not those of an index; "" if it is not."""
     try:
-        weight_map = _weight_map(index)
+        weight_map = shards.weight_map(index)
     except ValueError as error:
         return str(error)
     files = sorted(set(weight_map.values()))
@@ -388,7 +404,7 @@ def _open_indexed(
     index: Path, make: type[SafetensorsReader] | type[TorchReader]
 ) -> SafetensorsReader | TorchReader:
     """Opens the files that an index names."""
-    weight_map = _weight_map(index)
+    weight_map = shards.weight_map(index)
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     if not files:
         raise ValueError(f"{index} names no tensors: download it again.")
@@ -397,7 +413,7 @@ def _open_indexed(
             f"{index} names files that are not there: {', '.join(absent)}. Download "
             "them again."
         )
-    reader = make(files)
+    reader = make(files, index.parent)
     wrong = [
         f"{key} (in {file})"
         for key, file in weight_map.items()

@@ -6,6 +6,7 @@ It is asked when config.json, the weights or tensors are missing.
 from collections.abc import Iterable
 from pathlib import Path
 
+from beacon_jax.hf import shards
 from beacon_jax.paths import read_object
 
 PEFT = "adapter_config.json"
@@ -15,6 +16,7 @@ _QUANTIZED += (".weight_scale", ".weight_scale_inv", ".weight_packed")
 
 def of_folder(folder: Path) -> str:
     """Says what a folder without config.json or weights holds, and what to do."""
+    no_config = not (folder / "config.json").is_file()
     if (folder / PEFT).is_file():
         return peft(folder)
     there = lambda pattern: sorted(x.name for x in folder.glob(pattern) if x.is_file())
@@ -36,11 +38,28 @@ def of_folder(folder: Path) -> str:
             "It has beacons alone (beacons.safetensors), whose config.json belongs "
             "beside them: copy the whole folder again."
         )
-    if files := there("*.safetensors"):
+    if (folder / "params.safetensors").is_file():
         return (
-            f"It has {files[0]}: weights are read from model.safetensors, or from the "
-            "files that model.safetensors.index.json names; rename it."
+            "It has params.safetensors, of a converted folder that is not whole: "
+            "convert the model again."
         )
+    files = [*there("*.safetensors"), *there("pytorch_model*.bin")]
+    if files and no_config:
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        return f"It has {files[0]}{more}: fetch config.json of the same repository."
+    if said := shards.incomplete(files):
+        return (
+            f"It has {said}: fetch those, and model.safetensors.index.json, of the "
+            "same repository."
+        )
+    if len(files) > 1:
+        return (
+            f"It has {files[0]} and {len(files) - 1} more: fetch "
+            "model.safetensors.index.json of the same repository, which names them."
+        )
+    if files:
+        single = shards.STEMS[files[0].rpartition(".")[2]]
+        return f"It has {files[0]}: weights are read from {single}; rename it."
     below = sorted(
         x.parent.name for x in folder.glob("*/config.json") if (x.parent != folder)
     )

@@ -1,11 +1,14 @@
 """Writes safetensors files as streams and folders as a whole or not at all."""
 
 import contextlib
+import fcntl
 import fnmatch
+import glob
 import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import numpy as np
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.hf import gguf
 from beacon_jax.hf.reader import ALL_DTYPES, Tensor
-from beacon_jax.paths import check_fetched
+from beacon_jax.paths import check_fetched, check_name, partial_prefix
 from beacon_jax.progress import Stage
 from beacon_jax.resources import (
     TOKENIZER_FILES,
@@ -27,6 +30,7 @@ from beacon_jax.resources import (
 logger = logging.getLogger(__name__)
 
 MANIFEST = "beacon_jax.json"
+_MARK = "beacon_jax.lock"  # in a folder that is being written
 DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 # As "tokenizer.", so that tokenizer.model.v3 is one, too.
 # What a converted folder has of the other files of a model: these names, code that
@@ -169,7 +173,9 @@ def check_new(dst: Path, *, overwrite: bool, keep: bool = False) -> bool:
 
     Raises:
       FileExistsError: something is there that it may not replace.
+      ValueError: no folder can have this name.
     """
+    check_name(dst, "--dst")
     used = dst.exists() and (not dst.is_dir() or any(dst.iterdir()))
     if used and not overwrite:
         raise FileExistsError(
@@ -206,8 +212,9 @@ def _others(folder: Path) -> list[str]:
 def new_folder(dst: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Path]:
     """Yields an empty folder that becomes `dst` when the block ends without an error.
 
-    A killed process leaves `.NAME.partial` beside `dst`, never half a checkpoint; the
-    next run replaces it. With `overwrite` the old folder stays until the new is whole.
+    It is made in a folder `.NAME.*.partial` beside `dst`, whose name nobody else has.
+    What a killed process leaves of it is never half a checkpoint, and goes with the
+    next run. With `overwrite` the old folder stays until the new is whole.
 
     Args:
       keep: the old folder is of the same model, so that its files which are no weights
@@ -215,22 +222,68 @@ def new_folder(dst: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Pa
     """
     used = check_new(dst, overwrite=overwrite, keep=keep)
     dst = dst.resolve()  # a link stays one, and what it names is replaced
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    partial = dst.with_name(f".{dst.name}.partial")
-    old = partial.with_suffix(".old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
+    with _workplace(dst) as place:
+        new, old = place / "new", place / "old"
+        new.mkdir()
+        yield new
         if used:
             dst.rename(old)
-        partial.rename(dst)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and dst.exists():
-            if keep:
-                _keep_others(old, dst)
-            shutil.rmtree(old)
+        try:
+            new.rename(dst)
+        except OSError:
+            if used:
+                old.rename(dst)
+            raise
+        if used and keep:
+            _keep_others(old, dst)
+        shutil.rmtree(place)
+
+
+@contextlib.contextmanager
+def _workplace(dst: Path) -> Iterator[Path]:
+    """Makes a folder beside `dst`; an error removes it, but for an old checkpoint."""
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(".partial", partial_prefix(dst), dst.parent))
+    except OSError as error:
+        raise OSError(
+            f"--dst={dst} cannot be written ({error.strerror}): use another folder."
+        ) from error
+    with (place / "mark").open("w") as mark:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (place / "mark").rename(place / _MARK)  # it never has this name without a lock
+        _remove_left(dst)
+        try:
+            yield place
+        finally:
+            if not (place / "old").exists():
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def _remove_left(dst: Path) -> None:
+    """Removes what killed processes left beside `dst`, if they had not moved `dst`.
+
+    It is known by a file that a process locks as long as it lives.
+    """
+    for place in dst.parent.glob(f"{glob.escape(partial_prefix(dst))}*.partial"):
+        try:
+            mark = (place / _MARK).open("r+")
+        except OSError:  # not ours
+            continue
+        with mark:
+            try:
+                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            if (place / "old").exists():
+                logger.warning(
+                    "%s has what was at %s before a run was killed: move it back, or "
+                    "delete it.",
+                    *(place / "old", dst),
+                )
+            else:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def _keep_others(old: Path, new: Path) -> None:

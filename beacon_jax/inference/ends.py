@@ -4,6 +4,7 @@ config.json often names the end of a text only, and generation_config.json or th
 tokenizer the end of a turn: Qwen2 and Llama-3 have two or three.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.names import short
 from beacon_jax.paths import read_object
+
+logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
 
@@ -20,14 +23,24 @@ def end_ids(
 ) -> tuple[int, ...]:
     """Returns the end tokens of config.json, generation_config.json and the tokenizer.
 
+    Ids that the model does not have cannot come: they are left out, and a line of
+    warning names them.
+
     Args:
-      named: those of generation_config.json (`of_generation`). Ids that the model does
-        not have cannot come: they are left out.
+      named: those of generation_config.json (`of_generation`).
       tokenizer: None: there is none.
     """
-    found = [*config.eos_ids, *(i for i in named if i < config.vocab_size)]
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        found.append(tokenizer.eos_token_id)
+    of_tokenizer = [] if tokenizer is None else [tokenizer.eos_token_id]
+    found = [*config.eos_ids]
+    for source, ids in ((GENERATION, named), ("the tokenizer", of_tokenizer)):
+        known = [i for i in ids if i is not None and i < config.vocab_size]
+        found += known
+        if beyond := [str(i) for i in ids if i is not None and i not in known]:
+            logger.warning(
+                "%s names end tokens that the model does not have, with ids below %d, "
+                "and that are left out: %s.",
+                *(source, config.vocab_size, ", ".join(beyond)),
+            )
     return tuple(dict.fromkeys(found))
 
 

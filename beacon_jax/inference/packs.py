@@ -36,14 +36,12 @@ checksum of its own and those of the tensors, and leaves nothing out. So a chang
 bit of the file is found.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -166,7 +164,7 @@ def save(
             for name, tensor in tensors.items()
         },
     }
-    with _new_file(target) as partial:
+    with paths.new_file(target) as partial:
         text = json.dumps(manifest, separators=(",", ":"))
         write_safetensors(partial, tensors, blocks, _metadata(text, memory.recent))
 
@@ -533,36 +531,3 @@ def _map(path: Path, tensor: Tensor, layer: int | None = None) -> np.ndarray:
     if 0 in shape:  # nothing can be mapped at no length
         return np.zeros(shape, tensor.dtype)
     return np.memmap(path, tensor.dtype, "r", offset, shape)
-
-
-@contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """Yields a file beside `path` that takes its name when the block ends well.
-
-    An error removes it; a killed process leaves `.NAME.*.partial`, never a broken pack
-    under the name.
-    """
-    folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # At most 4 bytes a character: the name stays below the 255 of file systems.
-        handle, name = tempfile.mkstemp(".partial", f".{path.name[:50]}.", folder)
-    except OSError as error:
-        raise OSError(
-            f"path={path} cannot be written ({error.strerror}): name a file elsewhere."
-        ) from error
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp lets nobody else read it
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the new name, after the bytes
-    finally:
-        os.close(handle)

@@ -1,16 +1,30 @@
-"""Finds the tokens of a text that are to be kept whole: by pattern or by number."""
+"""Finds the tokens of a text that are to be kept whole: by pattern or by number.
+
+Patterns are those of the `regex` package, which has all that Python's `re` has, and a
+limit of time: an expression such as (a+)+$ tries 2^n ways to match n letters.
+"""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import regex
 from jaxtyping import Bool, Int
 
 from beacon_jax.names import short
 from beacon_jax.tokenise import encode_spans
 
 type Spans = str | re.Pattern[str] | Sequence[tuple[int, int]] | Int[np.ndarray, "S 2"]
+
+# Seconds of the processor for a search, and more for a long text: a million matches of
+# \d{5} in ten million characters take 2.2.
+PATIENCE, MORE = 5.0, 1e-6
+# `regex` writes out what is repeated, at 300 bytes each: (a{6000}){6000} takes 10 GB.
+MOST_REPEATS = 100_000
+_PARTS = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?P<count>\d+)(?:,\d*)?\}|.", re.DOTALL
+)
 
 
 def token_spans(
@@ -31,7 +45,8 @@ def token_spans(
       first, after: where the text begins, as in `Model.encode`.
 
     Raises:
-      ValueError: an expression without text or fast tokenizer, or not a valid one.
+      ValueError: an expression without text or fast tokenizer, or not a valid one, or
+        one whose search does not end.
     """
     check_spans(spans)
     if spans is None or not isinstance(spans, str | re.Pattern):
@@ -47,7 +62,16 @@ def token_spans(
             f"spans={_shown(spans)} needs a fast tokenizer (tokenizer.json), which "
             "knows the characters of each token: give token ranges as (start, stop)."
         )
-    found = [match.span() for match in re.finditer(spans, text)]
+    seconds = PATIENCE + MORE * len(text)
+    try:
+        matches = _compiled(spans).finditer(text, timeout=seconds)
+        found = [match.span() for match in matches]
+    except TimeoutError:
+        raise ValueError(
+            f"spans={_shown(spans)} is neither found nor ruled out in {seconds:.0f} s, "
+            f"in {len(text):,} characters of text: it repeats what repeats itself, as "
+            "(a+)+ does; write it without, or give token ranges as (start, stop)."
+        ) from None
     marked = np.zeros(len(text) + 1, np.int32)
     for start, stop in found:
         marked[start + 1 : stop + 1] = 1
@@ -63,23 +87,13 @@ def check_spans(spans: Any) -> None:
     """Checks `spans` as far as that needs no text.
 
     Raises:
-      ValueError: no valid expression, one for bytes, or no token ranges.
+      ValueError: no valid expression, one for bytes, one that repeats too often, or no
+        token ranges.
     """
     if spans is None:
         return
-    if isinstance(spans, re.Pattern):
-        if isinstance(spans.pattern, bytes):
-            raise ValueError(
-                f"spans={_shown(spans)} is an expression for bytes: leave out the b."
-            )
-        return
-    if isinstance(spans, str):
-        try:
-            re.compile(spans)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"spans={_shown(spans)} is not a regular expression: {error}."
-            ) from None
+    if isinstance(spans, str | re.Pattern):
+        _compiled(spans)
         return
     try:
         ranges = np.asarray(spans)
@@ -91,6 +105,45 @@ def check_spans(spans: Any) -> None:
             f"spans={_shown(spans)} must be token ranges (start, stop), or a regular "
             "expression: give [(10, 20)] for the tokens 10 to 19."
         )
+
+
+def _compiled(spans: str | re.Pattern[str]) -> regex.Pattern[str]:
+    """Compiles an expression; ValueError as `check_spans`."""
+    text: Any = spans.pattern if isinstance(spans, re.Pattern) else spans
+    flags = 0
+    if isinstance(spans, re.Pattern):
+        for name in ("ASCII", "IGNORECASE", "MULTILINE", "DOTALL", "VERBOSE"):
+            flags |= getattr(regex, name) if spans.flags & getattr(re, name) else 0
+    if isinstance(text, bytes):
+        raise ValueError(
+            f"spans={_shown(spans)} is an expression for bytes: leave out the b."
+        )
+    if _repeats(text) > MOST_REPEATS:
+        raise ValueError(
+            f"spans={_shown(spans)} repeats something {_repeats(text):,} times, at "
+            f"most {MOST_REPEATS:,} are possible: use smaller numbers in {{}}."
+        )
+    try:
+        return regex.compile(text, flags)
+    except (regex.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"spans={_shown(spans)} is not a regular expression: {error}."
+        ) from None
+
+
+def _repeats(pattern: str) -> int:
+    """Counts how often an expression repeats something at least, groups in groups."""
+    most, last = [1], 1  # of the groups that are open; of the part in front
+    for part in _PARTS.finditer(pattern):
+        if part[0] == "(":
+            most.append(1)
+        elif part[0] == ")" and len(most) > 1:
+            last = most.pop()
+        else:
+            count = part["count"]
+            last = last * int(count[:12]) if count else 1
+        most[-1] = max(most[-1], last)
+    return max(most)
 
 
 def marked_tokens(spans: Any, length: int) -> Bool[np.ndarray, " T"]:

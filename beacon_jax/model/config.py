@@ -275,6 +275,7 @@ class ModelConfig:
         cls, hf: Mapping[str, Any], *, ignore_sliding_window: bool = False
     ) -> Self:
         """Reads a config.json. Raises ValueError naming what is not supported."""
+        hf = config_keys.spelt(hf)
         config_keys.check_types(hf)
         family = _family(hf)
         config_keys.check(hf)
@@ -299,15 +300,8 @@ class ModelConfig:
             raise ValueError(
                 f"hidden_act={hf['hidden_act']!r} is not supported: only silu is."
             )
-        sliding = hf.get("sliding_window") is not None and hf["use_sliding_window"]
-        layers = set(hf.get("layer_types") or ()) - {"full_attention"}
-        if (sliding or layers) and not ignore_sliding_window:
-            raise ValueError(
-                f"sliding_window={hf.get('sliding_window')} is on "
-                f"(layer_types {sorted(layers)}): sliding windows are not computed. "
-                "Pass ignore_sliding_window to attend to everything instead, as the "
-                "authors' release does, or set it to null in config.json."
-            )
+        if not ignore_sliding_window:
+            _check_window(hf)
         llama = family == "llama"
         bias = bool(hf.get("attention_bias")) if llama else family == "qwen2"
         return cls(
@@ -342,7 +336,8 @@ class ModelConfig:
                 result |= self.beacon.to_hf() if self.beacon else {}
             if dataclasses.replace(before, beacon=self.beacon) == self:
                 return result
-            result.pop("rope_parameters", None)
+            for key in ("rope_parameters", *sum(config_keys.ALIASES.values(), ())):
+                result.pop(key, None)
         result |= {key: getattr(self, name) for key, name in _SIZES.items()}
         result |= self.rope.to_hf()
         result |= {
@@ -408,6 +403,24 @@ def _family(hf: Mapping[str, Any]) -> str:
         f"model_type={hf.get('model_type')!r}{kind} is not supported, only "
         f"{', '.join(ARCHITECTURES)} are: {remedy}."
     )
+
+
+def _check_window(hf: Mapping[str, Any]) -> None:
+    """Raises ValueError if some layers attend to a window only."""
+    window = hf.get("sliding_window") if hf["use_sliding_window"] else None
+    layers = sorted(set(hf.get("layer_types") or ()) - {"full_attention"})
+    if window is not None and window < 1:
+        raise ValueError(
+            f"sliding_window={window} is no window, in which a token sees itself at "
+            "least. If the model attends to everything, set it to null in config.json."
+        )
+    if window is not None or layers:
+        of = f", layer_types has {', '.join(layers)}" if layers else ""
+        raise ValueError(
+            f"sliding_window={window} is on{of}: sliding windows are not computed. "
+            "Pass ignore_sliding_window to attend to everything instead, as the "
+            "authors' release does, or set it to null in config.json."
+        )
 
 
 def _ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:

@@ -2,30 +2,56 @@
 
 A config may have a key that changes what its model computes, a cap on logits say, and
 that only other families of decoders have. Read as a plain decoder such a model predicts
-nonsense without a word. So a key that some decoder of transformers computes with is an
-error unless its value turns it off, and a key that nobody knows is a line of warning.
+nonsense without a word. So a key that some decoder of transformers computes with, or
+that is named like one (`foreign_keys`), is an error unless its value is that of a plain
+decoder. Another key that nobody knows is a line of warning.
 """
 
+import functools
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from beacon_jax.model.foreign_keys import computes, neutral
 from beacon_jax.names import short
 
 logger = logging.getLogger(__name__)
 
-# Keys of ours -> spellings of other families. Equal values are one value.
+# Keys of ours -> spellings of other families, whose values mean the same.
 ALIASES = {
-    "hidden_size": ("d_model", "n_embd"),
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("d_model", "dim", "model_dim", "n_embd"),
+    "num_hidden_layers": (
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "num_transformer_layers",
+    ),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
-    "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "num_key_value_heads": (
+        *("kv_heads", "multi_query_group_num", "n_head_kv", "n_kv_head", "n_kv_heads"),
+        *("n_query_groups", "num_kv_heads"),
+    ),
+    "intermediate_size": (
+        *("d_ff", "ff_dim", "ff_intermediate_size", "ffn_dim", "ffn_hidden_size"),
+        *("ffn_intermediate_size", "inner_hidden_size", "n_inner"),
+    ),
     "head_dim": ("attention_head_dim", "kv_channels"),
     "hidden_act": ("activation_function", "hidden_activation"),
-    "rms_norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "norm_eps"),
-    "tie_word_embeddings": ("tie_embeddings",),
+    "rms_norm_eps": (
+        *("layer_norm_eps", "layer_norm_epsilon", "layernorm_eps", "layernorm_epsilon"),
+        *("norm_eps", "norm_epsilon", "rms_eps", "rms_norm_epsilon", "rmsnorm_eps"),
+    ),
+    "rope_theta": (
+        *("rope_base", "rope_emb_base", "rope_embedding_base", "rope_freq_base"),
+        *("rope_freq_constant", "rotary_base", "rotary_emb_base"),
+        *("rotary_embedding_base", "rotary_theta"),
+    ),
+    "tie_word_embeddings": (
+        *("share_input_output_layers", "tie_embeddings", "tie_weights"),
+        *("tied_embeddings", "weight_tying"),
+    ),
 }
 # Of other programs, or of all models: Qwen2.5-1M's attention by chunks, rotary pairs
 # that lie side by side, weights in another form.
@@ -39,22 +65,23 @@ OTHERS = (
 HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
-    architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+    architectures attention_dropout auto_map bad_words_ids base_seqlen
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward context_length
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id hidden_dropout id2label
-    initializer_range is_decoder is_encoder_decoder label2id length_penalty
-    max_length max_sequence_length max_window_layers min_length mlp_dropout
-    model_max_length model_type no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores
-    pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values
-    repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
-    use_bfloat16 use_cache
+    forced_eos_token_id hidden_dropout id2label initializer_range is_decoder
+    is_encoder_decoder keys_to_ignore_at_inference label2id length_penalty
+    max_context_length max_length max_position max_positions max_seq_len
+    max_sequence_length max_window_layers min_length mlp_dropout model_max_length
+    model_type n_ctx n_positions no_repeat_ngram_size num_beam_groups num_beams
+    num_logits_to_keep num_return_sequences output_attentions output_hidden_states
+    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
+    pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict
+    return_dict_in_generate sep_token_id seq_length suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
+    torch_dtype torchscript transformers.js_config transformers_version typical_p
+    unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()
 )
 # What `ModelConfig.from_hf` reads beside sizes and beacons.
@@ -191,7 +218,7 @@ COMPUTING = frozenset(
     mup_enabled n_group n_groups n_input_layers n_langs n_layers_per_attn_res_block
     n_mamba_heads n_output_layers n_recurrent_layers n_recurrent_loops n_routed_experts
     n_shared_experts new_decoder_architecture ngram ngram_size ngram_vocab_size_base
-    no_bias no_rope_layer_interval no_rope_layers norm_bias norm_epsilon
+    no_bias no_rope_layer_interval no_rope_layers norm_bias
     norm_reduction_force_float32 norm_topk_prob norm_type num_attention_heads_per_layer
     num_blocks num_buckets num_centroids num_channels num_chroma num_codebooks
     num_decoder_attention_heads num_decoder_layers num_dense_layers
@@ -269,6 +296,8 @@ def check_value(key: str, value: Any, kind: str) -> None:
             hint = ", without quotes"
         elif value is None:
             hint = ", or leave the key out"
+        elif type(value) is float and value.is_integer() and fits(int(value)):
+            hint = f", {int(value)} without a point"
         raise ValueError(
             f"config.json has {key}={short(repr(value))}: it must be {wanted}{hint}."
         )
@@ -316,38 +345,62 @@ _FITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check(hf: Mapping[str, Any]) -> None:
-    """Raises ValueError for a key that changes the computation and is not read here."""
+def spelt(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config with the values of other spellings under our keys, too.
+
+    Raises:
+      ValueError: two spellings differ, or a value is of another type.
+    """
+    result = dict(hf)
     for key, names in ALIASES.items():
         for name in names:
-            here, there = hf.get(name), hf.get(key)
-            if here is not None and there is not None and here != there:
+            if (there := hf.get(name)) is None:
+                continue
+            if (here := result.get(key)) is None:
+                here = result[key] = there
+            if here != there:
+                first = next(x for x in (key, *names) if hf.get(x) == here)
                 raise ValueError(
-                    f"config.json has {name}={here!r} and {key}={there!r}, two "
-                    "spellings of one value: delete the wrong one."
+                    f"config.json has {name}={short(repr(there))} and "
+                    f"{first}={short(repr(here))}, two spellings of one value: delete "
+                    "the wrong one."
                 )
-    if (found := hf.get("quantization_config")) and not _off(found):
+            if hf.get(key) is None:
+                check_value(name, there, KINDS[key])
+    return result
+
+
+def check(hf: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key that changes the computation and is not read here."""
+    if (found := hf.get("quantization_config")) and not neutral("", found, hf):
         method = found.get("quant_method") if isinstance(found, Mapping) else None
         raise ValueError(
             f"config.json has quantization_config ({method or 'of no known method'}): "
             "quantized weights in this form are not supported. Give the checkpoint "
             "that they were made of, or a GGUF file of the model."
         )
-    for key in hf:
-        if (key in COMPUTING or key in OTHERS) and not _off(hf[key]):
-            raise ValueError(
-                f"{key}={hf[key]!r} changes what a model computes, and is not "
-                "supported. If this model was made without it, delete it from "
-                "config.json."
-            )
+    for key, value in hf.items():
+        listed = key in COMPUTING or key in OTHERS
+        if not (listed or (key not in _known() and computes(key))):
+            continue
+        if neutral(key, value, hf):
+            continue
+        what = "changes what a model computes, and is not supported"
+        if not listed:
+            what = "is not known, and by its name changes what a model computes"
+        remedy = ""
+        if re.search(r"(rope|rotary).*(scal|ratio|factor|base|theta)", key):
+            remedy = ", or write what it means as rope_theta or rope_scaling"
+        raise ValueError(
+            f"{key}={short(repr(value))} {what}. If this model was made without it, "
+            f"delete it from config.json{remedy}."
+        )
 
 
 def warn_unknown(hf: Mapping[str, Any]) -> None:
     """Names in one line of warning the keys that nobody knows."""
-    aliases = {name for names in ALIASES.values() for name in names}
-    known = READ | HARMLESS | COMPUTING | aliases | {*ALIASES, *OTHERS, *BEACON}
-    known |= {"beacon_base"}  # of an adapter's base
-    unknown = [k for k in hf if k not in known]
+    known = _known() | COMPUTING | {*OTHERS}
+    unknown = [k for k in hf if k not in known and not computes(k)]
     if unknown:
         logger.warning(
             "config.json has keys that are not known here and are ignored: %s",
@@ -355,8 +408,9 @@ def warn_unknown(hf: Mapping[str, Any]) -> None:
         )
 
 
-def _off(value: Any) -> bool:
-    """Tells whether a value turns a key off: nothing, no, zero of, or times one."""
-    if isinstance(value, (int, float)):
-        return value in (0, 1) and value is not True
-    return not value
+@functools.cache
+def _known() -> frozenset[str]:
+    """Returns the keys that are read, and those that no model computes with."""
+    aliases = (name for names in ALIASES.values() for name in names)
+    # beacon_base: of an adapter.
+    return READ | HARMLESS | {*ALIASES, *aliases, *BEACON, "beacon_base"}

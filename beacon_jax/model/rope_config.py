@@ -102,6 +102,14 @@ class RopeConfig:
                 "keep only rope_type."
             )
         _check_numbers(given, "rope_parameters" if new else "rope_scaling")
+        where = "rope_parameters" if new else "rope_scaling"
+        for key in ("rope_theta", _ORIGINAL):
+            inner, outer = given.get(key), hf.get(key)
+            if None not in (inner, outer) and inner != outer:
+                raise ValueError(
+                    f"config.json has {key}={outer} and {where}.{key}={inner}, two "
+                    "spellings of one value: delete the wrong one."
+                )
         theta = given.pop("rope_theta", None)
         theta = hf.get("rope_theta", 10000.0) if theta is None else theta
         factor = "partial_rotary_factor"
@@ -119,7 +127,7 @@ class RopeConfig:
                 f"(known: {', '.join(_ROPE_KEYS[kind]) or 'none'}): remove them from "
                 "config.json if they have no effect."
             )
-        # Null means "not given"; transformers lets a top-level value win.
+        # Null means "not given".
         given = {key: value for key, value in given.items() if value is not None}
         original = hf.get(_ORIGINAL) or given.pop(_ORIGINAL, None)
         given.pop(_ORIGINAL, None)

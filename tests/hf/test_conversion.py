@@ -1,5 +1,7 @@
 """HF -> converted -> HF gives the same bytes back, for every kind of checkpoint."""
 
+import errno
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -178,16 +180,84 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, make_checkpoint, config_of
     assert set(tmp_path.iterdir()) == before
 
 
-def test_what_a_killed_conversion_left_is_not_a_checkpoint_and_is_replaced(
-    tmp_path, make_checkpoint, config_of
+def killed(folder, name=".ours.x1.partial"):
+    """What a killed run leaves beside a folder `ours`."""
+    place = folder / name
+    for file, content in {"beacon_jax.lock": "", "new/a.safetensors": "half"}.items():
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        (place / file).write_text(content)
+    return place
+
+
+def test_what_a_killed_conversion_left_is_no_checkpoint_and_goes_with_the_next(
+    tmp_path, make_checkpoint, config_of, caplog
 ):
     src = make_checkpoint(config_of("llama"))
-    (tmp_path / ".ours.partial").mkdir()
-    (tmp_path / ".ours.partial" / "params.safetensors").write_bytes(b"half")
-    from_hf(src, tmp_path / "ours")
-    assert not (tmp_path / ".ours.partial").exists()
-    assert not (tmp_path / "ours" / "half").exists()
+    left, other = killed(tmp_path), killed(tmp_path, ".another.x.partial")
+    running, moved = (killed(tmp_path, f".ours.{x}.partial") for x in ("run", "old"))
+    (moved / "old").mkdir()  # what was at `ours` when the run was killed
+    with (running / "beacon_jax.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        from_hf(src, tmp_path / "ours")
+    assert not left.exists()
+    assert all(x.exists() for x in (other, running, moved))
+    assert f"{moved / 'old'} has what was at {tmp_path / 'ours'}" in caplog.text
     load(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folders_of_the_user_beside_the_destination_stay(
+    tmp_path, make_checkpoint, config_of, overwrite
+):
+    src, dst = make_checkpoint(config_of("llama")), tmp_path / "ours"
+    if overwrite:
+        from_hf(src, dst)
+    names = (
+        ".ours.partial",
+        ".ours.old",
+        ".ours.1.partial",
+        "ours.partial",
+        "ours.old",
+    )
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    from_hf(src, dst, overwrite=overwrite)
+    for name in names:
+        assert (tmp_path / name / "thesis.txt").read_text() == "mine"
+    load(dst)
+    assert {x.name for x in tmp_path.iterdir()} == {*names, "ours", "hf"}
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "\N{HIRAGANA LETTER A}" * 85])
+def test_a_long_name_of_a_folder_is_no_obstacle(
+    tmp_path, make_checkpoint, config_of, name
+):
+    src = make_checkpoint(config_of("llama"))
+    from_hf(src, tmp_path / name)
+    from_hf(src, tmp_path / name, overwrite=True)
+    assert {x.name for x in tmp_path.iterdir()} == {name, "hf"}
+    with pytest.raises(ValueError, match=r"--dst=.*at most 255 bytes, this one 256"):
+        from_hf(src, tmp_path / ("n" * 256))
+
+
+def test_a_destination_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path, make_checkpoint, config_of, monkeypatch
+):
+    src, dst = make_checkpoint(config_of("llama")), tmp_path / "ours"
+    from_hf(src, dst)
+    before, rename = files_of(dst), Path.rename
+
+    def fail(self, target):
+        if self.name == "new":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="busy"):
+        from_hf(src, dst, overwrite=True)
+    assert files_of(dst) == before
+    assert {x.name for x in tmp_path.iterdir()} == {"ours", "hf"}
 
 
 def test_a_full_destination_is_kept_unless_told_otherwise(

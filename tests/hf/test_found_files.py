@@ -68,7 +68,13 @@ def test_a_whole_file_wins_over_an_index_of_files_that_are_gone(folder, caplog):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}', "{"]
+    "content",
+    [
+        *("[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}', "{"),
+        *(f'{{"weight_map": {{"a": "{x}"}}}}' for x in ("/b", "c/../../b", "..", ".")),
+        *(f'{{"weight_map": {{"a": {x}}}}}' for x in ('""', '"\\u0000"', "5")),
+        f'{{"weight_map": {{"a": "{"b" * 256}"}}}}',
+    ],
 )
 def test_an_index_of_another_structure_is_named(folder, content):
     index = folder / "model.safetensors.index.json"
@@ -78,6 +84,115 @@ def test_an_index_of_another_structure_is_named(folder, content):
         load(folder)
     (folder / "model-1.safetensors").rename(folder / "model.safetensors")
     load(folder)  # a whole file needs none
+
+
+@pytest.mark.parametrize("below", ["shards", "./shards", "a/b"])
+def test_an_index_may_name_files_below_its_folder(
+    tmp_path, make_checkpoint, config_of, below
+):
+    folder = make_checkpoint(config_of("llama"), shards=2)
+    expected = load(folder).identity.base
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    (folder / below).mkdir(parents=True)
+    for path in folder.glob("model-*"):
+        path.rename(folder / below / path.name)
+    files = content["weight_map"].items()
+    content["weight_map"] = {key: f"{below}/{name}" for key, name in files}
+    index.write_text(json.dumps(content))
+    assert load(folder).identity.base == expected
+    from_hf(folder, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    assert load(tmp_path / "back").identity.base == expected
+    assert (tmp_path / "back" / below / "model-00001-of-00002.safetensors").exists()
+
+
+def test_shards_that_are_all_there_need_no_index(
+    tmp_path, make_checkpoint, config_of, caplog
+):
+    folder = make_checkpoint(config_of("llama"), shards=3)
+    expected = load(folder).identity.base
+    (folder / "model.safetensors.index.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert load(folder).identity.base == expected
+    assert caplog.text.count("has no model.safetensors.index.json: all 3 files") == 1
+    from_hf(folder, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors.index.json").exists()
+    for path in folder.glob("model-*"):
+        shutil.copyfile(path, path.with_name(path.name.replace("model", "ema")))
+    with pytest.raises(ValueError, match=r"2 models and no index, ema-\*-of-0000"):
+        load(folder)
+
+
+def test_a_tensor_in_two_shards_without_an_index_is_an_error(
+    make_checkpoint, config_of
+):
+    folder = make_checkpoint(config_of("llama"), shards=2)
+    (folder / "model.safetensors.index.json").unlink()
+    one, two = sorted(folder.glob("model-*"))
+    save_file(load_file(one) | load_file(two), two)
+    with pytest.raises(ValueError, match=r"is in model-00001-of-00002.*remove one"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.embeddings.position_ids", np.arange(8)[None]),
+        ("model.layers.0.attn.bias", np.ones((1, 1, 8, 8), np.bool_)),
+        ("model.layers.0.self_attn.bias", np.ones((1, 1, 8, 8), np.float32)),
+        ("model.layers.0.attn.masked_bias", np.float32(-1e9)),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", np.ones(3, np.float64)),
+        ("model.rotary_emb.original_inv_freq", np.ones(3, np.float32)),
+        ("model.layers.1.self_attn.rotary_emb.cos_cached", np.ones((8, 6), np.float32)),
+        ("rope.freqs", np.ones(3, np.int32)),
+        ("model.causal_mask", np.ones((8, 8), np.uint8)),
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_buffers_are_ignored_whatever_type_they_have(
+    tmp_path, make_checkpoint, config_of, tensors_of, name, value, shards
+):
+    hf = config_of("llama")
+    expected = load(make_checkpoint(hf, name="plain")).identity.base
+    tensors = {name: np.asarray(value), **tensors_of(hf)}
+    folder = make_checkpoint(hf, tensors, shards=shards)
+    assert load(folder).identity.base == expected
+    from_hf(folder, tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    assert load(tmp_path / "back").identity.base == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "model.step",
+            np.int64(3),
+            "step has dtype I64, .*no buffer that is known",
+        ),
+        ("model.layers.0.attn.bias", np.ones(16, np.int32), "I32, .*no buffer"),
+        (
+            "model.layers.0.mlp.up_proj.qweight",
+            np.ones(16, np.int32),
+            "quantized .G",
+        ),
+        ("lm_head.weight", np.ones((40, 16), np.uint8), "U8, .* an unquantized check"),
+        (
+            "model.layers.0.self_attn.bias",
+            np.ones(16, np.float32),
+            "unknown: .*bias",
+        ),
+    ],
+)
+def test_other_tensors_are_named(
+    make_checkpoint, config_of, tensors_of, name, value, message
+):
+    hf = config_of("llama")
+    folder = make_checkpoint(hf, tensors_of(hf) | {name: np.asarray(value)})
+    with pytest.raises(ValueError, match=message):
+        load(folder)
 
 
 @pytest.mark.parametrize("content", ["[1]", "null", '"llama"', "{", ""])
@@ -255,7 +370,7 @@ def _fail(*_, **__):
     [
         (None, r"a\.bin cannot be read by torch \(RuntimeError: PytorchStream.*again"),
         ({"state_dict": {}}, r"a\.bin does not hold tensors by name alone"),
-        ({"x": FakeTensor("int64")}, "tensor x has dtype int64, only"),
+        ({"x": FakeTensor("int64")}, "tensor x has dtype I64, only"),
         ({"x": FakeTensor("bfloat16")}, r"tensor x is in a\.bin and in b\.bin"),
     ],
 )
@@ -271,7 +386,7 @@ def test_what_a_file_of_torch_may_not_hold_is_named(
     for file in files:
         file.write_bytes(b"x")
     with pytest.raises(ValueError, match=message):
-        TorchReader(files)
+        TorchReader(files, tmp_path)
 
 
 def test_lost_beacons_of_a_converted_folder_are_named(
@@ -332,6 +447,38 @@ def test_a_tokenizers_file_of_another_form_is_named(tokenizer, name, content, me
     data = content.encode(errors="surrogateescape")
     (tokenizer / name).write_bytes(data)
     with pytest.raises(ValueError, match=rf"{name} ?{message}"):
+        load_tokenizer(tokenizer)
+
+
+PAD = {"content": "<|pad|>", "lstrip": False, "rstrip": False, "normalized": False}
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("more", [{}, {"__type": "AddedToken"}, {"single_word": False}])
+def test_special_tokens_may_be_objects(tokenizer, file, more):
+    path = tokenizer / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content |= {"eos_token": PAD | more}
+    content |= {"additional_special_tokens": ["<|endoftext|>", PAD | more]}
+    path.write_text(json.dumps(content))
+    found = load_tokenizer(tokenizer)
+    assert (found.eos_token, found.eos_token_id, len(found)) == ("<|pad|>", 1, 512)
+    assert {"<|endoftext|>", "<|pad|>"} <= set(found.all_special_tokens)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eos_token", {}),
+        ("pad_token", {"content": 5}),
+        ("additional_special_tokens", ["<a>", {"lstrip": True}]),
+        ("additional_special_tokens", [7]),
+    ],
+)
+def test_a_special_token_without_its_text_is_named(tokenizer, file, key, value):
+    (tokenizer / file).write_text(json.dumps({key: value}))
+    with pytest.raises(ValueError, match=rf"{file}\.{key} has .*, which is no token"):
         load_tokenizer(tokenizer)
 
 

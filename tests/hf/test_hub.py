@@ -158,3 +158,21 @@ def test_load_and_the_commands_name_their_own_argument(monkeypatch):
             SimpleNamespace(model="org/absent", beacons=None),  # type: ignore
             Progress(),
         )
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        "org/name.",
+        "org/na--me",
+        "org/na..me",
+        "org/name.git",
+        "org-/name",
+        f"org/{'n' * 97}",
+        f"{'o' * 300}/name",
+    ],
+)
+def test_an_id_that_no_model_can_have_is_an_error_that_names_it(id, server):
+    with pytest.raises(ValueError, match=f"^--model={id[:9]}.*no id of a model on"):
+        hub.find(id, "--model")
+    assert not server.asked

@@ -84,3 +84,17 @@ def test_a_class_without_a_head_is_told_apart(make_checkpoint, config_of, tensor
 def test_names_that_fit_stay_as_they_are():
     for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
         assert stripped(name, "module.") == name
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["module", "module,_orig_mod", " module. , _orig_mod.", "_orig_mod\nmodule"],
+)
+def test_a_prefix_may_lack_its_dot_and_have_blanks_around(given):
+    assert stripped("module.lm_head.weight", given) == "lm_head.weight"
+    assert stripped("modules.lm_head.weight", given) == "modules.lm_head.weight"
+
+
+def test_blanks_alone_are_no_prefix():
+    for given in ("", " ", ",", "."):
+        assert stripped("norm.weight", given) == "model.norm.weight"

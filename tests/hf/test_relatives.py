@@ -20,7 +20,11 @@ from beacon_jax.hf.conversion import read_config
         ({"m-Q4.gguf": "GGUF"}, "It has a GGUF file: give that, .*m-Q4.gguf"),
         ({"consolidated.00.pth": "", "params.json": "{}"}, "ends with -hf"),
         ({"tf_model.h5": ""}, "It has tf_model.h5, which is not read"),
-        ({"weights.safetensors": ""}, "It has weights.safetensors: .* rename it"),
+        ({"weights.safetensors": ""}, "It has weights.safetensors: fetch config.json"),
+        (
+            {"pytorch_model.bin": "", "a.safetensors": ""},
+            "a.safetensors and 1 more: f",
+        ),
         ({"beacons.safetensors": ""}, "It has beacons alone"),
         ({"checkpoint-5/config.json": "{}"}, "Its folder checkpoint-5 has one"),
     ],
@@ -31,6 +35,32 @@ def test_a_folder_without_a_config_is_named_by_what_it_has(tmp_path, files, mess
         (tmp_path / name).write_text(content)
     with pytest.raises(FileNotFoundError, match=rf"config\.json is not .*{message}"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["params.safetensors"], "of a converted folder that is not whole: convert"),
+        (["weights.safetensors"], r"read from model\.safetensors; rename it"),
+        (["pytorch_model_1.bin"], r"read from pytorch_model\.bin; rename it"),
+        (
+            ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"],
+            r"2 of the 3 files model-\*-of-00003\.safetensors, without "
+            r"model-00002-of-00003\.safetensors: fetch those, and model\.safetensors\.",
+        ),
+        (["model-1-of-9.safetensors"], r"5-of-9\.safetensors and 4 more: fetch those"),
+        (["a.safetensors", "b.safetensors"], r"a\.safetensors and 1 more: fetch model"),
+    ],
+)
+def test_weights_without_an_index_say_what_to_fetch(
+    make_checkpoint, config_of, names, message
+):
+    folder = make_checkpoint(config_of("llama"))
+    (folder / "model.safetensors").unlink()
+    for name in names:
+        (folder / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=rf"has no weights: .*{message}"):
+        load(folder)
 
 
 def test_the_folder_of_a_run_names_its_export(tmp_path):

@@ -45,6 +45,32 @@ def test_all_three_are_one_union_in_order_without_doubles(make_folder):
     assert str(folder) in described
 
 
+@pytest.mark.parametrize(
+    ("named", "eos", "left"),
+    [
+        (9, "<new>", {"the tokenizer": "257"}),
+        ([900, 9, 7000], "<eos>", {"generation_config.json": "900, 7000"}),
+        (900, "<new>", {"the tokenizer": "257", "generation_config.json": "900"}),
+    ],
+)
+def test_end_tokens_that_the_model_does_not_have_are_left_out_with_a_line(
+    make_folder, caplog, named, eos, left
+):
+    folder = make_folder(eos_token_id=9)
+    write(folder, {"eos_token_id": named})
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    if eos == "<new>":
+        file.write_text(json.dumps(settings | {"eos_token": eos}))
+    model = load(folder)
+    assert all(i < model.config.vocab_size for i in model.config.eos_ids)
+    assert 9 in model.config.eos_ids
+    said = [x.getMessage() for x in caplog.records if "end tokens" in x.getMessage()]
+    assert len(said) == len(left)
+    for source, ids in left.items():
+        assert any(x.startswith(source) and x.endswith(f": {ids}.") for x in said)
+
+
 @pytest.mark.parametrize("value", ["2", [2.5], [True], -1, 2**31, {}, [[2]]])
 def test_what_is_no_id_is_refused_with_its_file(folder, value):
     write(folder, {"eos_token_id": value})

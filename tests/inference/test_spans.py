@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from beacon_jax.inference.spans import token_spans
+from beacon_jax.inference import spans as module
+from beacon_jax.inference.spans import check_spans, token_spans
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,37 @@ def test_expressions_that_cannot_be_used_say_why(words):
         token_spans(re.compile("x"), "text", None)
     with pytest.raises(ValueError, match=r"spans='\(' is not a regular expression: "):
         token_spans("(", "text", words)
+
+
+@pytest.mark.parametrize("spans", ["(a+)+$", r"(\w+\s?)*$", re.compile("(a|aa)+$")])
+def test_a_search_that_does_not_end_is_an_error(words, spans, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 0.1)
+    with pytest.raises(ValueError, match=r"spans=.* is neither found nor.*\(start, st"):
+        token_spans(spans, "a" * 4000 + "!", words)
+
+
+@pytest.mark.parametrize(
+    ("spans", "times"),
+    [
+        ("(?:a{6000}){6000}", "36,000,000"),
+        ("a{900000}", "900,000"),
+        (r"((x{50}|[)]{400}){50}y){20}", "400,000"),
+        ("a{" + "9" * 5000 + "}", "999,999,999,999"),
+        (re.compile("(?:a{1000,}){1000}"), "1,000,000"),
+    ],
+)
+def test_a_number_of_repeats_that_fills_the_memory_is_an_error(spans, times):
+    with pytest.raises(ValueError, match=rf"repeats something {times} times, at most"):
+        check_spans(spans)
+
+
+@pytest.mark.parametrize("spans", [r"\d{4}-\d{2}", "[{900000}]", r"a\{900000}", "a{9"])
+def test_other_numbers_in_an_expression_are_left_alone(spans):
+    check_spans(spans)
+
+
+def test_the_flags_of_a_compiled_expression_are_kept(words):
+    text = "the code is 4711"
+    flags = re.IGNORECASE | re.VERBOSE | re.ASCII
+    found = token_spans(re.compile("THE   # a comment", flags), text, words)
+    assert found.tolist() == [[1, 2]]

@@ -188,10 +188,17 @@ def test_rotary_scaling_is_read_in_every_spelling(
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
-def test_rope_theta_inside_rope_parameters_wins():
-    parameters = {"rope_type": "default", "rope_theta": 7.0}
-    hf = LLAMA | {"rope_theta": 5.0, "rope_parameters": parameters}
-    assert ModelConfig.from_hf(hf).rope.theta == 7.0
+@pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope_theta", 7.0), ("original_max_position_embeddings", 2048)],
+)
+def test_a_rotary_setting_in_two_places_must_be_one_value(where, key, value):
+    scaling = {"rope_type": "yarn", "factor": 2.0, key: value}
+    config = ModelConfig.from_hf(LLAMA | {key: value, where: scaling})
+    assert config == ModelConfig.from_hf(LLAMA | {where: scaling})
+    with pytest.raises(ValueError, match=rf"{key}=.* and {where}\.{key}=.*delete the"):
+        ModelConfig.from_hf(LLAMA | {key: 2 * value, where: scaling})
 
 
 def test_equal_rotary_settings_in_two_spellings_are_one():
@@ -271,7 +278,9 @@ def test_yarns_attention_scale_is_that_of_transformers():
         ),
         ({"beacon_param": ["q", "mlp"]}, "param=.*'mlp'.*letters"),
         ({"beacon_pos": "prefix"}, "placement='prefix'.*interleave, append"),
-        ({"sliding_window": 4096}, "sliding_window=4096 is on.*ignore_sliding_window"),
+        ({"sliding_window": 4096}, "sliding_window=4096 is on: .*ignore_sliding_windo"),
+        ({"sliding_window": 0}, "sliding_window=0 is no window.*set it to null"),
+        ({"sliding_window": -1}, "sliding_window=-1 is no window.*set it to null"),
     ],
 )
 def test_what_is_not_supported_is_named_with_its_remedy(changes, message):

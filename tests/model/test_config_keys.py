@@ -79,6 +79,127 @@ def test_a_key_that_others_compute_with_is_an_error_unless_it_is_off(key, value)
         ModelConfig.from_hf({**LLAMA, key: off})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "plain"),
+    [
+        # Spelt by codes that come with models, and in no list.
+        ("rotary_pct", 0.25, 1.0),
+        ("rope_pct", 0.25, 1),
+        ("rotary_percentage", 0.25, 1.0),
+        ("rotary_emb_fraction", 0.5, 1.0),
+        ("rope_scaling_factor", 4.0, 1.0),
+        ("rope_ratio", 500, 1.0),
+        ("rope_condense_ratio", 8, 1),
+        ("rope_type", "linear", "default"),
+        ("rotary", {"base": 10000, "type": "dynamic"}, True),
+        ("qk_norm", True, False),
+        ("normalize_qk_projections", True, False),
+        ("qk_ln", True, None),
+        ("logit_softcap", 30.0, 0),
+        ("logit_softcap", 1.0, None),
+        ("attn_softcap", 50.0, 0.0),
+        ("residual_scale", 0.5, 1.0),
+        ("residual_scale", 0, 1.0),
+        ("layer_scale", True, False),
+        ("output_multiplier_scale", 0.5, 1),
+        ("max_attn_value", 30.0, None),
+        ("mup_width_scale", 0.1, 1.0),
+        ("scale_emb", 12, 1),
+        ("scale_depth", 1.4, 2**0.5),
+        ("scale_depth", 1, None),
+        ("dim_model_base", 8, 32),
+        ("attention_multiplier", 1.0, 8**-0.5),
+        ("query_pre_attn_scalar", 32, 8),
+        ("rotary_dim", 4, 8),
+        ("padded_vocab_size", 128, 64),
+        ("num_key_value_groups", 2, 1),
+        ("mlp_ratio", 4, 2),
+        ("use_dynamic_ntk", True, False),
+        ("use_logn_attn", True, False),
+        ("add_qkv_bias", True, False),
+        ("multi_query_attention", True, False),
+        ("position_encoding_2d", True, False),
+        ("original_rope", True, False),
+        ("no_bias", False, True),
+        ("scale_attn_weights", False, True),
+        ("position_embedding_type", "alibi", "rope"),
+        ("norm_type", "layer_norm", "RMSNorm"),
+        ("layer_norm_type", "default_ln", "rms_norm"),
+        ("alibi_bias_max", 8, 0),
+        ("ffn_multipliers", [0.5, 1.0], [1.0, 1.0]),
+        ("moe_layer_freq", [0, 1], [False, False]),
+        ("n_group", 8, 1),
+        ("first_k_dense_replace", 1, 0),
+        ("quantization_bit", 4, 0),
+        ("gegelu_limit", 20.0, None),
+        ("attn_config", {"alibi": True, "clip_qkv": None}, {"alibi": False}),
+    ],
+)
+def test_a_key_whose_name_is_of_computing_is_an_error_unless_it_is_plain(
+    key, value, plain
+):
+    with pytest.raises(ValueError, match=rf"^{key}=.* computes.*delete it from config"):
+        ModelConfig.from_hf({**LLAMA, key: value})
+    expected = ModelConfig.from_hf(LLAMA)
+    assert ModelConfig.from_hf({**LLAMA, key: plain}) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_implementation", "flash_attention_2"),
+        ("use_flash_attn", True),
+        ("attention_softmax_in_fp32", True),
+        ("fp32_residual_connection", True),
+        ("initializer_scale", 0.5),
+        ("aux_loss_alpha", 0.001),
+        ("attn_dropout_prob", 0.1),
+        ("z_loss_weight", 0.001),
+        ("use_cache_quantization", True),
+        ("tensor_parallel_size", 2),
+        ("seq_length", 2048),
+        ("n_positions", 64),
+        ("model_max_length", 4096),
+        ("tokenizer_padding_side", "left"),
+        ("generation_config", {"top_k": 3}),
+        ("trust_remote_code", True),
+        ("beacon_rope_windw", 3),
+    ],
+)
+def test_keys_of_training_speed_and_files_are_no_obstacle(key, value):
+    assert ModelConfig.from_hf({**LLAMA, key: value}) == ModelConfig.from_hf(LLAMA)
+
+
+def test_biases_that_the_family_has_are_no_obstacle():
+    qwen2 = LLAMA | {"model_type": "qwen2", "qkv_bias": True, "no_bias": True}
+    ModelConfig.from_hf(qwen2)
+    ModelConfig.from_hf(LLAMA | {"attention_bias": True, "use_qkv_bias": True})
+
+
+@pytest.mark.parametrize("key", config_keys.ALIASES)
+def test_another_spelling_is_read_as_ours(key):
+    values = {"hidden_act": "swish", "tie_word_embeddings": True, "rope_theta": 5e5}
+    values |= {"rms_norm_eps": 1e-5, "num_key_value_heads": 2, "head_dim": 16}
+    value = (LLAMA | values)[key]
+    less = {k: x for k, x in LLAMA.items() if k != key}
+    expected = ModelConfig.from_hf(less | {key: value})
+    for name in config_keys.ALIASES[key]:
+        assert name not in config_keys.COMPUTING
+        hf = less | {name: value}
+        config = ModelConfig.from_hf(hf)
+        assert config == expected
+        assert ModelConfig.from_hf(hf | {key: None}) == expected
+        assert config.to_hf(hf) == hf
+        other = ModelConfig.from_hf(LLAMA)
+        assert ModelConfig.from_hf(other.to_hf(hf)) == other
+        with pytest.raises(ValueError, match=rf"config\.json has {name}=\[1, 2\]"):
+            ModelConfig.from_hf(less | {name: [1, 2]})
+    first, *more = config_keys.ALIASES[key]
+    for name in more[:1]:
+        with pytest.raises(ValueError, match=rf"{name}='x' and {first}=.*two spell"):
+            ModelConfig.from_hf(less | {first: value, name: "x"})
+
+
 def test_multipliers_of_one_and_counts_of_zero_are_off():
     changes = {"embedding_multiplier": 1.0, "logit_scale": 1, "num_local_experts": 0}
     ModelConfig.from_hf({**LLAMA, **changes})

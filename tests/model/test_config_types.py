@@ -35,7 +35,9 @@ LINEAR = {"type": "linear", "factor": 2.0}
         ("max_position_embeddings", 2**31, "a whole number below 2147483648"),
         ("eos_token_id", 10**30, "a token's id"),
         ("vocab_size", "512", "a whole number below .*, without quotes"),
-        ("hidden_size", 96.0, "a whole number"),
+        ("hidden_size", 96.0, "a whole number below 2147483648, 96 without a point"),
+        ("hidden_size", 96.5, r"a whole number below 2147483648\."),
+        ("vocab_size", 1e400, r"a whole number below 2147483648\."),
         ("sliding_window", "4096", "a whole number below .*, without quotes"),
         ("hidden_act", None, "a text, or leave the key out"),
         ("tie_word_embeddings", "false", "true or false, without quotes"),
@@ -65,6 +67,10 @@ def test_a_value_of_another_type_is_named_with_what_it_must_be(key, value, wante
     ("changes", "message"),
     [
         ({"rope_scaling": LINEAR | {"factor": "2"}}, r"rope_scaling\.factor='2'"),
+        (
+            {"rope_scaling": LINEAR | {"original_max_position_embeddings": 64.0}},
+            r"original_max_position_embeddings=64\.0: .* 64 without a point",
+        ),
         ({"rope_scaling": LINEAR | {"factor": float("inf")}}, r"rope_scaling\.factor="),
         (
             {"rope_parameters": {"rope_theta": "5", "rope_type": "default"}},
