@@ -32,6 +32,13 @@ def test_what_cannot_be_written_is_named(check, place, message, tmp_path):
         check("--out", path)
 
 
+@pytest.mark.parametrize("given", ["", "  ", "a\0b", "~/a"])
+def test_a_folder_without_a_name_is_not_the_current_one(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--out="):
+        check_folder("--out", given)
+
+
 def test_nothing_stays_of_a_look(tmp_path):
     check_folder("--out", tmp_path / "a" / "b")
     check_file("--out", tmp_path / "c" / "d.jsonl")
