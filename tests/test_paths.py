@@ -6,8 +6,6 @@ import pytest
 
 from beacon_jax.paths import check_file, check_folder, whole_file, write_whole
 
-LONG = "x" * 300
-
 
 @pytest.mark.parametrize(
     ("place", "message"),
@@ -16,7 +14,6 @@ LONG = "x" * 300
         ("file/a/b", "--out={} lies below {top}/file, which is a file: name a folder."),
         ("link", "--out={}: {top}/link is a broken link: remove it."),
         ("link/a", "--out={}: {top}/link is a broken link: remove it."),
-        (LONG, "--out={} cannot be written (File name too long): use another"),
         ("/proc/run", "--out={} cannot be written (No such file or directory): use"),
     ],
 )
@@ -32,7 +29,7 @@ def test_what_cannot_be_written_is_named(check, place, message, tmp_path):
         check("--out", path)
 
 
-@pytest.mark.parametrize("given", ["", "  ", "a\0b", "~/a"])
+@pytest.mark.parametrize("given", ["", "  ", "a\0b", "~/a", "x" * 300])
 def test_a_folder_without_a_name_is_not_the_current_one(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--out="):
