@@ -19,6 +19,8 @@ from beacon_jax.names import short
 
 POINTER = b"version https://git-lfs"  # what a pointer of git-lfs begins with
 PACK = b'"beacon_pack"'  # is in the first bytes of every beacon pack
+# Of a file system that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 LONGEST = 255  # bytes of a name, on all usual file systems
 
 
@@ -182,6 +184,9 @@ def new_file(path: Path, name: str = "path") -> Iterator[Path]:
 
     Args:
       name: of the argument ("path") or the flag ("--out"), for messages.
+
+    Raises:
+      OSError: it cannot be made or written, as on a full disk; names it.
     """
     folder = path.parent
     try:
@@ -195,11 +200,12 @@ def new_file(path: Path, name: str = "path") -> Iterator[Path]:
     os.close(handle)
     partial = Path(made)
     try:
-        yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp lets nobody else read it
-        partial.replace(path)
+        with named_when_full(f"{name}={path}"):
+            yield partial
+            umask = os.umask(0)
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)  # mkstemp lets nobody else read it
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -207,6 +213,24 @@ def new_file(path: Path, name: str = "path") -> Iterator[Path]:
         os.fsync(handle)  # the new name, after the bytes
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def named_when_full(given: str) -> Iterator[None]:
+    """Names what cannot be written ("--out=a.beacon") where the disk ends or fails.
+
+    Raises:
+      OSError: with the remedy, in place of one that only has a number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            f"{given} cannot be written ({error.strerror}): make room, or write "
+            "elsewhere."
+        ) from error
 
 
 def partial_prefix(path: Path) -> str:

@@ -1,10 +1,12 @@
 """Places that cannot be written are named with the remedy."""
 
+import errno
+import os
 import re
 
 import pytest
 
-from beacon_jax.paths import check_file, check_folder, whole_file, write_whole
+from beacon_jax.paths import check_file, check_folder, new_file, whole_file, write_whole
 
 
 @pytest.mark.parametrize(
@@ -57,3 +59,13 @@ def test_a_whole_file_has_a_partial_name_that_nobody_else_has(tmp_path):
         raise RuntimeError
     assert path.read_text() == "two"
     assert len([*tmp_path.iterdir()]) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_file_that_is_not_written_to_its_end_is_named(tmp_path, number):
+    said = f"--out={tmp_path}/a cannot be written .*: make room"
+    with pytest.raises(OSError, match=said), new_file(tmp_path / "a", "--out"):
+        raise OSError(number, os.strerror(number))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConnectionError, match="none"), new_file(tmp_path / "a"):
+        raise ConnectionError("none")

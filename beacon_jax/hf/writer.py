@@ -18,7 +18,12 @@ import numpy as np
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.hf import gguf, shards
 from beacon_jax.hf.reader import ALL_DTYPES, Tensor
-from beacon_jax.paths import check_fetched, check_name, partial_prefix
+from beacon_jax.paths import (
+    check_fetched,
+    check_name,
+    named_when_full,
+    partial_prefix,
+)
 from beacon_jax.progress import Stage
 from beacon_jax.resources import (
     TOKENIZER_FILES,
@@ -246,8 +251,9 @@ def new_folder(dst: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Pa
     dst = dst.resolve()  # a link stays one, and what it names is replaced
     with _workplace(dst) as place:
         new, old = place / "new", place / "old"
-        new.mkdir()
-        yield new
+        with named_when_full(f"--dst={dst}"):
+            new.mkdir()
+            yield new
         if used:
             dst.rename(old)
         try:
