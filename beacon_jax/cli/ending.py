@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -72,15 +73,20 @@ def in_flags(
     """
     from absl import flags
 
+    known = flags.FLAGS if values is None else values
     text = getattr(said, "in_flags", str(said))
+    # Of an argument that is no flag, as a line of a chat.
+    if values is not None and re.match(r"--\w+=", text):
+        text = text if text[2:].partition("=")[0] in values else str(said)
     if isinstance(said, OSError) and said.errno in FULL and not said.filename:
         # Where files are written, they are named; of stdout there is no name.
         text = (
             f"stdout, or a file that is written, fails ({said.strerror}): make room, "
             "or write elsewhere."
         )
+    if "model" in known and text.startswith(f"path={known['model'].value}"):
+        return f"--model{text.removeprefix('path')}"
     name = text.partition("=")[0]
-    known = flags.FLAGS if values is None else values
     return f"--{text}" if name.isidentifier() and name in known else text
 
 

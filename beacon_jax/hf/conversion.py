@@ -306,7 +306,7 @@ class HfSource(Source):
         self.tensors = {
             e.name: Tensor(e.shape, dtype or self._dtype(e)) for e in entries
         }
-        if config.tie_embeddings and LM_HEAD in found:
+        if config.tie_embeddings and {LM_HEAD, EMBEDDING} <= found.keys():
             self._check_tied()
 
     def blocks(self, name: str) -> Iterator[Any]:
@@ -559,7 +559,9 @@ def _check_files(
         and beacon_part(e.name) not in manifest["beacon_from_base"]
         for key in e.keys
     }
+    # Of tied embeddings there may be both names, or one of them.
     free = {LM_HEAD} if config.tie_embeddings else set()
+    free |= {EMBEDDING} if free & {*listed} else set()
     wrong = sorted((set(listed) ^ needed) - free)
     if wrong or len(set(listed)) < len(listed):
         raise ValueError(

@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 
 from beacon_jax.cli import ending
+from beacon_jax.inference.validate import ArgumentError
 
 START = "from beacon_jax.cli.ending import ended, fail\nimport sys, time\n"
 
@@ -149,6 +150,14 @@ def test_an_error_about_an_argument_names_the_flag_of_that_name():
     assert ending.in_flags(ValueError("here=3 is no"), values) == "--here=3 is no"
     assert ending.in_flags(ValueError("nowhere=3 is no"), values) == "nowhere=3 is no"
     assert ending.in_flags(ValueError("here is no"), values) == "here is no"
+    flags.DEFINE_string("model", "a/b", "", flag_values=values)
+    values.mark_as_parsed()
+    found = FileNotFoundError("path=a/b is no folder")
+    assert ending.in_flags(found, values) == "--model=a/b is no folder"
+    other = FileNotFoundError("path=c is no folder")
+    assert ending.in_flags(other, values) == "path=c is no folder"
+    for name, said in (("here", "--here=x is"), ("text", "text='x' is")):
+        assert ending.in_flags(ArgumentError(name, "x", "is"), values) == f"{said}."
 
 
 FULL = "error: stdout, or a file that is written, fails (No space left on device): "
