@@ -34,3 +34,11 @@ def test_a_score_of_no_numbers_is_an_error(broken):
     pair = Pair(tokens, np.arange(3))
     with pytest.raises(ValueError, match=f"losses {SAID}"):
         score(broken, [pair])
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_memory_of_no_numbers_is_not_written(broken, tmp_path, dtype):
+    memory = broken.compress("abcd" * 5, ratio=2, memory_dtype=dtype)
+    with pytest.raises(ValueError, match=f"keys and values {SAID}"):
+        memory.save(tmp_path / "a.beacon")
+    assert not any(tmp_path.iterdir())
