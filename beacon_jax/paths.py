@@ -18,6 +18,9 @@ from beacon_jax.forms import unlike
 from beacon_jax.names import short
 
 POINTER = b"version https://git-lfs"  # what a pointer of git-lfs begins with
+PACK = b'"beacon_pack"'  # is in the first bytes of every beacon pack
+# Of a file system that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 LONGEST = 255  # bytes of a name, on all usual file systems
 
 
@@ -29,7 +32,7 @@ def check_name(path: object, name: str = "path") -> str:
 
     Raises:
       TypeError: neither a str nor a `Path`.
-      ValueError: a name that no file can have.
+      ValueError: a name that no file or folder can have.
     """
     if not isinstance(path, str | os.PathLike):
         what = "None" if path is None else f"of type {type(path).__name__}"
@@ -38,7 +41,9 @@ def check_name(path: object, name: str = "path") -> str:
     text = os.fsdecode(path)
     if not text.strip():
         shown = text if name.startswith("--") else repr(text)
-        raise ValueError(f"{name}={shown} is empty and names no file: name a file.")
+        raise ValueError(
+            f"{name}={shown} is empty and names no file or folder: name one."
+        )
     if "\0" in text:
         raise ValueError(
             f"{name}={text!r} has a NUL character at {text.index(chr(0))}, which no "
@@ -68,7 +73,9 @@ def check_name(path: object, name: str = "path") -> str:
 def check_new(
     path: object, name: str = "path", *, overwrite: bool, remedy: str
 ) -> Path:
-    """Returns where a file is written: behind links, and nothing but a file.
+    """Returns where a beacon pack is written: behind links, and nothing but a file.
+
+    Another file than a pack is never replaced: weights, a text, notes.
 
     Args:
       name: of the argument ("path") or the flag ("--out"), for messages.
@@ -77,7 +84,7 @@ def check_new(
     Raises:
       TypeError, ValueError: as `check_name`; a folder, device or pipe, or a name below
         what is no folder or cannot be written.
-      FileExistsError: the file exists, without `overwrite`.
+      FileExistsError: the file exists, without `overwrite`, or is no pack.
     """
     text = check_name(path, name)
     real = Path(os.path.realpath(text))
@@ -92,6 +99,11 @@ def check_new(
         raise ValueError(f"{name}={text} is a device or pipe: name a file.")
     if real.exists() and not overwrite:
         raise FileExistsError(f"{name}={text} exists: name another file, or {remedy}.")
+    if real.exists() and not _is_pack(real):
+        raise FileExistsError(
+            f"{name}={text} is no beacon pack, and would be replaced: name another "
+            "file, or move that one away."
+        )
     if not os.access(beside, os.W_OK | os.X_OK):
         raise ValueError(
             f"{name}={text}: nothing may be written into {beside}: name a file "
@@ -100,16 +112,19 @@ def check_new(
     return real
 
 
-def check_folder(name: str, folder: Path) -> None:
+def check_folder(name: str, folder: str | Path) -> None:
     """Checks that a folder can be made, or written into; nothing of it stays.
 
     Args:
       name: of the argument, as the user types it ("--out").
+      folder: as it was given: the `Path` of an empty text is the current folder.
 
     Raises:
-      OSError: it cannot; names the argument, its value and the remedy.
+      ValueError: an empty text, or another name that no folder can have.
+      OSError: it cannot be written; names the argument, its value and the remedy.
     """
-    _check(f"{name}={folder}", folder)
+    check_name(folder, name)
+    _check(f"{name}={folder}", Path(folder))
 
 
 def check_file(name: str, file: Path) -> None:
@@ -169,6 +184,9 @@ def new_file(path: Path, name: str = "path") -> Iterator[Path]:
 
     Args:
       name: of the argument ("path") or the flag ("--out"), for messages.
+
+    Raises:
+      OSError: it cannot be made or written, as on a full disk; names it.
     """
     folder = path.parent
     try:
@@ -182,11 +200,12 @@ def new_file(path: Path, name: str = "path") -> Iterator[Path]:
     os.close(handle)
     partial = Path(made)
     try:
-        yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp lets nobody else read it
-        partial.replace(path)
+        with named_when_full(f"{name}={path}"):
+            yield partial
+            umask = os.umask(0)
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)  # mkstemp lets nobody else read it
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -194,6 +213,24 @@ def new_file(path: Path, name: str = "path") -> Iterator[Path]:
         os.fsync(handle)  # the new name, after the bytes
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def named_when_full(given: str) -> Iterator[None]:
+    """Names what cannot be written ("--out=a.beacon") where the disk ends or fails.
+
+    Raises:
+      OSError: with the remedy, in place of one that only has a number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            f"{given} cannot be written ({error.strerror}): make room, or write "
+            "elsewhere."
+        ) from error
 
 
 def partial_prefix(path: Path) -> str:
@@ -218,6 +255,17 @@ def is_pointer(path: str | Path) -> bool:
     """Tells whether a file is a pointer of git-lfs in place of its content."""
     with open(path, "rb") as file:
         return file.read(len(POINTER)) == POINTER
+
+
+def _is_pack(path: Path) -> bool:
+    """Tells whether a file is empty or begins as a beacon pack, damaged or not."""
+    if not path.stat().st_size:
+        return True
+    try:
+        with path.open("rb") as file:
+            return PACK in file.read(4096)
+    except OSError:  # nobody may read it
+        return False
 
 
 def is_there(path: Path) -> bool:

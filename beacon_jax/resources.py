@@ -113,7 +113,7 @@ def load_tokenizer(path: str | Path) -> Any:
         from beacon_jax.gguf.tokenizer import make_tokenizer
 
         return make_tokenizer(path)
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not has_tokenizer(path):
         raise FileNotFoundError(
@@ -122,17 +122,35 @@ def load_tokenizer(path: str | Path) -> Any:
         )
     _check_tokenizer_files(path)
     config, objects = _tokenizer_settings(path), _token_objects(path)
+    whole = _names_code(path) and is_there(path / "tokenizer.json")
     try:
-        return AutoTokenizer.from_pretrained(
-            str(path),
-            config=config,
-            local_files_only=True,
-            use_fast=True,
-            trust_remote_code=False,
-            **objects,
-        )
+        if whole:  # which needs no code, and AutoTokenizer would ask for it
+            made = PreTrainedTokenizerFast.from_pretrained(
+                str(path), local_files_only=True, **objects
+            )
+        else:
+            made = AutoTokenizer.from_pretrained(
+                str(path),
+                config=config,
+                local_files_only=True,
+                use_fast=True,
+                trust_remote_code=False,
+                **objects,
+            )
     except Exception as error:  # of tokenizers, transformers, jinja, json, ...
         raise ValueError(_unread(path, error)) from error
+    if not len(made):
+        raise ValueError(
+            f"path={path}: its tokenizer has no token: copy the tokenizer's files from "
+            "the base model."
+        )
+    return made
+
+
+def _names_code(path: Path) -> bool:
+    """Tells whether tokenizer_config.json names a class that comes with the model."""
+    file = path / "tokenizer_config.json"
+    return bool(is_there(file) and read_object(file).get("auto_map"))
 
 
 def _tokenizer_settings(path: Path) -> Any:

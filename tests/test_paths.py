@@ -1,12 +1,12 @@
 """Places that cannot be written are named with the remedy."""
 
+import errno
+import os
 import re
 
 import pytest
 
-from beacon_jax.paths import check_file, check_folder, whole_file, write_whole
-
-LONG = "x" * 300
+from beacon_jax.paths import check_file, check_folder, new_file, whole_file, write_whole
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,6 @@ LONG = "x" * 300
         ("file/a/b", "--out={} lies below {top}/file, which is a file: name a folder."),
         ("link", "--out={}: {top}/link is a broken link: remove it."),
         ("link/a", "--out={}: {top}/link is a broken link: remove it."),
-        (LONG, "--out={} cannot be written (File name too long): use another"),
         ("/proc/run", "--out={} cannot be written (No such file or directory): use"),
     ],
 )
@@ -30,6 +29,13 @@ def test_what_cannot_be_written_is_named(check, place, message, tmp_path):
         path = path / "x.jsonl"
     with pytest.raises(OSError, match=re.escape(message.format(given, top=tmp_path))):
         check("--out", path)
+
+
+@pytest.mark.parametrize("given", ["", "  ", "a\0b", "~/a", "x" * 300])
+def test_a_folder_without_a_name_is_not_the_current_one(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--out="):
+        check_folder("--out", given)
 
 
 def test_nothing_stays_of_a_look(tmp_path):
@@ -53,3 +59,13 @@ def test_a_whole_file_has_a_partial_name_that_nobody_else_has(tmp_path):
         raise RuntimeError
     assert path.read_text() == "two"
     assert len([*tmp_path.iterdir()]) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_file_that_is_not_written_to_its_end_is_named(tmp_path, number):
+    said = f"--out={tmp_path}/a cannot be written .*: make room"
+    with pytest.raises(OSError, match=said), new_file(tmp_path / "a", "--out"):
+        raise OSError(number, os.strerror(number))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConnectionError, match="none"), new_file(tmp_path / "a"):
+        raise ConnectionError("none")

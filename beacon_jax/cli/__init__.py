@@ -53,12 +53,14 @@ def overview() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that the first argument names."""
+    from beacon_jax.cli.ending import ended
+
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else "--help"
-    if name in ("--help", "-h", "help"):
-        print(overview())
-    elif name in ("--version", "version"):
-        print(f"beacon-jax {__version__}")
+    if name in ("--help", "-h", "help", "--version", "version"):
+        with ended("beacon-jax"):
+            told = f"beacon-jax {__version__}" if "version" in name else overview()
+            print(told)
     elif name in COMMANDS:
         start(name, words[1:])
     else:

@@ -49,7 +49,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 @command
 def main(o: flags.FlagValues) -> None:
     if o.out:
-        check_folder("--out", Path(o.out))
+        check_folder("--out", o.out)
     (_readme if o.readme else _roofline if o.plan else _measure)(o)
 
 

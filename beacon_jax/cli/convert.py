@@ -25,6 +25,15 @@ from beacon_jax.cli.options import Group
 from beacon_jax.paths import check_folder
 from beacon_jax.progress import Progress, starting
 
+# Flags that not all commands read.
+_ONLY = {
+    "adapter": "to-hf",
+    **dict.fromkeys(
+        ("dtype", "verify", "strip_prefix", "ignore_sliding_window"),
+        "from-hf and from-gguf",
+    ),
+}
+
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f = Group(values, "Checkpoints")
@@ -55,7 +64,8 @@ def main(argv: Sequence[str]) -> None:
 
     dst = Path(options.dst)
     try:
-        check_folder("--dst", dst)
+        check_folder("--dst", options.dst)
+        _check_used(options, argv[1])
         check_new(dst, overwrite=options.overwrite)
         src = hub.find(options.src, "--src")
         if src.is_file() != (argv[1] == "from-gguf"):
@@ -84,6 +94,17 @@ def main(argv: Sequence[str]) -> None:
         print(result.table())
         if not result.passed:
             sys.exit(f"error: --verify: {dst} does not compute what {src} does.")
+
+
+def _check_used(options: flags.FlagValues, command: str) -> None:
+    """Raises ValueError for a flag that this command does not read."""
+    for name, readers in _ONLY.items():
+        value = options[name].value
+        if command not in readers and value not in (None, False):
+            given = f"--{name}" if value is True else f"--{name}={value}"
+            raise ValueError(
+                f"{given} is not for {command}, only for {readers}: leave it out."
+            )
 
 
 def _export(src: Path, dst: Path, options: flags.FlagValues) -> None:

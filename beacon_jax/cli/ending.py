@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from beacon_jax.interrupts import Insistent, leave
+from beacon_jax.paths import FULL
 
 if TYPE_CHECKING:
     from absl import flags
@@ -71,9 +73,20 @@ def in_flags(
     """
     from absl import flags
 
-    text = getattr(said, "in_flags", str(said))
-    name = text.partition("=")[0]
     known = flags.FLAGS if values is None else values
+    text = getattr(said, "in_flags", str(said))
+    # Of an argument that is no flag, as a line of a chat.
+    if values is not None and re.match(r"--\w+=", text):
+        text = text if text[2:].partition("=")[0] in values else str(said)
+    if isinstance(said, OSError) and said.errno in FULL and not said.filename:
+        # Where files are written, they are named; of stdout there is no name.
+        text = (
+            f"stdout, or a file that is written, fails ({said.strerror}): make room, "
+            "or write elsewhere."
+        )
+    if "model" in known and text.startswith(f"path={known['model'].value}"):
+        return f"--model{text.removeprefix('path')}"
+    name = text.partition("=")[0]
     return f"--{text}" if name.isidentifier() and name in known else text
 
 
@@ -83,7 +96,7 @@ def ended(
 ) -> Iterator[None]:
     """Wraps a command: Ctrl-C ends it with one line and exit code 130.
 
-    A closed stdout (as by `| head`) ends it without a word.
+    A closed stdout (as by `| head`) ends it without a word, a full one with a line.
 
     Args:
       afterwards: what the user can do then ("the same command goes on").
@@ -92,6 +105,13 @@ def ended(
     """
     line = f"\n{command}: stopped by Ctrl-C" + (f"; {afterwards}" if afterwards else "")
     answer = _Answer(line)
+    if sys.stderr is None:  # closed by 2>&-: print would write to stdout
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stdout is None:
+        sys.exit(
+            f"error: stdout is closed, and {command} writes there: redirect it to a "
+            "file, or to /dev/null."
+        )
     if threading.current_thread() is threading.main_thread():
         answer.watch(patience)
     try:
@@ -100,15 +120,25 @@ def ended(
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python would fail again at what is left to write when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(UNREAD)
+    except OSError as error:
+        _drop_stdout()
+        if answer.handled:
+            answer.arrived()
+            sys.exit(INTERRUPTED)
+        sys.exit(f"error: {in_flags(error)}")
     except BaseException as error:
         # Somebody on the way may have made another error of it.
         if isinstance(error, KeyboardInterrupt) or answer.handled:
             answer.arrived()
             sys.exit(INTERRUPTED)
         raise
+
+
+def _drop_stdout() -> None:
+    """Sends what is left to write to nowhere: Python would fail again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def wait_for_python() -> None:

@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: unknown arguments {argv[1:]}: options begin with --.")
     try:
         require("matplotlib", extra="plots", for_="the report of evaluate")
-        check_folder("--out", Path(o.out))
+        check_folder("--out", o.out)
         if o.report:
             with Progress().stage("comparing"):
                 from beacon_jax.evaluation import compare

@@ -24,6 +24,7 @@ from beacon_jax.core.plan import capacity, needed_slots
 from beacon_jax.core.recent import feed
 from beacon_jax.inference.decode import Decoding, decode
 from beacon_jax.inference.feeding import Fit, decoded_memory, feed_rows, fresh_state
+from beacon_jax.inference.finite import check_finite
 from beacon_jax.inference.history import History
 from beacon_jax.inference.loading import load
 from beacon_jax.inference.memory import Memory
@@ -251,6 +252,7 @@ def answer_losses(
     Teacher forced, in pieces of a window; `references` have 1 token or more each.
     """
     sums = np.asarray(nats(logits, np.asarray([r[0] for r in references])), np.float64)
+    check_finite(np.isfinite(sums)[:, None], "losses", model.net.dtype.name)
     for start in range(0, max(map(len, references)) - 1, model.window):
         at = slice(start, start + model.window)
         given = [r[:-1][at] for r in references]
@@ -309,13 +311,16 @@ def feed_state(
     """Feeds rows to a bare state and returns what `core.feed.feed` does.
 
     labels: of each token, `IGNORE` for none. donate: the state is not needed again.
+
+    Raises:
+      ValueError: the loss of a label is no number.
     """
     lengths = np.asarray([len(row) for row in rows], np.int32)
     most = int(lengths.max())
     size = power_of_two(_windows(model, most)) * model.window
     size = max(size, _padded(model, most, longest))
     wanted = None if labels is None else padded(labels, size, IGNORE)
-    return feed(
+    out, state = feed(
         model.net,
         model.variables,
         _roomy(model, state, lengths, ratio),
@@ -326,6 +331,10 @@ def feed_state(
         labels=wanted,
         donate=donate,
     )
+    if wanted is not None and out.token_loss is not None:
+        finite = np.isfinite(np.asarray(out.token_loss)) | (wanted == IGNORE)
+        check_finite(finite, "losses", model.net.dtype.name)
+    return out, state
 
 
 def _plan(ratio: int) -> Plan:

@@ -109,7 +109,7 @@ class Adapter:
         """Opens the tensors, to be cast to `dtype` and to fit `config`."""
         reader = SafetensorsReader([self.path / WEIGHTS], self.path)
         try:
-            return HfSource(config, reader, dtype, only="beacon/")
+            return HfSource(config, reader, dtype, only="beacon/", where=self.path)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
@@ -205,6 +205,7 @@ def write_adapter(
             f"--src={src} has no trained beacons: train some, or name another folder."
         )
     leaves = {e.name: source.array(e.name) for e in entries}
+    source.say()
     keys = [key for e in entries for key in e.keys]
     with new_folder(dst, overwrite=overwrite, keep=keep) as folder:
         files = {WEIGHTS: (keys, {"format": "pt"})}
@@ -237,6 +238,10 @@ class JoinedSource(Source):
 
     def put(self, name: str, dtype: Any, sharding: Any) -> jax.Array:
         return self._of(name).put(name, dtype, sharding)
+
+    def say(self) -> None:
+        for source in self._parts.values():
+            source.say()
 
     def hashes(self, leaves: Mapping[str, Any]) -> dict[str, str]:
         base = {k: x for k, x in leaves.items() if k.startswith("params/")}

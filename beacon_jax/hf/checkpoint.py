@@ -133,6 +133,7 @@ def load(
         else:
             sharding, kind = place(config, name, tensor.shape)
             leaves[name] = source.put(name, kind or tensor.dtype, sharding)
+    source.say()
     hashes = source.hashes(leaves)
     leaves = _with_fresh_beacons(leaves, config, place, seed)
     variables = {"params": {}, "beacon": {}} | unflatten(leaves)

@@ -6,6 +6,7 @@ and stacked shapes, config.json and the tokenizer files as they were, and the ma
 holds more than one HF tensor and a few blocks of 16 MB, whatever the model's size.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,7 @@ from beacon_jax.hf.reader import (
     row_blocks,
 )
 from beacon_jax.hf.shards import is_below
+from beacon_jax.hf.values import Values
 from beacon_jax.hf.writer import (
     MANIFEST,
     copy_small_files,
@@ -96,7 +98,7 @@ def from_hf(
     config_keys.warn_unknown(hf)
     with Progress().stage("looking at the tensors"):
         reader = open_weights(src, strip_prefix)
-        source = HfSource(config, reader, check_dtype(dtype))
+        source = HfSource(config, reader, check_dtype(dtype), where=src)
     if absent := [e.keys[0] for e in table(config) if e.name not in source.tensors]:
         raise ValueError(
             f"config.json has beacon_rank={hf.get('beacon_rank')}, but the checkpoint "
@@ -132,6 +134,7 @@ def from_hf(
             **_original_files(src, reader, config, dtype),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    source.say()
 
 
 def to_hf(src: Path, dst: Path, *, overwrite: bool = False) -> None:
@@ -170,11 +173,13 @@ class Source:
 
     Attributes:
       tensors: shape and dtype of each by our name.
+      values: looks at what is read.
       from_base: the parts of the beacons that are copies of the base (`keys.resolve`).
     """
 
     tensors: dict[str, Tensor]
     from_base: list[str]
+    values: Values
 
     def blocks(self, name: str) -> Iterator[Any]:
         """Yields the bytes of one of our tensors in order, in pieces, already cast."""
@@ -191,7 +196,14 @@ class Source:
 
     def put(self, name: str, dtype: Any, sharding: Any) -> jax.Array:
         """Returns one of our tensors in the shards of a mesh."""
-        return put_blocks(self.tensors[name].shape, dtype, sharding, self.blocks(name))
+        tensor, blocks = self.tensors[name], self.blocks(name)
+        if dtype != tensor.dtype:
+            blocks = self.values.cast(name, blocks, dtype)
+        return put_blocks(tensor.shape, dtype, sharding, blocks)
+
+    def say(self) -> None:
+        """Says in lines of warning what was wrong with the values that were read."""
+        self.values.say()
 
     def hashes(self, leaves: Mapping[str, Any]) -> dict[str, str]:
         """Returns those hashes of what was loaded, "base" and "beacon", that are known.
@@ -212,6 +224,7 @@ class ConvertedSource(Source):
         self, config: ModelConfig, folder: Path, dtype: np.dtype | None = None
     ):
         self._manifest, self._reader = read_manifest(folder), open_converted(folder)
+        self.values = Values(folder)
         self.from_base = self._manifest["beacon_from_base"]
         stored = {
             name: tensor
@@ -240,11 +253,24 @@ class ConvertedSource(Source):
         }
 
     def blocks(self, name: str) -> Iterator[Any]:
-        for block in row_blocks(self._reader, name):
-            yield block.astype(self.tensors[name].dtype, copy=False)
+        return self._cast(name, row_blocks(self._reader, name))
 
     def array(self, name: str) -> np.ndarray:
-        return self._reader.read(name).astype(self.tensors[name].dtype, copy=False)
+        if self.tensors[name].dtype != self._reader.tensors[name].dtype:
+            return super().array(name)
+        stored = self._reader.read(name)  # which a CPU device uses without a copy
+        for _ in self._cast(name, [stored]):
+            pass
+        return stored
+
+    def _cast(self, name: str, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Casts a tensor; where it is one of all layers, each by itself."""
+        dtype = self.tensors[name].dtype
+        if "/layers/" not in name:
+            yield from self.values.cast(name, blocks, dtype)
+            return
+        for number, layer in enumerate(itertools.chain.from_iterable(blocks)):
+            yield from self.values.cast(f"{name}[{number}]", [layer], dtype)
 
     def put(self, name: str, dtype: Any, sharding: Any) -> jax.Array:
         return read_parts(self._reader, name, dtype, sharding)
@@ -270,7 +296,9 @@ class HfSource(Source):
         *,
         quiet: bool = False,
         only: str = "",
+        where: Path,
     ):
+        self.values = Values(where)
         found = {name: tensor.shape for name, tensor in reader.tensors.items()}
         entries, self.from_base = resolve(config, found, quiet=quiet, only=only)
         self._reader, self._config = reader, config
@@ -278,7 +306,7 @@ class HfSource(Source):
         self.tensors = {
             e.name: Tensor(e.shape, dtype or self._dtype(e)) for e in entries
         }
-        if config.tie_embeddings and LM_HEAD in found:
+        if config.tie_embeddings and {LM_HEAD, EMBEDDING} <= found.keys():
             self._check_tied()
 
     def blocks(self, name: str) -> Iterator[Any]:
@@ -287,12 +315,12 @@ class HfSource(Source):
             if name == "beacon/embed/embedding" and "embed" in self.from_base:
                 token = beacon_token(self._config)
                 pieces = iter([self._reader.read(key, token, token + 1)])
+                key = f"{key}[{token}]"
             elif entry.linear:
                 pieces = transposed_blocks(self._reader.read(key))
             else:
                 pieces = row_blocks(self._reader, key)
-            for piece in pieces:
-                yield piece.astype(dtype, copy=False)
+            yield from self.values.cast(key, pieces, dtype)
 
     def _dtype(self, entry: Entry) -> np.dtype:
         tensors = self._reader.tensors
@@ -335,7 +363,7 @@ def open_source(
         return ConvertedSource(config, folder, dtype)
     reader = open_weights(folder, strip_prefix)
     try:
-        return HfSource(config, reader, dtype, quiet=quiet)
+        return HfSource(config, reader, dtype, quiet=quiet, where=folder)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -531,7 +559,9 @@ def _check_files(
         and beacon_part(e.name) not in manifest["beacon_from_base"]
         for key in e.keys
     }
+    # Of tied embeddings there may be both names, or one of them.
     free = {LM_HEAD} if config.tie_embeddings else set()
+    free |= {EMBEDDING} if free & {*listed} else set()
     wrong = sorted((set(listed) ^ needed) - free)
     if wrong or len(set(listed)) < len(listed):
         raise ValueError(

@@ -19,6 +19,7 @@ from beacon_jax.gguf.file import Header, Stored
 from beacon_jax.hf.keys import table
 from beacon_jax.hf.reader import Tensor, aligned_empty
 from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.foreign_keys import neutral
 from beacon_jax.model.rotary import inverse_frequencies
 from beacon_jax.names import meant
 
@@ -248,7 +249,9 @@ def _config(header: Header) -> dict[str, Any]:
     get = lambda key, kind, default=None: header.get(f"{arch}.{key}", kind, default)
     used = {f"{arch}.{key}" for key in _USED | _HARMLESS}
     keys = header.values.keys() | header.counts.keys()
-    if unknown := sorted(k for k in keys if k.startswith(f"{arch}.") and k not in used):
+    off = {k for k, x in header.values.items() if neutral(k.split(".")[-1], x, {})}
+    keys = {k for k in keys - used - off if k.startswith(f"{arch}.")}
+    if unknown := sorted(keys):
         raise ValueError(
             f"{path}: {', '.join(unknown)} may change what the model computes, and is "
             "not supported: use another file of the model."
@@ -307,7 +310,10 @@ def _config(header: Header) -> dict[str, Any]:
         hf |= _rope(header, arch, hf)
         ModelConfig.from_hf(hf, ignore_sliding_window=True)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        said = f"{path}: {error}"
+        if "config.json" in said:
+            said += " (config.json is what `convert from-gguf` makes of its header.)"
+        raise ValueError(said) from error
     return hf
 
 

@@ -147,8 +147,14 @@ def resolve(
         of them, or says in one line why they are.
     """
     entries = [e for e in table(config) if e.name.startswith(only)]
+    if config.tie_embeddings and LM_HEAD in found and EMBEDDING not in found:
+        # `safetensors.torch.save_model` keeps one name of a tensor, the first by abc.
+        entries = [
+            dataclasses.replace(e, keys=(LM_HEAD,)) if e.keys == (EMBEDDING,) else e
+            for e in entries
+        ]
     shapes = {key: e.hf_shape for e in entries for key in e.keys}
-    if config.tie_embeddings and not only:
+    if config.tie_embeddings and not only and EMBEDDING in shapes:
         shapes[LM_HEAD] = shapes[EMBEDDING]  # allowed, compared when it is read
     unknown = {k for k in found if k not in shapes}
     unknown -= {k for k in unknown if is_buffer(k, tuple(found[k]))}
@@ -172,9 +178,10 @@ def resolve(
         shown = problems[:MOST_SHOWN]
         if len(problems) > MOST_SHOWN:
             shown.append(f"and {len(problems) - MOST_SHOWN} more")
+        many = "1 tensor does" if len(problems) == 1 else f"{len(problems)} tensors do"
         raise ValueError(
-            f"{len(problems)} tensors do not fit config.json "
-            f"(family {config.family}):\n  " + "\n  ".join(shown)
+            f"{many} not fit config.json (family {config.family}):\n  "
+            + "\n  ".join([*shown, _remedy(problems, found, shapes)])
         )
     parts: dict[str, list[str]] = {}
     for e in entries:
@@ -201,6 +208,46 @@ def resolve(
         if not (low_rank(e.name) and beacon_part(e.name) in from_base)
     ]
     return resolved, from_base
+
+
+def _remedy(
+    problems: list[str],
+    found: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> str:
+    """Says what to do about tensors that do not fit, by what all of them are."""
+    head = "score.", "classifier.", "v_head.", "value_head.", "qa_outputs."
+    missing, unknown = f"missing: {LM_HEAD}", "unknown: "
+    heads = [p for p in problems if p.startswith(tuple(unknown + x for x in head))]
+    if heads and {*problems} <= {*heads, missing}:
+        return (
+            "This is a model with the head of a classifier, or of rewards: give the "
+            "model with a head of words (...ForCausalLM) that it was made of."
+        )
+    if problems == [missing]:
+        return (
+            "If the model's embeddings are tied, set tie_word_embeddings to true in "
+            "config.json; else save it as ...ForCausalLM, which has that tensor."
+        )
+    rows = {
+        found[k][0]
+        for k in (EMBEDDING, LM_HEAD)
+        if k in found and k in shapes and found[k][1:] == shapes[k][1:]
+    }
+    vocabulary = all(p.startswith("wrong shape: ") for p in problems)
+    vocabulary = vocabulary and len(problems) == sum(
+        k in found and k in shapes and tuple(found[k]) != tuple(shapes[k])
+        for k in (EMBEDDING, LM_HEAD)
+    )
+    if vocabulary and len(rows) == 1:
+        return (
+            f"The weights have {rows.pop()} tokens, as where some were added: set "
+            "vocab_size to that in config.json."
+        )
+    return (
+        "config.json and the weights are of two models or versions: fetch both from "
+        "the same repository, and the same revision."
+    )
 
 
 def foreign_beacon(config: ModelConfig, name: str) -> str:

@@ -355,6 +355,12 @@ def open_hf(folder: Path) -> SafetensorsReader | TorchReader:
     the index names, as transformers does. Numbered files that are all there need no
     index.
     """
+    if (folder / relatives.PEFT).is_file():
+        _warn_once(
+            f"{folder} has an adapter of PEFT ({relatives.PEFT}) beside what is read, "
+            "which is not applied: merge it (merge_and_unload), or delete it if the "
+            "weights have it already."
+        )
     makes = {"safetensors": SafetensorsReader, "bin": TorchReader}
     for kind, make in makes.items():
         single = folder / shards.STEMS[kind]

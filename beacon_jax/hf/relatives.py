@@ -10,6 +10,7 @@ from beacon_jax.hf import shards
 from beacon_jax.paths import read_object
 
 PEFT = "adapter_config.json"
+_UNFINISHED = ("*.incomplete", "*.crdownload", "*.part", "*.partial", "*.aria2")
 _QUANTIZED = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB")
 _QUANTIZED += (".weight_scale", ".weight_scale_inv", ".weight_packed")
 
@@ -27,6 +28,12 @@ def of_folder(folder: Path) -> str:
             f"It has {files[0]}, weights as their authors keep them: give the folder "
             "in Hugging Face's layout (of Llama, the one whose name ends with -hf)."
         )
+    for pattern in _UNFINISHED:
+        if files := there(pattern):
+            return (
+                f"It has {files[0]}, a download that has not ended: wait for it, or "
+                "fetch the file again."
+            )
     for pattern in ("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.ckpt", "*.pt", "*.pth"):
         if files := there(pattern):
             return (
@@ -60,6 +67,9 @@ def of_folder(folder: Path) -> str:
     if files:
         single = shards.STEMS[files[0].rpartition(".")[2]]
         return f"It has {files[0]}: weights are read from {single}; rename it."
+    if kept := list(folder.glob("snapshots/*/config.json")):
+        newest = max(kept, key=lambda x: x.lstat().st_mtime).parent
+        return f"It is a folder of the hub's cache: give {newest}."
     below = sorted(
         x.parent.name for x in folder.glob("*/config.json") if (x.parent != folder)
     )

@@ -16,9 +16,14 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.gguf.file import is_gguf
-from beacon_jax.hf import gguf
+from beacon_jax.hf import gguf, shards
 from beacon_jax.hf.reader import ALL_DTYPES, Tensor
-from beacon_jax.paths import check_fetched, check_name, partial_prefix
+from beacon_jax.paths import (
+    check_fetched,
+    check_name,
+    named_when_full,
+    partial_prefix,
+)
 from beacon_jax.progress import Stage
 from beacon_jax.resources import (
     TOKENIZER_FILES,
@@ -49,6 +54,11 @@ _SMALL = (
     "additional_chat_templates/*.jinja",
 )
 SMALL_BYTES = 16 << 20  # of each, but for the tokenizer's: that of Gemma has 33 MB
+# What readers take as weights of a folder, beside numbered files.
+_WEIGHTS_READ = (
+    *shards.STEMS.values(),
+    *("beacons.safetensors", "beacon.safetensors", "params.safetensors", MANIFEST),
+)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -199,12 +209,29 @@ def check_new(dst: Path, *, overwrite: bool, keep: bool = False) -> bool:
 
 def _others(folder: Path) -> list[str]:
     """Lists the files of a folder that are of no checkpoint."""
-    found = []
+    found, weights = [], _of_checkpoint(folder)
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        weights = path.parent == folder and _holds_weights(path)
-        if not (path.is_dir() or weights or _is_copied(path, name)):
+        own = name in weights or _is_copied(path, name)
+        if not (path.is_dir() or own):
             found.append(name)
+    return found
+
+
+def _of_checkpoint(folder: Path) -> set[str]:
+    """Returns the names of a checkpoint's weights, indices and manifest in a folder.
+
+    They are those that a reader takes, and those that an index names. Other weights, as
+    of an optimiser or in another format, are somebody's own.
+    """
+    found: set[str] = set()
+    for path in folder.iterdir():
+        if path.name in _WEIGHTS_READ or shards.numbered([path.name]):
+            found.add(path.name)
+        if path.name.endswith(".index.json"):
+            found.add(path.name)
+            with contextlib.suppress(ValueError):
+                found.update(shards.weight_map(path).values())
     return found
 
 
@@ -224,8 +251,9 @@ def new_folder(dst: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Pa
     dst = dst.resolve()  # a link stays one, and what it names is replaced
     with _workplace(dst) as place:
         new, old = place / "new", place / "old"
-        new.mkdir()
-        yield new
+        with named_when_full(f"--dst={dst}"):
+            new.mkdir()
+            yield new
         if used:
             dst.rename(old)
         try:
@@ -287,10 +315,12 @@ def _remove_left(dst: Path) -> None:
 
 
 def _keep_others(old: Path, new: Path) -> None:
-    """Moves files to `new` that hold no weights and have no new version there."""
+    """Moves files to `new` that are no weights of `old` and have no new version."""
+    weights = _of_checkpoint(old)
     for path in sorted(old.rglob("*")):
-        target = new / path.relative_to(old)
-        if path.is_file() and not (_holds_weights(path) or target.exists()):
+        name = path.relative_to(old)
+        target = new / name
+        if path.is_file() and not (str(name) in weights or target.exists()):
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
 

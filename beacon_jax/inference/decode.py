@@ -13,12 +13,15 @@ from beacon_jax.core.decode import decode_step
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.plan import check_capacity, of_rows, static_ratios
 from beacon_jax.core.recent import settle
+from beacon_jax.inference.finite import check_finite
 from beacon_jax.inference.sampling import Sampling, row_keys, row_seeds, sample
 from beacon_jax.model.net import Net
 
 # Tokens per call of the loop: text appears that often, one compile for all. The first
 # call makes one token, which nobody has to wait for 15 others for.
 BLOCK = 16
+
+NO_NUMBER = -2  # in place of a token: the logits were not finite
 
 # (row, its new tokens [n] so far) -> how many of them to keep if it is done, or None.
 Finished = Callable[[int, Int[np.ndarray, " n"]], int | None]
@@ -112,7 +115,8 @@ def decode_block(
     """Generates up to BLOCK tokens per row.
 
     The memory is donated: its buffer is written in place. Where rows keep their last
-    full window raw, the loop ends when an open window is full (`recent.settle`).
+    full window raw, the loop ends when an open window is full (`recent.settle`). A row
+    whose logits are not finite ends with NO_NUMBER: its arg max would be a token.
     """
     ends = jnp.asarray(eos_ids, jnp.int32)
     rows = jnp.arange(loop.logits.shape[0])
@@ -129,8 +133,10 @@ def decode_block(
         number = asked.start + step
         keys = row_keys(asked.seeds, number)
         token = sample(keys, logits, asked.sampling, seen)
-        active &= ~jnp.isin(token, ends)
-        tokens = tokens.at[:, step].set(jnp.where(active, token, -1))
+        finite = jnp.isfinite(logits).all(axis=-1)
+        nothing = jnp.where(active & ~finite, NO_NUMBER, -1)
+        active &= finite & ~jnp.isin(token, ends)
+        tokens = tokens.at[:, step].set(jnp.where(active, token, nothing))
         if seen is not None:
             seen = seen.at[rows, token].max(active)
         new, memory = decode_step(
@@ -177,8 +183,8 @@ def decode(
         it is copied, and stays as it is.
 
     Raises:
-      ValueError: max_new_tokens below 1, a repetition penalty without `seen`, or
-        settings for another number of rows.
+      ValueError: max_new_tokens below 1, a repetition penalty without `seen`, settings
+        for another number of rows, or logits that are not finite.
       CapacityError: the memory is too small; it states the capacity needed.
     """
     rows = logits.shape[0]
@@ -215,6 +221,7 @@ def decode(
             memory = settle(net, variables, memory)
         # A loop's last block has empty columns behind the largest limit.
         block = np.asarray(block)[:, : min(stop, most) - start]
+        check_finite(block != NO_NUMBER, "logits", net.dtype.name)
         fed = np.concatenate([fed, block], axis=1)
         active = np.array(loop.active)
         if start == 0:  # its limit stopped rows that go on

@@ -92,9 +92,9 @@ def load(
         validate.is_a("strip_prefix", strip_prefix, str, remedy)
     path = hub.find(path)
     if not (path.is_file() or is_there(path / "config.json")):
+        remedy = relatives.of_folder(path) or "Give one with config.json and weights."
         raise FileNotFoundError(
-            f"path={path} is not a model folder: it has no config.json. "
-            f"{relatives.of_folder(path)}".rstrip()
+            f"path={path} is not a model folder: it has no config.json. {remedy}"
         )
     checkpoint.check_dtype(dtype)
     ended = of_generation(path)  # before the weights are read

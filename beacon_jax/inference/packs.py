@@ -56,6 +56,7 @@ from beacon_jax.core.memory import MemoryState
 from beacon_jax.forms import Count, unlike
 from beacon_jax.hf.identify import Identity
 from beacon_jax.hf.reader import ALL_DTYPES, BLOCK_BYTES, Tensor
+from beacon_jax.hf.values import finite
 from beacon_jax.hf.writer import DTYPE_NAMES, safetensors_header, write_safetensors
 from beacon_jax.inference import leaves, validate
 from beacon_jax.inference.compatible import (
@@ -63,6 +64,7 @@ from beacon_jax.inference.compatible import (
     identity_differences,
     other_model,
 )
+from beacon_jax.inference.finite import check_finite
 from beacon_jax.inference.history import History
 from beacon_jax.model.config import BeaconConfig, ModelConfig, RopeConfig
 from beacon_jax.model.partition import Partition
@@ -120,8 +122,8 @@ def save(
 
     Raises:
       TypeError: a path that is no text, or a switch that is not True or False.
-      ValueError: tokens=False, and tokens are still to be fed; or a path that is no
-        file.
+      ValueError: tokens=False, and tokens are still to be fed; a path that is no file;
+        or keys and values that are not finite.
       FileExistsError: the file exists, without `overwrite`.
     """
     validate.switch("tokens", tokens)
@@ -159,7 +161,7 @@ def save(
             name: {
                 "dtype": DTYPE_NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
-                "sha256": _sha256(blocks(name)),
+                "sha256": _sha256(_numbers(blocks(name), memory.dtype)),
             }
             for name, tensor in tensors.items()
         },
@@ -505,6 +507,14 @@ def _text_hash(row: History) -> str | None:
 
 def _text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _numbers(blocks: Iterable[np.ndarray], dtype: str) -> Iterator[np.ndarray]:
+    """Passes blocks through; ValueError for floating-point ones that are not finite."""
+    for block in blocks:
+        if block.dtype.kind not in "iub" and not finite(block):
+            check_finite(np.zeros((1, 1), bool), "keys and values", dtype)
+        yield block
 
 
 def _sha256(blocks: Iterable[np.ndarray]) -> str:

@@ -216,6 +216,9 @@ def readable(name: str, text: str) -> None:
 
 def empty(name: str, text: Any) -> ArgumentError:
     """Makes the error of a text that has no tokens."""
+    if isinstance(text, str) and text:
+        why, remedy = "has no tokens", "the tokenizer makes none of it: give more text"
+        return ArgumentError(name, text, why, remedy=remedy)
     return ArgumentError(
         name, text, "is empty, it has no tokens", remedy="give at least one"
     )

@@ -7,6 +7,7 @@ window would run and be subtly wrong.
 
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import operator
@@ -262,13 +263,20 @@ class ModelConfig:
     def trained_positions(self) -> int:
         """P, the positions that the model with its rotary scaling was trained for.
 
-        max_position x factor for linear scaling, else the larger of max_position and
-        original_max_position x factor (docs/specification.md section 3).
+        Linear and llama3 scaling: max_position if it is above original_max_position,
+        so that it is the scaled length (Llama-3.1, 3.2), else that times the factor. A
+        config with linear scaling mostly names no original, and max_position x factor
+        is what it means by transformers' documentation and in the release. Yarn: the
+        larger of both, as neither Qwen2.5 nor Yarn-Mistral has the scaled length
+        (docs/specification.md section 3).
         """
-        if self.rope.kind == "linear":
-            return int(self.max_position * self.rope.factor)
-        original = (self.rope.original_max_position or 0) * self.rope.factor
-        return max(self.max_position, int(original))
+        rope, stated = self.rope, self.max_position
+        original = rope.original_max_position or 0
+        if rope.kind == "linear" and not original:
+            return int(stated * rope.factor)
+        if rope.kind in ("linear", "llama3") and stated > original:
+            return stated
+        return max(stated, int(original * rope.factor))
 
     @classmethod
     def from_hf(
@@ -290,6 +298,11 @@ class ModelConfig:
         if missing := [key for key in needed if hf.get(key) is None]:
             raise ValueError(f"config.json lacks {missing}: add them.")
         if hf.get("head_dim") is None:
+            if hf["num_attention_heads"] < 1:
+                raise ValueError(
+                    f"config.json has num_attention_heads={hf['num_attention_heads']}: "
+                    "it must be above 0."
+                )
             if hf["hidden_size"] % hf["num_attention_heads"]:
                 raise ValueError(
                     f"hidden_size={hf['hidden_size']} is not a multiple of "
@@ -301,7 +314,7 @@ class ModelConfig:
                 f"hidden_act={hf['hidden_act']!r} is not supported: only silu is."
             )
         if not ignore_sliding_window:
-            _check_window(hf)
+            _check_window(hf, family)
         llama = family == "llama"
         bias = bool(hf.get("attention_bias")) if llama else family == "qwen2"
         return cls(
@@ -405,9 +418,18 @@ def _family(hf: Mapping[str, Any]) -> str:
     )
 
 
-def _check_window(hf: Mapping[str, Any]) -> None:
-    """Raises ValueError if some layers attend to a window only."""
+def _check_window(hf: Mapping[str, Any], family: str) -> None:
+    """Raises ValueError if some layers attend to a window only.
+
+    In Qwen2 those from max_window_layers on do, or those that layer_types names.
+    """
     window = hf.get("sliding_window") if hf["use_sliding_window"] else None
+    first, layers = hf.get("max_window_layers"), hf.get("layer_types")
+    if family == "qwen2" and layers is None:
+        first = 28 if first is None else first  # of transformers
+        window = None if first >= hf["num_hidden_layers"] else window
+    elif family == "qwen2" and "sliding_attention" not in (layers or ()):
+        window = None
     layers = sorted(set(hf.get("layer_types") or ()) - {"full_attention"})
     if window is not None and window < 1:
         raise ValueError(
@@ -418,23 +440,31 @@ def _check_window(hf: Mapping[str, Any]) -> None:
         of = f", layer_types has {', '.join(layers)}" if layers else ""
         raise ValueError(
             f"sliding_window={window} is on{of}: sliding windows are not computed. "
-            "Pass ignore_sliding_window to attend to everything instead, as the "
-            "authors' release does, or set it to null in config.json."
+            "Pass ignore_sliding_window=True to attend to everything instead, as the "
+            "authors' release does; commands read what `convert` writes with "
+            "--ignore_sliding_window. Or set it to null in config.json."
         )
 
 
 def _ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """Reads tokens' ids; ValueError for one that the model has no embedding of."""
+    """Reads tokens' ids; those that the model has no embedding of are left out."""
     value = hf.get(key)
     if value is None:
         return ()
     ids = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if beyond := [i for i in ids if i >= hf["vocab_size"]]:
-        raise ValueError(
-            f"config.json has {key}={beyond[0]}, and ids below vocab_size="
-            f"{hf['vocab_size']}: mend it, or leave it out."
+    known = tuple(i for i in ids if i < hf["vocab_size"])
+    if known != ids:
+        beyond = ", ".join(str(i) for i in ids if i not in known)
+        _warn_once(
+            f"config.json has {key}={beyond}, and ids below vocab_size="
+            f"{hf['vocab_size']}: left out."
         )
-    return ids
+    return known
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _unpack(ids: tuple[int, ...]) -> int | list[int] | None:

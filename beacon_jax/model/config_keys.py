@@ -73,7 +73,7 @@ HARMLESS = frozenset(
     forced_eos_token_id hidden_dropout id2label initializer_range is_decoder
     is_encoder_decoder keys_to_ignore_at_inference label2id length_penalty
     max_context_length max_length max_position max_positions max_seq_len
-    max_sequence_length max_window_layers min_length mlp_dropout model_max_length
+    max_sequence_length min_length mlp_dropout model_max_length
     model_type n_ctx n_positions no_repeat_ngram_size num_beam_groups num_beams
     num_logits_to_keep num_return_sequences output_attentions output_hidden_states
     output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
@@ -87,7 +87,7 @@ HARMLESS = frozenset(
 # What `ModelConfig.from_hf` reads beside sizes and beacons.
 READ = frozenset(
     """
-    attention_bias layer_types max_position_embeddings mlp_bias
+    attention_bias layer_types max_position_embeddings max_window_layers mlp_bias
     original_max_position_embeddings partial_rotary_factor
     rope_parameters rope_scaling rope_theta sliding_window use_sliding_window
     vocab_size
@@ -115,9 +115,9 @@ KINDS = {
     **dict.fromkeys(
         """
         beacon_parallel_window beacon_rank beacon_sink_size beacon_window head_dim
-        hidden_size intermediate_size max_position_embeddings num_attention_heads
-        num_hidden_layers num_key_value_heads original_max_position_embeddings
-        sliding_window vocab_size
+        hidden_size intermediate_size max_position_embeddings max_window_layers
+        num_attention_heads num_hidden_layers num_key_value_heads
+        original_max_position_embeddings sliding_window vocab_size
         """.split(),
         "whole",
     ),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from beacon_jax.model.config_keys import check_value
+from beacon_jax.model.foreign_keys import neutral
 
 MOST_FACTOR = 2**20
 
@@ -60,10 +61,24 @@ class RopeConfig:
                 f"beta_slow={ramp[0]}, beta_fast={ramp[1]}: both must be positive, the "
                 "second the larger one."
             )
-        if self.kind in ("llama3", "yarn") and not self.original_max_position:
+        original = self.original_max_position
+        scaled = self.kind in ("llama3", "yarn")
+        if (scaled and not original) or (original is not None and original < 1):
             raise ValueError(
-                f"original_max_position={self.original_max_position}: rope kind "
-                f"{self.kind!r} needs the number of positions of the pretraining."
+                f"original_max_position={original}: rope kind {self.kind!r} needs the "
+                "number of positions of the pretraining."
+            )
+        if self.kind == "yarn" and self.theta == 1:
+            raise ValueError(
+                "rope theta=1.0 with yarn: all frequencies are equal, and there is no "
+                "ramp between them. Mend rope_theta in config.json."
+            )
+        if not 0 < self.attention_scale < math.inf:
+            raise ValueError(
+                f"attention_factor={self.attention_factor}, mscale={self.mscale}, "
+                f"mscale_all_dim={self.mscale_all_dim}: what keys and queries are "
+                f"multiplied with, {self.attention_scale:g}, must be above 0. Mend the "
+                "rotary settings in config.json."
             )
 
     @property
@@ -75,7 +90,8 @@ class RopeConfig:
             return self.attention_factor
         scale = lambda m: 0.1 * m * math.log(self.factor) + 1.0
         if self.mscale and self.mscale_all_dim:
-            return scale(self.mscale) / scale(self.mscale_all_dim)
+            whole = scale(self.mscale_all_dim)
+            return scale(self.mscale) / whole if whole > 0 else 0.0
         return scale(1.0)
 
     @classmethod
@@ -88,6 +104,9 @@ class RopeConfig:
                 "disagree: delete the one that is wrong."
             )
         given = dict(new or old or {})
+        for key in ("rope_type", "type", *_NOTES):
+            if given.get(key) is None or key in _NOTES:
+                given.pop(key, None)
         for key in ("rope_type", "type"):
             if not isinstance(given.get(key, ""), str):
                 raise ValueError(
@@ -121,14 +140,21 @@ class RopeConfig:
                 )
         if kind not in _ROPE_KEYS:
             return cls(kind=kind)  # raises, with the list of kinds
-        if unknown := sorted(set(given) - {*_ROPE_KEYS[kind], _ORIGINAL}):
+        foreign = given.keys() - {*_ROPE_KEYS[kind], _ORIGINAL}
+        numbers = {key for key in foreign if type(given[key]) in (int, float)}
+        off = {key for key in numbers if neutral(key, given[key], hf)}
+        if unknown := sorted(foreign - off):
             raise ValueError(
                 f"rotary settings {unknown} are not known for rope_type={kind!r} "
                 f"(known: {', '.join(_ROPE_KEYS[kind]) or 'none'}): remove them from "
                 "config.json if they have no effect."
             )
         # Null means "not given".
-        given = {key: value for key, value in given.items() if value is not None}
+        given = {
+            key: value
+            for key, value in given.items()
+            if value is not None and key not in off
+        }
         original = hf.get(_ORIGINAL) or given.pop(_ORIGINAL, None)
         given.pop(_ORIGINAL, None)
         if kind in ("llama3", "yarn"):
@@ -155,6 +181,7 @@ class RopeConfig:
 
 
 _ORIGINAL = "original_max_position_embeddings"
+_NOTES = ("finetuned",)  # nothing is computed with them
 
 
 def _differ(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -84,10 +84,10 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
       SystemExit: SIGTERM or SIGINT arrived; the state is saved.
     """
     # ---- Settings. What is left open is chosen, what cannot work is refused.
+    check_folder("--workdir", workdir)
     workdir = Path(workdir)
     runtime.prepare()
     progress = Progress() if is_lead() else Progress(lambda line: None)
-    check_folder("--workdir", workdir)
     with progress.stage("choosing what is left open"):
         config = choose(config, workdir, say)
     with progress.stage("checking the settings"):

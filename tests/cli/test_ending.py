@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 
 from beacon_jax.cli import ending
+from beacon_jax.inference.validate import ArgumentError
 
 START = "from beacon_jax.cli.ending import ended, fail\nimport sys, time\n"
 
@@ -149,3 +150,48 @@ def test_an_error_about_an_argument_names_the_flag_of_that_name():
     assert ending.in_flags(ValueError("here=3 is no"), values) == "--here=3 is no"
     assert ending.in_flags(ValueError("nowhere=3 is no"), values) == "nowhere=3 is no"
     assert ending.in_flags(ValueError("here is no"), values) == "here is no"
+    flags.DEFINE_string("model", "a/b", "", flag_values=values)
+    values.mark_as_parsed()
+    found = FileNotFoundError("path=a/b is no folder")
+    assert ending.in_flags(found, values) == "--model=a/b is no folder"
+    other = FileNotFoundError("path=c is no folder")
+    assert ending.in_flags(other, values) == "path=c is no folder"
+    for name, said in (("here", "--here=x is"), ("text", "text='x' is")):
+        assert ending.in_flags(ArgumentError(name, "x", "is"), values) == f"{said}."
+
+
+FULL = "error: stdout, or a file that is written, fails (No space left on device): "
+
+
+@pytest.mark.parametrize(
+    "body", ["print(1)", "print(1, flush=True)", "print('x' * 10**5)"]
+)
+def test_a_full_stdout_is_one_line(body):
+    with open("/dev/full", "w") as full:
+        process = start(['with ended("generate"):', body], stdout=full)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err[: len(FULL)], err.count("\n")) == (1, FULL, 1)
+
+
+@pytest.mark.parametrize(
+    ("closed", "said"), [("1", "error: stdout is closed, and generate"), ("2", "")]
+)
+def test_a_closed_stream_is_no_traceback(closed, said):
+    code = START + 'with ended("generate"):\n    print("no answer", file=sys.stderr)'
+    words = ["sh", "-c", f'exec "$0" -c "$1" {closed}>&-', sys.executable, code]
+    ran = subprocess.run(words, capture_output=True, text=True)
+    assert (ran.stdout, ran.returncode) == ("", int(closed == "1"))
+    assert ran.stderr.startswith(said) and ran.stderr.count("\n") <= 1
+
+
+@pytest.mark.parametrize("words", ["convert --help", "--help", "--version"])
+def test_help_that_nobody_can_write_is_one_line(words):
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "beacon_jax", *words.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+    assert ran.stderr.startswith(FULL)

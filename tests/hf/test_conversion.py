@@ -285,7 +285,12 @@ def test_a_full_destination_is_kept_unless_told_otherwise(
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", ".git/HEAD", "checkpoint-5/model.safetensors", "train.jsonl"]
+    "name",
+    [
+        *("notes.txt", ".git/HEAD", "checkpoint-5/model.safetensors", "train.jsonl"),
+        *("optimizer.pt", "training_args.bin", "adapter.safetensors", "tf_model.h5"),
+        *("model.gguf", "onnx/model.onnx"),
+    ],
 )
 def test_files_of_the_user_are_not_overwritten(
     name, tmp_path, make_checkpoint, config_of
@@ -298,6 +303,20 @@ def test_files_of_the_user_are_not_overwritten(
     with pytest.raises(FileExistsError, match=f"more than a checkpoint.*{name}.*move"):
         from_hf(src, dst, overwrite=True)
     assert files_of(dst) == before
+
+
+def test_weights_that_an_index_names_are_overwritten(
+    tmp_path, make_checkpoint, config_of
+):
+    src, dst = make_checkpoint(config_of("llama")), tmp_path / "ours"
+    from_hf(src, dst)
+    (dst / "a").mkdir()
+    (dst / "a" / "part.safetensors").write_bytes(b"old")
+    index = {"weight_map": {"x": "a/part.safetensors"}}
+    (dst / "model.safetensors.index.json").write_text(json.dumps(index))
+    (dst / "pytorch_model-00001-of-00002.bin").write_bytes(b"old")
+    from_hf(src, dst, overwrite=True)
+    assert not {"a", "pytorch_model-00001-of-00002.bin"} & set(files_of(dst))
 
 
 def test_a_source_inside_of_the_destination_stays(make_checkpoint, config_of):

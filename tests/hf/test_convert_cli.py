@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+
+from beacon_jax.cli import convert
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,3 +55,29 @@ def test_memory_stays_at_the_largest_tensor_plus_a_constant(tmp_path):
     for direction in ("from-hf", "to-hf"):
         used = report[direction]["peak_mb"] - report["imports"]["peak_mb"]
         assert used < report["largest_tensor_mb"] + 70
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "said"),
+    [
+        ("from-hf", "--dst=", "--dst= is empty"),
+        ("to-hf", "--dst= ", "--dst=  is empty"),
+        ("from-hf", "--adapter", "--adapter is not for from-hf, only for to-hf"),
+        ("to-hf", "--dtype=float16", "--dtype=float16 is not for to-hf, only for from"),
+        ("to-hf", "--strip_prefix=", "--strip_prefix= is not for to-hf"),
+        ("to-hf", "--verify", "--verify is not for to-hf"),
+    ],
+)
+def test_flags_that_a_command_does_not_read_are_refused(
+    make_checkpoint, config_of, tmp_path, monkeypatch, command, flag, said
+):
+    src, here = make_checkpoint(config_of("llama")), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    values = flags.FlagValues()
+    convert.define_flags(values)
+    values(["convert", f"--src={src}", f"--dst={tmp_path / 'new'}", flag])
+    monkeypatch.setattr(flags, "FLAGS", values)
+    with pytest.raises(SystemExit, match=said):
+        convert.main(["convert", command])
+    assert not any(here.iterdir()) and not (tmp_path / "new").exists()

@@ -342,6 +342,19 @@ def test_a_sliding_window_is_refused_unless_it_is_ignored(pair):
 
 
 @pytest.mark.parametrize(
+    "values",
+    [
+        {"llama.expert_count": 0, "llama.expert_used_count": 0},
+        {"llama.attention.clamp_kqv": 0.0},
+        {"llama.logit_scale": 1.0},
+    ],
+)
+def test_keys_of_other_models_that_are_off_are_ignored(pair, values):
+    _, file = pair("llama", values=values)
+    assert hf.load(file).config.num_layers == 3
+
+
+@pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"split.count": 2}, "one part of a model .*llama-gguf-split --merge"),

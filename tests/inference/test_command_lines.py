@@ -526,8 +526,11 @@ def test_compress_refuses_what_it_cannot_write_before_it_loads_the_model(run):
     fails(run(compress, *options, *replaced), "--out=./context.txt is a text")
     assert Path("context.txt").read_bytes() == text
     fails(run(compress, *options, "--out=a.beacon", "--model=no"), "--out=a.beacon")
+    fails(run(compress, *options, "--out=a.beacon", "--overwrite"), "--out=a.beacon is")
     assert Path("a.beacon").read_text() == "kept"
-    assert run(compress, *options, "--out=a.beacon", "--overwrite").code == 0
+    Path("a.beacon").unlink()
+    for again in ((), ("--overwrite",)):
+        assert run(compress, *options, "--out=a.beacon", *again).code == 0
 
 
 def test_a_file_of_several_contexts_is_refused(run, model):

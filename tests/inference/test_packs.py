@@ -553,5 +553,13 @@ def test_a_file_is_replaced_only_if_asked_and_nothing_but_a_file(tmp_path):
     for bad, message in ((pipe, "pipe"), (tmp_path, "is a folder"), ("", "no file")):
         with pytest.raises(ValueError, match=message):
             memory.save(bad, overwrite=True)
+    for name, data in (
+        ("model.safetensors", b"\2\0\0\0\0\0\0\0{}"),
+        ("a.txt", b"mine"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(FileExistsError, match=f"{name} is no beacon pack"):
+            memory.save(tmp_path / name, overwrite=True)
+        assert (tmp_path / name).read_bytes() == data
     random_memory((7,)).save(link, overwrite=True)  # behind the link
     assert link.is_symlink() and path.read_bytes() != before

@@ -79,6 +79,11 @@ MISTRAL = LLAMA | {
     "max_position_embeddings": 32768,
     "sliding_window": None,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 LLAMA3_SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -188,6 +193,71 @@ def test_rotary_scaling_is_read_in_every_spelling(
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
+@pytest.mark.parametrize(
+    ("stated", "scaling", "positions"),
+    [
+        (131072, LLAMA3_SCALING | {"factor": 32.0}, 131072),  # Llama-3.2
+        (8192, LLAMA3_SCALING, 65536),
+        (4096, {"factor": 4.0}, 16384),  # vicuna-v1.5-16k
+        (4096, {"factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        (16384, {"factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        (32768, YARN | {"original_max_position_embeddings": 32768}, 131072),  # Qwen2.5
+        (32768, YARN | {"factor": 16.0, "finetuned": True}, 131072),  # Yarn-Mistral
+        (65536, YARN | {"factor": 8.0}, 65536),
+    ],
+)
+def test_trained_positions_are_those_that_families_mean(stated, scaling, positions):
+    kind = "llama3" if "low_freq_factor" in scaling else "linear"
+    given = {"rope_type": kind} | scaling
+    hf = LLAMA | {"max_position_embeddings": stated, "rope_scaling": given}
+    config = ModelConfig.from_hf(hf)
+    assert config.trained_positions == positions
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [{"finetuned": True}, {"finetuned": None}, {"attn_factor": 1.0}, {"type": None}],
+)
+def test_notes_among_rotary_settings_change_nothing(notes):
+    plain = ModelConfig.from_hf(LLAMA | {"rope_scaling": YARN})
+    assert ModelConfig.from_hf(LLAMA | {"rope_scaling": YARN | notes}) == plain
+    with pytest.raises(ValueError, match="'attn_factor'.* not known"):
+        ModelConfig.from_hf(LLAMA | {"rope_scaling": YARN | {"attn_factor": 2.0}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({"attention_factor": x}, "attention_factor=.*above 0") for x in (0.0, -1.0)),
+        ({"mscale": -8.0, "mscale_all_dim": 1.0}, "mscale=-8.0.*above 0"),
+        ({"mscale": 1.0, "mscale_all_dim": -8.0}, "mscale_all_dim=-8.0.*above 0"),
+        ({"rope_theta": 1.0}, "theta=1.0 with yarn"),
+        ({"original_max_position_embeddings": -4}, "original_max_position=-4"),
+    ],
+)
+def test_rotary_settings_that_nothing_can_be_computed_with_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(LLAMA | {"rope_scaling": YARN | changes})
+
+
+@pytest.mark.parametrize("heads", [0, -2])
+def test_no_heads_are_named(heads):
+    hf = {k: x for k, x in LLAMA.items() if k != "head_dim"}
+    with pytest.raises(ValueError, match=f"num_attention_heads={heads}"):
+        ModelConfig.from_hf(hf | {"num_attention_heads": heads})
+
+
+def test_ids_that_the_model_does_not_have_are_left_out_with_a_line(caplog):
+    hf = LLAMA | {"eos_token_id": [2, 10**6], "bos_token_id": 10**6 + 1}
+    for _ in range(2):
+        config = ModelConfig.from_hf(hf)
+    assert (config.eos_ids, config.bos_ids) == ((2,), ())
+    assert caplog.text.count("eos_token_id=1000000, and ids below vocab_size") == 1
+    assert caplog.text.count("bos_token_id=1000001, and ids below vocab_size") == 1
+    assert config.to_hf(hf) == hf
+
+
 @pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize(
     ("key", "value"),
@@ -291,7 +361,13 @@ def test_what_is_not_supported_is_named_with_its_remedy(changes, message):
 @pytest.mark.parametrize(
     "hf",
     [
-        QWEN2_BEACON | {"use_sliding_window": True},
+        QWEN2_BEACON | {"use_sliding_window": True, "max_window_layers": 1},
+        QWEN2_BEACON
+        | {
+            "use_sliding_window": True,
+            "max_window_layers": 99,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
         QWEN2_BEACON | {"layer_types": ["full_attention", "sliding_attention"]},
         MISTRAL | {"sliding_window": 4096},
         {key: value for key, value in MISTRAL.items() if key != "sliding_window"},
@@ -304,8 +380,14 @@ def test_an_active_sliding_window_is_an_error_unless_ignored(hf):
     assert config.to_hf(hf) == hf
 
 
-def test_a_sliding_window_that_is_off_is_ignored():
+@pytest.mark.parametrize("layers", [QWEN2_BEACON["num_hidden_layers"], 99, None])
+def test_a_sliding_window_that_is_off_is_ignored(layers):
     ModelConfig.from_hf(QWEN2_BEACON)
+    window = {"use_sliding_window": True, "max_window_layers": layers}
+    ModelConfig.from_hf(QWEN2_BEACON | window)  # None: 28
+    types = ["full_attention"] * QWEN2_BEACON["num_hidden_layers"]
+    on = {"use_sliding_window": True, "layer_types": types, "max_window_layers": 0}
+    ModelConfig.from_hf(QWEN2_BEACON | on)
     assert ModelConfig.from_hf(MISTRAL).family == "mistral"
 
 

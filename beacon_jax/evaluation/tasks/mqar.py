@@ -24,6 +24,7 @@ from beacon_jax.evaluation.reading import nats, read
 from beacon_jax.evaluation.tasks.base import Instance, Prediction
 from beacon_jax.evaluation.tasks.places import ByPlace
 from beacon_jax.evaluation.tasks.synthetic import Draw, Drawn
+from beacon_jax.inference.finite import check_finite
 from beacon_jax.inference.model import Model
 from beacon_jax.tokenise import front
 
@@ -116,10 +117,11 @@ class Mqar(ByPlace):
             losses.append(nats(logits, rows[:, end]))
             following = list(rows[:, end : end + 2])
         right = np.asarray(jnp.stack(hits, 1), int).tolist()
-        lost = np.asarray(jnp.stack(losses, 1), np.float64).mean(1).tolist()
+        lost = np.asarray(jnp.stack(losses, 1), np.float64)
+        check_finite(np.isfinite(lost), "losses", model.net.dtype.name)
         return [
             {"hits": h, "answer_loss": loss, "kv_bytes": n}
-            for h, loss, n in zip(right, lost, kept, strict=True)
+            for h, loss, n in zip(right, lost.mean(1).tolist(), kept, strict=True)
         ]
 
     def value(self, prediction: Prediction) -> float:
