@@ -155,6 +155,12 @@ def test_commas_inside_of_strings_stay(tmp_path, end):
     assert texts_of(str(tmp_path / "a.jsonl")) == [f"a,{end}\\"]
 
 
+def test_fields_of_csv_may_have_a_blank_in_front(tmp_path):
+    (tmp_path / "a.csv").write_text('question, answer\n"a, b", "c, d"\n')
+    (row,) = rows_of(str(tmp_path))
+    assert row.turns == (("user", "a, b"), ("assistant", "c, d"))
+
+
 def test_columns_of_csv_have_blanks_and_capitals(tmp_path):
     (tmp_path / "a.csv").write_text("Prompt; Response ;Id\nwhy, who?;because;7\n")
     assert rows_of(str(tmp_path)) == [
@@ -164,6 +170,48 @@ def test_columns_of_csv_have_blanks_and_capitals(tmp_path):
             unread=("id",),
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        # A quote that opens a field and never closes, or three rows below.
+        ("a.tsv", '"a\t1\nb\t0\nc" d\t1\ne\t1\n', ['"a', "b", 'c" d', "e"]),
+        ("a.tsv", '"a\t1\nb\t0\nc"\t1\n', ['"a', "b", 'c"']),
+        ("a.tsv", 'a\t1\n"b\t0\nc\t1\n', ["a", '"b', "c"]),
+        ("a.csv", '"a\t1\n"b ""c"""\t0\n', ['"a', 'b "c"']),
+        ("a.tsv", '"a\nb"\t1\n"c\td"\t0\n', ["a\nb", "c\td"]),
+        ("a.csv", '"a, b\nc, d",1\n"e",0\n', ["a, b\nc, d", "e"]),
+    ],
+)
+def test_quotes_join_no_rows(tmp_path, name, content, texts):
+    between = "\t" if "\t1" in content else ","
+    (tmp_path / name).write_text(f"text{between}label\n{content}")
+    assert texts_of(str(tmp_path)) == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('q,a\n"he said \\"hi\\" to me","b"\n"c","d"\n', r'is "", not \"'),
+        ('q,a\n"x" y,b\n"c","d"\n', 'is "" and a field'),
+        ('q,a\n"c","d"\n"x,b\ne,f\n', 'is "" and a field'),
+        ('q\ta\n"he said \\"hi\\""\tb\nc\td\n', r'is "", not \"'),
+    ],
+)
+def test_quotes_of_other_kinds_are_named(tmp_path, content, said):
+    content = content.replace("q", "question", 1).replace("a", "answer", 1)
+    (tmp_path / "a.csv").write_text(content)
+    good, bad = sorted(rows_of(str(tmp_path)), key=lambda row: isinstance(row, Dropped))
+    assert good.turns == (("user", "c"), ("assistant", "d"))
+    assert bad.reason.startswith(f"not CSV: a quote inside of a field {said}")
+
+
+@pytest.mark.parametrize("names", [b'"text" x,label', b"text,caf\xe9"])
+def test_rows_below_damaged_names_of_columns_are_not_read(tmp_path, names):
+    (tmp_path / "a.csv").write_bytes(names + b"\ntext,label\na,b\n")
+    (row,) = rows_of(str(tmp_path))
+    assert row.where == "a.csv:1" and row.reason.startswith(("not CSV", "invalid"))
 
 
 @pytest.mark.parametrize("name", ["n[5]", "n[5", "n*", "a b,c"])
