@@ -177,7 +177,7 @@ def test_columns_of_csv_have_blanks_and_capitals(tmp_path):
     [
         # A quote that opens a field and never closes, or three rows below.
         ("a.tsv", '"a\t1\nb\t0\nc" d\t1\ne\t1\n', ['"a', "b", 'c" d', "e"]),
-        ("a.tsv", '"a\t1\nb\t0\nc"\t1\n', ['"a', "b", 'c"']),
+        ("a.tsv", 'd "e"\t1\n"a\t1\nb\t0\nc"\t1\n', ['d "e"', '"a', "b", 'c"']),
         ("a.tsv", 'a\t1\n"b\t0\nc\t1\n', ["a", '"b', "c"]),
         ("a.csv", '"a\t1\n"b ""c"""\t0\n', ['"a', 'b "c"']),
         ("a.tsv", '"a\nb"\t1\n"c\td"\t0\n', ["a\nb", "c\td"]),
@@ -190,21 +190,45 @@ def test_quotes_join_no_rows(tmp_path, name, content, texts):
     assert texts_of(str(tmp_path)) == texts
 
 
+SAID = "not CSV: a quote inside of a field is "
+
+
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "said", "last"),
     [
-        ('q,a\n"he said \\"hi\\" to me","b"\n"c","d"\n', r'is "", not \"'),
-        ('q,a\n"x" y,b\n"c","d"\n', 'is "" and a field'),
-        ('q,a\n"c","d"\n"x,b\ne,f\n', 'is "" and a field'),
-        ('q\ta\n"he said \\"hi\\""\tb\nc\td\n', r'is "", not \"'),
+        ('"x" y,b\n"e","f"', SAID + '"" and a field with one in quotes', "e"),
+        ('"x,b\ne,f\n', SAID + '"" and a field with one in quotes, from here', ""),
+        ('"x\n" y,b\ne,f', SAID + '"" and a field with one in quotes, from here', ""),
+        ('"he said \\"hi\\" to me","b"\n"e","f"', SAID + r'"", not \", from here', ""),
+        ('"x \\",\\"y"\n"e","f"', SAID + r'"", not \", from here', ""),
+        ('"he said \\"hi\\""\tb\ne\tf', SAID + r'"", not \", from here', ""),
     ],
 )
-def test_quotes_of_other_kinds_are_named(tmp_path, content, said):
-    content = content.replace("q", "question", 1).replace("a", "answer", 1)
-    (tmp_path / "a.csv").write_text(content)
-    good, bad = sorted(rows_of(str(tmp_path)), key=lambda row: isinstance(row, Dropped))
+def test_quotes_of_other_kinds_are_named(tmp_path, content, said, last):
+    between = "\t" if "\t" in content else ","
+    head = between.join(("question", "answer")) + "\n" + between.join("cd") + "\n"
+    (tmp_path / "a.csv").write_text(head + content)
+    good, bad, *more = rows_of(str(tmp_path))
     assert good.turns == (("user", "c"), ("assistant", "d"))
-    assert bad.reason.startswith(f"not CSV: a quote inside of a field {said}")
+    assert bad.where == "a.csv:3" and bad.reason.startswith(said)
+    assert [row.turns[0][1] for row in more] == ([last] if last else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", '"a\t1\nb\t0\nc"\t1\n'),
+        ("a.csv", '"x" y,1\n"a,1\nb,0\nc",1\n'),  # quotes were odd before
+    ],
+)
+def test_lines_that_a_quote_may_join_or_not_are_named(tmp_path, name, content):
+    between = "\t" if "\t1" in content else ","
+    (tmp_path / name).write_text(f"text{between}label\n{content}d{between}1\n")
+    *_, bad, good = rows_of(str(tmp_path))
+    assert good.text == "d"
+    assert (
+        bad.reason == "not CSV: a quote joins lines, each of which is a row by itself"
+    )
 
 
 @pytest.mark.parametrize("names", [b'"text" x,label', b"text,caf\xe9"])
