@@ -47,6 +47,7 @@ from beacon_jax.data.turns import (
     role_of,
     said,
     says_who,
+    spelt,
     string,
     unquoted,
 )
@@ -262,7 +263,8 @@ def _text(fields: tuple[str, ...], row: dict) -> Record:
     role = row.get("role")
     if isinstance(role, str | bytes) and role_of(string("role", role)):
         raise BadField("a turn without its conversation")
-    return Record("", text=filled(fields[0], row[fields[0]]))
+    value, unread = spelt(fields[0], row[fields[0]])
+    return Record("", text=filled(fields[0], value), unread=unread)
 
 
 def _pair(fields: tuple[str, ...], row: dict) -> Record:
@@ -276,7 +278,11 @@ def _pair(fields: tuple[str, ...], row: dict) -> Record:
     turns, unread = question.turns, [*question.unread, *answer.unread]
     more = [name for name in MORE if name not in fields and has(row.get(name))]
     if question.text:
-        lines = [turns[0][1], *(string(name, row[name]) for name in more)]
+        lines = [turns[0][1]]
+        for name in more:
+            value, noted = spelt(name, row[name])
+            lines.append(string(name, value))
+            unread += noted
         turns = (("user", "\n".join(lines)),)
     else:
         unread += more

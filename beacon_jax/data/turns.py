@@ -124,7 +124,7 @@ def _python(text: str) -> Any:
 
 
 def spelt(field: str, value: Any) -> tuple[Any, tuple[str, ...]]:
-    """Returns what a question or an answer is, and what of it is not read.
+    """Returns what a text, a question or an answer is, and what of it is not read.
 
     A cell of CSV that spells turns, or the answers of a data set, is these. Other
     lists and objects stay texts, since an answer may be one; "FIELD as a list" is then

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from beacon_jax.data.fields import CONVERSATIONS, PAIRS, Dropped, record
+from beacon_jax.data.fields import CONVERSATIONS, PAIRS, Dropped, Record, record
 from beacon_jax.data.turns import Cell
 
 PARTS = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
@@ -164,6 +164,17 @@ def test_an_answer_in_json_is_a_text(answer, kind, cell):
     assert not isinstance(found, Dropped), found
     assert found.turns == (("user", "q"), ("assistant", answer))
     assert found.unread == ((f"answer as {kind}",) if cell is Cell and kind else ())
+
+
+@pytest.mark.parametrize("name", ["text", "context", "input"])
+def test_lists_in_cells_of_texts_are_counted_and_turns_refused(name):
+    row = {} if name == "text" else {"question": "q", "answer": "r"}
+    found = record("x", row | {name: Cell("['a', 'b']")})
+    assert isinstance(found, Record) and found.unread == (f"{name} as a list",)
+    text = found.text if found.turns is None else found.turns[0][1]
+    assert text is not None and text.endswith("['a', 'b']")
+    bad = record("x", row | {name: Cell(repr([ASKED, SAID]))})
+    assert bad == Dropped("x", f"wrong type: {name} is a list, not text")
 
 
 @pytest.mark.parametrize(
