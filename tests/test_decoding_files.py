@@ -5,12 +5,14 @@ import codecs
 import gzip
 import io
 import lzma
+import shutil
+import subprocess
 import zipfile
 
 import pytest
 
 from beacon_jax.data.fields import decoded
-from beacon_jax.decoding import decode, disguised, guesses
+from beacon_jax.decoding import decode, disguised, guesses, iconv_name
 
 ENGLISH = "The boats left at dawn. " * 5
 CHINESE = "今天天气很好，我们去公园散步。" * 5
@@ -85,6 +87,42 @@ def test_another_encoding_is_an_error_with_byte_and_a_guess_that_reads_it(
     assert f"--encoding={first.name}," in said
     # Not always by that name: others of its family read the same.
     assert decode(data, "--context=a", first.name) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "name"),
+    [
+        ("Un café à Paris. " * 40, "latin-1", "cp1252"),
+        ("It’s “quoted” — text. " * 40, "cp1252", "cp1252"),
+        (FRENCH, "cp1252", "cp1252"),
+        ("Perché è così? Città più bella. ", "latin-1", "cp1252"),
+        ("Vi går på ängen när det är kväll. ", "latin-1", "cp1252"),
+        (RUSSIAN, "cp1251", "cp1251"),
+    ],
+)
+def test_what_people_have_is_guessed_before_what_they_had(text, encoding, name):
+    assert guesses(text.encode(encoding))[0].name == name
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="there is no iconv")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *((name, FRENCH) for name in ("cp1252", "mac-roman", "hp-roman8", "cp850")),
+        *((name, CZECH) for name in ("mac-latin2", "iso8859-2", "cp1250")),
+        *((name, RUSSIAN) for name in ("mac-cyrillic", "koi8-r", "kz1048", "ptcp154")),
+        *(
+            (name, JAPANESE)
+            for name in ("shift_jis_2004", "euc_jis_2004", "iso2022_jp_2")
+        ),
+        *((name, KOREAN) for name in ("iso2022_kr", "euc_kr", "cp949", "johab")),
+        ("mac-iceland", "Þetta er íslenskur texti."),
+    ],
+)
+def test_iconv_knows_an_encoding_by_the_name_that_is_given(name, text):
+    command = ["iconv", "-f", iconv_name(name), "-t", "utf-8"]
+    made = subprocess.run(command, input=text.encode(name), capture_output=True)
+    assert made.stdout.decode() == text, made.stderr
 
 
 def test_encodings_that_are_as_likely_are_shown_by_what_they_read():

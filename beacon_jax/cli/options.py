@@ -170,11 +170,17 @@ def parse(argv: Sequence[str], values: flags.FlagValues, doc: str = "") -> list[
 def _with_config(words: list[str], values: flags.FlagValues) -> list[str]:
     """Returns the arguments with the path of --config in place of its name.
 
-    Paths of --config.data.sources are quoted, as ml_collections wants them.
+    Paths of --config.data.sources and letters of --config.beacon.param are quoted, as
+    ml_collections wants them. Of two --config it takes the first with what is changed
+    of the last, so they are an error.
     """
     if "config" not in values:
         return words
-    ours = {"config": _config, "config.data.sources": _quoted}
+    ours = {
+        "config": _config,
+        "config.data.sources": _quoted,
+        "config.beacon.param": _letters,
+    }
     made: list[str] = []
     for word in words:
         name, found, value = word.partition("=")
@@ -185,6 +191,16 @@ def _with_config(words: list[str], values: flags.FlagValues) -> list[str]:
             made[-1] = f"{before}={ours[before.lstrip('-')](word)}"
         else:
             made.append(word)
+    named = [
+        word
+        for word in made[: made.index("--") if "--" in made else None]
+        if re.match("--?config=", word)
+    ]
+    if len(named) > 1:
+        sys.exit(
+            f"error: {' '.join(named)}: name one config; --config.KEY=VALUE changes a "
+            "key of it."
+        )
     return made
 
 
@@ -201,6 +217,12 @@ def _quoted(value: str) -> str:
         return repr((made,))
     paths = isinstance(made, tuple | list) and all(isinstance(x, str) for x in made)
     return value if paths else repr((value,))
+
+
+def _letters(value: str) -> str:
+    """Returns letters between commas as a tuple in Python, and all else as it is."""
+    letters = value.split(",")
+    return repr(tuple(letters)) if all(x.isalpha() for x in letters) else value
 
 
 def _config(name: str) -> str:

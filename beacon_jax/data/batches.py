@@ -236,6 +236,25 @@ class Batches:
                 f"{longest} need at least {2 * longest}: name sources with more text, "
                 "or lower the length in data.stages."
             )
+        for stage in self.config.stages:
+            if dict(stage.mix).get("passkey"):
+                self._check_room(stage)
+
+    def _check_room(self, stage: BatchStage) -> None:
+        """Raises ValueError unless a passkey fits into the shortest row of a stage."""
+        config = self.config
+        every = min(config.dummy_every) if stage.dummies else 0
+        length = stage.length - (stage.length // (every + 1) if every else 0)
+        length -= min(config.passkey_tail, length // 2)
+        rng, window = np.random.default_rng(0), config.passkey_window
+        try:
+            make_passkey(rng, self.stream, length, 0.0, self.tokenizer, window)
+        except ValueError as error:
+            raise ValueError(
+                f"data.stages has passkeys in rows of length={stage.length}, of which "
+                f"dummies and data.passkey_tail={config.passkey_tail} may leave "
+                f"{length}: {error}, or take passkey out of its mix."
+            ) from None
 
     @property
     def steps(self) -> int:

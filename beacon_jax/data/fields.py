@@ -4,7 +4,7 @@
 |-------------------------------------|------------------------------------------------|
 | input_ids [, labels]                | tokens                                         |
 | conversations, messages,            | turns: a list of {role, content}, of ShareGPT's|
-| conversation, dialog or dialogue    | {from, value}, or the same as JSON             |
+| conversation, dialog or dialogue    | {from, value}, or the same in JSON or Python   |
 | text                                | text                                           |
 | instruction, output (or response)   | two turns (LongAlpaca, Dolly)                  |
 | prompt, completion (or response)    | two turns; either may be a list of turns (TRL) |
@@ -22,7 +22,8 @@ With two turns, `input` and `context` go on with the user's text, on lines of th
 the turns of `history` come before. `system` (or system_prompt) is the first turn, also
 of a list of turns. The first line of the table whose fields all hold something decides.
 Names are read in any case. What else a row holds is not read, and is counted by name
-(`Record.unread`). What a turn may be is in `turns`.
+(`Record.unread`). What a turn may be is in `turns`. A question and an answer are texts
+as they stand, also if they are JSON; only a cell of CSV may spell turns or answers.
 """
 
 import json
@@ -41,10 +42,12 @@ from beacon_jax.data.turns import (
     filled,
     has,
     is_list,
+    kind,
     listed,
     role_of,
     said,
     says_who,
+    spelt,
     string,
     unquoted,
 )
@@ -156,8 +159,14 @@ def record(where: str, row: Any) -> Record | Dropped:
     if not isinstance(row, dict):
         return Dropped(where, "not an object")
     if not all(name.islower() for name in row):
-        row = {**{name.lower(): value for name, value in row.items()}, **row}
-        row = {name: value for name, value in row.items() if name == name.lower()}
+        lower: dict[str, Any] = {}
+        for name, value in row.items():
+            if not has(value) and name.lower() in lower:
+                continue
+            if has(lower.get(name.lower())) and name.lower() in COLUMNS:
+                return Dropped(where, f"a key twice: {short(name)!r} in two cases")
+            lower[name.lower()] = value
+        row = lower
     there = {name for name, value in row.items() if has(value)}
     try:
         # Blank fields decide only if nothing else is there.
@@ -171,9 +180,11 @@ def record(where: str, row: Any) -> Record | Dropped:
         return Dropped(where, str(error))
     for name in CONVERSATIONS:
         if name in there:  # a text
-            return Dropped(where, f"wrong type: {name} is no list of turns")
-    if any(set(shape.fields) <= row.keys() for shape in SHAPES):
-        return Dropped(where, "wrong type")
+            return Dropped(where, f"wrong type: {name} is text, not a list of turns")
+    for shape in SHAPES:
+        if row.keys() >= set(shape.fields):
+            empty = next((x for x in shape.fields if row[x] is None), shape.fields[0])
+            return Dropped(where, f"wrong type: {empty} is {kind(row[empty])}")
     return Dropped(where, unknown(row))
 
 
@@ -198,45 +209,47 @@ def _suits(shape: Shape, row: dict) -> bool:
 
 
 def _tokens(fields: tuple[str, ...], row: dict) -> Record:
-    tokens = _integers(row["input_ids"])
+    tokens = _integers("input_ids", row["input_ids"])
     if not len(tokens):
         raise BadField("empty")
     if tokens.min() < 0:
-        raise BadField("wrong type")
+        raise BadField("wrong type: input_ids has negative numbers")
     labels = row.get("labels")
     if labels is not None:
-        labels = _integers(labels)
+        labels = _integers("labels", labels)
         if len(labels) != len(tokens):
             raise BadField("labels of another length")
     return Record("", tokens=(tokens, labels))
 
 
-def _integers(value: Any) -> np.ndarray:
+def _integers(field: str, value: Any) -> np.ndarray:
     """Returns a list of integers as int32 [n]."""
+    wrong = BadField(f"wrong type: {field} is no list of whole numbers of 32 bits")
     try:
         array = np.asarray(unquoted(value))
     except ValueError:  # ragged
-        raise BadField("wrong type") from None
+        raise wrong from None
     if array.ndim == 1 and not array.size:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise BadField("wrong type")
+        raise wrong
     limits = np.iinfo(np.int32)
     if array.min() < limits.min or array.max() > limits.max:
-        raise BadField("wrong type")
+        raise wrong
     return array.astype(np.int32)
 
 
 def _conversation(fields: tuple[str, ...], row: dict) -> Record:
-    turns, unread = conversation(fields[0], row[fields[0]])
-    return _with_system(row, turns, unread)
+    made = conversation(fields[0], row[fields[0]])
+    return _with_system(row, made.turns, made.unread)
 
 
 def _with_system(row: dict, turns: tuple[Turn, ...], unread: Sequence[str]) -> Record:
     """Puts what the row has for the system in front, if the turns do not begin so."""
     names = [name for name in SYSTEM if has(row.get(name))]
     if names and (not turns or turns[0][0] != "system"):
-        turns = (("system", string(row[names.pop(0)])), *turns)
+        name = names.pop(0)
+        turns = (("system", string(name, row[name])), *turns)
     return _turns(turns, (*unread, *names))
 
 
@@ -248,9 +261,10 @@ def _turns(turns: tuple[Turn, ...], unread: tuple[str, ...] = ()) -> Record:
 
 def _text(fields: tuple[str, ...], row: dict) -> Record:
     role = row.get("role")
-    if isinstance(role, str | bytes) and role_of(string(role)):
+    if isinstance(role, str | bytes) and role_of(string("role", role)):
         raise BadField("a turn without its conversation")
-    return Record("", text=filled(row[fields[0]]))
+    value, unread = spelt(fields[0], row[fields[0]])
+    return Record("", text=filled(fields[0], value), unread=unread)
 
 
 def _pair(fields: tuple[str, ...], row: dict) -> Record:
@@ -263,8 +277,12 @@ def _pair(fields: tuple[str, ...], row: dict) -> Record:
     )
     turns, unread = question.turns, [*question.unread, *answer.unread]
     more = [name for name in MORE if name not in fields and has(row.get(name))]
-    if len(turns) == 1 and not is_list(unquoted(row[fields[0]])):
-        lines = [turns[0][1], *(string(row[name]) for name in more)]
+    if question.text:
+        lines = [turns[0][1]]
+        for name in more:
+            value, noted = spelt(name, row[name])
+            lines.append(string(name, value))
+            unread += noted
         turns = (("user", "\n".join(lines)),)
     else:
         unread += more
@@ -273,8 +291,8 @@ def _pair(fields: tuple[str, ...], row: dict) -> Record:
 
 
 def _booksum(fields: tuple[str, ...], row: dict) -> Record:
-    user = BOOKSUM + filled(row["chapter"])
-    return _turns((("user", user), ("assistant", filled(row["summary_text"]))))
+    chapter, summary = (filled(name, row[name]) for name in fields)
+    return _turns((("user", BOOKSUM + chapter), ("assistant", summary)))
 
 
 SHAPES: Sequence[Shape] = (

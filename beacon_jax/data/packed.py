@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pyarrow
 
-from beacon_jax.decoding import SHOWN, disguised, format_of, guesses, wide
+from beacon_jax.decoding import SHOWN, disguised, format_of, guesses, iconv_name, wide
 
 CHUNK = 2**20
 BOM = codecs.BOM_UTF8
@@ -250,8 +250,7 @@ def other_encoding(path: str) -> str:
     if not found:
         return ": write the file anew in UTF-8"
     names = [guess.name for guess in found[: 1 if found[0].sure else None]]
-    which = "" if len(names) == 1 else ", whichever reads right,"
-    return (
-        f": the file may be {' or '.join(names)}{which} write it anew in UTF-8 (iconv "
-        f"-f {names[0].replace('_', '-')} -t utf-8)"
-    )
+    which = "" if len(names) == 1 else " from the one that reads right"
+    iconv = next(filter(None, map(iconv_name, names)), "")
+    how = iconv and f" (iconv -f {iconv} -t utf-8)"
+    return f": the file may be {' or '.join(names)}, write it anew in UTF-8{which}{how}"

@@ -30,6 +30,7 @@ from beacon_jax.data.prepared import (
     write_json,
 )
 from beacon_jax.data.shards import (
+    FULL,
     STOP,
     Job,
     ShardProgress,
@@ -37,7 +38,7 @@ from beacon_jax.data.shards import (
     run_job,
     start_worker,
 )
-from beacon_jax.data.sources import Piece, open_parts, source_files
+from beacon_jax.data.sources import Piece, open_parts, reading, source_files
 from beacon_jax.data.tally import Tally, clock
 from beacon_jax.forms import unlike
 from beacon_jax.gguf.file import Header, is_gguf
@@ -142,9 +143,10 @@ def prepare(
     done = finished(settings, folder, overwrite=overwrite)
     if done is not None and not (folder / _UNFINISHED).exists():
         return _checked(done, settings)  # without writing: the folder may be read-only
+    _check_apart(settings, folder)
     _check_others(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder, show):
+    with _full_disk(folder), _lock(folder, show):
         done = finished(settings, folder, overwrite=overwrite)
         if done is not None:
             _clean(folder)
@@ -349,6 +351,23 @@ def _named(files: Sequence[str]) -> str:
     return f" ({', '.join(files[:5])}{rest})" if files else ""
 
 
+def _check_apart(settings: Preparation, folder: Path) -> None:
+    """Raises ValueError if a source lies in the folder, or the folder in a source."""
+    names = ("shard-00000-of-00001.array_record", "dropped.jsonl", "manifest.json")
+    within = reading(folder, names, settings.sources, settings.root)
+    real = os.path.realpath(folder)
+    for uri, files in zip(
+        settings.sources, source_files(settings.sources, settings.root), strict=True
+    ):
+        paths = (os.path.realpath(file.path) for file in files if file.path)
+        if uri == within or any(Path(path).is_relative_to(real) for path in paths):
+            raise ValueError(
+                f"prepared={folder} and data.sources={uri!r} lie one in the other, and "
+                "what is prepared would be among what is read: use a folder apart "
+                "(--out, data.prepared)."
+            )
+
+
 def _check_others(folder: Path, overwrite: bool) -> None:
     """Raises ValueError if a folder has shards that no run of ours says it made."""
     known = any((folder / name).exists() for name in ("manifest.json", _UNFINISHED))
@@ -482,6 +501,21 @@ def _clean(folder: Path) -> None:
     for pattern in (*MADE[1:3], _UNFINISHED):
         for file in folder.glob(pattern):
             file.unlink()
+
+
+@contextlib.contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    """Names the folder, and what to do, in an error of a disk that has no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            f"prepared={folder} cannot be written ({error.strerror}): make room, and "
+            "the same command goes on where it stopped; or use another folder (--out, "
+            "data.prepared)."
+        ) from error
 
 
 @contextlib.contextmanager

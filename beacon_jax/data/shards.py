@@ -8,6 +8,7 @@ example) and a bounded report are kept in memory.
 
 import concurrent.futures
 import contextlib
+import errno
 import multiprocessing
 import os
 import signal
@@ -35,6 +36,7 @@ from beacon_jax.data.tally import ShardCounts, clock
 from beacon_jax.paths import whole_file
 from beacon_jax.resources import load_tokenizer
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # numbers of errors of a disk that has no room
 _ENTRY = struct.Struct("<ihQ")  # the bytes of an INDEX
 
 
@@ -96,19 +98,20 @@ class Worker:
         counts = ShardCounts()
         index = bytearray()  # 14 bytes an example; a list of tuples takes 200
         # One record a group: reading one row decompresses no other.
-        writer = ArrayRecordWriter(str(partial), "group_size:1")
-        for part in job.parts:
-            for row in self._counted(part):
-                made = self._made(part, row)
-                for example in made.examples:
-                    data = encode(example)
-                    writer.write(data)
-                    index += _ENTRY.pack(
-                        len(example.tokens), part.source, example_hash(data)
-                    )
-                counts.add(part.source, row.where, made)
-        writer.close()
-        partial.rename(job.path)
+        with _written(partial):
+            writer = ArrayRecordWriter(str(partial), "group_size:1")
+            for part in job.parts:
+                for row in self._counted(part):
+                    made = self._made(part, row)
+                    for example in made.examples:
+                        data = encode(example)
+                        writer.write(data)
+                        index += _ENTRY.pack(
+                            len(example.tokens), part.source, example_hash(data)
+                        )
+                    counts.add(part.source, row.where, made)
+            writer.close()
+            partial.rename(job.path)
         with whole_file(job.index_path) as file:
             np.save(file, np.frombuffer(index, INDEX))
         write_json(job.report_path, counts.value)
@@ -143,6 +146,24 @@ class Worker:
     def _count(self, slot: int, number: int) -> None:
         with self.counters.get_lock():
             self.counters[slot] += number
+
+
+@contextlib.contextmanager
+def _written(partial: Path) -> Iterator[None]:
+    """Removes a file that could not be written, which others may need the room of.
+
+    Raises:
+      OSError: in place of what array_record raises, with its number if that is known.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        for number in (*FULL, errno.EIO, errno.EROFS):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(partial)) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def start_worker(

@@ -22,6 +22,7 @@ have is in `fields`. Nothing is left out silently: a row that cannot be used is 
 `Dropped` in the place where it was. Memory is constant: one row, batch or block.
 """
 
+import fnmatch
 import glob
 import logging
 import os
@@ -195,6 +196,59 @@ def source_files(uris: Sequence[str], root: str = "") -> list[list[Piece]]:
     return [_files(parse_uri(text), root, i) for i, text in enumerate(uris)]
 
 
+def reading(
+    folder: Path, names: Sequence[str], uris: Sequence[str], root: str = ""
+) -> str:
+    """Returns the source that would read files of these names in a folder; "": none.
+
+    What is written there would be part of the source when it is read again.
+
+    Raises:
+      ValueError: a malformed URI, `long-llm:` without a root.
+    """
+    here = Path(os.path.realpath(folder))
+    for text in uris:
+        uri = parse_uri(text)
+        if uri.scheme in ("stdlib", "tfds"):
+            continue
+        path = _place(uri, root)
+        base, rest = path, ()
+        if path.is_file():
+            base, rest = path.parent, (glob.escape(path.name),)
+        elif not path.exists():
+            base = next(x for x in path.parents if x.exists())
+            rest = path.relative_to(base).parts
+        real = Path(os.path.realpath(base))
+        if not here.is_relative_to(real):
+            continue
+        inner = here.relative_to(real).parts
+        if any(_matches((*inner, name), rest) for name in names):
+            return text
+    return ""
+
+
+def _walked(names: Sequence[str]) -> bool:
+    """Tells whether `_walk` goes into these folders, one below the other."""
+    return not any(x.startswith(".") or x in SKIPPED_FOLDERS for x in names)
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Tells whether a pattern matches a path, or a folder that it is in."""
+    if not patterns:
+        return _walked(names)
+    if not names:
+        return False
+    if patterns[0] == "**":
+        below = _walked(names[:1]) and _matches(names[1:], patterns)
+        return below or _matches(names, patterns[1:])
+    hidden = names[0].startswith(".") and not patterns[0].startswith(".")
+    return (
+        not hidden
+        and fnmatch.fnmatchcase(names[0], patterns[0])
+        and _matches(names[1:], patterns[1:])
+    )
+
+
 def source_bytes(uris: Sequence[str], root: str = "") -> list[int]:
     """Returns the bytes of the files of each source, without reading them.
 
@@ -296,14 +350,7 @@ def _named_files(uri: Uri, root: str) -> list[tuple[str, Path]]:
     if uri.scheme == "stdlib":
         files = _walk(Path(sysconfig.get_paths()["stdlib"]), STDLIB_SKIP)
         return [(name, path) for name, path in files if path.suffix == ".py"]
-    path = Path(asset(uri.path)).expanduser()
-    if uri.scheme == "long-llm":
-        if not root:
-            raise ValueError(
-                f"uri={uri.text!r} is relative to data.root='', which is not set; set "
-                "data.root to the folder that long-llm.tar.gz was unpacked to"
-            )
-        path = Path(root).expanduser() / uri.path
+    path = _place(uri, root)
     if path.is_dir():
         return list(_walk(path, SKIPPED_FOLDERS))
     if path.exists():
@@ -324,6 +371,18 @@ def _named_files(uri: Uri, root: str) -> list[tuple[str, Path]]:
         f"uri={uri.text!r} does not exist{place}; name a file, folder or glob of "
         "text, 'stdlib', 'tfds:name/config:split' or 'long-llm:file'"
     )
+
+
+def _place(uri: Uri, root: str) -> Path:
+    """Returns the file, folder or pattern of a URI that names one."""
+    if uri.scheme == "long-llm":
+        if not root:
+            raise ValueError(
+                f"uri={uri.text!r} is relative to data.root='', which is not set; set "
+                "data.root to the folder that long-llm.tar.gz was unpacked to"
+            )
+        return Path(root).expanduser() / uri.path
+    return Path(asset(uri.path)).expanduser()
 
 
 def _glob(uri: Uri, pattern: Path) -> list[tuple[str, Path]]:

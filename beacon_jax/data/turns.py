@@ -4,19 +4,21 @@ A turn is a dict with who speaks (WHO) and what (WORDS). The words may be a list
 parts of text. Roles are read in any case.
 """
 
+import ast
 import functools
 import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from beacon_jax.names import short
+from beacon_jax.paths import RepeatedKeyError, single
 
 WHO = ("role", "from")
 WORDS = ("content", "value", "text")
-_USED = {*WHO, *WORDS}
 ROLES = {
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "ai", "bot", "model", "bard", "bing", "claude"),
@@ -29,15 +31,29 @@ _GPT = re.compile(r"(chat)?gpt[-\w.]*")  # gpt, ChatGPT, gpt-4, gpt-3.5-turbo
 _TEXTS = ("text", "input_text", "output_text")
 KNOWN_ROLES = ", ".join((*_ROLE_OF, "gpt", "gpt-4, ..."))
 SHOWN = 8  # names that a reason lists
+LITERAL = 2**20  # characters of Python that are read; it takes 100 bytes for each
+# What only answers of data sets have: SQuAD's and TriviaQA's.
+_ANSWERS = ("answer_start", "aliases")
+# A list of turns as str() of a numpy array writes it, without commas, or a part of it.
+_TURNS = re.compile(r"""\s*\[?\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 
 Turn = tuple[str, str]
 
 
 class Turns(NamedTuple):
-    """Turns of a row, and which of its fields are not in them."""
+    """Turns of a row, and which of its fields are not in them.
+
+    Attributes:
+      text: whether they are one text, which others may go on with.
+    """
 
     turns: tuple[Turn, ...]
     unread: tuple[str, ...] = ()
+    text: bool = False
+
+
+class Cell(str):
+    """A text of a file that has nothing but texts (CSV): it may spell a list."""
 
 
 class BadField(Exception):
@@ -64,17 +80,75 @@ def is_list(value: Any) -> bool:
     return isinstance(value, list | tuple | np.ndarray)
 
 
-def unquoted(value: Any) -> Any:
-    """Returns the list or object that a text holds as JSON, as in CSV.
+def kind(value: Any) -> str:
+    """Says what a value is, in the words of JSON."""
+    known: tuple[tuple[Any, str], ...] = (
+        (type(None), "null"),
+        (str | bytes, "text"),
+        (bool | np.bool_, "true or false"),
+        (int | float | np.number, "a number"),
+        (list | tuple | np.ndarray, "a list"),
+        (dict, "an object"),
+    )
+    names = (name for types, name in known if isinstance(value, types))
+    return next(names, f"a {type(value).__name__}")
 
-    All else is returned as it is.
+
+def unquoted(value: Any) -> Any:
+    """Returns the list or object that a text spells, as JSON or as Python does.
+
+    All else is returned as it is. For fields that are nothing but lists: an answer in
+    JSON is a text.
     """
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=single)
+    except RepeatedKeyError:
+        raise BadField("a key twice") from None
     except (ValueError, RecursionError):
-        return value
+        return _python(value)
+
+
+def _python(text: str) -> Any:
+    """Returns the list or dict whose repr a text is, as pandas writes CSV."""
+    if len(text) > LITERAL:
+        return text
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            made = ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return made if isinstance(made, list | dict) else text
+
+
+def spelt(field: str, value: Any) -> tuple[Any, tuple[str, ...]]:
+    """Returns what a text, a question or an answer is, and what of it is not read.
+
+    A cell of CSV that spells turns, or the answers of a data set, is these. Other
+    lists and objects stay texts, since an answer may be one; "FIELD as a list" is then
+    not read.
+
+    Raises:
+      BadField: turns or answers that are neither JSON nor Python.
+    """
+    if not isinstance(value, Cell):
+        return value, ()
+    found = unquoted(value)
+    if isinstance(found, str):
+        arrays = "array([" in value and "dtype=" in value
+        if arrays or _TURNS.match(value):
+            raise BadField(
+                f"wrong type: {field} is a list or object in the text of a Python "
+                "program: write the rows to .jsonl, or the field by json.dumps"
+            )
+        return value, ()
+    turns = is_list(found) and len(found) > 0 and all(map(says_who, found))
+    answer = isinstance(found, dict) and any(name in found for name in _ANSWERS)
+    if turns or answer or field == "answers":
+        return found, ()
+    return value, (f"{field} as {kind(found)}",) if has(found) else ()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -90,51 +164,64 @@ def says_who(turn: Any) -> bool:
 
 
 def conversation(field: str, value: Any) -> Turns:
-    """Makes turns of a list of them, of one as JSON, or of a dict of lists."""
+    """Makes turns of a list of them, of one that is spelt, or of a dict of lists."""
     value = unquoted(value)
     if isinstance(value, dict):
-        value = _transposed(value)
-    if isinstance(value, str):
-        raise BadField(f"wrong type: {field} is text, not a list of turns")
+        value = _transposed(field, value)
     if not is_list(value):
-        raise BadField("wrong type")
+        raise BadField(f"wrong type: {field} is {kind(value)}, not a list of turns")
     extra = {
         f"{field}[].{name}"
         for turn in value
         if isinstance(turn, dict)
-        for name in turn.keys() - _USED
-        if has(turn[name])
+        for name in _besides(turn)
     }
-    return Turns(tuple(map(_turn, value)), tuple(sorted(extra)))
+    turns = tuple(_turn(field, turn) for turn in value)
+    return Turns(turns, tuple(sorted(extra)))
 
 
-def _transposed(columns: dict) -> list[dict]:
+def _besides(turn: dict) -> list[str]:
+    """Lists what a turn has besides who speaks and what, which may be there twice."""
+    role, words = _first(turn, WHO), _first(turn, WORDS)
+    used = {name: role for name in WHO} | {name: words for name in WORDS}
+    return [
+        name
+        for name, value in turn.items()
+        if has(value) and not (name in used and _same(value, used[name]))
+    ]
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) is str and one == other)
+
+
+def _transposed(field: str, columns: dict) -> list[dict]:
     """Makes a list of turns from a dict of lists.
 
     TFDS and older Arrow files hold turns as a dict of lists.
     """
     lists = [value for value in columns.values() if is_list(value)]
     if len(lists) != len(columns) or len({len(value) for value in lists}) > 1:
-        raise BadField("wrong type")
+        raise BadField(f"wrong type: {field} is an object, not a list of turns")
     return [
         dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)
     ]
 
 
-def _turn(turn: Any) -> Turn:
+def _turn(field: str, turn: Any) -> Turn:
     if isinstance(turn, str):
         raise BadField("missing role: a turn is text, without who says it")
     if not isinstance(turn, dict):
-        raise BadField("wrong type")
+        raise BadField(f"wrong type: {field}[] is {kind(turn)}, not an object")
     role, words = _first(turn, WHO), _first(turn, WORDS)
     if role is None:
         raise BadField(_missing("role", turn, WHO))
     if words is None:
         raise BadField(_missing("content", turn, WORDS))
-    known = role_of(string(role))
+    known = role_of(string(f"{field}[].role", role))
     if known is None:
         raise BadField(f"unknown role: {short(repr(role))} (known: {KNOWN_ROLES})")
-    return known, content(words)
+    return known, content(f"{field}[].content", words)
 
 
 def _first(turn: dict, names: Sequence[str]) -> Any:
@@ -149,27 +236,27 @@ def _missing(what: str, turn: dict, known: Sequence[str]) -> str:
     return f"missing {what}: a turn has {there} (known: {', '.join(known)})"
 
 
-def content(value: Any) -> str:
+def content(field: str, value: Any) -> str:
     """Returns the words of a turn, which may be a list of parts; only text is known."""
     if not is_list(value):
-        return string(value)
+        return string(field, value)
     texts = []
     for part in value:
         if isinstance(part, dict):
-            kind = part.get("type", "text")
-            if not isinstance(kind, str) or kind not in _TEXTS:
-                raise BadField(f"content that is no text: {short(repr(kind))}")
+            what = part.get("type", "text")
+            if not isinstance(what, str) or what not in _TEXTS:
+                raise BadField(f"content that is no text: {short(repr(what))}")
             part = part.get("text")
-        texts.append(string(part))
+        texts.append(string(f"{field}[]", part))
     return "".join(texts)
 
 
 def asked(field: str, value: Any) -> Turns:
     """Makes a turn of a question, or the turns that it is a list of."""
-    value = unquoted(value)
+    value, unread = spelt(field, value)
     if is_list(value):
         return conversation(field, value)
-    return Turns((("user", filled(value)),))
+    return Turns((("user", filled(field, value)),), unread, text=True)
 
 
 def said(field: str, value: Any) -> Turns:
@@ -178,25 +265,27 @@ def said(field: str, value: Any) -> Turns:
     Of several answers that are all right (SQuAD, with or without their places) the
     first is taken, and "FIELD[1:]" is not read.
     """
-    value, unread = unquoted(value), ()
+    value, unread = spelt(field, value)
     while not isinstance(value, str | bytes):
         if isinstance(value, dict):
+            there = listed(value)
             value = _first(value, WORDS)
             if value is None:
-                raise BadField("wrong type")
+                known = ", ".join(WORDS)
+                raise BadField(f"wrong type: {field} has {there} (known: {known})")
         elif not is_list(value):
-            raise BadField("wrong type")
+            raise BadField(f"wrong type: {field} is {kind(value)}, not text")
         elif len(value) and all(map(says_who, value)):
             return conversation(field, value)
         elif len(value) and all(isinstance(x, dict) and "type" in x for x in value):
-            value = content(value)
+            value = content(field, value)
         elif not len(value):
             raise BadField("empty")
         else:
             if any(x != value[0] for x in value[1:]):
                 unread = (f"{field}[1:]",)
             value = value[0]
-    return Turns((("assistant", filled(value)),), unread)
+    return Turns((("assistant", filled(field, value)),), unread)
 
 
 def before(value: Any) -> tuple[Turn, ...]:
@@ -210,11 +299,12 @@ def before(value: Any) -> tuple[Turn, ...]:
     for pair in value:
         if not is_list(pair) or len(pair) != 2:
             raise BadField("wrong type: history is no list of turns or pairs")
-        turns += [("user", string(pair[0])), ("assistant", string(pair[1]))]
+        question, answer = (string("history[]", text) for text in pair)
+        turns += [("user", question), ("assistant", answer)]
     return tuple(turns)
 
 
-def string(value: Any) -> str:
+def string(field: str, value: Any) -> str:
     """Returns a text that a tokenizer can take, of a str or of bytes."""
     if isinstance(value, bytes):
         try:
@@ -222,7 +312,7 @@ def string(value: Any) -> str:
         except UnicodeDecodeError:
             raise BadField("invalid UTF-8") from None
     if not isinstance(value, str):
-        raise BadField("wrong type")
+        raise BadField(f"wrong type: {field} is {kind(value)}, not text")
     if "\0" in value:
         raise BadField("NUL character")
     if not value.isascii():
@@ -230,12 +320,12 @@ def string(value: Any) -> str:
             value.encode("utf-8")
         except UnicodeEncodeError:  # "\ud800" in JSON: tokenizers raise on it
             raise BadField("lone surrogate") from None
-    return value
+    return str(value)  # not a Cell
 
 
-def filled(value: Any) -> str:
+def filled(field: str, value: Any) -> str:
     """Returns a text that is not blank."""
-    value = string(value)
+    value = string(field, value)
     if not value or value.isspace():
         raise BadField("empty")
     return value

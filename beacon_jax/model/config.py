@@ -114,7 +114,8 @@ class BeaconConfig:
         different = different and len(set(self.param)) == len(self.param)
         if not different or not set(self.param) <= set(PROJECTIONS):
             raise ValueError(
-                f"param={self.param} must be different letters of {PROJECTIONS}."
+                f"param={self.param} must be different letters of {PROJECTIONS}, as "
+                "param=q,k,v."
             )
         check_choice("embed_init", self.embed_init, ("eos", "bos"))
         check_choice("placement", self.placement, ("interleave", "append"))

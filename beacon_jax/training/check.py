@@ -8,6 +8,7 @@ from beacon_jax.attention.api import IMPLEMENTATIONS
 from beacon_jax.core.lean_vjp import REMAT
 from beacon_jax.core.plan import memory_slots
 from beacon_jax.core.train_loss import KINDS
+from beacon_jax.data.sources import reading
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.gguf.file import is_gguf
 from beacon_jax.hf.conversion import is_converted, model_config, read_manifest
@@ -104,6 +105,7 @@ def check_settings(config: Config, workdir: str | Path) -> None:
                 f"memory_slots={config.memory_slots} does not hold one window at the "
                 f"highest ratio, {least} slots: raise it, or set it to 0."
             )
+    _check_apart(config.data, Path(workdir))
     _check_workdir(Path(workdir))
     if config.data.prepared and not config.data.stages:
         folder = Path(config.data.prepared).expanduser()
@@ -215,6 +217,17 @@ def _model(config: Config) -> ModelConfig:
         return random_model(config, beacon=beacon, **sizes)
     except (ValueError, TypeError) as error:
         raise ValueError(f"config.model: {error}") from error
+
+
+def _check_apart(data: Config, workdir: Path) -> None:
+    """Raises ValueError if whole rows would be read of what the run writes."""
+    files = ("config.json", "metrics.jsonl")
+    uri = "" if data.stages else reading(workdir, files, data.sources, data.root)
+    if uri:
+        raise ValueError(
+            f"--workdir={workdir} lies in data.sources={uri!r}, which has what the run "
+            "writes among what it reads: use a folder outside of it."
+        )
 
 
 def _check_workdir(workdir: Path) -> None:

@@ -122,6 +122,14 @@ def test_help_with_a_config_shows_all_its_keys(capsys, monkeypatch):
         ("generate", ["--nojson=1"], "--nojson takes no value: give --nojson alone."),
         ("generate", ["--ratio"], "--ratio has no value: give it as --ratio=..."),
         ("train", ["--config=quikstart"], "did you mean quickstart?"),
+        *(
+            (
+                "train",
+                ["--config=quickstart", *more, "--config.data.sources=a.txt"],
+                "quickstart.py: name one config; --config.KEY=VALUE changes",
+            )
+            for more in (["--config=quickstart"], ["-config", "quickstart"])
+        ),
         ("train", ["--config=no/such.py"], "The named ones are llama2_7b_finetune"),
         (
             "train",
@@ -232,6 +240,18 @@ def test_ctrl_c_is_one_line(monkeypatch, capfd):
 
 
 # --- files that come with the package ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "letters"),
+    [("q,k", ("q", "k")), ("v", ("v",)), ("('q', 'o')", ("q", "o")), ("()", ())],
+)
+def test_letters_of_projections_need_no_quotes(monkeypatch, given, letters):
+    words = ["train", "--config=quickstart", f"--config.beacon.param={given}"]
+    monkeypatch.setattr(sys, "argv", words)
+    values = defined("train")
+    options.parse([*words, "--workdir=w"], values)
+    assert values.config.beacon.param == letters
 
 
 def test_a_config_that_exists_wins_over_a_name(tmp_path, monkeypatch):

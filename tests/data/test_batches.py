@@ -194,3 +194,19 @@ def test_a_text_shorter_than_two_rows_is_an_error(source):
     config = BatchConfig((BatchStage(1, 64, 1),))
     with pytest.raises(ValueError, match="the text has 100 tokens"):
         Batches(source[1][:100], source[0], config)
+
+
+@pytest.mark.parametrize(
+    ("length", "dummies", "tail"), [(20, 0.0, 0), (80, 0.1, 0), (100, 0.0, 64)]
+)
+def test_rows_in_which_a_passkey_may_not_fit_are_an_error_at_once(
+    source, length, dummies, tail
+):
+    tokenizer, stream = source
+    mix = (("text", 0.9), ("passkey", 0.1))
+    stages = (BatchStage(1, 300, 1, mix), BatchStage(1, length, 1, mix, dummies))
+    config = BatchConfig(stages, passkey_tail=tail)
+    message = f"data.stages has passkeys in rows of length={length}, .* has no room"
+    with pytest.raises(ValueError, match=message):
+        Batches(stream, tokenizer, config)
+    Batches(stream, tokenizer, BatchConfig(stages[:1], passkey_tail=tail))

@@ -116,7 +116,7 @@ def test_another_encoding_is_guessed_and_the_remedy_named(tmp_path, name):
     text = "\n".join(lines) if name == "a.jsonl" else f"text\n{FRENCH}"
     (tmp_path / name).write_bytes(text.encode("cp1252"))
     rows = rows_of(str(tmp_path / name))
-    said = r"the file may be .*cp1252.* write it anew in UTF-8 \(iconv -f [\w-]+ -t utf"
+    said = r"the file may be cp1252.*, write it anew .* \(iconv -f cp1252 -t utf-8\)"
     assert len({row.reason for row in rows}) == 1
     assert re.match(f"invalid UTF-8: {said}", rows[0].reason)
     if name == "a.txt":
@@ -155,6 +155,12 @@ def test_commas_inside_of_strings_stay(tmp_path, end):
     assert texts_of(str(tmp_path / "a.jsonl")) == [f"a,{end}\\"]
 
 
+def test_fields_of_csv_may_have_a_blank_in_front(tmp_path):
+    (tmp_path / "a.csv").write_text('question, answer\n"a, b", "c, d"\n')
+    (row,) = rows_of(str(tmp_path))
+    assert row.turns == (("user", "a, b"), ("assistant", "c, d"))
+
+
 def test_columns_of_csv_have_blanks_and_capitals(tmp_path):
     (tmp_path / "a.csv").write_text("Prompt; Response ;Id\nwhy, who?;because;7\n")
     assert rows_of(str(tmp_path)) == [
@@ -164,6 +170,72 @@ def test_columns_of_csv_have_blanks_and_capitals(tmp_path):
             unread=("id",),
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        # A quote that opens a field and never closes, or three rows below.
+        ("a.tsv", '"a\t1\nb\t0\nc" d\t1\ne\t1\n', ['"a', "b", 'c" d', "e"]),
+        ("a.tsv", 'd "e"\t1\n"a\t1\nb\t0\nc"\t1\n', ['d "e"', '"a', "b", 'c"']),
+        ("a.tsv", 'a\t1\n"b\t0\nc\t1\n', ["a", '"b', "c"]),
+        ("a.csv", '"a\t1\n"b ""c"""\t0\n', ['"a', 'b "c"']),
+        ("a.tsv", '"a\nb"\t1\n"c\td"\t0\n', ["a\nb", "c\td"]),
+        ("a.csv", '"a, b\nc, d",1\n"e",0\n', ["a, b\nc, d", "e"]),
+    ],
+)
+def test_quotes_join_no_rows(tmp_path, name, content, texts):
+    between = "\t" if "\t1" in content else ","
+    (tmp_path / name).write_text(f"text{between}label\n{content}")
+    assert texts_of(str(tmp_path)) == texts
+
+
+SAID = "not CSV: a quote inside of a field is "
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "last"),
+    [
+        ('"x" y,b\n"e","f"', SAID + '"" and a field with one in quotes', "e"),
+        ('"x,b\ne,f\n', SAID + '"" and a field with one in quotes, from here', ""),
+        ('"x\n" y,b\ne,f', SAID + '"" and a field with one in quotes, from here', ""),
+        ('"he said \\"hi\\" to me","b"\n"e","f"', SAID + r'"", not \", from here', ""),
+        ('"x \\",\\"y"\n"e","f"', SAID + r'"", not \", from here', ""),
+        ('"he said \\"hi\\""\tb\ne\tf', SAID + r'"", not \", from here', ""),
+    ],
+)
+def test_quotes_of_other_kinds_are_named(tmp_path, content, said, last):
+    between = "\t" if "\t" in content else ","
+    head = between.join(("question", "answer")) + "\n" + between.join("cd") + "\n"
+    (tmp_path / "a.csv").write_text(head + content)
+    good, bad, *more = rows_of(str(tmp_path))
+    assert good.turns == (("user", "c"), ("assistant", "d"))
+    assert bad.where == "a.csv:3" and bad.reason.startswith(said)
+    assert [row.turns[0][1] for row in more] == ([last] if last else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", '"a\t1\nb\t0\nc"\t1\n'),
+        ("a.csv", '"x" y,1\n"a,1\nb,0\nc",1\n'),  # quotes were odd before
+    ],
+)
+def test_lines_that_a_quote_may_join_or_not_are_named(tmp_path, name, content):
+    between = "\t" if "\t1" in content else ","
+    (tmp_path / name).write_text(f"text{between}label\n{content}d{between}1\n")
+    *_, bad, good = rows_of(str(tmp_path))
+    assert good.text == "d"
+    assert (
+        bad.reason == "not CSV: a quote joins lines, each of which is a row by itself"
+    )
+
+
+@pytest.mark.parametrize("names", [b'"text" x,label', b"text,caf\xe9"])
+def test_rows_below_damaged_names_of_columns_are_not_read(tmp_path, names):
+    (tmp_path / "a.csv").write_bytes(names + b"\ntext,label\na,b\n")
+    (row,) = rows_of(str(tmp_path))
+    assert row.where == "a.csv:1" and row.reason.startswith(("not CSV", "invalid"))
 
 
 @pytest.mark.parametrize("name", ["n[5]", "n[5", "n*", "a b,c"])

@@ -2,6 +2,7 @@
 counted; other settings are refused."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -393,6 +394,69 @@ def test_a_wrong_setting_is_named(settings, tmp_path, change, arguments, message
     with pytest.raises(ValueError) as error:
         prepare(dataclasses.replace(settings, **change), tmp_path, **arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "out", "refused"),
+    [
+        ("books", "books", True),
+        ("books", "books/sub/out", True),
+        ("books", "link/out", True),
+        ("books/a.jsonl", "books", True),
+        ("books/*.jsonl", "books", True),
+        ("books/a.jsonl", ".", True),
+        ("b*", "books/out", True),
+        ("books/**/*.json", "books/out", True),
+        ("books/*/*.json*", "books/out", True),
+        ("books", "books/.out", False),
+        ("books/*.jsonl", "books/out", False),
+        ("books/**/*.txt", "books/out", False),
+        ("books", "books2", False),
+    ],
+)
+def test_a_folder_and_its_sources_lie_apart(
+    settings, tmp_path, monkeypatch, uri, out, refused
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books/sub").mkdir(parents=True)
+    for name in ("a.jsonl", "sub/a.txt", "sub/a.json"):
+        row = {"text": sentence(0, 30)}
+        (tmp_path / "books" / name).write_text(json.dumps(row))
+    (tmp_path / "link").symlink_to("books")
+    before = sorted(tmp_path.rglob("*"))
+    made = dataclasses.replace(settings, sources=(uri,))
+    if refused:
+        with pytest.raises(ValueError, match="lie one in the other"):
+            prepare(made, out)
+        assert sorted(tmp_path.rglob("*")) == before
+    else:
+        assert prepare(made, out).manifest["total"]["examples"] > 0
+
+
+@pytest.mark.parametrize("place", ["shard", "index"])
+def test_a_full_disk_is_named_and_leaves_no_half(
+    settings, tmp_path, monkeypatch, place
+):
+    from array_record.python import array_record_module as records
+
+    class Full(records.ArrayRecordWriter):
+        def write(self, data):
+            raise RuntimeError("write() failed: No space left on device writing at 0")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if place == "shard":
+            patch.setattr(records, "ArrayRecordWriter", Full)
+        else:
+            patch.setattr(np, "save", full)
+        with pytest.raises(
+            OSError, match=r"^prepared=.* \(No space left .*: make room"
+        ):
+            prepare(settings, tmp_path, workers=1)
+    assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob(".*.partial"))
+    assert prepare(settings, tmp_path, workers=1).manifest["total"]["examples"] > 0
 
 
 def test_a_folder_without_tokenizer_is_an_error(settings, tmp_path):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from beacon_jax.data.fields import CONVERSATIONS, PAIRS, Dropped, record
+from beacon_jax.data.fields import CONVERSATIONS, PAIRS, Dropped, Record, record
+from beacon_jax.data.turns import Cell
 
 PARTS = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
 ASKED, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}
@@ -38,7 +39,16 @@ def turns(row):
         ({"prompt": "q", "response": "r", "input": "i", "context": "c"}, "q\ni\nc"),
         {"prompt": [ASKED], "completion": "r"},
         {"prompt": "q", "completion": [SAID]},
-        {"prompt": json.dumps([ASKED]), "completion": json.dumps([SAID])},
+        {"messages": repr([ASKED, SAID])},
+        *(
+            {"prompt": Cell(spell([ASKED])), "completion": Cell(spell([SAID]))}
+            for spell in (json.dumps, repr)
+        ),
+        *(
+            {"question": "q", name: Cell(repr({"text": ["r"], "answer_start": [3]}))}
+            for name in ("answer", "answers")
+        ),
+        {"question": "q", "answers": Cell(repr(["r", "r"]))},
         {"prompt": "q", "completion": [{"type": "output_text", "text": "r"}]},
         {"question": "q", "answers": {"text": ["r"], "answer_start": [3]}},
         {"question": "q", "answers": ["r", "r"]},
@@ -120,6 +130,12 @@ EARLIER = (("user", "1"), ("assistant", "2"))
         ({"prompt": "q", "messages": [ASKED, SAID], "tools": []}, TALK, ("prompt",)),
         ({"question": "q", "answers": ["r", "R"]}, TALK, ("answers[1:]",)),
         ({"prompt": [ASKED], "response": "r", "context": "c"}, TALK, ("context",)),
+        (
+            {"messages": [ASKED | {"value": "o"}, SAID | {"text": "r"}], "Id": 1},
+            TALK,
+            ("id", "messages[].value"),
+        ),
+        ({"Question": None, "question": "q", "ANSWER": "r"}, TALK, ()),
         ({"question": "q", "answer": "r", "label": 0}, TALK, ("label",)),
     ],
 )
@@ -127,6 +143,38 @@ def test_what_a_row_has_besides_is_used_or_named(row, made, unread):
     found = record("x", row)
     assert not isinstance(found, Dropped), found
     assert (found.turns, found.unread) == (made, unread)
+
+
+@pytest.mark.parametrize("cell", [str, Cell])
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ('{"text": "inner", "x": 1}', "an object"),
+        ('[{"content": "v"}]', "a list"),
+        ('["a", "b"]', "a list"),
+        ("['a', 'b']", "a list"),
+        ("[1, 2]", "a list"),
+        ("{}", ""),
+        ("[citation needed]", ""),
+        ("{'a': b}", ""),
+    ],
+)
+def test_an_answer_in_json_is_a_text(answer, kind, cell):
+    found = record("x", {"question": "q", "answer": cell(answer)})
+    assert not isinstance(found, Dropped), found
+    assert found.turns == (("user", "q"), ("assistant", answer))
+    assert found.unread == ((f"answer as {kind}",) if cell is Cell and kind else ())
+
+
+@pytest.mark.parametrize("name", ["text", "context", "input"])
+def test_lists_in_cells_of_texts_are_counted_and_turns_refused(name):
+    row = {} if name == "text" else {"question": "q", "answer": "r"}
+    found = record("x", row | {name: Cell("['a', 'b']")})
+    assert isinstance(found, Record) and found.unread == (f"{name} as a list",)
+    text = found.text if found.turns is None else found.turns[0][1]
+    assert text is not None and text.endswith("['a', 'b']")
+    bad = record("x", row | {name: Cell(repr([ASKED, SAID]))})
+    assert bad == Dropped("x", f"wrong type: {name} is a list, not text")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +207,48 @@ def test_tokens(ids):
             "content that is no text: 'image'",
         ),
         ({"question": "q", "answers": {"text": []}}, "empty"),
-        ({"question": "q", "answers": {"place": [1]}}, "wrong type"),
+        (
+            {"question": "q", "answers": {"place": [1]}},
+            "wrong type: answers has 'place' (known: content, value, text)",
+        ),
+        *(
+            ({"question": "q", "answer": x}, f"wrong type: answer is {kind}")
+            for x, kind in [
+                (5, "a number, not text"),
+                (True, "true or false, not text"),
+                ([1.5], "a number, not text"),
+                (None, "null"),
+            ]
+        ),
+        *(
+            ({"question": "q", "answer": "r", name: x}, f"wrong type: {name} is {kind}")
+            for name, x, kind in [
+                ("context", {"a": 1}, "an object, not text"),
+                ("system", [1], "a list, not text"),
+            ]
+        ),
+        ({"text": 7}, "wrong type: text is a number"),
+        ({"messages": [7]}, "wrong type: messages[] is a number, not an object"),
+        (
+            {"messages": [{"role": "user", "content": 7}]},
+            "wrong type: messages[].content is a number",
+        ),
+        ({"input_ids": [1.5]}, "wrong type: input_ids is no list of whole numbers"),
+        ({"messages": '[{"role": "ai", "role": "ai"}]'}, "a key twice"),
+        (
+            {"Question": "p", "question": "q", "answer": "r"},
+            "a key twice: 'question' in two cases",
+        ),
+        *(
+            (
+                {"question": "q", name: Cell(text)},
+                f"wrong type: {name} is a list or object in the text of a Python",
+            )
+            for name, text in [
+                ("answers", "{'text': array(['r'], dtype=object)}"),
+                ("response", "[{'role': 'user', 'content': 'q'}\n {'role': 'ai'}]"),
+            ]
+        ),
         (
             {"prompt": "q", "response": "r", "history": "a"},
             "wrong type: history is no ",
@@ -170,7 +259,7 @@ def test_tokens(ids):
         ),
         (
             {"dialogue": "A: hi", "summary": "s"},
-            "wrong type: dialogue is no list of tu",
+            "wrong type: dialogue is text, not a l",
         ),
         ({"dialog": ["hi", "hello"]}, "missing role: a turn is text, without who"),
         (

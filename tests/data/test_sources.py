@@ -238,7 +238,10 @@ def test_conversations_and_tokens_are_read_from_columns(tmp_path):
     assert rows[3:6] == [
         Dropped("test/data-00001-of-00002.arrow:1", "labels of another length"),
         Dropped("test/data-00001-of-00002.arrow:2", "empty"),
-        Dropped("test/data-00001-of-00002.arrow:3", "wrong type"),
+        Dropped(
+            "test/data-00001-of-00002.arrow:3",
+            "wrong type: input_ids is no list of whole numbers of 32 bits",
+        ),
     ]
     assert rows_of(str(tmp_path / "d" / "train"))[3].where.startswith("data-00001")
 

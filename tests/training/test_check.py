@@ -93,6 +93,17 @@ def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
         check_settings(config, "/proc/run")
 
 
+def test_a_run_writes_nothing_where_it_reads(config, tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    config.data.stages = {}
+    config.data.sources = (str(tmp_path),)
+    with pytest.raises(ValueError, match=r"--workdir=.* lies in data\.sources="):
+        check_settings(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config.data.sources = (f"{tmp_path}/*.jsonl",)
+    check_settings(config, tmp_path / "run")
+
+
 def test_fields_of_a_random_model_are_checked(config, tmp_path):
     config.init_from, config.tokenizer.train = "", True
     config.model.update({"family": "llama", "hidden_sise": 8})
