@@ -77,7 +77,7 @@ def in_flags(
     text = getattr(said, "in_flags", str(said))
     # Of an argument that is no flag, as a line of a chat.
     if values is not None and re.match(r"--\w+=", text):
-        text = text if text[2:].partition("=")[0] in values else str(said)
+        text = text if text[2:].partition("=")[0] in values else text[2:]
     if isinstance(said, OSError) and said.errno in FULL and not said.filename:
         # Where files are written, they are named; of stdout there is no name.
         text = (

@@ -156,7 +156,7 @@ def test_an_error_about_an_argument_names_the_flag_of_that_name():
     assert ending.in_flags(found, values) == "--model=a/b is no folder"
     other = FileNotFoundError("path=c is no folder")
     assert ending.in_flags(other, values) == "path=c is no folder"
-    for name, said in (("here", "--here=x is"), ("text", "text='x' is")):
+    for name, said in (("here", "--here=x is"), ("text", "text=x is")):
         assert ending.in_flags(ArgumentError(name, "x", "is"), values) == f"{said}."
 
 
