@@ -110,8 +110,8 @@ class _Quotes:
             self._odd = True
             return self._mended(row, raw)
         # Who doubles quotes has none in a field without quotes around it.
-        single = not any('""' in line for line in raw)
-        if single and any('"' in field for field in row):
+        inside = any('"' in field for field in row)
+        if inside and not any('""' in line for line in raw):
             if not self._bare and any('\\"' in line for line in raw):
                 return self._mended(Bad(NOT_CSV), raw)
             self._odd = self._odd or self._bare

@@ -197,7 +197,7 @@ def test_a_text_shorter_than_two_rows_is_an_error(source):
 
 
 @pytest.mark.parametrize(
-    ("length", "dummies", "tail"), [(20, 0.0, 0), (80, 0.1, 0), (100, 0.0, 64)]
+    ("length", "dummies", "tail"), [(20, 0.0, 0), (72, 0.1, 0), (100, 0.0, 64)]
 )
 def test_rows_in_which_a_passkey_may_not_fit_are_an_error_at_once(
     source, length, dummies, tail
