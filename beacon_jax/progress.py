@@ -15,10 +15,10 @@ EVERY = 5.0  # seconds between two lines
 LOOK = 0.25  # seconds between two looks at the clock
 
 
-def say(line: str) -> None:
+def say(line: str, end: str = "\n") -> None:
     """Prints a line on stderr, if somebody reads it."""
     with contextlib.suppress(OSError):  # nobody reads it: no reason to stop the work
-        print(line, file=sys.stderr, flush=True)
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 class Progress:

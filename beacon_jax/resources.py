@@ -139,10 +139,11 @@ def load_tokenizer(path: str | Path) -> Any:
             )
     except Exception as error:  # of tokenizers, transformers, jinja, json, ...
         raise ValueError(_unread(path, error)) from error
-    if not len(made):
+    if not made.vocab_size:
+        there = ", ".join(x for x in TOKENIZERS if (path / x).is_file())
         raise ValueError(
-            f"path={path}: its tokenizer has no token: copy the tokenizer's files from "
-            "the base model."
+            f"path={path}: the vocabulary in {there} is empty, so that no text has "
+            "tokens: copy these files from the base model."
         )
     return made
 

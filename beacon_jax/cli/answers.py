@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from beacon_jax.cli import context, ending
+from beacon_jax.paths import FULL
 from beacon_jax.progress import Progress, Stage
 
 if TYPE_CHECKING:
@@ -244,6 +245,8 @@ def talk(
         except BrokenPipeError:
             raise  # nobody reads the answers any more
         except (ValueError, OSError) as error:
+            if getattr(error, "errno", None) in FULL:
+                raise  # of stdout: files that are written are named
             context.say(f"error: {ending.in_flags(error, o)}")
 
 
@@ -279,7 +282,7 @@ def _ask() -> str | None:
             import readline  # noqa: F401 - editing and history for `input`
 
             return input("> ")
-        print("> ", end="", file=sys.stderr, flush=True)
+        context.say("> ", end="")
         line = sys.stdin.readline()
         return line.rstrip("\r\n") if line else None
     except (EOFError, KeyboardInterrupt):

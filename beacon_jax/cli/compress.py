@@ -42,8 +42,7 @@ def run(o: flags.FlagValues) -> None:
         f"compiled in {read.compiled:,.1f} s; read {read.tokens:,} tokens in "
         f"{read.seconds:,.1f} s, {read.tokens / read.seconds:,.1f} tokens/s"
     )
-    options = {"tokens": not o.no_tokens, "overwrite": o.overwrite}
-    context.save_memory("out", o.out, read.memory, **options)
+    read.memory.save(o.out, tokens=not o.no_tokens, overwrite=o.overwrite)
     print(context.summary(model, read.memory))
     print(f"wrote {o.out}, {Path(o.out).stat().st_size / context.MIB:.3f} MiB")
 

@@ -221,16 +221,6 @@ def load_memory(flag: str, path: str | None, model: "Model") -> "Memory | None":
     return memory
 
 
-def save_memory(flag: str, path: str, memory: "Memory", **options: bool) -> None:
-    """Writes a beacon pack; an error has the flag where `Memory.save` has `path`."""
-    try:
-        memory.save(path, **options)
-    except OSError as error:
-        if not (said := str(error)).startswith("path="):
-            raise
-        raise OSError(f"--{flag}{said.removeprefix('path')}") from error
-
-
 # --- the context -----------------------------------------------------------------
 
 

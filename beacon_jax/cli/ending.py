@@ -5,15 +5,17 @@ import functools
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from beacon_jax.interrupts import Insistent, leave
-from beacon_jax.paths import FULL
+from beacon_jax.paths import FULL, named_when_full
 
 if TYPE_CHECKING:
     from absl import flags
@@ -22,6 +24,7 @@ PATIENCE = 3.0  # seconds that Ctrl-C waits for Python: XLA compiles for minutes
 CLEANING = 7.0  # seconds more for what a command does when it is interrupted
 INTERRUPTED = 128 + signal.SIGINT  # exit codes as shells know them
 UNREAD = 128 + signal.SIGPIPE
+OUTPUTS = ("out", "dst", "save_memory", "workdir")  # flags of what a command writes
 
 
 # What the user of a command can mend, or has to know of: one line, no traceback.
@@ -60,7 +63,24 @@ def fail(error: Exception, values: "flags.FlagValues | None" = None) -> NoReturn
     """
     if isinstance(error, BrokenPipeError):
         raise error
-    sys.exit(f"error: {in_flags(error, values)}")
+    known = _flags(values)
+    if isinstance(error, OSError) and error.errno in FULL:
+        _let_go(error)
+        given = [f"--{x}={known[x].value}" for x in OUTPUTS if x in known]
+        given = [x for x in given if not x.endswith("=None")]
+        place = next(iter(given), error.filename or "a file")
+        try:
+            with named_when_full(place):
+                raise error
+        except OSError as named:
+            error = named
+    sys.exit(f"error: {in_flags(error, known)}")
+
+
+def _flags(values: "flags.FlagValues | None") -> "flags.FlagValues":
+    from absl import flags
+
+    return flags.FLAGS if values is None else values
 
 
 def in_flags(
@@ -69,25 +89,112 @@ def in_flags(
     """Returns what a warning or an error says, in the words of a command line.
 
     Errors about an argument may know its flag; else "ratio=3 ..." is "--ratio=3 ..."
-    where the command has such a flag.
+    where the command has such a flag, and "path=DIR ..." is the flag that has DIR.
     """
-    from absl import flags
-
-    known = flags.FLAGS if values is None else values
     text = getattr(said, "in_flags", str(said))
-    # Of an argument that is no flag, as a line of a chat.
-    if values is not None and re.match(r"--\w+=", text):
-        text = text if text[2:].partition("=")[0] in values else text[2:]
-    if isinstance(said, OSError) and said.errno in FULL and not said.filename:
-        # Where files are written, they are named; of stdout there is no name.
-        text = (
-            f"stdout, or a file that is written, fails ({said.strerror}): make room, "
-            "or write elsewhere."
-        )
-    if "model" in known and text.startswith(f"path={known['model'].value}"):
-        return f"--model{text.removeprefix('path')}"
-    name = text.partition("=")[0]
-    return f"--{text}" if name.isidentifier() and name in known else text
+    known = _flags(values)
+    bare = text.removeprefix("--")
+    name, _, rest = bare.partition("=")
+    if name.isidentifier() and name in known:
+        return f"--{bare}"
+    if text != bare and values is not None:  # of an argument that is no flag
+        return f"the text {rest}" if name == "text" else str(said)
+    return _of_path(rest, known) if name == "path" else text
+
+
+def _of_path(text: str, known: "flags.FlagValues") -> str:
+    """Puts the flag in front of a text that begins with its value, if there is one."""
+    from beacon_jax.resources import asset
+
+    found = ""
+    for name in known:
+        value = known[name].value
+        if not isinstance(value, str) or not value:
+            continue
+        for path in {value, str(Path(value)), asset(value), os.path.realpath(value)}:
+            behind = text.removeprefix(path)
+            if behind != text and not re.match(r"[\w/.-]*\w", behind):
+                found = found or f"--{name}={value}{behind}"
+    return found or text
+
+
+def _fill_streams() -> None:
+    """Opens the null device where stdin or stderr are closed.
+
+    Else the next file that a command opens has their number, and what is printed goes
+    into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # the least number that is free is the next one
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
+
+
+def _let_go(error: OSError | None = None) -> None:
+    """Ends the process if stdout takes no more, with the reason.
+
+    Args:
+      error: perhaps of stdout, which does not know it any more if it is unbuffered.
+    """
+    try:
+        sys.stdout.flush()
+        if error is not None and error.errno in FULL and _is_full():
+            raise error
+    except BrokenPipeError:
+        _drop(sys.stdout)
+        sys.exit(UNREAD)
+    except OSError as fault:
+        _drop(sys.stdout)
+        try:
+            with named_when_full("stdout"):
+                raise fault
+        except OSError as named:
+            sys.exit(f"error: {named}")
+
+
+def _is_full() -> bool:
+    """Tells whether stdout is a device that takes nothing, or a file on a full disk."""
+    try:
+        number = sys.stdout.fileno()
+    except OSError:  # of a program that calls this one
+        return False
+    try:
+        os.write(number, b"")
+    except OSError:
+        return True
+    is_file = stat.S_ISREG(os.fstat(number).st_mode)
+    return is_file and not os.fstatvfs(number).f_bavail
+
+
+def _drop(stream: TextIO) -> None:
+    """Drops what is left to write: Python would fail again at it when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """Wraps what writes to stdout.
+
+    A closed one (as by `| head`) ends the process without a word, one that cannot be
+    written with one line.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        _drop(sys.stdout)
+        sys.exit(UNREAD)
+    except OSError as error:
+        _let_go(error)
+        raise
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:  # nobody reads it, as `progress.say` has found
+            _drop(sys.stderr)
+        _let_go()
 
 
 @contextlib.contextmanager
@@ -96,7 +203,7 @@ def ended(
 ) -> Iterator[None]:
     """Wraps a command: Ctrl-C ends it with one line and exit code 130.
 
-    A closed stdout (as by `| head`) ends it without a word, a full one with a line.
+    Stdout is as in `output`.
 
     Args:
       afterwards: what the user can do then ("the same command goes on").
@@ -105,8 +212,7 @@ def ended(
     """
     line = f"\n{command}: stopped by Ctrl-C" + (f"; {afterwards}" if afterwards else "")
     answer = _Answer(line)
-    if sys.stderr is None:  # closed by 2>&-: print would write to stdout
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    _fill_streams()
     if sys.stdout is None:
         sys.exit(
             f"error: stdout is closed, and {command} writes there: redirect it to a "
@@ -115,30 +221,19 @@ def ended(
     if threading.current_thread() is threading.main_thread():
         answer.watch(patience)
     try:
-        try:
+        with output():
             yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        _drop_stdout()
-        sys.exit(UNREAD)
     except OSError as error:
-        _drop_stdout()
         if answer.handled:
             answer.arrived()
             sys.exit(INTERRUPTED)
-        sys.exit(f"error: {in_flags(error)}")
+        fail(error)
     except BaseException as error:
         # Somebody on the way may have made another error of it.
         if isinstance(error, KeyboardInterrupt) or answer.handled:
             answer.arrived()
             sys.exit(INTERRUPTED)
         raise
-
-
-def _drop_stdout() -> None:
-    """Sends what is left to write to nowhere: Python would fail again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def wait_for_python() -> None:

@@ -63,8 +63,7 @@ def run(o: flags.FlagValues) -> None:
     reserve = max(map(len, rows), default=0) + new
     read = context.read(model, o, text, memory, progress, reserve)
     if o.save_memory and read.memory is not None:
-        name, replace = o.save_memory, o.overwrite
-        context.save_memory("save_memory", name, read.memory, overwrite=replace)
+        read.memory.save(o.save_memory, overwrite=o.overwrite)
         context.say(f"wrote {o.save_memory}")
     if o.chat:
         answers.talk(model, read, o, template, sampling, progress)

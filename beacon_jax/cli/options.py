@@ -164,7 +164,9 @@ def parse(argv: Sequence[str], values: flags.FlagValues, doc: str = "") -> list[
         ValueError,
         OSError,
     ) as error:
-        sys.exit(f"error: {_reason(error, values, words[0])}")
+        sys.exit(
+            f"error: {_of_file(error, before) or _reason(error, values, words[0])}"
+        )
 
 
 def _with_config(words: list[str], values: flags.FlagValues) -> list[str]:
@@ -242,6 +244,22 @@ def _keys(word: str, values: flags.FlagValues) -> str:
         )
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"error: {config_errors.of_argument(_last_line(str(error)))}")
+
+
+def _of_file(error: Exception, words: Sequence[str]) -> str:
+    """Says why a --flagfile cannot be read; "" if the error is of something else."""
+    remedy = "name a text file in UTF-8 that has one flag a line, as --ratio=8."
+    if isinstance(error, flags.CantOpenFlagFileError):
+        reason, _, name = str(error).rpartition(": ")
+        return (
+            f"--flagfile={name.strip('\'"')} cannot be read "
+            f"({reason.rpartition('] ')[2]}): {remedy}"
+        )
+    if isinstance(error, UnicodeDecodeError):
+        names = [word for word in words if re.match("--?flagfile=", word)]
+        if names:
+            return f"{' '.join(names)} is no text in UTF-8: {remedy}"
+    return ""
 
 
 def _reason(error: Exception, values: flags.FlagValues, command: str) -> str:

@@ -505,9 +505,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         return gguf.config(folder)
     path = folder / "config.json"
     if not is_there(path):
+        said = relatives.of_folder(folder)
         raise FileNotFoundError(
             f"{path} is not there: give a folder on this machine with config.json and "
-            f"weights (download a checkpoint first). {relatives.of_folder(folder)}"
+            f"weights (download a checkpoint first). {said}".rstrip()
         )
     hf = read_object(path)
     if "architectures" not in hf and (folder / "checkpoints").is_dir():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from beacon_jax import resources
 from beacon_jax.gguf.file import is_gguf
+from beacon_jax.hf import relatives
 from beacon_jax.names import nearest
 
 TIMEOUT = 5.0  # seconds until the hub counts as not reachable
@@ -43,6 +44,11 @@ def find(path: str | Path, name: str = "path") -> Path:
     if os.path.isdir(found) or is_gguf(found):
         return found
     if os.path.exists(found):
+        if relatives.is_unfinished(found.name):
+            raise FileNotFoundError(
+                f"{name}={path} is a download that is not finished: finish it, or "
+                "download the file again."
+            )
         raise FileNotFoundError(
             f"{name}={path} is a file, and no GGUF file: give the folder that has "
             "config.json and the weights."

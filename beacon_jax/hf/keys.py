@@ -4,11 +4,12 @@ A linear layer is [out, in] in HF files; here it is [in, out] with the head axis
 split and all layers stacked, so that einsums need no reshape and layers can be scanned.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from beacon_jax.hf.prefixes import advice
@@ -146,42 +147,21 @@ def resolve(
       ValueError: some tensors are missing, unknown or wrongly shaped; lists the first
         of them, or says in one line why they are.
     """
-    entries = [e for e in table(config) if e.name.startswith(only)]
-    if config.tie_embeddings and LM_HEAD in found and EMBEDDING not in found:
-        # `safetensors.torch.save_model` keeps one name of a tensor, the first by abc.
-        entries = [
-            dataclasses.replace(e, keys=(LM_HEAD,)) if e.keys == (EMBEDDING,) else e
-            for e in entries
-        ]
-    shapes = {key: e.hf_shape for e in entries for key in e.keys}
-    if config.tie_embeddings and not only and EMBEDDING in shapes:
-        shapes[LM_HEAD] = shapes[EMBEDDING]  # allowed, compared when it is read
-    unknown = {k for k in found if k not in shapes}
-    unknown -= {k for k in unknown if is_buffer(k, tuple(found[k]))}
-    foreign = {k for k in unknown if re.search(r"\bbeacon_", k)}
-    optional = {k for e in entries if e.name.startswith("beacon/") for k in e.keys}
-    optional |= {LM_HEAD} if config.tie_embeddings else set()
-    optional = set() if only else optional
-    problems = [f"missing: {k}" for k in shapes if k not in found and k not in optional]
-    problems += [f"unknown: {k}" for k in sorted(unknown - foreign)]
-    problems += [foreign_beacon(config, k) for k in sorted(foreign)]
-    problems += [
-        f"wrong shape: {k} is {list(found[k])}, config.json says {list(shape)}"
-        for k, shape in shapes.items()
-        if k in found and tuple(found[k]) != tuple(shape)
-    ]
+    entries = _entries(config, found, only)
+    shapes = _shapes(config, entries, only)
+    problems, unknown = _problems(config, found, shapes, only)
     if problems:
-        if known := of_tensors(sorted(unknown - foreign)) or advice(
-            found, shapes, adapter=bool(only)
-        ):
+        if known := of_tensors(unknown) or advice(found, shapes, adapter=bool(only)):
             raise ValueError(known)
         shown = problems[:MOST_SHOWN]
         if len(problems) > MOST_SHOWN:
             shown.append(f"and {len(problems) - MOST_SHOWN} more")
-        many = "1 tensor does" if len(problems) == 1 else f"{len(problems)} tensors do"
+        count = len(problems)
+        tensors = "1 tensor does" if count == 1 else f"{count} tensors do"
         raise ValueError(
-            f"{many} not fit config.json (family {config.family}):\n  "
-            + "\n  ".join([*shown, _remedy(problems, found, shapes)])
+            f"{tensors} not fit config.json (family {config.family}):\n  "
+            + "\n  ".join(shown)
+            + f"\n{_remedy(config, found, only)}"
         )
     parts: dict[str, list[str]] = {}
     for e in entries:
@@ -210,44 +190,115 @@ def resolve(
     return resolved, from_base
 
 
-def _remedy(
-    problems: list[str],
+def _entries(config: ModelConfig, found: Collection[str], only: str) -> list[Entry]:
+    """Lists our tensors, with the names that a checkpoint has of them."""
+    entries = [e for e in table(config) if e.name.startswith(only)]
+    if config.tie_embeddings and LM_HEAD in found and EMBEDDING not in found:
+        # `safetensors.torch.save_model` keeps one name of a tensor, the first by abc.
+        entries = [
+            dataclasses.replace(e, keys=(LM_HEAD,)) if e.keys == (EMBEDDING,) else e
+            for e in entries
+        ]
+    return entries
+
+
+def _shapes(
+    config: ModelConfig, entries: list[Entry], only: str
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all HF tensors that a model may have."""
+    shapes = {key: e.hf_shape for e in entries for key in e.keys}
+    if config.tie_embeddings and not only and EMBEDDING in shapes:
+        shapes[LM_HEAD] = shapes[EMBEDDING]  # allowed, compared when it is read
+    return shapes
+
+
+def _problems(
+    config: ModelConfig,
     found: Mapping[str, tuple[int, ...]],
     shapes: Mapping[str, tuple[int, ...]],
-) -> str:
-    """Says what to do about tensors that do not fit, by what all of them are."""
-    head = "score.", "classifier.", "v_head.", "value_head.", "qa_outputs."
-    missing, unknown = f"missing: {LM_HEAD}", "unknown: "
-    heads = [p for p in problems if p.startswith(tuple(unknown + x for x in head))]
-    if heads and {*problems} <= {*heads, missing}:
-        return (
-            "This is a model with the head of a classifier, or of rewards: give the "
-            "model with a head of words (...ForCausalLM) that it was made of."
-        )
-    if problems == [missing]:
-        return (
-            "If the model's embeddings are tied, set tie_word_embeddings to true in "
-            "config.json; else save it as ...ForCausalLM, which has that tensor."
-        )
-    rows = {
-        found[k][0]
-        for k in (EMBEDDING, LM_HEAD)
-        if k in found and k in shapes and found[k][1:] == shapes[k][1:]
+    only: str,
+) -> tuple[list[str], list[str]]:
+    """Lists what does not fit, and the names that are unknown."""
+    unknown = {k for k in found if k not in shapes}
+    unknown -= {k for k in unknown if is_buffer(k, tuple(found[k]))}
+    foreign = {k for k in unknown if re.search(r"\bbeacon_", k)}
+    optional = {
+        k for e in table(config) if e.name.startswith("beacon/") for k in e.keys
     }
-    vocabulary = all(p.startswith("wrong shape: ") for p in problems)
-    vocabulary = vocabulary and len(problems) == sum(
-        k in found and k in shapes and tuple(found[k]) != tuple(shapes[k])
-        for k in (EMBEDDING, LM_HEAD)
+    optional |= {LM_HEAD} if config.tie_embeddings else set()
+    optional = set() if only else optional
+    problems = [f"missing: {k}" for k in shapes if k not in found and k not in optional]
+    problems += [f"unknown: {k}" for k in sorted(unknown - foreign)]
+    problems += [foreign_beacon(config, k) for k in sorted(foreign)]
+    problems += [
+        f"wrong shape: {k} is {list(found[k])}, config.json says {list(shape)}"
+        for k, shape in shapes.items()
+        if k in found and tuple(found[k]) != tuple(shape)
+    ]
+    return problems, sorted(unknown - foreign)
+
+
+def _remedy(
+    config: ModelConfig, found: Mapping[str, tuple[int, ...]], only: str
+) -> str:
+    """Says what to do with tensors that do not fit."""
+    if only:
+        return "Write the folder again (convert to-hf --adapter)."
+    again = "download config.json and the weights again, from one repository"
+    wanted = _fitting(config, found)
+    with contextlib.suppress(ValueError):  # no model has these sizes
+        fits = dataclasses.replace(config, **{x: v for x, (_, v) in wanted.items()})
+        shapes = _shapes(fits, _entries(fits, found, only), only)
+        problems, _ = _problems(fits, found, shapes, only)
+        if not problems:
+            given = [f"{key}={str(v).lower()}" for key, v in wanted.values() if key]
+            return (
+                f"They fit {', '.join(given)}: set that in config.json if the model "
+                f"was made so. If not, {again}."
+            )
+        if all(problem.startswith("unknown: ") for problem in problems):
+            return (
+                "Tensors that are unknown change what a model computes: give a Llama, "
+                "Mistral or Qwen2 model; or, if it computes the same without them, "
+                "save it without."
+            )
+    return f"Is config.json of another model? {again[0].upper()}{again[1:]}."
+
+
+def _fitting(
+    config: ModelConfig, found: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[str, Any]]:
+    """Returns {field: (key of config.json, value)} of what tensors have otherwise."""
+    layers = [
+        int(x[1]) for x in (re.match(r"model\.layers\.(\d+)\.", k) for k in found) if x
+    ]
+    first = "model.layers.0."
+    rows = lambda name: (found.get(name) or (None,))[0]
+    heads = lambda name: (
+        (rows(f"{first}self_attn.{name}.weight") or 0) / config.head_dim
     )
-    if vocabulary and len(rows) == 1:
-        return (
-            f"The weights have {rows.pop()} tokens, as where some were added: set "
-            "vocab_size to that in config.json."
-        )
-    return (
-        "config.json and the weights are of two models or versions: fetch both from "
-        "the same repository, and the same revision."
-    )
+    whole = lambda x: int(x) if x and x == int(x) else None
+    has = lambda name: f"{first}{name}.bias" in found
+    sizes = {
+        "vocab_size": ("vocab_size", rows(EMBEDDING)),
+        "intermediate_size": ("intermediate_size", rows(f"{first}mlp.up_proj.weight")),
+        "num_layers": ("num_hidden_layers", max(layers, default=-1) + 1 or None),
+        "num_kv_heads": ("num_key_value_heads", whole(heads("k_proj"))),
+        "tie_embeddings": ("tie_word_embeddings", LM_HEAD not in found),
+    }
+    if config.family == "llama":
+        biased = has("self_attn.q_proj")
+        sizes["qkv_bias"] = ("attention_bias", biased)
+        sizes["o_bias"] = ("", biased)
+        sizes["mlp_bias"] = ("mlp_bias", has("mlp.up_proj"))
+    wanted = {
+        field: (key, x)
+        for field, (key, x) in sizes.items()
+        if x is not None and x != getattr(config, field)
+    }
+    if config.tie_embeddings:  # lm_head may be in the file, too
+        wanted.pop("tie_embeddings", None)
+    return wanted
 
 
 def foreign_beacon(config: ModelConfig, name: str) -> str:

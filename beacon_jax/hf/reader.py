@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,8 +123,8 @@ class SafetensorsReader:
             text = _header(path)
             header = parse_object(text, f"the header of {path}")
             self.metadata[file] = header.get(METADATA)
+            _check_new(self.tensors, slices, path)
             for name, part in slices.items():
-                _check_new(self.tensors, name, path)
                 shape = tuple(part.get_shape())
                 dtype = _dtype(path, name, shape, part.get_dtype())
                 offset = 8 + len(text) + header[name]["data_offsets"][0]
@@ -155,13 +155,24 @@ class SafetensorsReader:
         ).reshape(stop - start, *tensor.shape[2:])
 
 
-def _check_new(tensors: Mapping[str, Tensor], name: str, path: Path) -> None:
-    """Raises ValueError for a tensor that another file has, too."""
-    if name in tensors:
+def _check_new(
+    tensors: Mapping[str, Tensor], names: Collection[str], path: Path
+) -> None:
+    """Raises ValueError for tensors of a file that another file has, too."""
+    twice = next((name for name in names if name in tensors), None)
+    if twice is None:
+        return
+    other = tensors[twice].file
+    if {name for name, x in tensors.items() if x.file == other} == set(names):
         raise ValueError(
-            f"tensor {name} is in {tensors[name].file} and in {path.name}: remove one "
-            f"of the files from {path.parent}."
+            f"{path} has the same tensors as {other}, so that one of them is a copy of "
+            "the other under its name: download both again."
         )
+    raise ValueError(
+        f"tensor {twice} is in {other} and in {path.name} of {path.parent}, which are "
+        "of two versions of a model or of two models: download both again, or remove "
+        "the one that is not of this model."
+    )
 
 
 def _dtype(path: Path, name: str, shape: tuple[int, ...], kind: str) -> np.dtype:
@@ -257,8 +268,9 @@ class TorchReader:
         for file, path in self._paths.items():
             check_fetched(path)
             self.metadata[file] = {"format": "pt"}
-            for name, value in self._load(file).items():
-                _check_new(self.tensors, name, path)
+            loaded = self._load(file)
+            _check_new(self.tensors, loaded, path)
+            for name, value in loaded.items():
                 kind, shape = (
                     str(value.dtype).removeprefix("torch."),
                     tuple(value.shape),

@@ -3,14 +3,31 @@
 It is asked when config.json, the weights or tensors are missing.
 """
 
+import contextlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from beacon_jax.hf import shards
+from beacon_jax.model.config import BASE
 from beacon_jax.paths import read_object
 
 PEFT = "adapter_config.json"
-_UNFINISHED = ("*.incomplete", "*.crdownload", "*.part", "*.partial", "*.aria2")
+# Files that a browser, the hub's library or another program still loads. The last
+# endings are also those of other files.
+_UNFINISHED = re.compile(
+    r".+\.(incomplete|crdownload|part|download|opdownload|aria2|filepart|!ut|!qb)"
+    r"|.*(safetensors|gguf|json|bin|pth?)\b.*\.(partial|tmp|temp)",
+    re.IGNORECASE,
+)
+_LOADING = ".cache/huggingface/download"  # of `hf download --local-dir`
+# Tensors of what stands in place of lm_head, or beside it.
+_CLASSIFIER = re.compile(
+    r"(^|\.)(score|classifier|cls|qa_outputs|classification_head|regression_head)\."
+)
+_VALUE = re.compile(
+    r"(^|\.)(v_head|value_head|reward_head|rm_head|\w*regression_layer)\."
+)
 _QUANTIZED = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".SCB")
 _QUANTIZED += (".weight_scale", ".weight_scale_inv", ".weight_packed")
 
@@ -18,9 +35,19 @@ _QUANTIZED += (".weight_scale", ".weight_scale_inv", ".weight_packed")
 def of_folder(folder: Path) -> str:
     """Says what a folder without config.json or weights holds, and what to do."""
     no_config = not (folder / "config.json").is_file()
+    if said := _of_cache(folder):
+        return said
     if (folder / PEFT).is_file():
         return peft(folder)
-    there = lambda pattern: sorted(x.name for x in folder.glob(pattern) if x.is_file())
+    there = lambda pattern: sorted(
+        x.relative_to(folder).as_posix() for x in folder.glob(pattern) if x.is_file()
+    )
+    unfinished = [name for name in there("*") if is_unfinished(name)]
+    if unfinished or (unfinished := there(f"{_LOADING}/**/*.incomplete")):
+        return (
+            f"It has {unfinished[0]}, a download that is not finished: finish it, or "
+            "download the file again."
+        )
     if files := there("*.gguf"):
         return f"It has a GGUF file: give that, {folder / files[0]}."
     if files := there("consolidated*"):
@@ -28,12 +55,6 @@ def of_folder(folder: Path) -> str:
             f"It has {files[0]}, weights as their authors keep them: give the folder "
             "in Hugging Face's layout (of Llama, the one whose name ends with -hf)."
         )
-    for pattern in _UNFINISHED:
-        if files := there(pattern):
-            return (
-                f"It has {files[0]}, a download that has not ended: wait for it, or "
-                "fetch the file again."
-            )
     for pattern in ("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.ckpt", "*.pt", "*.pth"):
         if files := there(pattern):
             return (
@@ -67,15 +88,59 @@ def of_folder(folder: Path) -> str:
     if files:
         single = shards.STEMS[files[0].rpartition(".")[2]]
         return f"It has {files[0]}: weights are read from {single}; rename it."
-    if kept := list(folder.glob("snapshots/*/config.json")):
-        newest = max(kept, key=lambda x: x.lstat().st_mtime).parent
-        return f"It is a folder of the hub's cache: give {newest}."
     below = sorted(
         x.parent.name for x in folder.glob("*/config.json") if (x.parent != folder)
     )
     if below:
         return f"Its folder {below[-1]} has one: give {folder / below[-1]}."
     return ""
+
+
+def is_unfinished(name: str) -> bool:
+    """Tells whether a file has the name of a download that goes on or has failed."""
+    return bool(_UNFINISHED.fullmatch(name))
+
+
+def _of_cache(folder: Path) -> str:
+    """Names the newest whole model in a folder of the hub's cache; "" for others.
+
+    There a model is MODEL/snapshots/HASH, each a version of it.
+    """
+    kept = folder if folder.name == "snapshots" else folder / "snapshots"
+    if not kept.is_dir():
+        models = [x.name for x in folder.glob("models--*") if x.is_dir()]
+        if not models:
+            return ""
+        ids = ", ".join(sorted(x[8:].replace("--", "/", 1) for x in models)[:4])
+        more = f" and {len(models) - 4} more" if len(models) > 4 else ""
+        return f"It is the cache of a hub: give the id of a model in it ({ids}{more})."
+    found = [x for x in kept.iterdir() if x.is_dir()]
+    whole = [x for x in found if _is_whole(x)]
+    said = "It is a model's folder in the cache of a hub"
+    if not whole:
+        n = len(found)
+        versions = "one version" if n == 1 else f"{n} versions"
+        return (
+            f"{said}, and none of its {versions} below {kept} is whole: download the "
+            "model again."
+        )
+    newest = max(whole, key=lambda x: (x.stat().st_mtime, x.name))
+    return f"{said}: give the version, {newest}."
+
+
+def _is_whole(folder: Path) -> bool:
+    """Tells whether a folder has config.json and all files of weights."""
+    if not (folder / "config.json").is_file():
+        return False
+    for single in shards.STEMS.values():
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            with contextlib.suppress(ValueError):
+                files = shards.weight_map(index).values()
+                return all((folder / name).is_file() for name in files)
+        if (folder / single).is_file():
+            return True
+    return any(folder.glob("*.gguf"))
 
 
 def peft(folder: Path) -> str:
@@ -95,6 +160,17 @@ def peft(folder: Path) -> str:
 def of_tensors(names: Iterable[str]) -> str:
     """Says what tensors that a model does not have belong to; "" if that is unknown."""
     for name in names:
+        if _CLASSIFIER.search(name):
+            return (
+                f"{name}: this is a classifier (...ForSequenceClassification, "
+                f"ForTokenClassification or a reward model), {BASE}."
+            )
+        if _VALUE.search(name):
+            return (
+                f"{name}: this is the head of a value or reward model (as of TRL), "
+                f"{BASE}; or save it without the head (TRL: model.pretrained_model."
+                "save_pretrained(FOLDER))."
+            )
         if "ultragist_" in name:
             return (
                 f"{name}: this is an UltraGist model, a predecessor of Activation "
@@ -110,6 +186,13 @@ def of_tensors(names: Iterable[str]) -> str:
             return (
                 f"{name}: these weights are quantized (GPTQ, AWQ, bitsandbytes, FP8): "
                 "give the checkpoint that they were made of, or a GGUF file of it."
+            )
+        if re.match(r"(tok_embeddings|output|layers\.\d+\.attention\.w[qkvo])\.", name):
+            return (
+                f"{name}: these are weights as their authors name them, of Llama or "
+                "Mistral: give the folder in Hugging Face's layout (of Llama, the one "
+                "whose name ends with -hf), or convert them by transformers' "
+                "convert_llama_weights_to_hf.py."
             )
         if ".experts." in name or ".block_sparse_moe." in name:
             return (

@@ -248,10 +248,11 @@ def new_folder(dst: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Pa
         and have no new version, such as notes of the user, move to the new folder.
     """
     used = check_new(dst, overwrite=overwrite, keep=keep)
+    given = f"--dst={dst}"
     dst = dst.resolve()  # a link stays one, and what it names is replaced
     with _workplace(dst) as place:
         new, old = place / "new", place / "old"
-        with named_when_full(f"--dst={dst}"):
+        with named_when_full(given):
             new.mkdir()
             yield new
         if used:

@@ -1,6 +1,7 @@
 """Writes conversations by the model's chat template."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -107,15 +108,29 @@ def written(
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
             f"{_named(tokenizer, template)} is no jinja template: {error.message} "
-            f"(line {error.lineno})."
+            f"(line {error.lineno}). {_remedy(tokenizer, template)}"
         ) from None
-    except jinja2.TemplateError as error:
-        said = f"{_named(tokenizer, template)} refuses this: {error}"
-        raise ValueError(said if said.endswith(".") else f"{said}.") from None
     except Exception as error:
+        if type(error) is jinja2.TemplateError:  # of its own raise_exception
+            said = f"{_named(tokenizer, template)} refuses this: {error}"
+            raise ValueError(said if said.endswith(".") else f"{said}.") from None
         raise ValueError(
-            f"{_named(tokenizer, template)} cannot write a conversation: {error!r}."
+            f"{_named(tokenizer, template)} cannot write a conversation: {error!r}. "
+            f"{_remedy(tokenizer, template)}"
         ) from error
+
+
+def _remedy(tokenizer: Any, template: str | None) -> str:
+    """Says which file has a template that is broken, and what to do."""
+    if template is not None:
+        return "Mend it, or leave it out for that of the tokenizer."
+    folder = Path(getattr(tokenizer, "name_or_path", ""))
+    names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+    file = next((x for x in (folder / n for n in names) if x.is_file()), folder)
+    return (
+        f"Mend it in {file}, or copy that file from the model it is of, or give "
+        "another template by chat_template=... (--chat --chat_template=FILE)."
+    )
 
 
 def _named(tokenizer: Any, template: str | None) -> str:

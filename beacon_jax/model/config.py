@@ -5,6 +5,7 @@ exactly is an error, never a silent default: a model with a wrong rotary type or
 window would run and be subtly wrong.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -12,7 +13,7 @@ import logging
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from beacon_jax.model import config_keys
@@ -27,6 +28,11 @@ ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
 }
+# What to do with a model of such a base that has another head.
+BASE = (
+    "which writes no text: use its base model, the ...ForCausalLM it was trained from"
+)
+_HEADED = re.compile(r"For\w+(Classification|Answering)|Reward|Score|ValueHead|Critic")
 PROJECTIONS = ("q", "k", "v", "o")
 
 
@@ -187,7 +193,8 @@ class BeaconConfig:
                 window,
             )
             fields["ratios"] = usable
-        return cls(**fields)
+        with _named(keys):
+            return cls(**fields)
 
     def unset(self) -> list[str]:
         """Lists fields that the release does not have and that are as if not there."""
@@ -318,19 +325,21 @@ class ModelConfig:
             _check_window(hf, family)
         llama = family == "llama"
         bias = bool(hf.get("attention_bias")) if llama else family == "qwen2"
-        return cls(
-            family=family,
-            **{name: hf[key] for key, name in _SIZES.items()},
-            rms_norm_eps=hf["rms_norm_eps"],
-            rope=RopeConfig.from_hf(hf),
-            tie_embeddings=bool(hf["tie_word_embeddings"]),
-            qkv_bias=bias,
-            o_bias=bias and llama,
-            mlp_bias=bool(hf.get("mlp_bias")) and llama,
-            bos_ids=_ids(hf, "bos_token_id"),
-            eos_ids=_ids(hf, "eos_token_id"),
-            beacon=BeaconConfig.from_hf(hf),
-        )
+        beacon = BeaconConfig.from_hf(hf)
+        with _named(_SIZES):
+            return cls(
+                family=family,
+                **{name: hf[key] for key, name in _SIZES.items()},
+                rms_norm_eps=hf["rms_norm_eps"],
+                rope=RopeConfig.from_hf(hf),
+                tie_embeddings=bool(hf["tie_word_embeddings"]),
+                qkv_bias=bias,
+                o_bias=bias and llama,
+                mlp_bias=bool(hf.get("mlp_bias")) and llama,
+                bos_ids=_ids(hf, "bos_token_id"),
+                eos_ids=_ids(hf, "eos_token_id"),
+                beacon=beacon,
+            )
 
     def to_hf(self, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Writes a config.json.
@@ -401,12 +410,34 @@ _BIASES = {
 }
 
 
+@contextlib.contextmanager
+def _named(keys: Mapping[str, str]) -> Iterator[None]:
+    """Names keys of config.json in an error about fields.
+
+    Args:
+      keys: key -> field.
+    """
+    try:
+        yield
+    except ValueError as error:
+        names = {field: key for key, field in keys.items() if field}
+        text = str(error)
+        for field, key in names.items():
+            text = re.sub(rf"\b{field}=", f"{key}=", text)
+        raise ValueError(text) from error
+
+
 def _family(hf: Mapping[str, Any]) -> str:
     named = [str(ARCHITECTURES.get(a, a)) for a in hf.get("architectures") or ()]
     if (kind := hf.get("model_type")) is not None:
         named.append(kind)
     if len(set(named)) == 1 and named[0] in FAMILIES:
         return named[0]
+    if headed := [name for name in named if _HEADED.search(name)]:
+        raise ValueError(
+            f"architectures={hf.get('architectures')}: {headed[0]} is a classifier or "
+            f"a reward model, {BASE}."
+        )
     experts = any("moe" in n.lower() or "mixtral" in n.lower() for n in named)
     kind = ", a mixture of experts," if experts else ""
     remedy = "give a model of one of these families"

@@ -121,6 +121,11 @@ def test_help_with_a_config_shows_all_its_keys(capsys, monkeypatch):
         ("generate", ["--json=maybe"], "--json=maybe: give nothing, true or false."),
         ("generate", ["--nojson=1"], "--nojson takes no value: give --nojson alone."),
         ("generate", ["--ratio"], "--ratio has no value: give it as --ratio=..."),
+        (
+            "generate",
+            ["--flagfile=no/such"],
+            "--flagfile=no/such cannot be read (No such file or directory): name a te",
+        ),
         ("train", ["--config=quikstart"], "did you mean quickstart?"),
         *(
             (
@@ -183,6 +188,13 @@ def test_wrong_flags_end_with_one_line(name, words, message, monkeypatch):
     said = ends(name, *words)
     assert said.startswith("error: ") and message in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["generate", "train"])
+def test_a_file_of_flags_that_is_no_text_is_named(name, tmp_path):
+    (tmp_path / "flags").write_bytes(b"--prompt=caf\xe9\n")
+    given = f"--flagfile={tmp_path / 'flags'}"
+    assert ends(name, given).startswith(f"error: {given} is no text in UTF-8: name a")
 
 
 @pytest.mark.parametrize(

@@ -155,12 +155,16 @@ def test_an_error_about_an_argument_names_the_flag_of_that_name():
     found = FileNotFoundError("path=a/b is no folder")
     assert ending.in_flags(found, values) == "--model=a/b is no folder"
     other = FileNotFoundError("path=c is no folder")
-    assert ending.in_flags(other, values) == "path=c is no folder"
-    for name, said in (("here", "--here=x is"), ("text", "text=x is")):
+    assert ending.in_flags(other, values) == "c is no folder"
+    for name, said in (
+        ("here", "--here=x is"),
+        ("there", "there='x' is"),
+        ("text", "the text x is"),
+    ):
         assert ending.in_flags(ArgumentError(name, "x", "is"), values) == f"{said}."
 
 
-FULL = "error: stdout, or a file that is written, fails (No space left on device): "
+FULL = "error: stdout cannot be written (No space left on device): "
 
 
 @pytest.mark.parametrize(

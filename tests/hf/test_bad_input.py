@@ -183,6 +183,19 @@ def test_a_folder_without_tokenizer_is_an_error(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("more", [[], [{"id": 0, "content": "<s>"}]])
+def test_an_empty_vocabulary_is_named_by_its_file(tmp_path, more):
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    content = {
+        "version": "1.0",
+        "added_tokens": [dict.fromkeys(flags, False) | token for token in more],
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"vocabulary in tokenizer\.json is empty"):
+        load_tokenizer(tmp_path)
+
+
 def test_an_active_sliding_window_must_be_waved_through(
     tmp_path, make_checkpoint, config_of
 ):

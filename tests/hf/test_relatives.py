@@ -1,6 +1,8 @@
 """Folders and tensors that look like a model of ours are refused by what they are."""
 
 import json
+import os
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from beacon_jax.hf import load
 from beacon_jax.hf.conversion import from_hf, read_config, to_hf
+from beacon_jax.model.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -28,12 +31,23 @@ from beacon_jax.hf.conversion import from_hf, read_config, to_hf
         ),
         ({"beacons.safetensors": ""}, "It has beacons alone"),
         ({"checkpoint-5/config.json": "{}"}, "Its folder checkpoint-5 has one"),
-        ({"snapshots/a1/config.json": "{}"}, "hub's cache: give .*/snapshots/a1"),
+        (
+            {"config.json.crdownload": ""},
+            r"config\.json\.crdownload, a download that is not finished",
+        ),
+        (
+            {"snapshots/a/config.json": "{}", "refs/main": "a"},
+            "none of its one version below .*snapshots is whole: download the model",
+        ),
+        (
+            {"models--org--a--b/refs/main": "a"},
+            r"cache of a hub: give the id of a model in it \(org/a--b\)",
+        ),
     ],
 )
 def test_a_folder_without_a_config_is_named_by_what_it_has(tmp_path, files, message):
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     with pytest.raises(FileNotFoundError, match=rf"config\.json is not .*{message}"):
         read_config(tmp_path)
@@ -51,14 +65,20 @@ def test_a_folder_without_a_config_is_named_by_what_it_has(tmp_path, files, mess
             r"model-00002-of-00003\.safetensors: fetch those, and model\.safetensors\.",
         ),
         (["model-1-of-9.safetensors"], r"5-of-9\.safetensors and 4 more: fetch those"),
-        *(
-            (
-                [f"model.safetensors{end}"],
-                rf"It has model\.safetensors\{end}, a download",
-            )
-            for end in (".incomplete", ".crdownload", ".part", ".aria2")
-        ),
         (["a.safetensors", "b.safetensors"], r"a\.safetensors and 1 more: fetch model"),
+        *(
+            ([name], rf"It has {name}, a download that is not finished: finish it")
+            for name in (
+                "model.safetensors.incomplete",
+                "model.safetensors.crdownload",
+                "model.Ab1.safetensors.part",
+                "model.safetensors.tmp",
+                "Unconfirmed 12345.crdownload",
+                "pytorch_model.bin.aria2",
+                ".cache/huggingface/download/ab12.cd34.incomplete",
+            )
+        ),
+        (["notes.tmp"], "or pytorch_model.bin.$"),
     ],
 )
 def test_weights_without_an_index_say_what_to_fetch(
@@ -67,9 +87,98 @@ def test_weights_without_an_index_say_what_to_fetch(
     folder = make_checkpoint(config_of("llama"))
     (folder / "model.safetensors").unlink()
     for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=rf"has no weights: .*{message}"):
         load(folder)
+
+
+@pytest.mark.parametrize("below", ["", "snapshots"])
+def test_the_cache_of_the_hub_names_the_newest_version_that_is_whole(
+    make_checkpoint, config_of, tmp_path, below
+):
+    root = tmp_path / "models--org--name"
+    (root / "snapshots").mkdir(parents=True)
+    for age, name in enumerate(["newest", "newer", "old"]):
+        version = make_checkpoint(config_of("llama"), shards=2)
+        version = version.rename(root / "snapshots" / name)
+        if name == "newest":  # a download that stopped
+            next(version.glob("model-00002*")).unlink()
+        os.utime(version, (1e9 - age, 1e9 - age))
+    given = root / below
+    with pytest.raises(FileNotFoundError, match="give the version, .*/newer.$") as said:
+        read_config(given)
+    load(str(said.value).rpartition(", ")[2].removesuffix("."))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaForSequenceClassification",
+        "Qwen2ForTokenClassification",
+        "MistralForQuestionAnswering",
+        "LlamaForRewardModel",
+    ],
+)
+def test_a_classifier_is_named_and_its_base_asked_for(name):
+    hf = {"architectures": [name], "model_type": "llama"}
+    with pytest.raises(ValueError, match=f"{name} is a classifier .*use its base mod"):
+        ModelConfig.from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "remedy"),
+    [
+        ({"vocab_size": 48}, {}, {"vocab_size": 48}),
+        ({"vocab_size": 48, "tie_word_embeddings": True}, {}, None),
+        ({"tie_word_embeddings": True}, {}, {"tie_word_embeddings": True}),
+        ({}, {"num_hidden_layers": 2}, {"num_hidden_layers": 3}),
+        ({}, {"num_hidden_layers": 5}, {"num_hidden_layers": 3}),
+        ({}, {"intermediate_size": 32}, {"intermediate_size": 24}),
+        ({}, {"num_key_value_heads": 4}, {"num_key_value_heads": 2}),
+        ({"attention_bias": True}, {}, {"attention_bias": True}),
+        ({"mlp_bias": True}, {}, {"mlp_bias": True}),
+    ],
+)
+def test_values_of_config_json_that_tensors_fit_are_named(
+    make_checkpoint, config_of, tensors_of, tensors, config, remedy
+):
+    """And with those values the model is loaded."""
+    made = tensors_of(config_of("llama", **tensors))
+    rows = tensors.get("vocab_size", 0)
+    for name in {"lm_head.weight", "model.embed_tokens.weight"} & made.keys():
+        if rows > len(made[name]):
+            made[name] = np.resize(made[name], (rows, made[name].shape[1]))
+    folder = make_checkpoint(config_of("llama", **config), made)
+    with pytest.raises(ValueError, match="not fit config.json") as said:
+        load(folder)
+    values = re.search(r"They fit (.*): set that in config.json", str(said.value))
+    assert values
+    named = {
+        key: json.loads(value)
+        for key, value in (x.split("=") for x in values[1].split(", "))
+    }
+    assert named == (remedy or tensors)
+    fitting = config_of("llama", **(config | named))
+    (folder / "config.json").write_text(json.dumps(fitting))
+    load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tok_embeddings.weight", r"as their authors name them.*with -hf\)"),
+        ("layers.0.attention.wq.weight", r"as their authors name them.*with -hf\)"),
+        ("model.layers.0.self_attn.q_norm.weight", "1 tensor does not.*unknown change"),
+        ("model.embed_tokens.weight", "1 tensor does not.*config.json of another mo"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_has_a_remedy(
+    make_checkpoint, config_of, tensors_of, name, message
+):
+    tensors = tensors_of(hf := config_of("llama")) | {name: np.ones((3, 3), np.float32)}
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        load(make_checkpoint(hf, tensors))
 
 
 def test_the_folder_of_a_run_names_its_export(tmp_path):
@@ -87,6 +196,9 @@ def test_the_folder_of_a_run_names_its_export(tmp_path):
         ("self_attn.q_proj.base_layer.weight", "weights of PEFT that are not merged"),
         ("self_attn.q_proj.weight_scale_inv", r"quantized \(GPTQ, AWQ"),
         ("mlp.experts.0.up_proj.weight", "this is a mixture of experts"),
+        ("score.weight", "this is a classifier .*: use its base model"),
+        ("classifier.bias", "this is a classifier .*: use its base model"),
+        ("v_head.summary.weight", "head of a value or reward model .*without the head"),
     ],
 )
 def test_a_tensor_of_a_relative_names_it(
@@ -97,40 +209,6 @@ def test_a_tensor_of_a_relative_names_it(
     with pytest.raises(ValueError, match=message) as error:
         load(make_checkpoint(hf, tensors_of(hf) | more))
     assert len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("drop", "add", "message"),
-    [
-        ("lm_head.weight", {}, "1 tensor does not fit.*tie_word_embeddings to true"),
-        ("lm_head.weight", {"score.weight": (2, 8)}, "2 tensors do not fit.*rewards"),
-        ("", {"v_head.summary.weight": (1, 8)}, "1 tensor does not.*head of words"),
-        ("", {"model.other.weight": (1, 8)}, "of two models or versions"),
-        ("model.norm.weight", {"score.weight": (2, 8)}, "of two models or versions"),
-    ],
-)
-def test_tensors_that_do_not_fit_have_a_remedy(
-    make_checkpoint, config_of, tensors_of, drop, add, message
-):
-    hf = config_of("llama", tie_word_embeddings=False)
-    tensors = {k: x for k, x in tensors_of(hf).items() if k != drop}
-    tensors |= {k: np.ones(shape, np.float32) for k, shape in add.items()}
-    folder = make_checkpoint(hf)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        load(folder)
-
-
-def test_a_larger_vocabulary_is_named(make_checkpoint, config_of, tensors_of):
-    hf = config_of("llama", tie_word_embeddings=False)
-    folder, size = make_checkpoint(hf), hf["vocab_size"] + 3
-    more = {
-        key: np.concatenate([x, x[:3]]) if x.shape[0] == hf["vocab_size"] else x
-        for key, x in tensors_of(hf).items()
-    }
-    save_file(more, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"(?s)have {size} tokens.*set vocab_size to"):
-        load(folder)
 
 
 def test_an_adapter_beside_weights_is_named(make_checkpoint, config_of, caplog):

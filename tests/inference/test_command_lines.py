@@ -346,7 +346,8 @@ def test_a_conversation_survives_a_line_that_is_no_text(run):
     ran = run(generate, *options, stdin=b"Wh\xff left?\nWho left?\n/memory\n")
     expected = run(generate, *options, stdin="Who left?\n/memory\n")
     assert ran.code == 0 and ran.out == expected.out != "", ran.err
-    assert "at character 2" in ran.err and "at character 2" not in expected.err
+    assert "error: the text Wh\\udcff left? has byte 0xff at character 2" in ran.err
+    assert "at character 2" not in expected.err
 
 
 def test_a_conversation_on_stdin(run, folder, model):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -193,6 +194,27 @@ def test_what_a_conversation_needs_is_named(model):
     two = model.compress(["a", "b"], ratio=4)
     with pytest.raises(ValueError, match=r"memory has 2 rows.*memory\[i\]"):
         Chat(model, two, chat_template=TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("chat_template.jinja", "chat_template.jinja"),
+        ("tokenizer_config.json", "tokenizer_config.json"),
+        (None, ""),
+    ],
+)
+@pytest.mark.parametrize("template", ["{% for", "{{ foo(1) }}", "{{ 1/0 }}"])
+def test_the_file_of_a_template_that_is_broken_is_named(
+    model, tmp_path, template, file, named
+):
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer.name_or_path, tokenizer.chat_template = str(tmp_path), template
+    if file:
+        (tmp_path / file).write_text("{}")
+    said = rf"template.*Mend it in {re.escape(str(tmp_path / named))}, or copy that f"
+    with pytest.raises(ValueError, match=said):
+        Chat(dataclasses.replace(model, tokenizer=tokenizer))
 
 
 @pytest.fixture

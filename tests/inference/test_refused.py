@@ -226,9 +226,10 @@ def test_a_surrogate_is_named_by_its_flag():
         ({"chat_template": 5}, "chat_template=5 is of type int"),
         (
             {"chat_template": "{% for"},
-            "chat_template='{% for' is no jinja template: .*",
+            r"chat_template='{% for' is no jinja template: .*\. Mend it, or leave",
         ),
-        ({"chat_template": "{{ 1 + 'a' }}"}, "chat_template=.* cannot write"),
+        ({"chat_template": "{{ 1 + 'a' }}"}, "chat_template=.* cannot write.* Mend"),
+        ({"chat_template": "{{ no.such }}"}, "chat_template=.* cannot write.* Mend"),
         (
             {"chat_template": "{{ raise_exception('no system') }}", "system": "a"},
             "chat_template=.* refuses this: no system",

@@ -302,9 +302,12 @@ def test_yarns_attention_scale_is_that_of_transformers():
         ({"hidden_act": "gelu"}, "hidden_act='gelu'.*only silu"),
         ({"vocab_size": None}, r"lacks \['vocab_size'\]: add"),
         ({"hidden_size": 4097}, "hidden_size=4097.*add head_dim"),
-        ({"num_key_value_heads": 5}, "num_heads=32 must be a multiple of num_kv_heads"),
+        (
+            {"num_key_value_heads": 5},
+            "num_attention_heads=32 must be a multiple of num_key_value_heads=5",
+        ),
         ({"head_dim": 7}, "head_dim=7 must be even"),
-        ({"num_hidden_layers": 0}, "num_layers=0 must be a positive"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (
             {
@@ -344,10 +347,10 @@ def test_yarns_attention_scale_is_that_of_transformers():
         ({"beacon_attend_prev": False}, "beacon_attend_prev=False.*only True"),
         (
             {"beacon_window": 32, "beacon_ratio": [3, 5]},
-            "window=32 .*3, 5 do not.* 1, 2, 4",
+            "beacon_window=32 and beacon_ratio=.*3, 5 do not.* 1, 2, 4",
         ),
         ({"beacon_param": ["q", "mlp"]}, "param=.*'mlp'.*letters"),
-        ({"beacon_pos": "prefix"}, "placement='prefix'.*interleave, append"),
+        ({"beacon_pos": "prefix"}, "beacon_pos='prefix'.*interleave, append"),
         ({"sliding_window": 4096}, "sliding_window=4096 is on: .*ignore_sliding_windo"),
         ({"sliding_window": 0}, "sliding_window=0 is no window.*set it to null"),
         ({"sliding_window": -1}, "sliding_window=-1 is no window.*set it to null"),
