@@ -35,7 +35,7 @@ _QUANTIZED += (".weight_scale", ".weight_scale_inv", ".weight_packed")
 def of_folder(folder: Path) -> str:
     """Says what a folder without config.json or weights holds, and what to do."""
     no_config = not (folder / "config.json").is_file()
-    if said := _of_cache(folder):
+    if no_config and (said := _of_cache(folder)):
         return said
     if (folder / PEFT).is_file():
         return peft(folder)

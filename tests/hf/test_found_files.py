@@ -250,16 +250,6 @@ def test_a_whole_tokenizer_needs_no_code_that_its_config_names(tokenizer, kind):
     assert found.eos_token == expected.eos_token
 
 
-def test_a_tokenizer_without_tokens_is_named(tokenizer):
-    file = tokenizer / "tokenizer.json"
-    content = json.loads(file.read_text()) | {"added_tokens": []}
-    content["model"] |= {"vocab": {}, "merges": []}
-    file.write_text(json.dumps(content))
-    (tokenizer / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="its tokenizer has no token"):
-        load_tokenizer(tokenizer)
-
-
 def test_a_lone_tokenizer_model_says_what_is_needed(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00")
     with pytest.raises(ValueError, match=r"a tokenizer\.json is needed"):
