@@ -18,7 +18,7 @@ from tests.fuzz.device import DEVICE
 from tests.fuzz.kinds import KINDS
 
 PACKAGE = str(Path(__file__).parents[2] / "beacon_jax")
-SECONDS = 2.0  # that an error may take, of the clock or of the processor
+SECONDS = 1.0  # that an error may take, of the clock or of the processor
 ROOM = 6 << 30  # bytes that a worker may ask for on top of what its imports took
 # How messages begin that Python or a library wrote.
 BARE = re.compile(
