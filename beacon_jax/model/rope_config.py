@@ -9,6 +9,7 @@ from beacon_jax.model.config_keys import check_value
 from beacon_jax.model.foreign_keys import neutral
 
 MOST_FACTOR = 2**20
+MOST_THETA = 1e15  # models for a million tokens have up to 4e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,11 @@ class RopeConfig:
                 f"rope kind {self.kind!r} is not supported: use one of "
                 f"{', '.join(_ROPE_KEYS)} (`rope_type` or `type` in config.json)."
             )
-        if not (1 <= self.theta < math.inf and 1 <= self.factor <= MOST_FACTOR):
+        if not (1 <= self.theta <= MOST_THETA and 1 <= self.factor <= MOST_FACTOR):
             raise ValueError(
                 f"rope theta={self.theta}, factor={self.factor}: theta must be at "
-                f"least 1, and factor at least 1 and at most {MOST_FACTOR}."
+                f"least 1 and at most {MOST_THETA:g}, factor at least 1 and at most "
+                f"{MOST_FACTOR}."
             )
         bands = self.low_freq_factor, self.high_freq_factor
         if self.kind == "llama3" and not 0 < bands[0] < bands[1] < math.inf:

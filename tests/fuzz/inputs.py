@@ -205,13 +205,14 @@ ROWS = [
     {"prompt": "A question", "completion": " and its answer"},
     {
         "system": "Be brief.",
-        "history": [["Who?", "I."]],
+        "history": [],  # turns in it would be more than chat_template=no writes
         "prompt": [{"role": "User", "text": "Why?"}],
         "response": "So.",
     },
     {"question": "Who?", "answers": {"text": ["I.", "Me."], "answer_start": [1, 2]}},
     {
-        "dialogue": '[{"role": "ai", "content": ["Yes", "."], "weight": 0}]',
+        "dialogue": '[{"role": "user", "content": "So?"}, '
+        '{"role": "ai", "content": ["Yes", "."], "weight": 0}]',
         "tools": [1],
     },
 ]

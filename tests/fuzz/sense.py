@@ -37,7 +37,7 @@ SENSIBLE: dict[str, Callable[[Any], bool]] = {
         _SWITCH,
     ),
     "rms_norm_eps": _real(1e-30, 1),
-    "rope_theta": _real(1e-3, 1e30),
+    "rope_theta": _real(1, 1e15),
     "factor": _real(1, 1e6),
     "low_freq_factor": _real(1e-6, 1e6),
     "high_freq_factor": _real(1e-6, 1e6),
