@@ -74,7 +74,7 @@ aot-smoke:  ## Three of those cases: about two minutes
 docs: setup  ## The site of docs/ in out/site: seconds
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-lint: setup  ## ruff, pyright, who may import whom, no file over 600 lines
+lint: setup  ## ruff, pyright, who may import whom, sizes and names of files
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
@@ -82,6 +82,8 @@ lint: setup  ## ruff, pyright, who may import whom, no file over 600 lines
 	@find $(CODE) -name '*.py' -o -name '*.sh' | xargs wc -l | awk '$$2 != "total" && \
 	  $$1 > $(MAX_LINES) { print $$2 ": " $$1 " lines, more than $(MAX_LINES): split it"; \
 	  bad = 1 } END { exit bad }'
+	@find tests -name 'test_*.py' | awk -F/ 'seen[$$NF]++ { print $$0 ": another one has \
+this name, and pytest reads one of them"; bad = 1 } END { exit bad }'
 
 # After a change of the dependencies: versions only, for every platform.
 constraints: setup  ## constraints.txt anew, after a change of the dependencies

@@ -30,7 +30,6 @@ from beacon_jax.data.prepared import (
     write_json,
 )
 from beacon_jax.data.shards import (
-    FULL,
     STOP,
     Job,
     ShardProgress,
@@ -42,7 +41,7 @@ from beacon_jax.data.sources import Piece, open_parts, reading, source_files
 from beacon_jax.data.tally import Tally, clock
 from beacon_jax.forms import unlike
 from beacon_jax.gguf.file import Header, is_gguf
-from beacon_jax.paths import read_object, whole_file
+from beacon_jax.paths import FULL, read_object, whole_file
 from beacon_jax.resources import TOKENIZER_FILES, load_tokenizer
 from beacon_jax.tokenise import check_ids
 
@@ -505,14 +504,18 @@ def _clean(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _full_disk(folder: Path) -> Iterator[None]:
-    """Names the folder, and what to do, in an error of a disk that has no room."""
+    """Names the folder, and what to do, in an error of a disk that has no room.
+
+    It may be in words already (`paths.named_when_full`), for a single file.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        cause = error if error.errno else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in FULL:
             raise
         raise OSError(
-            f"prepared={folder} cannot be written ({error.strerror}): make room, and "
+            f"prepared={folder} cannot be written ({cause.strerror}): make room, and "
             "the same command goes on where it stopped; or use another folder (--out, "
             "data.prepared)."
         ) from error

@@ -8,7 +8,6 @@ example) and a bounded report are kept in memory.
 
 import concurrent.futures
 import contextlib
-import errno
 import multiprocessing
 import os
 import signal
@@ -33,10 +32,9 @@ from beacon_jax.data.prepared import (
 )
 from beacon_jax.data.sources import Dropped, Piece, Record, held_out, read_part
 from beacon_jax.data.tally import ShardCounts, clock
-from beacon_jax.paths import whole_file
+from beacon_jax.paths import FULL, whole_file
 from beacon_jax.resources import load_tokenizer
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # numbers of errors of a disk that has no room
 _ENTRY = struct.Struct("<ihQ")  # the bytes of an INDEX
 
 
@@ -158,7 +156,7 @@ def _written(partial: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        for number in (*FULL, errno.EIO, errno.EROFS):
+        for number in FULL:
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number), str(partial)) from error
         raise
