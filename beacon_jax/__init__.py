@@ -23,6 +23,7 @@ from beacon_jax import runtime
 if TYPE_CHECKING:
     from beacon_jax.core.memory import CapacityError
     from beacon_jax.inference.chat import Chat
+    from beacon_jax.inference.compressors import Compressor
     from beacon_jax.inference.loading import load
     from beacon_jax.inference.memory import Memory
     from beacon_jax.inference.model import Generation, Model
@@ -35,6 +36,7 @@ __all__ = [
     "BeaconConfig",
     "CapacityError",
     "Chat",
+    "Compressor",
     "Generation",
     "Memory",
     "Model",
@@ -53,6 +55,7 @@ _WHERE = {
     "ModelConfig": "model.config",
     "CapacityError": "core.memory",
     "Chat": "inference.chat",
+    "Compressor": "inference.compressors",
     "Memory": "inference.memory",
     "Generation": "inference.model",
     "Model": "inference.model",

@@ -24,6 +24,10 @@ if TYPE_CHECKING:  # jax takes seconds to import: after the flags
     from beacon_jax.inference.model import Model
 
 MIB = 2**20
+METHODS = (
+    "beacon, or without training: streaming, snapkv, expected-attention, kvzip, "
+    "mean-pool, or module:Class."
+)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -43,6 +47,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.text("encoding", None, "Of text files that are not UTF-8: gb18030, utf-16.")
     f = Group(values, "Compression")
     f.text("ratio", None, "8; 2,4,8 (per window); full; auto; auto-8. Else the mix.")
+    f.text("method", None, METHODS)
     f.number("max_slots", None, "Budget in place of --ratio: entries held, at most.")
     f.text("max_bytes", None, "The same in bytes of keys and values: 512MiB.")
     f.text("spans", None, "Regular expression: what must not be compressed.")
@@ -258,6 +263,7 @@ def read(
     """
     ratio: dict[str, Any] = {
         "ratio": parse_ratio(o.ratio),
+        "method": o.method,
         "max_slots": o.max_slots,
         "max_bytes": o.max_bytes,
         "memory_dtype": o.memory_dtype,
@@ -291,7 +297,7 @@ def read(
         )
         jax.block_until_ready(memory.state)
     seconds, compiled = watch.read()
-    given = ratio["ratio"]
+    given = None if o.method not in (None, "beacon") else ratio["ratio"]
     stated = given if given == "full" or isinstance(given, list) else None
     tokens = int(memory.lengths[0]) - before
     return Context(memory, notes, tokens, seconds, compiled, {"ratio": stated})

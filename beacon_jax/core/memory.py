@@ -115,6 +115,13 @@ class MemoryState(flax.struct.PyTreeNode):
         k, v = (buffers.resized(x, capacity) for x in (self.k, self.v))
         return self.replace(k=k, v=v)
 
+    def trimmed(self, capacity: int) -> "MemoryState":
+        """Returns it with the first `capacity` slots, never more than it has."""
+        if capacity >= self.capacity:
+            return self
+        k, v = (buffers.trimmed(x, capacity) for x in (self.k, self.v))
+        return self.replace(k=k, v=v)
+
 
 def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
     """Counts the bytes of one slot of one row: keys and values of all layers.

@@ -30,7 +30,7 @@ STYLES = {
     "keep_ends": ("slateblue", "X"),
     "random": ("tab:olive", "P"),
     "strided": ("gold", "D"),
-    "mean_pool": ("tab:purple", "^"),
+    "mean-pool": ("tab:purple", "^"),
     "snapkv": ("tab:red", "D"),
     "snapkv_aware": ("tab:orange", "D"),
     "selective": ("tab:brown", "X"),

@@ -52,9 +52,16 @@ class Account:
         starts = row.marks[:-1, 1]
         # Sinks and entries that were kept have 0 beside the beacons' ratio.
         closed = np.maximum.reduceat(row.ratios, starts) if len(starts) else []
+        # A compressor's slots all have 0: the ratio is that of what it left of a piece.
+        tokens, slots = np.diff(row.marks, axis=0).T
+        left = np.rint(tokens / np.maximum(slots, 1)).astype(int)
+        left = np.where(np.asarray(closed, int) == 0, left, 1)
+        closed = np.where(left > 1, left, closed)
         raw = 0 if row.own is None else row.slots - int(starts[-1])
         closed = closed[:-1] if raw else closed
-        planned = {*map(int, closed), row.own, row.opened}
+        # Behind what a compressor left, an open window says nothing.
+        opened = None if (left > 1).any() and not row.opened else row.opened
+        planned = {*map(int, closed), row.own, opened}
         return cls(
             tokens=row.length,
             slots=row.slots,

@@ -90,9 +90,7 @@ def spend(row: Row, budget: Budget) -> tuple[Int[np.ndarray, " n"], str]:
     note += f"x{ratio}" if ratio else "uncompressed"
     if step == 0:
         return row.uniform(ratio), note
-    free = ~row.lossless
-    free[0] &= row.fixed is None
-    latest = np.flatnonzero(free)[::-1]
+    latest = np.flatnonzero(row.free())[::-1]
 
     def with_latest(count: int) -> Int[np.ndarray, " n"]:
         wished = row.uniform(ratio)

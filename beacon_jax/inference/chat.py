@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _NOT_OURS = {
     "on_text": "give it to each message, say(text, on_text=...)",
     "instruct": "a chat always writes by the chat template, leave it out",
+    "method": "it compresses a context: give memory=compress(text, method=...)",
     "spans": "they mark parts of a text: give memory=compress(text, spans=...)",
 }
 

@@ -98,7 +98,7 @@ def feed_rows(
             part = fresh_state(model, len(group), size, dtype, fit.recent)
         else:
             part = state if whole else take_rows(state, np.asarray(group))
-            part = _own(part.resized(size), state)
+            part = own(part.resized(size), state)
         out, part = _feed_group(
             model,
             part,
@@ -126,7 +126,7 @@ def feed_rows(
     return logits, Memory(model.config, state, after, model.identity)
 
 
-def _own(part: MemoryState, state: MemoryState) -> MemoryState:
+def own(part: MemoryState, state: MemoryState) -> MemoryState:
     """Returns `part` without arrays that belong to `state`, too.
 
     `part` is donated if it is not `state`. Arrays of `state` would be gone then: a

@@ -10,12 +10,13 @@ from typing import Any, Unpack, overload
 import jax
 import numpy as np
 
-from beacon_jax.core.law import default_window
+from beacon_jax.core.law import Law, default_window
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference import room, validate
 from beacon_jax.inference.account import ID_NBYTES
 from beacon_jax.inference.budget import Budget
+from beacon_jax.inference.compressors.base import Compressor
 from beacon_jax.inference.decode import Decoded, Decoding, decode
 from beacon_jax.inference.ends import named
 from beacon_jax.inference.feeding import (
@@ -39,6 +40,11 @@ from beacon_jax.inference.options import (
     Texts,
     collect,
     documented,
+)
+from beacon_jax.inference.piecewise import (
+    choose_compressor,
+    feed_compressed,
+    planning,
 )
 from beacon_jax.inference.plan import (
     Plan,
@@ -145,6 +151,11 @@ class Model:
             x8, but no compression where that needs fewer FLOPs. None: as `memory` was
             compressed, else the mix of the config.
           memory: is continued, not changed; None: a new one.
+          method: "beacon" (None: if the model has beacons), or what needs no training
+            and works on any model: "streaming", "snapkv", "expected-attention",
+            "kvzip", "mean-pool", or a `Compressor` of one's own. These leave as many
+            slots as beacons; what does not fill a window, and what is generated, they
+            leave as it is.
           max_slots, max_bytes: in place of `ratio`, a budget per row: the smallest
             uniform ratio that fits, then lower ones for the latest windows.
           spans: what must not be compressed: a regex, or token ranges of the context.
@@ -175,10 +186,12 @@ class Model:
         asked = collect(Reading, "compress", {"ratio": ratio, **options})
         contexts, _ = validate.texts("context", context)
         validate.options(asked, len(contexts))
-        check_ratios(asked.ratio, self.config)
+        validate.memory(memory, Memory)
+        method = choose_compressor(self.config, memory, asked)
+        config = planning(self.config) if method else self.config
+        check_ratios(asked.ratio, config)
         validate.numbers("reserve", reserve)
         validate.callback("on_note", on_note, "line of text")
-        validate.memory(memory, Memory)
         dtype = choose_dtype(self, memory, asked.memory_dtype)
         rows, marked = [], []
         for row, each in enumerate(contexts):
@@ -187,11 +200,16 @@ class Model:
             spans = asked.spans, each, self.tokenizer
             marked.append(token_spans(*spans, first=first, after=after))
         recent = choose_recent(self, memory, asked, any(map(len, marked)))
-        plans = self._plans(rows, marked, memory, asked, dtype, reserve)
+        plans = self._plans(rows, marked, memory, asked, dtype, reserve, method)
         if on_note:
             for note in dict.fromkeys(plan.note for plan in plans if plan.note):
                 on_note(note)
         fit = Fit(asked.capacity, reserve, dtype, recent, logits=False)
+        if method is not None:
+            law, progress = Law.of(config), asked.on_progress
+            return feed_compressed(
+                self, method, rows, plans, law, memory, fit, progress
+            )
         return feed_rows(self, rows, plans, memory, fit, asked.on_progress)[1]
 
     @overload
@@ -262,10 +280,14 @@ class Model:
         prompts, single = validate.texts("prompt", prompt)
         count = len(prompts)
         validate.options(asked, count, single=single)
-        check_ratios(asked.ratio, self.config)
         validate.memory(memory, Memory)
+        if asked.method is None:
+            check_ratios(asked.ratio, self.config)
         if asked.instruct:
             check_template(self.tokenizer)
+        if choose_compressor(self.config, memory, asked) is not None:
+            memory = self._context_memory(context, memory, asked, count)
+            asked, context = asked.read(), None
         streams = self._streams(asked, None if single else count)
         start, watch = time.perf_counter(), AnswerWatch(asked.on_tokens)
         dtype = choose_dtype(self, memory, asked.memory_dtype)
@@ -388,6 +410,29 @@ class Model:
 
     # --- the rows of a batch -----------------------------------------------------
 
+    def _context_memory(
+        self, context: Texts | None, memory: Memory | None, asked: Completion, rows: int
+    ) -> Memory:
+        """Returns the memory of the contexts, which a compressor closes."""
+        if context is None:
+            raise validate.ArgumentError(
+                "method",
+                asked.method,
+                "compresses a context",
+                remedy="give context=..., or leave method out: a memory goes on",
+                flags="give --context, or leave --method out: a memory goes on",
+            )
+        given, single = validate.texts("context", context)
+        if not single and len(given) not in (1, rows):
+            raise _per_prompt(len(given), rows)
+        if memory is not None and len(memory) == 1 < len(given):
+            memory = memory.repeat(len(given))
+        names = [field.name for field in dataclasses.fields(Reading)]
+        options: Any = {n: getattr(asked, n) for n in names if n != "capacity"}
+        options["seed"] = int(np.atleast_1d(asked.seed)[0])
+        new = int(np.max(asked.max_new_tokens))
+        return self.compress(given, memory=memory, reserve=new, **options)
+
     def _prompt_rows(
         self,
         prompts: list[Text],
@@ -401,10 +446,7 @@ class Model:
             given, single = validate.texts("context", context)
             contexts = given * len(prompts) if single else given
             if len(contexts) != len(prompts):
-                raise ValueError(
-                    f"context has {len(contexts)} texts for {len(prompts)} prompts: "
-                    "give one for all, or one for each."
-                )
+                raise _per_prompt(len(contexts), len(prompts))
         elif asked.spans is not None:
             raise ValueError("spans mark parts of the context: give context=...")
         rows, marked = [], []
@@ -450,20 +492,25 @@ class Model:
         asked: Reading,
         dtype: str,
         new: int,
+        method: Compressor | None = None,
     ) -> list[Plan]:
         """Makes the plan of each row; warns of what was probably not meant."""
         check_memory(self, memory, len(rows))
         validate.matched(asked.spans, spans)
         before = histories(memory, len(rows), bool(asked.recent))
         lengths = [len(row) for row in rows]
-        room.check_request(self, asked, lengths, new, before, dtype)
+        config = self.config
+        if method is None:
+            room.check_request(self, asked, lengths, new, before, dtype)
+        else:
+            config = planning(config)
         slot = slot_nbytes(self.config, dtype)
         ids = ID_NBYTES * self.window if before[0].recent else 0
         budget = Budget.read(asked.max_slots, asked.max_bytes, slot, ids)
         plans = []
         for row, history, marked in zip(rows, before, spans, strict=True):
             plan = make_plan(
-                self.config,
+                config,
                 asked.ratio,
                 length=len(row),
                 before=history,
@@ -472,10 +519,12 @@ class Model:
                 spans=marked,
                 lossless=asked.lossless,
                 seed=int(np.atleast_1d(asked.seed)[0]),
+                untrained=method is not None,
             )
-            warn_beyond_training(self.config, plan, len(row) + new, history)
+            warn_beyond_training(config, plan, len(row) + new, history)
             plans.append(plan)
-        warn_of_ratios(self.config, asked.ratio, plans, lengths, before, new)
+        if method is None:
+            warn_of_ratios(config, asked.ratio, plans, lengths, before, new)
         return plans
 
     def _decode(
@@ -524,6 +573,13 @@ class Model:
                 "they were not kept: save with tokens=True, or leave the penalty at 1."
             )
         return seen_tokens(known, self.config.vocab_size)
+
+
+def _per_prompt(contexts: int, prompts: int) -> ValueError:
+    return ValueError(
+        f"context has {contexts} texts for {prompts} prompts: give one for all, or one "
+        "for each."
+    )
 
 
 def _before(memory: Memory | None, row: int) -> tuple[bool, int | None]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
+from beacon_jax.inference.compressors.base import Compressor
 from beacon_jax.inference.spans import Spans
 from beacon_jax.names import hinted, unknown
 
@@ -36,6 +37,7 @@ type Integers = int | Sequence[int] | np.ndarray
 class ReadOptions(TypedDict, total=False):
     """The keywords of `Model.compress`, which documents them."""
 
+    method: str | Compressor | None
     max_slots: int | None
     max_bytes: int | str | None
     spans: Spans | None
@@ -68,6 +70,7 @@ class Reading:
     """The options of reading a text into a memory; `Model.compress` documents them."""
 
     ratio: Ratio = None
+    method: str | Compressor | None = None
     max_slots: int | None = None
     max_bytes: int | str | None = None
     spans: Spans | None = None
@@ -94,6 +97,16 @@ class Completion(Reading):
     on_text: Callable[..., None] | None = None
     on_tokens: Callable[[int], None] | None = None
 
+    def read(self) -> "Completion":
+        """Returns the options of what follows a context that has been read."""
+        done = {"ratio", "method", "max_slots", "max_bytes", "spans", "lossless"}
+        defaults = {
+            field.name: field.default
+            for field in dataclasses.fields(Completion)
+            if field.name in done
+        }
+        return dataclasses.replace(self, **defaults)
+
 
 # What other libraries call an option, and its name here.
 ELSEWHERE = {
@@ -102,6 +115,8 @@ ELSEWHERE = {
     "max_length": "max_new_tokens",
     "n_predict": "max_new_tokens",
     "num_tokens": "max_new_tokens",
+    "press": "method",
+    "compressor": "method",
     "max_tokens": "max_new_tokens",
     "text": "prompt",
     "question": "prompt",

@@ -57,6 +57,7 @@ def make_plan(
     spans: Sequence[tuple[int, int]] | Int[np.ndarray, "S 2"] = (),
     lossless: str = "windows",
     seed: int = 0,
+    untrained: bool = False,
 ) -> Plan:
     """Makes the plan of one row that gets `length` tokens and then generates.
 
@@ -85,6 +86,7 @@ def make_plan(
         is compressed, and the span's raw entries stay beside the beacons; only a window
         that the text does not fill is kept whole.
       seed: of the random mixes.
+      untrained: a compressor closes the windows that the text fills, and only those.
 
     Raises:
       ValueError: an argument out of range, a ratio that does not divide the window
@@ -93,6 +95,7 @@ def make_plan(
         being compressed.
     """
     row = Row(config, length, new_tokens, before).with_spans(spans, lossless)
+    row.untrained = untrained
     if budget is not None:
         alone(ratio)
         wished, note = spend(row, budget)
@@ -164,7 +167,7 @@ def _own_ratio(before: History) -> int | None:
     compressed = before.ratios[before.ratios > 0]
     if len(compressed):
         return int(compressed[-1])
-    return 0 if before.raw or before.slots else None
+    return 0 if before.length or before.slots else None
 
 
 def _auto(row: Row, ratio: str) -> tuple[Int[np.ndarray, " n"], str]:

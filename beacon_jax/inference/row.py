@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from beacon_jax import flops
 from beacon_jax.core.law import Law
@@ -24,6 +24,8 @@ class Row:
       fixed: ratio of window 0 if it is open already, else None.
       lossless: windows that are not compressed, bool [count].
       offsets: window -> offsets of the raw entries kept beside its beacons.
+      untrained: a compressor closes the windows of the text (`compressors`): those that
+        it does not fill stay as they are, and an open one is closed with the others.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Row:
         self.fixed = self.before.opened
         self.full = self.text // self.window  # windows that the text fills
         self.lossless = np.zeros(self.count, bool)
+        self.untrained = False
         self.offsets: dict[int, Int[np.ndarray, " k"]] = {}
 
     def with_spans(self, spans: Any, lossless: str) -> "Row":
@@ -76,9 +79,20 @@ class Row:
     def applied(self, wished: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Returns the ratios wished for, with those of lossless and open windows."""
         ratios = np.where(self.lossless, 0, wished).astype(np.int32)
-        if self.fixed is not None:
+        if self.untrained:
+            ratios[self.full :] = 0
+        elif self.fixed is not None:
             ratios[0] = self.fixed
         return ratios
+
+    def free(self) -> Bool[np.ndarray, " n"]:
+        """Tells which windows may have another ratio than the others."""
+        free = ~self.lossless
+        if self.untrained:
+            free[self.full :] = False
+        else:
+            free[0] &= self.fixed is None
+        return free
 
     def raw(self, tokens: int) -> Int[np.ndarray, " n"]:
         """Counts the tokens in each window after `tokens` of them.

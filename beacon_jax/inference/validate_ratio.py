@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from beacon_jax.core.law import default_window
+from beacon_jax.inference.compressors import METHODS
 from beacon_jax.inference.validate import (
     ArgumentError,
     callback,
@@ -121,15 +122,17 @@ def check_returned(given: Any, window: int, config: ModelConfig) -> int:
 def _check_beacons(given: Any, several: Sequence[Any], config: ModelConfig) -> None:
     """Raises ArgumentError for any ratio but 0 if the model has no beacons."""
     if config.beacon is None and any(several):
+        methods = ", ".join(METHODS)
         raise ArgumentError(
             "ratio",
             given,
             "needs beacons, but this model has none",
-            remedy="use ratio=0, which keeps everything, or train beacons first "
-            "(python -m beacon_jax.train; load(path, beacon=BeaconConfig()) adds them "
-            "untrained)",
-            flags="use --ratio=full, which keeps everything, or train beacons first "
-            "(python -m beacon_jax.train)",
+            remedy=f"give method= one of {methods}, which need no training, or "
+            "ratio=0, which keeps everything; or train beacons first (python -m "
+            "beacon_jax.train; load(path, beacon=BeaconConfig()) adds them untrained)",
+            flags=f"give --method= one of {methods}, which need no training, or "
+            "--ratio=full, which keeps everything; or train beacons first (python -m "
+            "beacon_jax.train)",
         )
 
 

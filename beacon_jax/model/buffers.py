@@ -70,6 +70,15 @@ def resized(buffer: Buffer, slots: int) -> Buffer:
     return jnp.pad(buffer, ((0, 0), (0, 0), more, (0, 0), (0, 0)))
 
 
+def trimmed(buffer: Buffer, slots: int) -> Buffer:
+    """Returns the first `slots` of the buffer."""
+    if isinstance(buffer, Quantized):
+        return buffer.replace(
+            values=trimmed(buffer.values, slots), scale=buffer.scale[..., :slots]
+        )
+    return jax.lax.slice_in_dim(buffer, 0, slots, axis=2)
+
+
 def specs(buffer: Any, partition: Partition) -> Any:
     """Returns how a buffer is split over devices; of an array also one layer."""
     if isinstance(buffer, Quantized):

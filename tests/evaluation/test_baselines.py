@@ -9,18 +9,26 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from beacon_jax.evaluation.baselines import FAMILIES, make_methods
-from beacon_jax.evaluation.baselines.sampling import kept_slots
 from beacon_jax.evaluation.baselines.shortened import self_information
 from beacon_jax.evaluation.methods import Full, remember
 from beacon_jax.evaluation.reading import feed_state
+from beacon_jax.inference.compressors.kvzip import WHOLE
+from beacon_jax.model import rotary
 from beacon_jax.model.config import BeaconConfig, RopeConfig
 from beacon_jax.model.partition import make_partition
 from beacon_jax.model.quantize import dequantize
-from beacon_jax.model.rotary import inverse_frequencies
 from beacon_jax.model.shapes import param_shapes
+from beacon_jax.tokenise import encode
 from tests.evaluation import numpy_model
 from tests.evaluation.conftest import VOCAB, random_tree
-from tests.evaluation.numpy_model import attention, forward, nothing, rotated
+from tests.evaluation.numpy_model import (
+    attention,
+    forward,
+    inverse_frequencies,
+    nothing,
+    rotated,
+    softmax,
+)
 
 W, LONGEST = 8, 64
 PAST, FOLLOWING = (40, 0, 8, 24), (8, 5, 7, 3)  # tokens of the rows
@@ -145,9 +153,8 @@ def snapped(aware):
         index = snap_index(model.config, found, watching, candidates, k - own)
         last = np.arange(candidates, len(row))[None, :, None]
         last = np.broadcast_to(last, (*index.shape[:1], own, index.shape[2]))
-        # Positions stay, and what follows comes where it would have come.
         index = np.concatenate([index, last], axis=1)
-        return found.own.take_each(index), len(row)
+        return found.own.take_each(index).compact(), k
 
     return left
 
@@ -172,6 +179,59 @@ def snap_index(config, found, watching, candidates, k):
     return np.stack(index)
 
 
+def chosen(scores_of):
+    """Keeps the slots with the highest scores [K, n] of a layer, at compact places."""
+
+    def left(model, row, ratio, following):
+        k = beacon_slots(model, row, ratio)
+        if not k:
+            return nothing(model.config), 0
+        own, index = read_all(model, row).own, []
+        for scores in scores_of(model, row):
+            order = np.argsort(-scores, axis=-1, kind="stable")[:, :k]
+            index.append(np.sort(order, axis=-1).T)
+        return own.take_each(np.stack(index)).compact(), k
+
+    return left
+
+
+def expected_scores(model, row):
+    config, found = model.config, read_all(model, row)
+    n, h, scale = len(row), model.config.head_dim, model.config.rope.attention_scale
+    at = np.arange(n)[:, None]
+    angles = (n + np.arange(512))[:, None] * inverse_frequencies(config.rope, h)
+    cos, sin = (np.diag(f(angles).mean(0)) * scale for f in (np.cos, np.sin))
+    turn = np.block([[cos, -sin], [sin, cos]])
+    for layer in range(config.num_layers):
+        queries = rotated(config, found.queries[layer], -at)[4:] / scale**2
+        keys = rotated(config, found.own.k[layer], found.own.at[layer])
+        group = config.num_heads // config.num_kv_heads
+        scores = np.zeros((config.num_kv_heads, n))
+        for head in range(config.num_heads):
+            mine = queries[:, head]
+            mean, k = turn @ mine.mean(0), keys[4:, head // group]
+            spread = turn @ np.cov(mine.T, bias=True) @ turn.T
+            each = k @ mean / h**0.5 + np.einsum("sh,hj,sj->s", k, spread, k) / (2 * h)
+            scores[head // group, 4:] += softmax(each) / group
+        scores *= np.linalg.norm(found.own.v[layer], axis=-1).T
+        scores[:, :4] = np.inf
+        yield scores
+
+
+def repeated_scores(model, row):
+    config, n = model.config, len(row)
+    prompt = np.asarray(encode(model.tokenizer, WHOLE, "bare"))
+    text = np.concatenate([row, prompt, row])
+    found, place = read_all(model, text), np.arange(len(text))
+    seen = (place[None] < n) | (place[None] <= place[n:, None])
+    for layer in range(config.num_layers):
+        keys = rotated(config, found.own.k[layer], found.own.at[layer])
+        weights = attention(config, found.queries[layer][n:], keys, seen)[..., :n]
+        scores = weights.max(1).reshape(config.num_kv_heads, -1, n).max(1)
+        scores[:, :4] = 1.0
+        yield scores
+
+
 LEFT = {
     "full": left_by_full,
     "window": left_by_window,
@@ -184,9 +244,11 @@ LEFT = {
     "selective": left_by_selective,
     "random": sampled(lambda row, k, r: made("random", r).choose(row, k)),
     "strided": sampled(lambda row, k, r: made("strided", r).choose(row, k)),
-    "mean_pool": left_by_mean_pool,
+    "mean-pool": left_by_mean_pool,
     "snapkv": snapped(aware=False),
     "snapkv_aware": snapped(aware=True),
+    "expected-attention": chosen(expected_scores),
+    "kvzip": chosen(repeated_scores),
 }
 
 
@@ -245,7 +307,7 @@ def test_a_budget_of_everything_changes_nothing(family, models, rows):
         feed_state(model, m.state, following, 0, "logits")[0].logits
         for m in (full, kept)
     )
-    if family == "mean_pool":  # turned back and again
+    if family == "mean-pool":  # turned back and again
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-4)
     else:
         assert np.array_equal(got, want)
@@ -306,16 +368,6 @@ def test_strides_end_where_beacons_stand(tokens, ratio, budget, kept):
     assert found.tolist() == kept
 
 
-@pytest.mark.parametrize("budget", [1, 3, 7, 8, 20])
-def test_a_stream_keeps_four_sinks_or_half_of_a_small_budget(budget):
-    kept = kept_slots(30, budget)
-    sinks = min(4, budget // 2)
-    assert len(kept) == budget
-    assert kept[:sinks].tolist() == list(range(sinks))
-    assert kept[sinks:].tolist() == list(range(30 - budget + sinks, 30))
-    assert kept_slots(budget, budget).tolist() == list(range(budget))
-
-
 @pytest.mark.parametrize(
     ("exact", "rounded"), [("full", "int8"), ("beacon", "beacon_int8")]
 )
@@ -325,7 +377,7 @@ def test_an_int8_memory_is_the_memory_rounded(exact, rounded, models, rows):
         remember(model, made(f, 8), past, following)[0].state for f in (exact, rounded)
     )
     real = np.arange(a.capacity) < np.asarray(a.slots)[:, None]
-    turns = inverse_frequencies(model.config)
+    turns = rotary.inverse_frequencies(model.config)
     for want, found in ((a.k, b.k), (a.v, b.v)):
         got = dequantize(found, frequencies=turns)
         step = np.moveaxis(np.asarray(found.scale), -1, -2)[..., None]
@@ -349,7 +401,7 @@ def test_a_mesh_leaves_the_same_memory(models, rows):
     past, following = rows
     one = models["gqa"]
     split = dataclasses.replace(one, partition=make_partition("data:2,tensor:2"))
-    for family in ("snapkv_aware", "streaming", "mean_pool"):
+    for family in ("snapkv_aware", "streaming", "mean-pool", "kvzip"):
         method = made(family, 4)
         a, b = (remember(m, method, past, following)[0].state for m in (one, split))
         assert b.k.sharding.spec == P(None, "data", None, "tensor")

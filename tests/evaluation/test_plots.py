@@ -14,7 +14,7 @@ from beacon_jax.compiling import Stopwatch
 from beacon_jax.evaluation import plots, report
 from beacon_jax.evaluation.runner import summary
 
-FAMILIES = ("beacon", "streaming", "snapkv", "mean_pool")
+FAMILIES = ("beacon", "streaming", "snapkv", "mean-pool")
 
 
 def metric(task, name, method, ratio, length, value):

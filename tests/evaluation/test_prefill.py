@@ -10,7 +10,7 @@ from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.runner import evaluate
 from beacon_jax.evaluation.tasks import make_tasks
 
-FROM_FULL = ["full", "snapkv", "snapkv_recent", "random", "strided", "mean_pool"]
+FROM_FULL = ["full", "snapkv", "snapkv_recent", "random", "strided", "mean-pool"]
 
 
 @pytest.fixture

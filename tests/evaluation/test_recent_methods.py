@@ -29,8 +29,8 @@ def test_names_end_in_recent_and_ratio(model):
     ]
     assert [m.recent for m in made[::2]] == [False, True, True, True]
     assert made[3].resolve(model, 64).recent
-    with pytest.raises(ValueError, match="mean_pool_recent: .* streaming_recent"):
-        make_methods(["mean_pool_recent"], [2])
+    with pytest.raises(ValueError, match="mean-pool_recent: .* streaming_recent"):
+        make_methods(["mean-pool_recent"], [2])
     with pytest.raises(ValueError, match="full_recent"):
         make_methods(["full_recent"], [2])
 

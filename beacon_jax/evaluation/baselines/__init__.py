@@ -5,11 +5,11 @@ reads that memory as it reads one of beacons, without knowing whose it is. Metho
 a ratio keep the bytes that beacons of this ratio keep, which `methods.remember` asserts
 for every example.
 
-    streaming                    4 sinks and the last tokens, evicted as it reads
+    streaming, snapkv, kvzip,    what `Model.compress(method=...)` leaves without
+    expected-attention,          training (`inference.compressors`)
+    mean-pool
     keep_head, _tail, _ends      only the first, the last, or half of each are read
     random, strided              some tokens, chosen blindly
-    mean_pool                    means of keys and of values
-    snapkv                       what the end of the past attends to
     snapkv_aware                 what the question attends to: it alone sees it
     selective                    the tokens that the model would not have guessed
     text:module.function         what a compressor of text leaves (`baselines.text`)
@@ -31,19 +31,25 @@ A method of one's own is a class in a file where the command is run, say `mine.p
 
 from collections.abc import Callable, Sequence
 
-from beacon_jax.evaluation.baselines.mean_pool import MeanPool
-from beacon_jax.evaluation.baselines.sampling import Random, Streaming, Strided
+from beacon_jax.evaluation.baselines.sampling import Random, Strided
 from beacon_jax.evaluation.baselines.shortened import (
     KeepEnds,
     KeepHead,
     KeepTail,
     Selective,
 )
-from beacon_jax.evaluation.baselines.snapkv import SnapKV, SnapKVAware
 from beacon_jax.evaluation.baselines.text import (
     TextCompressor,
     imported,
     text_compressor,
+)
+from beacon_jax.evaluation.baselines.untrained import (
+    ExpectedAttention,
+    KVzip,
+    MeanPool,
+    SnapKV,
+    SnapKVAware,
+    Streaming,
 )
 from beacon_jax.evaluation.methods import (
     RECENT,
@@ -70,6 +76,8 @@ FAMILIES: dict[str, type[Method]] = {
         Strided,
         MeanPool,
         SnapKV,
+        ExpectedAttention,
+        KVzip,
         SnapKVAware,
         Selective,
         Int8,

@@ -1,8 +1,6 @@
-"""What the baselines share: the budget in slots, reading text as it is, and keeping
-chosen slots of a memory."""
+"""What the baselines share: the budget in slots, and reading text as it is."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -18,9 +16,6 @@ from beacon_jax.evaluation.reading import Prefill, Rows
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.mount import closed
-from beacon_jax.model.config import ModelConfig
-from beacon_jax.model.quantize import Quantized
-from beacon_jax.model.rotary import cos_sin, rotate
 
 
 class Budgeted(Method):
@@ -85,52 +80,6 @@ def of_slots(memory: Memory, state: MemoryState) -> Memory:
     return dataclasses.replace(memory, state=state, rows=tuple(rows))
 
 
-def floats(memory: MemoryState) -> tuple[Array, Array]:
-    """Keys and values [L, B, S, K, H] of a memory that is not int8."""
-    assert not isinstance(memory.k, Quantized) and not isinstance(memory.v, Quantized)
-    return memory.k, memory.v
-
-
 def as_index(rows: Sequence[Int[np.ndarray, " n"]], size: int) -> Int[Array, "1 B n 1"]:
     """Slots of each row for `keep`, the same in all layers and heads."""
     return jnp.asarray(padded(rows, size)[None, :, :, None])
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "compact"), donate_argnames="memory"
-)
-def keep(
-    config: ModelConfig,
-    memory: MemoryState,
-    index: Int[Array, "#L B n #K"],
-    count: Int[Array, " B"],
-    *,
-    compact: bool,
-) -> MemoryState:
-    """Keeps chosen slots of each row and forgets the others.
-
-    Args:
-      memory: of floats, without open windows; it is taken over.
-      index: the slots that go to 0, 1, ... of each layer and kv head, n at most S;
-        those beyond `count` are ignored.
-      count: slots kept.
-      compact: keys are turned to their new slots: positions are those of a text without
-        gaps. Otherwise all keys of a row are turned by the same distance, from the end
-        of the past to the end of what is kept: what is fed next sees them as far away
-        as they were, and gaps stay.
-    """
-    index = index[:, :, : memory.capacity]
-    size = index.shape[2]
-    to = jnp.arange(size)[:, None]
-    distance = to - index if compact else (count - memory.slots)[None, :, None, None]
-    distance = jnp.where(to < count[:, None, None], distance, 0)
-    cos, sin = cos_sin(config, distance, scaled=False)
-    take = lambda x: jnp.take_along_axis(x, index[..., None], axis=2)
-    k, v = floats(memory)
-    turned = rotate(take(k), cos[..., 0, :], sin[..., 0, :])
-    return memory.replace(
-        k=k.at[:, :, :size].set(turned),
-        v=v.at[:, :, :size].set(take(v)),
-        slots=count,
-        sinks=jnp.minimum(memory.sinks, count),
-    )

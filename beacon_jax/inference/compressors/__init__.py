@@ -1,0 +1,75 @@
+"""Compressors that need no training, a file for each, and the interface of one's own.
+
+    streaming           the first 4 tokens and the last ones
+    snapkv              what the last 64 tokens of a piece attend to
+    expected-attention  what queries to come may attend to
+    kvzip               what repeating the text attends to
+    mean-pool           means of neighbouring keys and values
+
+They make the same `Memory` that beacons make, on any model: at the same ratios and
+budgets, of as many slots. `Compressor` is the interface of one's own: three functions,
+of which most methods need one. This one keeps the tokens with the smallest keys:
+
+    import jax.numpy as jnp
+    import beacon_jax
+
+    def small(k, v):  # of a layer, [B, S, K, H] -> [B, K, S]
+        return -jnp.swapaxes(jnp.linalg.norm(k, axis=-1), 1, 2)
+
+    class SmallKeys(beacon_jax.Compressor):
+        name = "small-keys"
+
+        def score(self, piece, seen, count):
+            return piece.per_layer(small)
+
+    model = beacon_jax.load("org/model")
+    memory = model.compress(text, ratio=4, method=SmallKeys())
+
+On a command line its class is --method=module:SmallKeys.
+"""
+
+import importlib
+
+from beacon_jax.inference.compressors.base import Compressor
+from beacon_jax.inference.compressors.expected_attention import ExpectedAttention
+from beacon_jax.inference.compressors.kvzip import KVzip
+from beacon_jax.inference.compressors.mean_pool import MeanPool
+from beacon_jax.inference.compressors.piece import Piece
+from beacon_jax.inference.compressors.snapkv import SnapKV
+from beacon_jax.inference.compressors.streaming import Streaming
+from beacon_jax.names import meant
+
+METHODS: dict[str, type[Compressor]] = {
+    kind.name: kind for kind in (Streaming, SnapKV, ExpectedAttention, KVzip, MeanPool)
+}
+
+__all__ = ["METHODS", "Compressor", "Piece", "find"]
+
+
+def find(name: str) -> Compressor:
+    """Makes the compressor of a name, or of "module:Class".
+
+    Raises:
+      ValueError: there is none of this name, or no such class.
+    """
+    if name in METHODS:
+        return METHODS[name]()
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"method={name!r} is unknown: {meant(name, METHODS)}use beacon, "
+            f"{', '.join(METHODS)}, or module:Class of one's own."
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"method={name!r} cannot be imported ({error}): the form is module:Class, "
+            "of a module in the current folder or an installed package."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Compressor)):
+        raise ValueError(
+            f"method={name!r} is no compressor: its class has to be one of "
+            "beacon_jax.Compressor."
+        )
+    return found()
