@@ -89,8 +89,9 @@ def load_model(
     if model.config.beacon is None:
         if ratios:
             raise ValueError(
-                f"--model={path} has no beacons: train some, or use "
-                "--methods=full,window."
+                f"--model={path} has no beacons: train some, or leave beacons out of "
+                "--methods and name a --window (kvzip, snapkv and others need no "
+                "training)."
             )
         if not window:
             raise ValueError(

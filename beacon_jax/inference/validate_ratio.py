@@ -127,11 +127,11 @@ def _check_beacons(given: Any, several: Sequence[Any], config: ModelConfig) -> N
             "ratio",
             given,
             "needs beacons, but this model has none",
-            remedy=f"give method= one of {methods}, which need no training, or "
-            "ratio=0, which keeps everything; or train beacons first (python -m "
+            remedy="use ratio=0, which keeps everything, or what needs no training, "
+            f"method= one of {methods}; or train beacons first (python -m "
             "beacon_jax.train; load(path, beacon=BeaconConfig()) adds them untrained)",
-            flags=f"give --method= one of {methods}, which need no training, or "
-            "--ratio=full, which keeps everything; or train beacons first (python -m "
+            flags="use --ratio=full, which keeps everything, or what needs no "
+            f"training, --method= one of {methods}; or train beacons first (python -m "
             "beacon_jax.train)",
         )
 
