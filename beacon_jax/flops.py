@@ -224,6 +224,7 @@ def _spent(
         name: math.prod(module["kernel"])
         for block in ("attention", "mlp")
         for name, module in layers[block].items()
+        if "kernel" in module
     }
     everything, own, replaced = sum(weights.values()), 0, 0
     if c.beacon and c.beacon.rank:

@@ -101,6 +101,8 @@ def assert_same(a, b):
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("qwen2", {}),
         ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("qwen3", {"attention_bias": True}),
     ],
 )
 def test_a_file_is_the_model_of_the_folder(pair, family, changes):
@@ -123,7 +125,7 @@ def test_rows_of_permuted_tensors_are_read_from_anywhere(pair):
             np.testing.assert_array_equal(found, theirs.read(key, *rows))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_quantised_model_has_the_logits_of_its_folder(pair, family):
     folder, file = pair(family, TYPES.Q4_0, attention_bias=False)
     ours, tokens = hf.load(file), np.arange(20) * 7 % 300

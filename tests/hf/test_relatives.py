@@ -118,6 +118,7 @@ def test_the_cache_of_the_hub_names_the_newest_version_that_is_whole(
         "Qwen2ForTokenClassification",
         "MistralForQuestionAnswering",
         "LlamaForRewardModel",
+        "Qwen3ForSequenceClassification",
     ],
 )
 def test_a_classifier_is_named_and_its_base_asked_for(name):

@@ -133,18 +133,18 @@ def window_queries(
     """Computes rotated queries of tokens that stand at prefix[row] of the memory."""
     size = tokens.shape[1]
     model = Decoder(net, Layout(1, size, 0))
-    projection = lambda module, method: module.name == "q_proj"
+    last = "q_norm" if net.config.qk_norm else "q_proj"
     _, found = model.apply(
         variables,
         tokens,
         memory.k,
         memory.v,
         prefix,
-        capture_intermediates=projection,
+        capture_intermediates=lambda module, method: module.name == last,
         mutable=["intermediates"],
     )
     attention: Any = found["intermediates"]["layers"]["attention"]
-    (queries,) = attention["q_proj"]["__call__"]
+    (queries,) = attention[last]["__call__"]
     return rotate(queries, *cos_sin(net.config, prefix[:, None] + jnp.arange(size)))
 
 
