@@ -66,6 +66,7 @@ CASES = {
     "llama-biases": low_rank(placement="append", param=ALL, o_bias=True, tied=True),
     "mistral": low_rank("mistral", placement="append", kv_heads=4, sink=3),
     "qwen2": low_rank("qwen2", param=ALL, tied=True, kv_heads=1, sink=2),
+    "qwen3": low_rank("qwen3"),
 }
 
 
@@ -217,7 +218,10 @@ def check_lean_modes(config, **settings):
         jax.tree.map(np.testing.assert_array_equal, ours, gradients)
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "qwen2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama-biases", "qwen2", pytest.param("qwen3", marks=pytest.mark.slow)],
+)
 def test_both_lean_modes_have_the_bits_of_plain_reverse_mode(name):
     check_lean_modes(CASES[name])
 

@@ -34,7 +34,7 @@ TOKENIZER["tokenizer.ggml.token_type"] += [5] * UNUSED
 def quantisable(folder_tensors):
     """Tensors of SIZES, instead of those of the small shapes of conftest."""
     rng = np.random.default_rng(1)
-    grown = {"N": 4 * 8, "K": 2 * 8, 16: 64, 24: 96, 40: 300, 12: 16}
+    grown = {"N": 4 * 8, "K": 2 * 8, 6: 8, 16: 64, 24: 96, 40: 300, 12: 16}
     return {
         key: (rng.normal(size=[grown[n] for n in _axes(key, x.shape)]) * 0.3).astype(
             np.float32
