@@ -119,12 +119,15 @@ def test_a_qwen3_reads_text_at_once_in_pieces_and_token_by_token():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", [False, True])
-def test_all_weights_of_a_qwen3_get_the_gradients_of_plain_reverse_mode(offload):
+@pytest.mark.parametrize(("offload", "rank"), [(False, 0), (True, 3)])
+def test_all_weights_of_a_qwen3_get_the_gradients_of_plain_reverse_mode(offload, rank):
     """Those of its norms, too. XLA fuses these differently in front of one layer and of
     all, so that the last bits may differ; the tolerance is that of sums over devices.
     """
     config, params = model("qwen3")
+    anchor = "last" if rank else "none"
+    beacon = BeaconConfig(window=W, ratios=(2, 4), rank=rank, anchor=anchor)
+    config = dataclasses.replace(config, beacon=beacon)
     own = {"params": params, "beacon": trained_beacons(config, params)}
     ids = tokens(3 * W).reshape(B, 3, W).swapaxes(0, 1)
     rows = {"tokens": ids, "labels": ids, "valid": np.full((3, B), W, np.int32)}

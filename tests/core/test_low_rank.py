@@ -218,10 +218,7 @@ def check_lean_modes(config, **settings):
         jax.tree.map(np.testing.assert_array_equal, ours, gradients)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["llama-biases", "qwen2", pytest.param("qwen3", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2"])
 def test_both_lean_modes_have_the_bits_of_plain_reverse_mode(name):
     check_lean_modes(CASES[name])
 

@@ -97,3 +97,16 @@ def test_beacons_of_a_rank_take_their_anchors(make_folder):
     values, all_values = (np.asarray(m.state.v)[0, 0] for m in (memory, full))
     anchors = all_values[3::4][:count]  # in the first layer a token's own
     np.testing.assert_allclose(values[:count], anchors, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_split_over_heads_it_computes_what_one_device_computes(make_folder):
+    folder = make_folder(**QWEN3, num_key_value_heads=2)
+    memories = []
+    for mesh in (None, "tensor:2"):
+        model = load(folder, mesh=mesh)
+        norm = model.variables["params"]["layers"]["attention"]["k_norm"]["scale"]
+        assert norm.sharding.is_fully_replicated
+        memories.append(model.compress(TEXT, ratio=4, **ROOM))
+    one, split = (np.asarray(m.state.k) for m in memories)
+    np.testing.assert_allclose(split, one, rtol=0, atol=1e-4 * np.abs(one).max())
