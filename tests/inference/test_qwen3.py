@@ -101,7 +101,7 @@ def test_beacons_of_a_rank_take_their_anchors(make_folder):
 
 @pytest.mark.slow
 def test_split_over_heads_it_computes_what_one_device_computes(make_folder):
-    folder = make_folder(**QWEN3, num_key_value_heads=2)
+    folder = make_folder(**QWEN3, num_key_value_heads=2, vocab_size=258)
     memories = []
     for mesh in (None, "tensor:2"):
         model = load(folder, mesh=mesh)
