@@ -381,9 +381,15 @@ def test_what_the_metadata_may_not_say(pair, values, said):
         hf.load(file)
 
 
-def test_an_unknown_architecture_names_those_that_are_known(tmp_path):
-    file = write_gguf(tmp_path / "a.gguf", "lama", {}, {})
-    said = r"a\.gguf: architecture 'lama' is not supported: did you mean llama\? use a"
+@pytest.mark.parametrize(
+    ("arch", "near"),
+    [("lama", "llama"), ("qwen3moe", "qwen3"), ("qwen3next", "qwen3")],
+)
+def test_an_unknown_architecture_names_those_that_are_known(tmp_path, arch, near):
+    file = write_gguf(tmp_path / "a.gguf", arch, {}, {})
+    said = (
+        rf"a\.gguf: architecture '{arch}' is not supported: did you mean {near}\? use"
+    )
     with pytest.raises(ValueError, match=said):
         beacon_jax.load(file)
 

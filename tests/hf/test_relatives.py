@@ -166,6 +166,21 @@ def test_values_of_config_json_that_tensors_fit_are_named(
 
 
 @pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ("qwen3", {"attention_bias": True}, "They fit attention_bias=true"),
+        ("qwen2", {}, "missing: .*q_proj.bias.*another model"),
+    ],
+)
+def test_the_weights_of_a_qwen3_under_another_config_are_named(
+    make_checkpoint, config_of, tensors_of, config, tensors, message
+):
+    made = tensors_of(config_of("qwen3", **tensors))
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        load(make_checkpoint(config_of(config), made))
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("tok_embeddings.weight", r"as their authors name them.*with -hf\)"),
