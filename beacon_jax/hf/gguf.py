@@ -18,7 +18,7 @@ import numpy as np
 from beacon_jax.gguf.file import Header, Stored
 from beacon_jax.hf.keys import table
 from beacon_jax.hf.reader import Tensor, aligned_empty
-from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.config import STATE_BIASES, ModelConfig
 from beacon_jax.model.foreign_keys import neutral
 from beacon_jax.model.rotary import inverse_frequencies
 from beacon_jax.names import meant
@@ -303,7 +303,7 @@ def _config(header: Header) -> dict[str, Any]:
         "torch_dtype": _dtype(header).name,
         **special_ids(header),
     }
-    if family in ("llama", "qwen3"):
+    if family in STATE_BIASES:
         hf["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     if family == "llama":
         hf["mlp_bias"] = "blk.0.ffn_gate.bias" in header.tensors

@@ -14,7 +14,7 @@ from typing import Any
 
 from beacon_jax.hf.prefixes import advice
 from beacon_jax.hf.relatives import of_tensors
-from beacon_jax.model.config import NAMED, ModelConfig
+from beacon_jax.model.config import NAMED, STATE_BIASES, ModelConfig
 from beacon_jax.model.shapes import param_shapes
 
 logger = logging.getLogger(__name__)
@@ -290,7 +290,7 @@ def _fitting(
         "num_kv_heads": ("num_key_value_heads", whole(heads("k_proj"))),
         "tie_embeddings": ("tie_word_embeddings", LM_HEAD not in found),
     }
-    if config.family in ("llama", "qwen3"):
+    if config.family in STATE_BIASES:
         biased = has("self_attn.q_proj")
         sizes["qkv_bias"] = ("attention_bias", biased)
         sizes["o_bias"] = ("", biased)

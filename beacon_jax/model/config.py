@@ -331,7 +331,11 @@ class ModelConfig:
             )
         if not ignore_sliding_window:
             _check_window(hf, family)
-        bias = bool(hf.get("attention_bias")) if family in _ASKED else family == "qwen2"
+        bias = (
+            bool(hf.get("attention_bias"))
+            if family in STATE_BIASES
+            else family == "qwen2"
+        )
         beacon = BeaconConfig.from_hf(hf)
         with _named(_SIZES):
             return cls(
@@ -341,7 +345,7 @@ class ModelConfig:
                 rope=RopeConfig.from_hf(hf),
                 tie_embeddings=bool(hf["tie_word_embeddings"]),
                 qkv_bias=bias,
-                o_bias=bias and family in _ASKED,
+                o_bias=bias and family in STATE_BIASES,
                 mlp_bias=bool(hf.get("mlp_bias")) and family == "llama",
                 bos_ids=_ids(hf, "bos_token_id"),
                 eos_ids=_ids(hf, "eos_token_id"),
@@ -379,7 +383,7 @@ class ModelConfig:
             "bos_token_id": _unpack(self.bos_ids),
             "eos_token_id": _unpack(self.eos_ids),
         }
-        if self.family in _ASKED:
+        if self.family in STATE_BIASES:
             result["attention_bias"] = self.qkv_bias
         if self.family == "llama":
             result["mlp_bias"] = self.mlp_bias
@@ -414,7 +418,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | {"use_sliding_window": False, "sliding_window": 4096, "head_dim": 128},
 }
 # Families whose attention_bias says whether q, k, v and o have biases.
-_ASKED = ("llama", "qwen3")
+STATE_BIASES = ("llama", "qwen3")
 # Family -> the possible (qkv_bias, o_bias, mlp_bias).
 _BIASES = {
     "llama": {(b, b, m) for b in (False, True) for m in (False, True)},
