@@ -2,7 +2,7 @@
 
 Multiplying [m, k] by [k, n] is 2 m k n. Counted are the projections of every layer, the
 two products of attention, and lm_head; norms, rotary, softmax and biases are not (XLA
-counts 0.5 to 0.8 % more with them, tests/model/test_flops.py). Letters are those of
+counts 0.5 to 0.9 % more with them, tests/model/test_flops.py). Letters are those of
 `beacon_jax`; P are the weights that a row meets:
 
   linear     2 P per row, P = L (D N H + 2 D K H + N H D + 3 D F); a raw row meets base
@@ -224,6 +224,7 @@ def _spent(
         name: math.prod(module["kernel"])
         for block in ("attention", "mlp")
         for name, module in layers[block].items()
+        if "kernel" in module
     }
     everything, own, replaced = sum(weights.values()), 0, 0
     if c.beacon and c.beacon.rank:

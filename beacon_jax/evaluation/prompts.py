@@ -23,7 +23,7 @@ def encode(model: Model, text: str, prefix: str = "", chat: str = "auto") -> Tok
     if not templated(model, chat):
         return tokenise.encode(model.tokenizer, text + prefix, "start")
     turns = [{"role": "user", "content": text}]
-    text = written(model.tokenizer, turns)
+    text = written(model.tokenizer, turns, thinks=False)  # tasks ask for short answers
     return tokenise.encode(model.tokenizer, text + prefix, "bare")
 
 

@@ -1,8 +1,8 @@
 """A GGUF file as an HF checkpoint: its config.json and its tensors.
 
 llama.cpp turns neighbouring pairs of a head in arch "llama", and halves, as we do, in
-"qwen2". Files of the first kind have the rows of q and k in another order, which is
-undone here.
+"qwen2" and "qwen3". Files of the first kind have the rows of q and k in another order,
+which is undone here.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from beacon_jax.gguf.file import Header, Stored
 from beacon_jax.hf.keys import table
 from beacon_jax.hf.reader import Tensor, aligned_empty
-from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.config import STATE_BIASES, ModelConfig
 from beacon_jax.model.foreign_keys import neutral
 from beacon_jax.model.rotary import inverse_frequencies
 from beacon_jax.names import meant
@@ -28,6 +28,7 @@ ARCHS = {
     "llama": ("llama", True),
     "mistral": ("mistral", True),
     "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
 }
 ROPE_FREQS = "rope_freqs.weight"
 FILE = "model.safetensors"  # what the tensors' file is called in an HF folder
@@ -179,7 +180,8 @@ def _matched(header: Header, config: ModelConfig) -> dict[str, Stored]:
     import gguf
 
     config = dataclasses.replace(config, beacon=None)
-    arch = gguf.MODEL_ARCH.QWEN2 if config.family == "qwen2" else gguf.MODEL_ARCH.LLAMA
+    llama = ARCHS[header.values["general.architecture"]][1]
+    arch = gguf.MODEL_ARCH["LLAMA" if llama else config.family.upper()]
     names = gguf.get_tensor_name_map(arch, config.num_layers)
     wanted = {
         names.get_name(key, (".weight", ".bias")): (key, entry.hf_shape)
@@ -301,8 +303,9 @@ def _config(header: Header) -> dict[str, Any]:
         "torch_dtype": _dtype(header).name,
         **special_ids(header),
     }
-    if family == "llama":
+    if family in STATE_BIASES:
         hf["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+    if family == "llama":
         hf["mlp_bias"] = "blk.0.ffn_gate.bias" in header.tensors
     if window or family != "llama":
         hf |= {"sliding_window": window or None, "use_sliding_window": window > 0}

@@ -14,7 +14,7 @@ from typing import Any
 
 from beacon_jax.hf.prefixes import advice
 from beacon_jax.hf.relatives import of_tensors
-from beacon_jax.model.config import ModelConfig
+from beacon_jax.model.config import NAMED, STATE_BIASES, ModelConfig
 from beacon_jax.model.shapes import param_shapes
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,11 @@ _LLAMA = {
     "beacon/layers/attention/v_proj": "model.layers.{}.self_attn.beacon_v_proj",
     "beacon/layers/attention/o_proj": "model.layers.{}.self_attn.beacon_o_proj",
 }
-KEYS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
+_QWEN3 = _LLAMA | {
+    "params/layers/attention/q_norm": "model.layers.{}.self_attn.q_norm",
+    "params/layers/attention/k_norm": "model.layers.{}.self_attn.k_norm",
+}
+KEYS = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3}
 # Our leaf -> the end of the HF name; the release knows no low-rank beacons.
 _ENDS = {"bias": ".bias", "lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
 
@@ -258,9 +262,9 @@ def _remedy(
             )
         if all(problem.startswith("unknown: ") for problem in problems):
             return (
-                "Tensors that are unknown change what a model computes: give a Llama, "
-                "Mistral or Qwen2 model; or, if it computes the same without them, "
-                "save it without."
+                "Tensors that are unknown change what a model computes: give a "
+                f"{NAMED} model; or, if it computes the same without them, save it "
+                "without."
             )
     return f"Is config.json of another model? {again[0].upper()}{again[1:]}."
 
@@ -286,10 +290,11 @@ def _fitting(
         "num_kv_heads": ("num_key_value_heads", whole(heads("k_proj"))),
         "tie_embeddings": ("tie_word_embeddings", LM_HEAD not in found),
     }
-    if config.family == "llama":
+    if config.family in STATE_BIASES:
         biased = has("self_attn.q_proj")
         sizes["qkv_bias"] = ("attention_bias", biased)
         sizes["o_bias"] = ("", biased)
+    if config.family == "llama":
         sizes["mlp_bias"] = ("mlp_bias", has("mlp.up_proj"))
     wanted = {
         field: (key, x)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from beacon_jax.hf import shards
-from beacon_jax.model.config import BASE
+from beacon_jax.model.config import BASE, NAMED
 from beacon_jax.paths import read_object
 
 PEFT = "adapter_config.json"
@@ -197,6 +197,6 @@ def of_tensors(names: Iterable[str]) -> str:
         if ".experts." in name or ".block_sparse_moe." in name:
             return (
                 f"{name}: this is a mixture of experts, which is not supported: give a "
-                "Llama, Mistral or Qwen2 model."
+                f"{NAMED} model without experts."
             )
     return ""

@@ -57,9 +57,9 @@ def load(
 
     Args:
       path: a folder with config.json, weights and tokenizer files, of Hugging Face or
-        converted; a GGUF file of a llama, mistral or qwen2 model; "tiny-beacon", which
-        comes with the package; or the id of a model on the hub, "org/name", which is
-        downloaded into the cache of huggingface_hub.
+        converted; a GGUF file of a llama, mistral, qwen2 or qwen3 model; "tiny-beacon",
+        which comes with the package; or the id of a model on the hub, "org/name", which
+        is downloaded into the cache of huggingface_hub.
       dtype: "float32", "bfloat16" or "float16"; None: as stored, and float32 if a GGUF
         file has quantised tensors.
       beacon: other beacon settings; a plain model gets untrained beacons.

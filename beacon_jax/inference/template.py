@@ -86,12 +86,15 @@ def written(
     template: str | None = None,
     *,
     answers: bool = True,
+    thinks: bool = True,
 ) -> str:
     """Writes a conversation by a template.
 
     Args:
       template: jinja text in place of the tokenizer's own.
       answers: the next answer begins at its end; if not, the last message goes on.
+      thinks: the answer may begin with thoughts, if that is what the template's model
+        does; if not, templates that know `enable_thinking` (Qwen3's) leave them out.
 
     Raises:
       ValueError: the template is broken, or refuses the conversation.
@@ -104,6 +107,7 @@ def written(
             tokenize=False,
             add_generation_prompt=answers,
             continue_final_message=not answers,
+            **({} if thinks else {"enable_thinking": False}),
         )
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(

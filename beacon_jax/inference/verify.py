@@ -62,8 +62,11 @@ def numpy_logits(
     for i in range(config.num_layers):
         layer = f"model.layers.{i}"
         y = norm(x, f"{layer}.input_layernorm")
-        q = rotate(split(linear(y, f"{layer}.self_attn.q_proj")))
-        k = rotate(split(linear(y, f"{layer}.self_attn.k_proj"))).repeat(groups, 0)
+        q, k = (split(linear(y, f"{layer}.self_attn.{p}_proj")) for p in "qk")
+        if config.qk_norm:
+            q = norm(q, f"{layer}.self_attn.q_norm")
+            k = norm(k, f"{layer}.self_attn.k_norm")
+        q, k = rotate(q), rotate(k).repeat(groups, 0)
         v = split(linear(y, f"{layer}.self_attn.v_proj")).repeat(groups, 0)
         scores = q @ k.transpose(0, 2, 1) / math.sqrt(config.head_dim)
         mixed = (softmax(scores + future) @ v).transpose(1, 0, 2).reshape(length, -1)

@@ -22,12 +22,15 @@ from beacon_jax.names import check_choice, hinted_init, meant
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = ("llama", "mistral", "qwen2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
 }
+# The families as messages name them.
+NAMED = "Llama, Mistral, Qwen2 or Qwen3"
 # What to do with a model of such a base that has another head.
 BASE = (
     "which writes no text: use its base model, the ...ForCausalLM it was trained from"
@@ -218,7 +221,7 @@ class BeaconConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Llama, Mistral or Qwen2 decoder and its beacons (None: a plain decoder).
+    """A Llama, Mistral, Qwen2 or Qwen3 decoder and its beacons (None: a plain one).
 
     Sizes are V, D, F, L, N, K, H in the order of the fields. `max_position` is what
     config.json says; see `trained_positions` for what rotary scaling makes of it.
@@ -268,6 +271,11 @@ class ModelConfig:
             )
 
     @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised per head, in front of rotary."""
+        return self.family == "qwen3"
+
+    @property
     def trained_positions(self) -> int:
         """P, the positions that the model with its rotary scaling was trained for.
 
@@ -293,7 +301,7 @@ class ModelConfig:
         """Reads a config.json. Raises ValueError naming what is not supported."""
         hf = config_keys.spelt(hf)
         config_keys.check_types(hf)
-        family = _family(hf)
+        family = hf["model_type"] = _family(hf)
         config_keys.check(hf)
         hf = {**_DEFAULTS[family], **hf}
         if hf["use_sliding_window"] is None:
@@ -323,8 +331,11 @@ class ModelConfig:
             )
         if not ignore_sliding_window:
             _check_window(hf, family)
-        llama = family == "llama"
-        bias = bool(hf.get("attention_bias")) if llama else family == "qwen2"
+        bias = (
+            bool(hf.get("attention_bias"))
+            if family in STATE_BIASES
+            else family == "qwen2"
+        )
         beacon = BeaconConfig.from_hf(hf)
         with _named(_SIZES):
             return cls(
@@ -334,8 +345,8 @@ class ModelConfig:
                 rope=RopeConfig.from_hf(hf),
                 tie_embeddings=bool(hf["tie_word_embeddings"]),
                 qkv_bias=bias,
-                o_bias=bias and llama,
-                mlp_bias=bool(hf.get("mlp_bias")) and llama,
+                o_bias=bias and family in STATE_BIASES,
+                mlp_bias=bool(hf.get("mlp_bias")) and family == "llama",
                 bos_ids=_ids(hf, "bos_token_id"),
                 eos_ids=_ids(hf, "eos_token_id"),
                 beacon=beacon,
@@ -372,8 +383,10 @@ class ModelConfig:
             "bos_token_id": _unpack(self.bos_ids),
             "eos_token_id": _unpack(self.eos_ids),
         }
+        if self.family in STATE_BIASES:
+            result["attention_bias"] = self.qkv_bias
         if self.family == "llama":
-            result |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+            result["mlp_bias"] = self.mlp_bias
         elif base is None:
             result |= {"sliding_window": None, "use_sliding_window": False}
         return result | (self.beacon.to_hf() if self.beacon else {})
@@ -401,12 +414,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _SHARED_DEFAULTS | {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": _SHARED_DEFAULTS | {"bos_token_id": 1, "eos_token_id": 2},
     "qwen2": _SHARED_DEFAULTS | {"use_sliding_window": False, "sliding_window": 4096},
+    "qwen3": _SHARED_DEFAULTS
+    | {"use_sliding_window": False, "sliding_window": 4096, "head_dim": 128},
 }
+# Families whose attention_bias says whether q, k, v and o have biases.
+STATE_BIASES = ("llama", "qwen3")
 # Family -> the possible (qkv_bias, o_bias, mlp_bias).
 _BIASES = {
     "llama": {(b, b, m) for b in (False, True) for m in (False, True)},
     "mistral": {(False, False, False)},
     "qwen2": {(True, False, False)},
+    "qwen3": {(b, b, False) for b in (False, True)},
 }
 
 
@@ -453,14 +471,16 @@ def _family(hf: Mapping[str, Any]) -> str:
 def _check_window(hf: Mapping[str, Any], family: str) -> None:
     """Raises ValueError if some layers attend to a window only.
 
-    In Qwen2 those from max_window_layers on do, or those that layer_types names.
+    In Qwen2 and Qwen3 those from max_window_layers on do, or those that layer_types
+    names.
     """
+    qwen = family in ("qwen2", "qwen3")
     window = hf.get("sliding_window") if hf["use_sliding_window"] else None
     first, layers = hf.get("max_window_layers"), hf.get("layer_types")
-    if family == "qwen2" and layers is None:
+    if qwen and layers is None:
         first = 28 if first is None else first  # of transformers
         window = None if first >= hf["num_hidden_layers"] else window
-    elif family == "qwen2" and "sliding_attention" not in (layers or ()):
+    elif qwen and "sliding_attention" not in (layers or ()):
         window = None
     layers = sorted(set(hf.get("layer_types") or ()) - {"full_attention"})
     if window is not None and window < 1:

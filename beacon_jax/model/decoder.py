@@ -1,4 +1,4 @@
-"""The one decoder for Llama-2/3, Mistral, Qwen2 and Qwen2.5, with or without beacons.
+"""The one decoder for Llama-2/3, Mistral, Qwen2, Qwen2.5 and Qwen3, and its beacons.
 
 Parameters live in two collections: "params" (the base, frozen) and "beacon" (trained).
 Every parameter has logical axis names; layers are scanned and their parameters stacked.
@@ -207,15 +207,16 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Normalises by the root mean square in float32, then casts to `dtype`."""
+    """Normalises the last axis by its root mean square in float32; casts to `dtype`."""
 
     size: int
     eps: float
     dtype: Any
+    axis: str = "norm"
 
     @nn.compact
     def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
         scale: Any = self.param("scale", init, (self.size,))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
@@ -224,6 +225,12 @@ class RMSNorm(nn.Module):
 
 class Attention(nn.Module):
     """Attention of a window to the memory and to itself.
+
+    Qwen3 normalises each head of q and k in front of rotary, by frozen scales that raw
+    and beacon rows share: k = norm(x W), for beacons with a rank norm(x W + (x A) B),
+    and with an anchor norm(anchor's x W + (x A) B). The anchor's result is taken and
+    changed in front of the norm, so the key of a fresh beacon is its anchor's, bit by
+    bit. Keys are normed as they enter the memory, which is not rotated.
 
     Attributes:
       keep: entries whose un-rotated keys and values are returned.
@@ -253,6 +260,10 @@ class Attention(nn.Module):
         self.k_proj = make("k", d, kv_heads, kv_axes, c.qkv_bias)
         self.v_proj = make("v", d, kv_heads, kv_axes, c.qkv_bias)
         self.o_proj = make("o", heads, d, ("heads", "head_dim", "embed"), c.o_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(h, c.rms_norm_eps, dtype, "head_dim") for _ in "qk"
+            )
 
     def __call__(
         self,
@@ -263,6 +274,8 @@ class Attention(nn.Module):
         layer: buffers.Layer,
     ) -> tuple[Float[Array, "B T D"], Entries, Buffer, Buffer]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.net.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         keep = jnp.asarray(self.keep, jnp.int32)
         kept = Entries(k[:, keep], v[:, keep])
         prefix, live = place.prefix, place.live

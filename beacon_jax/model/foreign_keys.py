@@ -62,6 +62,10 @@ _TRUE = frozenset(
     use_rotary_position_embeddings use_swiglu
     """.split()
 )
+# Whether each head of q and k is normalised, as Qwen3's are.
+_QK_NORM = frozenset(
+    "qk_layernorm qk_ln qk_norm qk_rmsnorm use_qk_layernorm use_qk_norm".split()
+)
 # Of position_embedding_type, norm_type, attn_type and such, without signs.
 _TEXTS = frozenset(
     """
@@ -147,7 +151,8 @@ def neutral(key: str, value: Any, hf: Mapping[str, Any]) -> bool:
     if key in _OF_SIZES:
         return value is False or _equal(value, key, hf)
     if isinstance(value, bool):
-        return value == (key in _TRUE)
+        plain = hf.get("model_type") == "qwen3" if key in _QK_NORM else key in _TRUE
+        return value == plain
     if isinstance(value, str):
         return not value or re.sub(r"[\W_]", "", value.lower()) in _TEXTS
     if isinstance(value, Mapping):

@@ -3,6 +3,7 @@
 `PARAMETERS` are the published parameter counts of the base models (the sum over the
 tensors of the released safetensors files, tied embeddings counted once). Beacon windows
 are the paper's (section 4.1): 1024 for Llama-2, 2048 for Qwen2; Llama-3 needs a sink.
+The paper has no Qwen3: its window here is that of Qwen2.
 """
 
 import math
@@ -19,6 +20,12 @@ PARAMETERS = {
     "qwen2-1.5b": 1_543_714_304,
     "qwen2-7b": 7_615_616_512,
     "qwen2-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
     "llama2-70b": 68_976_648_192,
@@ -52,19 +59,27 @@ def _llama2(*sizes: int) -> ModelConfig:
     return _model("llama", 32000, sizes, beacon=beacon, **fields)
 
 
-def _qwen2(*sizes: int, vocab: int = 152064, **fields: Any) -> ModelConfig:
+def _qwen(
+    family: str, vocab: int, sizes: tuple[int, ...], **fields: Any
+) -> ModelConfig:
     return _model(
-        "qwen2",
+        family,
         vocab,
         sizes,
-        max_position=32768,
         rope=RopeConfig(theta=1e6),
-        qkv_bias=True,
         bos_ids=(151643,),
         eos_ids=(151645,),
         beacon=BeaconConfig(window=2048, ratios=_RATIOS),
         **fields,
     )
+
+
+def _qwen2(*sizes: int, vocab: int = 152064, **fields: Any) -> ModelConfig:
+    return _qwen("qwen2", vocab, sizes, max_position=32768, qkv_bias=True, **fields)
+
+
+def _qwen3(*sizes: int, tied: bool = False) -> ModelConfig:
+    return _qwen("qwen3", 151936, sizes, max_position=40960, tie_embeddings=tied)
 
 
 _SMALL: dict[str, Any] = {"vocab": 151936, "tie_embeddings": True}
@@ -95,6 +110,12 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen2-1.5b": _qwen2(1536, 8960, 28, 12, 2, **_SMALL),
     "qwen2-7b": _qwen2(3584, 18944, 28, 28, 4),
     "qwen2-72b": _qwen2(8192, 29568, 80, 64, 8),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, tied=True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, 8, tied=True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8),
+    "qwen3-14b": _qwen3(5120, 17408, 40, 40, 8),
+    "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8),
     "llama2-7b": _llama2(4096, 11008, 32, 32, 32),
     "llama2-13b": _llama2(5120, 13824, 40, 40, 40),
     "llama2-70b": _llama2(8192, 28672, 80, 64, 8),

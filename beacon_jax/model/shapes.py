@@ -28,6 +28,11 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
         "v_proj": linear((d, k, h), (k, h) if qkv else None),
         "o_proj": linear((n, h, d), (d,) if o else None),
     }
+    if config.qk_norm:
+        attention |= {
+            "q_norm": {"scale": (layers, h)},
+            "k_norm": {"scale": (layers, h)},
+        }
     params: dict[str, Any] = {
         "embed": {"embedding": (v, d)},
         "layers": {

@@ -124,7 +124,8 @@ def _activations(model: ModelConfig, size: int) -> float:
     d, f = model.hidden_size, model.intermediate_size
     heads = (model.num_heads + model.num_kv_heads) * model.head_dim
     own = model.beacon.rank * len(model.beacon.param) if model.beacon else 0
-    return size * (4 * d + 2 * heads + 4 * f + own) + 8 * d  # norms are in float32
+    normed = 2 * d + (heads if model.qk_norm else 0)  # in float32
+    return size * (4 * d + 2 * heads + 4 * f + own) + 4 * normed
 
 
 def _bytes(x: Any, size: int) -> int:

@@ -50,9 +50,10 @@ def entries(config, variables, ratio=4):
     return kept, layout
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("param", [("q", "k", "v"), ("q", "o")])
-def test_fresh_beacons_are_copies_of_the_tokens_in_front_of_them(param):
-    config = anchored(param=param)
+def test_fresh_beacons_are_copies_of_the_tokens_in_front_of_them(param, family):
+    config = anchored(family=family, param=param)
     params = variables(config)["params"]
     fresh = {"params": params, "beacon": init_beacon(params, config)}
     kept, layout = entries(config, fresh)
@@ -62,6 +63,25 @@ def test_fresh_beacons_are_copies_of_the_tokens_in_front_of_them(param):
     changed, _ = entries(config, variables(config))
     same = [np.allclose(x[:, :, 4], x[:, :, 3], atol=1e-3) for x in changed]
     assert same == [param == ("q", "o")] * 2  # what is not in param stays a copy
+
+
+def test_a_beacons_key_is_its_anchors_projection_changed_and_then_normalised():
+    """In the first layer, where the anchor's row is the token's embedding."""
+    config = anchored(family="qwen3")
+    weights = variables(config)
+    kept, layout = entries(config, weights)
+    params, own = (weights[name]["layers"]["attention"] for name in weights)
+    layer = weights["params"]["layers"]
+    rms = lambda x: np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps)
+    table = np.asarray(weights["params"]["embed"]["embedding"], float)
+    raw = table[batch()["tokens"][0][:, 3::4]]
+    beacon = np.asarray(weights["beacon"]["embed"]["embedding"], float)
+    x, row = (y / rms(y) * layer["input_norm"]["scale"][0] for y in (raw, beacon))
+    a, b = (np.asarray(own["k_proj"][f"lora_{z}"][0], float) for z in "ab")
+    k = np.tensordot(x, params["k_proj"]["kernel"][0], 1) + np.tensordot(row @ a, b, 1)
+    expected = k / rms(k) * params["k_norm"]["scale"][0]
+    found = kept.k[0][:, layout.beacon_index]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_text_read_as_a_whole_in_pieces_or_token_by_token_is_one():

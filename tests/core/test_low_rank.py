@@ -66,6 +66,7 @@ CASES = {
     "llama-biases": low_rank(placement="append", param=ALL, o_bias=True, tied=True),
     "mistral": low_rank("mistral", placement="append", kv_heads=4, sink=3),
     "qwen2": low_rank("qwen2", param=ALL, tied=True, kv_heads=1, sink=2),
+    "qwen3": low_rank("qwen3"),
 }
 
 

@@ -88,8 +88,13 @@ def forward(config, variables, tokens, memory, start):
         project = lambda name, y=y, layer=layer: np.tensordot(
             y, layer("attention", name, "kernel"), 1
         )
-        q = rotated(config, project("q_proj"), at[:, :1])
-        k, v = project("k_proj"), project("v_proj")
+        q, k, v = (project(f"{letter}_proj") for letter in "qkv")
+        if config.qk_norm:
+            q, k = (
+                norm(x, layer("attention", f"{letter}_norm", "scale"))
+                for letter, x in (("q", q), ("k", k))
+            )
+        q = rotated(config, q, at[:, :1])
         keys = np.concatenate(
             [rotated(config, memory.k[i], memory.at[i]), rotated(config, k, at)]
         )

@@ -47,6 +47,16 @@ def test_prompts_have_one_bos_and_no_eos(kind, added):
     assert cut == TEXT
 
 
+def test_an_answer_begins_without_thoughts_where_the_template_can_leave_them_out():
+    """As Qwen3's does, whose answers of a few tokens were thoughts alone."""
+    thought = (
+        "{% if enable_thinking is defined and not enable_thinking %}[-]{% endif %}"
+    )
+    asked = prompts.encode(stand_in("gpt-2", template=TEMPLATE + thought), "x", "The ")
+    plain = prompts.encode(stand_in("gpt-2", template=TEMPLATE), "x", "[-]The ")
+    assert asked.tolist() == plain.tolist()
+
+
 @every_kind
 @every_addition
 def test_letters_and_answers_have_the_ids_of_the_whole_text(kind, added):

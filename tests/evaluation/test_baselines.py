@@ -33,12 +33,17 @@ from tests.evaluation.numpy_model import (
 W, LONGEST = 8, 64
 PAST, FOLLOWING = (40, 0, 8, 24), (8, 5, 7, 3)  # tokens of the rows
 SHAPES = {
-    # Grouped queries without sinks; as many kv heads as heads, sinks and yarn.
+    # Grouped queries without sinks; as many kv heads as heads, sinks and yarn; norms.
     "gqa": dict(num_kv_heads=2, beacon=BeaconConfig(window=W, ratios=(2, 4, 8))),
     "mha": dict(
         num_kv_heads=4,
         beacon=BeaconConfig(window=W, ratios=(2, 4, 8), sink=2),
         rope=RopeConfig(kind="yarn", factor=4.0, original_max_position=64),
+    ),
+    "qwen3": dict(
+        family="qwen3",
+        num_kv_heads=2,
+        beacon=BeaconConfig(window=W, ratios=(2, 4, 8)),
     ),
 }
 FLOATS = sorted(set(FAMILIES) - {"beacon", "int8", "beacon_int8"})

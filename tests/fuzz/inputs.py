@@ -99,6 +99,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_window_layers": 2,
         "tie_word_embeddings": True,
     },
+    "qwen3": LLAMA
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 12,
+        "attention_bias": False,
+    },
 }
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
@@ -164,7 +171,7 @@ def make_adapter(root: Path) -> None:
 
 
 def make_gguf(root: Path) -> None:
-    for arch in ("llama", "qwen2"):
+    for arch in ("llama", "qwen2", "qwen3"):
         tokens = byte_level(["the", " river", " stones"], "qwen2")
         size = len(tokens["tokenizer.ggml.tokens"])
         hf = MODELS["beacon" if arch == "llama" else arch] | {"vocab_size": size}

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from beacon_jax.model.config import FAMILIES
+
 
 def _whole(low: int, high: int = 2**31) -> Callable[[Any], bool]:
     return lambda x: type(x) is int and low <= x < high
@@ -43,7 +45,7 @@ SENSIBLE: dict[str, Callable[[Any], bool]] = {
     "high_freq_factor": _real(1e-6, 1e6),
     "rope_type": lambda x: x in ("default", "linear", "llama3", "yarn"),
     "hidden_act": lambda x: x in ("silu", "swish"),
-    "model_type": lambda x: x in ("llama", "mistral", "qwen2"),
+    "model_type": lambda x: x in FAMILIES,
     "rope_scaling": lambda x: isinstance(x, dict),
     "rope_parameters": lambda x: isinstance(x, dict),
     "bos_token_id": _ids,

@@ -21,6 +21,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": None,
     },
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
 }
 BEACON = {
     "beacon_window": 16,
@@ -79,6 +80,9 @@ def hf_tensors(hf: dict[str, Any], dtype: Any = np.float32) -> dict[str, np.ndar
                 shapes[f"{layer}.self_attn.{prefix}{name}.weight"] = (o, d)
                 if bias:
                     shapes[f"{layer}.self_attn.{prefix}{name}.bias"] = (o,)
+        if hf["model_type"] == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                shapes[f"{layer}.self_attn.{name}.weight"] = (H,)
         for name, o, d in (("gate", F, D), ("up", F, D), ("down", D, F)):
             shapes[f"{layer}.mlp.{name}_proj.weight"] = (o, d)
             if hf.get("mlp_bias"):

@@ -43,6 +43,7 @@ def tensors_in(folder: Path) -> dict[str, np.ndarray]:
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("mistral", {}),
         ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
     ],
 )
 def test_the_round_trip_gives_every_file_back_byte_for_byte(

@@ -34,7 +34,7 @@ TOKENIZER["tokenizer.ggml.token_type"] += [5] * UNUSED
 def quantisable(folder_tensors):
     """Tensors of SIZES, instead of those of the small shapes of conftest."""
     rng = np.random.default_rng(1)
-    grown = {"N": 4 * 8, "K": 2 * 8, 16: 64, 24: 96, 40: 300, 12: 16}
+    grown = {"N": 4 * 8, "K": 2 * 8, 6: 8, 16: 64, 24: 96, 40: 300, 12: 16}
     return {
         key: (rng.normal(size=[grown[n] for n in _axes(key, x.shape)]) * 0.3).astype(
             np.float32
@@ -101,6 +101,8 @@ def assert_same(a, b):
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("qwen2", {}),
         ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("qwen3", {"attention_bias": True}),
     ],
 )
 def test_a_file_is_the_model_of_the_folder(pair, family, changes):
@@ -123,7 +125,7 @@ def test_rows_of_permuted_tensors_are_read_from_anywhere(pair):
             np.testing.assert_array_equal(found, theirs.read(key, *rows))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_quantised_model_has_the_logits_of_its_folder(pair, family):
     folder, file = pair(family, TYPES.Q4_0, attention_bias=False)
     ours, tokens = hf.load(file), np.arange(20) * 7 % 300
@@ -379,9 +381,15 @@ def test_what_the_metadata_may_not_say(pair, values, said):
         hf.load(file)
 
 
-def test_an_unknown_architecture_names_those_that_are_known(tmp_path):
-    file = write_gguf(tmp_path / "a.gguf", "lama", {}, {})
-    said = r"a\.gguf: architecture 'lama' is not supported: did you mean llama\? use a"
+@pytest.mark.parametrize(
+    ("arch", "near"),
+    [("lama", "llama"), ("qwen3moe", "qwen3"), ("qwen3next", "qwen3")],
+)
+def test_an_unknown_architecture_names_those_that_are_known(tmp_path, arch, near):
+    file = write_gguf(tmp_path / "a.gguf", arch, {}, {})
+    said = (
+        rf"a\.gguf: architecture '{arch}' is not supported: did you mean {near}\? use"
+    )
     with pytest.raises(ValueError, match=said):
         beacon_jax.load(file)
 

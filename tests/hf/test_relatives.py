@@ -118,6 +118,7 @@ def test_the_cache_of_the_hub_names_the_newest_version_that_is_whole(
         "Qwen2ForTokenClassification",
         "MistralForQuestionAnswering",
         "LlamaForRewardModel",
+        "Qwen3ForSequenceClassification",
     ],
 )
 def test_a_classifier_is_named_and_its_base_asked_for(name):
@@ -162,6 +163,21 @@ def test_values_of_config_json_that_tensors_fit_are_named(
     fitting = config_of("llama", **(config | named))
     (folder / "config.json").write_text(json.dumps(fitting))
     load(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ("qwen3", {"attention_bias": True}, "They fit attention_bias=true"),
+        ("qwen2", {}, "missing: .*q_proj.bias.*another model"),
+    ],
+)
+def test_the_weights_of_a_qwen3_under_another_config_are_named(
+    make_checkpoint, config_of, tensors_of, config, tensors, message
+):
+    made = tensors_of(config_of("qwen3", **tensors))
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        load(make_checkpoint(config_of(config), made))
 
 
 @pytest.mark.parametrize(

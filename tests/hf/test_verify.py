@@ -72,7 +72,7 @@ def test_the_table_tells_a_right_model_from_a_wrong_one():
     assert "max 1.00e-01" in wrong.table()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_conversion_that_mixes_up_heads_is_noticed(
     tmp_path, make_checkpoint, config_of, tensors_of, family
 ):

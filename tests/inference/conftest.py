@@ -79,6 +79,9 @@ def make_folder(tmp_path_factory) -> Callable[..., Path]:
                 for name, o in (("q", n * H), ("k", k * H), ("v", k * H)):
                     shapes[f"{layer}.self_attn.{own}{name}_proj.weight"] = (o, D)
             shapes[f"{layer}.self_attn.o_proj.weight"] = (D, n * H)
+            if hf["model_type"] == "qwen3":
+                for letter in "qk":
+                    shapes[f"{layer}.self_attn.{letter}_norm.weight"] = (H,)
             shapes[f"{layer}.mlp.gate_proj.weight"] = (F, D)
             shapes[f"{layer}.mlp.up_proj.weight"] = (F, D)
             shapes[f"{layer}.mlp.down_proj.weight"] = (D, F)

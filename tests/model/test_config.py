@@ -14,6 +14,7 @@ from beacon_jax.model.config import (
     RopeConfig,
     check_ratio,
 )
+from beacon_jax.model.presets import PRESETS
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -78,6 +79,34 @@ MISTRAL = LLAMA | {
     "num_key_value_heads": 8,
     "max_position_embeddings": 32768,
     "sliding_window": None,
+}
+QWEN3 = {  # as Qwen3-8B's
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
 }
 YARN = {
     "rope_type": "yarn",
@@ -372,6 +401,9 @@ def test_what_is_not_supported_is_named_with_its_remedy(changes, message):
             "layer_types": ["full_attention", "sliding_attention"],
         },
         QWEN2_BEACON | {"layer_types": ["full_attention", "sliding_attention"]},
+        QWEN3
+        | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 9},
+        QWEN3 | {"layer_types": ["full_attention", "sliding_attention"]},
         MISTRAL | {"sliding_window": 4096},
         {key: value for key, value in MISTRAL.items() if key != "sliding_window"},
     ],
@@ -381,6 +413,45 @@ def test_an_active_sliding_window_is_an_error_unless_ignored(hf):
         ModelConfig.from_hf(hf)
     config = ModelConfig.from_hf(hf, ignore_sliding_window=True)
     assert config.to_hf(hf) == hf
+
+
+def test_qwen3s_config_json_is_read_and_written_back():
+    config, preset = ModelConfig.from_hf(QWEN3), PRESETS["qwen3-8b"]
+    assert config == dataclasses.replace(preset, beacon=None)
+    assert config.qk_norm and not ModelConfig.from_hf(LLAMA).qk_norm
+    assert config.to_hf(QWEN3) == QWEN3
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    # Heads have 128 elements unless the file says otherwise: 5120 / 64 is 80.
+    without = {k: x for k, x in QWEN3.items() if k != "head_dim"}
+    large = without | {"hidden_size": 5120, "num_attention_heads": 64}
+    assert ModelConfig.from_hf(large).head_dim == 128
+    biased = ModelConfig.from_hf(QWEN3 | {"attention_bias": True})
+    assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True, True, False)
+    assert ModelConfig.from_hf(biased.to_hf(QWEN3)) == biased
+    scaling = YARN | {"original_max_position_embeddings": 32768}
+    yarn = ModelConfig.from_hf(QWEN3 | {"rope_scaling": scaling})
+    assert (yarn.rope.kind, yarn.trained_positions) == ("yarn", 131072)
+    off = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 36}
+    assert ModelConfig.from_hf(QWEN3 | off) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Qwen3MoeForCausalLM", "qwen3_moe"),
+        ("Qwen3NextForCausalLM", "qwen3_next"),
+        ("Qwen3VLForConditionalGeneration", "qwen3_vl"),
+        ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe"),
+        ("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe"),
+        ("Qwen3_5ForConditionalGeneration", "qwen3_5"),
+        ("Qwen3ForCausalLM", "qwen3_moe"),
+        ("Qwen3ForCausalLM", "qwen2"),
+    ],
+)
+def test_relatives_of_qwen3_are_refused_by_name(name, kind):
+    said = rf"architectures=\['{name}'\], model_type='{kind}'.*is not supported"
+    with pytest.raises(ValueError, match=said):
+        ModelConfig.from_hf(QWEN3 | {"architectures": [name], "model_type": kind})
 
 
 @pytest.mark.parametrize("layers", [QWEN2_BEACON["num_hidden_layers"], 99, None])
@@ -450,7 +521,13 @@ def test_ratio_zero_and_one_are_ratios():
 
 
 @pytest.mark.parametrize(
-    ("family", "biases"), [("qwen2", {}), ("mistral", {"qkv_bias": True})]
+    ("family", "biases"),
+    [
+        ("qwen2", {}),
+        ("mistral", {"qkv_bias": True}),
+        ("qwen3", {"qkv_bias": True}),
+        ("qwen3", {"mlp_bias": True}),
+    ],
 )
 def test_biases_that_no_config_json_can_state_are_refused(family, biases):
     config = ModelConfig.from_hf(LLAMA)

@@ -170,10 +170,31 @@ def test_keys_of_training_speed_and_files_are_no_obstacle(key, value):
     assert ModelConfig.from_hf({**LLAMA, key: value}) == ModelConfig.from_hf(LLAMA)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_of_a_familys_config_class_is_known(family, caplog):
+    sizes = {k: x for k, x in LLAMA.items() if k != "model_type"}
+    hf = CONFIG_MAPPING[family](**sizes, num_key_value_heads=2).to_dict()
+    hf["architectures"] = None
+    with caplog.at_level(logging.WARNING):
+        assert ModelConfig.from_hf(hf, ignore_sliding_window=True).family == family
+        config_keys.warn_unknown(hf)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("key", ["qk_norm", "use_qk_norm", "qk_layernorm"])
+def test_norms_of_queries_and_keys_are_those_of_the_family(key):
+    qwen3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": None}
+    assert ModelConfig.from_hf({**qwen3, key: True}) == ModelConfig.from_hf(qwen3)
+    with pytest.raises(ValueError, match=f"^{key}=False changes|^{key}=False is not"):
+        ModelConfig.from_hf({**qwen3, key: False})
+
+
 def test_biases_that_the_family_has_are_no_obstacle():
     qwen2 = LLAMA | {"model_type": "qwen2", "qkv_bias": True, "no_bias": True}
     ModelConfig.from_hf(qwen2)
-    ModelConfig.from_hf(LLAMA | {"attention_bias": True, "use_qkv_bias": True})
+    for family in ("llama", "qwen3"):
+        biased = LLAMA | {"model_type": family, "attention_bias": True}
+        ModelConfig.from_hf(biased | {"use_qkv_bias": True})
 
 
 @pytest.mark.parametrize("key", config_keys.ALIASES)

@@ -109,7 +109,7 @@ class MultiNeedle(Synthetic):
         mark = "\u2020answer\u2020"
         roles = zip(("user", "assistant", "user"), ("?", mark, question), strict=True)
         turns = [{"role": role, "content": content} for role, content in roles]
-        text = written(model.tokenizer, turns)
+        text = written(model.tokenizer, turns, thinks=False)
         if mark not in text:
             raise ValueError(
                 "the tokenizer's chat template leaves answers out, which multi_needle "

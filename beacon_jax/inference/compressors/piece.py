@@ -122,17 +122,18 @@ def run(
       counts them nowhere.
     """
     model = Decoder(net, Layout(1, tokens.shape[1], 0))
+    last = "q_norm" if net.config.qk_norm else "q_proj"
     (_, _, k, v), found = model.apply(
         variables,
         tokens,
         state.k,
         state.v,
         prefix,
-        capture_intermediates=lambda module, _: module.name == "q_proj",
+        capture_intermediates=lambda module, _: module.name == last,
         mutable=["intermediates"],
     )
     attention: Any = found["intermediates"]["layers"]["attention"]
-    (queries,) = attention["q_proj"]["__call__"]
+    (queries,) = attention[last]["__call__"]
     return queries, state.replace(k=k, v=v)
 
 
