@@ -6,7 +6,7 @@ What the text does not fill a window with stays as it is, and so does what is ge
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -216,11 +216,13 @@ def close(
     piece: Piece,
     count: Int[np.ndarray, " B"],
     stays: Sequence[Bool[np.ndarray, " n"]] | None = None,
+    observe: Callable[[Piece], Any] | None = None,
 ) -> MemoryState:
     """Replaces the slots of a piece by `count` of them, as a compressor does.
 
     Args:
       stays: of each row, the slots of the piece that stay; None: none has to.
+      observe: in place of the compressor's own.
 
     Returns:
       The memory; the piece's is taken over.
@@ -237,7 +239,7 @@ def close(
     ):
         row[first:last] = each
     kept = jnp.asarray(count, jnp.int32)
-    scores = method.score(piece, method.observe(piece), kept)
+    scores = method.score(piece, (observe or method.observe)(piece), kept)
     place = lambda x: jnp.asarray(x)[None, :, None]
     scores = jnp.where(place(slot < piece.stop[:, None]), scores, -jnp.inf)
     scores = jnp.where(place(forced), jnp.inf, scores)

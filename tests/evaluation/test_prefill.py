@@ -9,8 +9,18 @@ from beacon_jax.evaluation import reading
 from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.runner import evaluate
 from beacon_jax.evaluation.tasks import make_tasks
+from beacon_jax.inference import compressors
 
-FROM_FULL = ["full", "snapkv", "snapkv_recent", "random", "strided", "mean-pool"]
+FROM_FULL = [
+    "full",
+    "snapkv",
+    "snapkv_recent",
+    "random",
+    "strided",
+    "mean-pool",
+    "expected-attention",
+    "kvzip",
+]
 
 
 @pytest.fixture
@@ -46,6 +56,22 @@ def test_methods_predict_together_what_each_predicts_alone(
     batches = len(settings.lengths) * -(-settings.samples // settings.batch_size)
     assert together == batches
     assert len(full_reads) - together == batches * len(FROM_FULL)
+
+
+def test_the_model_is_asked_once_for_all_ratios(
+    model, settings, monkeypatch, tmp_path
+):
+    asked, observe = [], compressors.KVzip.observe
+
+    def counted(self, piece):
+        asked.append(len(piece.stop))
+        return observe(self, piece)
+
+    monkeypatch.setattr(compressors.KVzip, "observe", counted)
+    methods = make_methods(["kvzip", "kvzip_recent"], [2, 4])
+    evaluate(model, make_tasks(["perplexity"]), methods, settings, tmp_path)
+    batches = len(settings.lengths) * -(-settings.samples // settings.batch_size)
+    assert len(asked) == batches
 
 
 def test_shared_seconds_count_for_every_method(model, settings, monkeypatch, tmp_path):

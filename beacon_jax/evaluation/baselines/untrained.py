@@ -33,8 +33,12 @@ class Untrained(Budgeted):
 
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         memory = read(model, past, self.longest, self.prefill)
-        piece = self.piece(model, past, memory)
-        state = close(self.compressor(), piece, self.budget(model, past))
+        piece, method = self.piece(model, past, memory), self.compressor()
+        observe, prefill = method.observe, self.prefill
+        if prefill is not None:  # the model is asked once for all ratios
+            name, ask = method.name, method.observe
+            observe = lambda x: prefill.once(model, past, name, lambda: ask(x))
+        state = close(method, piece, self.budget(model, past), observe=observe)
         return of_slots(memory, state)
 
     def piece(self, model: Model, past: Rows, memory: Memory) -> Piece:
