@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from beacon_jax.evaluation.baselines import make_methods
+from beacon_jax.evaluation.tasks import make_tasks
+
 LAUNCH = Path(__file__).parents[1] / "launch"
 SETUP = ("setup.sh", "find_python.sh")  # tested in test_setup.py
 CHECK, CORPUS = "gpu_check.sh", "corpus.sh"
 QUICKSTART = "quickstart.sh"  # tested in test_quickstart.py
-OTHERS = (*SETUP, CHECK, CORPUS, QUICKSTART)
+SMOLLM2 = "smollm2.sh"
+OTHERS = (*SETUP, CHECK, CORPUS, QUICKSTART, SMOLLM2)
 SCRIPTS = sorted(f.name for f in LAUNCH.glob("*.sh") if f.name not in OTHERS)
 PARTS = ("parity", "kernels", "prefill", "decode", "train")
 BASH = shutil.which("bash") or "bash"
@@ -183,6 +187,30 @@ def test_an_unknown_part_of_the_gpu_check_is_named(check):
     result, lines = check("prefil")
     assert result.returncode == 1 and lines == []
     assert "prefil: exit 2" in result.stderr and "use parity" in result.stderr
+
+
+def test_smollm2_trains_then_measures_the_methods_that_exist(tmp_path):
+    fake, log = tmp_path / "python", tmp_path / "log"
+    fake.write_text(f'#!{BASH}\necho "$*" >>"{log}"\n')
+    fake.chmod(0o755)
+    given = {"PYTHON": str(fake), "MODEL": "m.gguf", "CORPUS": "corpus", "BATCH": "50"}
+    given |= {"CONFIG": "configs/smollm2.py:gpu", "OUT": str(tmp_path / "out")}
+    result = run(SMOLLM2, env=os.environ | given)
+    assert result.returncode == 0, result.stderr
+    train, *measured = log.read_text().splitlines()
+    assert "--config=configs/smollm2.py:gpu " in train and "init_from=m.gguf" in train
+    assert len(measured) == 3
+    for line in measured:
+        options = dict(x[2:].split("=", 1) for x in line.split() if "=" in x)
+        assert make_tasks(options["tasks"].split(","))
+        assert len(make_methods(options["methods"].split(","), [2, 4, 8])) == 26
+        assert options["beacons"] == f"{tmp_path}/out/train/adapter"
+        assert options["batch_size"] == "50"
+    result = run(SMOLLM2, "txt", env=os.environ | given)
+    assert result.returncode == 2 and "unknown part txt: use train" in result.stderr
+    del given["MODEL"]
+    kept = {k: v for k, v in os.environ.items() if k != "MODEL"}
+    assert "MODEL: names the GGUF file" in run(SMOLLM2, env=kept | given).stderr
 
 
 def test_a_corpus_of_own_folders_holds_their_long_documents_by_name(tmp_path):

@@ -58,9 +58,7 @@ def test_methods_predict_together_what_each_predicts_alone(
     assert len(full_reads) - together == batches * len(FROM_FULL)
 
 
-def test_the_model_is_asked_once_for_all_ratios(
-    model, settings, monkeypatch, tmp_path
-):
+def test_the_model_is_asked_once_for_all_ratios(model, settings, monkeypatch, tmp_path):
     asked, observe = [], compressors.KVzip.observe
 
     def counted(self, piece):
