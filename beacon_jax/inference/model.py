@@ -281,11 +281,12 @@ class Model:
         count = len(prompts)
         validate.options(asked, count, single=single)
         validate.memory(memory, Memory)
-        if asked.method is None:
+        method = choose_compressor(self.config, memory, asked)
+        if method is None:
             check_ratios(asked.ratio, self.config)
         if asked.instruct:
             check_template(self.tokenizer)
-        if choose_compressor(self.config, memory, asked) is not None:
+        if method is not None:
             memory = self._context_memory(context, memory, asked, count)
             asked, context = asked.read(), None
         streams = self._streams(asked, None if single else count)
