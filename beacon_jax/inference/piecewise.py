@@ -240,6 +240,7 @@ def close(
         row[first:last] = each
     kept = jnp.asarray(count, jnp.int32)
     scores = method.score(piece, (observe or method.observe)(piece), kept)
+    scores = jnp.nan_to_num(scores)  # finite, as infinite ones mean more here
     place = lambda x: jnp.asarray(x)[None, :, None]
     scores = jnp.where(place(slot < piece.stop[:, None]), scores, -jnp.inf)
     scores = jnp.where(place(forced), jnp.inf, scores)

@@ -174,6 +174,36 @@ def test_an_open_window_is_compressed_when_it_is_full(model):
     assert on.rows[0].tokens.tolist() == model.encode(TEXT, "x", first=True).tolist()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_open_window_waits_while_other_rows_are_compressed(name, model):
+    begun = model.compress([TEXT[:5], OTHER[:5]], ratio=0)
+    rest = [TEXT[5:], OTHER[5:7]]  # the second row's window stays open
+    both = model.compress(rest, ratio=4, method=name, memory=begun)
+    alone = model.compress(rest[1], ratio=4, method=name, memory=begun[1])
+    assert both.slots[1] == 0 and both.rows[1].raw == 7
+    for name in ("k", "v"):  # of the open window
+        x, y = (np.asarray(getattr(m.state, name)) for m in (both, alone))
+        np.testing.assert_allclose(x[:, 1, :7], y[:, 0, :7], atol=1e-5)
+    a = model.complete([QUESTION] * 2, memory=both, max_new_tokens=6)[1]
+    b = model.complete(QUESTION, memory=alone, max_new_tokens=6)
+    assert a.tokens.tolist() == b.tokens.tolist()
+
+
+def test_scores_that_are_no_numbers_displace_nothing(model):
+    class Broken(Compressor):
+        name = "broken"
+
+        def score(self, piece, seen, count):
+            bad = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 1.0])
+            size = piece.state.capacity
+            return piece.per_layer(small) * 0 + jnp.resize(bad, (size,))
+
+    first = model.compress(TEXT[: 2 * W], ratio=0)
+    memory = model.compress(TEXT[2 * W :], ratio=4, method=Broken(), memory=first)
+    for x, y in zip(slots_of(first), slots_of(memory), strict=True):
+        np.testing.assert_allclose(x, y[:, : 2 * W], atol=1e-6)
+
+
 def test_streaming_evicts_what_is_old(model):
     memory = model.compress(TEXT, ratio=4, method="streaming")
     v = slots_of(memory)[1][0]  # of layer 0: made of each token alone

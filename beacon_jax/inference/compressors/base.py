@@ -47,8 +47,7 @@ class Compressor:
     ) -> Float[Array, "L B K S"]:
         """Scores the slots of each layer, row and kv head; the highest are kept.
 
-        Only slots `piece.inside` count. Scores are finite: what has to stay is above
-        all of them.
+        Only slots `piece.inside` count. What has to stay is above all of them.
 
         Args:
           seen: what `observe` returned.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from beacon_jax.core.memory import MemoryState
+from beacon_jax.core.memory import MemoryState, buffer_size
 from beacon_jax.inference.compressors.base import Compressor
 from beacon_jax.inference.compressors.piece import (
     Piece,
@@ -59,7 +59,7 @@ class KVzip(Compressor):
             front = np.concatenate([front, last], axis=1)
         asked = np.concatenate([front, piece.tokens[:, begin:end]], axis=1)
         room = -(-asked.shape[1] // w) * w
-        state = piece.state.resized(int(piece.stop.max()) + room)
+        state = piece.state.resized(buffer_size(int(piece.stop.max()) + room, w))
         place = [np.minimum(piece.start + x, piece.stop) for x in (begin, end)]
         chunk = [jnp.asarray(x, jnp.int32) for x in place]
         stop = jnp.asarray(piece.stop, jnp.int32)

@@ -31,8 +31,9 @@ class Piece:
 
     Attributes:
       net, variables: the model.
-      state: the memory with the piece in it, no window open: slots[b] is `stop[b]`, and
-        behind it there is room for W entries more.
+      state: the memory with the piece in it: slots[b] is `stop[b]`, and behind it there
+        is room for W entries more. Only rows without tokens in the piece have a window
+        open.
       start, stop: first slot of the piece in each row, and the one behind it.
       tokens: ids of the piece, one per slot; beyond a row's length undefined.
       wanted: slots that each window is to leave, sinks among them; 0 beyond a row's
@@ -190,20 +191,22 @@ def keep(
     index: Int[Array, "#L B n #K"],
     count: Int[Array, " B"],
 ) -> MemoryState:
-    """Keeps chosen slots of each row as its first ones, and forgets the others.
+    """Keeps chosen slots of each row as its first ones; what lies behind has no use.
 
     Keys are turned to their new slots, so that positions are those of a text without
     gaps and stay within those trained. Slots that do not move keep their bits.
 
     Args:
-      state: no window of it is open; it is taken over.
+      state: no window of a row that loses slots is open; it is taken over.
       index: the slots that go to 0, 1, ... of each layer and kv head, n at most S;
         those beyond `count` are ignored.
       count: slots kept.
     """
     size = index.shape[2]
     to = jnp.arange(size)[:, None]
-    distance = jnp.where(to < count[:, None, None], to - index, 0)
+    # Behind the kept ones a row may have an open window: it stays where it is.
+    index = jnp.where(to < count[:, None, None], index, to)
+    distance = to - index
     cos, sin = cos_sin(net.config, distance, scaled=False)
     turn = lambda x: rotate(x, cos[..., 0, :], sin[..., 0, :])
     return state.replace(
