@@ -109,6 +109,10 @@ def make_plan(
     padded[row.first : row.first + row.count] = ratios
     keep = {row.first + i: at for i, at in row.offsets.items() if ratios[i]}
     notes = [note, row.cost(wished, ratios)]
+    if untrained and not row.full:
+        notes.append(
+            f"the text fills no window of {row.window} tokens: nothing is compressed"
+        )
     return Plan(padded, keep, "; ".join(text for text in notes if text))
 
 

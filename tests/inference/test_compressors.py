@@ -262,6 +262,13 @@ def test_a_budget_holds_to_the_end_of_the_answer(name, which, request):
     assert re.match(r"budget of \d+ slots: x\d+", notes[0])
 
 
+def test_a_text_that_fills_no_window_is_kept_and_that_is_said(plain):
+    notes = []
+    memory = plain.compress(TEXT, ratio=4, method="kvzip", on_note=notes.append)
+    assert memory.slots[0] == 0 and memory.rows[0].raw == len(TEXT)
+    assert notes == ["the text fills no window of 256 tokens: nothing is compressed"]
+
+
 def test_auto_takes_the_ratio_whose_positions_fit(model):
     notes = []
     model.compress(TEXT * 6, ratio="auto", method="streaming", on_note=notes.append)
