@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,24 @@ def check_choice(name: str, value: object, known: Collection[str]) -> None:
         raise ValueError(
             f"{name}={value!r} is unknown: {meant(value, known)}use {', '.join(known)}."
         )
+
+
+def imported(given: str, module: str, name: str, form: str) -> Any:
+    """Imports `name` of a module that a user named.
+
+    Args:
+      given: the argument with its value, as messages have it; `form`: how it goes.
+
+    Raises:
+      ValueError: there is no such module, or nothing of this name in it.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{given} cannot be imported ({error}): the form is {form}, of a module in "
+            "the current folder or an installed package."
+        ) from error
 
 
 def unknown(

@@ -3,7 +3,7 @@
 #   MODEL=smol.gguf CORPUS=corpus [OUT=out/smollm2] [BATCH=4] launch/smollm2.sh [PART ...]
 # Parts: train (configs/smollm2.py), text (loss of the last window and passkeys, 100 rows of
 # 1K to 8K tokens), ruler (11 tasks, 2K, 30 rows), needle (and three turns, 2K). The same
-# command goes on. Two CPU cores need most of a day for the last three. On a GPU:
+# command goes on. Two CPU cores need about a day for the last three, by estimate. On a GPU:
 # CONFIG=configs/smollm2.py:gpu BATCH=50. MODEL and CORPUS: see that config. BEACONS=FOLDER
 # measures other beacons than those of train.
 set -euo pipefail

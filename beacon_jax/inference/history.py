@@ -26,8 +26,8 @@ class History:
       spans: source tokens [start, end) of each closed slot. A beacon sees everything
         in front of it; its span is the tokens between it and the beacon before.
       ratios: tokens per slot as compressed, 0 for a raw entry that was kept.
-      marks: (tokens, slots) behind each closed window, the first row (0, 0). A memory
-        can be cut at them.
+      marks: (tokens, slots) behind each closed window, or piece that a compressor
+        closed, the first row (0, 0). A memory can be cut at them.
       fed: tokens that the device has seen.
       tokens: ids of everything fed and of what is still to be fed behind it (after
         `cut` inside a window); None: not kept.
@@ -156,6 +156,40 @@ class History:
             spans=self.spans[:slots],
             ratios=self.ratios[:slots],
             marks=self.marks[:-1],
+        )
+
+    def evenly(
+        self,
+        slots: int,
+        tokens: Int[np.ndarray, " n"] | Sequence[int] = (),
+        *,
+        anew: bool = True,
+    ) -> "History":
+        """Returns the history behind `tokens` more, with `slots` slots, none open.
+
+        Layers and heads may have kept different tokens, so the text that the new slots
+        are of is divided evenly among them: that of the open window and `tokens`.
+
+        Args:
+          anew: all slots are new, of the whole text.
+        """
+        first, had = (0, 0) if anew else (self.start, self.slots)
+        end = self.fed + len(tokens)
+        edges = np.linspace(first, end, slots - had + 1).astype(np.int32)
+        spans = np.stack([edges[:-1], edges[1:]], axis=1)
+        marks, kept = self.marks[:1] if anew else self.marks, self.tokens
+        if kept is not None:
+            new = np.asarray(tokens, np.int32)
+            kept = np.concatenate([kept[: self.fed], new])
+        zeros = np.zeros(len(spans), np.int32)
+        return dataclasses.replace(
+            self,
+            spans=np.concatenate([self.spans[:had], spans]),
+            ratios=np.concatenate([self.ratios[:had], zeros]),
+            marks=np.concatenate([marks, np.array([[end, slots]], np.int32)]),
+            fed=end,
+            tokens=kept,
+            ratio=0,
         )
 
     def close(self) -> "History":

@@ -175,7 +175,8 @@ class Memory:
         open window. Tokens inside a window that was compressed, less than one window,
         are fed again with whatever comes next. If rows keep their last full windows raw
         (`recent`), they are less than two: the window that is the last full one then
-        comes first.
+        comes first. Of a piece that was compressed without training, they are those in
+        front of `tokens`, and stay uncompressed.
 
         Raises:
           TypeError: no whole number.

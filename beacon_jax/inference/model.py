@@ -10,7 +10,7 @@ from typing import Any, Unpack, overload
 import jax
 import numpy as np
 
-from beacon_jax.core.law import Law, default_window
+from beacon_jax.core.law import default_window
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf.identify import Identity
 from beacon_jax.inference import room, validate
@@ -206,10 +206,8 @@ class Model:
                 on_note(note)
         fit = Fit(asked.capacity, reserve, dtype, recent, logits=False)
         if method is not None:
-            law, progress = Law.of(config), asked.on_progress
-            return feed_compressed(
-                self, method, rows, plans, law, memory, fit, progress
-            )
+            shown = asked.on_progress
+            return feed_compressed(self, method, rows, plans, memory, fit, shown)
         return feed_rows(self, rows, plans, memory, fit, asked.on_progress)[1]
 
     @overload

@@ -63,7 +63,6 @@ def feed_compressed(
     method: Compressor,
     rows: list[np.ndarray],
     plans: list[Plan],
-    law: Law,
     memory: Memory | None,
     fit: Fit,
     on_progress: OnProgress | None = None,
@@ -71,15 +70,15 @@ def feed_compressed(
     """Feeds each row its tokens, and closes its full windows by a compressor.
 
     Args:
-      plans: of each row: how many slots its windows leave (`law`), and which tokens
-        stay as they are.
-      law: of beacons, whose slots are counted.
+      plans: of each row: how many slots its windows leave (by the law of `planning`),
+        and which tokens stay as they are.
 
     Raises:
       CapacityError: `fit.capacity` is too small.
     """
     before = histories(memory, len(rows))
     fed = [np.concatenate([x.pending, r]) for x, r in zip(before, rows, strict=True)]
+    law = Law.of(planning(model.config))
     w = law.window
     trained = model.config.trained_positions
     shares = [
@@ -112,7 +111,7 @@ def feed_compressed(
         reader.piece(tokens, now, budgets)
         slots = np.asarray(reader.state.slots).tolist()
         after = [
-            _closed(row, new, n, method.evicts) if len(share.tokens) else row
+            row.evenly(n, new, anew=method.evicts) if len(share.tokens) else row
             for row, new, n, share in zip(after, tokens, slots, now, strict=True)
         ]
         done += sum(map(len, tokens))
@@ -289,9 +288,7 @@ def _shares(
     head = fed[:0] if past is None else past[history.start : history.fed]
     tokens = np.concatenate([head, fed]).astype(np.int32)[: full * w]
     ratios = at(plan.ratios, history.windows + np.arange(full))
-    counts, stays = law.kept(ratios, 1).astype(int), np.repeat(ratios == 0, w)
-    if not history.slots:
-        counts[0] = law.kept(ratios[0], 0)
+    counts, stays = np.diff(law.after(ratios, history.slots)), np.repeat(ratios == 0, w)
     for number, offsets in plan.keep.items():
         window = number - history.windows
         if 0 <= window < full:
@@ -320,31 +317,6 @@ def _needed(
     if evicts:
         most = max(most, slots + window)
     return max(most, slots + rest) + 2 * window
-
-
-def _closed(history: History, tokens: np.ndarray, slots: int, evicts: bool) -> History:
-    """Returns the history with a piece closed.
-
-    Layers and heads may have kept different tokens: the account divides the text of a
-    piece evenly among its slots.
-    """
-    first, had = (0, 0) if evicts else (history.start, history.slots)
-    end = history.fed + len(tokens)
-    edges = np.linspace(first, end, slots - had + 1).astype(np.int32)
-    spans = np.stack([edges[:-1], edges[1:]], axis=1)
-    marks = history.marks[:1] if evicts else history.marks
-    kept = history.tokens
-    if kept is not None:
-        kept = np.concatenate([kept[: history.fed], tokens]).astype(np.int32)
-    return dataclasses.replace(
-        history,
-        spans=np.concatenate([history.spans[:had], spans]),
-        ratios=np.concatenate([history.ratios[:had], np.zeros(len(spans), np.int32)]),
-        marks=np.concatenate([marks, np.array([[end, slots]], np.int32)]),
-        fed=end,
-        tokens=kept,
-        ratio=0,
-    )
 
 
 def choose_compressor(
@@ -401,6 +373,7 @@ def _check(method: Compressor, memory: Memory | None, asked: Reading) -> None:
             flags="leave --recent out: what does not fill a window stays as it is",
         )
     if asked.spans is not None and (method.evicts or not method.splits):
+        able = ", ".join(n for n, kind in METHODS.items() if kind.splits)
         if method.evicts:
             why = "cannot keep spans: what is old goes, whatever it is"
         elif asked.lossless == "slots":
@@ -411,8 +384,10 @@ def _check(method: Compressor, memory: Memory | None, asked: Reading) -> None:
             "method",
             name,
             why,
-            remedy="use snapkv, expected-attention or kvzip"
+            remedy=f"use one of {able}"
             + ("" if method.evicts else ", or lossless='windows'"),
+            flags=f"use one of {able}"
+            + ("" if method.evicts else ", or --lossless=windows"),
         )
     opened = [row.opened for row in memory.rows] if memory is not None else []
     if any(opened):

@@ -391,6 +391,13 @@ def test_a_method_of_ones_own(model):
         model.compress(TEXT, ratio=4, method=TooMany())
 
 
+def test_a_method_that_says_nothing_is_refused_where_it_is_defined():
+    with pytest.raises(TypeError, match="Empty has neither `score` nor `make`"):
+
+        class Empty(Compressor):
+            name = "empty"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

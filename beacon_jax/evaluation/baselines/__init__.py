@@ -40,7 +40,6 @@ from beacon_jax.evaluation.baselines.shortened import (
 )
 from beacon_jax.evaluation.baselines.text import (
     TextCompressor,
-    imported,
     text_compressor,
 )
 from beacon_jax.evaluation.baselines.untrained import (
@@ -60,7 +59,7 @@ from beacon_jax.evaluation.methods import (
     Method,
     WindowOnly,
 )
-from beacon_jax.names import meant
+from beacon_jax.names import imported, meant
 
 FAMILIES: dict[str, type[Method]] = {
     m.family: m
@@ -123,7 +122,7 @@ def _maker(name: str) -> tuple[Callable[..., Method], bool]:
         return lambda ratio: TextCompressor(compress, label, ratio), True
     if ":" in name:
         module, _, attribute = name.partition(":")
-        found = imported(name, module, attribute, "module:Class")
+        found = imported(f"--methods={name}", module, attribute, "module:Class")
         if not (isinstance(found, type) and issubclass(found, Method)):
             raise ValueError(
                 f"--methods={name} is no subclass of beacon_jax.evaluation.Method."

@@ -63,20 +63,10 @@ def read(
 def of_slots(memory: Memory, state: MemoryState) -> Memory:
     """The memory with the slots of `state`, which were chosen or made from its own.
 
-    Layers and heads may have kept different tokens: the account divides the text evenly
-    among the slots.
+    The account divides the text evenly among them (`History.evenly`).
     """
-    rows = []
-    for row, count in zip(memory.rows, np.asarray(state.slots).tolist(), strict=True):
-        edges = np.linspace(0, row.fed, count + 1).astype(np.int32)
-        rows.append(
-            dataclasses.replace(
-                row,
-                spans=np.stack([edges[:-1], edges[1:]], 1),
-                ratios=np.zeros(count, np.int32),
-                marks=np.asarray([[0, 0], [row.fed, count]], np.int32),
-            )
-        )
+    counts = np.asarray(state.slots).tolist()
+    rows = [row.evenly(n) for row, n in zip(memory.rows, counts, strict=True)]
     return dataclasses.replace(memory, state=state, rows=tuple(rows))
 
 

@@ -13,15 +13,15 @@ beacons keep:
     python -m beacon_jax.evaluate --methods=beacon,text:shorten.compress ...
 """
 
-import importlib
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from beacon_jax.evaluation.baselines.shortened import Shortened, Tokens
 from beacon_jax.evaluation.reading import Rows
 from beacon_jax.inference.model import Model
+from beacon_jax.names import imported
 from beacon_jax.tokenise import check_ids, encode
 
 Compress = Callable[[str, int], str]
@@ -82,25 +82,10 @@ def text_compressor(spelling: str) -> tuple[Compress, str]:
     """
     path = spelling.removeprefix("text:")
     module, _, name = path.rpartition(".")
-    found = imported(spelling, module, name, "text:module.function")
+    found = imported(f"--methods={spelling}", module, name, "text:module.function")
     if not callable(found):
         raise ValueError(
             f"--methods={spelling}: {path} is no function: it must take (text, tokens) "
             "and return the shorter text."
         )
     return cast(Compress, found), f"text_{name}"
-
-
-def imported(spelling: str, module: str, name: str, form: str) -> Any:
-    """Imports `name` of a module.
-
-    Raises:
-      ValueError: there is none; `spelling` is what --methods says, `form` how it goes.
-    """
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--methods={spelling} cannot be imported ({error}): the form is {form}, "
-            "of a module in the current folder or an installed package."
-        ) from error

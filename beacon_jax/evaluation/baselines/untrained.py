@@ -91,13 +91,12 @@ class Streaming(Untrained):
             self.compressor(),
             list(past),
             plans,
-            Law.of(model.config),
             None,
             Fit(capacity=room),
         )
 
 
-class SnapKVAware(Untrained):
+class SnapKVAware(Budgeted):
     """SnapKV that observes the last 64 tokens of what comes after the past.
 
     The question stands there, which no other method sees. It chooses all that is kept.

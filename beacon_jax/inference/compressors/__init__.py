@@ -8,7 +8,7 @@
 
 They make the same `Memory` that beacons make, on any model: at the same ratios and
 budgets, of as many slots. `Compressor` is the interface of one's own: three functions,
-of which most methods need one. This one keeps the tokens with the smallest keys:
+of which most methods need `score` alone. This one keeps the smallest keys:
 
     import jax.numpy as jnp
     import beacon_jax
@@ -28,8 +28,6 @@ of which most methods need one. This one keeps the tokens with the smallest keys
 On a command line its class is --method=module:SmallKeys.
 """
 
-import importlib
-
 from beacon_jax.inference.compressors.base import Compressor
 from beacon_jax.inference.compressors.expected_attention import ExpectedAttention
 from beacon_jax.inference.compressors.kvzip import KVzip
@@ -37,7 +35,7 @@ from beacon_jax.inference.compressors.mean_pool import MeanPool
 from beacon_jax.inference.compressors.piece import Piece
 from beacon_jax.inference.compressors.snapkv import SnapKV
 from beacon_jax.inference.compressors.streaming import Streaming
-from beacon_jax.names import meant
+from beacon_jax.names import imported, meant
 
 METHODS: dict[str, type[Compressor]] = {
     kind.name: kind for kind in (Streaming, SnapKV, ExpectedAttention, KVzip, MeanPool)
@@ -60,13 +58,7 @@ def find(name: str) -> Compressor:
             f"method={name!r} is unknown: {meant(name, METHODS)}use beacon, "
             f"{', '.join(METHODS)}, or module:Class of one's own."
         )
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"method={name!r} cannot be imported ({error}): the form is module:Class, "
-            "of a module in the current folder or an installed package."
-        ) from error
+    found = imported(f"method={name!r}", module, attribute, "module:Class")
     if not (isinstance(found, type) and issubclass(found, Compressor)):
         raise ValueError(
             f"method={name!r} is no compressor: its class has to be one of "

@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Int
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.inference.compressors.piece import Piece, highest, keep
 
+FORCED = 1e30  # a score above all that are computed, below what has to stay
+
 
 class Compressor:
     """A method that compresses a text without having been trained for it.
@@ -17,8 +19,8 @@ class Compressor:
     is in the memory already. After each piece the slots that hold its tokens are
     replaced by fewer: `make(piece, score(piece, observe(piece), count), count)`.
 
-    A method of one's own overrides `score`; what it wants to ask the model goes into
-    `observe`, and one that does not choose among tokens overrides `make`.
+    A method of one's own overrides `score` or, if it does not choose among tokens,
+    `make`; what it wants to ask the model goes into `observe`.
 
     Attributes:
       name: as `compress(method=...)` and --method have it.
@@ -38,6 +40,14 @@ class Compressor:
     evicts: bool = False
     splits: bool = True
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.score is Compressor.score and cls.make is Compressor.make:
+            raise TypeError(
+                f"{cls.__name__} has neither `score` nor `make`: give it one of them, "
+                "or it does not say what is kept."
+            )
+
     def observe(self, piece: Piece) -> Any:
         """Runs the model on what the scores need, as `piece.queries`; None: nothing."""
         del piece
@@ -53,7 +63,8 @@ class Compressor:
           seen: what `observe` returned.
           count: slots that each row may keep of them.
         """
-        raise NotImplementedError
+        shape = piece.state.k.shape  # L, B, S, K, H
+        return jnp.zeros((shape[0], shape[1], shape[3], shape[2]))
 
     def make(
         self,

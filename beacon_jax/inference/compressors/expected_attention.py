@@ -14,19 +14,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.inference.compressors.base import Compressor
+from beacon_jax.inference.compressors.base import FORCED, Compressor
 from beacon_jax.inference.compressors.piece import Piece, floats
 from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin
 
 SINKS, AHEAD = 4, 512
-FORCED = 1e30  # above all scores, below what has to stay
 
 
 class ExpectedAttention(Compressor):
     """Keeps the first 4 tokens of a text, and what queries to come may attend to.
 
-    The piece is run a second time, for its queries: prefill takes twice as long.
+    The piece is run once more, for its queries.
     """
 
     name = "expected-attention"

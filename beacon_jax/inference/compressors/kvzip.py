@@ -34,9 +34,9 @@ PART = "\n\nRepeat the part of the previous context exactly, starting with"
 class KVzip(Compressor):
     """Keeps what a repetition of the text needs: query-agnostic, and good at recall.
 
-    Each piece is run a second time, over itself: prefill takes two to three times as
-    long, and a piece needs room for 2,048 tokens more while it is compressed. All heads
-    keep as many slots; in the paper heads share a budget.
+    Each piece is run once more, behind itself, and needs room for 2,048 tokens more
+    while it is compressed. All heads keep as many slots; in the paper they share a
+    budget.
     """
 
     name = "kvzip"

@@ -1,7 +1,6 @@
 """Mean-pooled keys and values: the compression that neither chooses nor learns."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +24,6 @@ class MeanPool(Compressor):
 
     name = "mean-pool"
     splits = False
-
-    def score(
-        self, piece: Piece, seen: Any, count: Int[Array, " B"]
-    ) -> Float[Array, "L B K S"]:
-        shape = piece.state.k.shape
-        return jnp.zeros((shape[0], shape[1], shape[3], shape[2]))
 
     def make(
         self,

@@ -14,12 +14,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.inference.compressors.base import Compressor
+from beacon_jax.inference.compressors.base import FORCED, Compressor
 from beacon_jax.inference.compressors.piece import Piece, attention, floats, rotated
 from beacon_jax.model.net import Net
 
 OBSERVED, KERNEL = 64, 5
-FORCED = 1e30  # above all votes, below what has to stay
 
 
 class SnapKV(Compressor):
