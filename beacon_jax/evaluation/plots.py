@@ -33,6 +33,8 @@ STYLES = {
     "mean-pool": ("tab:purple", "^"),
     "snapkv": ("tab:red", "D"),
     "snapkv_aware": ("tab:orange", "D"),
+    "kvzip": ("tab:pink", "h"),
+    "expected-attention": ("tab:cyan", "p"),
     "selective": ("tab:brown", "X"),
 }
 NOTHING = 0.05  # a score that is not worth a panel

@@ -166,3 +166,10 @@ def test_a_lap_is_split_into_work_and_compilation():
     watch = Stopwatch()
     step(x).block_until_ready()
     assert watch.read()[1] == 0.0
+
+
+def test_every_method_has_a_look_of_its_own():
+    from beacon_jax.evaluation import baselines
+
+    assert set(plots.STYLES) == set(baselines.FAMILIES)
+    assert len(set(plots.STYLES.values())) == len(plots.STYLES)
