@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "Generate text after a context, compressed by a ratio.",
     "compress": "Compress a text into a beacon pack, to ask questions later.",
     "train": "Train beacons on a frozen model, or a small model from scratch.",
+    "retain": "Fit what of a text has to be kept, in minutes, for any model.",
     "prepare": "Tokenise training text and conversations once.",
     "inspect": "Show what prepared data hold, before a run spends hours on them.",
     "synthesize": "Make questions and answers about long texts with an endpoint.",

@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # jax takes seconds to import: after the flags
 
 MIB = 2**20
 METHODS = (
-    "beacon, or without training: streaming, snapkv, expected-attention, kvzip, "
-    "mean-pool, or module:Class."
+    "beacon, or without beacons: streaming, snapkv, expected-attention, kvzip, "
+    "mean-pool, retention:FOLDER, or module:Class."
 )
 
 

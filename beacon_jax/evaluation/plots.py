@@ -34,6 +34,7 @@ STYLES = {
     "snapkv": ("tab:red", "D"),
     "snapkv_aware": ("tab:orange", "D"),
     "kvzip": ("tab:pink", "h"),
+    "retention": ("teal", "8"),
     "expected-attention": ("tab:cyan", "p"),
     "selective": ("tab:brown", "X"),
 }

@@ -17,7 +17,7 @@ from beacon_jax.core.law import Law, default_window
 from beacon_jax.core.memory import CapacityError, MemoryState, buffer_size
 from beacon_jax.core.plan import at
 from beacon_jax.core.recent import feed
-from beacon_jax.inference.compressors import METHODS, Compressor, Piece, find
+from beacon_jax.inference.compressors import KNOWN, METHODS, Compressor, Piece, find
 from beacon_jax.inference.feeding import Fit, choose_dtype, fresh_state, histories, own
 from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
@@ -346,7 +346,7 @@ def choose_compressor(
     else:
         raise TypeError(
             f"method={shown(given)} is {kind_of(given)}: give 'beacon', "
-            f"{', '.join(map(repr, METHODS))}, or an object of a class of "
+            f"{', '.join(map(repr, KNOWN))}, or an object of a class of "
             "beacon_jax.Compressor."
         )
     _check(method, memory, asked)

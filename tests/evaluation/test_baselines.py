@@ -13,6 +13,7 @@ from beacon_jax.evaluation.baselines.shortened import self_information
 from beacon_jax.evaluation.methods import Full, remember
 from beacon_jax.evaluation.reading import feed_state
 from beacon_jax.inference.compressors.kvzip import WHOLE
+from beacon_jax.inference.compressors.retention import Retention, sample_of
 from beacon_jax.model import rotary
 from beacon_jax.model.config import BeaconConfig, RopeConfig
 from beacon_jax.model.partition import make_partition
@@ -164,8 +165,11 @@ def snapped(aware):
     return left
 
 
-def snap_index(config, found, watching, candidates, k):
-    """Places [L, k, K] with the most pooled votes of the last `watching` queries."""
+def snap_index(config, found, watching, candidates, k, ranked=False):
+    """Places [L, k, K] with the most pooled votes of the last `watching` queries.
+
+    ranked: in their order, else in that of the text.
+    """
     total, index = found.own.k.shape[1], []
     group = config.num_heads // config.num_kv_heads
     seen = np.tril(np.ones((total, total), bool))
@@ -179,7 +183,8 @@ def snap_index(config, found, watching, candidates, k):
                 for t in range(total - watching, total):
                     votes[2:-2] += weights[n, t, :candidates] / group
             pooled = np.convolve(votes, np.ones(5) / 5, "valid")
-            chosen.append(np.sort(np.argsort(-pooled, kind="stable")[:k]))
+            order = np.argsort(-pooled, kind="stable")[:k]
+            chosen.append(order if ranked else np.sort(order))
         index.append(np.stack(chosen, -1))
     return np.stack(index)
 
@@ -237,6 +242,29 @@ def repeated_scores(model, row):
         yield scores
 
 
+def retained(weights, bias, threshold):
+    """Facts by their values in all layers and heads, then what snapkv keeps."""
+
+    def left(model, row, ratio, following):
+        k, n = beacon_slots(model, row, ratio), len(row)
+        if not k:
+            return nothing(model.config), 0
+        found = read_all(model, row)
+        likely = np.einsum("lnkh,lkh->n", found.own.v, weights) + bias
+        best = np.argsort(-likely, kind="stable")[: k // 2]
+        facts = [int(i) for i in best if likely[i] > threshold]
+        own = min(64, (k - len(facts)) // 2)
+        kept = {*facts, *range(n - own, n)}
+        order = snap_index(model.config, found, own, n - own, n - own, ranked=True)
+        index = np.empty((*order.shape[:1], k, order.shape[2]), int)
+        for layer, head in np.ndindex(order.shape[0], order.shape[2]):
+            others = [i for i in order[layer, :, head].tolist() if i not in kept]
+            index[layer, :, head] = sorted([*kept, *others][:k])
+        return found.own.take_each(index).compact(), k
+
+    return left
+
+
 LEFT = {
     "full": left_by_full,
     "window": left_by_window,
@@ -269,6 +297,26 @@ def test_what_follows_sees_exactly_the_entries_that_the_method_leaves(
     for i, (row, more) in enumerate(zip(past, following, strict=True)):
         left, start = LEFT[family](model, row, 4, more)
         assert memory.slots[i] == left.k.shape[1]
+        want = forward(model.config, model.variables, more, left, start).logits
+        got = np.asarray(out.logits)[i, : len(more)]
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threshold", [-9.0, 0.0, 9.0])
+def test_what_follows_sees_the_facts_that_retention_leaves(
+    shape, threshold, models, rows, tmp_path
+):
+    model, (past, following) = models[shape], rows
+    c, rng = model.config, np.random.default_rng(5)
+    weights = rng.normal(size=(c.num_layers, c.num_kv_heads, c.head_dim))
+    weights = weights.astype(np.float32)
+    Retention(weights, 0.5, threshold, sample_of(model.variables)).save(tmp_path)
+    method = made(f"retention:{tmp_path}", 4)
+    memory, _ = remember(model, method, past, following)
+    out, _ = feed_state(model, memory.state, following, 0, "logits")
+    for i, (row, more) in enumerate(zip(past, following, strict=True)):
+        left, start = retained(weights, 0.5, threshold)(model, row, 4, more)
         want = forward(model.config, model.variables, more, left, start).logits
         got = np.asarray(out.logits)[i, : len(more)]
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-4)

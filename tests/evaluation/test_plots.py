@@ -171,5 +171,5 @@ def test_a_lap_is_split_into_work_and_compilation():
 def test_every_method_has_a_look_of_its_own():
     from beacon_jax.evaluation import baselines
 
-    assert set(plots.STYLES) == set(baselines.FAMILIES)
+    assert set(plots.STYLES) == {*baselines.FAMILIES, baselines.Retention.family}
     assert len(set(plots.STYLES.values())) == len(plots.STYLES)

@@ -21,6 +21,7 @@ from beacon_jax.data.examples import Rules
 from beacon_jax.data.prepare import Preparation, prepare
 from beacon_jax.hf import adapter, conversion
 from beacon_jax.hf.keys import table
+from beacon_jax.inference.compressors import Retention
 from beacon_jax.inference.loading import load
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.resources import TOKENIZER_FILES, asset
@@ -168,6 +169,12 @@ def make_converted(root: Path) -> None:
 def make_adapter(root: Path) -> None:
     src = write_model(root / "adapter" / "base", MODELS["beacon"])
     adapter.write_adapter(src, root / "adapter" / "beacons")
+
+
+def make_retention(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    some = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    Retention(some(2, 2, 8), 0.5, 0.25, some(2, 8)).save(root / "retention")
 
 
 def make_gguf(root: Path) -> None:

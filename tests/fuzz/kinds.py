@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from beacon_jax.cli import context
 from beacon_jax.data.examples import Rules
 from beacon_jax.data.grouped import GroupConfig, GroupedBatches
@@ -16,6 +18,7 @@ from beacon_jax.data.text import load_documents
 from beacon_jax.hf import conversion
 from beacon_jax.inference import packs
 from beacon_jax.inference.chat import Chat
+from beacon_jax.inference.compressors import Retention, find
 from beacon_jax.inference.loading import load
 from beacon_jax.inference.memory import Memory
 from beacon_jax.resources import load_tokenizer
@@ -49,6 +52,7 @@ from tests.fuzz.inputs import (
     make_models,
     make_packs,
     make_prepared,
+    make_retention,
     make_rows,
     make_run,
     make_sharded,
@@ -157,6 +161,14 @@ def _prepares_with(folder: Path, out: Path) -> str | None:
     return None
 
 
+def _scores(folder: Path, out: Path) -> str | None:
+    made = find(f"retention:{folder}")
+    assert isinstance(made, Retention)
+    numbers = (made.weights, made.sample, made.bias, made.threshold)
+    finite = all(np.isfinite(x).all() for x in numbers)
+    return None if finite else "values that are no numbers would be used"
+
+
 def _continues(folder: Path, out: Path) -> str | None:
     model = beacon_model(folder.parents[1])
     memory = Memory.load(folder / "a.beacon", model)
@@ -260,6 +272,11 @@ KINDS = {
             (json_files("config.json"), damage_header, damage_whole)
         )(rng, folder / "beacons"),
         (_adapts,),
+    ),
+    "retention": Kind(
+        make_retention,
+        lambda rng, folder: rng.choice((damage_header, damage_whole))(rng, folder),
+        (_scores,),
     ),
     "gguf": Kind(make_gguf, damage_gguf, (_reads_gguf, _converts_gguf)),
     "pack": Kind(make_packs, damage_pack, (_continues, _continues, _shows_pack)),

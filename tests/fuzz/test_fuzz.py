@@ -11,7 +11,7 @@ from tests.fuzz.sense import nonsense
 
 # Those that need neither a compiled program nor a second.
 QUICK = (
-    *("config", "weights", "index", "converted", "adapter", "gguf"),
+    *("config", "weights", "index", "converted", "adapter", "retention", "gguf"),
     *("rows", "texts", "prepared", "unfinished", "workdir"),
 )
 

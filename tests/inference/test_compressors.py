@@ -16,14 +16,16 @@ import beacon_jax
 from beacon_jax.cli import compress as compress_command
 from beacon_jax.cli import generate as generate_command
 from beacon_jax.inference.chat import Chat
-from beacon_jax.inference.compressors import METHODS, Compressor, find
+from beacon_jax.inference.compressors import METHODS, Compressor, Retention, find
+from beacon_jax.inference.compressors.retention import sample_of
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.validate import ArgumentError
 from beacon_jax.model.partition import make_partition
 from tests.inference.conftest import W
 from tests.inference.test_command_lines import TEMPLATE, run  # noqa: F401
 
-NAMES = sorted(METHODS)
+OWN_FACTS = f"{__name__}:Facts"
+NAMES = [*sorted(METHODS), OWN_FACTS]
 CHOOSING = sorted(set(NAMES) - {"mean-pool", "streaming"})
 TEXT = "In 1998 the harbour master counted 41 boats; the key is 52817. He wept."
 OTHER = "At dawn the first of them left."  # three windows and 7 tokens
@@ -39,6 +41,19 @@ class SmallKeys(Compressor):
 
     def score(self, piece, seen, count):
         return piece.per_layer(small)
+
+
+class Facts(Retention):
+    """Retention with random weights of whatever model is asked."""
+
+    def __init__(self):
+        self.bias = self.threshold = 0.0
+
+    def observe(self, piece):
+        c, draw = piece.net.config, np.random.default_rng(0).normal
+        self.weights = draw(size=(c.num_layers, c.num_kv_heads, c.head_dim))
+        self.sample = sample_of(piece.variables)
+        return super().observe(piece)
 
 
 class TooMany(SmallKeys):

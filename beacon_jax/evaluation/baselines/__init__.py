@@ -6,8 +6,8 @@ a ratio keep the bytes that beacons of this ratio keep, which `methods.remember`
 for every example.
 
     streaming, snapkv, kvzip,    what `Model.compress(method=...)` leaves without
-    expected-attention,          training (`inference.compressors`)
-    mean-pool
+    expected-attention,          beacons (`inference.compressors`)
+    mean-pool, retention:FOLDER
     keep_head, _tail, _ends      only the first, the last, or half of each are read
     random, strided              some tokens, chosen blindly
     snapkv_aware                 what the question attends to: it alone sees it
@@ -16,6 +16,7 @@ for every example.
     int8, beacon_int8            everything, or beacons, at their own bytes
     NAME_recent                  beacon or beacon_int8 with the last full window raw;
                                  others at the bytes of these beacons
+                                 (retention_recent:FOLDER)
 
 A method of one's own is a class in a file where the command is run, say `mine.py`:
 
@@ -29,6 +30,7 @@ A method of one's own is a class in a file where the command is run, say `mine.p
     python -m beacon_jax.evaluate --methods=beacon,mine:Last ...
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 from beacon_jax.evaluation.baselines.sampling import Random, Strided
@@ -46,6 +48,7 @@ from beacon_jax.evaluation.baselines.untrained import (
     ExpectedAttention,
     KVzip,
     MeanPool,
+    Retention,
     SnapKV,
     SnapKVAware,
     Streaming,
@@ -84,7 +87,7 @@ FAMILIES: dict[str, type[Method]] = {
     )
 }
 
-__all__ = ["FAMILIES", "TextCompressor", "make_methods"]
+__all__ = ["FAMILIES", "Retention", "TextCompressor", "make_methods"]
 
 
 def make_methods(names: Sequence[str], ratios: Sequence[int | str]) -> list[Method]:
@@ -120,8 +123,18 @@ def _maker(name: str) -> tuple[Callable[..., Method], bool]:
     if name.startswith("text:"):
         compress, label = text_compressor(name)
         return lambda ratio: TextCompressor(compress, label, ratio), True
-    if ":" in name:
-        module, _, attribute = name.partition(":")
+    module, colon, attribute = name.partition(":")
+    if module.removesuffix(RECENT) == Retention.family and attribute:
+        kept = functools.partial(Retention, attribute)
+        if module == Retention.family:
+            return kept, True
+        return lambda ratio: kept(ratio).with_recent(), True
+    if module.removesuffix(RECENT) == Retention.family:
+        raise ValueError(
+            f"--methods={name} has weights of the model, which it does not name: give "
+            f"{module}:FOLDER, a folder that `beacon-jax retain` wrote."
+        )
+    if colon:
         found = imported(f"--methods={name}", module, attribute, "module:Class")
         if not (isinstance(found, type) and issubclass(found, Method)):
             raise ValueError(
@@ -141,7 +154,7 @@ def _maker(name: str) -> tuple[Callable[..., Method], bool]:
     if name not in FAMILIES:
         raise ValueError(
             f"--methods names {name!r}: {meant(name, FAMILIES)}Known are "
-            f"{', '.join(sorted(FAMILIES))}, NAME_recent, "
+            f"{', '.join(sorted(FAMILIES))}, NAME_recent, retention:FOLDER, "
             "text:module.function and module:Class."
         )
     return FAMILIES[name], FAMILIES[name].per_ratio

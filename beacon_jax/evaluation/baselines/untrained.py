@@ -1,8 +1,10 @@
-"""What `Model.compress(method=...)` leaves without training, at the bytes of beacons.
+"""What `Model.compress(method=...)` leaves without beacons, at the bytes of beacons.
 
 All but streaming start from what full attention made of the text, which a run makes
 once. So a text that is longer than a compressor's piece is one piece here.
 """
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ class Untrained(Budgeted):
       compressor: what does.
     """
 
-    compressor: type[compressors.Compressor]
+    compressor: Callable[[], compressors.Compressor]
 
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         memory = read(model, past, self.longest, self.prefill)
@@ -70,6 +72,17 @@ class ExpectedAttention(Untrained):
 class KVzip(Untrained):
     family, takes_recent = "kvzip", True
     compressor = compressors.KVzip
+
+
+class Retention(Untrained):
+    """Keeps facts by the score in a folder: --methods=retention:FOLDER."""
+
+    family, takes_recent = "retention", True
+
+    def __init__(self, folder: str, ratio: int | str | None = None):
+        super().__init__(ratio)
+        found = compressors.Retention.load(folder)
+        self.compressor = lambda: found
 
 
 class MeanPool(Untrained):

@@ -1,0 +1,59 @@
+"""Fits which tokens of a text are facts that have to be kept, in minutes.
+
+Statements are put into real text, the model reads it with full attention, and a linear
+score of its values is fitted to tell them. No gradient is computed, the model is not
+changed. Writes retention.safetensors into --out, for --method=retention:FOLDER of
+compress, generate and evaluate. Files that are held out for evaluation are not read.
+
+Example:
+  beacon-jax retain --model=smol.gguf --text=corpus --out=out/retention
+"""
+
+from absl import flags
+
+from beacon_jax.cli.context import define_beacons, load_model
+from beacon_jax.cli.ending import command
+from beacon_jax.cli.options import Group
+from beacon_jax.paths import check_folder
+from beacon_jax.progress import Progress, starting
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    f = Group(values, "Model")
+    f.text("model", None, "HF or converted folder, GGUF, tiny-beacon.", required=True)
+    define_beacons(f)
+    f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Else as stored.")
+    f.text("mesh", None, "Devices to split over: tensor:8.")
+    f = Group(values, "Text")
+    f.text("text", "stdlib", "stdlib, or a folder; not its held-out files.")
+    f.number("rows", 160, "Texts that are read; a quarter for the threshold.")
+    f.number("length", 1024, "Tokens of each.")
+    f.number("batch_size", 4, "Texts at a time.")
+    f.number("seed", 0, "Of texts and statements.")
+    f = Group(values, "Output")
+    f.text("out", None, "Folder to write into.", required=True)
+
+
+@command
+def main(values: flags.FlagValues) -> None:
+    check_folder("--out", values.out)
+    names = ("rows", "length", "batch_size", "seed")
+    progress = Progress()
+    with starting():  # after the flags: jax loads
+        from beacon_jax.data.text import load_documents
+        from beacon_jax.data.tokenizer import encode_stream
+        from beacon_jax.inference.fit_retention import Fitting, fit_retention
+
+    settings = Fitting(**{name: getattr(values, name) for name in names})
+    documents = load_documents(values.text)
+    model = load_model(values, progress)
+    with progress.stage("tokenising", note=values.text):
+        text = encode_stream(documents, model.tokenizer)
+    with progress.stage("reading", "texts") as stage:
+        fitted = fit_retention(model, text, settings, stage)
+    file = fitted.retention.save(values.out)
+    print(
+        f"read {fitted.tokens:,} tokens; of the tokens of statements that were not "
+        f"fitted {fitted.found:.0%} are above what 1 % of the others reach"
+    )
+    print(f"wrote {file}: use it with --method=retention:{values.out}")
