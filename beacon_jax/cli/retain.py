@@ -56,4 +56,6 @@ def main(values: flags.FlagValues) -> None:
         f"read {fitted.tokens:,} tokens; of the tokens of statements that were not "
         f"fitted {fitted.found:.0%} are above what 1 % of the others reach"
     )
+    if fitted.found < 0.5:
+        print("this model hardly tells them: little more stays than with snapkv")
     print(f"wrote {file}: use it with --method=retention:{values.out}")

@@ -41,6 +41,8 @@ class Method:
       takes_recent: whether it can have the budget of beacons that keep the last full
         window raw, or be them.
       recent: whether it has.
+      weights: hash of what it was fitted to, which its predictions depend on; "": it
+        has no weights of its own.
       longest: tokens of the longest text of a run, from which memories have their
         sizes; 0: each has the size that its text needs.
       prefill: of a run, the same for all its methods; None: nothing is shared.
@@ -52,6 +54,7 @@ class Method:
     exact: bool = True
     takes_recent: bool = False
     recent: bool = False
+    weights: str = ""
     longest: int = 0
     prefill: Prefill | None = None
 

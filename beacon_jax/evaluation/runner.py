@@ -23,6 +23,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ from beacon_jax.progress import Progress, Stage
 from beacon_jax.tokenise import check_ids
 
 TIMES = ("seconds", "compile_seconds")  # of an answer, which no run repeats
+WEIGHTS = "weights of "  # and a method's name: what predictions depend on, too
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 
 
@@ -79,7 +81,8 @@ def evaluate(
             made = limit(task.examples(model, settings, inputs), settings.limit)
             check_tokens(task, model, made)
             examples[task.name] = made
-    prepare_folder(out, run, overwrite=overwrite)
+    weights = {WEIGHTS + m.family: m.weights for m in methods if m.weights}
+    prepare_folder(out, run, weights, overwrite=overwrite)
     total = len(methods) * sum(e.length for made in examples.values() for e in made)
     metrics: list[Metric] = []
     sections, times = [], []
@@ -300,8 +303,18 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def prepare_folder(out: Path, run: dict[str, Any], *, overwrite: bool) -> None:
-    """Makes sure that predictions in `out` belong to this model and settings."""
+def prepare_folder(
+    out: Path,
+    run: dict[str, Any],
+    weights: Mapping[str, str] = MappingProxyType({}),
+    *,
+    overwrite: bool,
+) -> None:
+    """Makes sure that predictions in `out` belong to this model and settings.
+
+    Args:
+      weights: of methods that have some, by name; other runs may have had others.
+    """
     folder = out / "predictions"
     keys = ("model", "settings")
     identity = {k: v for key in keys for k, v in run[key].items() if k != "path"}
@@ -310,9 +323,13 @@ def prepare_folder(out: Path, run: dict[str, Any], *, overwrite: bool) -> None:
     if overwrite:
         for old in (folder, out / "timings"):
             shutil.rmtree(old, ignore_errors=True)
+    identity |= weights
     if file.exists():
         before = read_object(file)
-        differ = [k for k, v in identity.items() if before.get(k) != v]
+        kept = {k: v for k, v in before.items() if k.startswith(WEIGHTS)}
+        identity = kept | identity
+        same = lambda k, v: before.get(k, weights.get(k)) == v
+        differ = [k for k, v in identity.items() if not same(k, v)]
         if differ:
             changes = ", ".join(
                 f"{k}={before.get(k)!r} there, {identity[k]!r} now" for k in differ

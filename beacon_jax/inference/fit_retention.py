@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HELD = 0.25  # of the rows: the threshold comes from them
 ORDINARY = 0.01  # of the tokens of text, which may be above the threshold
 DAMPING = 0.1  # of a standardised weight's square, per token
-BYTES = 4 << 30  # of features, float32, at most
+BYTES = 2 << 30  # of features, float32, at most; twice that while they are joined
 OTHERS = 128  # tokens per row beside those of statements, at most
 STEPS = 100
 
@@ -105,16 +105,18 @@ def fit_retention(
             on_progress(begin + size, settings.rows)
     held = np.concatenate(row) >= settings.rows - max(int(settings.rows * HELD), 1)
     x, y = np.concatenate(values), np.concatenate(stated)
+    values.clear()
+    kept, told = x[held], y[held]
     weights, bias = _solved(x[~held], y[~held])
-    scores = x[held] @ weights + bias
-    threshold = float(np.quantile(scores[~y[held]], 1 - ORDINARY))
+    scores = kept @ weights + bias
+    threshold = float(np.quantile(scores[~told], 1 - ORDINARY))
     retention = Retention(
         weights.reshape(c.num_layers, c.num_kv_heads, c.head_dim),
         bias,
         threshold,
         sample_of(model.variables),
     )
-    found = float((scores[y[held]] > threshold).mean())
+    found = float((scores[told] > threshold).mean())
     return Fitted(retention, found, settings.rows * settings.length)
 
 
@@ -154,9 +156,13 @@ def _picked(
 def _solved(
     x: Float[np.ndarray, "n d"], y: Bool[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " d"], float]:
-    """Solves damped least squares; statements weigh as much as all the rest."""
+    """Solves damped least squares; statements weigh as much as all the rest.
+
+    x is taken over: it may be a few GiB.
+    """
     mean, deviation = x.mean(0), x.std(0) + 1e-6
-    x = (x - mean) / deviation
+    x -= mean
+    x /= deviation
     weight = np.where(y, 0.5 / max(y.mean(), 1e-6), 0.5 / max(1 - y.mean(), 1e-6))
     root = np.sqrt(weight).astype(np.float32)
     x *= root[:, None]

@@ -10,7 +10,13 @@ from absl import flags
 from beacon_jax.cli import evaluate as command
 from beacon_jax.evaluation import reading
 from beacon_jax.evaluation.baselines import make_methods
-from beacon_jax.evaluation.runner import evaluate, integers, limit, repair
+from beacon_jax.evaluation.runner import (
+    evaluate,
+    integers,
+    limit,
+    prepare_folder,
+    repair,
+)
 from beacon_jax.evaluation.tasks import make_tasks
 from beacon_jax.evaluation.tasks.base import Instance
 
@@ -120,6 +126,19 @@ def test_foreign_lines_are_an_error_and_stay(model, settings, finished, tmp_path
     with pytest.raises(ValueError, match="does not hold the first examples"):
         evaluate(model, TASKS, METHODS, settings, out)
     assert file.read_text() == '{"id": "7/7"}\n'
+
+
+def test_a_folder_has_predictions_of_one_set_of_weights(tmp_path):
+    run = {"model": {"window": 8, "path": "x"}, "settings": {"seed": 0}}
+    name = "weights of retention"
+    for weights in ({}, {name: "a"}, {}, {name: "a"}):
+        prepare_folder(tmp_path, run, weights, overwrite=False)
+    with pytest.raises(ValueError, match="weights of retention='a' there, 'b' now"):
+        prepare_folder(tmp_path, run, {name: "b"}, overwrite=False)
+    prepare_folder(tmp_path, run, {name: "b"}, overwrite=True)
+    with pytest.raises(ValueError, match="seed=0 there, 1 now"):
+        other = run | {"settings": {"seed": 1}}
+        prepare_folder(tmp_path, other, {name: "b"}, overwrite=False)
 
 
 def test_a_limit_keeps_the_first_of_each_length():

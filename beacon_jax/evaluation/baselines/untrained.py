@@ -82,7 +82,7 @@ class Retention(Untrained):
     def __init__(self, folder: str, ratio: int | str | None = None):
         super().__init__(ratio)
         found = compressors.Retention.load(folder)
-        self.compressor = lambda: found
+        self.compressor, self.weights = (lambda: found), found.digest
 
 
 class MeanPool(Untrained):

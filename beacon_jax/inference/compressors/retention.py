@@ -12,6 +12,7 @@ The weights are fitted in minutes, without a gradient: `beacon-jax retain`
 """
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,13 @@ class Retention(SnapKV):
         with new_file(file, "out") as partial:
             write_safetensors(partial, tensors, lambda name: [arrays[name]])
         return file
+
+    @property
+    def digest(self) -> str:
+        """Hash of the weights."""
+        parts = self.weights, self.sample, np.asarray([self.bias, self.threshold])
+        data = b"".join(np.ascontiguousarray(x, np.float64).tobytes() for x in parts)
+        return hashlib.sha256(data).hexdigest()[:16]
 
     def observe(self, piece: Piece) -> Any:
         self._check(piece)
