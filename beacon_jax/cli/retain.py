@@ -30,6 +30,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.number("length", 1024, "Tokens of each.")
     f.number("batch_size", 4, "Texts at a time.")
     f.number("seed", 0, "Of texts and statements.")
+    f = Group(values, "Summaries")
+    f.number("steps", 0, "Of training, a text each; 0: nothing is trained.")
+    f.names("ratios", ["2", "4", "8"], "In turn; what they are trained for.")
+    f.real("lr", 1e-3, "Learning rate at its highest.")
     f = Group(values, "Output")
     f.text("out", None, "Folder to write into.", required=True)
 
@@ -42,20 +46,38 @@ def main(values: flags.FlagValues) -> None:
     with starting():  # after the flags: jax loads
         from beacon_jax.data.text import load_documents
         from beacon_jax.data.tokenizer import encode_stream
-        from beacon_jax.inference.fit_retention import Fitting, fit_retention
+        from beacon_jax.evaluation.runner import integers
+        from beacon_jax.inference.fit_retention import ORDINARY, Fitting, fit_retention
+        from beacon_jax.inference.train_summary import Steps, train_summary
 
     settings = Fitting(**{name: getattr(values, name) for name in names})
+    ratios = tuple(integers("ratios", values.ratios))
+    training = None
+    if values.steps:
+        rest = {name: getattr(values, name) for name in ("length", "lr", "seed")}
+        training = Steps(values.steps, ratios, **rest)
     documents = load_documents(values.text)
     model = load_model(values, progress)
     with progress.stage("tokenising", note=values.text):
         text = encode_stream(documents, model.tokenizer)
     with progress.stage("reading", "texts") as stage:
         fitted = fit_retention(model, text, settings, stage)
-    file = fitted.retention.save(values.out)
+    retention = fitted.retention
     print(
         f"read {fitted.tokens:,} tokens; of the tokens of statements that were not "
-        f"fitted {fitted.found:.0%} are above what 1 % of the others reach"
+        f"fitted {fitted.found:.0%} are above what {ORDINARY:.0%} of the others reach"
     )
     if fitted.found < 0.5:
         print("this model hardly tells them: little more stays than with snapkv")
+    file = retention.save(values.out)
+    if training is not None:
+        with progress.stage("training", "texts") as stage:
+            made = train_summary(model, retention, text, training, stage)
+        file = made.retention.save(values.out)
+        tenth = max(len(made.losses) // 10, 1)
+        first, last = made.losses[:tenth].mean(), made.losses[-tenth:].mean()
+        print(
+            f"divergence from full attention, nats per token: {first:.3f} in the first "
+            f"tenth of {training.count} steps, {last:.3f} in the last"
+        )
     print(f"wrote {file}: use it with --method=retention:{values.out}")

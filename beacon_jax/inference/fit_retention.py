@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from beacon_jax.inference.model import Model
 
 HELD = 0.25  # of the rows: the threshold comes from them
-ORDINARY = 0.01  # of the tokens of text, which may be above the threshold
+ORDINARY = 0.02  # of the tokens of text, which may be above the threshold
 DAMPING = 0.1  # of a standardised weight's square, per token
-BYTES = 2 << 30  # of features, float32, at most; twice that while they are joined
+BYTES = 4 << 30  # of features, float32, at most; twice that while they are joined
 OTHERS = 128  # tokens per row beside those of statements, at most
 STEPS = 100
 

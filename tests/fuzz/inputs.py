@@ -22,6 +22,7 @@ from beacon_jax.data.prepare import Preparation, prepare
 from beacon_jax.hf import adapter, conversion
 from beacon_jax.hf.keys import table
 from beacon_jax.inference.compressors import Retention
+from beacon_jax.inference.compressors.summary import Summary
 from beacon_jax.inference.loading import load
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.resources import TOKENIZER_FILES, asset
@@ -174,7 +175,10 @@ def make_adapter(root: Path) -> None:
 def make_retention(root: Path) -> None:
     rng = np.random.default_rng(0)
     some = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    Retention(some(2, 2, 8), 0.5, 0.25, some(2, 8)).save(root / "retention")
+    scores = some(2, 2, 8), 0.5, 0.25, some(2, 8)
+    Retention(*scores).save(root / "scores")
+    summary = Summary(some(2, 2, 17, 4), some(2, 2, 4, 16))
+    Retention(*scores, summary).save(root / "summary")
 
 
 def make_gguf(root: Path) -> None:

@@ -50,7 +50,7 @@ def random(model, threshold=0.0):
 
 def test_a_fit_tells_statements_that_it_has_not_seen(tiny, fitted):
     assert fitted.tokens == 48 * 256
-    assert fitted.found > 0.1  # by chance .01; .19 was measured
+    assert fitted.found > 0.15  # by chance .02
     text = encode_stream(load_documents("stdlib", "heldout")[:9], tiny.tokenizer)
     rng = np.random.default_rng(9)
     rows = [put_statements(rng, text[n : n + 256], 256, tiny.tokenizer) for n in (0, 9)]

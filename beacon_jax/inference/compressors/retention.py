@@ -8,7 +8,7 @@ likely it belongs to a statement that a reader may be asked for. What is likely 
 stays in all layers and heads; the rest of the room goes to what SnapKV keeps.
 
 The weights are fitted in minutes, without a gradient: `beacon-jax retain`
-(`inference.fit_retention`).
+(`inference.fit_retention`). Summaries, which it may have besides, are trained.
 """
 
 import functools
@@ -18,14 +18,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf.reader import SafetensorsReader, Tensor
 from beacon_jax.hf.writer import write_safetensors
 from beacon_jax.inference.compressors.base import FORCED
-from beacon_jax.inference.compressors.piece import Piece, floats
+from beacon_jax.inference.compressors.piece import Piece, floats, highest, write
 from beacon_jax.inference.compressors.snapkv import SnapKV
+from beacon_jax.inference.compressors.summary import (
+    Summary,
+    rounded,
+    summarised,
+)
 from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.net import Net
 from beacon_jax.paths import new_file
@@ -46,6 +53,7 @@ class Retention(SnapKV):
       bias: is added to their sum.
       threshold: what a likely token is above.
       sample: of the model's weights, from which another model is told, [L, H].
+      summary: what kept tokens gain of those dropped around them; None: nothing.
     """
 
     name = "retention"
@@ -56,9 +64,16 @@ class Retention(SnapKV):
         bias: float,
         threshold: float,
         sample: Float[np.ndarray, "L H"],
+        summary: Summary | None = None,
     ):
         self.weights, self.sample = weights, sample
+        self.summary = None if summary is None else rounded(summary)
         self.bias, self.threshold = float(bias), float(threshold)
+
+    def with_summary(self, summary: Summary | None) -> "Retention":
+        """Returns the same scores with another summary."""
+        rest = self.bias, self.threshold, self.sample
+        return Retention(self.weights, *rest, summary)
 
     @classmethod
     def load(cls, path: str | Path) -> "Retention":
@@ -79,12 +94,13 @@ class Retention(SnapKV):
             )
         reader = SafetensorsReader([file], file.parent)
         found = {name: tensor.shape for name, tensor in reader.tensors.items()}
-        shape = found.get("weights", ())
-        if len(shape) != 3 or found != _shapes(shape):
+        shape, rank = found.get("weights", ()), found.get("summary_a", ())[-1:]
+        if len(shape) != 3 or found != _shapes(shape, *rank):
             raise ValueError(
                 f"{file} has the tensors {found}: weights [L, K, H], bias [1], "
-                "threshold [1] and sample [L, H] are needed. Write it again with "
-                "`beacon-jax retain`."
+                "threshold [1] and sample [L, H] are needed, and for a summary "
+                "summary_a [L, K, 2 H + 1, R] and summary_b [L, K, R, 2 H]. Write it "
+                "again with `beacon-jax retain`."
             )
         read = {name: reader.read(name).astype(np.float32) for name in found}
         if wrong := [name for name, x in read.items() if not np.isfinite(x).all()]:
@@ -93,7 +109,8 @@ class Retention(SnapKV):
                 "again with `beacon-jax retain`."
             )
         bias, threshold = (float(read[name][0]) for name in ("bias", "threshold"))
-        return cls(read["weights"], bias, threshold, read["sample"])
+        summary = Summary(read["summary_a"], read["summary_b"]) if rank else None
+        return cls(read["weights"], bias, threshold, read["sample"], summary)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the weights into a folder, which is made; returns the file."""
@@ -103,7 +120,12 @@ class Retention(SnapKV):
             "threshold": np.asarray([self.threshold]),
             "sample": self.sample,
         }
-        arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
+        if self.summary is not None:
+            arrays |= {"summary_a": self.summary.a, "summary_b": self.summary.b}
+        arrays = {
+            name: x if x.dtype == ml_dtypes.bfloat16 else x.astype(np.float32)
+            for name, x in arrays.items()
+        }
         tensors = {name: Tensor(x.shape, x.dtype) for name, x in arrays.items()}
         file = Path(folder).expanduser() / FILE
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +136,8 @@ class Retention(SnapKV):
     @property
     def digest(self) -> str:
         """Hash of the weights."""
-        parts = self.weights, self.sample, np.asarray([self.bias, self.threshold])
+        numbers = np.asarray([self.bias, self.threshold])
+        parts = self.weights, self.sample, numbers, *(self.summary or ())
         data = b"".join(np.ascontiguousarray(x, np.float64).tobytes() for x in parts)
         return hashlib.sha256(data).hexdigest()[:16]
 
@@ -130,6 +153,26 @@ class Retention(SnapKV):
         facts = chosen(found, jnp.asarray(piece.inside), self.threshold, count)
         votes = super().score(piece, seen, count - facts.sum(-1).astype(count.dtype))
         return jnp.where(facts[None, :, None], FORCED, votes)
+
+    def make(
+        self,
+        piece: Piece,
+        scores: Float[Array, "L B K S"],
+        count: Int[Array, " B"],
+    ) -> MemoryState:
+        if self.summary is None:
+            return super().make(piece, scores, count)
+        start, stop = (jnp.asarray(x, jnp.int32) for x in (piece.start, piece.stop))
+        kept, w = highest(scores, start + count), piece.state.window
+        size = -(-int(np.max(count)) // w) * w  # whole windows: few programs
+        exact = jnp.isinf(jnp.moveaxis(scores, -1, 2))  # of spans
+        k, v = summarised(
+            *(piece.net, piece.state, kept, start, stop, count, size),
+            Summary(*map(jnp.asarray, self.summary)),
+            exact,
+        )
+        live = jnp.asarray(np.asarray(count) < piece.lengths)
+        return write(piece.net, piece.state, k, v, start, count, live)
 
     def _check(self, piece: Piece) -> None:
         """Raises ValueError if the weights are not of the piece's model."""
@@ -152,11 +195,17 @@ class Retention(SnapKV):
             )
 
 
-def _shapes(weights: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors in a file."""
-    layers, _, size = weights
-    one = {"bias": (1,), "threshold": (1,)}
-    return {"weights": weights, "sample": (layers, size), **one}
+def _shapes(
+    weights: tuple[int, ...], rank: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors in a file; rank: of its summary, if any."""
+    layers, heads, size = weights
+    found = {"weights": weights, "sample": (layers, size), "bias": (1,)}
+    found["threshold"] = (1,)
+    if rank is not None:
+        found["summary_a"] = layers, heads, 2 * size + 1, rank
+        found["summary_b"] = layers, heads, rank, 2 * size
+    return found
 
 
 def sample_of(variables: Any) -> Float[np.ndarray, "L H"]:
