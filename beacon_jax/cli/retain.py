@@ -9,6 +9,8 @@ Example:
   beacon-jax retain --model=smol.gguf --text=corpus --out=out/retention
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from beacon_jax.cli.context import define_beacons, load_model
@@ -36,6 +38,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.real("lr", 1e-3, "Learning rate at its highest.")
     f = Group(values, "Output")
     f.text("out", None, "Folder to write into.", required=True)
+    f.switch("overwrite", False, "Replace the weights that are in --out.")
 
 
 @command
@@ -47,9 +50,14 @@ def main(values: flags.FlagValues) -> None:
         from beacon_jax.data.text import load_documents
         from beacon_jax.data.tokenizer import encode_stream
         from beacon_jax.evaluation.runner import integers
+        from beacon_jax.inference.compressors.retention import FILE
         from beacon_jax.inference.fit_retention import ORDINARY, Fitting, fit_retention
         from beacon_jax.inference.train_summary import Steps, train_summary
 
+    if (Path(values.out).expanduser() / FILE).exists() and not values.overwrite:
+        raise FileExistsError(
+            f"--out={values.out} has {FILE}: name another folder, or add --overwrite."
+        )
     settings = Fitting(**{name: getattr(values, name) for name in names})
     ratios = tuple(integers("ratios", values.ratios))
     training = None

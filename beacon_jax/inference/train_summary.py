@@ -115,11 +115,10 @@ def train_summary(
     begun = retention.summary or summary.fresh(model.config, settings.seed)
     weights = Summary(*(jnp.asarray(x, jnp.float32) for x in begun))
     state, losses = optimizer.init(weights), []
-    plain = dataclasses.replace(model.net, config=model.config)
 
     @jax.jit
     def step(weights: Summary, state: Any, variables: Any, row: _Row) -> Any:
-        run = functools.partial(_divergence, plain, variables, row)
+        run = functools.partial(_divergence, model.net, variables, row)
         loss, gradient = jax.value_and_grad(run)(weights)
         updates, state = optimizer.update(gradient, state, weights)
         return optax.apply_updates(weights, updates), state, loss
