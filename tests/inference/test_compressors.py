@@ -48,6 +48,7 @@ class Facts(Retention):
 
     def __init__(self):
         self.bias = self.threshold = 0.0
+        self.summary = None
 
     def observe(self, piece):
         c, draw = piece.net.config, np.random.default_rng(0).normal
