@@ -117,7 +117,8 @@ def test_a_class_of_ones_own_is_a_method(model, rows, plugin):
     [
         (
             "snap",
-            "names 'snap': did you mean snapkv. Known are .*, NAME_recent, text:",
+            "names 'snap': did you mean snapkv. Known are .*, NAME_recent, "
+            "retention:FOLDER, text:",
         ),
         ("no_such_module:Class", "cannot be imported .*module:Class"),
         ("shorten_for_test:Missing", "cannot be imported .*Missing"),
