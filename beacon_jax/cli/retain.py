@@ -52,7 +52,7 @@ def main(values: flags.FlagValues) -> None:
         from beacon_jax.evaluation.runner import integers
         from beacon_jax.inference.compressors.retention import FILE
         from beacon_jax.inference.fit_retention import ORDINARY, Fitting, fit_retention
-        from beacon_jax.inference.train_summary import Steps, train_summary
+        from beacon_jax.inference.train_summary import Steps, check, train_summary
 
     if (Path(values.out).expanduser() / FILE).exists() and not values.overwrite:
         raise FileExistsError(
@@ -68,6 +68,8 @@ def main(values: flags.FlagValues) -> None:
     model = load_model(values, progress)
     with progress.stage("tokenising", note=values.text):
         text = encode_stream(documents, model.tokenizer)
+    if training is not None:
+        check(model, text, training)  # before minutes are spent
     with progress.stage("reading", "texts") as stage:
         fitted = fit_retention(model, text, settings, stage)
     retention = fitted.retention

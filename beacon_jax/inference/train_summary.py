@@ -96,11 +96,7 @@ def train_summary(
       text: tokens of documents, from which texts are cut at random.
       on_progress: called with (steps done, of how many).
     """
-    if len(text) < settings.length:
-        raise ValueError(
-            f"text has {len(text):,} tokens, fewer than the {settings.length:,} of "
-            "length: give more text, or shorter rows."
-        )
+    check(model, text, settings)
     rng = np.random.default_rng(settings.seed)
     schedule = optax.schedules.warmup_cosine_decay_schedule(
         0.0,
@@ -133,6 +129,25 @@ def train_summary(
         if on_progress:
             on_progress(number + 1, settings.count)
     return Trained(retention.with_summary(weights), np.asarray(losses))
+
+
+def check(model: "Model", text: Int[np.ndarray, " n"], settings: Steps) -> None:
+    """Raises ValueError for what cannot be trained: too little text, split rows."""
+    if len(text) < settings.length:
+        raise ValueError(
+            f"text has {len(text):,} tokens, fewer than the {settings.length:,} of "
+            "length: give more text, or shorter rows."
+        )
+    if model.partition is None:
+        return
+    try:
+        model.partition.spec(("batch",), (1,))
+    except ValueError as error:
+        mesh = ",".join(f"{k}:{n}" for k, n in model.partition.mesh.shape.items())
+        raise ValueError(
+            f"mesh={mesh} splits rows, but summaries are trained on one text at a "
+            "time: split heads alone, as tensor:8, or train on one device."
+        ) from error
 
 
 def _row(

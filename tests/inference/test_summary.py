@@ -1,5 +1,7 @@
 """Summaries: what kept tokens gain of the dropped ones, and its training."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from beacon_jax.inference.compressors.retention import Retention, sample_of
 from beacon_jax.inference.compressors.summary import Summary, fresh, shapes, slots_of
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.train_summary import Steps, train_summary
+from beacon_jax.model.partition import make_partition
 from tests.evaluation.numpy_model import rotated as rotated_by
 from tests.inference.conftest import W
 from tests.inference.test_compressors import OTHER, TEXT, same
@@ -152,4 +155,7 @@ def test_settings_of_training_that_cannot_be_are_refused(tiny, text):
     none = Retention(np.zeros((4, 2, 8), np.float32), 0.0, 1.0, np.zeros((4, 8)))
     with pytest.raises(ValueError, match="text has 9 tokens, fewer than the 1,024"):
         train_summary(tiny, none, text[:9])
+    split = dataclasses.replace(tiny, partition=make_partition("data:2"))
+    with pytest.raises(ValueError, match="mesh=data:2.* splits rows"):
+        train_summary(split, none, text)
     assert summary.RANK == 64
