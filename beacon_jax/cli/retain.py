@@ -1,9 +1,10 @@
 """Fits which tokens of a text are facts that have to be kept, in minutes.
 
 Statements are put into real text, the model reads it with full attention, and a linear
-score of its values is fitted to tell them. No gradient is computed, the model is not
-changed. Writes retention.safetensors into --out, for --method=retention:FOLDER of
-compress, generate and evaluate. Files that are held out for evaluation are not read.
+score of its values is fitted to tell them, without a gradient. --steps=300 trains
+besides what kept tokens gain of those dropped around them. The model is not changed.
+Writes retention.safetensors into --out, for --method=retention:FOLDER of compress,
+generate and evaluate. Files that are held out for evaluation are not read.
 
 Example:
   beacon-jax retain --model=smol.gguf --text=corpus --out=out/retention

@@ -22,7 +22,8 @@ from beacon_jax.core.step import training_window
 from beacon_jax.inference.compressors import summary
 from beacon_jax.inference.compressors.piece import Piece, highest
 from beacon_jax.inference.compressors.retention import Retention
-from beacon_jax.inference.compressors.summary import Slots, Summary
+from beacon_jax.inference.compressors.summary import Kept, Slots, Summary
+from beacon_jax.inference.fit_retention import check_text
 from beacon_jax.inference.piecewise import make_piece
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
@@ -62,6 +63,14 @@ class Steps:
             raise ValueError(
                 f"length={self.length} must be at least two windows of {self.window}."
             )
+        past = self.length - self.window
+        if not self.ratios or not all(1 <= r <= past for r in self.ratios):
+            raise ValueError(
+                f"ratios={self.ratios} must be numbers from 1 to {past}, the tokens in "
+                "front of the window."
+            )
+        if not 0 <= self.lr < np.inf:
+            raise ValueError(f"lr={self.lr} must be a number from 0 on, as 1e-3.")
 
 
 class Trained(NamedTuple):
@@ -133,11 +142,7 @@ def train_summary(
 
 def check(model: "Model", text: Int[np.ndarray, " n"], settings: Steps) -> None:
     """Raises ValueError for what cannot be trained: too little text, split rows."""
-    if len(text) < settings.length:
-        raise ValueError(
-            f"text has {len(text):,} tokens, fewer than the {settings.length:,} of "
-            "length: give more text, or shorter rows."
-        )
+    check_text(text, settings.length)
     if model.partition is None:
         return
     try:
@@ -172,9 +177,8 @@ def kept_slots(retention: Retention, piece: Piece, count: int) -> Slots:
     scores = retention.score(piece, retention.observe(piece), each)
     scores = jnp.where(jnp.asarray(piece.inside)[None, :, None], scores, -jnp.inf)
     start, stop = (jnp.asarray(x, jnp.int32) for x in (piece.start, piece.stop))
-    return summary.slots_of(
-        piece.net, piece.state, highest(scores, each), start, stop, each, count
-    )
+    kept = Kept(highest(scores, each), start, stop, each)
+    return summary.slots_of(piece.net, piece.state, kept, count)
 
 
 def _divergence(

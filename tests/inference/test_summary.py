@@ -11,7 +11,13 @@ from beacon_jax.data.text import load_documents
 from beacon_jax.data.tokenizer import encode_stream
 from beacon_jax.inference.compressors import summary
 from beacon_jax.inference.compressors.retention import Retention, sample_of
-from beacon_jax.inference.compressors.summary import Summary, fresh, shapes, slots_of
+from beacon_jax.inference.compressors.summary import (
+    Kept,
+    Summary,
+    fresh,
+    shapes,
+    slots_of,
+)
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.train_summary import Steps, train_summary
 from beacon_jax.model.partition import make_partition
@@ -51,7 +57,7 @@ def test_slots_know_the_means_of_the_dropped_tokens_nearest_to_them(model):
         both = [*range(start[row]), *some]
         kept[layer, row, : len(both), head] = both
     given = [jnp.asarray(x, jnp.int32) for x in (kept, start, stop, count)]
-    found = slots_of(model.net, memory.state, *given, size)
+    found = slots_of(model.net, memory.state, Kept(*given), size)
     for row in range(2):
         k, v = memory_slots(memory, row)
         at = -np.arange(k.shape[1])[:, None]
@@ -152,6 +158,11 @@ def test_settings_of_training_that_cannot_be_are_refused(tiny, text):
         Steps(count=0)
     with pytest.raises(ValueError, match="at least two windows of 256"):
         Steps(length=300)
+    for ratios in ((), (0,), (2, 769)):
+        with pytest.raises(ValueError, match="must be numbers from 1 to 768"):
+            Steps(ratios=ratios)
+    with pytest.raises(ValueError, match="lr=nan must be"):
+        Steps(lr=float("nan"))
     none = Retention(np.zeros((4, 2, 8), np.float32), 0.0, 1.0, np.zeros((4, 8)))
     with pytest.raises(ValueError, match="text has 9 tokens, fewer than the 1,024"):
         train_summary(tiny, none, text[:9])

@@ -29,6 +29,7 @@ from beacon_jax.inference.compressors.base import FORCED
 from beacon_jax.inference.compressors.piece import Piece, floats, highest, write
 from beacon_jax.inference.compressors.snapkv import SnapKV
 from beacon_jax.inference.compressors.summary import (
+    Kept,
     Summary,
     rounded,
     summarised,
@@ -163,11 +164,12 @@ class Retention(SnapKV):
         if self.summary is None:
             return super().make(piece, scores, count)
         start, stop = (jnp.asarray(x, jnp.int32) for x in (piece.start, piece.stop))
-        kept, w = highest(scores, start + count), piece.state.window
+        kept = Kept(highest(scores, start + count), start, stop, count)
+        w = piece.state.window
         size = -(-int(np.max(count)) // w) * w  # whole windows: few programs
         exact = jnp.isinf(jnp.moveaxis(scores, -1, 2))  # of spans
         k, v = summarised(
-            *(piece.net, piece.state, kept, start, stop, count, size),
+            *(piece.net, piece.state, kept, size),
             Summary(*map(jnp.asarray, self.summary)),
             exact,
         )

@@ -53,6 +53,21 @@ class Slots(NamedTuple):
     features: Float[Array, "L B n K F"]
 
 
+class Kept(NamedTuple):
+    """Which tokens of a piece stay.
+
+    Attributes:
+      index: slots that stay in each row, rising; those from `start` on are the piece's.
+      start, stop: the piece's first slot, and the one behind it.
+      count: of the piece, how many stay.
+    """
+
+    index: Int[Array, "L B S K"]
+    start: Int[Array, " B"]
+    stop: Int[Array, " B"]
+    count: Int[Array, " B"]
+
+
 def shapes(config: ModelConfig, rank: int = RANK) -> Summary:
     """Returns the shapes of the weights."""
     layers, heads, size = config.num_layers, config.num_kv_heads, config.head_dim
@@ -82,24 +97,14 @@ def gained(summary: Summary, slots: Slots) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnames=("net", "size"))
-def slots_of(
-    net: Net,
-    state: MemoryState,
-    kept: Int[Array, "L B S K"],
-    start: Int[Array, " B"],
-    stop: Int[Array, " B"],
-    count: Int[Array, " B"],
-    size: int,
-) -> Slots:
+def slots_of(net: Net, state: MemoryState, kept: Kept, size: int) -> Slots:
     """Collects the kept tokens of a piece, and what was dropped around them.
 
     Args:
-      state: the memory with the piece in slots start ... stop - 1.
-      kept: slots that stay, rising; those from `start` on are the piece's.
-      count: of the piece, how many stay; `size` is at least that. What stands beyond
-        has no meaning.
+      state: the memory with the piece in it.
+      size: at least `kept.count`; what stands beyond that has no meaning.
     """
-    one = _collector(net, state, kept, start, stop, count, size)
+    one = _collector(net, state, kept, size)
     return jax.lax.map(lambda layer: one(layer)[0], jnp.arange(net.config.num_layers))
 
 
@@ -107,10 +112,7 @@ def slots_of(
 def summarised(
     net: Net,
     state: MemoryState,
-    kept: Int[Array, "L B S K"],
-    start: Int[Array, " B"],
-    stop: Int[Array, " B"],
-    count: Int[Array, " B"],
+    kept: Kept,
     size: int,
     summary: Summary,
     exact: Bool[Array, "L B S K"],
@@ -120,7 +122,7 @@ def summarised(
     Args: those of `slots_of`, and
       exact: kept slots that gain nothing.
     """
-    one = _collector(net, state, kept, start, stop, count, size)
+    one = _collector(net, state, kept, size)
 
     def entries(x):
         layer, a, b = x
@@ -132,9 +134,10 @@ def summarised(
     return jax.lax.map(entries, (jnp.arange(net.config.num_layers), *summary))
 
 
-def _collector(net, state, kept, start, stop, count, size):
+def _collector(net: Net, state: MemoryState, kept: Kept, size: int) -> Any:
     """Makes a function of a layer: (its Slots, the slots [B, n, K] that they were)."""
-    at = jnp.minimum(start[:, None] + jnp.arange(size), kept.shape[2] - 1)
+    index, start, stop, count = kept
+    at = jnp.minimum(start[:, None] + jnp.arange(size), index.shape[2] - 1)
     place = jnp.arange(state.capacity)
     inside = (place >= start[:, None]) & (place < stop[:, None])
     cos, sin = cos_sin(net.config, -place, scaled=False)
@@ -142,13 +145,13 @@ def _collector(net, state, kept, start, stop, count, size):
     rows = jax.vmap(jax.vmap(_around, (1, 1, None, None), (1, 1)))
 
     def one(layer):
-        index = jnp.take_along_axis(kept[layer], at[..., None], axis=1)
+        mine = jnp.take_along_axis(index[layer], at[..., None], axis=1)
         keys = rotate(floats(net, state.k, layer), cos, sin)
         values = floats(net, state.v, layer)
         both = jnp.concatenate([keys, values], axis=-1)  # [B, S, K, 2 H]
-        own, features = rows(both, index, real, inside)
+        own, features = rows(both, mine, real, inside)
         k, v = jnp.split(own, 2, axis=-1)
-        return Slots(k, v, features), index
+        return Slots(k, v, features), mine
 
     return one
 
