@@ -52,6 +52,7 @@ class MemoryState(flax.struct.PyTreeNode):
 
     Attributes:
       k: keys, rotated at their index; in int8 without their mean (`model.quantize`).
+        They may have a bias per slot (`model.buffers.Biased`).
       v: values.
       slots: sink and beacon slots; they never change once written.
       sinks: how many of them are sinks (docs/specification.md section 2).
@@ -96,6 +97,11 @@ class MemoryState(flax.struct.PyTreeNode):
         return self.k.nbytes + self.v.nbytes + ids
 
     @property
+    def biased(self) -> bool:
+        """Whether slots have a bias."""
+        return isinstance(self.k, buffers.Biased)
+
+    @property
     def slot_nbytes(self) -> int:
         """Bytes of one slot of one row: keys and values of all layers."""
         return buffers.slot_nbytes(self.k) + buffers.slot_nbytes(self.v)
@@ -123,15 +129,16 @@ class MemoryState(flax.struct.PyTreeNode):
         return self.replace(k=k, v=v)
 
 
-def slot_nbytes(config: ModelConfig, dtype: Any) -> int:
+def slot_nbytes(config: ModelConfig, dtype: Any, biased: bool = False) -> int:
     """Counts the bytes of one slot of one row: keys and values of all layers.
 
-    In int8 they have scales besides.
+    In int8 they have scales besides, and some compressors give slots a bias.
     """
     entry = config.head_dim * jnp.dtype(dtype).itemsize
     if jnp.dtype(dtype) == jnp.int8:
         entry += 4
-    return 2 * config.num_layers * config.num_kv_heads * entry
+    both = 2 * entry + (4 if biased else 0)
+    return config.num_layers * config.num_kv_heads * both
 
 
 def init_memory(
@@ -140,6 +147,7 @@ def init_memory(
     capacity: int,
     dtype: Any = jnp.float32,
     recent: bool = False,
+    biased: bool = False,
 ) -> MemoryState:
     """Makes an empty memory for `batch` rows of `capacity` slots.
 
@@ -147,11 +155,14 @@ def init_memory(
       capacity: see `plan.capacity`.
       dtype: of keys and values; int8 has scales besides.
       recent: whether rows keep their last full windows raw.
+      biased: whether slots have a bias.
     """
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
     zeros = lambda: jnp.zeros((batch,), jnp.int32)
     ids = lambda: jnp.zeros((batch, default_window(config)), jnp.int32)
     k, v = buffers.empty(shape, dtype)
+    if biased:
+        k = buffers.biased(k)
     return MemoryState(
         k=k,
         v=v,

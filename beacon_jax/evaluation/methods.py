@@ -140,6 +140,11 @@ def budget_slots(
     return law.closed(ratio, windows)
 
 
+def fitting(slots: int, slot: int, own: int) -> int:
+    """Counts the slots of `own` bytes that fit where these of `slot` bytes would."""
+    return slots * slot // own if own > slot else slots
+
+
 def id_nbytes(config: ModelConfig, tokens: int) -> int:
     """Bytes of the ids that beacons keep beside a raw last window of a past."""
     window = default_window(config)
@@ -152,21 +157,21 @@ def remember(
     """Calls `Method.remember`; returns also the bytes that each row keeps.
 
     Methods of one ratio are compared at the bytes that its beacons take; a method that
-    keeps another number is a fault of ours, hence the assertion. Slots are never larger
-    than the model's own; those of int8 are smaller, and there are as many.
+    keeps another number is a fault of ours, hence the assertion. Slots of int8 are
+    smaller than the model's own, and there are as many; of those that are larger,
+    because they have a bias, there are fewer.
     """
     memory = method.remember(model, past, following)
     kept = method.kv_bytes(memory)
     if method.ratio is None:
         return memory, kept
     own, slot = memory.slot_nbytes, slot_nbytes(model.config, model.net.dtype)
-    assert own <= slot
     for row, held in zip(past, kept, strict=True):
         slots = budget_slots(model.config, len(row), method.number, method.recent)
         ids = id_nbytes(model.config, len(row)) if method.recent else 0
         # Sinks and low ratios may leave more slots than there are tokens to keep.
-        least = min(slots, len(row)) * own if method.exact else 0
-        most = slots * (own if method.exact else slot) + ids
+        least = min(fitting(slots, slot, own), len(row)) * own if method.exact else 0
+        most = slots * (min(own, slot) if method.exact else slot) + ids
         if not least <= held <= most:
             raise AssertionError(
                 f"{method.name} keeps {held:,} bytes of {len(row)} tokens; the budget "

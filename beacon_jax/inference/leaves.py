@@ -7,7 +7,7 @@ state has: an int8 memory has scales and means beside its values.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,17 +98,17 @@ def _ids(state: MemoryState) -> dict[str, np.ndarray]:
 
 
 def shapes(
-    config: ModelConfig, live: Sequence[int], dtype: str, recent: bool
+    config: ModelConfig, live: Sequence[int], dtype: str, has: Mapping[str, bool]
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Returns shape and dtype of each of the `parts` of a state, by name.
 
     Args:
       live: entries of each row.
       dtype: of keys and values.
-      recent: whether rows keep their last full windows raw.
+      has: of `core.memory.init_memory`, "recent" and "biased".
     """
     found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    for name, leaf in names(_template(config, live, dtype, recent)).items():
+    for name, leaf in names(_template(config, live, dtype, has)).items():
         kind = axes(name, len(leaf.shape))
         if "slots" not in kind:
             found[name] = leaf.shape, np.dtype(leaf.dtype)
@@ -121,11 +121,11 @@ def shapes(
 
 
 def _template(
-    config: ModelConfig, live: Sequence[int], dtype: str, recent: bool
+    config: ModelConfig, live: Sequence[int], dtype: str, has: Mapping[str, bool]
 ) -> MemoryState:
     """Returns the shapes of a state with room for the live entries of each row."""
     capacity = buffer_size(max(live), default_window(config))
-    make = lambda: init_memory(config, len(live), capacity, dtype, recent)
+    make = lambda: init_memory(config, len(live), capacity, dtype, **has)
     return jax.eval_shape(make)
 
 
@@ -135,14 +135,14 @@ def build(
     dtype: str,
     part: Callable[[str], Part],
     partition: Partition | None,
-    recent: bool = False,
+    has: Mapping[str, bool],
 ) -> MemoryState:
     """Makes a state on the devices from its parts: the inverse of `parts`.
 
     While a leaf is made, each device's share of it is on the host once, and one layer
     of a row of the file is mapped.
     """
-    rows, template = len(live), _template(config, live, dtype, recent)
+    rows, template = len(live), _template(config, live, dtype, has)
     made = {}
     for name, leaf in names(template).items():
         kind = axes(name, len(leaf.shape))

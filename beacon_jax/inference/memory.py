@@ -17,6 +17,7 @@ from beacon_jax.hf.identify import Identity
 from beacon_jax.inference import mount, packs, room, validate
 from beacon_jax.inference.account import Account
 from beacon_jax.inference.history import History
+from beacon_jax.model.buffers import alike, dtype_name
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.partition import Partition
 from beacon_jax.names import hinted
@@ -87,12 +88,12 @@ class Memory:
     @property
     def dtype(self) -> str:
         """The dtype of keys and values: "float32", "bfloat16", "float16" or "int8"."""
-        found = {x.dtype.name for x in jax.tree.leaves((self.state.k, self.state.v))}
-        return "int8" if "int8" in found else "+".join(sorted(found))
+        found = {dtype_name(x) for x in (self.state.k, self.state.v)}
+        return "+".join(sorted(found))
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of one slot of one row: keys, values and int8 scales of all layers."""
+        """Bytes of one slot of one row: all that it has in all layers."""
         return self.state.slot_nbytes
 
     @property
@@ -286,7 +287,10 @@ def take_rows(state: MemoryState, index: Int[np.ndarray, " b"]) -> MemoryState:
 def join_rows(states: Sequence[MemoryState]) -> MemoryState:
     """Joins states of different rows into one batch, all with the largest capacity."""
     size = max(state.capacity for state in states)
-    states = [state.resized(size) for state in states]
+    keys = alike(*(state.resized(size).k for state in states))
+    states = [
+        state.resized(size).replace(k=k) for state, k in zip(states, keys, strict=True)
+    ]
     join = lambda *leaves: jnp.concatenate(leaves, axis=batch_axis(leaves[0]))
     return _by_leaf(join, *states)
 

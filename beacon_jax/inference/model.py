@@ -504,7 +504,9 @@ class Model:
             room.check_request(self, asked, lengths, new, before, dtype)
         else:
             config = planning(config)
-        slot = slot_nbytes(self.config, dtype)
+        biased = memory is not None and memory.state.biased
+        biased = biased or (method is not None and method.biased)
+        slot = slot_nbytes(self.config, dtype, biased)
         ids = ID_NBYTES * self.window if before[0].recent else 0
         budget = Budget.read(asked.max_slots, asked.max_bytes, slot, ids)
         plans = []

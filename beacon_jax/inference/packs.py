@@ -18,11 +18,14 @@ The metadata has `beacon_pack` (format version), `manifest` (JSON) and its check
                  null: they were not kept), tokens_stored; recent, if rows keep their
                  last full windows raw: own (ratio of the one that lies so, or null) and
                  fixed (windows in front that are never run again)
+    biased       true, if slots have a bias
     tensors      name -> dtype, shape, sha256
 
 Tensors, for B rows of L layers, K kv heads of H channels:
 
-    state.k/b, state.v/b  [L, entries, K, H]  row b, its live entries only
+    state.k/b, state.v/b  [L, entries, K, H]  row b, its live entries only; if slots
+                                              have a bias, state.k.entries/b
+    state.k.bias/b        [L, K, entries]     the bias of each slot
     state.slots ...       [B]                 the counts of `core.memory.MemoryState`
     state.tokens          [B, W]              ids of the open window's tokens, 0 beyond
     state.recent ...      [B], [B, W]         `core.memory.Recent`, if there is one
@@ -73,7 +76,7 @@ from beacon_jax.names import short
 if TYPE_CHECKING:
     from beacon_jax.inference.memory import Memory
 
-VERSIONS = ("1", "2")  # 2: rows keep their last full windows raw
+VERSIONS = ("1", "2", "3")  # 2: rows keep their last full windows raw, 3: biases
 _STATE = ("slots", "raw", "ratio", "windows")  # what a row is counted by on the device
 DTYPES = frozenset({"float32", "bfloat16", "float16", "int8"})
 _RECENT = {"own": (Count, None), "fixed": Count}
@@ -88,6 +91,7 @@ _FORM = {
     "model": {"base": (str, None), "beacon": (str, None), "config": {}},
     "dtype": DTYPES,
     "rows": [_ROW],
+    "biased?": bool,
     "tensors": {str: {"dtype": str, "shape": [Count], "sha256": str}},
 }
 _MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
@@ -157,6 +161,7 @@ def save(
             }
             for i, row in enumerate(rows)
         ],
+        **({"biased": True} if memory.state.biased else {}),
         "tensors": {
             name: {
                 "dtype": DTYPE_NAMES[tensor.dtype],
@@ -166,9 +171,10 @@ def save(
             for name, tensor in tensors.items()
         },
     }
+    has = {"recent": memory.recent, "biased": memory.state.biased}
     with paths.new_file(target) as partial:
         text = json.dumps(manifest, separators=(",", ":"))
-        write_safetensors(partial, tensors, blocks, _metadata(text, memory.recent))
+        write_safetensors(partial, tensors, blocks, _metadata(text, has))
 
 
 def read(
@@ -222,7 +228,7 @@ def read(
         pack.manifest["dtype"],
         lambda name: pack.part(f"state.{name}"),
         partition,
-        pack.recent,
+        pack.has,
     )
     return config, state, histories, identity
 
@@ -284,7 +290,7 @@ class _Pack:
             raise PackError(f"{path} is a device or pipe: give the pack's file.")
         header = self._header()
         text = self._manifest_text(header)
-        self.manifest, self.recent = self._parsed(text)
+        self.manifest, self.has = self._parsed(text)
         self.tensors: dict[str, Tensor] = {}
         end = len(header)
         for name, info in self.manifest["tensors"].items():
@@ -293,7 +299,7 @@ class _Pack:
                 raise self._damaged(f"it has no tensors such as {name!a}")
             self.tensors[name] = Tensor(tuple(info["shape"]), dtype, path.name, end)
             end += self.tensors[name].nbytes
-        metadata = _metadata(text, self.recent)
+        metadata = _metadata(text, self.has)
         if header != safetensors_header(self.tensors, metadata):
             raise self._damaged("its header is not the one that was written")
         size = path.stat().st_size
@@ -315,8 +321,8 @@ class _Pack:
                 )
             return start + file.read(length - len(start))
 
-    def _parsed(self, text: str) -> tuple[dict[str, Any], bool]:
-        """Returns the manifest, and whether its rows keep a window raw."""
+    def _parsed(self, text: str) -> tuple[dict[str, Any], dict[str, bool]]:
+        """Returns the manifest, and whether its rows are "recent" and "biased"."""
         try:
             manifest = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -326,7 +332,8 @@ class _Pack:
         recent = {"recent" in row for row in manifest["rows"]}
         if len(recent) != 1:
             raise self._damaged("manifest.rows is empty, or of two kinds")
-        return manifest, recent.pop()
+        biased = manifest.get("biased", False)
+        return manifest, {"recent": recent.pop(), "biased": biased}
 
     def _manifest_text(self, header: bytes) -> str:
         """Returns the manifest, unchanged since this format version wrote it."""
@@ -338,7 +345,7 @@ class _Pack:
             said = short(repr(error))
             raise self._no_pack(f"its header has no manifest ({said})") from error
         if version not in VERSIONS:
-            newer = re.fullmatch("[3-9]|[1-9][0-9]+", str(version))
+            newer = re.fullmatch("[4-9]|[1-9][0-9]+", str(version))
             raise PackError(
                 f"{self.path} has format version {short(str(version))}, this program "
                 "reads "
@@ -374,7 +381,7 @@ class _Pack:
         """Raises PackError unless the tensors are those of the config and the rows."""
         about, int32 = self.manifest["rows"], np.dtype(np.int32)
         live, dtype = [row["entries"] for row in about], self.manifest["dtype"]
-        wanted = leaves.shapes(config, live, dtype, self.recent)
+        wanted = leaves.shapes(config, live, dtype, self.has)
         wanted = {f"state.{name}": what for name, what in wanted.items()}
         for i, row in enumerate(about):
             wanted[f"row.spans/{i}"] = (row["slots"], 2), int32
@@ -442,7 +449,8 @@ def _history(pack: _Pack, row: int, about: Mapping[str, Any]) -> History:
     spans, ratios, marks = get("spans"), get("ratios"), get("marks")
     assert spans is not None and ratios is not None and marks is not None
     fed = int(marks[-1, 0]) + about["raw"]
-    recent = {name: about["recent"][name] for name in _RECENT} if pack.recent else {}
+    kept = pack.has["recent"]
+    recent = {name: about["recent"][name] for name in _RECENT} if kept else {}
     return History(
         spans,
         ratios,
@@ -450,7 +458,7 @@ def _history(pack: _Pack, row: int, about: Mapping[str, Any]) -> History:
         fed,
         get("tokens"),
         about["ratio"],
-        recent=pack.recent,
+        recent=kept,
         **recent,
     )
 
@@ -482,9 +490,10 @@ def _recent_fields(row: History) -> dict[str, Any]:
     return {"recent": {"own": row.own, "fixed": row.fixed}}
 
 
-def _metadata(manifest: str, recent: bool) -> dict[str, str]:
+def _metadata(manifest: str, has: Mapping[str, bool]) -> dict[str, str]:
+    version = 2 if has["biased"] else int(has["recent"])
     return {
-        "beacon_pack": VERSIONS[recent],
+        "beacon_pack": VERSIONS[version],
         "manifest": manifest,
         "manifest_sha256": _text_sha256(manifest),
     }

@@ -238,12 +238,13 @@ def close(
     ):
         row[first:last] = each
     kept = jnp.asarray(count, jnp.int32)
-    scores = method.score(piece, (observe or method.observe)(piece), kept)
+    seen = (observe or method.observe)(piece)
+    scores = method.score(piece, seen, kept)
     scores = jnp.nan_to_num(scores)  # finite, as infinite ones mean more here
     place = lambda x: jnp.asarray(x)[None, :, None]
     scores = jnp.where(place(slot < piece.stop[:, None]), scores, -jnp.inf)
     scores = jnp.where(place(forced), jnp.inf, scores)
-    state = method.make(piece, scores, kept)
+    state = method.make(piece, seen, scores, kept)
     left, right = np.asarray(state.slots), start + np.asarray(count)
     if (left != right).any():
         raise ValueError(

@@ -60,8 +60,8 @@ class Facts(Retention):
 class TooMany(SmallKeys):
     name = "too-many"
 
-    def make(self, piece, scores, count):
-        return super().make(piece, scores, count + 1)
+    def make(self, piece, seen, scores, count):
+        return super().make(piece, seen, scores, count + 1)
 
 
 def slots_of(memory, row=0):
@@ -151,9 +151,9 @@ def test_pieces_stay_within_trained_positions(model):
     read = []
 
     class Watched(SmallKeys):
-        def make(self, piece, scores, count):
+        def make(self, piece, seen, scores, count):
             read.append(int(piece.stop[0]))
-            return super().make(piece, scores, count)
+            return super().make(piece, seen, scores, count)
 
     assert model.config.trained_positions == 256
     model.compress(TEXT * 8, ratio=4, method=Watched())  # 568 tokens, 142 slots
@@ -203,6 +203,17 @@ def test_an_open_window_waits_while_other_rows_are_compressed(name, model):
     a = model.complete([QUESTION] * 2, memory=both, max_new_tokens=6)[1]
     b = model.complete(QUESTION, memory=alone, max_new_tokens=6)
     assert a.tokens.tolist() == b.tokens.tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_far_behind_reads_a_little_while_another_reads_much(name, model):
+    long = TEXT * 2  # 35 slots of it, then a window more; the other reads 17
+    begun = model.compress([long, "Oh"], ratio=0)
+    rest = [OTHER[: 2 * W], long[: 17 * W]]
+    both = model.compress(rest, ratio=4, method=name, memory=begun)
+    for row in range(2):
+        alone = model.compress(rest[row], ratio=4, method=name, memory=begun[row])
+        same(both, alone, row)
 
 
 def test_scores_that_are_no_numbers_displace_nothing(model):

@@ -45,6 +45,7 @@ from beacon_jax.evaluation.baselines.text import (
     text_compressor,
 )
 from beacon_jax.evaluation.baselines.untrained import (
+    AttentionMatching,
     ExpectedAttention,
     KVzip,
     MeanPool,
@@ -80,6 +81,7 @@ FAMILIES: dict[str, type[Method]] = {
         SnapKV,
         ExpectedAttention,
         KVzip,
+        AttentionMatching,
         SnapKVAware,
         Selective,
         Int8,

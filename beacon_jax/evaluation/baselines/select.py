@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from beacon_jax.core.feed import padded
 from beacon_jax.core.memory import MemoryState, slot_nbytes
 from beacon_jax.evaluation import reading
-from beacon_jax.evaluation.methods import Method, budget_slots, id_nbytes
+from beacon_jax.evaluation.methods import Method, budget_slots, fitting, id_nbytes
 from beacon_jax.evaluation.reading import Prefill, Rows
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
@@ -22,6 +22,7 @@ class Budgeted(Method):
     """A method that keeps as many slots as beacons of its ratio would."""
 
     per_ratio = True
+    biased = False  # whether slots have a bias besides
 
     def budget(self, model: Model, past: Rows) -> Int[np.ndarray, " B"]:
         """Counts the slots that each row may keep.
@@ -38,11 +39,12 @@ class Budgeted(Method):
 
     def _slots(self, model: Model, tokens: int) -> int:
         """Counts the slots of beacons; of the bytes of ids besides it makes slots."""
-        slots = budget_slots(model.config, tokens, self.number, self.recent)
-        if not self.recent:
-            return slots
-        slot = slot_nbytes(model.config, model.net.dtype)
-        return slots + id_nbytes(model.config, tokens) // slot
+        config, dtype = model.config, model.net.dtype
+        slots = budget_slots(config, tokens, self.number, self.recent)
+        slot = slot_nbytes(config, dtype)
+        if self.recent:
+            slots += id_nbytes(config, tokens) // slot
+        return fitting(slots, slot, slot_nbytes(config, dtype, self.biased))
 
 
 def read(

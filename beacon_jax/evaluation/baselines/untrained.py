@@ -85,6 +85,12 @@ class Retention(Untrained):
         self.compressor, self.weights = (lambda: found), found.digest
 
 
+class AttentionMatching(Untrained):
+    family, takes_recent = "attention-matching", True
+    compressor = compressors.AttentionMatching
+    biased = True
+
+
 class MeanPool(Untrained):
     family = "mean-pool"
     compressor = compressors.MeanPool

@@ -4,6 +4,7 @@
     snapkv              what the last 64 tokens of a piece attend to
     expected-attention  what queries to come may attend to
     kvzip               what repeating the text attends to
+    attention-matching  slots whose attention is that of all tokens, in closed form
     mean-pool           means of neighbouring keys and values
     retention:FOLDER    facts, found by a score that `beacon-jax retain` fitted to the
                         model in minutes, and what snapkv keeps besides
@@ -31,6 +32,7 @@ the smallest keys:
 On a command line its class is --method=module:SmallKeys.
 """
 
+from beacon_jax.inference.compressors.attention_matching import AttentionMatching
 from beacon_jax.inference.compressors.base import Compressor
 from beacon_jax.inference.compressors.expected_attention import ExpectedAttention
 from beacon_jax.inference.compressors.kvzip import KVzip
@@ -42,7 +44,15 @@ from beacon_jax.inference.compressors.streaming import Streaming
 from beacon_jax.names import imported, meant
 
 METHODS: dict[str, type[Compressor]] = {
-    kind.name: kind for kind in (Streaming, SnapKV, ExpectedAttention, KVzip, MeanPool)
+    kind.name: kind
+    for kind in (
+        Streaming,
+        SnapKV,
+        ExpectedAttention,
+        KVzip,
+        AttentionMatching,
+        MeanPool,
+    )
 }
 KNOWN = (*METHODS, "retention:FOLDER")
 

@@ -17,7 +17,8 @@ class Compressor:
 
     A text is read in pieces of whole windows, as full attention reads them behind what
     is in the memory already. After each piece the slots that hold its tokens are
-    replaced by fewer: `make(piece, score(piece, observe(piece), count), count)`.
+    replaced by fewer: `make(piece, seen, score(piece, seen, count), count)`,
+    where `seen` is `observe(piece)`.
 
     A method of one's own overrides `score` or, if it does not choose among tokens,
     `make`; what it wants to ask the model goes into `observe`.
@@ -32,6 +33,7 @@ class Compressor:
       evicts: whether slots of earlier pieces are candidates again. Then `score` is of
         all slots of a row, and `count` what the whole text may keep.
       splits: whether single tokens can stay uncompressed (lossless="slots").
+      biased: whether slots get a bias, 4 bytes more for each kv head of a layer.
     """
 
     name: str = ""
@@ -39,6 +41,7 @@ class Compressor:
     repeats: int = 0
     evicts: bool = False
     splits: bool = True
+    biased: bool = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -69,12 +72,14 @@ class Compressor:
     def make(
         self,
         piece: Piece,
+        seen: Any,
         scores: Float[Array, "L B K S"],
         count: Int[Array, " B"],
     ) -> MemoryState:
         """Replaces the slots of the piece by `count` of them per row.
 
         Args:
+          seen: what `observe` returned.
           scores: of `score`; infinite where a slot has to stay, and minus infinite for
             those that are not the piece's.
 
@@ -82,6 +87,7 @@ class Compressor:
           The memory with those slots behind the first `piece.start` of each row.
           `piece.state` is taken over.
         """
+        del seen
         total = jnp.asarray(piece.start, jnp.int32) + count
         return keep(piece.net, piece.state, highest(scores, total), total)
 

@@ -19,7 +19,6 @@ from beacon_jax.inference.compressors.base import Compressor
 from beacon_jax.inference.compressors.piece import (
     Piece,
     attention,
-    floats,
     rotated,
     run,
 )
@@ -117,7 +116,7 @@ def _most(
 
     def one(x):
         layer, q = x
-        weights = attention(floats(net, state.k, layer), q, visible)
+        weights = attention(net, state, layer, q, visible)
         return jnp.where(mine[:, None], weights.max((2, 3)), 0.0)
 
     return jax.lax.map(one, (jnp.arange(len(queries)), queries))

@@ -1,6 +1,7 @@
 """Mean-pooled keys and values: the compression that neither chooses nor learns."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from beacon_jax.core.law import Law
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.inference.compressors.base import Compressor
-from beacon_jax.inference.compressors.piece import Piece, floats, write
+from beacon_jax.inference.compressors.piece import Made, Piece, floats, write
 from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin, rotate
 
@@ -28,6 +29,7 @@ class MeanPool(Compressor):
     def make(
         self,
         piece: Piece,
+        seen: Any,
         scores: Float[Array, "L B K S"],
         count: Int[Array, " B"],
     ) -> MemoryState:
@@ -35,7 +37,7 @@ class MeanPool(Compressor):
         groups, sinks = map(jnp.asarray, self._groups(piece))
         k, v = means(piece.net, piece.state, start, groups, sinks)
         live = jnp.asarray(np.asarray(count) < piece.lengths)
-        return write(piece.net, piece.state, k, v, start, count, live)
+        return write(piece.net, piece.state, Made(k, v), start, count, live)
 
     def _groups(
         self, piece: Piece

@@ -8,7 +8,7 @@ attention and keep chosen ones.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.model import buffers
-from beacon_jax.model.buffers import Buffer
+from beacon_jax.model.buffers import Biased, Buffer, entries_of
 from beacon_jax.model.decoder import Decoder
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
@@ -147,6 +147,7 @@ def rotated(
 
 def floats(net: Net, buffer: Buffer, layer: Any) -> Float[Array, "B S K H"]:
     """Returns the entries of one layer of a buffer in float32, rotated as they lie."""
+    buffer = entries_of(buffer)
     if isinstance(buffer, Quantized):
         frequencies = inverse_frequencies(net.config)
         return dequantize(buffer, layer, frequencies=frequencies)
@@ -155,17 +156,23 @@ def floats(net: Net, buffer: Buffer, layer: Any) -> Float[Array, "B S K H"]:
 
 
 def attention(
-    keys: Float[Array, "B S K H"],
+    net: Net,
+    state: MemoryState,
+    layer: Any,
     queries: Float[Array, "B T N H"],
     visible: Bool[Array, "B T S"],
 ) -> Float[Array, "B K G T S"]:
     """Computes the softmax attention of one layer, float32; a query may see nothing."""
+    keys = floats(net, state.k, layer)
     b, t, _, h = queries.shape
     grouped = queries.reshape(b, t, keys.shape[2], -1, h)
     scores = jnp.einsum(
         "BTKGH,BSKH->BKGTS", grouped, keys, preferred_element_type=jnp.float32
     )
-    scores = jnp.where(visible[:, None, None], scores * h**-0.5, -jnp.inf)
+    scores = scores * h**-0.5
+    if isinstance(state.k, Biased):
+        scores = scores + state.k.bias[layer][:, :, None, None]
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     some = visible.any(-1)[:, None, None, :, None]
     return jnp.where(some, jax.nn.softmax(jnp.where(some, scores, 0.0), -1), 0.0)
 
@@ -220,6 +227,12 @@ def keep(
 def _kept(buffer: Buffer, index: Any, turn: Any, still: Any) -> Buffer:
     """Gathers slots of a buffer to its front; `turn` is for those not `still`."""
     take = lambda x: jnp.take_along_axis(x, index[..., None], axis=2)
+    if isinstance(buffer, Biased):
+        bias = take(jnp.swapaxes(buffer.bias, -1, -2)[..., None])[..., 0]
+        return Biased(
+            _kept(buffer.entries, index, turn, still),
+            buffer.bias.at[..., : index.shape[2]].set(jnp.swapaxes(bias, -1, -2)),
+        )
     if not isinstance(buffer, Quantized):
         taken = take(buffer)
         if turn is not None:
@@ -240,12 +253,10 @@ def _kept(buffer: Buffer, index: Any, turn: Any, still: Any) -> Buffer:
     )
 
 
-@functools.partial(jax.jit, static_argnames="net", donate_argnames="state")
 def write(
     net: Net,
     state: MemoryState,
-    k: Float[Array, "L B n K H"],
-    v: Float[Array, "L B n K H"],
+    made: "Made",
     start: Int[Array, " B"],
     count: Int[Array, " B"],
     live: Bool[Array, " B"],
@@ -253,23 +264,55 @@ def write(
     """Writes made entries to slots start[row] ..., of which `count` are in use after.
 
     Args:
-      k: not rotated, but with the magnitude of rotated keys.
+      made: n entries of each row.
       live: rows that are written; the others stay as they are.
     """
+    size = state.capacity
+    # XLA drops what does not fit as a whole: a row far behind, beside one that reads
+    # much, needs room for as many entries.
+    last = int(np.max(np.where(live, start, 0), initial=0))
+    state = state.resized(last + made.v.shape[2])
+    return _write(net, state, made, start, count, live).trimmed(size)
+
+
+class Made(NamedTuple):
+    """Entries that a compressor made.
+
+    Attributes:
+      k: not rotated, but with the magnitude of rotated keys; None: those that lie there
+        stay.
+      v: values.
+      bias: of the slots; None: they have none.
+    """
+
+    k: Float[Array, "L B n K H"] | None
+    v: Float[Array, "L B n K H"]
+    bias: Float[Array, "L B K n"] | None = None
+
+
+@functools.partial(jax.jit, static_argnames="net", donate_argnames="state")
+def _write(
+    net: Net,
+    state: MemoryState,
+    made: Made,
+    start: Int[Array, " B"],
+    count: Int[Array, " B"],
+    live: Bool[Array, " B"],
+) -> MemoryState:
     total = jnp.where(live, start + count, state.slots)
-    cos, sin = cos_sin(
-        net.config, start[:, None] + jnp.arange(k.shape[2]), scaled=False
-    )
     put = functools.partial(
         buffers.put_all_layers,
         start=start,
         live=live,
         frequencies=inverse_frequencies(net.config),
     )
-    cast = lambda x, to: x if isinstance(to, Quantized) else x.astype(to.dtype)
+    k, v = state.k, put(state.v, made.v.astype(state.v.dtype))
+    if made.k is not None:
+        at = start[:, None] + jnp.arange(made.k.shape[2])
+        turned = rotate(made.k, *cos_sin(net.config, at, scaled=False))
+        k = put(k, turned.astype(k.dtype))
+    if made.bias is not None:
+        k = buffers.put_bias(k, made.bias, start, live)
     return state.replace(
-        k=put(state.k, cast(rotate(k, cos, sin), state.k)),
-        v=put(state.v, cast(v, state.v)),
-        slots=total,
-        sinks=jnp.minimum(state.sinks, total),
+        k=k, v=v, slots=total, sinks=jnp.minimum(state.sinks, total)
     )

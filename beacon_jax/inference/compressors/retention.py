@@ -26,7 +26,13 @@ from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf.reader import SafetensorsReader, Tensor
 from beacon_jax.hf.writer import write_safetensors
 from beacon_jax.inference.compressors.base import FORCED
-from beacon_jax.inference.compressors.piece import Piece, floats, highest, write
+from beacon_jax.inference.compressors.piece import (
+    Made,
+    Piece,
+    floats,
+    highest,
+    write,
+)
 from beacon_jax.inference.compressors.snapkv import SnapKV
 from beacon_jax.inference.compressors.summary import (
     Kept,
@@ -158,11 +164,12 @@ class Retention(SnapKV):
     def make(
         self,
         piece: Piece,
+        seen: Any,
         scores: Float[Array, "L B K S"],
         count: Int[Array, " B"],
     ) -> MemoryState:
         if self.summary is None:
-            return super().make(piece, scores, count)
+            return super().make(piece, seen, scores, count)
         start, stop = (jnp.asarray(x, jnp.int32) for x in (piece.start, piece.stop))
         kept = Kept(highest(scores, start + count), start, stop, count)
         w = piece.state.window
@@ -174,7 +181,7 @@ class Retention(SnapKV):
             exact,
         )
         live = jnp.asarray(np.asarray(count) < piece.lengths)
-        return write(piece.net, piece.state, k, v, start, count, live)
+        return write(piece.net, piece.state, Made(k, v), start, count, live)
 
     def _check(self, piece: Piece) -> None:
         """Raises ValueError if the weights are not of the piece's model."""

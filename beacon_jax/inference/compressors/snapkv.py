@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.inference.compressors.base import FORCED, Compressor
-from beacon_jax.inference.compressors.piece import Piece, attention, floats, rotated
+from beacon_jax.inference.compressors.piece import Piece, attention, rotated
 from beacon_jax.model.net import Net
 
 OBSERVED, KERNEL = 64, 5
@@ -73,7 +73,7 @@ def votes(
 
     def one(x):
         layer, q = x
-        weights = attention(floats(net, state.k, layer), q, visible)
+        weights = attention(net, state, layer, q, visible)
         weights = jnp.where(counts[:, None, None, :, None], weights, 0.0)
         mine = jnp.where(asked, weights.sum(3).mean(2), 0.0)  # [B, K, S]
         around = jnp.pad(mine, ((0, 0), (0, 0), (KERNEL // 2, KERNEL // 2)))
