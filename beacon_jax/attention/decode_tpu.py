@@ -95,6 +95,7 @@ def decode_tpu(
     k_scale: Float[Array, "*_L _B _K _S"] | None = None,
     v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     mean: MeanTerm | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     blocks: TpuBlocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
@@ -109,6 +110,8 @@ def decode_tpu(
         dtypes as in `pallas_tpu`.
     """
     del mean  # which comes with k_scale only
+    if bias is not None:
+        raise NotImplementedError("bias: for other implementations.")
     if k_scale is not None:
         raise NotImplementedError("k_scale: int8 memory is for `pallas_tpu`.")
     check_scales(k, v, k_scale, v_scale)

@@ -497,6 +497,7 @@ def pallas_tpu(
     k_scale: Float[Array, "*_L _B _K _S"] | None = None,
     v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     mean: MeanTerm | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     blocks: TpuBlocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
@@ -511,6 +512,8 @@ def pallas_tpu(
       NotImplementedError: dtypes other than float32 or bfloat16 for all, int8 for k and
         v apart.
     """
+    if bias is not None:
+        raise NotImplementedError("bias: for other implementations.")
     check_scales(k, v, k_scale, v_scale)
     check_dtypes(q, k, v, k_scale is not None, DTYPES, TAKEN)
     target = target or default_target()
@@ -521,7 +524,7 @@ def pallas_tpu(
     q = zero_invalid(q, queries)  # they meet keys and values in the backward pass
     if k_scale is None:
         there, back = (functools.partial(f, schedule) for f in (_forward, _backward))
-        out: Any = attend(there, back, q, k, v, scalars, layer)
+        out: Any = attend(there, back, q, k, v, scalars, layer, bias)
     else:
         out = _attend_int8(schedule, q, k, v, scalars, layer, k_scale, v_scale, mean)
     return zero_invalid(out, queries)
@@ -565,8 +568,9 @@ def _forward(schedule: TpuSchedule, *given: Any) -> tuple[Array, Array]:
     """Returns the result and lse, given (q, k, v, scalars, layer)."""
 
     def kernel(
-        q: Array, k: Array, v: Array, scalars: Array, layer: Array
+        q: Array, k: Array, v: Array, scalars: Array, layer: Array, bias: Array | None
     ) -> tuple[Array, Array]:
+        del bias
         packed = pack(schedule, k.shape[-2], q)
         out, lse = forward(schedule, packed, k, v, scalars, layer)
         lse = unpack(lse[..., None], *q.shape[1:3])[..., 0]
@@ -580,9 +584,9 @@ def _backward(schedule: TpuSchedule, *given: Any) -> tuple[Array, Array, Array]:
     """Returns the gradients, given what `_forward` is, out, lse and d_out."""
 
     def kernel(
-        q: Array, k: Array, v: Array, scalars: Array, layer: Array, *outs: Array
+        q: Array, k: Array, v: Array, scalars: Array, layer: Array, *more: Any
     ) -> tuple[Array, Array, Array]:
-        out, lse, d_out = outs
+        _, out, lse, d_out = more
         packed = functools.partial(pack, schedule, k.shape[-2])
         delta = jnp.einsum(
             "BTNH,BTNH->BTN", d_out, out, preferred_element_type=jnp.float32
