@@ -113,7 +113,7 @@ def pallas_gpu(
 
     blocks: sizes other than the chip's. interpret: run the kernels in plain jax, on any
     platform. Otherwise a program that is lowered for another platform than CUDA
-    computes the same blockwise.
+    computes the same blockwise. So does the backward pass with a bias, anywhere.
 
     Raises:
       NotImplementedError: dtypes other than one of float32, bfloat16 and float16,
@@ -131,7 +131,9 @@ def pallas_gpu(
     schedule = GpuSchedule(float(scale), group, queries is not None, blocks, interpret)
     lengths = row_lengths(prefix, queries, t, -1)
     layer, k, v, bias = stacked(layer, k, v, bias)
-    there, back = (functools.partial(f, schedule) for f in (_forward, _backward))
+    # The backward kernels know no bias.
+    passes = _forward, _backward if bias is None else _backward_xla
+    there, back = (functools.partial(f, schedule) for f in passes)
     return attend(there, back, q, k, v, lengths, layer, bias)
 
 
@@ -152,28 +154,27 @@ def _forward(schedule: GpuSchedule, *given: Any) -> tuple[Array, Array]:
 
 
 def _backward(schedule: GpuSchedule, *given: Any) -> tuple[Array, Array, Array]:
-    """Returns the gradients, given what `_forward` is, out, lse and d_out.
+    """Returns the gradients, given what `_forward` is, out, lse and d_out."""
 
-    With a bias, which the backward kernels do not know, in XLA.
-    """
-
-    def elsewhere(
-        q: Array, k: Array, v: Array, lengths: Array, *more: Any
+    def kernels(
+        q: Array, k: Array, v: Array, lengths: Array, layer: Array, *more: Any
     ) -> tuple[Array, Array, Array]:
-        prefix, valid = lengths[:, 0], lengths[:, 1]
-        *more, d_out = more
-        q, d_out = zero_invalid(q, valid), zero_invalid(d_out, valid)
-        size = schedule.scale, blockwise.BLOCK
-        return blockwise.backward(*size, q, k, v, prefix, *more, d_out)
+        _, out, lse, d_out = more
+        return backward(schedule, q, k, v, lengths, layer, out, lse, d_out)
 
-    def kernels(*given: Any) -> tuple[Array, Array, Array]:
-        *front, _, out, lse, d_out = given
-        return backward(schedule, *front, out, lse, d_out)
-
-    *_, bias, _, _, _ = given
-    if bias is not None:
-        return elsewhere(*given)
+    elsewhere = functools.partial(_backward_xla, schedule)
     return lowered("cuda", schedule.interpret, kernels, elsewhere, *given)
+
+
+def _backward_xla(
+    schedule: GpuSchedule, q: Array, k: Array, v: Array, lengths: Array, *more: Any
+) -> tuple[Array, Array, Array]:
+    """Returns what `_backward` does, also with a bias."""
+    prefix, valid = lengths[:, 0], lengths[:, 1]
+    layer, bias, out, lse, d_out = more
+    q, d_out = zero_invalid(q, valid), zero_invalid(d_out, valid)
+    size = schedule.scale, blockwise.BLOCK
+    return blockwise.backward(*size, q, k, v, prefix, layer, bias, out, lse, d_out)
 
 
 # The kernels. A grid is (block, head, row). lengths [B, 2]: prefix and valid queries.
