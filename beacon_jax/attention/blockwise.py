@@ -68,7 +68,7 @@ def forward(
     """Returns the result and the log of softmax's denominators."""
     b, t, n, h = q.shape
     heads, block = k.shape[-2], min(block, k.shape[-3])
-    q, bias = _grouped(q, heads), live_bias(bias, prefix + t, layer)
+    q, bias = _grouped(q, heads), live_bias(bias, prefix, t, layer)
 
     def step(i: Array, sums: Sums) -> Sums:
         at, _, values, scores = _block(scale, block, i, q, k, v, prefix, layer)
@@ -107,7 +107,7 @@ def backward(
     heads, block = k.shape[-2], min(block, k.shape[-3])
     q, out, d_out = (_grouped(x, heads) for x in (q, out, d_out))
     lse = lse.reshape(b, heads, n // heads, t)
-    bias = live_bias(bias, prefix + t, layer)
+    bias = live_bias(bias, prefix, t, layer)
     delta = jnp.einsum(
         "BTKGH,BTKGH->BKGT", d_out, out, preferred_element_type=jnp.float32
     )

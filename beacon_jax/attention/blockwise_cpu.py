@@ -145,7 +145,7 @@ def _tiles(
     exact = q.dtype == jnp.float32 or math.frexp(scale)[0] == 0.5
     q = _split(q * scale if exact else q, count, tile, heads)
     one = functools.partial(_tile, None if exact else scale, block, tile, t)
-    bias = live_bias(bias, prefix + t, layer)
+    bias = live_bias(bias, prefix, t, layer)
     attend_tile = functools.partial(one, k, v, prefix, layer, bias)
     if count == 1:
         out, lse = (x[None] for x in attend_tile(q[0], 0))
@@ -251,7 +251,7 @@ def backward(
     # With a bias e^score of theirs may be too large to be 0 times that: p shall be 0.
     lse = split(lse, fill=0 if bias is None else jnp.inf)
     tiles += lse[..., 0], split(delta)[..., 0]
-    bias = live_bias(bias, prefix + t, layer)
+    bias = live_bias(bias, prefix, t, layer)
     of_block = functools.partial(_block_gradients, scale, block, tile, t, tiles)
 
     def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -27,7 +27,7 @@ def reference(
     del target  # the same for all
     b, t, n, h = q.shape
     k, v = live_layer(k, v, prefix + t, layer)
-    bias = live_bias(bias, prefix + t, layer)
+    bias = live_bias(bias, prefix, t, layer)
     s, heads = k.shape[1:3]
     q = q.reshape(b, t, heads, n // heads, h)
     scores = scale * jnp.einsum(

@@ -53,17 +53,22 @@ def live_layer(
 
 
 def live_bias(
-    bias: Float[Array, "*_L _B _K _S"] | None, ends: Int[Array, " B"], layer: Layer
+    bias: Float[Array, "*_L _B _K _S"] | None,
+    prefix: Int[Array, " B"],
+    t: int,
+    layer: Layer,
 ) -> Float[Array, "_B _K _S"] | None:
-    """Copies a layer's bias with 0 from slot ends[row] on; None stays None.
+    """Copies a layer's bias with 0 from slot prefix[row] + t on; None stays None.
 
-    The copy is 1/64 of the keys' bytes or less, and -inf + 0 stays -inf.
+    A copy of 4 bytes per slot where keys and values have 4 H in bfloat16. With 0 the
+    scores of dead slots stay what they are, -inf.
     """
     if bias is None:
         return None
     if layer is not None:
         bias = bias[layer]
-    return jnp.where(jnp.arange(bias.shape[-1]) < ends[:, None, None], bias, 0)
+    live = jnp.arange(bias.shape[-1]) < (prefix + t)[:, None, None]
+    return jnp.where(live, bias, 0)
 
 
 def stacked(layer: Layer, *buffers: Array | None) -> tuple[Any, ...]:

@@ -347,6 +347,9 @@ def test_what_is_not_taken_names_itself():
             q[:, :1, :1].repeat(3, 2),
             *(x[:, :, :1].repeat(3, 2) for x in (k, v)),
         )
+    odd = jnp.zeros((2, 1, 8, 384), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="bias: 85 slots of 8 heads"):
+        run(decode_tpu, odd, odd, odd, bias=jnp.zeros((2, 8, 1)))
     for attend in (decode_gpu, decode_tpu):
         with pytest.raises(NotImplementedError, match="bfloat16"):
             run(attend, q, k, v.astype(jnp.bfloat16))
