@@ -14,7 +14,7 @@ from beacon_jax.attention.decode import decode_xla
 from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.mean import mean_term
 from beacon_jax.attention.reference import WEIGHTS, reference
-from beacon_jax.attention.shared import LSE, OUT, Layer
+from beacon_jax.attention.shared import LSE, OUT, Layer, check_bias
 from beacon_jax.names import meant
 
 
@@ -67,6 +67,7 @@ def prefix_attention(
     k_scale: Float[Array, "*_L _B _K _S"] | None = None,
     v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     k_mean: Float[Array, "*L B K H"] | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     frequencies: Float[np.ndarray, " pairs"] | None = None,
     target: Target | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -88,6 +89,9 @@ def prefix_attention(
       k_scale, v_scale: of int8 k and v, per slot and kv head (`attention.decode`).
       k_mean: what int8 keys lack, un-rotated: slot p holds k minus k_mean rotated by p
         (`attention.mean`; magnitudes like yarn's belong to k_mean).
+      bias: float32 to add to the scores, per slot and kv head, after `scale`: softmax
+        of scale * q k + bias, in natural-log units. For slots that stand for several
+        tokens. It has no gradient. In dead slots it may be anything, as k and v may.
       frequencies: of that rotation, angle per position of each pair (i, i + H/2); not
         used without k_mean.
       target: the device that the program is for; None: the default one.
@@ -95,7 +99,8 @@ def prefix_attention(
     Raises:
       NotImplementedError: no named implementation takes these arguments; says which
         argument each refuses.
-      ValueError: an unknown implementation; k_mean without frequencies or k_scale.
+      ValueError: an unknown implementation; k_mean without frequencies or k_scale; a
+        bias that is not float32, or not shaped as k needs it.
     """
     if q.shape[2] % k.shape[-2]:
         raise ValueError(
@@ -108,11 +113,13 @@ def prefix_attention(
             f"k_mean with {missing}=None: it belongs to int8 keys with k_scale, and "
             f"needs the frequencies of their rotation."
         )
+    check_bias(k, bias)
     target = target or default_target()
     names = implementation
     if names is None:
         names = best(q.shape[1], k.shape[-3], target, int8=k_scale is not None)
-    options = {"layer": layer, "queries": queries, "target": target}
+    options: dict[str, Any] = {"layer": layer, "queries": queries, "bias": bias}
+    options["target"] = target
     options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
     int8: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
     if k_mean is not None and frequencies is not None:

@@ -21,6 +21,7 @@ from beacon_jax.attention.shared import (
     add_block,
     attend,
     first_slot,
+    live_bias,
     no_sums,
     read_block,
     zero_invalid,
@@ -38,13 +39,14 @@ def blockwise(
     scale: float,
     layer: Layer = None,
     queries: Int[Array, " B"] | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     block: int = BLOCK,
 ) -> Float[Array, "B T N H"]:
     """Computes `api.prefix_attention` with so many keys per block."""
     del target  # the same for all
     passes = (functools.partial(f, scale, block) for f in (forward, backward))
-    out: Any = attend(*passes, q, k, v, prefix, layer)
+    out: Any = attend(*passes, q, k, v, prefix, layer, bias)
     return zero_invalid(out, queries)
 
 
@@ -61,14 +63,16 @@ def forward(
     v: Float[Array, "*L B S K H"],
     prefix: Int[Array, " B"],
     layer: Layer,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns the result and the log of softmax's denominators."""
     b, t, n, h = q.shape
     heads, block = k.shape[-2], min(block, k.shape[-3])
-    q = _grouped(q, heads)
+    q, bias = _grouped(q, heads), live_bias(bias, prefix, t, layer)
 
     def step(i: Array, sums: Sums) -> Sums:
-        _, values, scores = _block(scale, block, i, q, k, v, prefix, layer)
+        at, _, values, scores = _block(scale, block, i, q, k, v, prefix, layer)
+        scores = _add_bias(scores, bias, at)
         weigh = lambda p: jnp.einsum(
             "BKGTS,BSKH->BKGTH",
             p.astype(values.dtype),
@@ -93,6 +97,7 @@ def backward(
     v: Float[Array, "*L B S K H"],
     prefix: Int[Array, " B"],
     layer: Layer,
+    bias: Float[Array, "*_L _B _K _S"] | None,
     out: Float[Array, "B T N H"],
     lse: Float[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
@@ -102,6 +107,7 @@ def backward(
     heads, block = k.shape[-2], min(block, k.shape[-3])
     q, out, d_out = (_grouped(x, heads) for x in (q, out, d_out))
     lse = lse.reshape(b, heads, n // heads, t)
+    bias = live_bias(bias, prefix, t, layer)
     delta = jnp.einsum(
         "BTKGH,BTKGH->BKGT", d_out, out, preferred_element_type=jnp.float32
     )
@@ -114,7 +120,8 @@ def backward(
 
     def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         d_q, d_k, d_v = carry
-        keys, values, scores = _block(scale, block, i, q, k, v, prefix, layer)
+        at, keys, values, scores = _block(scale, block, i, q, k, v, prefix, layer)
+        scores = _add_bias(scores, bias, at)
         p = jnp.exp(scores - lse[..., None])
         d_p = jnp.einsum(
             "BTKGH,BSKH->BKGTS", d_out, values, preferred_element_type=jnp.float32
@@ -126,7 +133,6 @@ def backward(
         sums = functools.partial(
             jnp.einsum, "BKGTS,BTKGH->BSKH", preferred_element_type=jnp.float32
         )
-        at = first_slot(block, i, k.shape[-3])
         d_k = add(d_k, at, sums(d_s, q))
         return d_q, d_k, add(d_v, at, sums(p.astype(d_out.dtype), d_out))
 
@@ -143,6 +149,18 @@ def backward(
 def _blocks(block: int, t: int, prefix: Int[Array, " B"]) -> Int[Array, ""]:
     """Counts the blocks with a key that some row sees."""
     return (jnp.max(prefix) + t + block - 1) // block
+
+
+def _add_bias(
+    scores: Float[Array, "B K G T block"],
+    bias: Float[Array, "B K S"] | None,
+    at: Int[Array, ""],
+) -> Float[Array, "B K G T block"]:
+    """Adds what `live_bias` gave of the slots from `at` on."""
+    if bias is None:
+        return scores
+    part = lax.dynamic_slice_in_dim(bias, at, scores.shape[-1], axis=2)
+    return scores + part[:, :, None, None]
 
 
 def _pin(block: Array) -> Array:
@@ -164,11 +182,12 @@ def _block(
     prefix: Int[Array, " B"],
     layer: Layer,
 ) -> tuple[
+    Int[Array, ""],
     Float[Array, "B block K H"],
     Float[Array, "B block K H"],
     Float[Array, "B K G T block"],
 ]:
-    """Returns keys and values of block i, 0 where dead, and scores.
+    """Returns block i's first slot, its keys and values, 0 where dead, and scores.
 
     These are -inf where not visible or part of the block before.
     """
@@ -186,4 +205,4 @@ def _block(
     scores = scale * jnp.einsum(
         "BTKGH,BSKH->BKGTS", q, keys, preferred_element_type=jnp.float32
     )
-    return keys, values, jnp.where(visible[:, None, None], scores, -jnp.inf)
+    return at, keys, values, jnp.where(visible[:, None, None], scores, -jnp.inf)

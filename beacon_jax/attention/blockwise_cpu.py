@@ -34,6 +34,7 @@ from beacon_jax.attention.shared import (
     add_block,
     attend,
     first_slot,
+    live_bias,
     masked_loops,
     no_sums,
     read_block,
@@ -61,6 +62,7 @@ def blockwise_cpu(
     scale: float,
     layer: Layer = None,
     queries: Int[Array, " B"] | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     rows: int | None = None,
     block: int | None = None,
@@ -80,7 +82,7 @@ def blockwise_cpu(
     back = functools.partial(
         backward, scale, rows or BACKWARD_ROWS, block or BACKWARD_BLOCK
     )
-    out: Any = attend(there, back, q, k, v, prefix, layer)
+    out: Any = attend(there, back, q, k, v, prefix, layer, bias)
     return zero_invalid(out, queries)
 
 
@@ -94,19 +96,20 @@ def forward(
     v: Float[Array, "*L B S K H"],
     prefix: Int[Array, " B"],
     layer: Layer,
+    bias: Float[Array, "*_L _B _K _S"] | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns the result and the log of softmax's denominators."""
     b, t, n, h = q.shape
     heads = k.shape[-2]
     tiles = functools.partial(_tiles, scale, rows)
     if n * t > few:
-        return tiles(block or BLOCK, heads, q, k, v, prefix, layer)
+        return tiles(block or BLOCK, heads, q, k, v, prefix, layer, bias)
     block = block or cpu_block(k, k.dtype)
     if heads * h > NARROW:
-        return tiles(block, heads, q, k, v, prefix, layer)
+        return tiles(block, heads, q, k, v, prefix, layer, bias)
     wide = jnp.eye(heads, dtype=q.dtype)[:, None, :, None]  # [K, 1, K, 1]
     q = (q.reshape(b, t, heads, -1, 1, h) * wide).reshape(b, t, n, heads * h)
-    out, lse = tiles(block, 1, q, k, v, prefix, layer)
+    out, lse = tiles(block, 1, q, k, v, prefix, layer, bias)
     own = jnp.diagonal(out.reshape(b, t, heads, -1, heads, h), axis1=2, axis2=4)
     return jnp.moveaxis(own, -1, 2).reshape(b, t, n, h), lse
 
@@ -131,6 +134,7 @@ def _tiles(
     v: Float[Array, "*L B S K H"],
     prefix: Int[Array, " B"],
     layer: Layer,
+    bias: Float[Array, "*_L _B _K _S"] | None,
 ) -> tuple[Float[Array, "B T N W"], Float[Array, "B N T"]]:
     """Computes `forward`; heads: kv heads as the products see them, of q's width W."""
     b, t, n, _ = q.shape
@@ -141,7 +145,8 @@ def _tiles(
     exact = q.dtype == jnp.float32 or math.frexp(scale)[0] == 0.5
     q = _split(q * scale if exact else q, count, tile, heads)
     one = functools.partial(_tile, None if exact else scale, block, tile, t)
-    attend_tile = functools.partial(one, k, v, prefix, layer)
+    bias = live_bias(bias, prefix, t, layer)
+    attend_tile = functools.partial(one, k, v, prefix, layer, bias)
     if count == 1:
         out, lse = (x[None] for x in attend_tile(q[0], 0))
     else:
@@ -153,11 +158,12 @@ def _tiles(
 
 
 def _split(
-    x: Float[Array, "B T N H"], count: int, tile: int, heads: int
+    x: Float[Array, "B T N H"], count: int, tile: int, heads: int, fill: float = 0
 ) -> Float[Array, "count B K R H"]:
-    """Splits queries into tiles of R = G * tile rows, with 0 behind T."""
+    """Splits queries into tiles of R = G * tile rows, with `fill` behind T."""
     b, t, n, h = x.shape
-    x = jnp.pad(x, ((0, 0), (0, count * tile - t), (0, 0), (0, 0)))
+    widths = (0, 0), (0, count * tile - t), (0, 0), (0, 0)
+    x = jnp.pad(x, widths, constant_values=fill)
     x = x.reshape(b, count, tile, heads, n // heads, h)
     return x.transpose(1, 0, 3, 4, 2, 5).reshape(count, b, heads, -1, h)
 
@@ -178,6 +184,7 @@ def _tile(
     v: Float[Array, "*L B S _ _"],
     prefix: Int[Array, " B"],
     layer: Layer,
+    bias: Float[Array, "B _K S"] | None,
     q: Float[Array, "B K R H"],
     start: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B K R H"], Float[Array, "B K R"]]:
@@ -197,6 +204,11 @@ def _tile(
         scores = _product(q, keys, 3)
         if scale is not None:
             scores = scores * scale
+        if bias is not None:
+            # A kv head's rows lie together, in one matrix of all heads, too.
+            part = lax.dynamic_slice_in_dim(bias, at, block, axis=2)
+            by_head = scores.reshape(*bias.shape[:2], -1, block)
+            scores = (by_head + part[:, :, None]).reshape(scores.shape)
         if masked:
             visible = mine & (slot <= last[:, :, None])
             scores = jnp.where(visible[:, None], scores, -jnp.inf)
@@ -221,6 +233,7 @@ def backward(
     v: Float[Array, "*L B S K H"],
     prefix: Int[Array, " B"],
     layer: Layer,
+    bias: Float[Array, "*_L _B _K _S"] | None,
     out: Float[Array, "B T N H"],
     lse: Float[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
@@ -234,13 +247,16 @@ def backward(
     # Queries behind T have d_out = 0 and delta = 0, and so no part in any sum.
     split = functools.partial(_split, count=count, tile=tile, heads=heads)
     tiles = split(q), split(d_out)
-    by_query = [x[..., None] for x in (lse.swapaxes(1, 2), delta)]
-    tiles += tuple(split(x)[..., 0] for x in by_query)
+    lse, delta = lse.swapaxes(1, 2)[..., None], delta[..., None]
+    # With a bias e^score of theirs may be too large to be 0 times that: p shall be 0.
+    lse = split(lse, fill=0 if bias is None else jnp.inf)
+    tiles += lse[..., 0], split(delta)[..., 0]
+    bias = live_bias(bias, prefix, t, layer)
     of_block = functools.partial(_block_gradients, scale, block, tile, t, tiles)
 
     def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         d_q, *d_kv = carry
-        at, d_q, *parts = of_block(i, k, v, prefix, layer, d_q)
+        at, d_q, *parts = of_block(i, k, v, prefix, layer, bias, d_q)
         return d_q, *(_add(x, at, part) for x, part in zip(d_kv, parts, strict=True))
 
     shape = k.shape if layer is None else k.shape[1:]
@@ -265,6 +281,7 @@ def _block_gradients(
     v: Float[Array, "*L B S K H"],
     prefix: Int[Array, " B"],
     layer: Layer,
+    bias: Float[Array, "B K S"] | None,
     d_q: Float[Array, "count B K H R"],
 ) -> tuple[
     Int[Array, ""],
@@ -282,12 +299,16 @@ def _block_gradients(
     slot, mine, live = _slots(i, at, block, prefix + t)
     keys, values = jnp.where(live, keys, 0), jnp.where(live, values, 0)
     by_width = keys.swapaxes(2, 3)  # [B, K, H, S']: sums over the first axis are slow
+    if bias is not None:
+        bias = lax.dynamic_slice_in_dim(bias, at, block, axis=2)[..., None]
     offset = jnp.tile(jnp.arange(tile), tiles[0].shape[3] // tile)
 
     def meet(j: Array, carry: tuple[Array, ...], *, masked: bool) -> tuple[Array, ...]:
         d_q, d_k, d_v = carry
         q, d_out, lse, delta = (x[j] for x in tiles)
         scores = scale * _product(keys, q, 3)  # [B, K, S', G * tile]
+        if bias is not None:
+            scores = scores + bias
         if masked:
             last = prefix[:, None] + j * tile + offset
             visible = mine[:, None] & (slot[:, None] <= last[:, None])

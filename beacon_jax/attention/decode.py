@@ -24,6 +24,7 @@ from beacon_jax.attention.shared import (
     Shaped,
     Sums,
     add_block,
+    check_per_slot,
     first_slot,
     no_sums,
     read_block,
@@ -47,14 +48,8 @@ def check_scales(
                 f"{'None' if scale is None else scale.dtype}: int8 needs scales, "
                 f"nothing else has any."
             )
-        if scale is None:
-            continue
-        *front, s, heads, _ = buffer.shape
-        if scale.shape != (*front, heads, s):
-            raise ValueError(
-                f"{name}_scale has shape {scale.shape}: {name} {buffer.shape} needs "
-                f"{(*front, heads, s)}."
-            )
+        if scale is not None:
+            check_per_slot(f"{name}_scale", scale, name, buffer)
 
 
 def cpu_block(k: Shaped, dtype: Any) -> int:
@@ -101,6 +96,7 @@ def decode_xla(
     k_scale: Float[Array, "*_L _B _K _S"] | None = None,
     v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     mean: MeanTerm | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     block: int | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -115,11 +111,11 @@ def decode_xla(
     if k_scale is None:
         raise NotImplementedError("k_scale=None: this is for int8 memory.")
     check_scales(k, v, k_scale, v_scale)
-    layer, k, v, k_scale, v_scale = stacked(layer, k, v, k_scale, v_scale)
+    layer, k, v, *numbers = stacked(layer, k, v, k_scale, v_scale, bias)
     if block is None:
         platform = (target or default_target()).platform
         block = cpu_block(k, q.dtype) if platform == "cpu" else BLOCK
-    out: Any = _int8(scale, block, q, k, v, prefix, layer, k_scale, v_scale, mean)
+    out: Any = _int8(scale, block, q, k, v, prefix, layer, *numbers, mean)
     return zero_invalid(out, queries)
 
 
@@ -134,6 +130,7 @@ def _int8(
     layer: Int[Array, ""],
     k_scale: Float[Array, "L B K S"],
     v_scale: Float[Array, "L B K S"],
+    bias: Float[Array, "L B K S"] | None,
     mean: MeanTerm | None,
 ) -> Float[Array, "B T N H"]:
     b, t, n, h = q.shape
@@ -160,7 +157,7 @@ def _int8(
         visible = (mine & (slot <= last[:, :, None]))[:, None, None]
         rows = lambda x: read_block(x, layer, at, block).astype(q.dtype)
 
-        def scales(x: Array) -> Array:
+        def numbers(x: Array) -> Array:
             x = lax.dynamic_slice(x, (layer, 0, 0, at), (1, b, heads, block))[0]
             live = mine & (slot < (prefix + t)[:, None])
             return jnp.where(live[:, None], x, 0)[:, :, None, None]
@@ -168,11 +165,13 @@ def _int8(
         scores = jnp.einsum(
             "BTKGH,BSKH->BKGTS", q, rows(k), preferred_element_type=jnp.float32
         )
-        scores = scores * scales(k_scale) + mean_scores(at)
-        scores = jnp.where(visible, scores * scale, -jnp.inf)
+        scores = (scores * numbers(k_scale) + mean_scores(at)) * scale
+        if bias is not None:
+            scores = scores + numbers(bias)
+        scores = jnp.where(visible, scores, -jnp.inf)
         weigh = lambda p: jnp.einsum(
             "BKGTS,BSKH->BKGTH",
-            (p * scales(v_scale)).astype(q.dtype),
+            (p * numbers(v_scale)).astype(q.dtype),
             rows(v),
             preferred_element_type=jnp.float32,
         )

@@ -28,6 +28,7 @@ from beacon_jax.attention.pallas_gpu import (
     check_scale,
     dot,
     load,
+    load_row,
     padded,
     pallas_gpu,
 )
@@ -145,6 +146,7 @@ def decode_gpu(
     k_scale: Float[Array, "*_L _B _K _S"] | None = None,
     v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     mean: MeanTerm | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     splits: int | None = None,
     keys: int | None = None,
@@ -174,33 +176,35 @@ def decode_gpu(
     sizes = {"splits": splits, "keys": keys, "mean": mean is not None}
     schedule = make_schedule(q, k, scale, **sizes, interpret=interpret, target=target)
     lengths = row_lengths(prefix, queries, t, -1)
-    at, *buffers = stacked(layer, k, v, k_scale, v_scale)
+    at, *buffers = stacked(layer, k, v, bias, k_scale, v_scale)
     if k.dtype == jnp.int8 and 2**31 < k.size <= 2**32 and len(buffers[0]) > 1:
         # Pallas counts offsets in 32 bits up to 4 GiB, which Triton takes for signed:
         # beyond 2 GiB they point in front of the buffer. (Offsets of two-byte numbers
         # stay below 2**31 there, larger buffers are counted in 64 bits.)
         one = functools.partial(lax.dynamic_slice_in_dim, slice_size=1)
-        buffers = [one(x, at) for x in buffers]
+        buffers = jax.tree.map(lambda x: one(x, at), buffers)
         at = jnp.zeros_like(at)
-    scales = () if k_scale is None else (*buffers[2:], mean)
+    scales = () if k_scale is None else (*buffers[3:], mean)
     value, gradient = (functools.partial(f, schedule) for f in (_decode, _prefill))
-    out: Any = attend_by(value, gradient, q, *buffers[:2], lengths, at, *scales)
+    given = (q, *buffers[:2], lengths, at, buffers[2], *scales)
+    out: Any = attend_by(value, gradient, *given)
     return zero_invalid(out, queries)
 
 
 def _decode(schedule: DecodeSchedule, *given: Any) -> Float[Array, "B T N H"]:
-    """Attends: (q, k, v, lengths, layer), with (k_scale, v_scale, mean) if int8."""
+    """Attends: (q, k, v, lengths, layer, bias), (k_scale, v_scale, mean) if int8."""
 
     def elsewhere(
-        q: Array, k: Array, v: Array, lengths: Array, layer: Array, *scales: Any
+        q: Array, k: Array, v: Array, lengths: Array, layer: Array, *more: Any
     ) -> Array:
+        bias, *scales = more
         prefix, size = lengths[:, 0], (schedule.scale, blockwise.BLOCK)
         if not scales:
-            return blockwise.forward(*size, q, k, v, prefix, layer)[0]
+            return blockwise.forward(*size, q, k, v, prefix, layer, bias)[0]
         options: dict[str, Any] = dict(
             zip(("k_scale", "v_scale", "mean"), scales, strict=True)
         )
-        options |= {"scale": schedule.scale, "target": schedule.target}
+        options |= {"scale": schedule.scale, "target": schedule.target, "bias": bias}
         return decode_xla(q, k, v, prefix, layer=layer, **options)
 
     kernel = functools.partial(forward, schedule)
@@ -214,6 +218,7 @@ def _prefill(
     v: Array,
     lengths: Array,
     layer: Array,
+    bias: Array | None,
     *scales: Any,
 ) -> Float[Array, "B T N H"]:
     """Attends by the kernels of `pallas_gpu`, which have a gradient."""
@@ -230,6 +235,7 @@ def _prefill(
         scale=schedule.scale,
         layer=layer,
         queries=queries,
+        bias=bias,
         target=schedule.target,
         interpret=schedule.interpret,
     )
@@ -242,6 +248,7 @@ def forward(
     v: Num[Array, "L B S K H"],
     lengths: Int[Array, "B 2"],
     layer: Int[Array, ""],
+    bias: Float[Array, "L B K S"] | None = None,
     k_scale: Float[Array, "L B K S"] | None = None,
     v_scale: Float[Array, "L B K S"] | None = None,
     mean: MeanTerm | None = None,
@@ -255,7 +262,7 @@ def forward(
         x = jnp.moveaxis(x.reshape(b, t, heads, group, h), 1, 2)
         return x.reshape(b, heads, t * group, h)
 
-    scales = [] if k_scale is None else [k_scale, v_scale]
+    numbers = [x for x in (bias, k_scale, v_scale) if x is not None]
     width = padded(h)
     at = lambda *shape: pl.BlockSpec(
         (None, None, *shape), lambda z, i, n, b: (b, n, i, 0)
@@ -263,21 +270,22 @@ def forward(
     k_spec = pl.BlockSpec(
         (layers, None, s, None, width), lambda z, i, n, b: (0, b, 0, n, 0)
     )
-    scale_spec = pl.BlockSpec((layers, None, None, s), lambda z, i, n, b: (0, b, n, 0))
+    number_spec = pl.BlockSpec((layers, None, None, s), lambda z, i, n, b: (0, b, n, 0))
     means, mean_specs = [], []
     if mean is not None:
         starts, table = kernel_tables(mean.turns, s, schedule.keys, q.dtype)
         means = [by_head(mean.query), by_head(quarter(mean.query)), starts, table]
         whole = lambda x: pl.BlockSpec((*x.shape[:-1], width), lambda *_: (0, 0, 0))
         mean_specs = [at(schedule.rows, width)] * 2 + [whole(starts), whole(table)]
+    more = bias is not None, k_scale is not None, mean is not None
     parts, lse = pl.pallas_call(
-        functools.partial(_kernel, schedule, t * group, h, bool(scales), bool(means)),
+        functools.partial(_kernel, schedule, t * group, h, more),
         grid=(schedule.splits, count, heads, b),
         in_specs=[
             at(schedule.rows, width),
             k_spec,
             k_spec,
-            *[scale_spec] * len(scales),
+            *[number_spec] * len(numbers),
             *mean_specs,
             pl.BlockSpec((None, 2), lambda z, i, n, b: (b, 0)),
             pl.BlockSpec((1,), lambda z, i, n, b: (0,)),
@@ -300,7 +308,7 @@ def forward(
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=3),
         interpret=schedule.interpret,
         name="prefix_attention_decode",
-    )(by_head(q), k, v, *scales, *means, lengths, layer.reshape(1))
+    )(by_head(q), k, v, *numbers, *means, lengths, layer.reshape(1))
     out = combine(parts, lse).reshape(b, heads, t, group, h)
     return jnp.moveaxis(out, 2, 1).reshape(b, t, n, h).astype(q.dtype)
 
@@ -324,9 +332,16 @@ def _mean_scores(
 
 
 def _kernel(
-    schedule: DecodeSchedule, r: int, h: int, scaled: bool, with_mean: bool, *refs: Any
+    schedule: DecodeSchedule,
+    r: int,
+    h: int,
+    given: tuple[bool, bool, bool],
+    *refs: Any,
 ) -> None:
+    """Attends to a split; given: a bias, scales, a mean, whose refs follow v's."""
     q_ref, k_ref, v_ref, *more, length_ref, layer_ref, out_ref, lse_ref = refs
+    biased, scaled, with_mean = given
+    bias_ref = more.pop(0) if biased else None
     k_scale, v_scale, *mean_refs = more if scaled else (None, None)
     z, i = pl.program_id(0), pl.program_id(1)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
@@ -341,19 +356,16 @@ def _kernel(
         live = slot < prefix + valid if masked else None
         here = pl.ds(j * schedule.keys, schedule.keys)
 
-        def scales(ref: Any) -> Array:
-            ref = ref.at[layer, here]
-            if live is None:
-                return plt.load(ref)
-            return plt.load(ref, mask=live, other=jnp.float32(0))
-
+        numbers = lambda ref: load_row(ref.at[layer, here], live, 0.0)[None, :]
         at = (layer, here, slice(None))
         keys, values = (load(x.at[at], h, live).astype(q.dtype) for x in (k_ref, v_ref))
         scores = dot(q, keys, trans_b=True) * factor
         if scaled:
-            scores = scores * scales(k_scale)[None, :]
+            scores = scores * numbers(k_scale)
         if mean is not None:
             scores = scores + mean(j) * factor
+        if biased:
+            scores = scores + numbers(bias_ref) * LOG2E
         if masked:
             # slot <= prefix + r // G without a division
             behind = (slot - prefix) * schedule.group
@@ -364,7 +376,7 @@ def _kernel(
         p, fade = jnp.exp2(scores - base[:, None]), jnp.exp2(top - base)
         total = total * fade + p.sum(-1)
         if scaled:
-            p = p * scales(v_scale)[None, :]
+            p = p * numbers(v_scale)
         return new, total, acc * fade[:, None] + dot(p.astype(values.dtype), values)
 
     start = no_sums(schedule.rows, q_ref.shape[-1])

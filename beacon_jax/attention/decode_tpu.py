@@ -42,6 +42,14 @@ from beacon_jax.attention.tpu_blocks import (
     chip_blocks,
     heads_per_block,
 )
+from beacon_jax.attention.tpu_calls import (
+    call,
+    flat,
+    live_blocks,
+    pack,
+    specs,
+    unpack,
+)
 
 # Rows of queries of all heads of a block together that pass the matrix unit while it
 # loads the next keys.
@@ -95,6 +103,7 @@ def decode_tpu(
     k_scale: Float[Array, "*_L _B _K _S"] | None = None,
     v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     mean: MeanTerm | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     blocks: TpuBlocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
@@ -106,7 +115,8 @@ def decode_tpu(
     Raises:
       NotImplementedError: more than 128 rows of queries meet a block of heads; a number
         of kv heads per block that is no power of two; k_scale (`pallas_tpu` takes it);
-        dtypes as in `pallas_tpu`.
+        a bias whose chunks are not multiples of 128 numbers (H = 384, say); dtypes as
+        in `pallas_tpu`.
     """
     del mean  # which comes with k_scale only
     if k_scale is not None:
@@ -124,26 +134,38 @@ def decode_tpu(
             f"q has {q.shape[1]} queries: {rows} rows for a block of {heads} heads, "
             f"more than {MOST_ROWS}."
         )
+    if bias is not None and schedule.chunk * heads % LANES:
+        raise NotImplementedError(
+            f"bias: {schedule.chunk} slots of {heads} heads are not whole registers."
+        )
     scalars = row_lengths(prefix, queries, q.shape[1], 0)
-    layer, k, v = stacked(layer, k, v)
+    layer, k, v, bias = stacked(layer, k, v, bias)
     value, gradient = (functools.partial(f, schedule) for f in (_decode, _prefill))
-    out: Any = attend_by(value, gradient, q, k, v, scalars, layer)
+    out: Any = attend_by(value, gradient, q, k, v, scalars, layer, bias)
     return zero_invalid(out, queries)
 
 
 def _decode(schedule: TpuSchedule, *given: Any) -> Float[Array, "B T N H"]:
-    """Attends, given (q, k, v, scalars, layer)."""
+    """Attends, given (q, k, v, scalars, layer, bias)."""
 
-    def elsewhere(q: Array, k: Array, v: Array, scalars: Array, layer: Array) -> Array:
+    def elsewhere(
+        q: Array, k: Array, v: Array, scalars: Array, layer: Array, bias: Array | None
+    ) -> Array:
         size = schedule.scale, blockwise.BLOCK
-        return blockwise.forward(*size, q, k, v, scalars[0], layer)[0]
+        return blockwise.forward(*size, q, k, v, scalars[0], layer, bias)[0]
 
     kernel = functools.partial(forward, schedule)
     return lowered("tpu", schedule.interpret, kernel, elsewhere, *given)
 
 
 def _prefill(
-    schedule: TpuSchedule, q: Array, k: Array, v: Array, scalars: Array, layer: Array
+    schedule: TpuSchedule,
+    q: Array,
+    k: Array,
+    v: Array,
+    scalars: Array,
+    layer: Array,
+    bias: Array | None,
 ) -> Float[Array, "B T N H"]:
     """Attends by the kernels of `pallas_tpu`, which have a gradient."""
     prefix, queries = scalars
@@ -155,6 +177,7 @@ def _prefill(
         scale=schedule.scale,
         layer=layer,
         queries=queries,
+        bias=bias,
         target=schedule.target,
         interpret=schedule.interpret,
     )
@@ -167,29 +190,56 @@ def forward(
     v: Float[Array, "L B S K H"],
     scalars: Int[Array, "2 B"],
     layer: Int[Array, ""],
+    bias: Float[Array, "L B K S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Runs the kernel."""
     b, t, n, h = q.shape
     heads = k.shape[-2]
     many = schedule.heads * schedule.rows
-    packed = prefill.pack(schedule, heads, q).reshape(
-        b, heads // schedule.heads, many, h
-    )
-    _, k_spec, _, _ = prefill.specs(schedule, h)
+    packed = pack(schedule, heads, q).reshape(b, heads // schedule.heads, many, h)
+    _, k_spec, _, slot_spec = specs(schedule, h)
+    biases = [] if bias is None else [_by_column(schedule, bias, layer)]
+    bias_specs = [_column_spec(schedule, slot_spec)] * len(biases)
     q_spec = pl.BlockSpec(
         (pl.squeezed, pl.squeezed, many, h), lambda b, g, i, j, *_: (b, g, 0, 0)
     )
-    out = prefill.call(
+    out = call(
         schedule,
-        functools.partial(_kernel, schedule),
+        functools.partial(_kernel, schedule, bool(biases)),
         "prefix_attention_decode",
-        (b, heads // schedule.heads, 1, prefill.live_blocks(schedule, scalars)),
-        [q_spec, k_spec, k_spec],
+        (b, heads // schedule.heads, 1, live_blocks(schedule, scalars)),
+        [q_spec, k_spec, k_spec, *bias_specs],
         q_spec,
         jax.ShapeDtypeStruct(packed.shape, q.dtype),
         [(many, LANES), (many, LANES), (many, h)],
-    )(scalars, layer.reshape(1), packed, prefill.flat(k), prefill.flat(v))
-    return prefill.unpack(out.reshape(b, heads, schedule.rows, h), t, n)
+    )(scalars, layer.reshape(1), packed, flat(k), flat(v), *biases)
+    return unpack(out.reshape(b, heads, schedule.rows, h), t, n)
+
+
+def _by_column(
+    schedule: TpuSchedule, bias: Float[Array, "L B K S"], layer: Int[Array, ""]
+) -> Float[Array, "B blocks 1 columns"]:
+    """Copies a layer's bias in the order of the scores' columns, heads last.
+
+    A relayout of each block in the kernel would cost more than these 4 of a slot's 4 H
+    bytes of keys and values.
+    """
+    x = lax.dynamic_index_in_dim(bias, layer, keepdims=False)
+    b, heads, s = x.shape
+    x = x.reshape(b, heads // schedule.heads, schedule.heads, s).swapaxes(2, 3)
+    return x.reshape(b, heads // schedule.heads, 1, s * schedule.heads)
+
+
+def _column_spec(schedule: TpuSchedule, slot_spec: pl.BlockSpec) -> pl.BlockSpec:
+    """Returns the spec of `_by_column`, given that of [L, B, K, S]."""
+    slot_at: Any = slot_spec.index_map
+
+    def column_at(*args: Any) -> Any:
+        _, b, g, j = slot_at(*args)
+        return b, g, 0, j
+
+    columns = schedule.keys * schedule.heads
+    return pl.BlockSpec((pl.squeezed, pl.squeezed, 1, columns), column_at)
 
 
 class _HeadMask(NamedTuple):
@@ -225,9 +275,11 @@ class _HeadMask(NamedTuple):
         return jnp.where(slot < self.start + self.queries, x, jnp.zeros_like(x))
 
 
-def _kernel(schedule: TpuSchedule, scalars: Any, layer: Any, *refs: Any) -> None:
+def _kernel(
+    schedule: TpuSchedule, biased: bool, scalars: Any, layer: Any, *refs: Any
+) -> None:
     del layer
-    q, k, v, out, top, total, acc = refs
+    q, k, v, *more, out, top, total, acc = refs
     b, j = pl.program_id(0), pl.program_id(3)
     prefix, queries = scalars[0, b], scalars[1, b]
 
@@ -243,6 +295,9 @@ def _kernel(schedule: TpuSchedule, scalars: Any, layer: Any, *refs: Any) -> None
         if edge:
             keys, values = mask.live(keys), mask.live(values)
         s = prefill.dot_t(q[...], keys) * (schedule.scale * prefill.LOG2E)
+        if biased:
+            first = pl.multiple_of(at.start * schedule.heads, s.shape[1])
+            s += more[0][:, pl.ds(first, s.shape[1])] * prefill.LOG2E
         seen = mask.same_head(s.shape)
         if edge:
             seen &= mask.visible(s.shape)

@@ -41,6 +41,7 @@ def cudnn(
     scale: float,
     layer: Layer = None,
     queries: Int[Array, " B"] | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     backend: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B T N H"]:
@@ -50,8 +51,9 @@ def cudnn(
 
     Raises:
       NotImplementedError: the program is not for a GPU; q is not of two bytes; H is not
-        a multiple of 8 up to 128 (256 on Hopper); T or S is odd.
+        a multiple of 8 up to 128 (256 on Hopper); T or S is odd; bias is given.
     """
+    _check_no_bias(bias)
     if backend == "cudnn":
         _check_cudnn(q, k, target or default_target())
     q = zero_invalid(q, queries)
@@ -77,6 +79,15 @@ def _check_cudnn(q: Array, k: Array, target: Target) -> None:
         raise NotImplementedError(f"T={t} of q, S={s} of k: both must be even.")
 
 
+def _check_no_bias(bias: Array | None) -> None:
+    """Both take a bias per head, query and key, and their gradient computes its, too.
+
+    That is N x T x S numbers; and none of it has run on a GPU here.
+    """
+    if bias is not None:
+        raise NotImplementedError("bias: for our own kernels and XLA.")
+
+
 def _check_dtypes(q: Array, k: Array) -> None:
     if q.dtype not in HALVES or k.dtype != q.dtype:
         dtypes = f"q of dtype {q.dtype}, k of dtype {k.dtype}"
@@ -92,6 +103,7 @@ def tokamax(
     scale: float,
     layer: Layer = None,
     queries: Int[Array, " B"] | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     backend: str = "mosaic_gpu",
 ) -> Float[Array, "B T N H"]:
@@ -102,8 +114,10 @@ def tokamax(
     Raises:
       NotImplementedError: tokamax is not installed (the extra `tokamax` brings it); the
         program is not for a Hopper GPU; q is not of two bytes; or what tokamax itself
-        refuses, such as a program for another device than the default one.
+        refuses, such as a program for another device than the default one; bias is
+        given.
     """
+    _check_no_bias(bias)
     try:
         library = importlib.import_module("tokamax")
     except ImportError as error:

@@ -104,6 +104,7 @@ def pallas_gpu(
     scale: float,
     layer: Layer = None,
     queries: Int[Array, " B"] | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     blocks: GpuBlocks | None = None,
     interpret: bool = False,
@@ -112,7 +113,7 @@ def pallas_gpu(
 
     blocks: sizes other than the chip's. interpret: run the kernels in plain jax, on any
     platform. Otherwise a program that is lowered for another platform than CUDA
-    computes the same blockwise.
+    computes the same blockwise. So does the backward pass with a bias, anywhere.
 
     Raises:
       NotImplementedError: dtypes other than one of float32, bfloat16 and float16,
@@ -129,20 +130,22 @@ def pallas_gpu(
     group = n // k.shape[-2]
     schedule = GpuSchedule(float(scale), group, queries is not None, blocks, interpret)
     lengths = row_lengths(prefix, queries, t, -1)
-    layer, k, v = stacked(layer, k, v)
-    there, back = (functools.partial(f, schedule) for f in (_forward, _backward))
-    return attend(there, back, q, k, v, lengths, layer)
+    layer, k, v, bias = stacked(layer, k, v, bias)
+    # The backward kernels know no bias.
+    passes = _forward, _backward if bias is None else _backward_xla
+    there, back = (functools.partial(f, schedule) for f in passes)
+    return attend(there, back, q, k, v, lengths, layer, bias)
 
 
 def _forward(schedule: GpuSchedule, *given: Any) -> tuple[Array, Array]:
-    """Returns the result and lse, given (q, k, v, lengths, layer)."""
+    """Returns the result and lse, given (q, k, v, lengths, layer, bias)."""
 
     def elsewhere(
-        q: Array, k: Array, v: Array, lengths: Array, layer: Array
+        q: Array, k: Array, v: Array, lengths: Array, layer: Array, bias: Array | None
     ) -> tuple[Array, Array]:
         prefix, valid = lengths[:, 0], lengths[:, 1]
         size = schedule.scale, blockwise.BLOCK
-        out, lse = blockwise.forward(*size, q, k, v, prefix, layer)
+        out, lse = blockwise.forward(*size, q, k, v, prefix, layer, bias)
         some = jnp.arange(q.shape[1]) < valid[:, None]
         return zero_invalid(out, valid), jnp.where(some[:, None], lse, jnp.inf)
 
@@ -153,17 +156,25 @@ def _forward(schedule: GpuSchedule, *given: Any) -> tuple[Array, Array]:
 def _backward(schedule: GpuSchedule, *given: Any) -> tuple[Array, Array, Array]:
     """Returns the gradients, given what `_forward` is, out, lse and d_out."""
 
-    def elsewhere(
-        q: Array, k: Array, v: Array, lengths: Array, layer: Array, *outs: Array
+    def kernels(
+        q: Array, k: Array, v: Array, lengths: Array, layer: Array, *more: Any
     ) -> tuple[Array, Array, Array]:
-        prefix, valid = lengths[:, 0], lengths[:, 1]
-        out, lse, d_out = outs
-        q, d_out = zero_invalid(q, valid), zero_invalid(d_out, valid)
-        size = schedule.scale, blockwise.BLOCK
-        return blockwise.backward(*size, q, k, v, prefix, layer, out, lse, d_out)
+        _, out, lse, d_out = more
+        return backward(schedule, q, k, v, lengths, layer, out, lse, d_out)
 
-    kernels = functools.partial(backward, schedule)
+    elsewhere = functools.partial(_backward_xla, schedule)
     return lowered("cuda", schedule.interpret, kernels, elsewhere, *given)
+
+
+def _backward_xla(
+    schedule: GpuSchedule, q: Array, k: Array, v: Array, lengths: Array, *more: Any
+) -> tuple[Array, Array, Array]:
+    """Returns what `_backward` does, also with a bias."""
+    prefix, valid = lengths[:, 0], lengths[:, 1]
+    layer, bias, out, lse, d_out = more
+    q, d_out = zero_invalid(q, valid), zero_invalid(d_out, valid)
+    size = schedule.scale, blockwise.BLOCK
+    return blockwise.backward(*size, q, k, v, prefix, layer, bias, out, lse, d_out)
 
 
 # The kernels. A grid is (block, head, row). lengths [B, 2]: prefix and valid queries.
@@ -176,6 +187,7 @@ def forward(
     v: Float[Array, "L B S K H"],
     lengths: Int[Array, "B 2"],
     layer: Int[Array, ""],
+    bias: Float[Array, "L B K S"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns the result and the log of softmax's denominators in float32.
 
@@ -185,19 +197,24 @@ def forward(
     block = schedule.blocks.forward
     count = pl.cdiv(t, block.queries)
     q_spec, k_spec, row_spec, length_spec = _query_specs(schedule, block, q, k, count)
+    biases = [] if bias is None else [bias]
+    bias_spec = pl.BlockSpec(
+        (k.shape[0], None, None, k.shape[2]),
+        lambda i, n, b: (0, b, lax.div(n, schedule.group), 0),
+    )
     return _call(
         functools.partial(_forward_kernel, schedule, block, t, h, count),
         schedule,
         block,
         "prefix_attention_forward",
         (count, n, b),
-        [q_spec, k_spec, k_spec, length_spec, _LAYER],
+        [q_spec, k_spec, k_spec, *[bias_spec] * len(biases), length_spec, _LAYER],
         [q_spec, row_spec],
         [
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((b, n, t), jnp.float32),
         ],
-    )(q, k, v, lengths, layer.reshape(1))
+    )(q, k, v, *biases, lengths, layer.reshape(1))
 
 
 def backward(
@@ -339,10 +356,10 @@ def load(
     return plt.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
-def _load_row(
+def load_row(
     ref: Any, rows: Bool[Array, " R"] | None, other: float
 ) -> Float[Array, " R"]:
-    """Loads a number per row, `other` where not in `rows`."""
+    """Loads a number per row, `other` where not in `rows`; rows=None: all are."""
     if rows is None:
         return plt.load(ref)
     return plt.load(ref, mask=rows, other=jnp.float32(other))
@@ -377,7 +394,7 @@ def _key_block(
 def _forward_kernel(
     schedule: GpuSchedule, block: Block, t: int, h: int, count: int, *refs: Any
 ) -> None:
-    q_ref, k_ref, v_ref, length_ref, layer_ref, out_ref, lse_ref = refs
+    q_ref, k_ref, v_ref, *bias_ref, length_ref, layer_ref, out_ref, lse_ref = refs
     i = count - 1 - pl.program_id(0)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
     row = i * block.queries + jnp.arange(block.queries)
@@ -389,6 +406,10 @@ def _forward_kernel(
         top, total, acc = sums
         at, live = _key_block(block, j, (prefix, valid), layer, masked)
         scores = dot(q, load(k_ref.at[at], h, live), trans_b=True)
+        if bias_ref:
+            # Over the scale, which all are multiplied by below.
+            bias = load_row(bias_ref[0].at[at[:2]], live, 0.0)
+            scores = scores + (bias / schedule.scale)[None, :]
         if masked:
             scores = jnp.where(_visible(prefix, i, j, block), scores, -jnp.inf)
         new = jnp.maximum(top, scores.max(-1) * factor)
@@ -419,8 +440,8 @@ def _d_q_kernel(
     rows = row < valid if schedule.ragged or t % block.queries else None
     q, d_out = load(q_ref, h, rows), load(d_out_ref, h, rows)
     # Where the denominator is inf, p is 0.
-    lse = _load_row(lse_ref, rows, jnp.inf) * LOG2E
-    delta = _load_row(delta_ref, rows, 0.0)
+    lse = load_row(lse_ref, rows, jnp.inf) * LOG2E
+    delta = load_row(delta_ref, rows, 0.0)
     factor = schedule.scale * LOG2E
 
     def step(j: Array, d_q: Array, *, masked: bool) -> Array:
@@ -461,13 +482,13 @@ def _d_kv_kernel(
         row = i * block.queries + jnp.arange(block.queries)
         rows = row < valid if schedule.ragged or t % block.queries else None
         q = load(q_ref.at[here, g, :], h, rows)
-        lse = _load_row(lse_ref.at[g, here], rows, jnp.inf) * LOG2E
+        lse = load_row(lse_ref.at[g, here], rows, jnp.inf) * LOG2E
         p = jnp.exp2(dot(keys, q, trans_b=True) * factor - lse[None, :])
         if masked:
             p = jnp.where(slot[:, None] <= prefix + row[None, :], p, 0)
         d_out = load(d_out_ref.at[here, g, :], h, rows)
         d_v = d_v + dot(p.astype(d_out.dtype), d_out)
-        delta = _load_row(delta_ref.at[g, here], rows, 0.0)
+        delta = load_row(delta_ref.at[g, here], rows, 0.0)
         d_s = p * (dot(values, d_out, trans_b=True) - delta[None, :])
         return d_k + dot(d_s.astype(q.dtype), q), d_v
 

@@ -43,6 +43,15 @@ from beacon_jax.attention.tpu_blocks import (
     chip_blocks,
     make_schedule,
 )
+from beacon_jax.attention.tpu_calls import (
+    call,
+    flat,
+    live_blocks,
+    pack,
+    specs,
+    table_specs,
+    unpack,
+)
 
 LOG2E = math.log2(math.e)
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -151,10 +160,11 @@ def _mean_scores(
 
 
 def _forward_kernel(
-    schedule: TpuSchedule, scalars: Any, layer: Any, *refs: Any
+    schedule: TpuSchedule, biased: bool, scalars: Any, layer: Any, *refs: Any
 ) -> None:
     del layer
     q, k, v, *more, out, lse, top, total, acc = refs
+    bias = more.pop(0) if biased else None
     scales, mean = more[:2], more[2:]
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
@@ -173,6 +183,8 @@ def _forward_kernel(
                 s *= scales[0][h : h + 1, at]
             if mean:
                 s += _mean_scores(schedule, h, at, *mean) * (schedule.scale * LOG2E)
+            if bias is not None:
+                s += bias[h : h + 1, at] * LOG2E
             if mask:
                 s = jnp.where(visible, s, -jnp.inf)
             # Slot 0 is visible to every row: after block 0 no maximum is -inf.
@@ -262,134 +274,6 @@ def _d_kv_kernel(schedule: TpuSchedule, scalars: Any, layer: Any, *refs: Any) ->
                 result[at] = sums[h].astype(result.dtype)
 
 
-# How the kernels are called.
-
-
-def pack(
-    schedule: TpuSchedule, heads: int, x: Float[Array, "B T N H"]
-) -> Float[Array, "B K R H"]:
-    """Packs the queries of each kv head, with zeros behind R = T * G."""
-    b, t, n, h = x.shape
-    x = jnp.moveaxis(x.reshape(b, t, heads, n // heads, h), 1, 2)
-    x = x.reshape(b, heads, -1, h)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, schedule.rows - x.shape[2]), (0, 0)))
-
-
-def unpack(x: Float[Array, "B K R H"], t: int, n: int) -> Float[Array, "B T N H"]:
-    """Unpacks what `pack` packed."""
-    b, heads, _, h = x.shape
-    x = x[:, :, : t * (n // heads)].reshape(b, heads, t, n // heads, h)
-    return jnp.moveaxis(x, 2, 1).reshape(b, t, n, h)
-
-
-def specs(
-    schedule: TpuSchedule, h: int, swapped: bool = False
-) -> tuple[pl.BlockSpec, ...]:
-    """Returns the block specs of q (and its like), k and v, rows of numbers, scales.
-
-    swapped: the last two axes of the grid are.
-    """
-    heads, none = schedule.heads, pl.squeezed
-
-    def where(args: Any) -> Any:
-        b, g, i, j, scalars, layer = args
-        prefix, queries = scalars[0, b], scalars[1, b]
-        if swapped:
-            i, j = j, i
-            i = jnp.minimum(
-                jnp.maximum(i, schedule.first(prefix, j)),
-                schedule.rows // schedule.queries - 1,
-            )
-        last = jnp.maximum(schedule.visited(prefix, queries, i) - 1, 0)
-        return b, g, i, jnp.minimum(j, last), layer[0]
-
-    def q_at(*args: Any) -> Any:
-        b, g, i, _, _ = where(args)
-        return b, g, i, 0
-
-    def k_at(*args: Any) -> Any:
-        b, g, _, j, layer = where(args)
-        return (layer, b, j, g, 0) if heads > 1 else (layer, b, j, 0)
-
-    def row_at(*args: Any) -> Any:
-        b, g, i, _, _ = where(args)
-        return b, g, i
-
-    def scale_at(*args: Any) -> Any:
-        b, g, _, j, layer = where(args)
-        return layer, b, g, j
-
-    # One head needs no axis: see `flat`.
-    k_block = (none, none, schedule.keys, *([heads] if heads > 1 else []), h)
-    return (
-        pl.BlockSpec((none, heads, schedule.queries, h), q_at),
-        pl.BlockSpec(k_block, k_at),
-        pl.BlockSpec((none, heads, schedule.queries), row_at),
-        pl.BlockSpec((none, none, heads, schedule.keys), scale_at),
-    )
-
-
-def _table_specs(
-    schedule: TpuSchedule, h: int, table: Array
-) -> tuple[pl.BlockSpec, ...]:
-    """Returns the specs of `mean.kernel_tables`: a block's starts, the whole table."""
-
-    def starts_at(b: Any, g: Any, i: Any, j: Any, scalars: Any, layer: Any) -> Any:
-        del g, layer
-        last = jnp.maximum(schedule.visited(scalars[0, b], scalars[1, b], i) - 1, 0)
-        return jnp.minimum(j, last), 0, 0
-
-    return (
-        pl.BlockSpec((schedule.keys // schedule.chunk, 2, h), starts_at),
-        pl.BlockSpec(table.shape, lambda *_: (0, 0, 0)),
-    )
-
-
-def flat(x: Num[Array, "L B S K H"]) -> Num[Array, "L B S *heads H"]:
-    """Drops the axis of one head, K = 1, which would be padded to a tile."""
-    return x.reshape(*x.shape[:-2], x.shape[-1]) if x.shape[-2] == 1 else x
-
-
-def live_blocks(schedule: TpuSchedule, scalars: Int[Array, "2 B"]) -> Int[Array, ""]:
-    """Counts the longest row's blocks of keys: the grid's end, known when it runs."""
-    prefix, queries = scalars
-    length = jnp.max(jnp.where(queries > 0, prefix + queries, 1))
-    return lax.div(length + schedule.keys - 1, schedule.keys)
-
-
-def call(
-    schedule: TpuSchedule,
-    kernel: Callable,
-    name: str,
-    grid: tuple[Any, ...],
-    in_specs: Any,
-    out_specs: Any,
-    out_shape: Any,
-    scratch: list[tuple[int, ...]],
-) -> Any:
-    """Makes a function of (scalars, layer, *arrays) that runs the kernel.
-
-    scratch: shapes of float32 arrays that a core keeps.
-    """
-    return pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        ),
-        out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=schedule.vmem,
-        ),
-        interpret=schedule.interpret,
-        name=name,
-    )
-
-
 def forward(
     schedule: TpuSchedule,
     q: Float[Array, "B K R H"],
@@ -397,8 +281,8 @@ def forward(
     v: Num[Array, "L B S K H"],
     scalars: Int[Array, "2 B"],
     layer: Int[Array, ""],
-    scales: tuple[Float[Array, "L B K S"], ...] = (),
-    mean: tuple[Array, ...] = (),
+    bias: Float[Array, "L B K S"] | None = None,
+    int8: tuple[Array, ...] = (),
 ) -> tuple[Float[Array, "B K R H"], Float[Array, "B K R"]]:
     """Returns the result and the log of softmax's denominators in float32.
 
@@ -407,16 +291,19 @@ def forward(
     Args:
       q: `pack`ed.
       scalars: prefix and valid queries.
-      scales: of int8 k and v.
-      mean: query and its quarter packed like q and the tables of `mean.kernel_tables`.
+      int8: scales of k and v and, if the keys lack a mean, its query and that's quarter
+        packed like q, and the tables of `mean.kernel_tables`.
     """
     b, heads, rows, h = q.shape
-    q_spec, k_spec, row_spec, scale_spec = specs(schedule, h)
-    mean_specs = [q_spec, q_spec, *_table_specs(schedule, h, mean[3])] if mean else []
+    q_spec, k_spec, row_spec, slot_spec = specs(schedule, h)
+    biases = [] if bias is None else [bias]
+    more_specs = [slot_spec] * len((*biases, *int8[:2]))
+    if len(int8) > 2:
+        more_specs += [q_spec, q_spec, *table_specs(schedule, h, int8[-1])]
     block = (schedule.heads, schedule.queries)
     return call(
         schedule,
-        functools.partial(_forward_kernel, schedule),
+        functools.partial(_forward_kernel, schedule, bool(biases)),
         "prefix_attention_forward",
         (
             b,
@@ -424,14 +311,14 @@ def forward(
             rows // schedule.queries,
             live_blocks(schedule, scalars),
         ),
-        [q_spec, k_spec, k_spec, *[scale_spec] * len(scales), *mean_specs],
+        [q_spec, k_spec, k_spec, *more_specs],
         [q_spec, row_spec],
         [
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
         ],
         [(*block, LANES), (*block, LANES), (*block, h)],
-    )(scalars, layer.reshape(1), q, flat(k), flat(v), *scales, *mean)
+    )(scalars, layer.reshape(1), q, flat(k), flat(v), *biases, *int8)
 
 
 def backward(
@@ -497,6 +384,7 @@ def pallas_tpu(
     k_scale: Float[Array, "*_L _B _K _S"] | None = None,
     v_scale: Float[Array, "*_L _B _K _S"] | None = None,
     mean: MeanTerm | None = None,
+    bias: Float[Array, "*_L _B _K _S"] | None = None,
     target: Target | None = None,
     blocks: TpuBlocks | None = None,
     interpret: bool | pltpu.InterpretParams = False,
@@ -505,7 +393,7 @@ def pallas_tpu(
 
     blocks: sizes other than the chip's. interpret: simulate the kernels, on any
     platform. Otherwise a program that is lowered for another platform than TPU computes
-    the same in XLA.
+    the same in XLA. So does the backward pass with a bias, anywhere.
 
     Raises:
       NotImplementedError: dtypes other than float32 or bfloat16 for all, int8 for k and
@@ -517,29 +405,30 @@ def pallas_tpu(
     blocks = blocks or chip_blocks(target)
     schedule = make_schedule(q, k, scale, blocks, interpret, target)
     scalars = row_lengths(prefix, queries, q.shape[1], 0)
-    layer, k, v, k_scale, v_scale = stacked(layer, k, v, k_scale, v_scale)
+    layer, k, v, bias, *scales = stacked(layer, k, v, bias, k_scale, v_scale)
     q = zero_invalid(q, queries)  # they meet keys and values in the backward pass
     if k_scale is None:
-        there, back = (functools.partial(f, schedule) for f in (_forward, _backward))
-        out: Any = attend(there, back, q, k, v, scalars, layer)
+        # The backward kernels know no bias.
+        passes = _forward, _backward if bias is None else _backward_xla
+        there, back = (functools.partial(f, schedule) for f in passes)
+        out: Any = attend(there, back, q, k, v, scalars, layer, bias)
     else:
-        out = _attend_int8(schedule, q, k, v, scalars, layer, k_scale, v_scale, mean)
+        out = _attend_int8(schedule, q, k, v, scalars, layer, bias, *scales, mean)
     return zero_invalid(out, queries)
 
 
 def _attend_int8(schedule: TpuSchedule, *given: Any) -> Float[Array, "B T N H"]:
-    """Attends, given (q, k, v, scalars, layer, k_scale, v_scale, mean)."""
+    """Attends, given (q, k, v, scalars, layer, bias, k_scale, v_scale, mean)."""
 
     def kernel(
         q: Array, k: Array, v: Array, scalars: Array, layer: Array, *more: Any
     ) -> Array:
-        *scales, mean = more
+        bias, *int8, mean = more
         packed = functools.partial(pack, schedule, k.shape[-2])
-        means = ()
         if mean is not None:
             tables = kernel_tables(mean.turns, k.shape[-3], schedule.chunk, q.dtype)
-            means = (packed(mean.query), packed(quarter(mean.query)), *tables)
-        args = (packed(q), k, v, scalars, layer, tuple(scales), means)
+            int8 += [packed(mean.query), packed(quarter(mean.query)), *tables]
+        args = (packed(q), k, v, scalars, layer, bias, tuple(int8))
         out, _ = forward(schedule, *args)
         return unpack(out, *q.shape[1:3])
 
@@ -547,7 +436,7 @@ def _attend_int8(schedule: TpuSchedule, *given: Any) -> Float[Array, "B T N H"]:
         q: Array, k: Array, v: Array, scalars: Array, layer: Array, *more: Any
     ) -> Array:
         options: dict[str, Any] = dict(
-            zip(("k_scale", "v_scale", "mean"), more, strict=True)
+            zip(("bias", "k_scale", "v_scale", "mean"), more, strict=True)
         )
         options |= {"scale": schedule.scale, "target": schedule.target}
         return decode_xla(q, k, v, scalars[0], layer=layer, **options)
@@ -562,13 +451,13 @@ def _blockwise(schedule: TpuSchedule, of: Callable) -> Callable:
 
 
 def _forward(schedule: TpuSchedule, *given: Any) -> tuple[Array, Array]:
-    """Returns the result and lse, given (q, k, v, scalars, layer)."""
+    """Returns the result and lse, given (q, k, v, scalars, layer, bias)."""
 
     def kernel(
-        q: Array, k: Array, v: Array, scalars: Array, layer: Array
+        q: Array, k: Array, v: Array, scalars: Array, layer: Array, bias: Array | None
     ) -> tuple[Array, Array]:
         packed = pack(schedule, k.shape[-2], q)
-        out, lse = forward(schedule, packed, k, v, scalars, layer)
+        out, lse = forward(schedule, packed, k, v, scalars, layer, bias)
         lse = unpack(lse[..., None], *q.shape[1:3])[..., 0]
         return unpack(out, *q.shape[1:3]), jnp.swapaxes(lse, 1, 2)
 
@@ -580,9 +469,9 @@ def _backward(schedule: TpuSchedule, *given: Any) -> tuple[Array, Array, Array]:
     """Returns the gradients, given what `_forward` is, out, lse and d_out."""
 
     def kernel(
-        q: Array, k: Array, v: Array, scalars: Array, layer: Array, *outs: Array
+        q: Array, k: Array, v: Array, scalars: Array, layer: Array, *more: Any
     ) -> tuple[Array, Array, Array]:
-        out, lse, d_out = outs
+        _, out, lse, d_out = more
         packed = functools.partial(pack, schedule, k.shape[-2])
         delta = jnp.einsum(
             "BTNH,BTNH->BTN", d_out, out, preferred_element_type=jnp.float32
@@ -594,3 +483,16 @@ def _backward(schedule: TpuSchedule, *given: Any) -> tuple[Array, Array, Array]:
 
     elsewhere = _blockwise(schedule, blockwise.backward)
     return lowered("tpu", schedule.interpret, kernel, elsewhere, *given)
+
+
+def _backward_xla(
+    schedule: TpuSchedule, q: Array, k: Array, v: Array, scalars: Array, *more: Any
+) -> tuple[Array, Array, Array]:
+    """Returns what `_backward` does, also with a bias."""
+    layer, bias, out, lse, d_out = more
+    prefix, queries = scalars
+    # What the kernel leaves for queries that are not valid may be anything.
+    some = jnp.arange(q.shape[1]) < queries[:, None]
+    lse = jnp.where(some[:, None], lse, jnp.inf)
+    size = schedule.scale, blockwise.BLOCK
+    return blockwise.backward(*size, q, k, v, prefix, layer, bias, out, lse, d_out)

@@ -52,6 +52,25 @@ def live_layer(
     return jnp.where(live, k, 0), jnp.where(live, v, 0)
 
 
+def live_bias(
+    bias: Float[Array, "*_L _B _K _S"] | None,
+    prefix: Int[Array, " B"],
+    t: int,
+    layer: Layer,
+) -> Float[Array, "_B _K _S"] | None:
+    """Copies a layer's bias with 0 from slot prefix[row] + t on; None stays None.
+
+    A copy of 4 bytes per slot where keys and values have 4 H in bfloat16. With 0 the
+    scores of dead slots stay what they are, -inf.
+    """
+    if bias is None:
+        return None
+    if layer is not None:
+        bias = bias[layer]
+    live = jnp.arange(bias.shape[-1]) < (prefix + t)[:, None, None]
+    return jnp.where(live, bias, 0)
+
+
 def stacked(layer: Layer, *buffers: Array | None) -> tuple[Any, ...]:
     """Returns the layer as an int32 and the buffers [L, ...]; None stays None."""
     if layer is None:
@@ -65,6 +84,28 @@ def row_lengths(
     """Stacks prefix and valid queries along an axis: int32 [2, B] or [B, 2]."""
     valid = jnp.full_like(prefix, t) if queries is None else jnp.minimum(queries, t)
     return jnp.stack([prefix, valid], axis).astype(jnp.int32)
+
+
+def check_per_slot(name: str, x: Array, of: str, buffer: Array) -> None:
+    """Raises ValueError unless x has a number per slot and kv head of the buffer `of`.
+
+    Slots come last: [*L, B, K, S] for [*L, B, S, K, H].
+    """
+    *front, s, heads, _ = buffer.shape
+    if x.shape != (*front, heads, s):
+        raise ValueError(
+            f"{name} has shape {x.shape}: {of} {buffer.shape} needs "
+            f"{(*front, heads, s)}."
+        )
+
+
+def check_bias(k: Array, bias: Array | None) -> None:
+    """Raises ValueError if the bias does not belong to the keys."""
+    if bias is None:
+        return
+    if bias.dtype != jnp.float32:
+        raise ValueError(f"bias has dtype {bias.dtype}: it must be float32.")
+    check_per_slot("bias", bias, "k", k)
 
 
 def check_dtypes(
@@ -112,18 +153,20 @@ def attend(
     v: Float[Array, "*L B S K H"],
     lengths: Int[Array, "..."],
     layer: Layer,
+    bias: Float[Array, "*_L _B _K _S"] | None,
 ) -> Float[Array, "B T N H"]:
     """Computes attention whose gradient is a pass of its own, from named residuals.
 
     Args:
-      forward: of (q, k, v, lengths, layer), gives out [B, T, N, H] and the log of the
-        softmax's denominators, lse.
+      forward: of (q, k, v, lengths, layer, bias), gives out [B, T, N, H] and the log of
+        the softmax's denominators, lse.
       backward: of those, out, lse and d_out, gives d_q [B, T, N, H] and, of the layer,
         d_k and d_v [B, S, K, H].
       lengths: of the rows, as the two passes want them.
+      bias: of the scores, per slot; it has no gradient.
     """
     del backward
-    return forward(q, k, v, lengths, layer)[0]
+    return forward(q, k, v, lengths, layer, bias)[0]
 
 
 def _attend_fwd(forward: Callable, backward: Callable, *args: Any) -> tuple[Array, Any]:
@@ -150,7 +193,7 @@ def _attend_bwd(
             return d[None]
         return jnp.zeros(k.shape, d.dtype).at[layer].set(d)
 
-    return d_q, put(d_k), put(d_v), None, None
+    return d_q, put(d_k), put(d_v), None, None, None
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)

@@ -53,6 +53,7 @@ class KernelCase:
     rows: B; above one of two layers only: 32 would not fit.
     int8: of a memory with scales per slot.
     mean: whose keys lack their mean.
+    bias: slots have one.
     """
 
     model: str
@@ -63,12 +64,13 @@ class KernelCase:
     rows: int = 1
     int8: bool = False
     mean: bool = False
+    bias: bool = False
 
     @property
     def name(self) -> str:
         """The case's name on the command line."""
         way = "backward" if self.backward else "decode" if self.rows > 1 else "forward"
-        kind = "-int8" * self.int8 + "-mean" * self.mean
+        kind = "-int8" * self.int8 + "-mean" * self.mean + "-bias" * self.bias
         return f"{self.model}-{self.queries}-{way}{kind}-{self.target.split(':')[0]}"
 
 
@@ -95,6 +97,12 @@ def _cases() -> Iterator[KernelCase]:
                     kernel = "decode_tpu" if one else "pallas_tpu"
                 case = KernelCase(model, target, queries, False, kernel, rows=8)
                 yield dataclasses.replace(case, **options)
+    # Each kernel that takes a bias per slot.
+    for target in (*GPUS, *TPUS):
+        platform = "gpu" if target in GPUS else "tpu"
+        for kernel, queries, rows in (("pallas", 1536, 1), ("decode", 1, 8)):
+            named = "qwen2-7b", target, queries, False, f"{kernel}_{platform}"
+            yield KernelCase(*named, rows=rows, bias=True)
 
 
 CASES = {case.name: case for case in _cases()}
@@ -118,16 +126,14 @@ def program(case: KernelCase, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
         target=Target.of(mesh.devices.flat[0]),
     )
     if not case.backward:
-        names = ("layer", "k_scale", "v_scale", "k_mean")
-        scale = on((*stack, b, heads, s), jnp.float32)
-        more = (on((), jnp.int32), *[scale] * (2 if case.int8 else 0))
+        more = {"layer": on((), jnp.int32)}
+        names = ["k_scale", "v_scale"] * case.int8 + ["bias"] * case.bias
+        more |= dict.fromkeys(names, on((*stack, b, heads, s), jnp.float32))
         if case.mean:
-            more += (on((*stack, b, heads, config.head_dim), jnp.float32),)
+            more["k_mean"] = on((*stack, b, heads, config.head_dim), jnp.float32)
             attend = functools.partial(attend, frequencies=inverse_frequencies(config))
-        layered = lambda q, k, v, prefix, *more: attend(
-            q, k, v, prefix, **dict(zip(names, more, strict=False))
-        )
-        return layered, (*arguments, *more)
+        layered = lambda q, k, v, prefix, more: attend(q, k, v, prefix, **more)
+        return layered, (*arguments, more)
 
     def gradients(q, k, v, prefix, d_out):
         return jax.vjp(lambda q, k, v: attend(q, k, v, prefix), q, k, v)[1](d_out)

@@ -2,9 +2,9 @@
 
 The tests say more, but interpret the kernels. Here two rows, one with an empty memory
 and one with 3/4 of 4 windows, meet half a window and 4 queries (and, forward only, one
-query, as in decoding); every dead slot holds NaN. What is right is the reference in
-float32 at the highest precision, on the same rounded inputs. Errors are shares of the
-largest value, and allowed are
+query, as in decoding), in bfloat16 also with a bias per slot. Every dead slot holds
+NaN. What is right is the reference in float32 at the highest precision, on the same
+rounded inputs. Errors are shares of the largest value, and allowed are
 
   float32   5e-6, products at the highest precision
   bfloat16  twice the error of the reference itself in bfloat16
@@ -32,19 +32,20 @@ def cases(s: Bench) -> Iterator[Case]:
     """Yields every implementation in every dtype, on a window and in decoding."""
     window = s.beacon.window
     for way, queries in (("window", window // 2 + 4), ("decode", 1)):
-        for dtype in DTYPES:
+        for dtype, bias in (*((dtype, False) for dtype in DTYPES), ("bfloat16", True)):
             for name in IMPLEMENTATIONS:
                 key = {"part": "parity", "preset": s.preset, "dtype": dtype}
-                key |= {"way": way, "implementation": name, "queries": queries}
-                run = functools.partial(_errors, s, name, dtype, queries)
-                yield Case(key | {"memory": 4 * window}, run)
+                key |= {"way": way + " with bias" * bias, "implementation": name}
+                key |= {"queries": queries, "memory": 4 * window}
+                run = functools.partial(_errors, s, name, dtype, queries, bias)
+                yield Case(key, run)
 
 
-def _errors(s: Bench, name: str, dtype: str, queries: int) -> Row:
+def _errors(s: Bench, name: str, dtype: str, queries: int, bias: bool) -> Row:
     check_platform(name, s.device)
     if dtype == "bfloat16" and name == "reference":
         raise NotImplementedError("it is the measure of the others.")
-    given = _inputs(s, queries, dtype)
+    given = _inputs(s, queries, dtype, bias)
     backward = queries > 1
     right = _run("reference", [x.astype(jnp.float32) for x in given], backward)
     ours = _distance(_run(name, given, backward), right)
@@ -58,8 +59,11 @@ def _errors(s: Bench, name: str, dtype: str, queries: int) -> Row:
     return {"errors": errors, "allowed": dict(zip(NAMES, allowed, strict=False))}
 
 
-def _inputs(s: Bench, queries: int, dtype: str) -> list[jax.Array]:
-    """Draws q, k, v, the cotangent of the result, and the prefix of both rows."""
+def _inputs(s: Bench, queries: int, dtype: str, bias: bool) -> list[jax.Array]:
+    """Draws q, k, v, the cotangent of the result, the prefix of both rows.
+
+    And, last, a bias if there shall be one.
+    """
     c, memory = s.config, 4 * s.beacon.window
     prefix = jnp.asarray([0, 3 * memory // 4 + 1], jnp.int32)
     root = jax.random.key(0, impl="rbg")
@@ -69,21 +73,27 @@ def _inputs(s: Bench, queries: int, dtype: str) -> list[jax.Array]:
     dead = jnp.arange(shape[1]) >= (prefix + queries)[:, None]
     poison = lambda x: jnp.where(dead[..., None, None], jnp.nan, x).astype(dtype)
     d_out = make(3, *q.shape)
-    return [q, poison(make(1, *shape)), poison(make(2, *shape)), d_out, prefix]
+    given = [q, poison(make(1, *shape)), poison(make(2, *shape)), d_out, prefix]
+    if bias:
+        per_slot = (2, c.num_kv_heads, shape[1])
+        drawn = random_array(jax.random.fold_in(root, 4), per_slot, "float32")
+        given.append(jnp.where(dead[:, None], jnp.nan, 3 * drawn))
+    return given
 
 
 def _run(name: str, given: list[jax.Array], backward: bool) -> list[np.ndarray]:
-    *arrays, prefix = given
+    q, k, v, d_out, prefix, *bias = given
     with jax.default_matmul_precision("highest"):
-        found = _program(name, backward)(*arrays, prefix.astype(jnp.int32))
+        run = _program(name, backward)
+        found = run(q, k, v, d_out, prefix.astype(jnp.int32), *bias)
     return [np.asarray(x, np.float64) for x in found]
 
 
 @functools.cache
 def _program(name: str, backward: bool) -> Callable[..., Any]:
-    def both(q, k, v, d_out, prefix):
+    def both(q, k, v, d_out, prefix, bias=None):
         attend: Callable[..., Any] = lambda q, k, v: prefix_attention(
-            q, k, v, prefix, implementation=name
+            q, k, v, prefix, implementation=name, bias=bias
         )
         if not backward:
             return (attend(q, k, v),)

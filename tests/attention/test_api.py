@@ -74,12 +74,13 @@ def test_two_targets_in_one_process_are_two_choices(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("int8", [False, True, "mean"])
 @pytest.mark.parametrize(
     "device", [("gpu", "NVIDIA A100"), ("gpu", "NVIDIA H200"), ("tpu", "TPU v4")]
 )
 @pytest.mark.parametrize("t", [1, 200])
-def test_none_works_where_a_program_ends_up_elsewhere(device, int8, t):
+def test_none_works_where_a_program_ends_up_elsewhere(device, int8, t, bias):
     """Traced for a chip, lowered for the CPU that is here."""
     kept, scales = inputs("bfloat16", t), {}
     kept = (kept[0], *(jnp.ones((1, t + 5, 2, 8), "bfloat16"),) * 2, kept[3])
@@ -89,6 +90,8 @@ def test_none_works_where_a_program_ends_up_elsewhere(device, int8, t):
         scales = {"k_scale": ones, "v_scale": ones}
     if int8 == "mean":
         scales |= {"k_mean": jnp.ones((1, 2, 8)), "frequencies": np.ones(4)}
+    if bias:
+        scales["bias"] = jnp.full((1, 2, t + 5), 3.0)
     scales["target"] = Target(*device)
     attend = jax.jit(lambda *x: prefix_attention(*x, **scales))
     lowered = attend.trace(*kept).lower(lowering_platforms=("cpu",))
@@ -132,6 +135,35 @@ def test_a_dtype_that_a_kernel_does_not_take_is_named():
         prefix_attention(
             q.astype("bfloat16"), k, v, prefix, implementation="pallas_gpu"
         )
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((1, 9, 2), "float32", r"bias has shape \(1, 9, 2\): k .* needs \(1, 2, 9\)"),
+        ((3, 1, 2, 9), "float32", r"bias has shape \(3, 1, 2, 9\)"),
+        ((1, 2, 9), "bfloat16", "bias has dtype bfloat16: it must be float32"),
+    ],
+)
+def test_a_bias_that_does_not_fit_the_keys_is_an_error(shape, dtype, message):
+    for name in (None, *IMPLEMENTATIONS):
+        with pytest.raises(ValueError, match=message):
+            bias = jnp.zeros(shape, dtype)
+            prefix_attention(*inputs(), implementation=name, bias=bias)
+
+
+def test_what_takes_no_bias_says_so_and_the_next_is_asked():
+    q, k, v, prefix = inputs("bfloat16", 2)
+    bias = jnp.asarray([[[0.0, 1, 2, 3, 4, 0, 0, 0, 0]] * 2])
+    for name in ("cudnn", "tokamax"):
+        with pytest.raises(NotImplementedError, match=f"{name}: bias"):
+            prefix_attention(q, k, v, prefix, implementation=name, bias=bias)
+    h200 = Target("gpu", "NVIDIA H200")
+    wide, keys = jnp.ones((1, 1024, 2, 8), "bfloat16"), jnp.ones((1, 1030, 2, 8))
+    given = wide, *[keys.astype("bfloat16")] * 2, prefix
+    attend = functools.partial(prefix_attention, target=h200)
+    program = jax.make_jaxpr(attend)(*given, bias=jnp.zeros((1, 2, 1030)))
+    assert "prefix_attention_forward" in str(program)
 
 
 def test_cudnn_says_which_shapes_it_takes():

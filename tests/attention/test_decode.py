@@ -32,7 +32,10 @@ SLOTS = 300
 
 
 class Case(NamedTuple):
-    """T, N, K, H as in the docstring of `prefix_attention`; prefix per row."""
+    """T, N, K, H as in the docstring of `prefix_attention`; prefix per row.
+
+    bias: slots have one.
+    """
 
     t: int
     n: int
@@ -40,6 +43,7 @@ class Case(NamedTuple):
     h: int
     prefix: tuple[int, ...]
     queries: tuple[int, ...] | None = None
+    bias: bool = False
 
 
 CASES = {
@@ -48,6 +52,7 @@ CASES = {
     "mqa-2": Case(2, 4, 1, 80, (127, 200)),
     "mha-64": Case(64, 2, 2, 16, (236, 3)),
 }
+CASES |= {f"{name}-bias": case._replace(bias=True) for name, case in CASES.items()}
 
 
 def arrays(case: Case, dtype: Any = jnp.float32):
@@ -59,6 +64,15 @@ def arrays(case: Case, dtype: Any = jnp.float32):
     q, k, v = (jax.random.normal(key, shape, dtype) for key, shape in pairs)
     end = np.asarray(case.prefix)[:, None] + case.t
     return q, k, v, (np.arange(SLOTS) >= end)[..., None, None]
+
+
+def bias_of(case: Case, dead: Any = None):
+    """None, or [B, K, S], where every fifth slot counts for nothing, NaN where dead."""
+    if not case.bias:
+        return None
+    bias = 3 * jax.random.normal(jax.random.key(7), (len(case.prefix), case.k, SLOTS))
+    bias = jnp.where(jnp.arange(SLOTS) % 5 == 4, -100, bias)
+    return bias if dead is None else jnp.where(dead[:, None, :, 0, 0], jnp.nan, bias)
 
 
 def quantised(x):
@@ -75,11 +89,14 @@ def spelled_out(case: Case, q, k, v):
     """The definition, one query at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
+    bias = bias_of(case) if case.bias else np.zeros((len(q), case.k, SLOTS))
+    bias = np.asarray(bias, np.float64)
     for row, prefix in enumerate(case.prefix):
         for i in range(case.queries[row] if case.queries else case.t):
             for head in range(case.n):
                 at = (row, slice(prefix + i + 1), head * case.k // case.n)
                 score = case.h**-0.5 * k[at] @ q[row, i, head]
+                score += bias[row, head * case.k // case.n, at[1]]
                 p = np.exp(score - score.max())
                 out[row, i, head] = p @ v[at] / p.sum()
     return out
@@ -110,35 +127,41 @@ def test_values_are_those_of_a_float64_loop(name, case):
     case = CASES[case]
     q, k, v, dead = arrays(case)
     poisoned = (jnp.where(dead, jnp.nan, x) for x in (k, v))
-    ours = compiled(KERNELS[name], case)(q, *poisoned)
+    ours = compiled(KERNELS[name], case)(q, *poisoned, bias=bias_of(case, dead))
     assert gap(ours, spelled_out(case, q, k, v)) <= 5e-6
 
 
 @each
-def test_bfloat16_errs_at_most_twice_as_much_as_naive_bfloat16(name):
-    case = CASES["gqa-5"]._replace(queries=None)
+@pytest.mark.parametrize("case", ["gqa-5", "gqa-5-bias"])
+def test_bfloat16_errs_at_most_twice_as_much_as_naive_bfloat16(name, case):
+    case = CASES[case]._replace(queries=None)
     q, k, v, _ = arrays(case, jnp.bfloat16)
     seen = np.asarray(case.prefix)[:, None] + np.arange(case.t)
     seen = np.arange(SLOTS) <= seen[..., None]
     keys, values = (jnp.repeat(x, case.n // case.k, axis=2) for x in (k, v))
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, keys) * jnp.bfloat16(case.h**-0.5)
+    if case.bias:
+        bias = jnp.repeat(bias_of(case), case.n // case.k, axis=1)[:, :, None]
+        scores = (scores + bias).astype(scores.dtype)
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), -1)
     naive = jnp.einsum("BNTS,BSNH->BTNH", weights, values)
     exact = spelled_out(case, q, k, v)
-    ours = compiled(KERNELS[name], case)(q, k, v)
+    ours = compiled(KERNELS[name], case)(q, k, v, bias=bias_of(case))
     assert gap(ours, exact) <= 2 * gap(naive, exact)
 
 
+@pytest.mark.parametrize("case", ["gqa-5", "gqa-5-bias"])
 @pytest.mark.parametrize("name", INT8)
-def test_an_int8_memory_is_its_dequantised_numbers(name):
+def test_an_int8_memory_is_its_dequantised_numbers(name, case):
     """With NaN for the scales of dead slots."""
-    case = CASES["gqa-5"]
+    case = CASES[case]
     q, k, v, dead = arrays(case)
     (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
     exact = spelled_out(case, q, dequantised(k, k_scale), dequantised(v, v_scale))
     gone = np.swapaxes(dead[..., 0], 1, 2)
     k_scale, v_scale = (jnp.where(gone, jnp.nan, x) for x in (k_scale, v_scale))
-    ours = compiled(INT8[name], case)(q, k, v, k_scale=k_scale, v_scale=v_scale)
+    more = {"k_scale": k_scale, "v_scale": v_scale, "bias": bias_of(case, dead)}
+    ours = compiled(INT8[name], case)(q, k, v, **more)
     assert gap(ours, exact) <= 5e-6
 
 
@@ -172,6 +195,7 @@ class TestKeysWithoutTheirMean:
         gone = np.swapaxes(dead[..., 0], 1, 2)
         scales = (jnp.where(gone, jnp.nan, x) for x in (k_scale, v_scale))
         scales = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+        scales["bias"] = bias_of(case, dead)
 
         def attend(q, k, v, k_mean, scales):
             mean = mean_term(q, k_mean, frequencies(case.h))
@@ -180,7 +204,7 @@ class TestKeysWithoutTheirMean:
 
         return jax.jit(attend)(q, k, v, k_mean, scales), exact
 
-    @pytest.mark.parametrize("case", ["mha-1", "gqa-5", "mqa-2"])
+    @pytest.mark.parametrize("case", ["mha-1", "gqa-5", "mqa-2", "gqa-5-bias"])
     @pytest.mark.parametrize("name", INT8)
     def test_the_scores_have_it_back(self, name, case):
         assert gap(*self.run(name, CASES[case], size=1)) <= 5e-6
@@ -192,9 +216,10 @@ class TestKeysWithoutTheirMean:
         ours, exact = self.run(name, CASES["gqa-5"], 100, jnp.bfloat16)
         assert gap(ours, exact) <= 2**-8
 
-    def test_one_layer_of_a_stack_is_that_layers_mean(self):
-        case = CASES["mqa-2"]
-        q, k, v, _ = arrays(case)
+    @pytest.mark.parametrize("case", ["mqa-2", "mqa-2-bias"])
+    def test_one_layer_of_a_stack_is_that_layers_mean(self, case):
+        case = CASES[case]
+        q, k, v, dead = arrays(case)
         (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
         k_mean = jax.random.normal(jax.random.key(5), (2, case.k, case.h))
         exact = spelled_out(
@@ -204,6 +229,8 @@ class TestKeysWithoutTheirMean:
             dequantised(v, v_scale),
         )
         stacked = {"k_scale": k_scale, "v_scale": v_scale, "k_mean": k_mean}
+        if case.bias:
+            stacked["bias"] = bias_of(case, dead)
         stacked = {name: jnp.stack([x * jnp.nan, x]) for name, x in stacked.items()}
         ours = prefix_attention(
             q,
@@ -243,17 +270,23 @@ def test_two_runs_are_bit_equal_and_invalid_queries_give_0(name):
 
 
 @each
-def test_a_stacked_buffer_with_a_layer_is_that_layers_buffer(name):
-    case = CASES["mqa-2"]
+@pytest.mark.parametrize("case", ["mqa-2", "mqa-2-bias"])
+def test_a_stacked_buffer_with_a_layer_is_that_layers_buffer(name, case):
+    case = CASES[case]
     q, k, v, dead = arrays(case)
     stack = lambda x: jnp.stack([jnp.full_like(x, jnp.nan), jnp.where(dead, 0, x)])
-    ours = compiled(KERNELS[name], case)(q, stack(k), stack(v), layer=jnp.int32(1))
+    more = {"layer": jnp.int32(1)}
+    if case.bias:
+        bias = bias_of(case, dead)
+        more["bias"] = jnp.stack([bias * jnp.nan, bias])
+    ours = compiled(KERNELS[name], case)(q, stack(k), stack(v), **more)
     assert gap(ours, spelled_out(case, q, k, v)) <= 5e-6
 
 
+@pytest.mark.parametrize("case", ["gqa-5", "gqa-5-bias"])
 @pytest.mark.parametrize("attend", [decode_gpu, decode_tpu])
-def test_elsewhere_it_runs_in_xla_and_has_a_gradient(attend):
-    case = CASES["gqa-5"]
+def test_elsewhere_it_runs_in_xla_and_has_a_gradient(attend, case):
+    case = CASES[case]
     q, k, v, _ = arrays(case)
     prefix, weight = (
         jnp.asarray(case.prefix),
@@ -261,7 +294,8 @@ def test_elsewhere_it_runs_in_xla_and_has_a_gradient(attend):
     )
 
     def loss(attend, *x):
-        return (attend(*x, prefix, **options(case)) * weight).sum()
+        out = attend(*x, prefix, bias=bias_of(case), **options(case))
+        return (out * weight).sum()
 
     with jax.default_matmul_precision("highest"):
         derived = lambda f: jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2)))
@@ -273,14 +307,15 @@ def test_elsewhere_it_runs_in_xla_and_has_a_gradient(attend):
 WIDE = Case(1, 32, 32, 128, (0, 299))  # two blocks by `cpu_block`
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("case", [CASES["mqa-2"], WIDE], ids=["mqa-2", "wide"])
-def test_int8_without_a_kernel_is_chosen_on_cpu_and_refuses_a_gradient(case):
+def test_int8_without_a_kernel_is_chosen_on_cpu_and_refuses_a_gradient(case, bias):
+    case = case._replace(bias=bias)
     q, k, v, _ = arrays(case)
     prefix = jnp.asarray(case.prefix)
     (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
-    attend = lambda q: prefix_attention(
-        q, k, v, prefix, k_scale=k_scale, v_scale=v_scale
-    )
+    more = {"k_scale": k_scale, "v_scale": v_scale, "bias": bias_of(case)}
+    attend = lambda q: prefix_attention(q, k, v, prefix, **more)
     exact = spelled_out(case, q, dequantised(k, k_scale), dequantised(v, v_scale))
     assert gap(attend(q), exact) <= 5e-6
     with pytest.raises(NotImplementedError, match="k_scale"):
@@ -312,6 +347,9 @@ def test_what_is_not_taken_names_itself():
             q[:, :1, :1].repeat(3, 2),
             *(x[:, :, :1].repeat(3, 2) for x in (k, v)),
         )
+    odd = jnp.zeros((2, 1, 8, 384), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="bias: 85 slots of 8 heads"):
+        run(decode_tpu, odd, odd, odd, bias=jnp.zeros((2, 8, 1)))
     for attend in (decode_gpu, decode_tpu):
         with pytest.raises(NotImplementedError, match="bfloat16"):
             run(attend, q, k, v.astype(jnp.bfloat16))

@@ -37,16 +37,22 @@ def arrays(t, n, kv, h, s, rows):
     return [jax.random.normal(key, shape) for key, shape in pairs]
 
 
-def test_many_blocks_and_chunks_are_one_attention():
+def bias_of(rows, kv, s):
+    return 3 * jax.random.normal(jax.random.key(7), (rows, kv, s))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_many_blocks_and_chunks_are_one_attention(biased):
     """300 slots in blocks of 256, 210 rows of queries in blocks of 128."""
     q, k, v, d_out = arrays(70, 6, 2, 16, 300, 3)
     prefix, queries = jnp.asarray([3, 230, 150]), jnp.asarray([70, 70, 33])
     schedule = make_schedule(q, k, 1.0, MANY)
     assert (schedule.queries, schedule.keys, schedule.chunk) == (128, 256, 128)
     dead = (jnp.arange(300) >= (prefix + 70)[:, None])[..., None, None]
+    bias = bias_of(3, 2, 300) if biased else None
 
     def both(attend, *x):
-        run = lambda *x: attend(*x, prefix, scale=0.25, queries=queries)
+        run = lambda *x: attend(*x, prefix, scale=0.25, queries=queries, bias=bias)
         out, pull = jax.vjp(run, *x)
         return out, *pull(d_out)
 
@@ -59,7 +65,9 @@ def test_many_blocks_and_chunks_are_one_attention():
         assert np.abs(a - b).max() <= 5e-6 * np.abs(b).max()
 
 
-@pytest.mark.parametrize("kernel", ["backward", "int8", "mean", "decode"])
+@pytest.mark.parametrize(
+    "kernel", ["backward", "int8", "mean", "mean bias", "decode", "decode bias"]
+)
 def test_no_kernel_races_and_the_grid_ends_with_the_longest_row(kernel):
     """`backward` runs the forward kernel too. Memory for 1024 slots, of which 5 and 205
     are live: two blocks of 128 of eight."""
@@ -74,11 +82,12 @@ def test_no_kernel_races_and_the_grid_ends_with_the_longest_row(kernel):
     blocks = TpuBlocks(256, 256, 2**24)
     q, k, v, d_out = arrays(5, 4, 2, 16, 1024, 2)
     prefix = jnp.asarray([0, 200])
+    kernel, *biased = kernel.split()
     attend = decode_tpu if kernel == "decode" else pallas_tpu
-    scales = {}
+    scales = {"bias": bias_of(2, 2, 1024)} if biased else {}
     if kernel in ("int8", "mean"):
         k, v = (jnp.round(x * 40).astype(jnp.int8) for x in (k, v))
-        scales = dict.fromkeys(("k_scale", "v_scale"), jnp.full((2, 2, 1024), 1 / 40))
+        scales |= dict.fromkeys(("k_scale", "v_scale"), jnp.full((2, 2, 1024), 1 / 40))
     if kernel == "mean":
         frequencies = np.geomspace(1, 1e-4, 8)
         scales["mean"] = mean_term(q, jnp.ones((2, 2, 16)), frequencies)

@@ -48,11 +48,20 @@ DECODERS = {
         decode_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True
     ),
 }
-each = pytest.mark.parametrize("name", IMPLEMENTATIONS)
+WITHOUT_BIAS = ("cudnn", "tokamax")
+# Every implementation without a bias and, where it takes one, with it.
+each = pytest.mark.parametrize(
+    ("name", "bias"),
+    [(name, "") for name in IMPLEMENTATIONS]
+    + [(name, "-bias") for name in IMPLEMENTATIONS if name not in WITHOUT_BIAS],
+)
 
 
 class Case(NamedTuple):
-    """T, S, N, K, H as in the docstring of `prefix_attention`; prefix per row."""
+    """T, S, N, K, H as in the docstring of `prefix_attention`; prefix per row.
+
+    bias: slots have one.
+    """
 
     t: int
     s: int
@@ -61,6 +70,7 @@ class Case(NamedTuple):
     h: int
     prefix: tuple[int, ...]
     queries: tuple[int, ...] | None = None
+    bias: bool = False
 
 
 # Rows end anywhere between an empty memory and a full buffer, S - T.
@@ -73,14 +83,19 @@ CASES = {
     "one-query": Case(1, 50, 4, 2, 16, (0, 49)),
     "ragged": Case(20, 61, 4, 2, 16, (41, 13, 20), (3, 20, 17)),
 }
+CASES |= {f"{name}-bias": case._replace(bias=True) for name, case in CASES.items()}
 FEW = ("one-query", "wide", "ragged")
-CORE = ("gqa", "ragged", "one-query")  # the other cases are `slow`
+# The other cases are `slow`.
+CORE = ("gqa", "ragged", "one-query", "ragged-bias", "one-query-bias")
 
 
 def each_on(*cases):
     """Every implementation on these cases, decoders where queries are few."""
+    few = [case for case in cases if case.removesuffix("-bias") in FEW]
     pairs = [(name, case) for name in IMPLEMENTATIONS for case in cases]
-    pairs += [(name, case) for name in DECODERS for case in cases if case in FEW]
+    pairs += [(name, case) for name in DECODERS for case in few]
+    takes = lambda name, case: not (CASES[case].bias and name in WITHOUT_BIAS)
+    pairs = [pair for pair in pairs if takes(*pair)]
     mark = lambda case: [] if case in CORE else pytest.mark.slow
     params = [pytest.param(*pair, marks=mark(pair[1])) for pair in pairs]
     return pytest.mark.parametrize(("name", "case"), params)
@@ -97,16 +112,26 @@ def arrays(case: Case, dtype: Any = jnp.float32):
     return q, k, v, d_out, (np.arange(case.s) >= end)[..., None, None]
 
 
+def bias_of(case: Case, dead: Any = None):
+    """None, or [B, K, S], where every fifth slot counts for nothing, NaN where dead."""
+    if not case.bias:
+        return None
+    shape = (len(case.prefix), case.k, case.s)
+    bias = 3 * jax.random.normal(jax.random.key(7), shape)
+    bias = jnp.where(jnp.arange(case.s) % 5 == 4, -100, bias)
+    return bias if dead is None else jnp.where(dead[:, None, :, 0, 0], jnp.nan, bias)
+
+
 def options(case: Case) -> dict[str, Any]:
     queries = None if case.queries is None else jnp.asarray(case.queries)
     return {"scale": case.h**-0.5, "queries": queries}
 
 
-def both(name, q, k, v, prefix, d_out, **options):
+def both(name, q, k, v, prefix, d_out, bias=None, **options):
     """The result and (d_q, d_k, d_v)."""
     attend = functools.partial((IMPLEMENTATIONS | DECODERS)[name], **options)
     with jax.default_matmul_precision("highest"):
-        out, pull = jax.vjp(lambda *x: attend(*x, prefix), q, k, v)
+        out, pull = jax.vjp(lambda *x: attend(*x, prefix, bias=bias), q, k, v)
         return out, pull(d_out)
 
 
@@ -121,7 +146,8 @@ def run(name: str, case: Case, dtype: Any = "float32", times=1):
     del times
     q, k, v, d_out, dead = arrays(case, dtype)
     k, v = (jnp.where(dead, jnp.nan, x) for x in (k, v))
-    return compiled(name, case)(q, k, v, jnp.asarray(case.prefix), d_out)
+    given = q, k, v, jnp.asarray(case.prefix), d_out, bias_of(case, dead)
+    return compiled(name, case)(*given)
 
 
 @functools.cache
@@ -129,12 +155,16 @@ def spelled_out(case: Case, dtype: Any = "float32"):
     """The definition and its derivative, one query at a time, in float64."""
     q, k, v, d_out, _ = (np.asarray(x, np.float64) for x in arrays(case, dtype))
     group, scale = case.n // case.k, case.h**-0.5
+    bias = np.zeros((len(case.prefix), case.k, case.s))
+    if case.bias:
+        bias = np.asarray(bias_of(case), np.float64)
     out, d_q, d_k, d_v = (np.zeros(x.shape) for x in (q, q, k, v))
     for row, prefix in enumerate(case.prefix):
         for i in range(case.queries[row] if case.queries else case.t):
             for head in range(case.n):
                 at, seen = (row, i, head), (row, slice(prefix + i + 1), head // group)
                 score = scale * k[seen] @ q[at]
+                score += bias[row, head // group, : prefix + i + 1]
                 p = np.exp(score - score.max())
                 p /= p.sum()
                 out[at] = p @ v[seen]
@@ -158,7 +188,7 @@ class TestPrefixAttention:
         ours = errors(run(name, CASES[case]), spelled_out(CASES[case]))
         assert max(ours) <= 5e-6, ours
 
-    @each_on("gqa", "whole-blocks", "ragged")
+    @each_on("gqa", "whole-blocks", "ragged", "ragged-bias")
     def test_bfloat16_errs_at_most_twice_as_much_as_naive_bfloat16(self, name, case):
         exact = spelled_out(CASES[case], "bfloat16")
         ours = errors(run(name, CASES[case], "bfloat16"), exact)
@@ -172,42 +202,47 @@ class TestPrefixAttention:
             assert not np.where(dead, gradient, 0).any()
 
     @each
-    def test_invalid_queries_give_0_and_are_not_used(self, name):
+    def test_invalid_queries_give_0_and_are_not_used(self, name, bias):
         """NaN stands in their rows and in what is asked about them."""
-        case = CASES["ragged"]
-        q, k, v, d_out, _ = arrays(case)
+        case = CASES["ragged" + bias]
+        q, k, v, d_out, dead = arrays(case)
         valid = jnp.arange(case.t) < jnp.asarray(case.queries)[:, None]
         valid = valid[..., None, None]
         poisoned = jnp.where(valid, q, jnp.nan), k, v, jnp.asarray(case.prefix)
-        ours = compiled(name, case)(*poisoned, jnp.where(valid, d_out, 7.0))
+        d_out = jnp.where(valid, d_out, 7.0)
+        ours = compiled(name, case)(*poisoned, d_out, bias_of(case, dead))
         assert not np.where(valid, 0, ours[0]).any()
         assert max(errors(ours, spelled_out(case))) <= 5e-6
 
     @each
-    def test_two_runs_are_bit_equal(self, name):
-        case = CASES["gqa"]
+    def test_two_runs_are_bit_equal(self, name, bias):
+        case = CASES["gqa" + bias]
         again = run(name, case, times=2)
         jax.tree.map(np.testing.assert_array_equal, run(name, case), again)
 
     @each
-    def test_a_stacked_buffer_with_a_layer_is_that_layers_buffer(self, name):
-        case = CASES["gqa"]
+    def test_a_stacked_buffer_with_a_layer_is_that_layers_buffer(self, name, bias):
+        case = CASES["gqa" + bias]
         q, k, v, d_out, dead = arrays(case)
         stack = lambda x: jnp.stack([jnp.full_like(x, jnp.nan), jnp.where(dead, 0, x)])
         one = functools.partial(both, name, **options(case))
         layered = jax.jit(lambda *x, layer: one(*x, layer=layer))
         prefix = jnp.asarray(case.prefix)
-        out, (d_q, d_k, d_v) = layered(q, stack(k), stack(v), prefix, d_out, layer=1)
+        given = [q, stack(k), stack(v), prefix, d_out]
+        if case.bias:
+            some = bias_of(case, dead)
+            given.append(jnp.stack([some * jnp.nan, some]))
+        out, (d_q, d_k, d_v) = layered(*given, layer=1)
         assert not d_k[0].any() and not d_v[0].any()
         ours = out, (d_q, d_k[1], d_v[1])
         assert max(errors(ours, run(name, case))) <= 1e-6
 
     @each
-    def test_vmap_is_a_loop_over_calls(self, name):
-        case = CASES["gqa"]
+    def test_vmap_is_a_loop_over_calls(self, name, bias):
+        case = CASES["gqa" + bias]
         q, k, v, d_out, _ = arrays(case)
         prefixes = case.prefix, case.prefix[::-1]
-        one = functools.partial(both, name, **options(case))
+        one = functools.partial(both, name, bias=bias_of(case), **options(case))
         mapped = jax.jit(jax.vmap(one, (0, None, None, 0, None)))
         ours = mapped(jnp.stack([q, q]), k, v, jnp.asarray(prefixes), d_out)
         for i, prefix in enumerate(prefixes):
@@ -216,20 +251,21 @@ class TestPrefixAttention:
             assert max(errors(row, expected)) <= 5e-6
 
     @each
-    def test_eight_devices_share_rows_and_heads(self, name):
-        case = Case(20, 40, 8, 4, 16, (0, 20))
-        q, k, v, d_out, _ = arrays(case)
+    def test_eight_devices_share_rows_and_heads(self, name, bias):
+        case = Case(20, 40, 8, 4, 16, (0, 20), bias=bool(bias))
+        q, k, v, d_out, dead = arrays(case)
         kinds = (jax.sharding.AxisType.Auto,) * 2
         mesh = jax.make_mesh((2, 4), ("rows", "heads"), axis_types=kinds)
         split, row = P("rows", None, "heads"), P("rows")
         shared = jax.shard_map(
             functools.partial(both, name, **options(case)),
             mesh=mesh,
-            in_specs=(split, split, split, row, split),
+            in_specs=(split, split, split, row, split, P("rows", "heads")),
             out_specs=(split, (split, split, split)),
             check_vma=False,
         )
-        ours = jax.jit(shared)(q, k, v, jnp.asarray(case.prefix), d_out)
+        given = q, k, v, jnp.asarray(case.prefix), d_out, bias_of(case, dead)
+        ours = jax.jit(shared)(*given)
         assert max(errors(ours, spelled_out(case))) <= 5e-6
 
 
@@ -240,10 +276,14 @@ def naive(case: Case):
     visible = np.asarray(case.prefix)[:, None] + np.arange(case.t)
     visible = np.arange(case.s) <= visible[..., None]
     valid = np.arange(case.t) < np.asarray(case.queries or (case.t,))[..., None]
+    bias = 0.0
+    if case.bias:
+        bias = jnp.repeat(bias_of(case), case.n // case.k, axis=1)[:, :, None]
 
     def attend(q, k, v):
         k, v = (jnp.repeat(x, case.n // case.k, axis=2) for x in (k, v))
         scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * jnp.bfloat16(case.h**-0.5)
+        scores = (scores + bias).astype(scores.dtype)
         weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), -1)
         out = jnp.einsum("BNTS,BSNH->BTNH", weights, v)
         return jnp.where(valid[..., None, None], out, 0)
@@ -256,11 +296,14 @@ def naive(case: Case):
     return derived(q, k, v)
 
 
-@pytest.mark.parametrize("heads", [1, 4])
-def test_cpu_decodes_narrow_and_wide_slots_in_its_own_blocks(heads):
-    # 128 numbers per slot are one matrix, 512 are not; blocks of 512 of 700 slots.
-    case = Case(2, 700, 4, heads, 128, (0, 698, 300))
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_cpu_decodes_narrow_and_wide_slots_in_its_own_blocks(heads, bias):
+    # 128 and 256 numbers per slot are one matrix, 512 are not; blocks of 512 of 700
+    # slots.
+    case = Case(2, 700, 4, heads, 128, (0, 698, 300), bias=bias)
     q, k, v, _, dead = arrays(case)
     k, v = (jnp.where(dead, jnp.nan, x) for x in (k, v))
-    found = blockwise_cpu(q, k, v, jnp.asarray(case.prefix), scale=128**-0.5)
+    given = {"scale": 128**-0.5, "bias": bias_of(case, dead)}
+    found = blockwise_cpu(q, k, v, jnp.asarray(case.prefix), **given)
     np.testing.assert_allclose(found, spelled_out(case)[0], atol=5e-6)
