@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # jax takes seconds to import: after the flags
 MIB = 2**20
 METHODS = (
     "beacon, or without beacons: streaming, snapkv, expected-attention, kvzip, "
-    "mean-pool, retention:FOLDER, or module:Class."
+    "attention-matching, mean-pool, retention:FOLDER, or module:Class."
 )
 
 

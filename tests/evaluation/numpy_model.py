@@ -10,11 +10,17 @@ from beacon_jax.inference.verify import inverse_frequencies
 
 
 class Entries(NamedTuple):
-    """Un-rotated keys and values [L, n, K, H], and positions [L, n, K]."""
+    """Un-rotated keys and values [L, n, K, H], positions and biases [L, n, K]."""
 
     k: np.ndarray
     v: np.ndarray
     at: np.ndarray
+    bias: np.ndarray
+
+    @classmethod
+    def plain(cls, k, v, at):
+        """Without biases."""
+        return cls(k, v, at, np.zeros(at.shape))
 
     def take(self, index):
         """Those of these places [n], positions and all."""
@@ -29,7 +35,8 @@ class Entries(NamedTuple):
         """Places [L, n, K] of each layer and head."""
         wide = index[..., None]
         k, v = (np.take_along_axis(x, wide, 1) for x in (self.k, self.v))
-        return Entries(k, v, np.take_along_axis(self.at, index, 1))
+        at, bias = (np.take_along_axis(x, index, 1) for x in (self.at, self.bias))
+        return Entries(k, v, at, bias)
 
     def then(self, other):
         return Entries(*(np.concatenate(p, 1) for p in zip(self, other, strict=True)))
@@ -46,7 +53,7 @@ class Pass(NamedTuple):
 def nothing(config):
     shape = (config.num_layers, 0, config.num_kv_heads)
     empty = np.zeros((*shape, config.head_dim))
-    return Entries(empty, empty, np.zeros(shape, int))
+    return Entries.plain(empty, empty, np.zeros(shape, int))
 
 
 def rotated(config, x, at):
@@ -62,10 +69,15 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def attention(config, queries, keys, seen):
-    """Weights [N, T, S] of rotated queries [T, N, H], keys [S, K, H]; seen [T, S]."""
-    keys = keys.repeat(config.num_heads // config.num_kv_heads, 1)
+def attention(config, queries, keys, seen, bias=0.0):
+    """Weights [N, T, S] of rotated queries [T, N, H], keys [S, K, H]; seen [T, S].
+
+    bias: of the keys, [S, K].
+    """
+    group = config.num_heads // config.num_kv_heads
+    keys, bias = keys.repeat(group, 1), np.broadcast_to(bias, keys.shape[:2])
     scores = np.einsum("tnh,snh->nts", queries, keys) / math.sqrt(config.head_dim)
+    scores = scores + bias.repeat(group, 1).T[:, None]
     return softmax(np.where(seen, scores, -np.inf))
 
 
@@ -99,7 +111,8 @@ def forward(config, variables, tokens, memory, start):
             [rotated(config, memory.k[i], memory.at[i]), rotated(config, k, at)]
         )
         values = np.concatenate([memory.v[i], v])
-        weights = attention(config, q, keys, seen)
+        bias = np.concatenate([memory.bias[i], np.zeros(k.shape[:2])])
+        weights = attention(config, q, keys, seen, bias)
         values = values.repeat(config.num_heads // config.num_kv_heads, 1)
         mixed = np.einsum("nts,snh->tnh", weights, values)
         x = x + np.tensordot(mixed, layer("attention", "o_proj", "kernel"), 2)
@@ -107,7 +120,7 @@ def forward(config, variables, tokens, memory, start):
         gate, up = (y @ layer("mlp", f"{n}_proj", "kernel") for n in ("gate", "up"))
         gate = gate / (1 + np.exp(-gate))
         x = x + (gate * up) @ layer("mlp", "down_proj", "kernel")
-        own.append((k, v, at))
+        own.append((k, v, at, np.zeros(at.shape)))
         queries.append(q)
     logits = norm(x, params["final_norm"]["scale"]) @ np.asarray(
         params["lm_head"]["kernel"], float

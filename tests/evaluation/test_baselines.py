@@ -12,9 +12,11 @@ from beacon_jax.evaluation.baselines import FAMILIES, make_methods
 from beacon_jax.evaluation.baselines.shortened import self_information
 from beacon_jax.evaluation.methods import Full, remember
 from beacon_jax.evaluation.reading import feed_state
+from beacon_jax.inference.compressors.attention_matching import DRAWN
 from beacon_jax.inference.compressors.kvzip import WHOLE
 from beacon_jax.inference.compressors.retention import Retention, sample_of
 from beacon_jax.model import rotary
+from beacon_jax.model.buffers import biased, entries_of
 from beacon_jax.model.config import BeaconConfig, RopeConfig
 from beacon_jax.model.partition import make_partition
 from beacon_jax.model.quantize import dequantize
@@ -142,7 +144,7 @@ def left_by_mean_pool(model, row, ratio, following):
     memory = own.take(slice(0, sinks))
     for group in groups:
         means = (x.mean(1, keepdims=True) for x in group[:2])
-        memory = memory.then(numpy_model.Entries(*means, group.at[:, :1]))
+        memory = memory.then(numpy_model.Entries.plain(*means, group.at[:, :1]))
     return memory.compact(), memory.k.shape[1]
 
 
@@ -228,6 +230,46 @@ def expected_scores(model, row):
         yield scores
 
 
+def left_by_attention_matching(model, row, ratio, following):
+    """Least squares that are solved exactly, biases by the same updates."""
+    config, n = model.config, len(row)
+    if not n:
+        return nothing(config), 0
+    heads, h = config.num_kv_heads, config.head_dim
+    # A float32 slot has a bias of 4 bytes beside its key and value.
+    k = beacon_slots(model, row, ratio) * 8 * h // (8 * h + 4)
+    found, scale = read_all(model, row), config.rope.attention_scale
+    own, made = found.own, []
+    for layer in range(config.num_layers):
+        queries = rotated(config, found.queries[layer], -np.arange(n)[:, None])
+        queries, turn = queries / scale**2, np.arange(n)[:, None] % W
+        there, here = (rotated(config, queries, at + turn) for at in (n, k))
+        group = lambda x: x.swapaxes(0, 1).reshape(heads, -1, h)
+        keys = rotated(config, own.k[layer], own.at[layer])
+        for head in range(heads):
+            scores = group(there)[head] @ keys[:, head].T / h**0.5
+            weights = softmax(scores)
+            total = np.log(np.exp(scores).sum(1, keepdims=True))
+            order = np.argsort(-np.sqrt((weights**2).sum(0)), kind="stable")
+            index, values = np.sort(order[:k]), own.v[layer, :, head]
+            moved = rotated(config, own.k[layer, index, head], np.arange(k))
+            scores = group(here)[head] @ moved.T / h**0.5
+            share, w = np.exp(scores - total), np.ones(k)
+            for _ in range(64):
+                w = w * share.sum(0) / (share.T @ (share @ w))
+                w = np.clip(w, 1e-3, 1e3)
+            few = softmax(scores + np.log(w))
+            drawn = np.diag(DRAWN * (few**2).sum(0) + 1e-6)
+            missing = few.T @ (weights @ values - few @ values[index])
+            change = np.linalg.solve(few.T @ few + drawn, missing)
+            entries = own.k[layer, index, head], values[index] + change
+            made.append((*entries, np.arange(k), np.log(w)))
+    back = lambda x: np.moveaxis(
+        np.stack(x).reshape(config.num_layers, heads, *x[0].shape), 1, 2
+    )
+    return numpy_model.Entries(*map(back, zip(*made, strict=True))), k
+
+
 def repeated_scores(model, row):
     config, n = model.config, len(row)
     prompt = np.asarray(encode(model.tokenizer, WHOLE, "bare"))
@@ -282,6 +324,7 @@ LEFT = {
     "snapkv_aware": snapped(aware=True),
     "expected-attention": chosen(expected_scores),
     "kvzip": chosen(repeated_scores),
+    "attention-matching": left_by_attention_matching,
 }
 
 
@@ -343,6 +386,9 @@ def test_every_method_keeps_the_bytes_of_beacons_or_says_what_it_keeps(
         else:
             slots = [beacon_slots(model, row, method.ratio) for row in past]
         slot = int8 if "int8" in method.family else floats
+        if method.family == "attention-matching":
+            larger = floats + 2 * heads * 4
+            slots, slot = [n * floats // larger for n in slots], larger
         assert kept == [n * slot for n in slots], method.name
         assert np.array_equal(memory.state.slots, memory.slots)
         assert not np.asarray(memory.state.raw).any()
@@ -351,7 +397,8 @@ def test_every_method_keeps_the_bytes_of_beacons_or_says_what_it_keeps(
         assert remember(model, method, [past[1]] * 4, following)[1] == [0] * 4
 
 
-@pytest.mark.parametrize("family", sorted(set(FLOATS) - {"window"}))
+# Slots with a bias are larger: in the bytes of everything there are fewer.
+@pytest.mark.parametrize("family", sorted({*FLOATS} - {"window", "attention-matching"}))
 def test_a_budget_of_everything_changes_nothing(family, models, rows):
     model, (past, following) = models["gqa"], rows
     full = remember(model, Full().sized(LONGEST), past, following)[0]
@@ -371,8 +418,10 @@ def same_memory(a, b):
     a, b = a.state, b.state
     counts = np.arange(a.capacity) < np.asarray(a.slots)[:, None]
     layers = lambda x: np.moveaxis(np.asarray(x), 0, 2)[counts]
+    parts = lambda s: [entries_of(s.k), s.v, np.swapaxes(biased(s.k).bias, 2, 3)]
     return np.array_equal(a.slots, b.slots) and all(
-        np.array_equal(layers(x), layers(y)) for x, y in ((a.k, b.k), (a.v, b.v))
+        np.array_equal(layers(x), layers(y))
+        for x, y in zip(parts(a), parts(b), strict=True)
     )
 
 

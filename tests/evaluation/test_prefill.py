@@ -20,6 +20,7 @@ FROM_FULL = [
     "mean-pool",
     "expected-attention",
     "kvzip",
+    "attention-matching",
 ]
 
 

@@ -1,6 +1,7 @@
 """Memories for tests: of random numbers, and of a random model that read something."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,12 +13,21 @@ from beacon_jax.core.memory import MemoryState, init_memory
 from beacon_jax.hf import Identity
 from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
+from beacon_jax.model.buffers import biased, entries_of
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
 from tests.tiny import tiny
 
 W = 8
 CONFIG = tiny(vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8)
+
+
+# Of a state: arrays with rows, then slots, behind the layers.
+PARTS: dict[str, Callable[[MemoryState], Any]] = {
+    "k": lambda state: entries_of(state.k),
+    "v": lambda state: state.v,
+    "bias": lambda state: jnp.swapaxes(biased(state.k).bias, 2, 3),
+}
 
 
 class Fed(Exception):
@@ -62,6 +72,14 @@ def random_memory(
     return Memory(config, state, tuple(rows), identity or Identity("a" * 64, "b" * 64))
 
 
+def with_biases(memory: Memory, seed: int = 3) -> Memory:
+    """Gives random biases to all entries of the buffer, also those of no use."""
+    k = biased(memory.state.k)
+    draws = np.random.default_rng(seed).normal(size=k.bias.shape)
+    k = k.replace(bias=jnp.asarray(draws, jnp.float32))
+    return dataclasses.replace(memory, state=memory.state.replace(k=k))
+
+
 def read(
     config: ModelConfig,
     variables: dict[str, Any],
@@ -103,8 +121,9 @@ def assert_same_live(a: Memory, b: Memory) -> None:
         if raw:
             assert a.state.ratio[i] == b.state.ratio[i]
         np.testing.assert_array_equal(a.state.tokens[i, :raw], b.state.tokens[i, :raw])
-        for name in ("k", "v"):
-            x, y = (np.asarray(getattr(m.state, name)) for m in (a, b))
+        assert a.state.biased == b.state.biased
+        for name, part in PARTS.items():
+            x, y = (np.asarray(part(m.state)) for m in (a, b))
             assert x.dtype == y.dtype
             kind = f"u{x.itemsize}"
             np.testing.assert_array_equal(

@@ -20,6 +20,7 @@ from beacon_jax.inference.compressors import METHODS, Compressor, Retention, fin
 from beacon_jax.inference.compressors.retention import sample_of
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.validate import ArgumentError
+from beacon_jax.model.buffers import entries_of
 from beacon_jax.model.partition import make_partition
 from tests.inference.conftest import W
 from tests.inference.test_command_lines import TEMPLATE, run  # noqa: F401
@@ -65,9 +66,13 @@ class TooMany(SmallKeys):
 
 
 def slots_of(memory, row=0):
-    """Keys and values of the slots of a row, [L, n, K, H]."""
-    count = int(memory.slots[row])
-    return [np.asarray(x)[:, row, :count] for x in (memory.state.k, memory.state.v)]
+    """Keys and values of the slots of a row, [L, n, K, H], and biases [L, n, K, 1]."""
+    count, (k, v) = int(memory.slots[row]), (memory.state.k, memory.state.v)
+    found = [np.asarray(x)[:, row, :count] for x in (entries_of(k), v)]
+    if memory.state.biased:
+        bias = np.asarray(k.bias)[:, row, :, :count, None]
+        found.append(np.swapaxes(bias, 1, 2))
+    return found
 
 
 def same(a, b, row=0, other=0, atol=1e-5):
@@ -123,9 +128,9 @@ def test_a_long_text_is_read_in_pieces_of_bounded_room(name, model):
     seen = []
     make = method.make
 
-    def watched(piece, scores, count):
+    def watched(piece, seen_by_it, scores, count):
         seen.append((int(piece.stop[0] - piece.start[0]), piece.state.capacity))
-        return make(piece, scores, count)
+        return make(piece, seen_by_it, scores, count)
 
     method.make = watched
     steps = []
@@ -197,8 +202,8 @@ def test_an_open_window_waits_while_other_rows_are_compressed(name, model):
     both = model.compress(rest, ratio=4, method=name, memory=begun)
     alone = model.compress(rest[1], ratio=4, method=name, memory=begun[1])
     assert both.slots[1] == 0 and both.rows[1].raw == 7
-    for name in ("k", "v"):  # of the open window
-        x, y = (np.asarray(getattr(m.state, name)) for m in (both, alone))
+    for part in (lambda s: entries_of(s.k), lambda s: s.v):  # of the open window
+        x, y = (np.asarray(part(m.state)) for m in (both, alone))
         np.testing.assert_allclose(x[:, 1, :7], y[:, 0, :7], atol=1e-5)
     a = model.complete([QUESTION] * 2, memory=both, max_new_tokens=6)[1]
     b = model.complete(QUESTION, memory=alone, max_new_tokens=6)
@@ -370,7 +375,7 @@ def test_a_mesh_leaves_the_same_memory(name, model):
     split = dataclasses.replace(model, partition=make_partition("data:2"))
     rows = [TEXT, OTHER]
     a, b = (m.compress(rows, ratio=4, method=name) for m in (model, split))
-    assert b.state.k.sharding.spec == P(None, "data")
+    assert entries_of(b.state.k).sharding.spec == P(None, "data")
     for row in range(2):
         same(a, b, row, row)
 

@@ -15,6 +15,7 @@ from beacon_jax.core.decode import decode_step
 from beacon_jax.hf import Identity
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.mount import closed, concatenate
+from beacon_jax.model.buffers import biased, entries_of
 from beacon_jax.model.config import RopeConfig
 from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import inverse_frequencies
@@ -26,6 +27,7 @@ from tests.inference.memories import (
     random_memory,
     read,
     tokens_of,
+    with_biases,
 )
 
 
@@ -39,6 +41,7 @@ CONFIGS = {
     "sinks": config_with(sink=2),
     "yarn": config_with(YARN),
     "append": config_with(placement="append", sink=1),
+    "biases": config_with(),
 }
 
 
@@ -71,20 +74,22 @@ def entries_to_keep(memory, row):
 
 
 def joined_by_hand(memories, row):
-    """Un-rotated keys (with their magnitude) and values [L, M, K, H], float64."""
-    keys, values = [], []
+    """Un-rotated keys (with their magnitude), values [L, M, K, H], biases; float64."""
+    keys, values, biases = [], [], []
     for memory in memories:
         index = entries_to_keep(memory, row)
         k, v = (
             np.asarray(x, np.float64)[:, row, index]
-            for x in (memory.state.k, memory.state.v)
+            for x in (entries_of(memory.state.k), memory.state.v)
         )
+        bias = np.asarray(biased(memory.state.k).bias, np.float64)[:, row]
+        biases.append(np.swapaxes(bias[..., index], 1, 2))
         keys.append(turned(memory.config, k, -index))
         values.append(v)
-    return np.concatenate(keys, axis=1), np.concatenate(values, axis=1)
+    return (np.concatenate(x, axis=1) for x in (keys, values, biases))
 
 
-def reference_logits(config, keys, values, tokens):
+def reference_logits(config, keys, values, biases, tokens):
     """float64 logits after `tokens`, fed uncompressed behind the joined entries."""
     tree = jax.tree.map(lambda x: np.asarray(x, np.float64), variables()["params"])
     scale, m = config.rope.attention_scale, keys.shape[1]
@@ -107,6 +112,7 @@ def reference_logits(config, keys, values, tokens):
         group = config.num_heads // config.num_kv_heads
         k, v = (np.repeat(a, group, axis=1) for a in (k, v))
         scores = np.einsum("tnh,snh->nts", q, k) / config.head_dim**0.5
+        scores[..., :m] += np.repeat(biases[i], group, axis=1).T[:, None]
         scores[:, np.arange(len(k)) > position[:, None]] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
@@ -125,13 +131,19 @@ def texts(*lengths, seed=0):
 
 @functools.cache
 def documents(name):
-    """Three memories of two rows: whole windows, parts of windows, first windows."""
+    """Three memories of two rows: whole windows, parts of windows, first windows.
+
+    "biases": the slots of the second have some, and what lies behind them, too.
+    """
     config = CONFIGS[name]
     lengths = ((13, 16), (5, 11), (16, 3))
-    return [
+    found = [
         read(config, variables(), texts(*pair, seed=10 * i), (2, 4))[1]
         for i, pair in enumerate(lengths)
     ]
+    if name == "biases":
+        found[1] = with_biases(found[1])
+    return found
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -141,13 +153,13 @@ def test_what_follows_mounted_memories_sees_them_like_joined_entries(name):
     new = texts(5, 3, seed=50)
     got, _ = read(config, variables(), new, (0,), mounted)
     for row in range(2):
-        keys, values = joined_by_hand(memories, row)
+        keys, values, biases = joined_by_hand(memories, row)
         assert mounted.rows[row].slots == keys.shape[1]
-        want = reference_logits(config, keys, values, new[row])
+        want = reference_logits(config, keys, values, biases, new[row])
         np.testing.assert_allclose(got[row], want, atol=1e-4)
         # The comparison is worth something: other slots are another answer.
         wrong = turned(config, keys, np.arange(keys.shape[1]) % 7)
-        other = reference_logits(config, wrong, values, new[row])
+        other = reference_logits(config, wrong, values, biases, new[row])
         assert np.abs(other - want).max() > 1e-2
 
 

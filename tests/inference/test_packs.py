@@ -7,7 +7,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,18 +16,19 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import save_file
 
-from beacon_jax.core.memory import MemoryState
 from beacon_jax.hf import Identity
 from beacon_jax.hf.writer import safetensors_header
 from beacon_jax.inference import leaves, packs
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.packs import PackError
+from beacon_jax.model.quantize import Quantized
 from beacon_jax.training.initial import random_variables
 from tests.inference.memories import (
     CONFIG,
     assert_same_live,
     random_memory,
     read,
+    with_biases,
     tokens_of,
 )
 
@@ -62,13 +62,16 @@ def test_what_is_loaded_is_bit_identical(path, dtype, lengths):
     sink=st.integers(0, 2),
     placement=st.sampled_from(["interleave", "append"]),
     tokens=st.booleans(),
+    biases=st.booleans(),
 )
 def test_any_memory_survives_and_saves_to_the_same_bytes_again(
-    tmp_path, lengths, plan, sink, placement, tokens
+    tmp_path, lengths, plan, sink, placement, tokens, biases
 ):
     beacon = dataclasses.replace(CONFIG.beacon, sink=sink, placement=placement)
     config = dataclasses.replace(CONFIG, beacon=beacon)
     memory = random_memory(lengths, config=config, plan=plan, capacity=80)
+    if biases:
+        memory = with_biases(memory)
     first, second = tmp_path / "first", tmp_path / "second"
     memory.save(first, tokens=tokens, overwrite=True)
     again = Memory.load(first)
@@ -109,6 +112,20 @@ def test_the_manifest_says_what_the_pack_is_of(path):
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])
     assert json.loads(header["__metadata__"]["manifest"])["rows"][0]["slots"] == 10
+
+
+def test_biases_are_stored_with_a_version_of_their_own(path):
+    memory = with_biases(random_memory((37, 16)))
+    memory.save(path, overwrite=True)
+    manifest = packs.read_manifest(path)
+    assert manifest["dtype"] == "float32" and manifest["biased"] is True
+    assert manifest["tensors"]["state.k.entries/0"]["shape"] == [2, 16, 2, 8]
+    assert manifest["tensors"]["state.k.bias/1"]["shape"] == [2, 2, 6]
+    assert b'"beacon_pack":"3"' in path.read_bytes()
+    assert_same_live(Memory.load(path), memory)
+    # Eight float32 channels of a key and of a value, and a bias.
+    assert memory.slot_nbytes == 2 * 2 * (2 * 8 * 4 + 4)
+    assert "bfloat16" == with_biases(random_memory((9,), dtype="bfloat16")).dtype
 
 
 def test_unused_capacity_is_not_stored(path):
@@ -218,7 +235,7 @@ def resealed(path, keys, value):
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    metadata = packs._metadata(json.dumps(manifest, separators=(",", ":")), pack.recent)
+    metadata = packs._metadata(json.dumps(manifest, separators=(",", ":")), pack.has)
     path.write_bytes(safetensors_header(pack.tensors, metadata) + data[end:])
 
 
@@ -246,6 +263,8 @@ def resealed(path, keys, value):
             {"own": None, "fixed": 0},
             "format version|not the one",
         ),
+        (("biased",), True, "format version|not the one"),
+        (("biased",), 1, "manifest.biased is 1, not true or false"),
         (("tensors",), {}, "its header is not the one that was written"),
         (("tensors", "state.raw", "dtype"), "I31", "no tensors such as 'state.raw'"),
         (("tensors", "state.raw", "shape"), [-1], r"shape\[0\] is -1, not a whole"),
@@ -273,14 +292,14 @@ def test_a_manifest_that_is_no_object_is_refused(path, text):
     random_memory((13,)).save(path, overwrite=True)
     tensors, data = packs._Pack(path).tensors, path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
-    header = safetensors_header(tensors, packs._metadata(text, False))
+    header = safetensors_header(tensors, packs._metadata(text, dict(recent=False, biased=False)))
     path.write_bytes(header + data[end:])
     with pytest.raises(PackError, match=r"text\.beacon is damaged: .*manifest"):
         Memory.load(path)
 
 
 @pytest.mark.parametrize(
-    ("version", "remedy"), [("3", "install a newer"), ("0", "compress the text again")]
+    ("version", "remedy"), [("4", "install a newer"), ("0", "compress the text again")]
 )
 def test_another_format_version_is_named_with_what_to_do(path, version, remedy):
     random_memory((13,)).save(path, overwrite=True)
@@ -289,7 +308,7 @@ def test_another_format_version_is_named_with_what_to_do(path, version, remedy):
         data.replace(b'"beacon_pack":"1"', f'"beacon_pack":"{version}"'.encode())
     )
     with pytest.raises(
-        PackError, match=f"version {version}, .* reads 1 and 2: {remedy}"
+        PackError, match=f"version {version}, .* reads 1 and 2 and 3: {remedy}"
     ):
         Memory.load(path)
 
@@ -426,18 +445,6 @@ def test_a_pack_is_loaded_onto_any_mesh(path, shape, rows, spec):
     assert_same_live(Memory.load(path), memory)
 
 
-class Quantized(flax.struct.PyTreeNode):
-    values: jax.Array
-    scale: jax.Array
-    mean: jax.Array
-
-
-class QuantizedState(MemoryState):
-    @property
-    def capacity(self):
-        return self.k.values.shape[2]
-
-
 def quantized(memory, seed=0):
     rng = np.random.default_rng(seed)
     layers, rows, slots, heads, width = memory.state.k.shape
@@ -449,10 +456,7 @@ def quantized(memory, seed=0):
             jnp.asarray(rng.random((layers, rows, heads, width)), jnp.float32),
         )
 
-    fields = {
-        f.name: getattr(memory.state, f.name) for f in dataclasses.fields(memory.state)
-    }
-    return QuantizedState(**(fields | {"k": buffer(), "v": buffer()}))
+    return memory.state.replace(k=buffer(), v=buffer())
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 2)])
@@ -464,7 +468,7 @@ def test_leaves_of_an_int8_memory_are_cut_and_put_back(path, monkeypatch, mesh):
     assert manifest["dtype"] == "int8"
     assert manifest["tensors"]["state.k.values/0"]["shape"] == [2, 16, 2, 8]
     assert manifest["tensors"]["state.k.scale/1"]["shape"] == [2, 2, 6]
-    make = lambda config, rows, capacity, dtype, recent: quantized(
+    make = lambda config, rows, capacity, dtype, **has: quantized(
         random_memory((1,) * rows, capacity=capacity)
     )
     monkeypatch.setattr(leaves, "init_memory", make)
@@ -499,7 +503,7 @@ def test_the_header_is_what_the_library_would_write(path):
     random_memory((13,)).save(path, overwrite=True)
     pack = packs._Pack(path)
     manifest = json.dumps(pack.manifest, separators=(",", ":"))
-    metadata = packs._metadata(manifest, pack.recent)
+    metadata = packs._metadata(manifest, pack.has)
     header = safetensors_header(pack.tensors, metadata)
     assert path.read_bytes().startswith(header)
 

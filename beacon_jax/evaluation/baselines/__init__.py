@@ -7,6 +7,7 @@ for every example.
 
     streaming, snapkv, kvzip,    what `Model.compress(method=...)` leaves without
     expected-attention,          beacons (`inference.compressors`)
+    attention-matching,
     mean-pool, retention:FOLDER
     keep_head, _tail, _ends      only the first, the last, or half of each are read
     random, strided              some tokens, chosen blindly
