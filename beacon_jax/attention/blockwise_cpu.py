@@ -158,7 +158,7 @@ def _tiles(
 
 
 def _split(
-    x: Float[Array, "B T N H"], count: int, tile: int, heads: int, fill: float = 0.0
+    x: Float[Array, "B T N H"], count: int, tile: int, heads: int, fill: int | float = 0
 ) -> Float[Array, "count B K R H"]:
     """Splits queries into tiles of R = G * tile rows, with `fill` behind T."""
     b, t, n, h = x.shape
@@ -249,7 +249,7 @@ def backward(
     tiles = split(q), split(d_out)
     lse, delta = lse.swapaxes(1, 2)[..., None], delta[..., None]
     # But with a bias e ** score may overflow, and 0 * inf is NaN: lse = inf makes it 0.
-    lse = split(lse, fill=0.0 if bias is None else jnp.inf)
+    lse = split(lse, fill=0 if bias is None else jnp.inf)
     tiles += lse[..., 0], split(delta)[..., 0]
     bias = live_bias(bias, prefix, t, layer)
     of_block = functools.partial(_block_gradients, scale, block, tile, t, tiles)

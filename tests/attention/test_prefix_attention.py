@@ -50,11 +50,15 @@ DECODERS = {
 }
 WITHOUT_BIAS = ("cudnn", "tokamax")
 IN_XLA = ("reference", "blockwise", "blockwise_cpu")
-# Every implementation without a bias and, where it takes one, with it.
+# Every implementation without a bias and, where it takes one, with it (`slow`).
 each = pytest.mark.parametrize(
     ("name", "bias"),
     [(name, "") for name in IMPLEMENTATIONS]
-    + [(name, "-bias") for name in IMPLEMENTATIONS if name not in WITHOUT_BIAS],
+    + [
+        pytest.param(name, "-bias", marks=pytest.mark.slow)
+        for name in IMPLEMENTATIONS
+        if name not in WITHOUT_BIAS
+    ],
 )
 
 
