@@ -235,6 +235,19 @@ class TestPrefixAttention:
         given = q, k, v, jnp.asarray(case.prefix), d_out, bias
         assert max(errors(compiled(name, case)(*given), spelled_out(case))) <= 1e-4
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "name", sorted({*IMPLEMENTATIONS, *DECODERS} - {*WITHOUT_BIAS})
+    )
+    def test_a_bias_has_no_gradient(self, name):
+        case = CASES["one-query-bias"]
+        q, k, v, d_out, _ = arrays(case)
+        attend = (IMPLEMENTATIONS | DECODERS)[name]
+        given = q, k, v, jnp.asarray(case.prefix)
+        out = lambda bias: attend(*given, bias=bias, **options(case))
+        derived = jax.grad(lambda bias: (out(bias) * d_out).sum())
+        assert not derived(bias_of(case)).any()
+
     @each
     def test_two_runs_are_bit_equal(self, name, bias):
         case = CASES["gqa" + bias]
