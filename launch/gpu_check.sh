@@ -20,7 +20,7 @@ bench() { # SECONDS [OPTION ...]
 part() {
   case $1 in
     parity) bench 60 --parts=parity && timeout -k 5 50 "$python" -m pytest -q -p \
-      no:cacheprovider tests/attention -k "not tpu and not eight_devices" ;;
+      no:cacheprovider tests/attention -k "not tpu and not eight_devices and not bias" ;;
     kernels) bench 110 --kernels --queries="${QUERIES:-1536}" ;;
     prefill) bench 155 --parts=prefill --lengths=32768,131072 --ratios=4,8 ;;
     decode) bench 70 --parts=decode --lengths=32768,131072 --ratios=4,8 --batches=1,8 ;;

@@ -158,7 +158,7 @@ def _tiles(
 
 
 def _split(
-    x: Float[Array, "B T N H"], count: int, tile: int, heads: int, fill: float = 0
+    x: Float[Array, "B T N H"], count: int, tile: int, heads: int, fill: int | float = 0
 ) -> Float[Array, "count B K R H"]:
     """Splits queries into tiles of R = G * tile rows, with `fill` behind T."""
     b, t, n, h = x.shape
@@ -248,7 +248,7 @@ def backward(
     split = functools.partial(_split, count=count, tile=tile, heads=heads)
     tiles = split(q), split(d_out)
     lse, delta = lse.swapaxes(1, 2)[..., None], delta[..., None]
-    # With a bias e^score of theirs may be too large to be 0 times that: p shall be 0.
+    # But with a bias e ** score may overflow, and 0 * inf is NaN: lse = inf makes it 0.
     lse = split(lse, fill=0 if bias is None else jnp.inf)
     tiles += lse[..., 0], split(delta)[..., 0]
     bias = live_bias(bias, prefix, t, layer)

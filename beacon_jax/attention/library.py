@@ -51,7 +51,7 @@ def cudnn(
 
     Raises:
       NotImplementedError: the program is not for a GPU; q is not of two bytes; H is not
-        a multiple of 8 up to 128 (256 on Hopper); T or S is odd; bias is given.
+        a multiple of 8 up to 128 (256 on Hopper); T or S is odd; a bias.
     """
     _check_no_bias(bias)
     if backend == "cudnn":
@@ -80,12 +80,13 @@ def _check_cudnn(q: Array, k: Array, target: Target) -> None:
 
 
 def _check_no_bias(bias: Array | None) -> None:
-    """Both take a bias per head, query and key, and their gradient computes its, too.
+    """Raises NotImplementedError if there is one.
 
-    That is N x T x S numbers; and none of it has run on a GPU here.
+    Both libraries want it for every head, query and key, N x T x S numbers, and what
+    they do with it has not been tried on a GPU.
     """
     if bias is not None:
-        raise NotImplementedError("bias: for our own kernels and XLA.")
+        raise NotImplementedError("bias: not tried with this library.")
 
 
 def _check_dtypes(q: Array, k: Array) -> None:
@@ -114,8 +115,7 @@ def tokamax(
     Raises:
       NotImplementedError: tokamax is not installed (the extra `tokamax` brings it); the
         program is not for a Hopper GPU; q is not of two bytes; or what tokamax itself
-        refuses, such as a program for another device than the default one; bias is
-        given.
+        refuses, such as a program for another device than the default one; a bias.
     """
     _check_no_bias(bias)
     try:

@@ -219,11 +219,12 @@ def test_an_int8_stack_whose_offsets_overflow_goes_to_the_kernel_by_layer(
     scales = shape((layers, 1, 32, s), jnp.float32)
     q, prefix = shape((1, 1, 32, 128), jnp.bfloat16), shape((1,), jnp.int32)
 
-    def attend(q, k, v, prefix, k_scale, v_scale):
+    def attend(q, k, v, prefix, k_scale, v_scale, bias):
         scales = {"k_scale": k_scale, "v_scale": v_scale, "layer": layers - 1}
+        scales["bias"] = bias
         return decode_gpu(q, k, v, prefix, scale=0.1, interpret=True, **scales)
 
-    program = str(jax.make_jaxpr(attend)(q, k, k, prefix, scales, scales))
+    program = str(jax.make_jaxpr(attend)(q, k, k, prefix, *[scales] * 3))
     assert f"{{i8[{stacked},{s},128]}}" in program  # what the kernel is given
 
 
