@@ -153,10 +153,10 @@ class Model:
           memory: is continued, not changed; None: a new one.
           method: "beacon" (None: if the model has beacons), or what needs no training
             and works on any model: "streaming", "snapkv", "expected-attention",
-            "kvzip", "mean-pool", or a `Compressor` of one's own; "retention:FOLDER"
-            has weights for one model (`beacon-jax retain`). These leave as many slots
-            as beacons; what does not fill a window, and what is generated, they leave
-            as it is.
+            "kvzip", "attention-matching", "mean-pool", or a `Compressor` of one's own;
+            "retention:FOLDER" has weights for one model (`beacon-jax retain`). These
+            leave as many slots as beacons; what does not fill a window, and what is
+            generated, they leave as it is.
           max_slots, max_bytes: in place of `ratio`, a budget per row: the smallest
             uniform ratio that fits, then lower ones for the latest windows.
           spans: what must not be compressed: a regex, or token ranges of the context.

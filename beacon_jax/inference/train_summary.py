@@ -20,11 +20,13 @@ from jaxtyping import Array, Float, Int
 from beacon_jax.core.loss import taught_losses
 from beacon_jax.core.step import training_window
 from beacon_jax.inference.compressors import summary
-from beacon_jax.inference.compressors.piece import Piece, highest
+from beacon_jax.inference.compressors.attention_matching import matched
+from beacon_jax.inference.compressors.piece import Kept, Piece
 from beacon_jax.inference.compressors.retention import Retention
-from beacon_jax.inference.compressors.summary import Kept, Slots, Summary
+from beacon_jax.inference.compressors.summary import Slots, Summary
 from beacon_jax.inference.fit_retention import check_text
 from beacon_jax.inference.piecewise import make_piece
+from beacon_jax.model.buffers import Biased, Buffer, resized
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
@@ -173,12 +175,12 @@ def _row(
 
 def kept_slots(retention: Retention, piece: Piece, count: int) -> Slots:
     """Chooses the slots of a piece of one row that fills a memory of its own."""
-    each = jnp.asarray([count], jnp.int32)
-    scores = retention.score(piece, retention.observe(piece), each)
+    each, seen = jnp.asarray([count], jnp.int32), retention.observe(piece)
+    scores = retention.exact(retention.score(piece, seen, each))
     scores = jnp.where(jnp.asarray(piece.inside)[None, :, None], scores, -jnp.inf)
-    start, stop = (jnp.asarray(x, jnp.int32) for x in (piece.start, piece.stop))
-    kept = Kept(highest(scores, each), start, stop, each)
-    return summary.slots_of(piece.net, piece.state, kept, count)
+    kept = Kept.of(piece, scores, each)
+    found = matched(piece.net, piece.state, *seen, kept, count)
+    return summary.slots_of(piece.net, piece.state, kept, found)
 
 
 def _divergence(
@@ -188,6 +190,8 @@ def _divergence(
     k, v = summary.gained(weights, row.slots)
     count = k.shape[2]
     k = rotate(k, *cos_sin(net.config, jnp.arange(count), scaled=False))
+    k, v = (x.astype(net.dtype) for x in (k, v))
+    k = Biased(k, lax.stop_gradient(row.slots.bias))
     prefix = jnp.full((len(row.tokens),), count, jnp.int32)
     hidden = _read(net, variables, k, v, row.tokens, prefix)
     head = Decoder(net, Layout(1, 1, 0))
@@ -204,16 +208,15 @@ def _predicted(net, variables, k, v, tokens, prefix) -> Float[Array, "B W D"]:
 def _read(
     net: Net,
     variables: Any,
-    k: Float[Array, "L B S K H"],
-    v: Float[Array, "L B S K H"],
+    k: Buffer,
+    v: Buffer,
     tokens: Int[Array, "B W"],
     prefix: Int[Array, " B"],
 ) -> Float[Array, "B W D"]:
     """Reads a window behind `prefix` slots; layers are recomputed for gradients."""
     size = tokens.shape[1]
     window = training_window(net, 0, size, ())
-    room = [(0, 0), (0, 0), (0, size), (0, 0), (0, 0)]
-    k, v = (jnp.pad(x.astype(net.dtype), room) for x in (k, v))
+    k, v = (resized(x, x.shape[2] + size) for x in (k, v))
     layers = {
         part: tree["layers"] for part, tree in variables.items() if "layers" in tree
     }

@@ -31,7 +31,6 @@ from beacon_jax.model.rotary import rotate
 from beacon_jax.model.scatter import write_rows
 
 
-
 @no_type_check  # a pytree: it also holds shapes, shardings or arrays of numpy
 class Biased(flax.struct.PyTreeNode):
     """Keys, and what is added to the score of each slot.
@@ -215,9 +214,7 @@ def put(
     if isinstance(buffer, Biased):
         return buffer.replace(
             entries=put(buffer.entries, new, start, layer, live, frequencies),
-            bias=write_rows(
-                buffer.bias, _no_bias(new), start, layer, live, slots=1
-            ),
+            bias=write_rows(buffer.bias, _no_bias(new), start, layer, live, slots=1),
         )
     if isinstance(buffer, Quantized):
         return write(buffer, new, start, layer, live, frequencies=frequencies)

@@ -167,11 +167,8 @@ def snapped(aware):
     return left
 
 
-def snap_index(config, found, watching, candidates, k, ranked=False):
-    """Places [L, k, K] with the most pooled votes of the last `watching` queries.
-
-    ranked: in their order, else in that of the text.
-    """
+def snap_index(config, found, watching, candidates, k):
+    """Places [L, k, K] with the most pooled votes of the last `watching` queries."""
     total, index = found.own.k.shape[1], []
     group = config.num_heads // config.num_kv_heads
     seen = np.tril(np.ones((total, total), bool))
@@ -185,8 +182,7 @@ def snap_index(config, found, watching, candidates, k, ranked=False):
                 for t in range(total - watching, total):
                     votes[2:-2] += weights[n, t, :candidates] / group
             pooled = np.convolve(votes, np.ones(5) / 5, "valid")
-            order = np.argsort(-pooled, kind="stable")[:k]
-            chosen.append(order if ranked else np.sort(order))
+            chosen.append(np.sort(np.argsort(-pooled, kind="stable")[:k]))
         index.append(np.stack(chosen, -1))
     return np.stack(index)
 
@@ -230,44 +226,58 @@ def expected_scores(model, row):
         yield scores
 
 
-def left_by_attention_matching(model, row, ratio, following):
-    """Least squares that are solved exactly, biases by the same updates."""
-    config, n = model.config, len(row)
-    if not n:
-        return nothing(config), 0
-    heads, h = config.num_kv_heads, config.head_dim
-    # A float32 slot has a bias of 4 bytes beside its key and value.
-    k = beacon_slots(model, row, ratio) * 8 * h // (8 * h + 4)
-    found, scale = read_all(model, row), config.rope.attention_scale
-    own, made = found.own, []
-    for layer in range(config.num_layers):
-        queries = rotated(config, found.queries[layer], -np.arange(n)[:, None])
-        queries, turn = queries / scale**2, np.arange(n)[:, None] % W
-        there, here = (rotated(config, queries, at + turn) for at in (n, k))
-        group = lambda x: x.swapaxes(0, 1).reshape(heads, -1, h)
-        keys = rotated(config, own.k[layer], own.at[layer])
-        for head in range(heads):
-            scores = group(there)[head] @ keys[:, head].T / h**0.5
-            weights = softmax(scores)
-            total = np.log(np.exp(scores).sum(1, keepdims=True))
-            order = np.argsort(-np.sqrt((weights**2).sum(0)), kind="stable")
-            index, values = np.sort(order[:k]), own.v[layer, :, head]
-            moved = rotated(config, own.k[layer, index, head], np.arange(k))
-            scores = group(here)[head] @ moved.T / h**0.5
-            share, w = np.exp(scores - total), np.ones(k)
-            for _ in range(64):
-                w = w * share.sum(0) / (share.T @ (share @ w))
-                w = np.clip(w, 1e-3, 1e3)
-            few = softmax(scores + np.log(w))
-            drawn = np.diag(DRAWN * (few**2).sum(0) + 1e-6)
-            missing = few.T @ (weights @ values - few @ values[index])
-            change = np.linalg.solve(few.T @ few + drawn, missing)
-            entries = own.k[layer, index, head], values[index] + change
-            made.append((*entries, np.arange(k), np.log(w)))
-    back = lambda x: np.moveaxis(
-        np.stack(x).reshape(config.num_layers, heads, *x[0].shape), 1, 2
-    )
-    return numpy_model.Entries(*map(back, zip(*made, strict=True))), k
+def matching(facts_of=lambda model, own, k: []):
+    """Least squares that are solved exactly, biases by the same updates.
+
+    facts_of: places that stay as they are in all layers and heads, of k.
+    """
+
+    def left(model, row, ratio, following):
+        config, n, h = model.config, len(row), model.config.head_dim
+        if not n:
+            return nothing(config), 0
+        # A float32 slot has a bias of 4 bytes beside its key and value.
+        k = beacon_slots(model, row, ratio) * 8 * h // (8 * h + 4)
+        found, made = read_all(model, row), []
+        facts = facts_of(model, found.own, k)
+        heads = range(config.num_kv_heads)
+        for layer in range(config.num_layers):
+            made += [matched_head(config, found, layer, x, k, facts) for x in heads]
+        back = lambda x: np.moveaxis(
+            np.stack(x).reshape(config.num_layers, len(heads), *x[0].shape), 1, 2
+        )
+        return numpy_model.Entries(*map(back, zip(*made, strict=True))), k
+
+    return left
+
+
+def matched_head(config, found, layer, head, k, facts):
+    """Entries of one head: keys, values, places and biases of its k slots."""
+    own, h, scale = found.own, config.head_dim, config.rope.attention_scale
+    n, group = own.k.shape[1], config.num_heads // config.num_kv_heads
+    mine = found.queries[layer][:, head * group : (head + 1) * group]
+    queries = rotated(config, mine, -np.arange(n)[:, None]) / scale**2
+    turn = np.arange(n)[:, None] % W
+    there, here = (rotated(config, queries, at + turn).reshape(-1, h) for at in (n, k))
+    keys = rotated(config, own.k[layer], own.at[layer])[:, head]
+    scores = there @ keys.T / h**0.5
+    weights, total = softmax(scores), np.log(np.exp(scores).sum(1, keepdims=True))
+    votes = np.sqrt((weights**2).sum(0))
+    votes[facts] = np.inf
+    index = np.sort(np.argsort(-votes, kind="stable")[:k])
+    exact, values = np.isin(index, facts), own.v[layer, :, head]
+    moved = rotated(config, own.k[layer, index, head], np.arange(k))
+    scores = here @ moved.T / h**0.5
+    share, w = np.exp(scores - total), np.ones(k)
+    for _ in range(64):
+        w = w * share.sum(0) / (share.T @ (share @ w))
+        w = np.where(exact, 1.0, np.clip(w, 1e-3, 1e3))
+    few = softmax(scores + np.log(w))
+    missing = weights @ values - few @ values[index]
+    few, kept = few[:, ~exact], values[index]
+    drawn = np.diag(DRAWN * (few**2).sum(0) + 1e-6)
+    kept[~exact] += np.linalg.solve(few.T @ few + drawn, few.T @ missing)
+    return own.k[layer, index, head], kept, np.arange(k), np.log(w)
 
 
 def repeated_scores(model, row):
@@ -285,26 +295,14 @@ def repeated_scores(model, row):
 
 
 def retained(weights, bias, threshold):
-    """Facts by their values in all layers and heads, then what snapkv keeps."""
+    """Facts by their values in all layers and heads, and attention matching besides."""
 
-    def left(model, row, ratio, following):
-        k, n = beacon_slots(model, row, ratio), len(row)
-        if not k:
-            return nothing(model.config), 0
-        found = read_all(model, row)
-        likely = np.einsum("lnkh,lkh->n", found.own.v, weights) + bias
+    def facts_of(model, own, k):
+        likely = np.einsum("lnkh,lkh->n", own.v, weights) + bias
         best = np.argsort(-likely, kind="stable")[: k // 2]
-        facts = [int(i) for i in best if likely[i] > threshold]
-        own = min(64, (k - len(facts)) // 2)
-        kept = {*facts, *range(n - own, n)}
-        order = snap_index(model.config, found, own, n - own, n - own, ranked=True)
-        index = np.empty((*order.shape[:1], k, order.shape[2]), int)
-        for layer, head in np.ndindex(order.shape[0], order.shape[2]):
-            others = [i for i in order[layer, :, head].tolist() if i not in kept]
-            index[layer, :, head] = sorted([*kept, *others][:k])
-        return found.own.take_each(index).compact(), k
+        return [int(i) for i in best if likely[i] > threshold]
 
-    return left
+    return matching(facts_of)
 
 
 LEFT = {
@@ -324,7 +322,7 @@ LEFT = {
     "snapkv_aware": snapped(aware=True),
     "expected-attention": chosen(expected_scores),
     "kvzip": chosen(repeated_scores),
-    "attention-matching": left_by_attention_matching,
+    "attention-matching": matching(),
 }
 
 

@@ -76,8 +76,11 @@ def slots_of(memory, row=0):
 
 
 def same(a, b, row=0, other=0, atol=1e-5):
+    # Biased slots hold solutions of linear systems in float32, which conditions of up
+    # to 1,000 leave four digits of.
+    rtol = 1e-4 if a.state.biased and atol else 1e-7
     for x, y in zip(slots_of(a, row), slots_of(b, other), strict=True):
-        np.testing.assert_allclose(x, y, atol=atol)
+        np.testing.assert_allclose(x, y, atol=atol, rtol=rtol)
 
 
 def test_the_default_is_beacons(model):

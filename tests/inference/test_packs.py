@@ -28,8 +28,8 @@ from tests.inference.memories import (
     assert_same_live,
     random_memory,
     read,
-    with_biases,
     tokens_of,
+    with_biases,
 )
 
 RAGGED = (37, 3, 16)
@@ -125,7 +125,7 @@ def test_biases_are_stored_with_a_version_of_their_own(path):
     assert_same_live(Memory.load(path), memory)
     # Eight float32 channels of a key and of a value, and a bias.
     assert memory.slot_nbytes == 2 * 2 * (2 * 8 * 4 + 4)
-    assert "bfloat16" == with_biases(random_memory((9,), dtype="bfloat16")).dtype
+    assert with_biases(random_memory((9,), dtype="bfloat16")).dtype == "bfloat16"
 
 
 def test_unused_capacity_is_not_stored(path):
@@ -292,7 +292,9 @@ def test_a_manifest_that_is_no_object_is_refused(path, text):
     random_memory((13,)).save(path, overwrite=True)
     tensors, data = packs._Pack(path).tensors, path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
-    header = safetensors_header(tensors, packs._metadata(text, dict(recent=False, biased=False)))
+    header = safetensors_header(
+        tensors, packs._metadata(text, dict(recent=False, biased=False))
+    )
     path.write_bytes(header + data[end:])
     with pytest.raises(PackError, match=r"text\.beacon is damaged: .*manifest"):
         Memory.load(path)

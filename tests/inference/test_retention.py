@@ -106,10 +106,10 @@ def test_what_is_likely_stays_in_all_layers_and_heads(model):
             assert (off < 1e-5).all()
 
 
-def test_without_anything_likely_it_is_snapkv(model):
+def test_without_anything_likely_it_matches_attention(model):
     method = random(model, threshold=1e9)
     found = model.compress(TEXT, ratio=4, method=method)
-    want = model.compress(TEXT, ratio=4, method="snapkv")
+    want = model.compress(TEXT, ratio=4, method="attention-matching")
     for a, b in zip(slots_of(found), slots_of(want), strict=True):
         assert np.array_equal(a, b)
 

@@ -10,9 +10,10 @@ import beacon_jax
 from beacon_jax.data.text import load_documents
 from beacon_jax.data.tokenizer import encode_stream
 from beacon_jax.inference.compressors import summary
+from beacon_jax.inference.compressors.attention_matching import Matched
+from beacon_jax.inference.compressors.piece import Kept
 from beacon_jax.inference.compressors.retention import Retention, sample_of
 from beacon_jax.inference.compressors.summary import (
-    Kept,
     Summary,
     fresh,
     shapes,
@@ -57,9 +58,17 @@ def test_slots_know_the_means_of_the_dropped_tokens_nearest_to_them(model):
         both = [*range(start[row]), *some]
         kept[layer, row, : len(both), head] = both
     given = [jnp.asarray(x, jnp.int32) for x in (kept, start, stop, count)]
-    found = slots_of(model.net, memory.state, Kept(*given), size)
+    exact = jnp.zeros((c.num_layers, 2, c.num_kv_heads, capacity), bool)
+    exact = exact.at[..., 5].set(True)  # wherever a head keeps slot 5
+    shape = (c.num_layers, 2, size, c.num_kv_heads, c.head_dim)
+    v = rng.normal(size=shape).astype(np.float32)
+    bias = rng.normal(size=(*shape[:2], shape[3], size)).astype(np.float32)
+    made = Matched(jnp.asarray(v), jnp.asarray(bias))
+    found = slots_of(model.net, memory.state, Kept(*given, exact), made)
+    assert np.array_equal(found.v, v) and np.array_equal(found.bias, bias)
+    sizes = 2 * c.head_dim, 1, c.head_dim
     for row in range(2):
-        k, v = memory_slots(memory, row)
+        k, values = memory_slots(memory, row)
         at = -np.arange(k.shape[1])[:, None]
         k = np.stack([rotated_by(c, x, at) for x in k])
         for layer, head in np.ndindex(c.num_layers, c.num_kv_heads):
@@ -71,17 +80,27 @@ def test_slots_know_the_means_of_the_dropped_tokens_nearest_to_them(model):
                 nearest[min(nearest, key=lambda x: (abs(x - p), x))].append(p)
             for number, p in enumerate(mine):
                 f = np.asarray(found.features)[layer, row, number, head]
-                own = np.concatenate([k[layer, p, head], v[layer, p, head]])
-                got = [np.asarray(x)[layer, row, number, head] for x in found[:2]]
-                np.testing.assert_allclose(np.concatenate(got), own, atol=1e-5)
+                own = np.concatenate([k[layer, p, head], values[layer, p, head]])
+                got = np.asarray(found.k)[layer, row, number, head]
+                np.testing.assert_allclose(got, own[: c.head_dim], atol=1e-5)
+                if p == 5:
+                    assert not f.any()
+                    continue
+                *f, change, last = np.split(f, np.cumsum([*sizes]))
                 others = nearest[int(p)]
-                assert f[-1] == pytest.approx(np.log1p(len(others)), abs=1e-5)
+                assert f[1] == pytest.approx(np.log1p(len(others)), abs=1e-5)
+                f = f[0]
+                mine = (layer, row, number, head)
+                np.testing.assert_allclose(
+                    change, v[mine] - own[c.head_dim :], atol=1e-5
+                )
+                assert last == bias[layer, row, head, number]
                 away = np.zeros_like(own)
                 if others:
-                    parts = [x[layer, others, head] for x in (k, v)]
+                    parts = [x[layer, others, head] for x in (k, values)]
                     means = np.concatenate(parts, axis=-1).mean(0)
                     away = means - own
-                np.testing.assert_allclose(f[:-1], away, atol=1e-5)
+                np.testing.assert_allclose(f, away, atol=1e-5)
 
 
 def test_a_fresh_summary_changes_nothing(model):

@@ -77,7 +77,7 @@ class KVzip(Untrained):
 class Retention(Untrained):
     """Keeps facts by the score in a folder: --methods=retention:FOLDER."""
 
-    family, takes_recent = "retention", True
+    family, takes_recent, biased = "retention", True, True
 
     def __init__(self, folder: str, ratio: int | str | None = None):
         super().__init__(ratio)

@@ -7,7 +7,7 @@
     attention-matching  slots whose attention is that of all tokens, in closed form
     mean-pool           means of neighbouring keys and values
     retention:FOLDER    facts, found by a score that `beacon-jax retain` fitted to the
-                        model in minutes, and what snapkv keeps besides
+                        model in minutes, and attention matching besides
 
 The others need no training. They make the same `Memory` that beacons make, on any
 model: at the same ratios and budgets, of as many slots. `Compressor` is the interface

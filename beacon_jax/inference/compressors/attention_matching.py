@@ -24,11 +24,11 @@ from jaxtyping import Array, Bool, Float, Int
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.inference.compressors.base import Compressor
 from beacon_jax.inference.compressors.piece import (
+    Kept,
     Made,
     Piece,
     attention,
     floats,
-    highest,
     keep,
     rotated,
     write,
@@ -39,24 +39,19 @@ from beacon_jax.model.rotary import cos_sin, rotate
 # Reference queries of a text, per head, and steps of the non-negative least squares.
 QUERIES, STEPS = 1024, 64
 # How much a value is drawn to its token's own, and how often a slot counts.
-DRAWN, LEAST, MOST = 0.1, 1e-3, 1e3
+DRAWN, LEAST, MOST = 1.0, 1e-3, 1e3
 
 
-class Kept(NamedTuple):
-    """Which tokens of a piece stay, and where queries stand.
+class Matched(NamedTuple):
+    """What `matched` makes of kept tokens.
 
     Attributes:
-      index: slots that stay in each row, rising; those from `start` on are the piece's.
-      start, stop: the piece's first slot, and the one behind it.
-      count: of the piece, how many stay.
-      exact: slots that stay as they are.
+      v: values.
+      bias: of the slots.
     """
 
-    index: Int[Array, "L B S K"]
-    start: Int[Array, " B"]
-    stop: Int[Array, " B"]
-    count: Int[Array, " B"]
-    exact: Bool[Array, "L B K S"]
+    v: Float[Array, "L B n K H"]
+    bias: Float[Array, "L B K n"]
 
 
 class AttentionMatching(Compressor):
@@ -90,15 +85,19 @@ class AttentionMatching(Compressor):
         scores: Float[Array, "L B K S"],
         count: Int[Array, " B"],
     ) -> MemoryState:
-        start, stop = (jnp.asarray(x, jnp.int32) for x in (piece.start, piece.stop))
         w = piece.state.window
         size = -(-int(np.max(count)) // w) * w  # whole windows: few programs
-        index = highest(scores, start + count)
-        kept = Kept(index, start, stop, count, jnp.isinf(scores))
-        values, bias = matched(piece.net, piece.state, *seen, kept, size)
+        kept = Kept.of(piece, scores, count)
+        found = matched(piece.net, piece.state, *seen, kept, size)
+        made = self.made(piece, kept, found)
         live = jnp.asarray(np.asarray(count) < piece.lengths)
-        state = keep(piece.net, piece.state, index, start + count)
-        return write(piece.net, state, Made(None, values, bias), start, count, live)
+        state = keep(piece.net, piece.state, kept.index, kept.start + count)
+        return write(piece.net, state, made, kept.start, count, live)
+
+    def made(self, piece: Piece, kept: Kept, found: Matched) -> Made:
+        """Returns what is written to the kept slots; their keys stay as they are."""
+        del piece, kept
+        return Made(None, found.v, found.bias)
 
 
 def places(
@@ -142,18 +141,15 @@ def matched(
     real: Bool[Array, "B R"],
     kept: Kept,
     size: int,
-) -> tuple[Float[Array, "L B n K H"], Float[Array, "L B K n"]]:
+) -> Matched:
     """Computes values and biases of the kept slots of a piece.
 
     Args:
       queries, real: as those of `attended`.
       size: n, at least `kept.count`; what stands beyond that has no meaning.
     """
-    heads, slots = net.config.num_kv_heads, state.capacity
-    slot, nth = jnp.arange(slots), jnp.arange(size)
-    inside = (slot >= kept.start[:, None]) & (slot < kept.stop[:, None])
-    live = nth < kept.count[:, None]
-    where = jnp.minimum(kept.start[:, None] + nth, slots - 1)
+    heads, inside, where = net.config.num_kv_heads, kept.inside(), kept.places(size)
+    live = jnp.arange(size) < kept.count[:, None]
     old = places(queries, kept.stop, state.window)
     new = places(queries, kept.start + kept.count, state.window)
     by_head = lambda x: jnp.moveaxis(x, 2, 1)  # [B, n, K, ...] -> [B, K, n, ...]
@@ -179,7 +175,7 @@ def matched(
         )
 
     values, bias = jax.lax.map(one, (jnp.arange(len(queries)), queries))
-    return jnp.moveaxis(values, 2, 3), bias
+    return Matched(jnp.moveaxis(values, 2, 3), bias)
 
 
 class Tokens(NamedTuple):
@@ -226,18 +222,16 @@ def match(
     return own + jnp.where((exact | ~live)[:, None], 0.0, change), bias
 
 
-def counted(
-    share: Float[Array, "M n"], exact: Bool[Array, " n"]
-) -> Float[Array, " n"]:
+def counted(share: Float[Array, "M n"], exact: Bool[Array, " n"]) -> Float[Array, " n"]:
     """Computes how often slots have to count for their shares to add up to 1.
 
     These are non-negative least squares, by multiplicative updates (Lee and Seung
     2001), which never leave the non-negative numbers and never make the error larger.
     """
-    target = share.sum(0)
+    target, gram = share.sum(0), share.T @ share
 
     def step(_, w):
-        w = w * target / jnp.maximum(share.T @ (share @ w), 1e-12)
+        w = w * target / jnp.maximum(gram @ w, 1e-12)
         return jnp.where(exact, 1.0, jnp.clip(w, LEAST, MOST))
 
     return jax.lax.fori_loop(0, STEPS, step, jnp.ones(target.shape))

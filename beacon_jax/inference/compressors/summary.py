@@ -2,9 +2,9 @@
 
 A dropped token goes to the kept one that is nearest to it, per layer and kv head. What
 the kept one's key and value gain is a low-rank function of how far the means of these
-tokens' keys and values are from its own, and of how many they are. It is zero before
-training, so training starts at what the compressor keeps without it
-(`inference.train_summary`).
+tokens' keys and values are from its own, of how many they are, and of what attention
+matching made of it. It is zero before training, so training starts at what the
+compressor makes without it (`inference.train_summary`).
 """
 
 import functools
@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.inference.compressors.piece import floats
+from beacon_jax.inference.compressors.attention_matching import Matched
+from beacon_jax.inference.compressors.piece import Kept, floats
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin, rotate
@@ -31,7 +32,7 @@ class Summary(NamedTuple):
     They are float32 while they are trained, and bfloat16 in a compressor (`rounded`).
 
     Attributes:
-      a: [L, K, 2 H + 1, R].
+      a: [L, K, 3 H + 2, R].
       b: [L, K, R, 2 H]: of the key (not rotated), then of the value.
     """
 
@@ -40,39 +41,32 @@ class Summary(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Kept tokens and what was dropped around them.
+    """Kept tokens, what attention matching made of them, and what was dropped around.
 
     Attributes:
-      k, v: keys, not rotated but with the magnitude of rotated ones, and values.
+      k: keys, not rotated but with the magnitude of rotated ones.
+      v, bias: those that were made.
       features: of the dropped tokens that are nearest to each: mean key less its own,
-        mean value less its own, log(1 + how many); zeros where there are none.
+        mean value less its own, log(1 + how many), zeros where there are none; how far
+        the value that was made is from its own; the bias. Zeros where a slot is exact.
     """
 
     k: Float[Array, "L B n K H"]
     v: Float[Array, "L B n K H"]
+    bias: Float[Array, "L B K n"]
     features: Float[Array, "L B n K F"]
-
-
-class Kept(NamedTuple):
-    """Which tokens of a piece stay.
-
-    Attributes:
-      index: slots that stay in each row, rising; those from `start` on are the piece's.
-      start, stop: the piece's first slot, and the one behind it.
-      count: of the piece, how many stay.
-    """
-
-    index: Int[Array, "L B S K"]
-    start: Int[Array, " B"]
-    stop: Int[Array, " B"]
-    count: Int[Array, " B"]
 
 
 def shapes(config: ModelConfig, rank: int = RANK) -> Summary:
     """Returns the shapes of the weights."""
     layers, heads, size = config.num_layers, config.num_kv_heads, config.head_dim
-    a = (layers, heads, 2 * size + 1, rank)
+    a = (layers, heads, features(size), rank)
     return Summary(a, (layers, heads, rank, 2 * size))
+
+
+def features(head_dim: int) -> int:
+    """Counts the features of a slot."""
+    return 3 * head_dim + 2
 
 
 def fresh(config: ModelConfig, seed: int = 0, rank: int = RANK) -> Summary:
@@ -96,64 +90,54 @@ def gained(summary: Summary, slots: Slots) -> tuple[Array, Array]:
     return slots.k + more[..., :size], slots.v + more[..., size:]
 
 
-@functools.partial(jax.jit, static_argnames=("net", "size"))
-def slots_of(net: Net, state: MemoryState, kept: Kept, size: int) -> Slots:
+@functools.partial(jax.jit, static_argnames="net")
+def slots_of(net: Net, state: MemoryState, kept: Kept, found: Matched) -> Slots:
     """Collects the kept tokens of a piece, and what was dropped around them.
 
     Args:
       state: the memory with the piece in it.
-      size: at least `kept.count`; what stands beyond that has no meaning.
+      found: what attention matching made of the kept tokens.
     """
-    one = _collector(net, state, kept, size)
-    return jax.lax.map(lambda layer: one(layer)[0], jnp.arange(net.config.num_layers))
+    layers = jnp.arange(net.config.num_layers)
+    return jax.lax.map(
+        lambda x: _of_layer(net, state, kept, *x), (layers, found.v, found.bias)
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("net", "size"))
+@functools.partial(jax.jit, static_argnames="net")
 def summarised(
-    net: Net,
-    state: MemoryState,
-    kept: Kept,
-    size: int,
-    summary: Summary,
-    exact: Bool[Array, "L B S K"],
+    net: Net, state: MemoryState, kept: Kept, found: Matched, summary: Summary
 ) -> tuple[Float[Array, "L B n K H"], Float[Array, "L B n K H"]]:
     """Returns the keys, not rotated, and values of kept tokens with what they gain.
 
-    Args: those of `slots_of`, and
-      exact: kept slots that gain nothing.
+    Args: those of `slots_of`.
     """
-    one = _collector(net, state, kept, size)
 
     def entries(x):
-        layer, a, b = x
-        slots, index = one(layer)
-        still = jnp.take_along_axis(exact[layer], index, axis=1)[..., None]
-        features = jnp.where(still, 0.0, slots.features)
-        return gained(Summary(a, b), slots._replace(features=features))
+        layer, v, bias, a, b = x
+        return gained(Summary(a, b), _of_layer(net, state, kept, layer, v, bias))
 
-    return jax.lax.map(entries, (jnp.arange(net.config.num_layers), *summary))
+    layers = jnp.arange(net.config.num_layers)
+    return jax.lax.map(entries, (layers, found.v, found.bias, *summary))
 
 
-def _collector(net: Net, state: MemoryState, kept: Kept, size: int) -> Any:
-    """Makes a function of a layer: (its Slots, the slots [B, n, K] that they were)."""
-    index, start, stop, count = kept
-    at = jnp.minimum(start[:, None] + jnp.arange(size), index.shape[2] - 1)
-    place = jnp.arange(state.capacity)
-    inside = (place >= start[:, None]) & (place < stop[:, None])
+def _of_layer(net: Net, state: MemoryState, kept: Kept, layer: Any, v: Any, bias: Any):
+    """Returns the `Slots` of one layer; `v` and `bias` are of the kept tokens."""
+    size, place = v.shape[1], jnp.arange(state.capacity)
     cos, sin = cos_sin(net.config, -place, scaled=False)
-    real = jnp.arange(size) < count[:, None]
+    keys = rotate(floats(net, state.k, layer), cos, sin)
+    both = jnp.concatenate([keys, floats(net, state.v, layer)], axis=-1)
+    index = jnp.take_along_axis(kept.index[layer], kept.places(size)[..., None], axis=1)
+    real = jnp.arange(size) < kept.count[:, None]
     rows = jax.vmap(jax.vmap(_around, (1, 1, None, None), (1, 1)))
-
-    def one(layer):
-        mine = jnp.take_along_axis(index[layer], at[..., None], axis=1)
-        keys = rotate(floats(net, state.k, layer), cos, sin)
-        values = floats(net, state.v, layer)
-        both = jnp.concatenate([keys, values], axis=-1)  # [B, S, K, 2 H]
-        own, features = rows(both, mine, real, inside)
-        k, v = jnp.split(own, 2, axis=-1)
-        return Slots(k, v, features), mine
-
-    return one
+    own, around = rows(both, index, real, kept.inside())
+    k, own = jnp.split(own, 2, axis=-1)
+    found = jnp.concatenate(
+        [around, v - own, jnp.swapaxes(bias, 1, 2)[..., None]], axis=-1
+    )
+    exact = jnp.swapaxes(kept.exact[layer], 1, 2)  # [B, S, K]
+    still = jnp.take_along_axis(exact, index, axis=1)[..., None]
+    return Slots(k, v, bias, jnp.where(still, 0.0, found))
 
 
 def _around(
