@@ -31,7 +31,8 @@ ABOUT = (
     "x4. The mean is of the tasks, each counting the same, with its 95 % interval; KV "
     "is what is kept of a row's past. Seconds are those of a row in a batch, without "
     "compilation, reading and answering; what several methods share counts for each. "
-    "The peak is of a batch, beside the weights."
+    "The peak is the most memory that a batch takes beside the weights, behind the "
+    "slash its rows."
 )
 
 
