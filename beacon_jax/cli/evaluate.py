@@ -6,6 +6,7 @@ it compares the finished runs in the folders that follow.
 Examples:
   beacon-jax evaluate --model=tiny-beacon --tasks=perplexity,passkey --ratios=2,4,8 \\
     --out=out/evaluation
+  beacon-jax evaluate --board --model=smol.gguf --window=256 --out=out/board
   beacon-jax evaluate --report out/evaluation out/another --out=out/both
 """
 
@@ -25,6 +26,25 @@ from beacon_jax.progress import Progress, starting
 from beacon_jax.resources import require
 
 DEFAULTS = {"tasks": ["perplexity", "passkey"], "methods": ["beacon", "full", "window"]}
+# What --board sets, unless it is given: the methods that need nothing of their own, and
+# batches whose memories of 4,096 tokens a laptop has room for.
+BOARD = {
+    "tasks": ["board"],
+    "methods": [
+        "full",
+        "window",
+        "streaming",
+        "snapkv",
+        "expected-attention",
+        "kvzip",
+        "attention-matching",
+        "mean-pool",
+    ],
+    "ratios": ["2", "4", "8"],
+    "lengths": ["4096"],
+    "samples": 25,
+    "batch_size": 4,
+}
 OPTIONS = (
     "depths",
     "samples",
@@ -49,6 +69,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.choice("chat", "auto", ["auto", "none"], "Chat template of the tokenizer.")
     f.number("batch_size", 16, "Examples at a time.")
     f = Group(values, "What is measured")
+    f.switch("board", False, "Six RULER tasks at 4,096 tokens: sets what is not given.")
     f.names("tasks", DEFAULTS["tasks"], "Names or groups.")
     f.names(
         "methods",
@@ -115,6 +136,8 @@ def run(o: Any) -> str:
         from beacon_jax.evaluation.tasks import make_tasks
         from beacon_jax.hf import hub
 
+    if o.board:
+        choose_board(o)
     out = Path(o.out)
     spec = floors.read_floors(o.floors) if o.floors else None
     lengths = integers("lengths", o.lengths)
@@ -161,6 +184,17 @@ def run(o: Any) -> str:
             text = compare.write(folders, out)
         print(text)
     return "; ".join(missed)
+
+
+def choose_board(o: Any) -> None:
+    """Sets what --board stands for; a flag that was given keeps its value.
+
+    Beacons of an adapter take part beside the others.
+    """
+    methods = BOARD["methods"] + (["beacon"] if o.beacons else [])
+    for name, value in (BOARD | {"methods": methods}).items():
+        if o[name].using_default_value:
+            o[name].value = value
 
 
 def _check_inputs(o: Any) -> None:

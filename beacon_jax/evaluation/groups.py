@@ -15,7 +15,9 @@ from beacon_jax.evaluation.statistics import grouped
 from beacon_jax.evaluation.tasks import longbench, longdata, ruler
 from beacon_jax.evaluation.tasks.base import Metric
 
+BOARD = "RULER board"
 MEANS: dict[str, tuple[str, ...]] = {
+    BOARD: ruler.GROUPS["board"],
     "RULER": ruler.GROUPS["ruler_all"],
     **{
         f"LongBench {name}": tuple(f"longbench_{task}" for task in tasks)
@@ -32,9 +34,17 @@ MEANS: dict[str, tuple[str, ...]] = {
 
 
 def means(metrics: Sequence[Metric]) -> list[Metric]:
-    """A metric per group, method and length of which two tasks or more were run."""
+    """A metric per group, method and length of which two tasks or more were run.
+
+    The board has one only if all its tasks were run. Where no other tasks of RULER
+    were, RULER has none besides.
+    """
     found = []
+    run = {m["task"] for m in metrics}
     for name, tasks in MEANS.items():
+        mine, whole = run & set(tasks), set(MEANS[BOARD])
+        if (mine != whole) if name == BOARD else (mine == whole):
+            continue
         part = name.rpartition(" ")[2]
         part = part if part in longbench.PARTS else None
         mine = [m for m in _scores(metrics, part) if m["task"] in tasks]

@@ -7,6 +7,8 @@ else. Baselines are in `baselines/`.
 
 import copy
 import re
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,8 @@ from beacon_jax.core.law import Law, default_window
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.core.plan import adaptive_ratio
 from beacon_jax.data.passkey import last_window_start
-from beacon_jax.evaluation.reading import Prefill, Rows, empty, read
+from beacon_jax.evaluation.prefill import Prefill
+from beacon_jax.evaluation.reading import Rows, empty, read
 from beacon_jax.inference.account import ID_NBYTES
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
@@ -95,6 +98,17 @@ class Method:
         (question-aware) may look at it.
         """
         raise NotImplementedError
+
+    def once(
+        self, model: Model, rows: Rows, name: Hashable, make: Callable[[], Any]
+    ) -> Any:
+        """Returns what make() does; methods of a run share it by these texts and name.
+
+        So it may depend on nothing else: not on the ratio, above all.
+        """
+        if self.prefill is None:
+            return make()
+        return self.prefill.once(model, rows, name, make)
 
     def kv_bytes(self, memory: Memory) -> list[int]:
         """Bytes of keys, values and ids that each row keeps of its past."""

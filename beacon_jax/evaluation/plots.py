@@ -34,6 +34,7 @@ STYLES = {
     "snapkv": ("tab:red", "D"),
     "snapkv_aware": ("tab:orange", "D"),
     "kvzip": ("tab:pink", "h"),
+    "attention-matching": ("magenta", "d"),
     "retention": ("teal", "8"),
     "expected-attention": ("tab:cyan", "p"),
     "selective": ("tab:brown", "X"),
@@ -120,6 +121,36 @@ def _rows(metrics: Sequence[Mapping[str, Any]], label: str) -> Figure:
     axes.set_xlabel(f"{label}, {ordered[0]['length']:,} tokens [95 %]")
     axes.grid(axis="x", alpha=0.2)
     return figure
+
+
+def means_by_ratio(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws a mean with its interval against the compression ratio, at each length.
+
+    What has no ratio is a level line.
+    """
+    lengths = sorted({m["length"] for m in metrics})
+    figure = Figure(figsize=(4.2 * len(lengths) + 2.0, 3.8), layout="constrained")
+    panels = list(figure.subplots(1, len(lengths), squeeze=False)[0])
+    for axes, length in zip(panels, lengths, strict=True):
+        here = [m for m in metrics if m["length"] == length and m["ratio"] != ADAPT]
+        _against_ratio(axes, here)
+        families = list(dict.fromkeys(split_name(m["method"])[0] for m in here))
+        moved = _moved(families)
+        for m in here:
+            family = split_name(m["method"])[0]
+            if m["ratio"] is None:
+                continue
+            at, color = m["ratio"] * moved[family], style(family)["color"]
+            axes.vlines(at, m["low"], m["high"], color=color, linewidth=0.8, alpha=0.6)
+        ratios = sorted({m["ratio"] for m in here} - {None})
+        axes.set_xticks(ratios, [f"{1 - 1 / r:.3g}" for r in ratios], fontsize=8)
+        axes.set_title(f"{length:,} tokens", fontsize=9)
+        axes.set_xlabel("compression ratio")
+        axes.set_ylim(-0.03, 1.03)
+        axes.grid(axis="y", alpha=0.2)
+    panels[0].set_ylabel("mean score [95 %]")
+    _legend(figure, panels)
+    figure.savefig(path, dpi=DPI)
 
 
 def training_loss(lines: Path, path: Path) -> None:

@@ -7,7 +7,7 @@ programs per ratio serve all lengths and tasks.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from beacon_jax.compiling import Stopwatch
 from beacon_jax.core.feed import FeedOutput, padded, power_of_two
 from beacon_jax.core.law import Law
 from beacon_jax.core.loss import IGNORE
@@ -30,7 +29,6 @@ from beacon_jax.inference.loading import load
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.plan import Plan
-from beacon_jax.inference.room import free_slots
 from beacon_jax.inference.sampling import make_sampling
 from beacon_jax.inference.text import Streamer, finisher
 from beacon_jax.model.config import BeaconConfig, check_ratio
@@ -183,53 +181,6 @@ def read(
         pairs = zip(after.rows, sizes, strict=True)
         after = after.with_rows(tuple(x.cut(x.length - (not n)) for x, n in pairs))
     return logits, after
-
-
-class Prefill:
-    """Texts as full attention reads them, once for all methods that start from there.
-
-    The last texts that were asked for are kept, if the device has room for a second
-    memory of that size.
-
-    Attributes:
-      saved: seconds that answers from what was kept would have taken, all together.
-    """
-
-    def __init__(self) -> None:
-        self._kept: tuple[Model, Any, Memory] | None = None
-        self._seen: tuple[Any, dict[str, tuple[Any, float]]] = (), {}
-        self._seconds = self.saved = 0.0
-
-    def __call__(self, model: Model, rows: Rows, longest: int) -> Memory:
-        """Returns the memory of `rows`, as `read` at ratio 0 does. Donate it never."""
-        asked = longest, [row.tobytes() for row in rows]
-        if self._kept is not None:
-            of, texts, memory = self._kept
-            if of is model and texts == asked:
-                self.saved += self._seconds
-                return memory
-        self._kept, watch = None, Stopwatch()
-        memory = read(model, rows, 0, longest=longest, wanted=False)[1]
-        jax.block_until_ready(memory.state)
-        self._seconds, _ = watch.read()
-        free = free_slots(model, len(rows), memory.dtype)
-        if free is None or 2 * memory.capacity <= free:
-            self._kept = model, asked, memory
-        return memory
-
-    def once(self, model: Model, rows: Rows, name: str, make: Callable[[], Any]) -> Any:
-        """Returns what make() does, which is called once for the same texts."""
-        asked = id(model), *(row.tobytes() for row in rows)
-        if self._seen[0] != asked:
-            self._seen = asked, {}
-        found = self._seen[1]
-        if name in found:
-            self.saved += found[name][1]
-        else:
-            watch = Stopwatch()
-            made = jax.block_until_ready(make())
-            found[name] = made, watch.read()[0]
-        return found[name][0]
 
 
 def losses(

@@ -125,6 +125,11 @@ def verdicts(metrics: Sequence[Mapping[str, Any]]) -> str:
     return "## In words\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
+def mebibytes(count: float | None) -> str:
+    """Writes bytes in MiB; a dash for what is not known."""
+    return f"{count / 2**20:,.0f}" if count else "–"
+
+
 def _by_task(metrics: Sequence[Mapping[str, Any]]) -> str:
     families = dict.fromkeys(split_name(m["method"])[0] for m in metrics)
     tasks = dict.fromkeys((m["task"], m["metric"]) for m in metrics)
@@ -137,7 +142,7 @@ def _by_task(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def times(found: Sequence[Mapping[str, Any]]) -> str:
-    """Seconds per batch; of several turns, each one's."""
+    """Seconds and peak memory per batch; of several turns, each one's seconds."""
     if not found:
         return ""
     rows = [
@@ -149,13 +154,17 @@ def times(found: Sequence[Mapping[str, Any]]) -> str:
             " / ".join(f"{s:.3f}" for s in t["seconds"]),
             t["batches"],
             f"{t['compile_seconds']:.1f}",
+            mebibytes(t.get("peak_bytes")),
         ]
         for t in sorted(found, key=lambda t: (t["task"], t["length"]))
     ]
     head = ["task", "length", "method", "rows", "s per batch", "batches", "compile s"]
+    head += ["peak MiB"]
     text = (
         "Medians without compilation, which stands apart; of tasks with turns, each "
-        "turn's."
+        "turn's. The peak is the most memory in use during a batch, beside the weights "
+        "and what is kept for other methods; of an accelerator only what is above all "
+        "before it is known."
     )
     return f"## Time\n\n{text}\n\n{table(head, rows)}\n"
 

@@ -2,8 +2,9 @@
 
 OUT/predictions/TASK.METHOD.jsonl  one line per example, in the order of the examples
 OUT/predictions/run.json           what these lines depend on
-OUT/timings/TASK.METHOD.jsonl      one line per batch: seconds, which no run repeats
-OUT/metrics.json, OUT/report.md, OUT/*.png   made anew from the lines each time
+OUT/timings/TASK.METHOD.jsonl      one line per batch: seconds and peak of the memory
+OUT/metrics.json, OUT/report.md, OUT/*.png   made anew from the lines each time;
+                                   OUT/board.md too, if all its tasks were run
 
 Predictions and metrics of a run that was interrupted are those of one that was not,
 byte for byte; the report differs in its last sections, which say how long things took.
@@ -30,10 +31,10 @@ import jax
 import numpy as np
 
 from beacon_jax.compiling import Stopwatch
-from beacon_jax.evaluation import groups, report
+from beacon_jax.evaluation import board, groups, report
 from beacon_jax.evaluation.inputs import RunSettings, TaskData
 from beacon_jax.evaluation.methods import Method
-from beacon_jax.evaluation.reading import Prefill
+from beacon_jax.evaluation.prefill import Prefill
 from beacon_jax.evaluation.statistics import grouped
 from beacon_jax.evaluation.tasks.base import Instance, Metric, Task
 from beacon_jax.inference.model import Model
@@ -111,10 +112,11 @@ def evaluate(
     (out / "metrics.json").write_text(
         json.dumps(run | {"metrics": metrics}, indent=1) + "\n", encoding="utf-8"
     )
-    found = summary(times)
-    (out / "timings" / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    took = summary(times)
+    (out / "timings" / "summary.json").write_text(json.dumps(took, indent=1) + "\n")
     with progress.stage("writing the report"):
-        text = report.write(run, metrics, sections, found, out)
+        text = report.write(run, metrics, sections, took, out)
+        sections.append(board.write(metrics, took, out))
     (out / "report.md").write_text(text, encoding="utf-8")
     return metrics, "\n".join(sections)
 
@@ -181,7 +183,7 @@ def together(parts: Sequence[Iterator[int]]) -> None:
     """Runs them all, always one that is least far.
 
     All methods answer a batch before any goes on to the next: they can share what full
-    attention makes of it (`reading.Prefill`).
+    attention makes of it (`prefill.Prefill`).
     """
     far = dict.fromkeys(range(len(parts)), 0)
     while far:
@@ -216,14 +218,14 @@ def predict(
             # Repeating an example keeps the shape, hence the compiled program.
             padded = batch + batch[-1:] * (size - len(batch))
             stage.note = f"{task.name} {method.name}"
-            prefill = resolved.prefill
-            watch, before = Stopwatch(), prefill.saved if prefill else 0.0
+            prefill = resolved.prefill or Prefill()
+            prefill.begin()
+            watch = Stopwatch()
             answers = task.run(model, resolved, padded)[: len(batch)]
             took, compiled = watch.read()
             # What another method has read counts for each that starts from it.
             first, *others = answers[0].get("seconds", [took])
-            shared = prefill.saved - before if prefill else 0.0
-            took = [first + shared, *others]
+            took = [first + prefill.saved, *others]
             compiled = answers[0].get("compile_seconds", compiled)
             line = {
                 "task": task.name,
@@ -232,6 +234,7 @@ def predict(
                 "rows": size,
                 "seconds": [round(s, 6) for s in took],
                 "compile_seconds": round(compiled, 6),
+                "peak_bytes": prefill.peak(),
             }
             with files[1].open("a", encoding="utf-8") as times:
                 times.write(json.dumps(line) + "\n")
@@ -253,6 +256,9 @@ def predict(
 def summary(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Median seconds of a batch per task, method and length, without compilation.
 
+    So is the most memory that a batch had in use (`peak_bytes`, None: not known): the
+    first one, which compiles, takes more.
+
     Lines of earlier versions, which counted compilation in, are left out.
     """
     names = ("task", "method", "length", "rows")
@@ -261,12 +267,14 @@ def summary(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for key, batches in grouped(timed, lambda x: tuple(x[n] for n in names)).items():
         used = [b["seconds"] for b in batches]
         middle = np.median(np.asarray(used, np.float64), axis=0)
+        peaks = [p for b in batches if (p := b.get("peak_bytes"))]
         found.append(
             dict(zip(names, key, strict=True))
             | {
                 "seconds": [round(float(s), 4) for s in middle],
                 "batches": len(used),
                 "compile_seconds": round(sum(b["compile_seconds"] for b in batches), 3),
+                "peak_bytes": int(np.median(peaks)) if peaks else None,
             }
         )
     return found

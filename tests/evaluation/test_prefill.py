@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from beacon_jax.evaluation import reading
+from beacon_jax.evaluation import prefill, reading
 from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.runner import evaluate
 from beacon_jax.evaluation.tasks import make_tasks
@@ -74,11 +74,11 @@ def test_the_model_is_asked_once_for_all_ratios(model, settings, monkeypatch, tm
 
 
 def test_shared_seconds_count_for_every_method(model, settings, monkeypatch, tmp_path):
-    class Slow(reading.Stopwatch):
+    class Slow(prefill.Stopwatch):
         def read(self):
             return 100.0, 0.0
 
-    monkeypatch.setattr(reading, "Stopwatch", Slow)
+    monkeypatch.setattr(prefill, "Stopwatch", Slow)
     methods = make_methods(["full", "strided", "window"], [4])
     evaluate(model, make_tasks(["perplexity"]), methods, settings, tmp_path)
     for name, shares in (("full", False), ("strided_x4", True), ("window", False)):
@@ -88,11 +88,11 @@ def test_shared_seconds_count_for_every_method(model, settings, monkeypatch, tmp
 
 
 def test_other_texts_and_sizes_are_read_anew(model, full_reads):
-    prefill = reading.Prefill()
+    shared = prefill.Prefill()
     w = model.window
     rows = [np.arange(w, dtype=np.int32) % 7, np.arange(w, dtype=np.int32) % 5]
-    first = prefill(model, rows, 4 * w)
-    assert prefill(model, rows, 4 * w) is first
-    assert prefill(model, rows[::-1], 4 * w) is not first
-    assert prefill(model, rows, 2 * w).capacity < first.capacity
+    first = shared(model, rows, 4 * w)
+    assert shared(model, rows, 4 * w) is first
+    assert shared(model, rows[::-1], 4 * w) is not first
+    assert shared(model, rows, 2 * w).capacity < first.capacity
     assert len(full_reads) == 3

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -12,7 +11,8 @@ from beacon_jax.core.feed import padded
 from beacon_jax.core.memory import MemoryState, slot_nbytes
 from beacon_jax.evaluation import reading
 from beacon_jax.evaluation.methods import Method, budget_slots, fitting, id_nbytes
-from beacon_jax.evaluation.reading import Prefill, Rows
+from beacon_jax.evaluation.prefill import Prefill
+from beacon_jax.evaluation.reading import Rows
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.mount import closed
@@ -58,8 +58,7 @@ def read(
     """
     if prefill is None:
         return closed(reading.read(model, rows, 0, longest=longest)[1])
-    memory = closed(prefill(model, rows, longest))
-    return dataclasses.replace(memory, state=jax.tree.map(jnp.copy, memory.state))
+    return closed(prefill.copy(model, rows, longest))
 
 
 def of_slots(memory: Memory, state: MemoryState) -> Memory:

@@ -80,7 +80,8 @@ class Selective(Shortened):
     family, takes_recent = "selective", True
 
     def shortened(self, model: Model, past: Rows, sizes: list[int]) -> list[Tokens]:
-        found = self_information(model, past, self.longest)
+        make = lambda: self_information(model, past, self.longest)
+        found = self.once(model, past, "self-information", make)
         # Of equal ones the first are kept.
         order = [np.argsort(-x, kind="stable") for x in found]
         return [

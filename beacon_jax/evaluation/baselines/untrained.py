@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.law import Law
 from beacon_jax.evaluation import reading
@@ -36,10 +36,8 @@ class Untrained(Budgeted):
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         memory = read(model, past, self.longest, self.prefill)
         piece, method = self.piece(model, past, memory), self.compressor()
-        observe, prefill = method.observe, self.prefill
-        if prefill is not None:  # the model is asked once for all ratios
-            name, ask = method.name, method.observe
-            observe = lambda x: prefill.once(model, past, name, lambda: ask(x))
+        name, ask = (method.name, self.weights), method.observe
+        observe = lambda x: self.once(model, past, name, lambda: ask(x))
         state = close(method, piece, self.budget(model, past), observe=observe)
         return of_slots(memory, state)
 
@@ -130,6 +128,18 @@ class SnapKVAware(Budgeted):
 
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         memory = read(model, past, self.longest, self.prefill)
+        name = (SnapKVAware.family, *(row.tobytes() for row in following))
+        scores = self.once(
+            model, past, name, lambda: self._scores(model, memory, past, following)
+        )
+        count = jnp.asarray(self.budget(model, past))
+        index = highest(scores, count)
+        return of_slots(memory, keep(model.net, memory.state, index, count))
+
+    def _scores(
+        self, model: Model, memory: Memory, past: Rows, following: Rows
+    ) -> Float[Array, "L B K S"]:
+        """Scores the slots of the past by the question's attention to them."""
         # The memory with the question is for its queries alone.
         asked = reading.read(model, following, 0, memory)[1].state
         both = [np.concatenate(pair) for pair in zip(past, following, strict=True)]
@@ -141,7 +151,7 @@ class SnapKVAware(Budgeted):
         seen = np.minimum(OBSERVED, [len(row) for row in following])
         counts = (at >= (stop - seen)[:, None]) & (at < stop[:, None])
         slots = memory.state.slots
-        scores = votes(
+        found = votes(
             model.net,
             asked,
             rotated(model.net, queries, at),
@@ -150,9 +160,5 @@ class SnapKVAware(Budgeted):
             jnp.zeros_like(slots),
             slots,
         )[..., : memory.capacity]
-        past_only = jnp.arange(scores.shape[-1]) < slots[:, None, None]
-        index = highest(
-            jnp.where(past_only, scores, -jnp.inf),
-            count := jnp.asarray(self.budget(model, past)),
-        )
-        return of_slots(memory, keep(model.net, memory.state, index, count))
+        past_only = jnp.arange(found.shape[-1]) < slots[:, None, None]
+        return jnp.where(past_only, found, -jnp.inf)
