@@ -79,7 +79,7 @@ def main(values: flags.FlagValues) -> None:
         f"fitted {fitted.found:.0%} are above what {ORDINARY:.0%} of the others reach"
     )
     if fitted.found < 0.5:
-        print("this model hardly tells them: little more stays than with attention-matching")
+        print("this model hardly tells them: it is attention-matching, little more")
     file = retention.save(values.out)
     if training is not None:
         with progress.stage("training", "texts") as stage:

@@ -43,7 +43,7 @@ class Biased(flax.struct.PyTreeNode):
       bias: of a slot and kv head, added to scores that are scaled already.
     """
 
-    entries: Array | Quantized
+    entries: Any
     bias: Float[Array, "*L B K S"]
 
     @property

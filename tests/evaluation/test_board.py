@@ -48,7 +48,7 @@ def test_beacons_of_an_adapter_take_part():
 
 def test_the_methods_of_the_board_are_known():
     methods = make_methods(command.BOARD["methods"], [2, 4, 8])
-    assert len(methods) == 2 + 3 * 5
+    assert len(methods) == 2 + 3 * 6
     assert [task.name for task in make_tasks(["board"])] == list(SIX)
     assert len(set(SIX)) == 6
 

@@ -29,6 +29,7 @@ METHODS = [
     "snapkv",
     "expected-attention",
     "kvzip",
+    "attention-matching",
     "mean-pool",
     "streaming",
     "random",
