@@ -1,10 +1,9 @@
 """Fits which tokens of a text are facts that have to be kept, in minutes.
 
 Statements are put into real text, the model reads it with full attention, and a linear
-score of its values is fitted to tell them, without a gradient. --steps=300 trains
-besides what kept tokens gain of those dropped around them. The model is not changed.
-Writes retention.safetensors into --out, for --method=retention:FOLDER of compress,
-generate and evaluate. Files that are held out for evaluation are not read.
+score of its values is fitted to tell them, without a gradient. The model is not
+changed. Writes retention.safetensors into --out, for --method=retention:FOLDER of
+compress, generate and evaluate. Files that are held out for evaluation are not read.
 
 Example:
   beacon-jax retain --model=smol.gguf --text=corpus --out=out/retention
@@ -33,10 +32,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.number("length", 1024, "Tokens of each.")
     f.number("batch_size", 4, "Texts at a time.")
     f.number("seed", 0, "Of texts and statements.")
-    f = Group(values, "Summaries")
-    f.number("steps", 0, "Of training, a text each; 0: nothing is trained.")
-    f.names("ratios", ["2", "4", "8"], "In turn; what they are trained for.")
-    f.real("lr", 1e-3, "Learning rate at its highest.")
     f = Group(values, "Output")
     f.text("out", None, "Folder to write into.", required=True)
     f.switch("overwrite", False, "Replace the weights that are in --out.")
@@ -50,27 +45,18 @@ def main(values: flags.FlagValues) -> None:
     with starting():  # after the flags: jax loads
         from beacon_jax.data.text import load_documents
         from beacon_jax.data.tokenizer import encode_stream
-        from beacon_jax.evaluation.runner import integers
         from beacon_jax.inference.compressors.retention import FILE
         from beacon_jax.inference.fit_retention import ORDINARY, Fitting, fit_retention
-        from beacon_jax.inference.train_summary import Steps, check, train_summary
 
     if (Path(values.out).expanduser() / FILE).exists() and not values.overwrite:
         raise FileExistsError(
             f"--out={values.out} has {FILE}: name another folder, or add --overwrite."
         )
     settings = Fitting(**{name: getattr(values, name) for name in names})
-    ratios = tuple(integers("ratios", values.ratios))
-    training = None
-    if values.steps:
-        rest = {name: getattr(values, name) for name in ("length", "lr", "seed")}
-        training = Steps(values.steps, ratios, **rest)
     documents = load_documents(values.text)
     model = load_model(values, progress)
     with progress.stage("tokenising", note=values.text):
         text = encode_stream(documents, model.tokenizer)
-    if training is not None:
-        check(model, text, training)  # before minutes are spent
     with progress.stage("reading", "texts") as stage:
         fitted = fit_retention(model, text, settings, stage)
     retention = fitted.retention
@@ -81,14 +67,4 @@ def main(values: flags.FlagValues) -> None:
     if fitted.found < 0.5:
         print("this model hardly tells them: it is attention-matching, little more")
     file = retention.save(values.out)
-    if training is not None:
-        with progress.stage("training", "texts") as stage:
-            made = train_summary(model, retention, text, training, stage)
-        file = made.retention.save(values.out)
-        tenth = max(len(made.losses) // 10, 1)
-        first, last = made.losses[:tenth].mean(), made.losses[-tenth:].mean()
-        print(
-            f"divergence from full attention, nats per token: {first:.3f} in the first "
-            f"tenth of {training.count} steps, {last:.3f} in the last"
-        )
     print(f"wrote {file}: use it with --method=retention:{values.out}")

@@ -120,21 +120,16 @@ def fit_retention(
     return Fitted(retention, found, settings.rows * settings.length)
 
 
-def check_text(text: Int[np.ndarray, " n"], length: int) -> None:
-    """Raises ValueError if a text is too short to cut rows of `length` from it."""
-    if len(text) < length:
-        raise ValueError(
-            f"text has {len(text):,} tokens, fewer than the {length:,} of length: give "
-            "more text, or shorter rows."
-        )
-
-
 def _check(model: "Model", text: Int[np.ndarray, " n"], settings: Fitting) -> None:
     if model.tokenizer is None:
         raise ValueError(
             "model.tokenizer=None: statements are words, so fitting needs a tokenizer."
         )
-    check_text(text, settings.length)
+    if len(text) < settings.length:
+        raise ValueError(
+            f"text has {len(text):,} tokens, fewer than the {settings.length:,} of "
+            "length: give more text, or shorter rows."
+        )
     if settings.length > model.config.trained_positions:
         raise ValueError(
             f"length={settings.length:,} is above the positions that the model was "

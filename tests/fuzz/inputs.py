@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from beacon_jax.inference.compressors.summary import Summary
 from safetensors.numpy import save_file
 
 from beacon_jax.data import prepare as preparing
@@ -22,7 +23,6 @@ from beacon_jax.data.prepare import Preparation, prepare
 from beacon_jax.hf import adapter, conversion
 from beacon_jax.hf.keys import table
 from beacon_jax.inference.compressors import Retention
-from beacon_jax.inference.compressors.summary import Summary
 from beacon_jax.inference.loading import load
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.resources import TOKENIZER_FILES, asset
@@ -200,7 +200,12 @@ def beacon_model(home: Path) -> Any:
 
 
 def make_packs(root: Path) -> None:
-    for name, options in (("plain", {}), ("recent", {"recent": True})):
+    made = {
+        "plain": {},
+        "recent": {"recent": True},
+        "biased": {"method": "attention-matching"},
+    }
+    for name, options in made.items():
         (root / name).mkdir(parents=True)
         memory = beacon_model(root.parents[1]).compress(TEXT, ratio=4, **options)
         memory.save(root / name / "a.beacon")

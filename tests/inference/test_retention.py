@@ -227,13 +227,3 @@ def test_the_command_writes_what_evaluate_reads(tmp_path, capsys):
     assert (out / FILE).read_bytes() == before
     with pytest.raises(ValueError, match="rows=2 must be >= 8"):
         retain("--rows=2", f"--out={out}", "--overwrite")
-
-
-def test_the_command_trains_summaries(tmp_path, capsys):
-    retain(
-        *("--rows=8", "--length=512", "--steps=2", "--ratios=4", f"--out={tmp_path}")
-    )
-    assert "of 2 steps" in capsys.readouterr().out
-    assert Retention.load(tmp_path).summary is not None
-    with pytest.raises(ValueError, match=r"--ratios has \['x'\]"):
-        retain("--steps=2", "--ratios=x", f"--out={tmp_path}", "--overwrite")

@@ -89,15 +89,10 @@ class AttentionMatching(Compressor):
         size = -(-int(np.max(count)) // w) * w  # whole windows: few programs
         kept = Kept.of(piece, scores, count)
         found = matched(piece.net, piece.state, *seen, kept, size)
-        made = self.made(piece, kept, found)
+        made = Made(None, found.v, found.bias)  # keys stay as they are
         live = jnp.asarray(np.asarray(count) < piece.lengths)
         state = keep(piece.net, piece.state, kept.index, kept.start + count)
         return write(piece.net, state, made, kept.start, count, live)
-
-    def made(self, piece: Piece, kept: Kept, found: Matched) -> Made:
-        """Returns what is written to the kept slots; their keys stay as they are."""
-        del piece, kept
-        return Made(None, found.v, found.bias)
 
 
 def places(

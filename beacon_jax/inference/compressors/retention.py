@@ -10,7 +10,7 @@ Alone that tells 6 of these 12 passkeys at x4 and none at x8; with facts whose v
 are matched as well 10 and 7, with exact ones 12 and 12.
 
 The weights are fitted in minutes, without a gradient: `beacon-jax retain`
-(`inference.fit_retention`). Summaries, which it may have besides, are trained.
+(`inference.fit_retention`).
 """
 
 import functools
@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,16 +28,9 @@ from beacon_jax.hf.reader import SafetensorsReader, Tensor
 from beacon_jax.hf.writer import write_safetensors
 from beacon_jax.inference.compressors.attention_matching import (
     AttentionMatching,
-    Matched,
 )
 from beacon_jax.inference.compressors.base import FORCED
-from beacon_jax.inference.compressors.piece import Kept, Made, Piece, floats
-from beacon_jax.inference.compressors.summary import (
-    Summary,
-    features,
-    rounded,
-    summarised,
-)
+from beacon_jax.inference.compressors.piece import Piece, floats
 from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.net import Net
 from beacon_jax.paths import new_file
@@ -60,7 +52,6 @@ class Retention(AttentionMatching):
       bias: is added to their sum.
       threshold: what a likely token is above.
       sample: of the model's weights, from which another model is told, [L, H].
-      summary: what kept tokens gain of those dropped around them; None: nothing.
     """
 
     name = "retention"
@@ -71,16 +62,9 @@ class Retention(AttentionMatching):
         bias: float,
         threshold: float,
         sample: Float[np.ndarray, "L H"],
-        summary: Summary | None = None,
     ):
         self.weights, self.sample = weights, sample
-        self.summary = None if summary is None else rounded(summary)
         self.bias, self.threshold = float(bias), float(threshold)
-
-    def with_summary(self, summary: Summary | None) -> "Retention":
-        """Returns the same scores with another summary."""
-        rest = self.bias, self.threshold, self.sample
-        return Retention(self.weights, *rest, summary)
 
     @classmethod
     def load(cls, path: str | Path) -> "Retention":
@@ -101,13 +85,12 @@ class Retention(AttentionMatching):
             )
         reader = SafetensorsReader([file], file.parent)
         found = {name: tensor.shape for name, tensor in reader.tensors.items()}
-        shape, rank = found.get("weights", ()), found.get("summary_a", ())[-1:]
-        if len(shape) != 3 or found != _shapes(shape, *rank):
+        shape = found.get("weights", ())
+        if len(shape) != 3 or found != _shapes(*shape):
             raise ValueError(
                 f"{file} has the tensors {found}: weights [L, K, H], bias [1], "
-                "threshold [1] and sample [L, H] are needed, and for a summary "
-                "summary_a [L, K, 3 H + 2, R] and summary_b [L, K, R, 2 H]. Write it "
-                "again with `beacon-jax retain`."
+                "threshold [1] and sample [L, H] are needed. Write it again with "
+                "`beacon-jax retain`."
             )
         read = {name: reader.read(name).astype(np.float32) for name in found}
         if wrong := [name for name, x in read.items() if not np.isfinite(x).all()]:
@@ -116,8 +99,7 @@ class Retention(AttentionMatching):
                 "again with `beacon-jax retain`."
             )
         bias, threshold = (float(read[name][0]) for name in ("bias", "threshold"))
-        summary = Summary(read["summary_a"], read["summary_b"]) if rank else None
-        return cls(read["weights"], bias, threshold, read["sample"], summary)
+        return cls(read["weights"], bias, threshold, read["sample"])
 
     def save(self, folder: str | Path) -> Path:
         """Writes the weights into a folder, which is made; returns the file."""
@@ -127,12 +109,7 @@ class Retention(AttentionMatching):
             "threshold": np.asarray([self.threshold]),
             "sample": self.sample,
         }
-        if self.summary is not None:
-            arrays |= {"summary_a": self.summary.a, "summary_b": self.summary.b}
-        arrays = {
-            name: x if x.dtype == ml_dtypes.bfloat16 else x.astype(np.float32)
-            for name, x in arrays.items()
-        }
+        arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
         tensors = {name: Tensor(x.shape, x.dtype) for name, x in arrays.items()}
         file = Path(folder).expanduser() / FILE
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,8 +120,7 @@ class Retention(AttentionMatching):
     @property
     def digest(self) -> str:
         """Hash of the weights."""
-        numbers = np.asarray([self.bias, self.threshold])
-        parts = self.weights, self.sample, numbers, *(self.summary or ())
+        parts = self.weights, self.sample, np.asarray([self.bias, self.threshold])
         data = b"".join(np.ascontiguousarray(x, np.float64).tobytes() for x in parts)
         return hashlib.sha256(data).hexdigest()[:16]
 
@@ -168,19 +144,9 @@ class Retention(AttentionMatching):
         scores: Float[Array, "L B K S"],
         count: Int[Array, " B"],
     ) -> MemoryState:
-        return super().make(piece, seen, self.exact(scores), count)
-
-    @staticmethod
-    def exact(scores: Float[Array, "L B K S"]) -> Float[Array, "L B K S"]:
-        """Marks facts as slots that stay as they are."""
-        return jnp.where(scores >= FORCED, jnp.inf, scores)
-
-    def made(self, piece: Piece, kept: Kept, found: Matched) -> Made:
-        if self.summary is None:
-            return super().made(piece, kept, found)
-        summary = Summary(*map(jnp.asarray, self.summary))
-        k, v = summarised(piece.net, piece.state, kept, found, summary)
-        return Made(k, v, found.bias)
+        # Infinite scores are those of slots that stay as they are.
+        exact = jnp.where(scores >= FORCED, jnp.inf, scores)
+        return super().make(piece, seen, exact, count)
 
     def _check(self, piece: Piece) -> None:
         """Raises ValueError if the weights are not of the piece's model."""
@@ -203,17 +169,15 @@ class Retention(AttentionMatching):
             )
 
 
-def _shapes(
-    weights: tuple[int, ...], rank: int | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors in a file; rank: of its summary, if any."""
-    layers, heads, size = weights
-    found = {"weights": weights, "sample": (layers, size), "bias": (1,)}
-    found["threshold"] = (1,)
-    if rank is not None:
-        found["summary_a"] = layers, heads, features(size), rank
-        found["summary_b"] = layers, heads, rank, 2 * size
-    return found
+def _shapes(layers: int, heads: int, size: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors in a file."""
+    weights, one = (layers, heads, size), (1,)
+    return {
+        "weights": weights,
+        "bias": one,
+        "threshold": one,
+        "sample": (layers, size),
+    }
 
 
 def sample_of(variables: Any) -> Float[np.ndarray, "L H"]:
