@@ -61,7 +61,7 @@ def compressing_parts(settings: Settings) -> dict[str, Part]:
         for name, (p, per) in cells.BEACONS.items()
     }
     soft_loss = functools.partial(soft.soft_loss, training.beacon_config())
-    losses[cells.SOFT] = soft_loss, "sequence"
+    losses[cells.SOFT] = soft_loss, "window"
     for name, (loss, per) in losses.items():
         draw = functools.partial(training.compressed, per, settings.batch)
         stage = Stage(draw, settings.steps(settings.beacon_steps))

@@ -39,6 +39,7 @@ from beacon_jax.model.net import Net
 
 # Tokens of context and pairs in it; the base and the beacons were trained up to 128.
 CONTEXTS = ((CONTEXT, 8), (CONTEXT, MOST_PAIRS), (2 * CONTEXT, 16), (4 * CONTEXT, 16))
+LONGEST = max(context for context, _ in CONTEXTS)  # programs serve all up to it
 ASKED = (*RATIOS, UNSEEN)
 MIXED = "mixed"  # a ratio of its own for each window, as in training
 BATCH = 32  # rows at once
@@ -91,14 +92,18 @@ def measure(seed: int, settings: Settings, params: Tree, trained: Tree) -> list[
         for name in PLAIN_METHODS:
             family = FAMILIES[name]
             for ratio in ASKED if family.per_ratio else (None,):
-                ask = functools.partial(answer, models["beacons"], family(ratio))
+                method = family(ratio).sized(LONGEST)
+                ask = functools.partial(answer, models["beacons"], method)
                 made.append(cell(name, ratio, in_batches(ask, texts, context)))
         for name, model in models.items():
             for ratio in ASKED:
-                ask = functools.partial(answer, model, FAMILIES["beacon"](ratio))
+                method = FAMILIES["beacon"](ratio).sized(LONGEST)
+                ask = functools.partial(answer, model, method)
                 made.append(cell(name, ratio, in_batches(ask, texts, context)))
-            ask = functools.partial(answer_mixed, model, [seed, number])
-            made.append(cell(name, MIXED, in_batches(ask, texts, context)))
+            if context == CONTEXT:
+                drawn = np.random.default_rng([seed, number])
+                ask = functools.partial(answer_mixed, model, drawn)
+                made.append(cell(name, MIXED, in_batches(ask, texts, context)))
         for ratio in ASKED:
             ask = functools.partial(answer_soft, params, trained[SOFT], ratio)
             made.append(cell(SOFT, ratio, in_batches(ask, texts, context)))
@@ -125,12 +130,18 @@ def answer(model: Model, method: Method, texts: Texts, context: int) -> Any:
     return _greedy(model, memory.state, texts, context)
 
 
-def answer_mixed(model: Model, seed: list[int], texts: Texts, context: int) -> Any:
-    """As `answer`, by beacons with a ratio drawn for every window."""
-    drawn = plan.draw_ratios(model.config, context // WINDOW, seed=seed)
-    past, _ = _split(texts, context)
-    memory = model.compress(past, drawn.tolist(), method="beacon")
-    return _greedy(model, memory.state, texts, context)
+def answer_mixed(
+    model: Model, rng: np.random.Generator, texts: Texts, context: int
+) -> Any:
+    """As `answer`, by beacons whose windows have all the ratios, in a drawn order."""
+    windows = context // WINDOW
+    drawn = rng.permutation(np.resize(RATIOS, windows)).astype(np.int32)
+    room = plan.capacity(model.config, np.full(windows + 1, min(RATIOS)))
+    state = init_memory(model.config, len(texts.tokens), room)
+    _, state = feed(
+        model.net, model.variables, state, texts.tokens[:, :context], None, drawn
+    )
+    return _greedy(model, state, texts, context)
 
 
 def answer_soft(
@@ -139,8 +150,9 @@ def answer_soft(
     """As `answer`, by soft tokens."""
     net = Net(beacon_config())
     past, following = texts.tokens[:, :context], texts.tokens[:, context:]
-    memory = soft.remember(net, trained, params, past, ratio)
-    assert memory.shape[1] == context // ratio
+    room = LONGEST // ratio
+    memory = soft.remember(net, trained, params, past, ratio, room)
+    assert (np.asarray(memory.slots) == context // ratio).all()
     labels = texts.labels[:, context:]
     return soft.greedy(net, trained, params, memory, following, labels)
 
@@ -189,7 +201,5 @@ def _logits(config: Any, variables: Tree, tokens: np.ndarray) -> np.ndarray:
     """Computes the logits of all tokens, every window at ratio 0."""
     memory = init_memory(config, len(tokens), 8 * WINDOW)
     off = np.zeros(1, np.int32)
-    out, _ = feed(
-        Net(config), variables, memory, tokens, None, off, outputs="logits"
-    )
+    out, _ = feed(Net(config), variables, memory, tokens, None, off, outputs="logits")
     return np.asarray(jax.device_get(jnp.asarray(out.logits)))

@@ -81,8 +81,8 @@ class Recall:
         tokens[:, 1:c] = _symbols(rng, rows, c - 1)
         # Pairs begin at random odd places 1, 3, ..., so that none overlap.
         places = np.argsort(rng.random((rows, (c - 1) // 2)), axis=1)
-        places = 1 + 2 * places[:, : self.most]
-        real = np.arange(self.most) < count
+        places = 1 + 2 * places
+        real = np.arange(max(self.most, q)) < count
         row, number = np.nonzero(real)
         at = places[row, number]
         tokens[row, at] = KEY + order[row, number]

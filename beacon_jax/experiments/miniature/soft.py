@@ -2,23 +2,29 @@
 
 Behind each window stand as many summary tokens as beacons would, with an embedding and
 projections of their own, as beacons have them. What the last layer makes of them, times
-a trained matrix, are the embeddings that later windows read in front of their tokens.
+a trained matrix, are embeddings that the frozen model reads in front of later windows.
 (Chevalier et al. 2023, arXiv 2305.14788; Ge et al. 2024, arXiv 2307.06945.) A beacon
-hands over keys and values of every layer instead.
+hands over the keys and values of every layer instead.
 
-Shapes: B rows, M soft tokens so far, W tokens of a window, n summary tokens.
+The model's keys and values of soft tokens are the memory: nothing behind them changes
+them, so they are computed once. A slot costs the bytes of a beacon's.
+
+Shapes: B rows, W tokens of a window, n summary tokens, buffers [L, B, S, K, H].
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from beacon_jax.core.law import Law
 from beacon_jax.core.loss import IGNORE, token_losses
-from beacon_jax.experiments.miniature.training import RATIOS, Batch, Tree, recalled
+from beacon_jax.core.step import empty_buffers
+from beacon_jax.experiments.miniature.training import RATIOS, Tree, recalled
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, apply, place_of
@@ -26,29 +32,40 @@ from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
 
 
-class SoftDecoder(Decoder):
-    """The decoder, reading embeddings in front of tokens.
+class SoftMemory(NamedTuple):
+    """Keys and values of the soft tokens so far.
 
-    Its layout is that of one window: M + W raw entries and the summary behind them.
+    Attributes:
+      k, v: buffers; what lies behind the slots has no use.
+      slots: soft tokens of each row.
     """
 
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    slots: Int[Array, " B"]
+
+
+class SoftDecoder(Decoder):
+    """The decoder, with its summary tokens' final states, and reading embeddings."""
+
     def read(
-        self, memory: Float[Array, "B M D"], tokens: Int[Array, "B W"]
+        self, tokens: Int[Array, "B W"], memory: SoftMemory
     ) -> tuple[Float[Array, "B W D"], Float[Array, "B n D"]]:
-        """Returns final hidden states of the tokens and of the summary."""
-        c, layout = self.net.config, self.layout
-        x = jnp.concatenate([memory, self.embed(tokens)], axis=1)
-        rows = x.shape[0]
-        if layout.beacons:
-            shape = (rows, layout.beacons, c.hidden_size)
-            x = layout.join(x, jnp.broadcast_to(self.embed.row, shape))
-        size = (c.num_layers, rows, layout.length, c.num_kv_heads, c.head_dim)
-        buffers = jnp.zeros(size), jnp.zeros(size)
-        place = place_of(c, layout, jnp.zeros(rows, jnp.int32))
-        numbers = jnp.arange(c.num_layers)
-        (x, *_), _ = self.layers.over_layers((x, *buffers), numbers, place)
-        raw, summary = layout.split(x)
-        return self.final_norm(raw[:, memory.shape[1] :]), self.final_norm(summary)
+        """Returns final hidden states of the tokens and of the summary behind them."""
+        x = self._through(self.begin(tokens), memory)[0]
+        raw, summary = self.layout.split(x)
+        return self.final_norm(raw), self.final_norm(summary)
+
+    def write(self, soft: Float[Array, "B n D"], memory: SoftMemory) -> SoftMemory:
+        """Reads n embeddings behind the memory, which has them then."""
+        _, k, v = self._through(soft, memory)
+        return SoftMemory(k, v, memory.slots + soft.shape[1])
+
+    def _through(self, x: Array, memory: SoftMemory) -> tuple[Array, Array, Array]:
+        place = place_of(self.net.config, self.layout, memory.slots)
+        numbers = jnp.arange(self.net.config.num_layers)
+        carry = (x, memory.k, memory.v)
+        return self.layers.over_layers(carry, numbers, place)[0]
 
 
 def init_soft(params: Tree, config: ModelConfig) -> Tree:
@@ -62,61 +79,81 @@ def init_soft(params: Tree, config: ModelConfig) -> Tree:
     return {"beacon": init_beacon(params, config), "matrix": matrix}
 
 
-def step(
+def empty(net: Net, rows: int, slots: int) -> SoftMemory:
+    """Makes an empty memory with room for so many soft tokens and an open window."""
+    room = Law.of(net.config).room(RATIOS)
+    return SoftMemory(*empty_buffers(net, rows, slots + room), jnp.zeros(rows, int))
+
+
+def compress(
     net: Net,
     trained: Tree,
     params: Tree,
-    memory: Float[Array, "B M D"],
+    ratio: int,
     tokens: Int[Array, "B W"],
-    count: int,
-) -> tuple[Float[Array, "B W D"], Float[Array, "B M2 D"]]:
-    """Reads a window: its hidden states, and the memory with `count` tokens more."""
-    layout = Layout(1, memory.shape[1] + tokens.shape[1], count)
+    memory: SoftMemory,
+) -> tuple[Float[Array, "B W D"], SoftMemory]:
+    """Reads a window at a ratio; 0 leaves no soft tokens.
+
+    Returns:
+      The hidden states of its tokens, and the memory with its soft tokens.
+    """
+    window = tokens.shape[1]
     variables = {"params": params, "beacon": trained["beacon"]}
+    layout = Layout(1, window, window // ratio if ratio else 0)
     model = SoftDecoder(net, layout)
-    hidden, summary = apply(model, variables, memory, tokens, method="read")
-    new = summary @ trained["matrix"]
-    return hidden, jnp.concatenate([memory, new], axis=1)
+    hidden, summary = apply(model, variables, tokens, memory, method="read")
+    if ratio:
+        # Soft tokens are input of the frozen model: they take its own projections.
+        model = SoftDecoder(net, Layout(1, layout.beacons, 0))
+        soft = summary @ trained["matrix"]
+        memory = apply(model, variables, soft, memory, method="write")
+    return hidden, memory
 
 
 def soft_loss(
     config: ModelConfig, trained: Tree, frozen: Tree, batch: Any
 ) -> tuple[Array, Array]:
-    """Computes the loss of a batch whose windows share one ratio of `RATIOS`."""
-    of_ratio = [functools.partial(_loss_at, config, ratio) for ratio in RATIOS]
-    index = jnp.searchsorted(jnp.asarray(RATIOS), batch["plan"][0])
-    return jax.lax.switch(index, of_ratio, trained, frozen, batch)
+    """Computes the loss of a batch [N, B, W], as beacons have it.
 
-
-def _loss_at(
-    config: ModelConfig, ratio: int, trained: Tree, frozen: Tree, batch: Batch
-) -> tuple[Array, Array]:
+    The last window has no summary, whatever its plan says.
+    """
     net = Net(config, attention="reference")
     windows, rows, w = batch["tokens"].shape
-    memory = empty(config, rows)
-    found = []
-    for number in range(windows):
-        count = w // ratio if number < windows - 1 else 0
-        tokens = batch["tokens"][number]
-        hidden, memory = step(net, trained, frozen, memory, tokens, count)
-        found.append(hidden)
-    hidden = jnp.concatenate(found, axis=1)
-    line = lambda name: batch[name].swapaxes(0, 1).reshape(rows, -1)
-    losses = token_losses(_logits(net, trained, frozen), hidden, line("labels"))
-    weights = jnp.where(line("labels") == IGNORE, 0.0, line("weights"))
-    loss = (losses * weights).sum() / weights.sum()
-    return loss, recalled(losses, line("answers"))
+    plan = jnp.where(jnp.arange(windows) < windows - 1, batch["plan"], 0)
+    ratios = (0, *RATIOS)
+    read = [functools.partial(compress, net, trained, frozen, r) for r in ratios]
+
+    def step(memory: SoftMemory, x: Any) -> tuple[SoftMemory, Array]:
+        tokens, index = x
+        hidden, memory = jax.lax.switch(index, read, tokens, memory)
+        return memory, hidden
+
+    memory = empty(net, rows, (windows - 1) * w // min(RATIOS))
+    index = jnp.searchsorted(jnp.asarray(ratios), plan)
+    _, hidden = jax.lax.scan(step, memory, (batch["tokens"], index))
+    flat = lambda x: x.reshape(windows * rows, *x.shape[2:])
+    labels, weights, answers = (
+        flat(batch[name]) for name in ("labels", "weights", "answers")
+    )
+    losses = token_losses(_logits(net, trained, frozen), flat(hidden), labels)
+    weights = jnp.where(labels == IGNORE, 0.0, weights)
+    return (losses * weights).sum() / weights.sum(), recalled(losses, answers)
 
 
 def remember(
-    net: Net, trained: Tree, params: Tree, past: Int[np.ndarray, "B C"], ratio: int
-) -> Float[Array, "B M D"]:
-    """Reads whole windows at one ratio into soft tokens."""
-    assert net.config.beacon is not None
-    w, memory = net.config.beacon.window, empty(net.config, len(past))
+    net: Net,
+    trained: Tree,
+    params: Tree,
+    past: Int[np.ndarray, "B C"],
+    ratio: int,
+    room: int,
+) -> SoftMemory:
+    """Reads whole windows at one ratio, into a memory for `room` soft tokens."""
+    w, memory = Law.of(net.config).window, empty(net, len(past), room)
     for start in range(0, past.shape[1], w):
         tokens = jnp.asarray(past[:, start : start + w])
-        memory = _step(net, trained, params, memory, tokens, w // ratio)[1]
+        memory = _compress(net, trained, params, ratio, tokens, memory)[1]
     return memory
 
 
@@ -124,24 +161,20 @@ def greedy(
     net: Net,
     trained: Tree,
     params: Tree,
-    memory: Float[Array, "B M D"],
+    memory: SoftMemory,
     following: Int[np.ndarray, "B T"],
     labels: Int[np.ndarray, "B T"],
 ) -> Bool[np.ndarray, "B T"]:
     """Tells which labels are the most likely token behind a memory."""
-    hidden, _ = _step(net, trained, params, memory, jnp.asarray(following), 0)
-    return np.asarray(_logits(net, trained, params)(hidden).argmax(-1) == labels)
+    tokens = jnp.asarray(following)
+    hidden, _ = _compress(net, trained, params, 0, tokens, memory)
+    return np.asarray(_logits(net, trained, params)(hidden).argmax(-1)) == labels
 
 
-def empty(config: ModelConfig, rows: int) -> Float[Array, "B 0 D"]:
-    """Makes a memory without soft tokens."""
-    return jnp.zeros((rows, 0, config.hidden_size))
+_compress = jax.jit(compress, static_argnames=("net", "ratio"))
 
 
-_step = jax.jit(step, static_argnames=("net", "count"))
-
-
-def _logits(net: Net, trained: Tree, params: Tree) -> Any:
+def _logits(net: Net, trained: Tree, params: Tree) -> Callable[[Array], Array]:
     """Makes the function from hidden states to logits of the frozen head."""
     head = Decoder(net, Layout(1, 1, 0))
     variables = {"params": params, "beacon": trained["beacon"]}

@@ -166,9 +166,10 @@ def compressed(per: str, rows: int, rng: np.random.Generator) -> Batch:
 
     All rows of a step share their ratios. The last window, the questions, has none.
     """
+    texts = TRAINED.draw(rng, rows)  # first: the same whatever the plan
     windows = TRAINED.length // WINDOW
     plan = rng.choice(RATIOS, windows if per == "window" else 1)
-    return in_windows(TRAINED.draw(rng, rows), WINDOW, plan)
+    return in_windows(texts, WINDOW, plan)
 
 
 # --- parts -----------------------------------------------------------------------
