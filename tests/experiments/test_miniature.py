@@ -19,7 +19,6 @@ from beacon_jax.experiments.miniature.data import EVALUATION, KEY, TRAINING, VAL
 from beacon_jax.experiments.miniature.training import Part, Settings, Stage
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.model.net import Net
-from beacon_jax.training.initial import random_variables
 
 KIND = data.Recall(128, 8, 24, questions=16)
 
@@ -118,7 +117,7 @@ def test_a_killed_training_goes_on_and_a_finished_one_is_read_back(
     tmp_path, monkeypatch
 ):
     settings = Settings(chunk=2)
-    start = random_variables(training.PLAIN, 0)["params"]
+    start = training.init_base(0)
     train = lambda folder: training.train(
         small_part(6), 0, settings, start, {}, tmp_path / folder
     )
@@ -152,7 +151,7 @@ def test_a_stage_ends_at_its_gate(tmp_path):
     part = small_part(2)
     first = dataclasses.replace(part.stages[0], steps=100, gate=0.0)
     part = dataclasses.replace(part, stages=(first, *part.stages[1:]))
-    start = random_variables(training.PLAIN, 0)["params"]
+    start = training.init_base(0)
     training.train(part, 0, Settings(chunk=2), start, {}, tmp_path)
     assert training.seconds(tmp_path)["base"]["step"] == 4
 
@@ -183,8 +182,7 @@ def test_all_ways_to_compress_see_the_same_texts_and_steps():
 
 @pytest.fixture(scope="module")
 def params():
-    found = random_variables(training.PLAIN, 0)["params"]
-    return jax.tree.map(jnp.asarray, found)
+    return training.init_base(0)
 
 
 def test_all_methods_keep_as_many_slots_as_beacons(params):

@@ -31,7 +31,6 @@ from beacon_jax.hf.hashing import tree_hash
 from beacon_jax.model.beacon import init_beacon
 from beacon_jax.paths import read_object
 from beacon_jax.progress import say
-from beacon_jax.training.initial import random_variables
 
 REPEATS, MIDDLE = 2000, 400  # most steps of the base's first stages, ended by recall
 
@@ -75,7 +74,7 @@ def run_seed(seed: int, settings: Settings, folder: Path) -> dict[str, Any]:
     if done.exists():
         return read_object(done)
     folder.mkdir(parents=True, exist_ok=True)
-    start = random_variables(training.PLAIN, seed)["params"]
+    start = training.init_base(seed)
     params = training.train(base_part(settings), seed, settings, start, {}, folder)
     before = tree_hash(params)
     trained: dict[str, Tree] = {}

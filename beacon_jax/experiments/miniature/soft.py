@@ -122,7 +122,11 @@ def soft_loss(
     windows, rows, w = batch["tokens"].shape
     plan = jnp.where(jnp.arange(windows) < windows - 1, batch["plan"], 0)
     ratios = (0, *RATIOS)
-    read = [functools.partial(compress, net, trained, frozen, r) for r in ratios]
+    # Recomputed: else the activations of every ratio's branch are kept, taken or not.
+    read = [
+        jax.checkpoint(functools.partial(compress, net, trained, frozen, r))
+        for r in ratios
+    ]
 
     def step(memory: SoftMemory, x: Any) -> tuple[SoftMemory, Array]:
         tokens, index = x
