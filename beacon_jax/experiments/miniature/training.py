@@ -122,8 +122,8 @@ def beacon_loss(
 def _loss(net: Net, beacon: Tree, params: Tree, batch: Any) -> tuple[Array, Array]:
     batch = dict(batch)
     answers, plan = batch.pop("answers"), batch.pop("plan")
-    # Plain reverse mode keeps the activations of every ratio's branch, taken or not: 0.3
-    # s of processor time a step, 0.2 with the lean backward pass.
+    # Plain reverse mode keeps the activations of every ratio's branch, taken or not. It
+    # takes 0.3 s of processor time a step, the lean backward pass 0.2.
     kind = LossConfig(remat="lean" if net.config.beacon else "none")
     loss, aux = train_loss(net, beacon, params, batch, plan, kind)
     return loss, recalled(aux["token_loss"], answers)
