@@ -15,6 +15,7 @@ exit code is 0 whenever the command ran.
 import dataclasses
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,10 @@ def main(argv: list[str]) -> None:
     runtime.for_command()
     settings = Settings(scale=f.scale, sequences=f.sequences)
     try:
-        result = run(f.seeds, settings, Path(f.out))
+        check_settings(settings, Path(f.out))
     except ValueError as error:
-        raise app.UsageError(str(error)) from error
+        sys.exit(f"error: {error}")
+    result = run(f.seeds, settings, Path(f.out))
     print(report.summary(result))
     print(json.dumps({"written": str(Path(f.out) / "miniature.md")}))
 

@@ -185,7 +185,7 @@ def markdown(result: Row) -> str:
         "one ratio keep the same bytes.",
     ]
     for context in CONTEXTS:
-        titles = {r: f"x{r}" for r in ASKED}
+        titles: dict[Any, str] = {r: f"x{r}" for r in ASKED}
         if context[0] == CONTEXT:
             titles[MIXED] = "a ratio per window"
         title = f"{context[1]} pairs in {context[0]} tokens"
