@@ -65,9 +65,9 @@ class Settings:
 
     Attributes:
       scale: of the numbers of steps; a run of a few steps shows that all works.
-      base_steps: of the base's last stage, texts as long as those of the beacons. Recall
-        is there after 200, but symbols still cost 3.5 nats of the 1.4 they have to, and
-        beacons then learn what the base has not.
+      base_steps: of the base's last stage, texts as long as those of the beacons.
+        Recall is there after 200, but symbols still cost 3.5 nats of the 1.4 they have
+        to, and beacons then learn what the base has not.
       beacon_steps: of every way to compress.
       base_batch, batch: rows of a step.
       lr: Adam's, at its peak.
