@@ -84,7 +84,7 @@ def overview(metrics: Sequence[Mapping[str, Any]]) -> str:
                     f"{_by_task(losses)}\n"
                 )
     names = {split_name(m["method"])[0] for m in metrics}
-    text = "Methods with a ratio keep as many slots as beacons of it (text: at most)"
+    text = "Methods with a ratio keep the bytes of beacons of it (text: at most)"
     text += ", beacon_int8 smaller ones." if "beacon_int8" in names else "."
     if "snapkv_aware" in names:
         text += " snapkv_aware alone sees what follows the past before it chooses."

@@ -38,7 +38,8 @@ from beacon_jax.model.rotary import cos_sin, rotate
 
 # Reference queries of a text, per head, and steps of the non-negative least squares.
 QUERIES, STEPS = 1024, 64
-# How much a value is drawn to its token's own, and how often a slot counts.
+# How much a value is drawn to its token's own, and how often a slot counts. 0.1 and 1
+# are as good (.859 and .858 of the gap of eight texts at x8), 0.01 is worse (.851).
 DRAWN, LEAST, MOST = 1.0, 1e-3, 1e3
 
 
