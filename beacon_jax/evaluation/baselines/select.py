@@ -19,7 +19,7 @@ from beacon_jax.inference.mount import closed
 
 
 class Budgeted(Method):
-    """A method that keeps as many slots as fit into the bytes of its ratio's beacons."""
+    """A method that keeps what fits into the bytes of its ratio's beacons."""
 
     per_ratio = True
     biased = False  # whether slots have a bias besides
