@@ -35,8 +35,8 @@ class Method:
       family: what --methods calls it.
       per_ratio: whether the family has a ratio, and so a budget of bytes.
       question_aware: whether it sees what follows the past before it decides.
-      exact: whether it keeps as many slots as fit into the bytes of its ratio's beacons;
-        False: no more bytes than them (a text may become shorter than it had to).
+      exact: whether it keeps as many slots as fit into the bytes of beacons of its
+        ratio; False: it may keep fewer (a text may become shorter than it had to).
       name: unique, as in tables and file names.
       ratio: raw tokens per kept slot; "adapt" until `resolve`; None if the family has
         no ratio.
