@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from beacon_jax.inference.compressors.summary import Summary
 from safetensors.numpy import save_file
 
 from beacon_jax.data import prepare as preparing
@@ -175,10 +174,7 @@ def make_adapter(root: Path) -> None:
 def make_retention(root: Path) -> None:
     rng = np.random.default_rng(0)
     some = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    scores = some(2, 2, 8), 0.5, 0.25, some(2, 8)
-    Retention(*scores).save(root / "scores")
-    summary = Summary(some(2, 2, 17, 4), some(2, 2, 4, 16))
-    Retention(*scores, summary).save(root / "summary")
+    Retention(some(2, 2, 8), 0.5, 0.25, some(2, 8)).save(root / "scores")
 
 
 def make_gguf(root: Path) -> None:

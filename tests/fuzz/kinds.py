@@ -165,7 +165,6 @@ def _scores(folder: Path, out: Path) -> str | None:
     made = find(f"retention:{folder}")
     assert isinstance(made, Retention)
     numbers = (made.weights, made.sample, made.bias, made.threshold)
-    numbers += tuple(x.astype(np.float32) for x in made.summary or ())
     finite = all(np.isfinite(x).all() for x in numbers)
     return None if finite else "values that are no numbers would be used"
 
