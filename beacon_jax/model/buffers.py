@@ -163,7 +163,7 @@ def specs(buffer: Any, partition: Partition) -> Any:
         places = {
             name: partition.spec(axes, part.shape)
             for name, axes in PARTS.items()
-            if (part := getattr(buffer, name)) is not None
+            if (part := getattr(buffer, name, None)) is not None
         }
         return buffer.replace(**places)
     return partition.spec(ARRAY[-buffer.ndim :], buffer.shape)

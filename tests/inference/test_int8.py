@@ -15,6 +15,7 @@ import beacon_jax
 from beacon_jax.core.feed import feed
 from beacon_jax.core.memory import init_memory
 from beacon_jax.inference.memory import Memory
+from beacon_jax.model.buffers import entries_of
 from beacon_jax.model.quantize import dequantize
 from beacon_jax.model.rotary import inverse_frequencies
 
@@ -164,16 +165,20 @@ def test_packs_and_mounting(model, tmp_path):
     close(mounted, Memory.concatenate(float_ones))
 
 
-@pytest.mark.slow
-def test_split_over_devices(make_folder):
+@pytest.mark.parametrize("method", [None, "attention-matching"])
+def test_split_over_devices(method, make_folder):
     shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258}
     folder = make_folder(**shape)
-    options = {"ratio": 2, "max_new_tokens": 8, **INT8}
-    ours = beacon_jax.load(folder, mesh="tensor:2").complete(TEXT, **options)
-    theirs = beacon_jax.load(folder).complete(TEXT, **options)
+    options = {"context": TEXT, "ratio": 2, "max_new_tokens": 8, "method": method}
+    options |= INT8
+    ours = beacon_jax.load(folder, mesh="tensor:2").complete("Who?", **options)
+    theirs = beacon_jax.load(folder).complete("Who?", **options)
     assert ours.tokens.tolist() == theirs.tokens.tolist()
-    shard = ours.memory.state.k.values.sharding.shard_shape
-    assert shard(ours.memory.state.k.values.shape)[3] == 1
+    values = entries_of(ours.memory.state.k).values
+    assert values.sharding.shard_shape(values.shape)[3] == 1
+    if ours.memory.state.biased:
+        bias = ours.memory.state.k.bias
+        assert bias.sharding.shard_shape(bias.shape)[2] == 1
 
 
 @pytest.mark.parametrize(
