@@ -153,20 +153,15 @@ def trimmed(buffer: Buffer, slots: int) -> Buffer:
 
 def specs(buffer: Any, partition: Partition) -> Any:
     """Returns how a buffer is split over devices; also one layer of it as floats."""
-    if isinstance(buffer, Biased):
-        axes = PARTS["bias"][-buffer.bias.ndim :]
-        return buffer.replace(
-            entries=specs(buffer.entries, partition),
-            bias=partition.spec(axes, buffer.bias.shape),
-        )
-    if isinstance(buffer, Quantized):
-        places = {
-            name: partition.spec(axes, part.shape)
-            for name, axes in PARTS.items()
-            if (part := getattr(buffer, name, None)) is not None
-        }
-        return buffer.replace(**places)
-    return partition.spec(ARRAY[-buffer.ndim :], buffer.shape)
+    if not isinstance(buffer, Biased | Quantized):
+        return partition.spec(ARRAY[-buffer.ndim :], buffer.shape)
+    places = {}
+    for name, part in vars(buffer).items():
+        if isinstance(part, Quantized):
+            places[name] = specs(part, partition)
+        elif part is not None:
+            places[name] = partition.spec(PARTS[name][-part.ndim :], part.shape)
+    return buffer.replace(**places)
 
 
 # --- what a window or a decoded token does to one layer --------------------------
@@ -376,14 +371,12 @@ def choose(which: Bool[Array, "B n"], a: Buffer, b: Buffer) -> Buffer:
 
 def copy_in(buffer: Buffer, new: Buffer, start: Int[Array, " B"]) -> Buffer:
     """Writes all slots of `new` at start[row], bit by bit."""
-    put_scale = functools.partial(write_rows, start=start, slots=1)
     buffer, new = alike(buffer, new)
     if isinstance(buffer, Biased) and isinstance(new, Biased):
-        return Biased(
-            copy_in(buffer.entries, new.entries, start),
-            jax.vmap(put_scale)(buffer.bias, new.bias),
-        )
+        entries = copy_in(buffer.entries, new.entries, start)
+        return put_bias(buffer.replace(entries=entries), new.bias, start)
     if isinstance(buffer, Quantized) and isinstance(new, Quantized):
+        put_scale = functools.partial(write_rows, start=start, slots=1)
         return buffer.replace(
             values=put_all_layers(buffer.values, new.values, start),
             scale=jax.vmap(put_scale)(buffer.scale, new.scale),

@@ -22,7 +22,11 @@ class Budgeted(Method):
     """A method that keeps what fits into the bytes of its ratio's beacons."""
 
     per_ratio = True
-    biased = False  # whether slots have a bias besides
+
+    @property
+    def biased(self) -> bool:
+        """Whether slots have a bias besides."""
+        return False
 
     def budget(self, model: Model, past: Rows) -> Int[np.ndarray, " B"]:
         """Counts the slots that each row may keep.

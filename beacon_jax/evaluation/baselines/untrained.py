@@ -33,6 +33,11 @@ class Untrained(Budgeted):
 
     compressor: Callable[[], compressors.Compressor]
 
+    @property
+    def biased(self) -> bool:
+        """Whether slots have a bias besides."""
+        return self.compressor().biased
+
     def remember(self, model: Model, past: Rows, following: Rows) -> Memory:
         memory = read(model, past, self.longest, self.prefill)
         piece, method = self.piece(model, past, memory), self.compressor()
@@ -75,7 +80,7 @@ class KVzip(Untrained):
 class Retention(Untrained):
     """Keeps facts by the score in a folder: --methods=retention:FOLDER."""
 
-    family, takes_recent, biased = "retention", True, True
+    family, takes_recent = "retention", True
 
     def __init__(self, folder: str, ratio: int | str | None = None):
         super().__init__(ratio)
@@ -86,7 +91,6 @@ class Retention(Untrained):
 class AttentionMatching(Untrained):
     family, takes_recent = "attention-matching", True
     compressor = compressors.AttentionMatching
-    biased = True
 
 
 class MeanPool(Untrained):

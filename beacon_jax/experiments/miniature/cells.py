@@ -80,15 +80,15 @@ def measure(seed: int, settings: Settings, params: Tree, trained: Tree) -> list[
       trained: what each name of BEACONS and SOFT has learnt.
     """
     made = []
+    models = {
+        name: model_of(params, trained[name], placement)
+        for name, (placement, _) in BEACONS.items()
+    }
     for number, (context, pairs) in enumerate(CONTEXTS):
         kind = Recall(context, pairs, pairs, min(settings.questions, pairs))
         rng = data.generator(seed, data.EVALUATION, number)
         texts = kind.draw(rng, settings.sequences)
         cell = functools.partial(_cell, context, pairs)
-        models = {
-            name: model_of(params, trained[name], placement)
-            for name, (placement, _) in BEACONS.items()
-        }
         for name in PLAIN_METHODS:
             family = FAMILIES[name]
             for ratio in ASKED if family.per_ratio else (None,):

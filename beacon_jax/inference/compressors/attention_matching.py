@@ -24,11 +24,10 @@ from jaxtyping import Array, Bool, Float, Int
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.inference.compressors.base import Compressor
 from beacon_jax.inference.compressors.piece import (
-    Kept,
     Made,
     Piece,
-    attention,
     floats,
+    highest,
     keep,
     rotated,
     write,
@@ -43,16 +42,41 @@ QUERIES, STEPS = 1024, 64
 DRAWN, LEAST, MOST = 1.0, 1e-3, 1e3
 
 
-class Matched(NamedTuple):
-    """What `matched` makes of kept tokens.
+class Seen(NamedTuple):
+    """Reference queries of a piece, and what they get from all of its tokens.
+
+    R tokens are asked, so M = G R queries per kv head, the tokens of a query head
+    behind each other.
 
     Attributes:
-      v: values.
-      bias: of the slots.
+      queries: not rotated.
+      real: tokens that count.
+      votes: root mean square of the attention that each slot gets, times a constant.
+      total: log of a query's sum of exponentials.
+      out: a query's result.
     """
 
-    v: Float[Array, "L B n K H"]
-    bias: Float[Array, "L B K n"]
+    queries: Float[Array, "L B R N H"]
+    real: Bool[Array, "B R"]
+    votes: Float[Array, "L B K S"]
+    total: Float[Array, "L B K M"]
+    out: Float[Array, "L B K M H"]
+
+
+class Kept(NamedTuple):
+    """Which tokens of a piece stay.
+
+    Attributes:
+      index: slots that stay in each row, rising; those from `start` on are the piece's.
+      start: the piece's first slot.
+      count: of the piece, how many stay.
+      exact: slots that stay as they are, whatever is made of the others.
+    """
+
+    index: Int[Array, "L B S K"]
+    start: Int[Array, " B"]
+    count: Int[Array, " B"]
+    exact: Bool[Array, "L B K S"]
 
 
 class AttentionMatching(Compressor):
@@ -71,107 +95,111 @@ class AttentionMatching(Compressor):
         step = max(-(-windows * size // QUERIES), 1)
         found = [(q[:, :, ::step], real[:, ::step]) for q, _, real in piece.windows()]
         queries, real = zip(*found, strict=True)
-        return jnp.concatenate(queries, 2), jnp.asarray(np.concatenate(real, 1))
+        queries, real = jnp.concatenate(queries, 2), np.concatenate(real, 1)
+        stop = jnp.asarray(piece.stop, jnp.int32)
+        return asked(piece.net, piece.state, queries, real, stop, piece.inside)
 
     def score(
-        self, piece: Piece, seen: Any, count: Int[Array, " B"]
+        self, piece: Piece, seen: Seen, count: Int[Array, " B"]
     ) -> Float[Array, "L B K S"]:
-        stop = jnp.asarray(piece.stop, jnp.int32)
-        return attended(piece.net, piece.state, *seen, stop, jnp.asarray(piece.inside))
+        return seen.votes
 
     def make(
         self,
         piece: Piece,
-        seen: Any,
+        seen: Seen,
         scores: Float[Array, "L B K S"],
         count: Int[Array, " B"],
     ) -> MemoryState:
-        w = piece.state.window
+        w, start = piece.state.window, jnp.asarray(piece.start, jnp.int32)
         size = -(-int(np.max(count)) // w) * w  # whole windows: few programs
-        kept = Kept.of(piece, scores, count)
-        found = matched(piece.net, piece.state, *seen, kept, size)
-        made = Made(None, found.v, found.bias)  # keys stay as they are
+        index = highest(scores, start + count)
+        kept = Kept(index, start, count, jnp.isinf(scores))
+        made = matched(piece.net, piece.state, seen, kept, size)
         live = jnp.asarray(np.asarray(count) < piece.lengths)
-        state = keep(piece.net, piece.state, kept.index, kept.start + count)
-        return write(piece.net, state, made, kept.start, count, live)
+        state = keep(piece.net, piece.state, index, start + count)
+        return write(piece.net, state, made, start, count, live)
 
 
-def places(
-    queries: Float[Array, "L B R N H"], at: Int[Array, " B"], window: int
-) -> Int[Array, "B R"]:
-    """Spreads reference queries over the window from slot at[row] on."""
-    return at[:, None] + jnp.arange(queries.shape[2]) % window
+def placed(
+    net: Net, window: int, queries: Float[Array, "B R N H"], at: Int[Array, " B"]
+) -> Float[Array, "B K M H"]:
+    """Rotates queries as if they stood in the window from slot at[row] on."""
+    place = at[:, None] + jnp.arange(queries.shape[1]) % window
+    turned = rotated(net, queries, place).astype(jnp.float32)
+    shape = len(at), net.config.num_kv_heads, -1, queries.shape[-1]
+    return jnp.moveaxis(turned, 2, 1).reshape(shape)
 
 
 @functools.partial(jax.jit, static_argnames="net")
-def attended(
+def asked(
     net: Net,
     state: MemoryState,
     queries: Float[Array, "L B R N H"],
     real: Bool[Array, "B R"],
     stop: Int[Array, " B"],
     inside: Bool[Array, "B S"],
-) -> Float[Array, "L B K S"]:
-    """Computes the root mean square of the attention that slots `inside` get.
+) -> Seen:
+    """Attends to the slots `inside` from behind `stop`; every query sees all of them.
 
     Args:
-      queries: not rotated; they see all of these slots, from behind `stop`.
-      real: queries that count.
+      queries: not rotated.
+      real: tokens that count.
     """
-    at = places(queries, stop, state.window)
-    visible = inside[:, None] & real[..., None]
+
+    def row(x):
+        keys, values, q, real, inside = x
+        scores = jnp.einsum("KMH,SKH->KMS", q, keys) * q.shape[-1] ** -0.5
+        scores = jnp.where(inside, scores, -jnp.inf)
+        total = jax.nn.logsumexp(scores, axis=-1)
+        counts = jnp.tile(real, q.shape[1] // len(real))[:, None]
+        weights = jnp.where(counts, jnp.exp(scores - total[..., None]), 0.0)
+        live = jnp.where(inside[:, None, None], values, 0.0)
+        out = jnp.einsum("KMS,SKH->KMH", weights, live)
+        return jnp.sqrt((weights**2).sum(1)), total, out
 
     def one(x):
         layer, q = x
-        weights = attention(net, state, layer, rotated(net, q, at), visible)
-        return jnp.sqrt((weights**2).sum((2, 3)))
+        keys, values = (floats(net, x, layer) for x in (state.k, state.v))
+        q = placed(net, state.window, q, stop)
+        return jax.lax.map(row, (keys, values, q, real, inside))
 
-    return jax.lax.map(one, (jnp.arange(len(queries)), queries))
+    found = jax.lax.map(one, (jnp.arange(len(queries)), queries))
+    return Seen(queries, real, *found)
 
 
 @functools.partial(jax.jit, static_argnames=("net", "size"))
-def matched(
-    net: Net,
-    state: MemoryState,
-    queries: Float[Array, "L B R N H"],
-    real: Bool[Array, "B R"],
-    kept: Kept,
-    size: int,
-) -> Matched:
-    """Computes values and biases of the kept slots of a piece.
+def matched(net: Net, state: MemoryState, seen: Seen, kept: Kept, size: int) -> Made:
+    """Computes values and biases of the kept slots of a piece; keys stay as they are.
 
     Args:
-      queries, real: as those of `attended`.
       size: n, at least `kept.count`; what stands beyond that has no meaning.
     """
-    heads, inside, where = net.config.num_kv_heads, kept.inside(), kept.places(size)
-    live = jnp.arange(size) < kept.count[:, None]
-    old = places(queries, kept.stop, state.window)
-    new = places(queries, kept.start + kept.count, state.window)
-    by_head = lambda x: jnp.moveaxis(x, 2, 1)  # [B, n, K, ...] -> [B, K, n, ...]
-
-    def grouped(q, at):  # [B, R, N, H] -> [B, K, G R, H]
-        q = jnp.moveaxis(rotated(net, q, at).astype(jnp.float32), 2, 1)
-        return q.reshape(q.shape[0], heads, -1, q.shape[-1])
+    nth = jnp.arange(size)
+    live = nth < kept.count[:, None]
+    where = jnp.minimum(kept.start[:, None] + nth, kept.index.shape[2] - 1)
+    stop = kept.start + kept.count
 
     def one(x):
-        layer, q = x
-        keys, values = floats(net, state.k, layer), floats(net, state.v, layer)
+        layer, q, total, out = x
         index = jnp.take_along_axis(kept.index[layer], where[..., None], axis=1)
-        take = lambda x: by_head(jnp.take_along_axis(x, index[..., None], axis=1))
         cos, sin = cos_sin(net.config, where[..., None] - index, scaled=False)
-        cos, sin = by_head(cos[..., 0, :]), by_head(sin[..., 0, :])
-        at = by_head(index[..., None])[..., 0]  # [B, K, n]
-        tokens = Tokens(by_head(keys), by_head(values), grouped(q, old))
-        exact = jnp.take_along_axis(kept.exact[layer], at, axis=2)
-        few = Tokens(rotate(take(keys), cos, sin), take(values), grouped(q, new))
+        keys, values = (
+            jnp.take_along_axis(floats(net, x, layer), index[..., None], axis=1)
+            for x in (state.k, state.v)
+        )
+        keys = rotate(keys, cos[..., 0, :], sin[..., 0, :])
+        by_head = lambda x: jnp.moveaxis(x, 2, 1)  # [B, n, K, ...] -> [B, K, n, ...]
+        exact = jnp.take_along_axis(kept.exact[layer], by_head(index), axis=2)
+        few = Tokens(by_head(keys), by_head(values), placed(net, state.window, q, stop))
+        heads = jax.vmap(match, (0, 0, 0, 0, None, None))
         return jax.lax.map(
-            lambda x: jax.vmap(match, (0, 0, 0, None, None, None))(*x),
-            (tokens, few, exact, inside, live, real),
+            lambda x: heads(*x), (few, total, out, exact, live, seen.real)
         )
 
-    values, bias = jax.lax.map(one, (jnp.arange(len(queries)), queries))
-    return Matched(jnp.moveaxis(values, 2, 3), bias)
+    layers = jnp.arange(len(seen.queries))
+    values, bias = jax.lax.map(one, (layers, seen.queries, seen.total, seen.out))
+    return Made(None, jnp.moveaxis(values, 2, 3), bias)
 
 
 class Tokens(NamedTuple):
@@ -183,28 +211,25 @@ class Tokens(NamedTuple):
 
 
 def match(
-    tokens: Tokens,
     few: Tokens,
+    total: Float[Array, " M"],
+    wanted: Float[Array, "M H"],
     exact: Bool[Array, " n"],
-    inside: Bool[Array, " S"],
     live: Bool[Array, " n"],
     real: Bool[Array, " R"],
 ) -> tuple[Float[Array, "n H"], Float[Array, " n"]]:
     """Computes values and biases of one head's kept slots.
 
     Args:
-      tokens: all of them; `inside` are those that are matched.
-      few: the kept ones; `live` are those that are in use.
+      few: the kept tokens; `live` are those that are in use.
+      total, wanted: of each query, from all tokens (`Seen`).
       exact: kept ones that stay as they are.
-      real: queries of a head that count.
+      real: tokens whose queries count.
     """
-    scale = few.k.shape[-1] ** -0.5
     counts = jnp.tile(real, len(few.q) // len(real))[:, None]
-    scores = jnp.where(inside, scale * tokens.q @ tokens.k.T, -jnp.inf)
-    total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    wanted = jnp.exp(scores - total) @ jnp.where(inside[:, None], tokens.v, 0.0)
     # Of each query, the share of all exponentials that a kept slot has alone.
-    scores = jnp.where(live, scale * few.q @ few.k.T - total, -jnp.inf)
+    scores = few.k.shape[-1] ** -0.5 * few.q @ few.k.T - total[:, None]
+    scores = jnp.where(live, scores, -jnp.inf)
     share = jnp.where(counts, jnp.exp(jnp.minimum(scores, jnp.log(MOST))), 0.0)
     bias = jnp.log(jnp.where(exact, 1.0, counted(share, exact)))
     weights = jnp.where(counts, jax.nn.softmax(scores + bias, axis=-1), 0.0)

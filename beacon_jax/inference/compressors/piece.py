@@ -108,42 +108,6 @@ class Piece:
             yield found, at, at < self.stop[:, None]
 
 
-class Kept(NamedTuple):
-    """Which tokens of a piece stay.
-
-    Attributes:
-      index: slots that stay in each row, rising; those from `start` on are the piece's.
-      start, stop: the piece's first slot, and the one behind it.
-      count: of the piece, how many stay.
-      exact: slots that stay as they are, whatever is made of the others.
-    """
-
-    index: Int[Array, "L B S K"]
-    start: Int[Array, " B"]
-    stop: Int[Array, " B"]
-    count: Int[Array, " B"]
-    exact: Bool[Array, "L B K S"]
-
-    @classmethod
-    def of(
-        cls, piece: Piece, scores: Float[Array, "L B K S"], count: Int[Array, " B"]
-    ) -> "Kept":
-        """Chooses by scores: the highest stay, infinite ones exactly."""
-        start, stop = (jnp.asarray(x, jnp.int32) for x in (piece.start, piece.stop))
-        index = highest(scores, start + count)
-        return cls(index, start, stop, count, jnp.isinf(scores))
-
-    def places(self, size: int) -> Int[Array, "B n"]:
-        """Lists the first `size` places of the piece's among those in `index`."""
-        at = self.start[:, None] + jnp.arange(size)
-        return jnp.minimum(at, self.index.shape[2] - 1)
-
-    def inside(self) -> Bool[Array, "B S"]:
-        """Tells which slots are the piece's."""
-        slot = jnp.arange(self.index.shape[2])
-        return (slot >= self.start[:, None]) & (slot < self.stop[:, None])
-
-
 @functools.partial(jax.jit, static_argnames="net")
 def run(
     net: Net,
@@ -289,10 +253,25 @@ def _kept(buffer: Buffer, index: Any, turn: Any, still: Any) -> Buffer:
     )
 
 
+class Made(NamedTuple):
+    """Entries that a compressor made.
+
+    Attributes:
+      k: not rotated, but with the magnitude of rotated keys; None: those that lie there
+        stay.
+      v: values.
+      bias: of the slots; None: they have none.
+    """
+
+    k: Float[Array, "L B n K H"] | None
+    v: Float[Array, "L B n K H"]
+    bias: Float[Array, "L B K n"] | None = None
+
+
 def write(
     net: Net,
     state: MemoryState,
-    made: "Made",
+    made: Made,
     start: Int[Array, " B"],
     count: Int[Array, " B"],
     live: Bool[Array, " B"],
@@ -309,21 +288,6 @@ def write(
     last = int(np.max(np.where(live, start, 0), initial=0))
     state = state.resized(last + made.v.shape[2])
     return _write(net, state, made, start, count, live).trimmed(size)
-
-
-class Made(NamedTuple):
-    """Entries that a compressor made.
-
-    Attributes:
-      k: not rotated, but with the magnitude of rotated keys; None: those that lie there
-        stay.
-      v: values.
-      bias: of the slots; None: they have none.
-    """
-
-    k: Float[Array, "L B n K H"] | None
-    v: Float[Array, "L B n K H"]
-    bias: Float[Array, "L B K n"] | None = None
 
 
 @functools.partial(jax.jit, static_argnames="net", donate_argnames="state")

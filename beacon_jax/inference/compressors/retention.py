@@ -134,8 +134,8 @@ class Retention(AttentionMatching):
         weights = jnp.asarray(self.weights)
         found = likely(piece.net, piece.state.v, weights) + self.bias
         facts = chosen(found, jnp.asarray(piece.inside), self.threshold, count)
-        attended = super().score(piece, seen, count)
-        return jnp.where(facts[None, :, None], FORCED, attended)
+        votes = super().score(piece, seen, count)
+        return jnp.where(facts[None, :, None], FORCED, votes)
 
     def make(
         self,
