@@ -108,8 +108,8 @@ def dtype_name(buffer: Buffer) -> str:
     return "int8" if isinstance(entries, Quantized) else entries.dtype.name
 
 
-def slot_nbytes(buffer: Buffer) -> int:
-    """Counts the bytes of one slot of one row, all layers."""
+def slot_nbytes(buffer: Buffer | np.ndarray) -> int:
+    """Counts the bytes of one slot of one row, all layers; also of one on the host."""
     if isinstance(buffer, Biased):
         layers, _, heads, _ = buffer.bias.shape
         size = buffer.bias.dtype.itemsize

@@ -38,9 +38,25 @@ def connect(service: Service, seconds: float = 20) -> socket.socket:
     return socket.create_connection((at.hostname, at.port), seconds)
 
 
-def read(connection: socket.socket, method: str = "POST") -> Answer:
+class Reader:
+    """Reads one answer after the other from a connection."""
+
+    def __init__(self, connection: socket.socket):
+        self._file = connection.makefile("rb")
+
+    def makefile(self, mode: str) -> "Reader":
+        """Returns what an answer is read from, which its end does not close."""
+        return self
+
+    def close(self) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def read(connection: socket.socket | Reader, method: str = "POST") -> Answer:
     """Reads one answer."""
-    response = http.client.HTTPResponse(connection, method=method)
+    response = http.client.HTTPResponse(connection, method=method)  # type: ignore[arg-type]
     try:
         response.begin()
         body = response.read()
@@ -80,7 +96,8 @@ def refused(answer: Answer, *words: str) -> str:
     assert set(error) == FIELDS, error
     message = error["message"]
     assert len(message) < 1500 and "Traceback" not in message, message
-    assert ":" in message or "," in message, f"no remedy: {message}"
+    remedy = [":", ",", " must be ", "use "]
+    assert any(x in message for x in remedy), f"no remedy: {message}"
     for word in words:
         assert word in message, f"{word!r} is not in {message!r}"
     return message
