@@ -60,7 +60,8 @@ class Biased(flax.struct.PyTreeNode):
         return self.entries.nbytes + self.bias.nbytes
 
 
-Buffer = Array | Quantized | Biased
+Plain = Array | np.ndarray  # the latter: of a memory that is on the host
+Buffer = Plain | Quantized | Biased
 Layer = Int[Array, ""] | int | None
 
 # Logical axes of an array, and of the parts of an int8 or biased buffer.
@@ -97,7 +98,7 @@ def alike(*found: Buffer) -> list[Buffer]:
     return [biased(x) for x in found] if some else list(found)
 
 
-def entries_of(buffer: Buffer) -> Array | Quantized:
+def entries_of(buffer: Buffer) -> Plain | Quantized:
     """Returns the buffer without its biases."""
     return buffer.entries if isinstance(buffer, Biased) else buffer
 
@@ -108,8 +109,8 @@ def dtype_name(buffer: Buffer) -> str:
     return "int8" if isinstance(entries, Quantized) else entries.dtype.name
 
 
-def slot_nbytes(buffer: Buffer | np.ndarray) -> int:
-    """Counts the bytes of one slot of one row, all layers; also of one on the host."""
+def slot_nbytes(buffer: Buffer) -> int:
+    """Counts the bytes of one slot of one row, all layers."""
     if isinstance(buffer, Biased):
         layers, _, heads, _ = buffer.bias.shape
         size = buffer.bias.dtype.itemsize

@@ -256,8 +256,8 @@ def _ask(
             f"{service.limits.tokens:,}.",
             "max_tokens",
         )
-    sampling = request.sampling()
-    make_sampling(**sampling)  # checks them
+    make_sampling(**request.sampling())  # checks them
+    sampling = request.fitting()
     if sampling.get("repetition_penalty", 1.0) != 1.0 and row.tokens is None:
         raise BadRequest(
             "repetition_penalty needs the tokens of the memory, which were not kept: "

@@ -118,6 +118,11 @@ class Sampled(Strict):
         warm = 1.0 if self.temperature is None else self.temperature
         return found | {"temperature": warm}
 
+    def fitting(self) -> dict[str, float]:
+        """Returns `sampling` with numbers that arrays of 32 bits can have."""
+        most = {"top_k": 2**31 - 1}
+        return {x: min(n, most.get(x, 1e38)) for x, n in self.sampling().items()}
+
     def stops(self) -> tuple[str, ...]:
         """Returns the strings that end an answer."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []

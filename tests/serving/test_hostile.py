@@ -120,7 +120,7 @@ def test_an_id_of_another_form_is_a_memory_that_is_not_there(server, name):
         assert b"root:" not in answer.body
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "mem-\0", "\ud800", 7, [], {}])
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "mem-\0", "x" * 5000, 7, [], {}])
 @pytest.mark.parametrize("field", ["memory", "model"])
 def test_a_field_that_names_something_else_is_refused(server, field, name):
     refused(ask(server, **{field: name}), field)
@@ -289,7 +289,7 @@ def test_what_two_readers_might_read_in_two_ways_is_read_in_one(server, shape):
 
 def test_garbage_is_refused_in_our_form(server):
     for sent in (b"\x00" * 100, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"GET /\r\n\r\n",
-                 b"GET / HTTP/9.9\r\n\r\n", b"GE\x00T / HTTP/1.1\r\nHost: x\r\n\r\n",
+                 b"GET /none HTTP/9.9\r\n\r\n", b"GE\x00T / HTTP/1.1\r\nHost: x\r\n\r\n",
                  b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\r\n" * 50_000,
                  b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000,
                  b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -506,9 +506,9 @@ def test_a_memory_is_made_or_its_wrong_field_is_named(server, field):
 
 def test_an_expression_that_takes_for_ever_is_given_up_while_others_answer(server):
     answers = []
-    text = "a" * 20_000 + "b"
+    text = "a" * 3000 + "b"
     slow = threading.Thread(
-        target=lambda: answers.append(remember(server, text=text[:3000], spans="(a+)+$"))
+        target=lambda: answers.append(remember(server, text=text, spans="(a+)+$"))
     )
     slow.start()
     begin = time.monotonic()
