@@ -421,11 +421,11 @@ class Engine:
 
     def _leave(self, number: int) -> None:
         """Frees a row."""
-        self._rows[number] = None
-        for name, values in self._sampling.items():  # no draws for the others' sake
-            values[number] = DEFAULTS[name]
         if self._batch is not None:
             self._batch = programs.release(self._batch, np.int32(number))
+        self._rows[number] = None  # last: an error finds it there (`_fail_all`)
+        for name, values in self._sampling.items():  # no draws for the others' sake
+            values[number] = DEFAULTS[name]
 
     def _not_finite(self, number: int) -> None:
         row = self._rows[number]

@@ -20,6 +20,7 @@ from beacon_jax.serving.errors import response
 from beacon_jax.serving.service import Service
 
 IDLE = 75  # seconds that a connection may stay open between two requests
+REFUSED = 64  # connections beyond the limit that are still told so
 FINISH = 30  # seconds for answers that have begun, when the server is to end
 
 
@@ -43,8 +44,9 @@ class Patient(H11Protocol):
         super().connection_made(transport)
         self._stall_timer: asyncio.TimerHandle | None = None
         self._expect_head(self.seconds)
-        if len(self.connections) > self.most:
-            next(iter(self.heads)).transport.abort()
+        oldest, more = next(iter(self.heads)), len(self.connections) - self.most
+        if more > REFUSED or (more > 0 and oldest is not self):
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_there()

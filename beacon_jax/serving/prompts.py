@@ -225,6 +225,8 @@ def _settings(
         )
     budget = request.max_slots is not None or request.max_bytes is not None
     ratio = request.ratio
+    if method in (None, "beacon"):
+        _check_ratio(service, ratio)
     if ratio is None and not budget and not row.length:
         ratio = limits.ratio
     given = {
@@ -283,11 +285,32 @@ def _ratio(
     service: Service, asked: int | str | None, row: History, length: int, new: int
 ) -> int:
     """Returns the ratio of the windows that a prompt and its answer begin."""
+    _check_ratio(service, asked)
     if asked is None and not row.length:
         asked = "auto"
     config = service.model.config
     plan = make_plan(config, asked, length=length, new_tokens=new, before=row)
     return int(plan.ratios[-1])
+
+
+def _check_ratio(service: Service, asked: int | str | list[int] | None) -> None:
+    """Raises BadRequest for a ratio that the beacons were not trained for.
+
+    A new one compiles all programs anew, and everybody waits for that.
+    """
+    beacon = service.model.config.beacon
+    if beacon is None or asked is None or isinstance(asked, str):
+        return
+    default = service.limits.ratio
+    known = {0, *beacon.ratios, *(default if isinstance(default, list) else [default])}
+    wrong = [x for x in (asked if isinstance(asked, list) else [asked]) if x not in known]
+    if wrong:
+        able = ", ".join(map(str, sorted(x for x in known if isinstance(x, int) and x)))
+        raise BadRequest(
+            f"ratio={short(str(asked))} is not one of this server: use {able}, 'auto' "
+            "or 'full'.",
+            "ratio",
+        )
 
 
 def _memory(service: Service, name: str | None) -> tuple[Memory | None, About | None]:

@@ -42,6 +42,7 @@ def served(
     thread.start()
     assert service.ready.wait(240), service.failed
     service.address = server.address  # type: ignore[attr-defined]
+    service.server = server  # type: ignore[attr-defined]
     try:
         yield service
     finally:
