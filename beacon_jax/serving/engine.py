@@ -189,6 +189,11 @@ class Engine:
             self._changed.notify()
         self._thread.join(seconds)
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread is still at work."""
+        return self._thread.is_alive()
+
     def state(self) -> dict[str, int]:
         """Counts requests: waiting, being read, and rows that answer."""
         return {

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 from collections.abc import AsyncIterator
 from types import FrameType
@@ -10,8 +11,8 @@ from typing import Any, ClassVar
 
 import h11
 import uvicorn
-from starlette.applications import Starlette
 from sse_starlette.sse import AppStatus
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from beacon_jax.interrupts import leave
@@ -131,12 +132,15 @@ class Server:
         app = make_app(service)
         app.router.lifespan_context = self._lifespan
         limits = service.limits
+        others = 128 + REFUSED  # files that are open besides
+        room = files(limits.connections + others) - others
+        most = max(min(limits.connections, room), 16)
         config = uvicorn.Config(
             app,
             http=type(
                 "Connection",
                 (Patient,),
-                {"seconds": limits.seconds, "most": limits.connections, "heads": {}},
+                {"seconds": limits.seconds, "most": most, "heads": {}},
             ),
             ws="none",
             log_level="warning",
@@ -191,6 +195,16 @@ def listen(host: str, port: int) -> socket.socket:
             "port, or an address of this machine."
         ) from None
     return opened
+
+
+def files(wanted: int) -> int:
+    """Lets the process open so many files, if it may; returns how many it can."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < more:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+        return more
+    return wanted
 
 
 def is_loopback(host: str) -> bool:

@@ -13,6 +13,7 @@ from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.packs import PackError
 from beacon_jax.inference.plan import make_plan
 from beacon_jax.inference.sampling import make_sampling
+from beacon_jax.inference.spans import search, tokens_of
 from beacon_jax.inference.template import encode_turns, turn_ends
 from beacon_jax.inference.validate import SEEDS
 from beacon_jax.names import meant, short
@@ -24,7 +25,7 @@ from beacon_jax.serving.protocol import (
     Message,
     Sampled,
 )
-from beacon_jax.serving.reading import Source, methods, ranges
+from beacon_jax.serving.reading import Source, methods
 from beacon_jax.serving.rows import Ask
 from beacon_jax.serving.service import Service
 from beacon_jax.serving.store import About
@@ -56,8 +57,8 @@ def check_model(service: Service, name: str | None) -> None:
     if name not in (None, service.name):
         hint = meant(name, [service.name])
         raise BadRequest(
-            f"model={short(repr(name))} is not served here: {hint}use {service.name!r}, or leave "
-            "model out.",
+            f"model={short(repr(name))} is not served here: {hint}use "
+            f"{service.name!r}, or leave model out.",
             "model",
         )
 
@@ -151,17 +152,16 @@ def source(
     row = memory.rows[0] if memory else History.empty()
     model, base, messages = service.model, None, None
     if request.text is not None:
+        text, spans, behind = request.text, request.spans, {"after": row.last}
+        # A search may take seconds, in which others encode.
+        found = search(spans, text) if isinstance(spans, str) and spans else None
         with service.encoding:
-            tokens = model.encode(
-                request.text, "text", first=not row.length, after=row.last
-            )
-            spans = ranges(
-                model,
-                request.spans,
-                request.text,
-                first=not row.length,
-                after=row.last,
-            )
+            tokens = model.encode(text, "text", first=not row.length, **behind)
+            if found is not None:
+                marked = tokens_of(
+                    found, text, model.tokenizer, first=not row.length, **behind
+                )
+                spans = marked.tolist()
     else:
         if request.spans is not None:
             raise BadRequest("spans mark parts of text, not of messages.", "spans")
@@ -214,13 +214,13 @@ def _turns(
 def _settings(
     service: Service, request: MemoryRequest, spans: Any, row: History
 ) -> dict[str, Any]:
-    """Returns the options of `Model.compress`, those of the server where none is given."""
+    """Returns the options of `Model.compress`; the server's where none is given."""
     limits, able = service.limits, methods(service.model)
     method = request.method or limits.method
     if request.method is not None and request.method not in (*able, limits.method):
         raise BadRequest(
-            f"method={short(repr(request.method))} is unknown: {meant(request.method, able)}use "
-            f"{', '.join(able)}.",
+            f"method={short(repr(request.method))} is unknown: "
+            f"{meant(request.method, able)}use {', '.join(able)}.",
             "method",
         )
     budget = request.max_slots is not None or request.max_bytes is not None
@@ -303,7 +303,9 @@ def _check_ratio(service: Service, asked: int | str | list[int] | None) -> None:
         return
     default = service.limits.ratio
     known = {0, *beacon.ratios, *(default if isinstance(default, list) else [default])}
-    wrong = [x for x in (asked if isinstance(asked, list) else [asked]) if x not in known]
+    wrong = [
+        x for x in (asked if isinstance(asked, list) else [asked]) if x not in known
+    ]
     if wrong:
         able = ", ".join(map(str, sorted(x for x in known if isinstance(x, int) and x)))
         raise BadRequest(

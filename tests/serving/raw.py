@@ -149,8 +149,7 @@ def still_serves(service: Service, eventually: Callable[..., None]) -> None:
     idle = {"waiting": 0, "reading": 0, "answering": 0}
     eventually(lambda: service.engine.state() == idle)
     eventually(lambda: not service.reading.jobs())
-    assert service.engine._thread.is_alive()
-    assert service.reading._thread.is_alive()
+    assert service.engine.running and service.reading.running
 
 
 def keyed(service: Service) -> tuple[str, ...]:

@@ -139,7 +139,9 @@ def test_what_is_appended_to_a_deleted_memory_is_refused(server, text):
     parent = remember(server, text).json["id"]
     first = remember(server, text * 3, background=True)  # the next has to wait
     with begun(server, f"{MEMORIES}/{parent}/append", text="more") as connection:
-        eventually(lambda: len(server.reading.jobs()) == 2 or parent not in server.store)
+        eventually(
+            lambda: len(server.reading.jobs()) == 2 or parent not in server.store
+        )
         assert delete(server, parent).status == 200
         answer = read(connection)
     assert answer.status in (201, 404), answer  # it was read before it was deleted
@@ -147,6 +149,21 @@ def test_what_is_appended_to_a_deleted_memory_is_refused(server, text):
     delete(server, first.json["id"])
     if answer.status == 201:
         delete(server, answer.json["id"])
+
+
+def _anything(server, name, kind):
+    """Does one of six things with a memory."""
+    if kind == 0:
+        return ask(server, memory=name, n=2)
+    if kind == 1:
+        return ask(server, memory=name, store=True)
+    if kind == 2:
+        return remember(server, "More.", f"/{name}/append")
+    if kind == 3:
+        return post(server, f"{MEMORIES}/{name}/fork", b"")
+    if kind == 4:
+        return delete(server, name)
+    return exchange(server, head("GET", MEMORIES), "GET")
 
 
 def test_all_at_once_make_ask_continue_and_delete_the_same_memories(server):
@@ -161,18 +178,8 @@ def test_all_at_once_make_ask_continue_and_delete_the_same_memories(server):
             if made.status not in (200, 201):
                 continue
             name = made.json["id"]
-            for answer in rng.sample(
-                [
-                    lambda: ask(server, memory=name, n=2),
-                    lambda: ask(server, memory=name, store=True),
-                    lambda: remember(server, "More.", f"/{name}/append"),
-                    lambda: post(server, f"{MEMORIES}/{name}/fork", b""),
-                    lambda: delete(server, name),
-                    lambda: exchange(server, head("GET", MEMORIES), "GET"),
-                ],
-                3,
-            ):
-                statuses.append(answer().status)
+            for kind in rng.sample(range(6), 3):
+                statuses.append(_anything(server, name, kind).status)
 
     with logged() as log, concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(one, range(8)))
@@ -267,7 +274,9 @@ def test_an_error_while_a_memory_is_made_is_told_and_the_next_is_made(
             raise RuntimeError("of the device")
         return whole(*given, **options)
 
-    monkeypatch.setattr(type(server.model), "compress", lambda _, *a, **k: broken(*a, **k))
+    monkeypatch.setattr(
+        type(server.model), "compress", lambda _, *a, **k: broken(*a, **k)
+    )
     with logged() as log:
         assert remember(server, text + "!").status == 500
         made = remember(server, text + "!")
@@ -311,8 +320,14 @@ def test_requests_leave_nothing_behind(server, text, times):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda number: _mixed(server, number, text), range(60)))
         still_serves(server, eventually)
-        before, arrays, threads = count(*kinds), len(jax.live_arrays()), threading.active_count()
-        list(pool.map(lambda number: _mixed(server, number, text), range(60, 60 + times)))
+        before, arrays, threads = (
+            count(*kinds),
+            len(jax.live_arrays()),
+            threading.active_count(),
+        )
+        list(
+            pool.map(lambda number: _mixed(server, number, text), range(60, 60 + times))
+        )
         still_serves(server, eventually)
     eventually(lambda: not server.server._server.server_state.tasks)
     assert server.store.held == 0 and not server.store._about
