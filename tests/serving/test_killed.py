@@ -235,15 +235,18 @@ def test_a_signal_lets_the_answers_end_and_the_server_after_them(tmp_path, numbe
         idle = httpx.Client(base_url=server.url)
         assert idle.get("/health").status_code == 200  # and is left open
         got = []
-        with server.client.stream("POST", COMPLETIONS, json=asked) as answer:
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),
+            server.client.stream("POST", COMPLETIONS, json=asked) as answer,
+        ):
             for line in answer.iter_lines():
                 if line.startswith("data: "):
                     got.append(line[6:])
-                if len(got) == 2:
-                    server.signal(number)
+                    if len(got) == 2:
+                        server.signal(number)
         begin = time.monotonic()
         code, said = server.end()
-        assert got[-1] == "[DONE]"
+        assert got[-1] == "[DONE]", (code, said, got[-1])
         texts = [json.loads(x)["choices"][0]["text"] for x in got[:-1]]
         assert "".join(texts) == whole
         assert code == 0, said
