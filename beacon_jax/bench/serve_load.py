@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import random
 import re
 import subprocess
@@ -378,6 +379,7 @@ def measured(
 
 def main(argv: list[str]) -> None:
     del argv
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     o = flags.FLAGS
     clients = min(o.clients, MOST_CLIENTS)
     seconds = min(o.seconds, MOST_SECONDS)

@@ -88,6 +88,7 @@ class Patient(H11Protocol):
         ):
             self.transport.write(self.conn.send(part))
         self.transport.close()
+        self._expect_head(self.seconds)  # to take this answer, in fact
 
     def _expect_head(self, seconds: float) -> None:
         self._head_is_there()

@@ -5,11 +5,12 @@ import http.client
 import json
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from beacon_jax.serving.service import Service
+from tests.serving.conftest import eventually
 
 FIELDS = {"message", "type", "param", "code"}  # of an error in OpenAI's form
 
@@ -139,7 +140,7 @@ def logged() -> Iterator[Log]:
             logger.removeHandler(log)
 
 
-def still_serves(service: Service, eventually: Callable[..., None]) -> None:
+def still_serves(service: Service) -> None:
     """Asserts that a server answers, and that nothing is left of other requests."""
     assert exchange(service, head("GET", "/health"), "GET").json == {"status": "ok"}
     asked = json.dumps({"prompt": "hello", "max_tokens": 2, "temperature": 0})
@@ -150,6 +151,16 @@ def still_serves(service: Service, eventually: Callable[..., None]) -> None:
     eventually(lambda: service.engine.state() == idle)
     eventually(lambda: not service.reading.jobs())
     assert service.engine.running and service.reading.running
+
+
+@contextlib.contextmanager
+def unharmed(*services: Service) -> Iterator[Log]:
+    """Asserts at the end of a block that servers are as they were, and no error logged."""
+    with logged() as log:
+        yield log
+        for service in services:
+            still_serves(service)
+    assert not log.bad, "\n".join(log.bad)
 
 
 def keyed(service: Service) -> tuple[str, ...]:

@@ -344,7 +344,7 @@ def test_a_folder_that_takes_no_more_is_an_error_and_no_death(
             store.unlink()  # it is made again
         made = post(service, MEMORIES, json.dumps({"text": text + "!"}).encode())
         assert made.status == 201, made
-        still_serves(service, eventually)
+        still_serves(service)
         assert not log.bad, log.bad[0]
         assert check_files(store, model) >= 1
 
@@ -382,5 +382,5 @@ def test_a_full_disk_is_an_error_until_there_is_room(model, small_disk, text):
             service.store.delete(name)
         body = json.dumps({"text": f"60 {text}"}).encode()
         assert post(service, MEMORIES, body).status == 201
-        still_serves(service, eventually)
+        still_serves(service)
         assert not log.bad, log.bad[0]
