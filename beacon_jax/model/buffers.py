@@ -61,6 +61,7 @@ class Biased(flax.struct.PyTreeNode):
 
 
 Buffer = Array | Quantized | Biased
+Held = Buffer | np.ndarray  # also on the host
 Layer = Int[Array, ""] | int | None
 
 # Logical axes of an array, and of the parts of an int8 or biased buffer.
@@ -97,25 +98,25 @@ def alike(*found: Buffer) -> list[Buffer]:
     return [biased(x) for x in found] if some else list(found)
 
 
-def entries_of(buffer: Buffer) -> Array | Quantized:
+def entries_of(buffer: Held) -> Array | np.ndarray | Quantized:
     """Returns the buffer without its biases."""
     return buffer.entries if isinstance(buffer, Biased) else buffer
 
 
-def dtype_name(buffer: Buffer) -> str:
+def dtype_name(buffer: Held) -> str:
     """Names the dtype that entries are stored in."""
     entries = entries_of(buffer)
     return "int8" if isinstance(entries, Quantized) else entries.dtype.name
 
 
-def slot_nbytes(buffer: Buffer) -> int:
+def slot_nbytes(buffer: Held) -> int:
     """Counts the bytes of one slot of one row, all layers."""
     if isinstance(buffer, Biased):
         layers, _, heads, _ = buffer.bias.shape
         size = buffer.bias.dtype.itemsize
         return slot_nbytes(buffer.entries) + layers * heads * size
     _, rows, slots, *_ = buffer.shape
-    parts = [buffer]
+    parts: list[Any] = [buffer]
     if isinstance(buffer, Quantized):
         parts = [buffer.values, buffer.scale]
     nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in parts)

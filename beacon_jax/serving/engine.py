@@ -265,7 +265,7 @@ class Engine:
 
     def _read_window(self) -> None:
         """Feeds the prompt whose turn it is up to the end of its window."""
-        prompt = self._prompts.popleft()
+        prompt = self._prompts[0]
         ask, w = prompt.ticket.ask, self.law.window
         opened = (ask.before.raw + prompt.done) % w
         end = min(prompt.done + w - opened, len(prompt.tokens))
@@ -286,6 +286,7 @@ class Engine:
             prompt.likely.append(Likely(*(np.asarray(x[0])[:count] for x in out.likely)))
         self._observer.read(end - prompt.done)
         prompt.done = end
+        self._prompts.popleft()  # only now: an error fails what is in a queue
         if end < len(prompt.tokens):
             self._prompts.append(prompt)
             return
@@ -308,10 +309,10 @@ class Engine:
         """Gives free rows to prompts that have been read."""
         while self._ready and (free := np.flatnonzero(~self._active())).size:
             prompt = self._ready[0]
-            choice, row = prompt.left.pop(0), int(free[0])
+            self._insert(prompt, prompt.left[0], int(free[0]))
+            prompt.left.pop(0)
             if not prompt.left:
                 self._ready.popleft()
-            self._insert(prompt, choice, row)
 
     def _insert(self, prompt: Prompt, choice: int, row: int) -> None:
         model, ask = self.model, prompt.ticket.ask
