@@ -19,6 +19,7 @@ from beacon_jax.names import meant
 COMMANDS = {
     "generate": "Generate text after a context, compressed by a ratio.",
     "compress": "Compress a text into a beacon pack, to ask questions later.",
+    "serve": "Serve a model: contexts compressed once, asked by many.",
     "train": "Train beacons on a frozen model, or a small model from scratch.",
     "retain": "Fit what of a text has to be kept, in minutes, for any model.",
     "prepare": "Tokenise training text and conversations once.",

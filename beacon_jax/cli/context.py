@@ -32,16 +32,7 @@ METHODS = (
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of both commands: model, texts and how they are compressed."""
-    f = Group(values, "Model")
-    f.text(
-        "model",
-        None,
-        "HF or converted folder, GGUF, tiny-beacon.",
-        required=True,
-    )
-    define_beacons(f)
-    f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Else as stored.")
-    f.text("mesh", None, "Devices to split over: tensor:8.")
+    define_model(values)
     f = Group(values, "Text")
     f.texts("context", None, "Text file, - is stdin; repeated: read as one text.")
     f.text("encoding", None, "Of text files that are not UTF-8: gb18030, utf-16.")
@@ -60,6 +51,20 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.number("seed", 0, "Of sampling and of a random ratio mix.", lower_bound=0)
     f = Group(values, "Output")
     f.switch("overwrite", False, "Replace the file that is written.")
+
+
+def define_model(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of a model that is loaded."""
+    f = Group(values, "Model")
+    f.text(
+        "model",
+        None,
+        "HF or converted folder, GGUF, tiny-beacon.",
+        required=True,
+    )
+    define_beacons(f)
+    f.choice("dtype", None, ["float32", "bfloat16", "float16"], "Else as stored.")
+    f.text("mesh", None, "Devices to split over: tensor:8.")
 
 
 def define_beacons(f: Group) -> None:

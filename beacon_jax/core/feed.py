@@ -12,13 +12,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core import plan
 from beacon_jax.core.law import Law
-from beacon_jax.core.loss import IGNORE, token_losses, token_scores
+from beacon_jax.core.loss import (
+    IGNORE,
+    Likely,
+    token_likely,
+    token_losses,
+    token_scores,
+)
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.step import NOOP, append, lookup, window_branches
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
 from beacon_jax.runtime import launched
+
+
+_OF_LABELS = ("loss", "score", "likely")  # outputs that need labels
 
 
 class FeedOutput(NamedTuple):
@@ -28,12 +37,14 @@ class FeedOutput(NamedTuple):
       last_logits: after each row's last new token.
       logits, token_loss: of each new token; None unless asked for.
       greedy: whether the label is the most likely token; None unless asked for.
+      likely: how likely labels and other tokens are; None unless asked for.
     """
 
     last_logits: Float[Array, "B V"]
     logits: Float[Array, "B T V"] | None
     token_loss: Float[Array, "B T"] | None
     greedy: Bool[Array, "B T"] | None = None
+    likely: Likely | None = None
 
 
 class Pieces(NamedTuple):
@@ -76,8 +87,8 @@ def feed(
       ratios: ratio of each window of the sequence by its absolute number, one plan for
         all rows or one per row (equal in every step of this call); the last one goes
         on. An open window keeps its own.
-      outputs: "last", "logits" (all new tokens), "loss" (needs labels, shifted) or
-        "score", loss and greedy at few labels behind a long text.
+      outputs: "last", "logits" (all new tokens), "loss" (needs labels, shifted),
+        "score", loss and greedy at few labels behind a long text, or "likely".
       close: False leaves a last window that is exactly full open, uncompressed.
       donate: the memory passed in is not needed again: its buffer is written in place.
       pieces: several scans in place of one.
@@ -89,7 +100,7 @@ def feed(
         last full windows raw.
     """
     w, (rows, total) = memory.window, tokens.shape
-    if outputs in ("loss", "score") and labels is None:
+    if outputs in _OF_LABELS and labels is None:
         raise ValueError(
             f"labels=None: outputs={outputs!r} needs shifted labels [B, T]."
         )
@@ -176,10 +187,14 @@ def padded(rows: Iterable[Any], size: int, fill: int = 0) -> Int[np.ndarray, "B 
     return out
 
 
-def _joined(parts: tuple[Array, ...], total: int) -> Array:
+def _joined(parts: tuple[Any, ...], total: int) -> Any:
     """Joins [B, size, ...] of all pieces to [B, T, ...]."""
-    whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    return whole if whole.shape[1] == total else whole[:, :total]
+
+    def join(*parts: Array) -> Array:
+        whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        return whole if whole.shape[1] == total else whole[:, :total]
+
+    return jax.tree.map(join, *parts)
 
 
 def power_of_two(n: int) -> int:
@@ -217,7 +232,7 @@ def feed_jit(
     head = Decoder(net, Layout(1, 1, 0))
     logits = lambda h: apply(head, variables, h, method="logits")
     xs = laid.steps
-    if labels is not None and outputs in ("loss", "score"):
+    if labels is not None and outputs in _OF_LABELS:
         shifted = jnp.take_along_axis(labels, jnp.clip(laid.at, 0, t - 1), axis=1)
         shifted = jnp.where(laid.new, shifted, IGNORE)
         xs = xs | {"labels": _by_window(shifted, law.window)}
@@ -243,6 +258,8 @@ def feed_jit(
         elif outputs == "score":
             scores = token_scores(logits, hidden, x["labels"])
             out["token_loss"], out["greedy"] = scores
+        elif outputs == "likely":
+            out["likely"] = token_likely(logits, hidden, x["labels"])
         return (k, v, slots, sinks, last), out
 
     last = jnp.zeros((memory.rows, config.hidden_size), net.dtype)

@@ -1,6 +1,7 @@
 """Next-token cross entropy (docs/specification.md section 3)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,45 @@ IGNORE = -100
 # Positions of all rows together that are expanded to V at a time where nothing is
 # trained: 311 MB of float32 logits with Qwen2's 151,936 tokens.
 SCORED = 512
+LIKELY = 20  # most likely tokens that are told besides, as many as OpenAI's protocol has
+
+
+class Likely(NamedTuple):
+    """How likely tokens were, as natural logarithms.
+
+    Attributes:
+      chosen: of the token itself.
+      ids, best: of the `LIKELY` most likely tokens, in descending order; as many as
+        there are in a smaller vocabulary.
+    """
+
+    chosen: Float[Array, "*N"]
+    ids: Int[Array, "*N K"]
+    best: Float[Array, "*N K"]
+
+
+def likely(logits: Float[Array, "*N V"], tokens: Int[Array, "*N"]) -> Likely:
+    """Computes how likely `tokens` and the most likely others are."""
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32))
+    chosen = jnp.take_along_axis(scores, jnp.maximum(tokens, 0)[..., None], axis=-1)
+    best, ids = jax.lax.top_k(scores, min(LIKELY, scores.shape[-1]))
+    return Likely(chosen[..., 0], ids.astype(jnp.int32), best)
+
+
+def token_likely(
+    logits: Callable[[Array], Array],
+    hidden: Float[Array, "B W D"],
+    labels: Int[Array, "B W"],
+) -> Likely:
+    """Computes `likely` of shifted labels, `SCORED` positions at a time."""
+    b, w, d = hidden.shape
+    chunk = next(n for n in range(min(max(SCORED // b, 1), w), 0, -1) if w % n == 0)
+    parts = (
+        hidden.reshape(b, -1, chunk, d).swapaxes(0, 1),
+        labels.reshape(b, -1, chunk).swapaxes(0, 1),
+    )
+    out = jax.lax.map(lambda part: likely(logits(part[0]), part[1]), parts)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, w, *x.shape[3:]), out)
 
 
 def token_losses(

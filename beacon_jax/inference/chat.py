@@ -144,8 +144,7 @@ class Chat:
         validate.callback("on_text", on_text, "piece of text")
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self.encode(messages)
-        same = min(_common(tokens, self._held), len(tokens) - 1)
-        memory, same = self._cut(same)
+        memory, same = self._cut(known(tokens, self._held))
         turn: CompleteOptions = {
             **self._options,
             "seed": self._seed + len(self._starts),
@@ -182,24 +181,38 @@ class Chat:
         )
 
     def _cut(self, tokens: int) -> "tuple[Memory | None, int]":
-        """Returns the memory of the conversation's first `tokens`, and their number.
-
-        They are fewer where the memory has to go back further.
-        """
-        memory = self.memory
-        if memory is None or self._base + tokens == 0:
-            return None, 0
-        end, row = self._base + tokens, memory.rows[0]
-        if end == row.length:
-            return memory, tokens
-        end = row.cut_place(end)  # the conversation has the tokens behind it
-        if end < self._base:
-            return self._context, 0
-        return memory.truncate(end), end - self._base
+        """Returns the memory of the conversation's first `tokens`, see `cut_back`."""
+        return cut_back(self.memory, self._base, tokens, self._context)
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Counts the tokens that both begin with."""
-    size = min(len(a), len(b))
-    differ = np.flatnonzero(a[:size] != b[:size])
+def known(tokens: np.ndarray, held: np.ndarray) -> int:
+    """Counts the tokens of a conversation that need not be fed again.
+
+    Both begin with them. At least one token is left to feed, for the logits behind it.
+    """
+    size = min(len(tokens) - 1, len(held))
+    differ = np.flatnonzero(tokens[:size] != held[:size])
     return int(differ[0]) if len(differ) else size
+
+
+def cut_back(
+    memory: Memory | None, base: int, tokens: int, context: Memory | None = None
+) -> tuple[Memory | None, int]:
+    """Returns the memory of a conversation's first `tokens`, and their number.
+
+    They are fewer where the memory has to go back further.
+
+    Args:
+      memory: of one row: the context, and the conversation behind it.
+      base: tokens of the context.
+      context: its memory, for one whose token ids were not kept.
+    """
+    if memory is None or base + tokens == 0:
+        return None, 0
+    end, row = base + tokens, memory.rows[0]
+    if end == row.length:
+        return memory, tokens
+    end = row.cut_place(end)  # the conversation has the tokens behind it
+    if end < base:
+        return context, 0
+    return memory.truncate(end), end - base

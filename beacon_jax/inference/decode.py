@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from beacon_jax.core.decode import decode_step
+from beacon_jax.core.loss import Likely, likely
 from beacon_jax.core.memory import MemoryState
 from beacon_jax.core.plan import check_capacity, of_rows, static_ratios
 from beacon_jax.core.recent import settle
@@ -81,21 +82,30 @@ class Rows(NamedTuple):
     Attributes:
       sampling, seeds: [B].
       limits: new tokens, counted from the first; a row stops there.
-      start: number of the next token among the new ones.
+      start: number of the next token among the new ones, of all rows or of each.
+      steps: tokens per row that the loop makes at most; BLOCK or fewer.
+      told: whether somebody asks how likely the tokens were (`Loop.likely`).
     """
 
     sampling: Sampling
-    seeds: UInt32[Array, " B"]
+    seeds: UInt32[Array, " B"] | UInt32[np.ndarray, " B"]
     limits: Int[Array, " B"] | Int[np.ndarray, " B"]
-    start: Int[Array, ""] | np.int32 = np.int32(0)
+    start: Int[Array, "*B"] | Int[np.ndarray, "*B"] | np.int32 = np.int32(0)
+    steps: Int[Array, ""] | np.int32 = np.int32(BLOCK)
+    told: Bool[Array, ""] | np.bool_ = np.True_
 
 
 class Loop(NamedTuple):
-    """The state that blocks pass on besides the memory: all that `sample` needs."""
+    """The state that blocks pass on besides the memory: all that `sample` needs.
+
+    Attributes:
+      likely: how likely the tokens of the block were [B, BLOCK]; None: nobody asks.
+    """
 
     logits: Float[Array, "B V"]
     active: Bool[Array, " B"] | Bool[np.ndarray, " B"]
     seen: Bool[Array, "B V"] | Bool[np.ndarray, "B V"] | None
+    likely: Likely | None = None
 
 
 @functools.partial(
@@ -123,13 +133,13 @@ def decode_block(
 
     def unfinished(state: tuple) -> jax.Array:
         step, _, loop, memory = state
-        goes_on = (step < BLOCK) & loop.active.any()
+        goes_on = (step < asked.steps) & loop.active.any()
         if memory.recent is not None:
             goes_on &= ~_full(memory).any()
         return goes_on
 
     def body(state: tuple) -> tuple:
-        step, tokens, (logits, active, seen), memory = state
+        step, tokens, (logits, active, seen, told), memory = state
         number = asked.start + step
         keys = row_keys(asked.seeds, number)
         token = sample(keys, logits, asked.sampling, seen)
@@ -139,6 +149,8 @@ def decode_block(
         tokens = tokens.at[:, step].set(jnp.where(active, token, nothing))
         if seen is not None:
             seen = seen.at[rows, token].max(active)
+        if told is not None:
+            told = _tell(told, step, asked.told, logits, token)
         new, memory = decode_step(
             net,
             variables,
@@ -150,7 +162,7 @@ def decode_block(
         )
         logits = jnp.where(active[:, None], new, logits)
         active &= number + 1 < asked.limits
-        return step + 1, tokens, Loop(logits, active, seen), memory
+        return step + 1, tokens, Loop(logits, active, seen, told), memory
 
     tokens = jnp.full((len(rows), BLOCK), -1, jnp.int32)
     state = (jnp.int32(0), tokens, loop, memory)
@@ -237,6 +249,18 @@ def decode(
             break
         start, stop = stop, stop + BLOCK
     return _decoded(fed, keep, loop.logits, memory)
+
+
+def _tell(
+    told: Likely, step: jax.Array, wanted: Any, logits: jax.Array, tokens: jax.Array
+) -> Likely:
+    """Writes down how likely the tokens of a step were, if somebody asks."""
+
+    def write(told: Likely) -> Likely:
+        new = likely(logits, tokens)
+        return jax.tree.map(lambda whole, x: whole.at[:, step].set(x), told, new)
+
+    return jax.lax.cond(wanted, write, lambda told: told, told)
 
 
 def _full(memory: MemoryState) -> Bool[Array, " B"]:

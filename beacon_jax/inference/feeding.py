@@ -24,7 +24,7 @@ from beacon_jax.inference.compatible import check_same_model
 from beacon_jax.inference.decode import Decoded
 from beacon_jax.inference.history import History, kept_window
 from beacon_jax.inference.memory import Memory, join_rows, take_rows
-from beacon_jax.inference.options import OnProgress, Reading
+from beacon_jax.inference.options import PIECE_WINDOWS, OnProgress, Reading
 from beacon_jax.inference.plan import Plan, group_rows, stack_ratios
 from beacon_jax.inference.room import check_buffer
 from beacon_jax.inference.validate import ArgumentError
@@ -32,9 +32,6 @@ from beacon_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from beacon_jax.inference.model import Model
-
-
-PIECE_WINDOWS = 16  # fed at a time where progress is to be shown
 
 
 def histories(
@@ -56,6 +53,7 @@ class Fit(NamedTuple):
         may be run (`core.recent.feed`).
       width: rows are padded to so many tokens: calls of one width share a program,
         whatever the rows' lengths up to it.
+      piece: windows that are fed at a time where progress is to be shown.
     """
 
     capacity: int | None = None
@@ -64,6 +62,7 @@ class Fit(NamedTuple):
     recent: bool = False
     logits: bool = True
     width: int = 0
+    piece: int = PIECE_WINDOWS
 
 
 def feed_rows(
@@ -77,7 +76,7 @@ def feed_rows(
     """Feeds each row what is pending of it and its tokens.
 
     Rows whose plans agree in every step are fed by one call or, with `on_progress`, by
-    one call per `PIECE_WINDOWS` windows.
+    one call per `fit.piece` windows.
 
     Returns:
       The logits after each row's last token, and the new memory.
@@ -198,7 +197,7 @@ def _feed_group(
         here, pieces = tokens[:, done:stop], None
         if on_fed:
             tell, first = on_fed, done
-            size = PIECE_WINDOWS * window
+            size = fit.piece * window
             pieces = Pieces(size, lambda count: tell(first + count))
         out, state = feed(
             model.net,

@@ -121,11 +121,15 @@ def shapes(
 
 
 def _template(
-    config: ModelConfig, live: Sequence[int], dtype: str, has: Mapping[str, bool]
+    config: ModelConfig,
+    live: Sequence[int],
+    dtype: str,
+    has: Mapping[str, bool],
+    capacity: int | None = None,
 ) -> MemoryState:
     """Returns the shapes of a state with room for the live entries of each row."""
-    capacity = buffer_size(max(live), default_window(config))
-    make = lambda: init_memory(config, len(live), capacity, dtype, **has)
+    size = capacity or buffer_size(max(live), default_window(config))
+    make = lambda: init_memory(config, len(live), size, dtype, **has)
     return jax.eval_shape(make)
 
 
@@ -136,13 +140,16 @@ def build(
     part: Callable[[str], Part],
     partition: Partition | None,
     has: Mapping[str, bool],
+    capacity: int | None = None,
 ) -> MemoryState:
     """Makes a state on the devices from its parts: the inverse of `parts`.
+
+    It has `capacity` slots per row, or what `buffer_size` makes of the live entries.
 
     While a leaf is made, each device's share of it is on the host once, and one layer
     of a row of the file is mapped.
     """
-    rows, template = len(live), _template(config, live, dtype, has)
+    rows, template = len(live), _template(config, live, dtype, has, capacity)
     made = {}
     for name, leaf in names(template).items():
         kind = axes(name, len(leaf.shape))

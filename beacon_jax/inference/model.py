@@ -174,8 +174,10 @@ class Model:
           seed: of a random ratio mix.
           on_note: called, before anything is fed, with each line on what was decided:
             by "auto", for a budget, and what `spans` cost.
-          on_progress: called with (tokens fed, of how many) after each piece of 16
-            windows, rows of a batch together; None: a row is fed as one piece.
+          on_progress: called with (tokens fed, of how many) after each piece of
+            `progress_windows` windows, rows of a batch together; None: a row is fed as
+            one piece. What it raises ends the call.
+          progress_windows: windows of a piece.
 
         Raises:
           TypeError: an argument of another type, or one that does not exist.
@@ -205,7 +207,8 @@ class Model:
         if on_note:
             for note in dict.fromkeys(plan.note for plan in plans if plan.note):
                 on_note(note)
-        fit = Fit(asked.capacity, reserve, dtype, recent, logits=False)
+        piece = asked.progress_windows
+        fit = Fit(asked.capacity, reserve, dtype, recent, logits=False, piece=piece)
         if method is not None:
             shown = asked.on_progress
             return feed_compressed(self, method, rows, plans, memory, fit, shown)
@@ -297,7 +300,7 @@ class Model:
         rows, marked = self._prompt_rows(prompts, context, memory, asked)
         recent = choose_recent(self, memory, asked, any(map(len, marked)))
         plans = self._plans(rows, marked, memory, asked, dtype, int(new.max()))
-        fit = Fit(asked.capacity, new, dtype, recent)
+        fit = Fit(asked.capacity, new, dtype, recent, piece=asked.progress_windows)
         logits, after = feed_rows(self, rows, plans, memory, fit, asked.on_progress)
         jax.block_until_ready(logits)
         middle = time.perf_counter()

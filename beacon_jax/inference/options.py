@@ -17,6 +17,8 @@ from beacon_jax.inference.compressors.base import Compressor
 from beacon_jax.inference.spans import Spans
 from beacon_jax.names import hinted, unknown
 
+PIECE_WINDOWS = 16  # fed at a time where progress is to be shown
+
 type Ratio = int | Sequence[int] | Callable[[int, int, int], int] | str | None
 type Text = str | Sequence[int] | np.ndarray  # a text, or the token ids [n] of one
 # Lists, not sequences, of which a str is one: a type checker tells one text from many.
@@ -47,6 +49,7 @@ class ReadOptions(TypedDict, total=False):
     recent: bool | None
     seed: Integers
     on_progress: OnProgress | None
+    progress_windows: int
 
 
 class CompleteOptions(ReadOptions, total=False):
@@ -80,6 +83,7 @@ class Reading:
     recent: bool | None = None
     seed: Integers = 0
     on_progress: OnProgress | None = None
+    progress_windows: int = PIECE_WINDOWS
 
 
 @dataclasses.dataclass(frozen=True)

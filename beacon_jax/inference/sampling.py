@@ -100,17 +100,21 @@ def row_seeds(seed: Integers, rows: int) -> UInt32[Array, " B"]:
     return jnp.asarray(np.asarray(words, np.uint32))
 
 
-def row_keys(seeds: UInt32[Array, " B"], number: int | Int[Array, ""]) -> PRNGKeyArray:
+def row_keys(
+    seeds: UInt32[Array, " B"], number: int | Int[Array, ""] | Int[Array, " B"]
+) -> PRNGKeyArray:
     """Makes keys [B] of each row's output token `number`, from its own seed alone.
+
+    Rows are at one number, or each at its own.
 
     The generator is named: `rbg`, which may be a process's default, would make a row's
     numbers depend on the batch around it.
     """
 
-    def key(seed: jax.Array) -> jax.Array:
+    def key(seed: jax.Array, number: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
 
-    return jax.vmap(key)(seeds)
+    return jax.vmap(key)(seeds, jnp.broadcast_to(number, seeds.shape))
 
 
 def seen_tokens(

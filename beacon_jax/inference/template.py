@@ -41,6 +41,7 @@ def encode_turns(
     template: str | None = None,
     first: bool = True,
     after: int | str | None = None,
+    answers: bool = True,
 ) -> np.ndarray:
     """Returns the tokens [n] of a conversation up to where the next answer begins.
 
@@ -49,6 +50,7 @@ def encode_turns(
       template: jinja text in place of the tokenizer's own.
       first, after: as in `Model.encode`. A context in front has a bos, so the
         template's is left out behind one.
+      answers: if not, they end with the last message instead.
 
     Raises:
       ValueError: no template, one that refuses the conversation, or a token that the
@@ -56,7 +58,7 @@ def encode_turns(
     """
     tokenizer = model.tokenizer
     check_template(tokenizer, template)
-    text = written(tokenizer, messages, template)
+    text = written(tokenizer, messages, template, answers=answers)
     # The template writes the special tokens itself.
     if not first:
         text = text.removeprefix(tokenizer.bos_token or "")

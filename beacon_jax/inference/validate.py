@@ -356,6 +356,8 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
     if isinstance(asked.spans, str) and asked.spans:
         readable("spans", asked.spans)
     callback("on_progress", asked.on_progress, "tokens fed", "of how many")
+    remedy = "give the number of windows between two calls of on_progress"
+    whole("progress_windows", asked.progress_windows, 1, remedy)
     if not isinstance(asked, Completion):
         return
     takes = ["piece of text"] if single else ["number of the row", "piece of text"]

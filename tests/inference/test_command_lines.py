@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 
 from beacon_jax.cli import compress, generate
-from beacon_jax.inference.feeding import PIECE_WINDOWS
+from beacon_jax.inference.options import PIECE_WINDOWS
 from beacon_jax.inference.memory import Memory
 
 ROOT = Path(__file__).parents[2]

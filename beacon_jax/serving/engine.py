@@ -1,0 +1,460 @@
+"""Continuous batching: requests join and leave one running decode loop.
+
+One thread owns the device's batch. Each turn it feeds one window of one prompt, then
+makes a block of tokens of every row by one call. So nobody waits longer than a window
+and a block, and no token costs a decision in Python. Prompts take turns, window by
+window: a short one overtakes a long one. (The loop is that of `inference.decode`.)
+"""
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from beacon_jax.core.law import Law
+from beacon_jax.core.loss import Likely
+from beacon_jax.inference.decode import BLOCK, NO_NUMBER, Rows
+from beacon_jax.inference.finite import check_finite
+from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.model import Model
+from beacon_jax.inference.sampling import Sampling, make_sampling
+from beacon_jax.serving import programs
+from beacon_jax.serving.rows import (
+    Ask,
+    Ended,
+    Event,
+    Failed,
+    Prompt,
+    Read,
+    Row,
+    Ticket,
+)
+from beacon_jax.serving.turns import Turns
+
+PROMPTS = 4  # that are read in turns; the others wait
+BETWEEN = 4  # tokens per row between two windows of prompts
+
+DEFAULTS = {
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+
+
+class Busy(Exception):
+    """The queue is full; `seconds` says when to ask again."""
+
+    def __init__(self, waiting: int, seconds: int):
+        super().__init__(
+            f"{waiting} requests are waiting, as many as may: ask again in {seconds} s."
+        )
+        self.seconds = seconds
+
+
+class TooLong(ValueError):
+    """A request needs more slots than a row has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The size of the engine.
+
+    Attributes:
+      rows: answers that grow at the same time.
+      slots: of a row: memory, prompt and answer.
+      queue: requests that may wait.
+      dtype: of keys and values.
+    """
+
+    rows: int
+    slots: int
+    queue: int
+    dtype: str
+
+
+class Observer:
+    """Hears of what the engine does; metrics are one. Every method may be left out."""
+
+    def waited(self, seconds: float) -> None: ...
+    def read(self, tokens: int) -> None: ...
+    def began(self, seconds: float) -> None: ...
+    def made(self, tokens: int, rows: int, seconds: float) -> None: ...
+
+
+class Engine:
+    """The running batch, and the thread that drives it.
+
+    `submit` and `cancel` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        shape: Shape,
+        observer: Observer | None = None,
+        turns: Turns | None = None,
+    ):
+        self.model, self.shape = model, shape
+        self._turns = turns or Turns(needed=False)
+        self.law = Law.of(model.config)
+        beacon = model.config.beacon
+        self.static = tuple(sorted({0, *(beacon.ratios if beacon else ())}))
+        self.sizes = programs.sizes(model.window, shape.slots)
+        self._observer = observer or Observer()
+        self._changed = threading.Condition()
+        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._closing = False
+        self._prompts: collections.deque[Prompt] = collections.deque()
+        self._ready: collections.deque[Prompt] = collections.deque()
+        self._rows: list[Row | None] = [None] * shape.rows
+        self._batch: programs.Batch | None = None
+        self._ratios = np.zeros((shape.rows, 1), np.int32)
+        self._seeds = np.zeros(shape.rows, np.uint32)
+        self._limits = np.ones(shape.rows, np.int32)
+        self._sampling = {
+            name: np.full(shape.rows, value, np.asarray(value).dtype)
+            for name, value in DEFAULTS.items()
+        }
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # --- what other threads call -------------------------------------------------
+
+    def warm(self, done: Callable[[int, int], None]) -> None:
+        """Compiles every program; calls `done` with (sizes compiled, of how many)."""
+        for number, size in enumerate(self.sizes):
+            done(number, len(self.sizes))
+            shape = self.shape
+            programs.warm(self.model, shape.rows, size, shape.dtype, self.static)
+        done(len(self.sizes), len(self.sizes))
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(self, ask: Ask, tell: Callable[[Event], None]) -> Ticket:
+        """Puts a request into the queue; `tell` hears of it from the engine's thread.
+
+        Raises:
+          TooLong: it needs more slots than a row has.
+          Busy: the queue is full, or the engine is closing.
+        """
+        self.check(ask)
+        ticket = Ticket(ask, tell, left=len(ask.seeds))
+        with self._changed:
+            waiting = len(self._waiting)
+            if self._closing or waiting >= self.shape.queue:
+                raise Busy(waiting, 1 + waiting // self.shape.rows)
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def check(self, ask: Ask) -> int:
+        """Returns the slots that a request needs.
+
+        Raises:
+          TooLong: more than a row has.
+        """
+        # Ratios that are not the model's own are compiled when they are first met.
+        self.static = tuple(sorted({*self.static, ask.ratio, *_opened(ask)}))
+        needed = ask.slots(self.law, self.static)
+        if needed > self.shape.slots:
+            has = ask.before.slots
+            raise TooLong(
+                f"{len(ask.fed):,} tokens of prompt and up to {ask.max_new_tokens:,} "
+                f"of answer behind {has:,} slots of memory need {needed:,} slots, a "
+                f"row has {self.shape.slots:,}: shorten them, compress more, or start "
+                "the server with a larger --slots."
+            )
+        return needed
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Takes a request back; nothing is told any more."""
+        ticket.cancelled = True
+        with self._changed:
+            self._changed.notify()
+
+    def close(self, seconds: float) -> None:
+        """Takes no more requests; waits until those that were taken have ended.
+
+        After `seconds` the rest is given up.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(seconds)
+
+    def state(self) -> dict[str, int]:
+        """Counts requests: waiting, being read, and rows that answer."""
+        return {
+            "waiting": len(self._waiting),
+            "reading": len(self._prompts) + len(self._ready),
+            "answering": sum(row is not None for row in self._rows),
+        }
+
+    # --- the thread --------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._busy() and not self._closing:
+                    self._changed.wait()
+                if self._closing and not self._busy():
+                    return
+            try:
+                with self._turns:
+                    self._turn()
+            except Exception as error:  # of the device: all that were in it have failed
+                self._fail_all(error)
+
+    def _busy(self) -> bool:
+        return bool(
+            self._waiting or self._prompts or self._ready or self._active().any()
+        )
+
+    def _active(self) -> np.ndarray:
+        return np.asarray([row is not None for row in self._rows])
+
+    def _turn(self) -> None:
+        """Feeds a window of one prompt, and makes a block of tokens of every row."""
+        self._drop_cancelled()
+        self._admit()
+        if self._prompts:
+            self._read_window()
+        self._join()
+        if self._active().any():
+            self._decode(BETWEEN if self._prompts or self._waiting else BLOCK)
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            kept = [t for t in self._waiting if not t.cancelled]
+            self._waiting = collections.deque(kept)
+        for queue in (self._prompts, self._ready):
+            kept = [p for p in queue if not p.ticket.cancelled]
+            queue.clear()
+            queue.extend(kept)
+        for number, row in enumerate(self._rows):
+            if row is not None and row.ticket.cancelled:
+                self._leave(number)
+
+    def _admit(self) -> None:
+        """Takes requests from the queue, as many as there are rows for."""
+        free = int((~self._active()).sum()) - len(self._prompts) - len(self._ready)
+        while free > 0 and len(self._prompts) < PROMPTS:
+            with self._changed:
+                if not self._waiting:
+                    return
+                ticket = self._waiting.popleft()
+            ticket.started = time.perf_counter()
+            self._observer.waited(ticket.started - ticket.asked)
+            ask, free = ticket.ask, free - 1
+            try:
+                size = programs.fitting(self.sizes, ask.slots(self.law, self.static))
+                dtype = self.shape.dtype
+                state = programs.placed(self.model, ask.memory, size, dtype)
+            except Exception as error:
+                self._fail(ticket, error)
+                continue
+            choices = list(range(len(ask.seeds)))
+            self._prompts.append(Prompt(ticket, ask.fed, state, size, left=choices))
+
+    def _read_window(self) -> None:
+        """Feeds the prompt whose turn it is up to the end of its window."""
+        prompt = self._prompts.popleft()
+        ask, w = prompt.ticket.ask, self.law.window
+        opened = (ask.before.raw + prompt.done) % w
+        end = min(prompt.done + w - opened, len(prompt.tokens))
+        labels = None
+        if ask.echo:
+            labels = np.append(prompt.tokens, 0)[prompt.done + 1 : end + 1]
+        out, prompt.state = programs.window(
+            self.model,
+            prompt.state,
+            prompt.tokens[prompt.done : end],
+            ask.ratio,
+            self.static,
+            labels,
+        )
+        prompt.logits = jax.block_until_ready(out.last_logits)
+        if out.likely is not None:
+            count = end - prompt.done
+            prompt.likely.append(Likely(*(np.asarray(x[0])[:count] for x in out.likely)))
+        self._observer.read(end - prompt.done)
+        prompt.done = end
+        if end < len(prompt.tokens):
+            self._prompts.append(prompt)
+            return
+        prompt.ticket.read = time.perf_counter()
+        likely = None
+        if prompt.likely:
+            parts = zip(*prompt.likely, strict=True)
+            likely = Likely(*(np.concatenate(part)[:-1] for part in parts))
+        prompt.ticket.tell(Read(likely))
+        if ask.max_new_tokens:
+            self._ready.append(prompt)
+            return
+        prompt.ticket.first = prompt.ticket.ended = prompt.ticket.read
+        after = ask.before.feed(self.law, np.asarray([ask.ratio]), ask.fed)
+        entries = after.slots + int(self.law.entries(after.ratio, after.raw))
+        for choice in prompt.left:
+            prompt.ticket.tell(Ended(choice, "length", None, entries))
+
+    def _join(self) -> None:
+        """Gives free rows to prompts that have been read."""
+        while self._ready and (free := np.flatnonzero(~self._active())).size:
+            prompt = self._ready[0]
+            choice, row = prompt.left.pop(0), int(free[0])
+            if not prompt.left:
+                self._ready.popleft()
+            self._insert(prompt, choice, row)
+
+    def _insert(self, prompt: Prompt, choice: int, row: int) -> None:
+        model, ask = self.model, prompt.ticket.ask
+        biased = prompt.state.biased
+        batch, rows = self._batch, self.shape.rows
+        if batch is None or not self._active().any():
+            fits = batch is not None and batch.memory.capacity == prompt.size
+            if batch is None or not fits or batch.memory.biased != biased:
+                batch = None  # the old one is gone before there is a new one
+                self._batch = None
+                dtype = self.shape.dtype
+                batch = programs.empty(model, rows, prompt.size, dtype, biased)
+        size = max(batch.memory.capacity, prompt.size)
+        if size > batch.memory.capacity or (biased and not batch.memory.biased):
+            batch = programs.grown(batch, size, biased or batch.memory.biased)
+        seen = np.zeros(model.config.vocab_size, bool)
+        if ask.sampling.get("repetition_penalty", 1.0) != 1.0:
+            seen[ask.before.tokens[: ask.before.fed]] = True
+            seen[prompt.tokens] = True
+        number = np.int32(row)
+        self._batch = programs.insert(batch, prompt.state, prompt.logits, seen, number)
+        self._ratios[row] = ask.ratio
+        self._seeds[row] = ask.seeds[choice]
+        self._limits[row] = ask.max_new_tokens
+        for name, values in self._sampling.items():
+            values[row] = ask.sampling.get(name, DEFAULTS[name])
+        self._rows[row] = Row(prompt.ticket, choice, model.tokenizer)
+
+    def _decode(self, steps: int) -> None:
+        """Makes up to `steps` tokens of every row."""
+        assert self._batch is not None
+        begin, active = time.perf_counter(), self._active()
+        counts = [len(row.fed) if row else 0 for row in self._rows]
+        told = any(row is not None and row.ticket.ask.likely for row in self._rows)
+        asked = Rows(
+            Sampling(**self._sampling),
+            self._seeds,
+            self._limits,
+            np.asarray(counts, np.int32),
+            np.int32(steps),
+            np.bool_(told),
+        )
+        tokens, loop, self._batch = programs.block(
+            self.model, self._batch, active, self._ratios, asked, self.static
+        )
+        tokens, goes_on = np.asarray(tokens), np.asarray(loop.active)
+        likely = jax.tree.map(np.asarray, loop.likely) if told else None
+        end = time.perf_counter()
+        made = int((tokens >= 0).sum())
+        columns = int((tokens >= 0).any(axis=0).sum())
+        if columns:
+            each = (end - begin) / columns
+            self._observer.made(made, int(active.sum()), each)
+        for number in np.flatnonzero(active).tolist():
+            row = self._rows[number]
+            assert row is not None
+            new = tokens[number][tokens[number] >= 0]
+            if (tokens[number] == NO_NUMBER).any():
+                self._not_finite(number)
+                continue
+            if not row.ticket.first:
+                row.ticket.first = end
+                self._observer.began(end - row.ticket.asked)
+            wanted = likely is not None and row.ticket.ask.likely
+            mine = Likely(*(x[number] for x in likely)) if wanted else None
+            if piece := row.add(new, mine):
+                row.ticket.tell(piece)
+            if row.stopped or not goes_on[number]:
+                self._end(number)
+
+    def _end(self, number: int) -> None:
+        """Tells a row's end, and frees it."""
+        row = self._rows[number]
+        assert row is not None
+        ticket, ask = row.ticket, row.ticket.ask
+        if piece := row.finish():
+            ticket.tell(piece)
+        full = len(row.fed) >= ask.max_new_tokens
+        finish = "length" if full and not row.stopped else "stop"
+        after = ask.before.feed(
+            self.law, np.asarray([ask.ratio]), np.append(ask.fed, row.fed)
+        )
+        surplus = len(row.fed) - row.kept
+        entries = after.slots + int(self.law.entries(after.ratio, after.raw))
+        memory = self._memory(number, after, surplus) if ask.keep else None
+        self._leave(number)
+        ticket.left -= 1
+        if not ticket.left:
+            ticket.ended = time.perf_counter()
+        ticket.tell(Ended(row.choice, finish, memory, entries))
+
+    def _memory(self, number: int, after, surplus: int) -> Memory:
+        """Copies what a row holds to the host, up to the end of its text."""
+        assert self._batch is not None
+        state = programs.taken(self._batch.memory, np.int32(number))
+        model = self.model
+        memory = Memory(model.config, state, (after,), model.identity)
+        if surplus:
+            memory = memory.truncate(after.length - surplus)
+        return programs.on_host(memory)
+
+    def _leave(self, number: int) -> None:
+        """Frees a row."""
+        self._rows[number] = None
+        for name, values in self._sampling.items():  # no draws for the others' sake
+            values[number] = DEFAULTS[name]
+        if self._batch is not None:
+            self._batch = programs.release(self._batch, np.int32(number))
+
+    def _not_finite(self, number: int) -> None:
+        row = self._rows[number]
+        assert row is not None
+        try:
+            check_finite(np.zeros((1, 1), bool), "logits", self.model.net.dtype.name)
+        except ValueError as error:
+            self._fail(row.ticket, error)
+        self._drop_cancelled()
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        """Tells a request that it has failed; its other rows are freed, too."""
+        if not ticket.cancelled:
+            ticket.cancelled = True
+            ticket.tell(Failed(error))
+
+    def _fail_all(self, error: Exception) -> None:
+        """Starts anew after an error of the device; what was in it has failed."""
+        tickets = [p.ticket for p in (*self._prompts, *self._ready)]
+        tickets += [row.ticket for row in self._rows if row is not None]
+        self._prompts.clear()
+        self._ready.clear()
+        self._rows = [None] * self.shape.rows
+        self._batch = None
+        for ticket in tickets:
+            self._fail(ticket, error)
+
+
+def _opened(ask: Ask) -> set[int]:
+    """Returns the ratio of the window that a prompt goes on in, which it keeps."""
+    opened = ask.before.opened
+    return set() if opened is None else {opened}
+
+
+def checked(sampling: dict[str, float]) -> dict[str, float]:
+    """Returns settings of sampling; TypeError or ValueError names one out of range."""
+    make_sampling(**{**DEFAULTS, **sampling})
+    return sampling

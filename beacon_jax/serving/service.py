@@ -1,0 +1,94 @@
+"""What the routes work with: a model, its engine, its memories, and its limits."""
+
+import dataclasses
+import threading
+import time
+
+from beacon_jax.inference.model import Model
+from beacon_jax.serving.engine import Engine, Shape
+from beacon_jax.serving.metrics import Metrics
+from beacon_jax.serving.reading import Reading
+from beacon_jax.serving.store import Store
+from beacon_jax.serving.turns import Turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a server does, and what it refuses.
+
+    Attributes:
+      rows: answers that grow at the same time.
+      slots: of a row: memory, prompt and answer together.
+      queue: requests that may wait, and as many texts.
+      tokens: of one text.
+      body: bytes of a request.
+      ratio, method: of memories whose request names none.
+      key: that clients have to know; None: none.
+      seconds: that a client may take to send its request, and to take an event.
+      connections: that may be open at the same time.
+    """
+
+    rows: int = 8
+    slots: int = 8192
+    queue: int = 64
+    tokens: int = 2**20
+    body: int = 64 * 2**20
+    ratio: int | str | None = None
+    method: str | None = None
+    key: str | None = None
+    seconds: float = 30.0
+    connections: int = 1024
+
+
+class Service:
+    """A server's parts; `ready` says when its programs are compiled.
+
+    Attributes:
+      name: of the model, as clients know it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        store: Store,
+        limits: Limits,
+    ):
+        self.model, self.name, self.store, self.limits = model, name, store, limits
+        self.created = int(time.time())
+        self.metrics = Metrics()
+        turns = Turns(needed=model.partition is not None)
+        dtype = model.net.dtype.name
+        shape = Shape(limits.rows, limits.slots, limits.queue, dtype)
+        self.engine = Engine(model, shape, self.metrics, turns)
+        self.reading = Reading(
+            model, store, turns, slots=limits.slots, queue=limits.queue
+        )
+        # Fast tokenizers are not made for threads that change padding and such.
+        self.encoding = threading.Lock()
+        self.compiled, self.sizes = 0, len(self.engine.sizes)
+        self.ready = threading.Event()
+        self.failed: Exception | None = None
+
+    def start(self) -> None:
+        """Compiles all programs in a thread of its own, then begins to answer."""
+        threading.Thread(target=self._warm, name="compiling", daemon=True).start()
+
+    def _warm(self) -> None:
+        def done(sizes: int, of: int) -> None:
+            self.compiled = sizes
+
+        try:
+            self.engine.warm(done)
+        except Exception as error:
+            self.failed = error
+            return
+        self.engine.start()
+        self.ready.set()
+
+    def close(self, seconds: float) -> None:
+        """Finishes the answers that have begun, within `seconds`."""
+        end = time.monotonic() + seconds
+        self.reading.close(seconds)
+        if self.ready.is_set():
+            self.engine.close(max(end - time.monotonic(), 0.1))
