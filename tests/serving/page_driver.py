@@ -86,7 +86,7 @@ class Page:
         )["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network", "DOM", "Accessibility"):
             self.call(f"{domain}.enable")
-        self.call("Fetch.enable", patterns=[{"urlPattern": "*/v1/*"}])
+        self.call("Fetch.enable", patterns=[{"urlPattern": "*"}])
         self.resize(1280, 900)
         self.go(url)
 

@@ -301,7 +301,7 @@ async function refresh() {
   clearTimeout(refresh.timer);
   try {
     const { data } = await (await request("v1/memories")).json();
-    memories = data.sort((a, b) => b.created - a.created);
+    memories = data.sort((a, b) => (b.created ?? 1e12) - (a.created ?? 1e12)); // none: unfinished
     complain("memories-error");
   } catch (error) {
     complain("memories-error", error);
@@ -332,23 +332,22 @@ function cardOf(memory) {
   open.setAttribute("aria-pressed", memory.id === chosen?.id);
   remove.dataset.key = `delete ${memory.id}`;
   remove.onclick = () => confirmDelete(memory);
-  remove.setAttribute("aria-label", `Delete ${named(memory)}`);
+  const ratio = memory.ratio ? times(memory.ratio) : "unfinished";
+  remove.setAttribute("aria-label", `Delete ${named(memory)}, ${ratio}`);
   card.classList.toggle("chosen", memory.id === chosen?.id);
-  const list = card.querySelector("dl");
-  if (memory.status === "compressing") {
-    const { tokens = 0, total = 0 } = memory.progress ?? {};
-    figures(list, [["Compressing", `${count(tokens)} of ${many(total, "token")}`]]);
-    return card;
-  }
-  const size = [["Tokens", count(memory.tokens)], ["Slots", count(memory.slots)]];
-  const cost = [["Bytes", weigh(memory.bytes)], ["Ratio", times(memory.ratio)]];
-  figures(list, [...size, ...cost]);
+  const { tokens, slots, bytes, progress } = memory;
+  const read = progress && `${count(progress.tokens)} of ${many(progress.total, "token")}`;
+  const size = () => [["Tokens", count(tokens)], ["Slots", count(slots)]];
+  const cost = () => [["Bytes", weigh(bytes)], ["Ratio", ratio]];
+  figures(card.querySelector("dl"), read ? [["Compressing", read]] : [...size(), ...cost()]);
   return card;
 }
 
 async function load(id) {
   try {
-    choose(await (await request(`v1/memories/${encodeURIComponent(id)}`)).json());
+    const memory = await (await request(`v1/memories/${encodeURIComponent(id)}`)).json();
+    if (memory.status === "compressing") throw new Error("This memory is not finished yet.");
+    choose(memory);
     complain("memories-error");
     reveal();
   } catch (error) {
@@ -515,12 +514,12 @@ async function answer(side, question, box, source, signal) {
 function showTimes(list, { started, first, ended, pieces, usage, timings, memory }) {
   const queued = timings?.queue_seconds ?? 0;
   const tokens = usage?.completion_tokens ?? pieces;
-  const decoding = timings?.decode_seconds ?? (ended - first) / 1000;
+  const speed = tokens / (timings?.decode_seconds ?? (ended - first) / 1000);
   const kept = usage?.memory ?? memory;
   const entries = [
     ["First token", first ? seconds((first - started) / 1000 - queued) : "–"],
     ["Time", seconds((ended - started) / 1000 - queued)],
-    ["Tokens/s", tokens > 1 && decoding > 0 ? ((tokens - 1) / decoding).toFixed(1) : "–"],
+    ["Tokens/s", speed > 0 && isFinite(speed) ? speed.toFixed(1) : "–"],
   ];
   if (kept) entries.push(["Slots", count(kept.slots)], ["Bytes", weigh(kept.bytes)]);
   if (queued >= 0.1) entries.push(["Waited", seconds(queued)]);
@@ -529,15 +528,16 @@ function showTimes(list, { started, first, ended, pieces, usage, timings, memory
 
 // ---- Start
 
+/** Starts once the programs are compiled; the server refuses all else before. */
 async function ready() {
   const answer = await fetch("ready").catch(() => null);
   const body = await answer?.json().catch(() => null);
-  const compiling = body?.status === "compiling";
-  const steps = compiling && body.of ? `: ${body.done} of ${body.of}` : "";
-  $("status").dataset.state = answer?.ok ? "ready" : "";
-  const text = answer?.ok ? "Ready" : compiling ? `Compiling${steps}` : "No answer";
+  const compiling = body?.of && `Compiling: ${body.done} of ${body.of}`;
+  const text = answer?.ok ? "Ready" : (compiling ?? "No answer");
   if ($("status").textContent !== text) $("status").textContent = text;
-  if (!answer?.ok) setTimeout(ready, 2000);
+  $("status").dataset.state = answer?.ok ? "ready" : "";
+  if (answer?.ok) start();
+  else setTimeout(ready, 2000);
 }
 
 async function start() {
@@ -545,6 +545,7 @@ async function start() {
     model = (await (await request("v1/models")).json()).data[0];
     complain("page-error");
     $("key-form").hidden = true;
+    $("main").hidden = false;
     showModel();
     showTalk();
     await refresh();
@@ -577,6 +578,7 @@ $("steps").onchange = showList;
 $("ask").onsubmit = ask;
 $("ask-stop").onclick = () => asking?.abort();
 $("ask-new").onclick = () => {
+  asking?.abort();
   talks.delete(chosen.id);
   showTalk();
   $("question").focus();
@@ -596,4 +598,3 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
 }
 
 ready();
-start();
