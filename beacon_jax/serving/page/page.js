@@ -531,9 +531,8 @@ function showTimes(list, { started, first, ended, pieces, usage, timings, memory
 /** Starts once the programs are compiled; the server refuses all else before. */
 async function ready() {
   const answer = await fetch("ready").catch(() => null);
-  const body = await answer?.json().catch(() => null);
-  const compiling = body?.of && `Compiling: ${body.done} of ${body.of}`;
-  const text = answer?.ok ? "Ready" : (compiling ?? "No answer");
+  const { done, of } = (await answer?.json().catch(() => null)) ?? {};
+  const text = answer?.ok ? "Ready" : of ? `Compiling: ${done} of ${of}` : "No answer";
   if ($("status").textContent !== text) $("status").textContent = text;
   $("status").dataset.state = answer?.ok ? "ready" : "";
   if (answer?.ok) start();
