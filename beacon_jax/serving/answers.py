@@ -12,7 +12,7 @@ import numpy as np
 from beacon_jax.core.loss import Likely
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.serving.prompts import Prompted
-from beacon_jax.serving.rows import Ended, Event, Failed, Piece, Read
+from beacon_jax.serving.rows import Ask, Ended, Event, Failed, Piece, Read
 from beacon_jax.serving.service import Service
 from beacon_jax.serving.store import About
 
@@ -138,7 +138,7 @@ class Writer:
 
     def chunk(self, number: int, event: Event) -> JSON | None:
         """Returns the chunk that tells of an event; None: there is nothing to tell."""
-        ask = self.prompted[number].ask
+        prompted = self.prompted[number]
         if isinstance(event, Piece):
             told = None
             if event.likely is not None:
@@ -147,12 +147,20 @@ class Writer:
         if isinstance(event, Ended):
             index = self.index(number, event.choice)
             return self._choice(index, "", None, event.finish)
-        if isinstance(event, Read) and not self.chat and ask.echo:
-            tokens, likely = _echoed(ask, event.likely)
-            told = self.logprobs(tokens, likely, first=True)
-            text = self.text(tokens)
-            return self._choice(self.index(number, 0), text, told)
+        if isinstance(event, Read) and prompted.echo:
+            return self._echo(number, event)
         return None
+
+    def _echo(self, number: int, event: Read) -> JSON:
+        """Returns the chunk that has the prompt, as every choice begins with it."""
+        ask = self.prompted[number].ask
+        text, told = self.text(ask.tokens), None
+        if ask.likely:
+            likely = _echoed(ask, event.likely)
+            told = self.logprobs(ask.tokens, likely, first=True)
+        count = range(len(ask.seeds))
+        parts = [self._choice(self.index(number, i), text, told) for i in count]
+        return parts[0] | {"choices": [part["choices"][0] for part in parts]}
 
     def opening(self) -> list[JSON]:
         """Returns the chunks that begin an answer of a conversation."""
@@ -197,15 +205,14 @@ class Writer:
             chunk = self.chunk(number, event)
             if chunk is None:
                 continue
-            (new,) = chunk["choices"]
-            text = new["delta"].get("content", "") if self.chat else new["text"]
-            at = found.setdefault(
-                new["index"], {"text": [], "told": [], "finish": None}
-            )
-            at["text"].append(text)
-            if new["logprobs"]:
-                at["told"].append(new["logprobs"])
-            at["finish"] = new["finish_reason"] or at["finish"]
+            for new in chunk["choices"]:
+                text = new["delta"].get("content", "") if self.chat else new["text"]
+                nothing: JSON = {"text": [], "told": [], "finish": None}
+                at = found.setdefault(new["index"], nothing)
+                at["text"].append(text)
+                if new["logprobs"]:
+                    at["told"].append(new["logprobs"])
+                at["finish"] = new["finish_reason"] or at["finish"]
         choices = []
         for index in sorted(found):
             at = found[index]
@@ -282,20 +289,15 @@ class Writer:
         ]
 
 
-def _echoed(ask: Any, likely: Likely | None) -> tuple[np.ndarray, Likely]:
-    """Returns the prompt's tokens, and how likely they were: 0 for the first."""
-    tokens = ask.tokens
-    if likely is None:
-        width = np.zeros((0, 0))
-        none = Likely(np.zeros(len(tokens)), width, width)
-        empty = np.zeros((len(tokens), 0))
-        return tokens, none._replace(ids=empty.astype(int), best=empty)
-    skip = len(ask.fed) - len(tokens)
-    pad = lambda x: np.concatenate([np.zeros_like(x[:1]), x])[skip:]
-    if not len(likely.chosen):
-        best = np.zeros((1, 0))
-        return tokens, Likely(np.zeros(1), best.astype(int), best)
-    return tokens, Likely(*map(pad, likely))
+def _echoed(ask: Ask, likely: Likely | None) -> Likely:
+    """Returns how likely the prompt's tokens were; the first one has a line of zeros.
+
+    What the memory had pending was fed in front of it.
+    """
+    assert likely is not None
+    skip = len(ask.fed) - len(ask.tokens)
+    line = lambda x: np.zeros((1, *x.shape[1:]), x.dtype)
+    return Likely(*(np.concatenate([line(x), x])[skip:] for x in likely))
 
 
 def _joined(parts: list[JSON]) -> JSON | None:

@@ -42,6 +42,7 @@ class Prompted:
       messages: the whole conversation; None: it is none.
       parent: id of the memory.
       held: tokens of the memory that are not fed again.
+      echo: the answer's text begins with the prompt's.
     """
 
     ask: Ask
@@ -49,6 +50,7 @@ class Prompted:
     messages: list[dict[str, str]] | None = None
     parent: str | None = None
     held: int = 0
+    echo: bool = False
 
 
 def check_model(service: Service, name: str | None) -> None:
@@ -90,7 +92,7 @@ def completion_asks(service: Service, request: CompletionRequest) -> list[Prompt
             ask, stop=request.stops(), likely=likely, echo=echo and likely
         )
         parent = about["id"] if about else None
-        found.append(Prompted(ask, row.length, None, parent, row.length))
+        found.append(Prompted(ask, row.length, None, parent, row.length, echo))
     return found
 
 
