@@ -83,6 +83,7 @@ class Server:
         )
         self.socket = listen(host, port)
         self._server = uvicorn.Server(config)
+        service.on_failed = self.stop
 
     @property
     def address(self) -> str:

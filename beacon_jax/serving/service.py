@@ -45,6 +45,7 @@ class Service:
 
     Attributes:
       name: of the model, as clients know it.
+      failed: why they could not be; `on_failed` is called then.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Service:
         store: Store,
         limits: Limits,
     ):
+        check_mesh(model)
         self.model, self.name, self.store, self.limits = model, name, store, limits
         self.created = int(time.time())
         self.metrics = Metrics()
@@ -69,6 +71,7 @@ class Service:
         self.compiled, self.sizes = 0, len(self.engine.sizes)
         self.ready = threading.Event()
         self.failed: Exception | None = None
+        self.on_failed = lambda: None
 
     def start(self) -> None:
         """Compiles all programs in a thread of its own, then begins to answer."""
@@ -82,6 +85,7 @@ class Service:
             self.engine.warm(done)
         except Exception as error:
             self.failed = error
+            self.on_failed()
             return
         self.engine.start()
         self.ready.set()
@@ -92,3 +96,20 @@ class Service:
         self.reading.close(seconds)
         if self.ready.is_set():
             self.engine.close(max(end - time.monotonic(), 0.1))
+
+
+def check_mesh(model: Model) -> None:
+    """Raises ValueError for devices that rows would be split over.
+
+    Prompts are read one by one, and one row cannot be split.
+    """
+    if model.partition is None:
+        return
+    rules, sizes = dict(model.partition.rules), model.partition.mesh.shape
+    split = [axis for axis in rules.get("batch", ()) if sizes[axis] > 1]
+    if split:
+        raise ValueError(
+            f"mesh axes {', '.join(split)} split rows, and a server reads them one by "
+            "one: use --mesh=tensor:N, and N servers with one --store behind a load "
+            "balancer."
+        )
