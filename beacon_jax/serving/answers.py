@@ -1,6 +1,7 @@
 """Answers as JSON: whole ones, and the chunks of those that are streamed."""
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -46,7 +47,8 @@ class Answering:
 
     def _teller(self, number: int) -> Any:
         def tell(event: Event) -> None:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
+            with contextlib.suppress(RuntimeError):  # the server has ended
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
 
         return tell
 
@@ -202,7 +204,8 @@ class Writer:
             self.note(event)
             if isinstance(event, Ended):
                 ends.append(event)
-            chunk = self.chunk(number, event)
+            # Telling how likely a long prompt was takes a while.
+            chunk = await asyncio.to_thread(self.chunk, number, event)
             if chunk is None:
                 continue
             for new in chunk["choices"]:

@@ -3,27 +3,27 @@
 import asyncio
 import contextlib
 import json
-import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from sse_starlette.sse import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from beacon_jax.decoding import decode
 from beacon_jax.inference.validate import parse_bytes
 from beacon_jax.serving import prompts
 from beacon_jax.serving.answers import JSON, Answering, Writer, event, shown
-from beacon_jax.serving.engine import Busy
-from beacon_jax.serving.errors import Refused, body, response
+from beacon_jax.serving.errors import Refused, logged, response
 from beacon_jax.serving.guard import Guard, too_large
 from beacon_jax.serving.protocol import (
     ChatRequest,
@@ -32,15 +32,12 @@ from beacon_jax.serving.protocol import (
     MemoryRequest,
     parsed,
 )
-from beacon_jax.serving.reading import Cancelled, Job, Source, methods, planned_slots
+from beacon_jax.serving.reading import Job, Source, methods, planned_slots
 from beacon_jax.serving.rows import Ended
 from beacon_jax.serving.service import Service
 
-logger = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name("page")
 OFTEN = 0.1  # seconds between two events of progress
-# What becomes an answer; any other error is ours, and is logged besides.
-OURS = (Busy, Cancelled, LookupError, OSError, Refused, TypeError, ValueError, Exception)
 
 
 def make_app(service: Service) -> Starlette:
@@ -66,8 +63,9 @@ def make_app(service: Service) -> Starlette:
             post("/v1/memories/{name}/append", routes.append),
             post("/v1/memories/{name}/fork", routes.fork),
         ],
+        # Other errors become answers in Guard, which is around all of it.
         middleware=[Middleware(Guard, service=service)],
-        exception_handlers={HTTPException: _http_error, **dict.fromkeys(OURS, _error)},
+        exception_handlers={HTTPException: _http_error},
     )
     return app
 
@@ -97,11 +95,17 @@ class Routes:
                 "parts (append).",
                 "timeout",
             ) from None
+        except ClientDisconnect:
+            raise gone() from None
         return b"".join(parts)
 
     async def _json(self, request: Request) -> Any:
         data = await self._bytes(request)
         return await run_in_threadpool(_parse, data)
+
+    async def _asked[Kind: BaseModel](self, request: Request, kind: type[Kind]) -> Kind:
+        given = await self._json(request)
+        return await run_in_threadpool(parsed, kind, given)
 
     # --- health ------------------------------------------------------------------
 
@@ -157,13 +161,13 @@ class Routes:
     # --- answers -----------------------------------------------------------------
 
     async def complete(self, request: Request) -> Response:
-        asked = parsed(CompletionRequest, await self._json(request))
+        asked = await self._asked(request, CompletionRequest)
         found = await run_in_threadpool(prompts.completion_asks, self.service, asked)
         writer = Writer(self.service, found, chat=False, top=asked.logprobs or 0)
         return await self._answer(request, asked, writer)
 
     async def chat(self, request: Request) -> Response:
-        asked = parsed(ChatRequest, await self._json(request))
+        asked = await self._asked(request, ChatRequest)
         found = [await run_in_threadpool(prompts.chat_ask, self.service, asked)]
         top = asked.top_logprobs or 0
         writer = Writer(self.service, found, chat=True, top=top)
@@ -175,7 +179,7 @@ class Routes:
         answering = Answering(self.service, writer.prompted)
         if asked.stream:
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            return self._events(self._chunks(answering, writer, usage))
+            return Events(self._chunks(answering, writer, usage), answering.close)
         try:
             whole, ends = await _until_gone(request, writer.whole(answering))
         finally:
@@ -199,16 +203,15 @@ class Routes:
                     writer.more["memory"] = await run_in_threadpool(
                         self._kept, writer, happened, "".join(texts)
                     )
-                chunk = writer.chunk(number, happened)
+                # Telling how likely a long prompt was takes a while.
+                chunk = await run_in_threadpool(writer.chunk, number, happened)
                 if chunk is not None:
                     yield event(chunk)
             if last := writer.closing(answering.tickets, usage=usage):
                 yield event(last)
             yield event("[DONE]")
         except Exception as error:
-            yield event(_logged(error))
-        finally:
-            answering.close()
+            yield event(logged(error))
 
     def _kept(self, writer: Writer, end: Ended, text: str) -> JSON:
         """Puts what an answer left into the store; returns what is told of it."""
@@ -227,10 +230,6 @@ class Routes:
         settings = {"ratio": prompted.ask.ratio}
         source = Source(tokens, settings, prompted.parent, messages, base)
         return shown(self.service.reading.keep(end.memory, source), whole=False)
-
-    def _events(self, parts: AsyncIterator[JSON]) -> Response:
-        seconds = self.service.limits.seconds
-        return EventSourceResponse(parts, send_timeout=seconds)
 
     # --- memories ----------------------------------------------------------------
 
@@ -258,16 +257,19 @@ class Routes:
         return JSONResponse({"id": name, "object": "memory", "deleted": True})
 
     async def make_memory(self, request: Request) -> Response:
-        asked = parsed(MemoryRequest, await self._fields(request))
+        fields = await self._fields(request)
+        asked = await run_in_threadpool(parsed, MemoryRequest, fields)
         return await self._read(request, asked, None)
 
     async def append(self, request: Request) -> Response:
-        asked = parsed(MemoryRequest, await self._fields(request))
+        fields = await self._fields(request)
+        asked = await run_in_threadpool(parsed, MemoryRequest, fields)
         return await self._read(request, asked, request.path_params["name"])
 
     async def fork(self, request: Request) -> Response:
         data = await self._bytes(request)
-        asked = parsed(ForkRequest, _parse(data) if data else {})
+        given = await run_in_threadpool(_parse, data) if data else {}
+        asked = parsed(ForkRequest, given)
         name = request.path_params["name"]
         about = await run_in_threadpool(self.service.reading.fork, name, asked.name)
         return JSONResponse(shown(about), 201)
@@ -285,7 +287,8 @@ class Routes:
             told = shown(job.about) if job.about else _making(job)
             return JSONResponse(told, 200 if there else 202)
         if asked.stream:
-            return self._events(self._progress(job))
+            leave = lambda: service.reading.leave(job)
+            return Events(self._progress(job, there), leave)
         try:
             await _until_gone(request, _ended(job))
         finally:
@@ -296,31 +299,28 @@ class Routes:
         assert job.about is not None
         return JSONResponse(shown(job.about), 200 if there else 201)
 
-    async def _progress(self, job: Job) -> AsyncIterator[JSON]:
-        try:
-            async for _ in _changes(job):
-                told = _making(job)
-                slots = planned_slots(
-                    self.service.model, job.tokens, _ratio(job.source.settings)
-                )
-                yield event(
-                    {
-                        "object": "memory.progress",
-                        "id": job.id,
-                        "window": self.service.model.window,
-                        "slots": slots,
-                    }
-                    | told["progress"]
-                )
-            if job.error is not None:
-                yield event(_logged(job.error))
-                return
-            self._count(job, False)
-            assert job.about is not None
-            yield event(shown(job.about))
-            yield event("[DONE]")
-        finally:
-            self.service.reading.leave(job)
+    async def _progress(self, job: Job, there: bool) -> AsyncIterator[JSON]:
+        async for _ in _changes(job):
+            told = _making(job)
+            slots = planned_slots(
+                self.service.model, job.tokens, _ratio(job.source.settings)
+            )
+            yield event(
+                {
+                    "object": "memory.progress",
+                    "id": job.id,
+                    "window": self.service.model.window,
+                    "slots": slots,
+                }
+                | told["progress"]
+            )
+        if job.error is not None:
+            yield event(logged(job.error))
+            return
+        self._count(job, there)
+        assert job.about is not None
+        yield event(shown(job.about))
+        yield event("[DONE]")
 
     def _count(self, job: Job, there: bool) -> None:
         if not there:
@@ -368,8 +368,8 @@ class _Closing:
 def _field(name: str, value: str) -> Any:
     """Reads a field of a form as JSON would have it."""
     if name in ("ratio", "max_slots", "max_bytes", "spans", "stream", "background"):
-        with contextlib.suppress(ValueError):
-            return json.loads(value)
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value, parse_constant=_no_number)
         if name == "max_bytes":
             return parse_bytes(value)
     return value
@@ -377,11 +377,23 @@ def _field(name: str, value: str) -> Any:
 
 def _parse(data: bytes) -> Any:
     try:
-        return json.loads(data)
+        found = json.loads(data, parse_constant=_no_number)
+        if b"\\" in data:  # the only way that half of a character can come in
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            "the body has half of a character, \\ud800 to \\udfff alone: send it as "
+            "UTF-8."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"the body is no JSON: {str(error)[:100]}. Send an object."
         ) from None
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON: give a finite one")
 
 
 def _making(job: Job) -> JSON:
@@ -431,16 +443,16 @@ async def _until_gone[T](request: Request, work: Awaitable[T]) -> T:
       Refused: the client has gone, and will not read this.
     """
 
-    async def gone() -> None:
+    async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    mine, other = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    mine, other = asyncio.ensure_future(work), asyncio.ensure_future(left())
     try:
         await asyncio.wait({mine, other}, return_when=asyncio.FIRST_COMPLETED)
         if mine.done():
             return mine.result()
-        raise Refused(499, "the client has gone.", "gone")
+        raise gone()
     finally:
         for task in (mine, other):
             if not task.done():
@@ -454,19 +466,31 @@ def _text_of(whole: JSON) -> str:
     return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
-def _logged(error: Exception) -> JSON:
-    status, content, _ = body(error)
-    if status == 500:
-        logger.error("a request failed", exc_info=error)
-    return content
+def gone() -> Refused:
+    """Makes the error of a client that has gone, and will not read it."""
+    return Refused(499, "the client has gone, nobody reads this.", "gone")
 
 
-def _error(request: Request, error: Exception) -> Response:
-    _logged(error)
-    return response(error)
+class Events(EventSourceResponse):
+    """A stream of events; what has to be done at its end is done however it ends.
+
+    A generator that has not begun has no end of its own.
+    """
+
+    def __init__(self, parts: AsyncIterator[JSON], end: Callable[[], None]):
+        super().__init__(parts)
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
 
 
 def _http_error(request: Request, error: Any) -> Response:
-    return response(
-        Refused(error.status_code, f"{error.detail}: {request.url.path[:80]}", "http")
-    )
+    path, headers = request.scope["path"][:80], dict(error.headers or {})
+    said = f"{error.detail}: {path!r}, use one of the paths of docs/serve.md."
+    if "Allow" in headers:
+        said = f"{request.method[:20]} is not for {path!r}: use {headers['Allow']}."
+    return response(Refused(error.status_code, said, "http", **headers))

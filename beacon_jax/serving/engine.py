@@ -225,7 +225,11 @@ class Engine:
         self._drop_cancelled()
         self._admit()
         if self._prompts:
-            self._read_window()
+            prompt = self._prompts.popleft()
+            try:
+                self._read_window(prompt)
+            except Exception as error:  # the state that it took over is its own
+                self._fail(prompt.ticket, error)
         self._join()
         if self._active().any():
             self._decode(BETWEEN if self._prompts or self._waiting else BLOCK)
@@ -263,9 +267,8 @@ class Engine:
             choices = list(range(len(ask.seeds)))
             self._prompts.append(Prompt(ticket, ask.fed, state, size, left=choices))
 
-    def _read_window(self) -> None:
-        """Feeds the prompt whose turn it is up to the end of its window."""
-        prompt = self._prompts[0]
+    def _read_window(self, prompt: Prompt) -> None:
+        """Feeds a prompt up to the end of its window."""
         ask, w = prompt.ticket.ask, self.law.window
         opened = (ask.before.raw + prompt.done) % w
         end = min(prompt.done + w - opened, len(prompt.tokens))
@@ -283,10 +286,11 @@ class Engine:
         prompt.logits = jax.block_until_ready(out.last_logits)
         if out.likely is not None:
             count = end - prompt.done
-            prompt.likely.append(Likely(*(np.asarray(x[0])[:count] for x in out.likely)))
+            prompt.likely.append(
+                Likely(*(np.asarray(x[0])[:count] for x in out.likely))
+            )
         self._observer.read(end - prompt.done)
         prompt.done = end
-        self._prompts.popleft()  # only now: an error fails what is in a queue
         if end < len(prompt.tokens):
             self._prompts.append(prompt)
             return
@@ -368,7 +372,8 @@ class Engine:
             self._observer.made(made, int(active.sum()), each)
         for number in np.flatnonzero(active).tolist():
             row = self._rows[number]
-            assert row is not None
+            if row is None:  # freed with another choice of its request, which failed
+                continue
             new = tokens[number][tokens[number] >= 0]
             if (tokens[number] == NO_NUMBER).any():
                 self._not_finite(number)

@@ -1,5 +1,6 @@
 """Errors in OpenAI's form, with the status that says whose they are."""
 
+import logging
 import math
 
 from starlette.responses import JSONResponse
@@ -9,7 +10,11 @@ from beacon_jax.serving.engine import Busy, TooLong
 from beacon_jax.serving.prompts import TooManyTokens
 from beacon_jax.serving.protocol import BadRequest
 from beacon_jax.serving.reading import Cancelled
-from beacon_jax.serving.store import Full, Unknown
+from beacon_jax.serving.store import Full, Unknown, Unwritable
+
+
+logger = logging.getLogger(__name__)
+LONGEST = 1000  # characters of a message
 
 
 class Refused(Exception):
@@ -38,6 +43,8 @@ def body(error: Exception) -> tuple[int, dict, dict[str, str]]:
         status, code = 413, "too_long"
     elif isinstance(error, Unknown):
         status, code, message = 404, "memory_not_found", error.args[0]
+    elif isinstance(error, Unwritable):
+        status, kind, code = 507, "server_error", "store_full"
     elif isinstance(error, Cancelled):
         status, code = 409, "cancelled"
     elif isinstance(error, BadRequest | ValueError | TypeError):
@@ -49,7 +56,7 @@ def body(error: Exception) -> tuple[int, dict, dict[str, str]]:
         status,
         {
             "error": {
-                "message": message,
+                "message": message if len(message) <= LONGEST else message[:LONGEST],
                 "type": kind,
                 "param": param,
                 "code": code,
@@ -57,6 +64,14 @@ def body(error: Exception) -> tuple[int, dict, dict[str, str]]:
         },
         headers,
     )
+
+
+def logged(error: Exception) -> dict:
+    """Returns the JSON of an error; one that is the server's own is logged."""
+    status, content, _ = body(error)
+    if status == 500:
+        logger.error("a request failed", exc_info=error)
+    return content
 
 
 def response(error: Exception) -> JSONResponse:

@@ -6,7 +6,7 @@ import re
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from beacon_jax.serving.errors import Refused, response
+from beacon_jax.serving.errors import Refused, logged, response
 from beacon_jax.serving.service import Service
 
 SAFE = {
@@ -18,6 +18,15 @@ SAFE = {
 }
 _ID = re.compile("^/v1/memories/[^/]+")
 _KEYED = ("/v1/", "/metrics")
+# What requests are counted by; those of other paths are counted together.
+_COUNTED = frozenset(
+    f"/{path}"
+    for path in [
+        *("", "health", "ready", "metrics", "v1/models", "v1/completions"),
+        *("v1/chat/completions", "v1/memories", "v1/memories/{name}"),
+        *("v1/memories/{name}/append", "v1/memories/{name}/fork"),
+    ]
+)
 
 
 class Guard:
@@ -25,28 +34,37 @@ class Guard:
 
     def __init__(self, app: ASGIApp, service: Service):
         self._app, self._service = app, service
+        self._open = 0  # requests that have no whole answer yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         route = _ID.sub("/v1/memories/{name}", scope["path"])
+        route = route if route in _COUNTED else "other"
+        begun = False
 
         async def sent(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 headers = MutableHeaders(scope=message)
                 for name, value in SAFE.items():
                     headers.setdefault(name, value)
-                status = message["status"]
-                # Paths that are not ours are not counted one by one.
-                counted = "other" if status in (404, 405) else route
-                self._service.metrics.requests.labels(counted, str(status)).inc()
+                status = str(message["status"])
+                self._service.metrics.requests.labels(route, status).inc()
             await send(message)
 
+        self._open += 1
         try:
             self._check(scope)
-        except Refused as refused:
-            return await response(refused)(scope, receive, sent)
-        await self._app(scope, receive, sent)
+            await self._app(scope, receive, sent)
+        except Exception as error:
+            if begun:
+                raise
+            logged(error)
+            await response(error)(scope, receive, sent)
+        finally:
+            self._open -= 1
 
     def _check(self, scope: Scope) -> None:
         service, path = self._service, scope["path"]
@@ -60,6 +78,13 @@ class Guard:
                     "invalid_api_key",
                     **{"WWW-Authenticate": "Bearer"},
                 )
+        if self._open > (most := service.limits.connections):
+            raise Refused(
+                503,
+                f"{most} requests are open, as many as may: ask again soon.",
+                "busy",
+                **{"Retry-After": "1"},
+            )
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > service.limits.body:
             raise too_large(service)

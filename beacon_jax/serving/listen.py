@@ -5,13 +5,18 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator
-from typing import Any
+from types import FrameType
+from typing import Any, ClassVar
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
+from sse_starlette.sse import AppStatus
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from beacon_jax.interrupts import leave
 from beacon_jax.serving.app import make_app
+from beacon_jax.serving.errors import response
 from beacon_jax.serving.service import Service
 
 IDLE = 75  # seconds that a connection may stay open between two requests
@@ -19,41 +24,96 @@ FINISH = 30  # seconds for answers that have begun, when the server is to end
 
 
 class Patient(H11Protocol):
-    """A connection that is closed unless it sends a whole head in time.
+    """A connection that has to send a whole head in time, and to take its answer.
 
-    uvicorn waits for ever for the first request of a connection, and for the rest of a
-    request's head. Those who open connections and leave them would use them all up.
+    uvicorn waits for ever for the first request of a connection, for the rest of a
+    request's head, and for a client that reads no more. Those who open connections and
+    leave them would use them all up. So such a connection is closed after `seconds`,
+    and earlier if there are more than `most`: those first that wait longest for a head.
+
+    Attributes:
+      heads: the connections that wait for a head.
     """
 
     seconds = 30.0
+    most = 1024
+    heads: ClassVar[dict["Patient", None]]
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._expect_head()
+        self._stall_timer: asyncio.TimerHandle | None = None
+        self._expect_head(self.seconds)
+        if len(self.connections) > self.most:
+            next(iter(self.heads)).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer.cancel()
+        self._head_is_there()
+        self.resume_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         before = self.cycle
         super().data_received(data)
         if self.cycle is not before:  # a head is complete
-            self._head_timer.cancel()
+            self._head_is_there()
 
     def on_response_complete(self) -> None:
+        before = self.cycle
         super().on_response_complete()
-        self._head_timer.cancel()
-        self._expect_head(IDLE + self.seconds)
+        if self.cycle is before:  # else the next request was there already
+            self._expect_head(IDLE + self.seconds)
 
-    def _expect_head(self, seconds: float | None = None) -> None:
-        wait = self.seconds if seconds is None else seconds
-        self._head_timer = self.loop.call_later(wait, self._give_up)
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_taken()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()  # another answer has begun or is complete
+            return
+        said = response(ValueError("the request is no valid HTTP: send another."))
+        headers = [*said.raw_headers, (b"connection", b"close")]
+        for part in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=bytes(said.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(part))
+        self.transport.close()
+
+    def _expect_head(self, seconds: float) -> None:
+        self._head_is_there()
+        self.heads[self] = None
+        self._head_timer = self.loop.call_later(seconds, self._give_up)
+
+    def _head_is_there(self) -> None:
+        if self.heads.pop(self, self) is None:
+            self._head_timer.cancel()
 
     def _give_up(self) -> None:
-        busy = self.cycle is not None and not self.cycle.response_complete
-        if not busy and not self.transport.is_closing():
-            self.transport.close()
+        # What it has not taken by now would keep it open.
+        self.transport.abort()
+
+    def _expect_taken(self, before: int | None = None) -> None:
+        left = self.transport.get_write_buffer_size()
+        if before is not None and left >= before:
+            self.transport.abort()
+            return
+        self._stall_timer = self.loop.call_later(self.seconds, self._expect_taken, left)
+
+
+class Ending(uvicorn.Server):
+    """Ends at the first signal when all answers are complete, at the second at once."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            leave(128 + sig)
+        self.should_exit = True  # not told to uvicorn, which would raise it again
 
 
 class Server:
@@ -71,18 +131,22 @@ class Server:
         limits = service.limits
         config = uvicorn.Config(
             app,
-            http=type("Connection", (Patient,), {"seconds": limits.seconds}),
+            http=type(
+                "Connection",
+                (Patient,),
+                {"seconds": limits.seconds, "most": limits.connections, "heads": {}},
+            ),
+            ws="none",
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=limits.connections,
             timeout_keep_alive=IDLE,
             timeout_graceful_shutdown=FINISH,
             h11_max_incomplete_event_size=64 * 1024,
-            backlog=2048,
+            backlog=512,  # more of them at once would be open beyond the limit
         )
         self.socket = listen(host, port)
-        self._server = uvicorn.Server(config)
+        self._server = Ending(config)
         service.on_failed = self.stop
 
     @property
@@ -93,6 +157,7 @@ class Server:
 
     def run(self) -> None:
         """Serves until SIGTERM or SIGINT; answers that have begun are finished."""
+        AppStatus.disable_automatic_graceful_drain()  # it would cut streams off
         self._server.run(sockets=[self.socket])
 
     def stop(self) -> None:
@@ -134,5 +199,7 @@ def is_loopback(host: str) -> bool:
 
 def quiet() -> None:
     """Keeps lines of the libraries to those that say what is wrong."""
-    for name in ("uvicorn.error", "uvicorn.access", "sse_starlette", "multipart"):
+    for name in ("uvicorn.access", "sse_starlette", "multipart", "python_multipart"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Its warnings are of requests that are no HTTP: anyone could fill the log.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -20,7 +20,9 @@ class Metrics(Observer):
         histogram = lambda name, text, buckets: prometheus.Histogram(
             f"beacon_jax_{name}", text, registry=registry, buckets=buckets
         )
-        self.requests = counter("requests", "Requests by route and status.", "route", "status")
+        self.requests = counter(
+            "requests", "Requests by route and status.", "route", "status"
+        )
         self._prompt = counter("prompt_tokens", "Tokens of prompts that were read.")
         self._made = counter("generated_tokens", "Tokens of answers.")
         self.compressed = counter("compressed_tokens", "Tokens read into memories.")

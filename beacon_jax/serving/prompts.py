@@ -15,7 +15,7 @@ from beacon_jax.inference.plan import make_plan
 from beacon_jax.inference.sampling import make_sampling
 from beacon_jax.inference.template import encode_turns, turn_ends
 from beacon_jax.inference.validate import SEEDS
-from beacon_jax.names import meant
+from beacon_jax.names import meant, short
 from beacon_jax.serving.protocol import (
     BadRequest,
     ChatRequest,
@@ -58,7 +58,7 @@ def check_model(service: Service, name: str | None) -> None:
     if name not in (None, service.name):
         hint = meant(name, [service.name])
         raise BadRequest(
-            f"model={name!r} is not served here: {hint}use {service.name!r}, or leave "
+            f"model={short(repr(name))} is not served here: {hint}use {service.name!r}, or leave "
             "model out.",
             "model",
         )
@@ -82,7 +82,14 @@ def completion_asks(service: Service, request: CompletionRequest) -> list[Prompt
         )
     likely = request.logprobs is not None
     found = []
-    for number, prompt in enumerate(_listed(request.prompt)):
+    prompts = _listed(request.prompt)
+    if len(prompts) > max(service.limits.queue, 1):
+        raise BadRequest(
+            f"prompt has {len(prompts):,} prompts, at most {service.limits.queue} may "
+            "wait: send them in several requests.",
+            "prompt",
+        )
+    for number, prompt in enumerate(prompts):
         with service.encoding:
             tokens = service.model.encode(
                 prompt, "prompt", first=not row.length, after=row.last
@@ -160,7 +167,9 @@ def source(
     else:
         if request.spans is not None:
             raise BadRequest("spans mark parts of text, not of messages.", "spans")
-        base, spans, tokens, messages = _turns(service, request.messages or [], about, row)
+        base, spans, tokens, messages = _turns(
+            service, request.messages or [], about, row
+        )
     if len(tokens) > service.limits.tokens:
         raise TooManyTokens(len(tokens), service.limits.tokens)
     settings = _settings(service, request, spans, row)
@@ -212,7 +221,7 @@ def _settings(
     method = request.method or limits.method
     if request.method is not None and request.method not in (*able, limits.method):
         raise BadRequest(
-            f"method={request.method!r} is unknown: {meant(request.method, able)}use "
+            f"method={short(repr(request.method))} is unknown: {meant(request.method, able)}use "
             f"{', '.join(able)}.",
             "method",
         )
@@ -243,8 +252,14 @@ def _ask(
     row = memory.rows[0] if memory else History.empty()
     if len(tokens) > service.limits.tokens:
         raise TooManyTokens(len(tokens), service.limits.tokens)
-    sampling = request.sampling()
-    make_sampling(**sampling)  # checks them
+    if new > service.limits.tokens:  # a plan has a number for each window
+        raise BadRequest(
+            f"max_tokens={short(str(new))} is too many: give at most "
+            f"{service.limits.tokens:,}.",
+            "max_tokens",
+        )
+    make_sampling(**request.sampling())  # checks them
+    sampling = request.fitting()
     if sampling.get("repetition_penalty", 1.0) != 1.0 and row.tokens is None:
         raise BadRequest(
             "repetition_penalty needs the tokens of the memory, which were not kept: "

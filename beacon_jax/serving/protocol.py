@@ -7,9 +7,9 @@ nothing here (`user`, `metadata`) is taken.
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from beacon_jax.names import meant
+from beacon_jax.names import meant, short
 
 # Fields of clients that change nothing here.
 IGNORED = frozenset(
@@ -35,8 +35,12 @@ NOTHING: dict[str, tuple[Any, ...]] = {
 }
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+# A list that is wrong is wrong once: millions of errors would take gigabytes.
+type Items[Item] = Annotated[list[Item], FailFast()]
 Words = Annotated[str, Field(max_length=1000)]
-RatioField = int | Literal["auto", "full"] | Annotated[str, Field(pattern="^auto-[0-9]{1,4}$")]
+RatioField = (
+    int | Literal["auto", "full"] | Annotated[str, Field(pattern="^auto-[0-9]{1,4}$")]
+)
 
 
 class BadRequest(ValueError):
@@ -71,7 +75,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Annotated[str, Field(min_length=1, max_length=40)]
-    content: str | list[Part] | None = None
+    content: str | Items[Part] | None = None
     name: str | None = None
     refusal: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -100,7 +104,7 @@ class Sampled(Strict):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Words | Annotated[list[Words], Field(max_length=16)] | None = None
+    stop: Words | Annotated[Items[Words], Field(max_length=16)] | None = None
     seed: Seed | None = None
     memory: str | None = None
     ratio: RatioField | None = None
@@ -114,6 +118,11 @@ class Sampled(Strict):
         warm = 1.0 if self.temperature is None else self.temperature
         return found | {"temperature": warm}
 
+    def fitting(self) -> dict[str, float]:
+        """Returns `sampling` with numbers that arrays of 32 bits can have."""
+        most = {"top_k": 2**31 - 1}
+        return {x: min(n, most.get(x, 1e38)) for x, n in self.sampling().items()}
+
     def stops(self) -> tuple[str, ...]:
         """Returns the strings that end an answer."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -121,35 +130,35 @@ class Sampled(Strict):
 
 
 class CompletionRequest(Sampled):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 
 
 class ChatRequest(Sampled):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-Span = Annotated[list[int], Field(min_length=2, max_length=2)]
+Span = Annotated[Items[int], Field(min_length=2, max_length=2)]
 
 
 class MemoryRequest(Strict):
     """A text to be read into a memory; `append` has the same fields."""
 
     text: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[Items[Message], Field(min_length=1)] | None = None
     model: str | None = None
     name: Annotated[str, Field(max_length=200)] | None = None
-    ratio: RatioField | Annotated[list[int], Field(min_length=1)] | None = None
+    ratio: RatioField | Annotated[Items[int], Field(min_length=1)] | None = None
     max_slots: Annotated[int, Field(ge=1)] | None = None
     max_bytes: int | str | None = None
     method: str | None = None
-    spans: Annotated[str, Field(max_length=1000)] | list[Span] | None = None
+    spans: Annotated[str, Field(max_length=1000)] | Items[Span] | None = None
     lossless: Literal["windows", "slots"] = "windows"
     stream: bool = False
     background: bool = False
@@ -208,5 +217,9 @@ def _named(errors: list[Any], given: dict[str, Any]) -> BadRequest:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if isinstance(value, list | dict) and len(value) > 60:  # not all of a long one
+        value = value[:60] if isinstance(value, list) else {"...": len(value)}
+    try:
+        return short(repr(value))
+    except RecursionError:
+        return "[[[..."

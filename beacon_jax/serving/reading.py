@@ -5,6 +5,7 @@ Equal texts with equal settings are read once, whoever asks, however often.
 """
 
 import collections
+import contextlib
 import dataclasses
 import threading
 import uuid
@@ -84,7 +85,8 @@ class Job:
     def tell(self) -> None:
         """Tells those who listen that something has changed."""
         for listener in list(self.listeners):
-            listener()
+            with contextlib.suppress(RuntimeError):  # the server has ended
+                listener()
 
 
 class Reading:
@@ -137,7 +139,7 @@ class Reading:
                 job.waiting += 1
                 return job
             job = Job(name, source, len(source.tokens), waiting=1, alone=alone)
-            if there:
+            if there and name in self.store:
                 job.tokens, job.about = job.total, self.store.about(name)
                 return job
             if self._closing or len(self._waiting) >= self._queue:
@@ -151,6 +153,9 @@ class Reading:
         """A client no longer waits; without any the job ends at its next piece."""
         with self._changed:
             job.waiting -= 1
+            if job.waiting <= 0 and not job.alone and job in self._waiting:
+                self._waiting.remove(job)  # its place in the queue is free
+                self._drop(job)
 
     def find(self, name: str) -> Job | None:
         """Returns the job that makes a memory; None: there is none."""
@@ -166,6 +171,7 @@ class Reading:
         with self._changed:
             if (job := self._jobs.get(name)) is not None:
                 job.waiting, job.alone = -(10**9), False
+                self._drop(job)
 
     def fork(self, parent: str, name: str | None) -> About:
         """Makes another id of the same memory.
@@ -211,10 +217,23 @@ class Reading:
             except Exception as error:
                 job.error = error
             with self._changed:
-                self._jobs.pop(job.id, None)
+                self._drop(job)
             job.tell()
 
+    def _drop(self, job: Job) -> None:
+        """Takes a job off the list; who asks for the same from now on gets a new one."""
+        if self._jobs.get(job.id) is job:
+            del self._jobs[job.id]
+
+    def _check_wanted(self, job: Job) -> None:
+        """Raises Cancelled if nobody waits for a job: from then on nobody can."""
+        with self._changed:
+            if job.waiting <= 0 and not job.alone:
+                self._drop(job)
+                raise Cancelled("the memory was not made: nobody waits for it.")
+
     def _read(self, job: Job) -> About:
+        self._check_wanted(job)
         source, settings = job.source, dict(job.source.settings)
         parent = self.store.get(source.parent) if source.parent else None
         window = self.model.window
@@ -222,8 +241,7 @@ class Reading:
         def progress(tokens: int, total: int) -> None:
             job.tokens, job.total = tokens, total
             job.tell()
-            if job.waiting <= 0 and not job.alone:
-                raise Cancelled("the memory was not made: nobody waits for it.")
+            self._check_wanted(job)
             self._turns.pause()
 
         method = settings.get("method")
@@ -245,6 +263,7 @@ class Reading:
             raise self._too_long(error.needed) from None
         if (held := int(memory.entries[0])) + window > self._slots:
             raise self._too_long(held + window)
+        self._check_wanted(job)
         told = self._told(memory, source) | {"notes": notes}
         return self.store.put(job.id, memory, told)
 
@@ -319,4 +338,3 @@ def on_device(model: Model, memory: Memory) -> Memory:
 def methods(model: Model) -> list[str]:
     """Lists the methods that a client may name."""
     return [*(["beacon"] if model.config.beacon else []), *METHODS]
-

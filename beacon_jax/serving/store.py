@@ -9,8 +9,10 @@ same.
 """
 
 import collections
+import errno
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -44,6 +46,17 @@ class Unknown(LookupError):
 
 class Full(ValueError):
     """There is no room for a memory, and no folder to put others into."""
+
+
+class Unwritable(Exception):
+    """The store's folder cannot be written: it is full, read-only or gone."""
+
+    def __init__(self, error: OSError):
+        super().__init__(
+            "the memory cannot be kept, the folder of the store takes no more "
+            f"({error.strerror or type(error).__name__}): delete memories, or let the "
+            "server's administrator make room."
+        )
 
 
 def make_id(*parts: Any) -> str:
@@ -136,19 +149,31 @@ class Store:
 
         Raises:
           Full: without a folder, and there is no room.
-          OSError: the folder cannot be written.
+          Unwritable: the folder cannot be written.
         """
         about = dict(about) | {"id": name, "created": int(time.time())}
-        self.check_room(nbytes(memory))
         if self.folder is not None:
-            memory.save(self._pack(name), overwrite=True)
-            text = json.dumps(about | {"hash": self._model_hash()})
-            paths.write_whole(self._json(name), text)
+            try:
+                self._write(name, memory, about)
+            except OSError as error:
+                raise Unwritable(error) from error
+            self._hold(name, memory)
         else:
             with self._lock:
+                self.check_room(nbytes(memory))
                 self._about[name] = about
-        self._hold(name, memory)
-        return self.about(name)
+                self._hold(name, memory)
+        # It may have been deleted since, here or by another process.
+        return about | {"resident": True, "stored": self.folder is not None}
+
+    def _write(self, name: str, memory: Memory, about: About) -> None:
+        """Writes both files, the pack first."""
+        folder = self._pack(name).parent
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "nothing may be written there")
+        memory.save(self._pack(name), overwrite=True)
+        text = json.dumps(about | {"hash": self._model_hash()})
+        paths.write_whole(self._json(name), text)
 
     def rename(self, name: str, new: str, about: Mapping[str, Any]) -> About:
         """Puts the memory `name` under another id, too."""
@@ -159,14 +184,20 @@ class Store:
 
         Raises:
           Unknown: it is not there.
+          Unwritable: its files cannot be removed.
         """
         self.about(name)
-        with self._lock:
-            self._held.pop(name, None)
-            self._about.pop(name, None)
-        if self.folder is not None:  # the JSON first: without it nothing is there
-            self._json(name).unlink(missing_ok=True)
-            self._pack(name).unlink(missing_ok=True)
+        try:
+            if self.folder is not None:  # the JSON first: without it nothing is there
+                self._json(name).unlink(missing_ok=True)
+                self._pack(name).unlink(missing_ok=True)
+        except OSError as error:
+            raise Unwritable(error) from error
+        finally:
+            with self._lock:
+                self._held.pop(name, None)
+                self._about.pop(name, None)
+                self._read.pop(name, None)
 
     def check_room(self, more: int) -> None:
         """Raises Full if there is neither room for `more` bytes nor a folder."""

@@ -1,0 +1,1 @@
+"""Clients that are slow, go away, or open connections and leave them."""
