@@ -5,6 +5,7 @@ import threading
 import time
 
 from beacon_jax.inference.model import Model
+from beacon_jax.serving.device import Device
 from beacon_jax.serving.engine import Engine, Shape
 from beacon_jax.serving.metrics import Metrics
 from beacon_jax.serving.reading import Reading
@@ -54,7 +55,13 @@ class Service:
         name: str,
         store: Store,
         limits: Limits,
+        device: Device | None = None,
     ):
+        """Makes the parts; `start` lets them work.
+
+        Args:
+          device: `followers.lead` makes that of several processes.
+        """
         check_mesh(model)
         self.model, self.name, self.store, self.limits = model, name, store, limits
         self.created = int(time.time())
@@ -62,9 +69,10 @@ class Service:
         turns = Turns(needed=model.partition is not None)
         dtype = model.net.dtype.name
         shape = Shape(limits.rows, limits.slots, limits.queue, dtype)
-        self.engine = Engine(model, shape, self.metrics, turns)
+        self.device = device or Device(model, limits.rows, dtype)
+        self.engine = Engine(model, shape, self.metrics, turns, self.device)
         self.reading = Reading(
-            model, store, turns, slots=limits.slots, queue=limits.queue
+            self.device, store, turns, slots=limits.slots, queue=limits.queue
         )
         # Fast tokenizers are not made for threads that change padding and such.
         self.encoding = threading.Lock()

@@ -9,6 +9,7 @@ import pytest
 
 from beacon_jax.inference.memory import Memory
 from beacon_jax.serving import programs
+from beacon_jax.serving.device import Device
 from beacon_jax.serving.engine import TooLong
 from beacon_jax.serving.reading import Reading, Source
 from beacon_jax.serving.service import Limits
@@ -220,6 +221,10 @@ def memory(model, text):
     return programs.on_host(model.compress(text[:800], ratio=8))
 
 
+def device(model):
+    return Device(model, 1, model.net.dtype.name)
+
+
 def about(memory):
     return {"object": "memory", "tokens": int(memory.lengths[0]), "base": 0}
 
@@ -243,7 +248,7 @@ def test_memories_survive_the_process_and_are_checked(model, memory, tmp_path):
 
 def test_a_damaged_memory_is_made_again(model, memory, text, tmp_path):
     store = Store(model, tmp_path, 2**30)
-    reading = Reading(model, store, Turns(False), slots=1024, queue=4)
+    reading = Reading(device(model), store, Turns(False), slots=1024, queue=4)
     tokens = model.encode(text[:500], "text", first=True)
     source = Source(tokens, {"ratio": 8})
     from tests.serving.conftest import eventually
@@ -253,7 +258,7 @@ def test_a_damaged_memory_is_made_again(model, memory, text, tmp_path):
     pack = tmp_path / f"{job.id}.beacon"
     pack.write_bytes(pack.read_bytes()[:-5])
     fresh = Store(model, tmp_path, 2**30)
-    reading = Reading(model, fresh, Turns(False), slots=1024, queue=4)
+    reading = Reading(device(model), fresh, Turns(False), slots=1024, queue=4)
     again = reading.submit(source)
     eventually(lambda: again.done)
     assert again.error is None
@@ -318,7 +323,7 @@ def test_another_models_memories_are_not_there(model, memory, tmp_path):
 
 def test_a_memory_that_no_row_can_hold_is_refused(model, tmp_path, text):
     store = Store(model, tmp_path, 2**30)
-    reading = Reading(model, store, Turns(False), slots=128, queue=4)
+    reading = Reading(device(model), store, Turns(False), slots=128, queue=4)
     tokens = model.encode(text, "text", first=True)
     from tests.serving.conftest import eventually
 
@@ -331,7 +336,7 @@ def test_a_memory_that_no_row_can_hold_is_refused(model, tmp_path, text):
 
 def test_a_text_that_nobody_waits_for_is_not_read_to_its_end(model, tmp_path, text):
     store = Store(model, tmp_path, 2**30)
-    reading = Reading(model, store, Turns(False), slots=2048, queue=4)
+    reading = Reading(device(model), store, Turns(False), slots=2048, queue=4)
     tokens = model.encode(text, "text", first=True)
     from tests.serving.conftest import eventually
 
