@@ -26,7 +26,6 @@ from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
 from beacon_jax.runtime import launched
 
-
 _OF_LABELS = ("loss", "score", "likely")  # outputs that need labels
 
 

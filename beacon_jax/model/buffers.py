@@ -61,7 +61,6 @@ class Biased(flax.struct.PyTreeNode):
 
 
 Buffer = Array | Quantized | Biased
-Held = Buffer | np.ndarray  # also on the host
 Layer = Int[Array, ""] | int | None
 
 # Logical axes of an array, and of the parts of an int8 or biased buffer.
@@ -98,25 +97,25 @@ def alike(*found: Buffer) -> list[Buffer]:
     return [biased(x) for x in found] if some else list(found)
 
 
-def entries_of(buffer: Held) -> Array | np.ndarray | Quantized:
-    """Returns the buffer without its biases."""
+def entries_of(buffer: Any) -> Any:
+    """Returns the buffer, on a device or the host, without its biases."""
     return buffer.entries if isinstance(buffer, Biased) else buffer
 
 
-def dtype_name(buffer: Held) -> str:
-    """Names the dtype that entries are stored in."""
+def dtype_name(buffer: Any) -> str:
+    """Names the dtype that entries of a buffer are stored in."""
     entries = entries_of(buffer)
     return "int8" if isinstance(entries, Quantized) else entries.dtype.name
 
 
-def slot_nbytes(buffer: Held) -> int:
+def slot_nbytes(buffer: Any) -> int:
     """Counts the bytes of one slot of one row, all layers."""
     if isinstance(buffer, Biased):
         layers, _, heads, _ = buffer.bias.shape
         size = buffer.bias.dtype.itemsize
         return slot_nbytes(buffer.entries) + layers * heads * size
     _, rows, slots, *_ = buffer.shape
-    parts: list[Any] = [buffer]
+    parts = [buffer]
     if isinstance(buffer, Quantized):
         parts = [buffer.values, buffer.scale]
     nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in parts)

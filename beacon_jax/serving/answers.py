@@ -250,15 +250,16 @@ class Writer:
           first: nothing is known of the first token, which nothing stands before.
         """
         words = [self.text([token]) for token in tokens]
+        rows = _rows(likely, self.top)
         if self.chat:
-            return {"content": self._chat_logprobs(words, likely)}
-        chosen: list[float | None] = [float(x) for x in likely.chosen]
+            return {"content": self._chat_logprobs(words, rows)}
+        chosen: list[float | None] = [own for own, _ in rows]
         top: list[dict[str, float] | None] = []
-        for word, own, ids, best in zip(words, likely.chosen, *likely[1:], strict=True):
-            found = {word: float(own)}
-            for token, value in zip(ids[: self.top], best[: self.top], strict=True):
+        for word, (own, others) in zip(words, rows, strict=True):
+            found = {word: own}
+            for token, value in others:
                 other = self.text([token])
-                found[other] = max(float(value), found.get(other, -np.inf))
+                found[other] = max(value, found.get(other, -np.inf))
             top.append(found)
         if first and chosen:
             chosen[0] = top[0] = None
@@ -270,26 +271,29 @@ class Writer:
             "text_offset": lengths.tolist(),
         }
 
-    def _chat_logprobs(self, words: list[str], likely: Likely) -> list[JSON]:
+    def _chat_logprobs(self, words: list[str], rows: "Told") -> list[JSON]:
         def entry(word: str, value: float) -> JSON:
             whole = "\ufffd" not in word
             found = list(word.encode()) if whole else None
-            return {"token": word, "logprob": float(value), "bytes": found}
+            return {"token": word, "logprob": value, "bytes": found}
 
         return [
             entry(word, own)
-            | {
-                "top_logprobs": [
-                    entry(self.text([token]), value)
-                    for token, value in zip(
-                        ids[: self.top], best[: self.top], strict=True
-                    )
-                ]
-            }
-            for word, own, ids, best in zip(
-                words, likely.chosen, *likely[1:], strict=True
-            )
+            | {"top_logprobs": [entry(self.text([x]), value) for x, value in others]}
+            for word, (own, others) in zip(words, rows, strict=True)
         ]
+
+
+# Of each token how likely it was, and (id, how likely) of the most likely ones.
+type Told = list[tuple[float, list[tuple[int, float]]]]
+
+
+def _rows(likely: Likely, top: int) -> Told:
+    chosen, ids, best = (np.asarray(x).tolist() for x in likely)
+    return [
+        (own, list(zip(tokens[:top], values[:top], strict=True)))
+        for own, tokens, values in zip(chosen, ids, best, strict=True)
+    ]
 
 
 def _echoed(ask: Ask, likely: Likely | None) -> Likely:

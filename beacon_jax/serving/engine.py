@@ -11,6 +11,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -125,7 +126,7 @@ class Engine:
         self._ratios = np.zeros((shape.rows, 1), np.int32)
         self._seeds = np.zeros(shape.rows, np.uint32)
         self._limits = np.ones(shape.rows, np.int32)
-        self._sampling = {
+        self._sampling: dict[str, Any] = {
             name: np.full(shape.rows, value, np.asarray(value).dtype)
             for name, value in DEFAULTS.items()
         }
@@ -325,7 +326,9 @@ class Engine:
         model, ask = self.model, prompt.ticket.ask
         seen = np.zeros(model.config.vocab_size, bool)
         if ask.sampling.get("repetition_penalty", 1.0) != 1.0:
-            seen[ask.before.tokens[: ask.before.fed]] = True
+            read = ask.before.tokens
+            assert read is not None  # `prompts` has checked that
+            seen[read] = True
             seen[prompt.tokens] = True
         alone = not self._active().any()
         self._device.insert(prompt.number, row, seen, alone)
@@ -369,8 +372,9 @@ class Engine:
             if not row.ticket.first:
                 row.ticket.first = end
                 self._observer.began(end - row.ticket.asked)
-            wanted = likely is not None and row.ticket.ask.likely
-            mine = Likely(*(x[number] for x in likely)) if wanted else None
+            mine = None
+            if likely is not None and row.ticket.ask.likely:
+                mine = Likely(*(x[number] for x in likely))
             if piece := row.add(new, mine):
                 row.ticket.tell(piece)
             if row.stopped or not goes_on[number]:
@@ -445,7 +449,7 @@ def _opened(ask: Ask) -> set[int]:
     return set() if opened is None else {opened}
 
 
-def checked(sampling: dict[str, float]) -> dict[str, float]:
+def checked(sampling: dict[str, Any]) -> dict[str, float]:
     """Returns settings of sampling; TypeError or ValueError names one out of range."""
     make_sampling(**{**DEFAULTS, **sampling})
     return sampling

@@ -12,7 +12,6 @@ from beacon_jax.serving.protocol import BadRequest
 from beacon_jax.serving.reading import Cancelled
 from beacon_jax.serving.store import Full, Unknown, Unwritable
 
-
 logger = logging.getLogger(__name__)
 LONGEST = 1000  # characters of a message
 

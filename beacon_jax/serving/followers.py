@@ -8,6 +8,7 @@ by a key that the processes share through jax.
 """
 
 import contextlib
+import functools
 import logging
 import secrets
 import socket
@@ -33,24 +34,15 @@ class Stopped(Exception):
     """The first process has given a text up."""
 
 
-class Leader:
-    """A `Device` of the first process; every call of it is told the others first.
+class Leader(Device):
+    """The `Device` of the first process; every call of it is told the others first.
 
     Only whoever has the turn (`turns.Turns`) may call it.
     """
 
     def __init__(self, device: Device, others: list[Connection]):
-        self._device, self._others = device, others
-        self.model = device.model
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._device, name)
-
-        def call(*given: Any) -> Any:
-            self._tell(name, *given)
-            return method(*given)
-
-        return call
+        super().__init__(device.model, device.rows, device.dtype)
+        self._others = others
 
     def compress(
         self,
@@ -71,7 +63,7 @@ class Leader:
                 raise
             self._tell("resume")
 
-        return self._device.compress(tokens, parent, settings, on_note, between)
+        return super().compress(tokens, parent, settings, on_note, between)
 
     def end(self) -> None:
         """Lets the other processes end."""
@@ -83,6 +75,23 @@ class Leader:
     def _tell(self, name: str, *given: Any) -> None:
         for other in self._others:
             other.send((name, given))
+
+
+def _led(name: str) -> Callable[..., Any]:
+    plain = getattr(Device, name)
+
+    @functools.wraps(plain)
+    def call(self: Leader, *given: Any) -> Any:
+        self._tell(name, *given)
+        return plain(self, *given)
+
+    return call
+
+
+for _name in ("warm", "place", "window", "drop", "insert", "block", "release"):
+    setattr(Leader, _name, _led(_name))
+for _name in ("taken", "reset"):
+    setattr(Leader, _name, _led(_name))
 
 
 def lead(device: Device, host: str | None = None) -> Leader:

@@ -88,15 +88,15 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > service.limits.body:
             raise too_large(service)
-        if path.startswith("/v1/") and scope["method"] == "POST":
-            if not service.ready.is_set():
-                raise Refused(
-                    503,
-                    f"the server compiles its programs, {service.compiled} of "
-                    f"{service.sizes} are done: ask again soon.",
-                    "not_ready",
-                    **{"Retry-After": "5"},
-                )
+        posts = path.startswith("/v1/") and scope["method"] == "POST"
+        if posts and not service.ready.is_set():
+            raise Refused(
+                503,
+                f"the server compiles its programs, {service.compiled} of "
+                f"{service.sizes} are done: ask again soon.",
+                "not_ready",
+                **{"Retry-After": "5"},
+            )
 
 
 def too_large(service: Service) -> Refused:

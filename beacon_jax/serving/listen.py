@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import h11
 import uvicorn
-from starlette.applications import Starlette
 from sse_starlette.sse import AppStatus
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from beacon_jax.interrupts import leave

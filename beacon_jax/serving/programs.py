@@ -62,7 +62,8 @@ def empty(model: Model, rows: int, size: int, dtype: str, biased: bool) -> Batch
     state = leaves.empty(model.config, rows, size, dtype, model.partition)
     if biased:
         state = _biased(state)
-    zeros = lambda dtype: np.zeros((rows, model.config.vocab_size), dtype)
+    vocab = model.config.vocab_size
+    zeros: Any = lambda dtype: np.zeros((rows, vocab), dtype)
     return _lying(model, Batch(state, zeros(np.float32), zeros(bool)))
 
 
@@ -163,7 +164,7 @@ def insert(
 ) -> Batch:
     """Copies a row's state, which has the batch's slots or fewer, into the batch."""
 
-    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+    def put(whole: jax.Array, part: Any) -> jax.Array:
         start = [jnp.int32(0)] * whole.ndim
         start[batch_axis(whole)] = jnp.asarray(row, jnp.int32)
         return jax.lax.dynamic_update_slice(whole, part, start)

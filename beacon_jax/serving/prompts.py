@@ -12,10 +12,10 @@ from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.packs import PackError
 from beacon_jax.inference.plan import make_plan
-from beacon_jax.inference.sampling import make_sampling
 from beacon_jax.inference.template import encode_turns, turn_ends
 from beacon_jax.inference.validate import SEEDS
 from beacon_jax.names import meant, short
+from beacon_jax.serving.engine import checked
 from beacon_jax.serving.protocol import (
     BadRequest,
     ChatRequest,
@@ -58,8 +58,8 @@ def check_model(service: Service, name: str | None) -> None:
     if name not in (None, service.name):
         hint = meant(name, [service.name])
         raise BadRequest(
-            f"model={short(repr(name))} is not served here: {hint}use {service.name!r}, or leave "
-            "model out.",
+            f"model={short(repr(name))} is not served here: {hint}use "
+            f"{service.name!r}, or leave model out.",
             "model",
         )
 
@@ -216,13 +216,13 @@ def _turns(
 def _settings(
     service: Service, request: MemoryRequest, spans: Any, row: History
 ) -> dict[str, Any]:
-    """Returns the options of `Model.compress`, those of the server where none is given."""
+    """Returns the options of `Model.compress`, the server's where none is given."""
     limits, able = service.limits, methods(service.model)
     method = request.method or limits.method
     if request.method is not None and request.method not in (*able, limits.method):
         raise BadRequest(
-            f"method={short(repr(request.method))} is unknown: {meant(request.method, able)}use "
-            f"{', '.join(able)}.",
+            f"method={short(repr(request.method))} is unknown: "
+            f"{meant(request.method, able)}use {', '.join(able)}.",
             "method",
         )
     budget = request.max_slots is not None or request.max_bytes is not None
@@ -258,7 +258,7 @@ def _ask(
             f"{service.limits.tokens:,}.",
             "max_tokens",
         )
-    make_sampling(**request.sampling())  # checks them
+    checked(request.sampling())
     sampling = request.fitting()
     if sampling.get("repetition_penalty", 1.0) != 1.0 and row.tokens is None:
         raise BadRequest(

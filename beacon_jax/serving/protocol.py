@@ -13,8 +13,17 @@ from beacon_jax.names import meant, short
 
 # Fields of clients that change nothing here.
 IGNORED = frozenset(
-    "user metadata service_tier safety_identifier prompt_cache_key "
-    "prompt_cache_retention parallel_tool_calls verbosity reasoning_effort".split()
+    [
+        "user",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "verbosity",
+        "reasoning_effort",
+    ]
 )
 # What a client may send as long as it asks for nothing: field -> such values.
 NOTHING: dict[str, tuple[Any, ...]] = {

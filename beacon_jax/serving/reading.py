@@ -73,7 +73,7 @@ class Job:
     error: Exception | None = None
     waiting: int = 0  # clients; 0 with `alone` False: nobody needs it
     alone: bool = False  # goes on without clients
-    listeners: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    listeners: list[Callable[[], object]] = dataclasses.field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -222,7 +222,7 @@ class Reading:
             job.tell()
 
     def _drop(self, job: Job) -> None:
-        """Takes a job off the list; who asks for the same from now on gets a new one."""
+        """Takes a job off the list; the next to ask for the same gets a new one."""
         if self._jobs.get(job.id) is job:
             del self._jobs[job.id]
 

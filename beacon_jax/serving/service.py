@@ -34,7 +34,7 @@ class Limits:
     queue: int = 64
     tokens: int = 2**20
     body: int = 64 * 2**20
-    ratio: int | str | None = None
+    ratio: int | str | list[int] | None = None
     method: str | None = None
     key: str | None = None
     seconds: float = 30.0

@@ -7,9 +7,7 @@ import json
 import pytest
 
 HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
-pytestmark = pytest.mark.skipif(
-    not HAS_LM_EVAL, reason="lm_eval is an extra of 700 MB"
-)
+pytestmark = pytest.mark.skipif(not HAS_LM_EVAL, reason="lm_eval is an extra of 700 MB")
 
 
 @pytest.fixture
@@ -31,9 +29,7 @@ def test_local_completions_score_and_answer_as_the_adapter(
 ):
     instance, clients = lm_eval
     adapter = importlib.import_module("beacon_jax.evaluation.lm_eval")
-    ask = lambda kind, rows: [
-        instance(kind, {}, row, i) for i, row in enumerate(rows)
-    ]
+    ask = lambda kind, rows: [instance(kind, {}, row, i) for i, row in enumerate(rows)]
     pairs = [
         (text[:400] + "The key of door 4 is", " 676"),
         (text[:300] + "The key of door 5 is", " 595 or so"),
@@ -56,9 +52,7 @@ def test_local_completions_score_and_answer_as_the_adapter(
     requests = ask("generate_until", prompts)
     assert theirs.generate_until(requests) == ours.generate_until(requests)
     rows = ask("loglikelihood_rolling", [(text[:600],)])
-    (score,), (expected,) = (
-        lm.loglikelihood_rolling(rows) for lm in (theirs, ours)
-    )
+    (score,), (expected,) = (lm.loglikelihood_rolling(rows) for lm in (theirs, ours))
     assert score == pytest.approx(expected, abs=1e-2)
 
 

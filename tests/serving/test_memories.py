@@ -186,8 +186,9 @@ def test_a_conversation_becomes_a_memory(client, text):
     body = {"memory": made["id"], "messages": [more], "max_tokens": 5, "temperature": 0}
     short = client.post("/v1/chat/completions", json=body).json()
     whole = body | {"messages": [*messages, more]}
-    assert client.post("/v1/chat/completions", json=whole).json()["choices"] == (
-        short["choices"]
+    assert (
+        client.post("/v1/chat/completions", json=whole).json()["choices"]
+        == (short["choices"])
     )
     assert short["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
 

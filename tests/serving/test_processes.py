@@ -94,7 +94,9 @@ def test_two_processes_answer_as_one(processes, model, text, tmp_path):
         kept = post(
             "/v1/completions", prompt="x", max_tokens=5, store=True, memory=made["id"]
         )
-        more = post(f"/v1/memories/{kept.json()['memory']['id']}/append", text="And on.")
+        more = post(
+            f"/v1/memories/{kept.json()['memory']['id']}/append", text="And on."
+        )
         assert more.status_code == 201, more.text
         method = post("/v1/memories", text=text, ratio=4, method="snapkv")
         assert method.status_code == 201, method.text
