@@ -8,7 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from absl import flags
 
+from beacon_jax.cli import serve
 from beacon_jax.evaluation.baselines import make_methods
 from beacon_jax.evaluation.tasks import make_tasks
 
@@ -17,7 +20,8 @@ SETUP = ("setup.sh", "find_python.sh")  # tested in test_setup.py
 CHECK, CORPUS = "gpu_check.sh", "corpus.sh"
 QUICKSTART = "quickstart.sh"  # tested in test_quickstart.py
 SMOLLM2 = "smollm2.sh"
-OTHERS = (*SETUP, CHECK, CORPUS, QUICKSTART, SMOLLM2)
+SERVE = "gke_serve.sh"
+OTHERS = (*SETUP, CHECK, CORPUS, QUICKSTART, SMOLLM2, SERVE)
 SCRIPTS = sorted(f.name for f in LAUNCH.glob("*.sh") if f.name not in OTHERS)
 PARTS = ("parity", "kernels", "prefill", "decode", "train")
 BASH = shutil.which("bash") or "bash"
@@ -261,3 +265,24 @@ def test_a_corpus_without_network_names_what_is_missing_and_the_remedy(tmp_path)
     assert "left out: anarchism: E: no route" in result.stdout
     (line,) = result.stderr.splitlines()
     assert "name folders of your own text" in line
+
+
+def test_the_deployment_of_servers_is_one_with_a_shared_store():
+    given = {"IMAGE": "an/image:1", "MODEL": "/store/my model", "STORE": "claim"}
+    result = run(SERVE, "--rows=16", "--ratio=it's", env=os.environ | given)
+    assert result.returncode == 0, result.stderr
+    deployment, service = yaml.safe_load_all(result.stdout)
+    assert (deployment["kind"], service["kind"]) == ("Deployment", "Service")
+    assert deployment["spec"]["replicas"] == 2
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["args"][0] == "--model=/store/my model"
+    assert container["args"][-2:] == ["--rows=16", "--ratio=it's"]
+    values = flags.FlagValues()
+    serve.define_flags(values)
+    for word in container["args"]:
+        assert word.removeprefix("--").split("=")[0] in values
+    (volume,) = pod["volumes"]
+    assert volume["persistentVolumeClaim"]["claimName"] == "claim"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
+    assert run(SERVE, env={"PATH": os.environ["PATH"]}).returncode != 0

@@ -37,6 +37,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.number("port", 8000, "0: any that is free.", lower_bound=0, upper_bound=65535)
     f.text("api_key", None, f"That clients have to send; also from ${KEY}.")
     f.text("name", None, "Of the model, as clients know it. Else its folder's.")
+    f.switch("distributed", False, "One of several processes; the first answers.")
+    f.text("control", None, "Address at which the others reach the first process.")
     f = Group(values, "Memories")
     f.text("store", None, "Folder of memories; without it they end with the server.")
     f.text("store_bytes", "4GiB", "RAM for memories; those on disk give way.")
@@ -54,10 +56,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def run(o: flags.FlagValues) -> None:
     with _installed():
+        from beacon_jax.serving import followers
+        from beacon_jax.serving.device import Device
         from beacon_jax.serving.listen import Server, is_loopback, quiet
-        from beacon_jax.serving.service import Limits, Service
+        from beacon_jax.serving.service import Limits, Service, check_mesh
         from beacon_jax.serving.store import Store
     from beacon_jax.inference.validate import parse_bytes
+    from beacon_jax.training import processes
 
     quiet()
     kept, body = parse_bytes(o.store_bytes), parse_bytes(o.max_body)
@@ -66,12 +71,20 @@ def run(o: flags.FlagValues) -> None:
     key = o.api_key if o.api_key is not None else os.environ.get(KEY)
     if key is not None and not key.strip():
         raise ValueError("--api_key is empty: give a key, or leave it out.")
+    if o.distributed:
+        processes.start()
     model = context.load_model(o, Progress())
     if model.tokenizer is None:
         raise ValueError(
             f"--model={o.model} has no tokenizer files: copy them there from the base "
             "model."
         )
+    check_mesh(model)
+    device = Device(model, o.rows, model.net.dtype.name)
+    if o.distributed:
+        if not processes.is_lead():
+            return followers.follow(device)
+        device = followers.lead(device, o.control)
     limits = Limits(
         rows=o.rows,
         slots=_slots(model, o.slots, o.rows),
@@ -86,7 +99,7 @@ def run(o: flags.FlagValues) -> None:
     )
     store = Store(model, Path(o.store) if o.store else None, kept)
     name = o.name or Path(o.model).name
-    service = Service(model, name, store, limits)
+    service = Service(model, name, store, limits, device)
     server = Server(service, o.host, o.port)
     if not is_loopback(o.host):
         reach = "everyone who can reach this machine can use it"
@@ -101,6 +114,8 @@ def run(o: flags.FlagValues) -> None:
     )
     wait_for_python()  # Ctrl-C lets answers end, however long that takes
     server.run()
+    if isinstance(device, followers.Leader):
+        device.end()
     if service.failed is not None:
         raise service.failed
     if service.running:  # a thread inside of XLA crashes when Python ends below it

@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 IGNORE = -100
 # Positions of all rows together that are expanded to V at a time where nothing is
 # trained: 311 MB of float32 logits with Qwen2's 151,936 tokens.
 SCORED = 512
-LIKELY = 20  # most likely tokens that are told besides, as many as OpenAI's protocol has
+LIKELY = 20  # most likely tokens that are told, as many as OpenAI's protocol has
 
 
 class Likely(NamedTuple):
@@ -23,9 +24,9 @@ class Likely(NamedTuple):
         there are in a smaller vocabulary.
     """
 
-    chosen: Float[Array, "*N"]
-    ids: Int[Array, "*N K"]
-    best: Float[Array, "*N K"]
+    chosen: Float[Array, "*N"] | Float[np.ndarray, "*N"]
+    ids: Int[Array, "*N K"] | Int[np.ndarray, "*N K"]
+    best: Float[Array, "*N K"] | Float[np.ndarray, "*N K"]
 
 
 def likely(logits: Float[Array, "*N V"], tokens: Int[Array, "*N"]) -> Likely:

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 
 from beacon_jax.evaluation.methods import ADAPT, RECENT, split_name
 from beacon_jax.evaluation.statistics import grouped
 
 # The colours of the published needle heat maps: missed, half, found.
-HEAT = LinearSegmentedColormap.from_list("heat", ["#F0496E", "#EBB839", "#0CD79F"])
+HEAT = ["#F0496E", "#EBB839", "#0CD79F"]
 DPI = 120
 MARKERS = "ovs^D<P>X*"
 # Beacons green, full attention black; families that do alike have one colour.
@@ -51,7 +49,7 @@ def heat_maps(
     methods = list(dict.fromkeys(m["method"] for m in cells))
     lengths = sorted({m["length"] for m in cells})
     depths = sorted({m["depth"] for m in cells})
-    figure = Figure(
+    figure = make_figure(
         figsize=(
             1.2 + len(methods) * (1.0 + 0.7 * len(lengths)),
             1.4 + 0.5 * len(depths),
@@ -66,7 +64,7 @@ def heat_maps(
             if m["method"] == method:
                 at = depths.index(m["depth"]), lengths.index(m["length"])
                 grid[at] = m["value"]
-        image = panel.imshow(grid, cmap=HEAT, vmin=0.0, vmax=1.0, aspect="auto")
+        image = panel.imshow(grid, cmap=_heat(), vmin=0.0, vmax=1.0, aspect="auto")
         for (row, column), value in np.ndenumerate(grid):
             if np.isfinite(value):
                 panel.text(
@@ -105,10 +103,23 @@ def loss_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
-def _rows(metrics: Sequence[Mapping[str, Any]], label: str) -> Figure:
+def make_figure(**options: Any) -> Any:
+    """Makes a figure. matplotlib is an extra, and who draws nothing can do without."""
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
+def _heat() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("heat", HEAT)
+
+
+def _rows(metrics: Sequence[Mapping[str, Any]], label: str) -> Any:
     """A value with its interval per method, the best on top."""
     ordered = sorted(metrics, key=lambda m: -m["value"])
-    figure = Figure(figsize=(6.4, 1.2 + 0.22 * len(ordered)), layout="constrained")
+    figure = make_figure(figsize=(6.4, 1.2 + 0.22 * len(ordered)), layout="constrained")
     axes = figure.subplots()
     for place, m in enumerate(ordered):
         drawn = _line(m) | {"label": m["method"], "linestyle": "none"}
@@ -129,7 +140,7 @@ def means_by_ratio(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     What has no ratio is a level line.
     """
     lengths = sorted({m["length"] for m in metrics})
-    figure = Figure(figsize=(4.2 * len(lengths) + 2.0, 3.8), layout="constrained")
+    figure = make_figure(figsize=(4.2 * len(lengths) + 2.0, 3.8), layout="constrained")
     panels = list(figure.subplots(1, len(lengths), squeeze=False)[0])
     for axes, length in zip(panels, lengths, strict=True):
         here = [m for m in metrics if m["length"] == length and m["ratio"] != ADAPT]
@@ -157,7 +168,7 @@ def training_loss(lines: Path, path: Path) -> None:
     """Loss against the step, from the metrics.jsonl of a training run."""
     rows = [json.loads(x) for x in lines.read_text(encoding="utf-8").splitlines()]
     found = sorted({r["step"]: r["loss"] for r in rows if "loss" in r}.items())
-    figure = Figure(figsize=(6.0, 3.0), layout="constrained")
+    figure = make_figure(figsize=(6.0, 3.0), layout="constrained")
     axes = figure.subplots()
     if found:
         axes.plot(*zip(*found, strict=True), marker=".", markersize=3)
@@ -266,7 +277,7 @@ def _per_ratio(
     metrics: Sequence[Mapping[str, Any]],
     draw: Callable[[Any, Sequence[Mapping[str, Any]]], None],
     before: int = 0,
-) -> tuple[Figure, list[Any]]:
+) -> tuple[Any, list[Any]]:
     """A panel per ratio, each with the methods that have none, and one legend.
 
     Args:
@@ -274,7 +285,7 @@ def _per_ratio(
     """
     tags = sorted({split_name(m["method"])[1] for m in metrics} - {""}, key=by_number)
     count = before + max(len(tags), 1)
-    figure = Figure(figsize=(3.3 * count + 1.6, 3.6), layout="constrained")
+    figure = make_figure(figsize=(3.3 * count + 1.6, 3.6), layout="constrained")
     panels = list(figure.subplots(1, count, squeeze=False)[0])
     for axes, tag in zip(panels[before:], tags or [""], strict=True):
         if axes is not panels[before]:
@@ -294,7 +305,7 @@ def _panels(
     tasks = list(dict.fromkeys((m["task"], m["metric"]) for m in metrics))
     wide = min(4, len(tasks))
     high = -(-len(tasks) // wide)
-    figure = Figure(figsize=(3.4 * wide + 2.0, 2.8 * high), layout="constrained")
+    figure = make_figure(figsize=(3.4 * wide + 2.0, 2.8 * high), layout="constrained")
     panels = figure.subplots(high, wide, squeeze=False).ravel()
     for axes, (task, metric) in zip(panels, tasks, strict=False):
         axes.set_title(task, fontsize=9)
@@ -308,7 +319,7 @@ def _panels(
     figure.savefig(path, dpi=DPI)
 
 
-def _legend(figure: Figure, panels: Sequence[Any]) -> None:
+def _legend(figure: Any, panels: Sequence[Any]) -> None:
     """Adds one legend for all panels, beside them."""
     lines: dict[str, Any] = {}
     for axes in panels:

@@ -126,7 +126,10 @@ def load(
         said += "beacon_jax.train), or keep everything with "
         validate.warn(f"{said}ratio=0.", f"{said}--ratio=full.")
     # A CPU device takes these arrays over as they are: half the memory, half the time.
-    variables = jax.device_put(found.variables)
+    # Those of a mesh lie where they belong, and not all of them here.
+    variables = found.variables
+    if partition is None:
+        variables = jax.device_put(variables)
     ends = end_ids(found.config, ended, tokenizer)
     config = dataclasses.replace(found.config, eos_ids=ends)
     return Model(config, variables, tokenizer, found.identity, partition, path)

@@ -167,7 +167,7 @@ def _share(model: "Model", rows: int) -> float:
 def _free_bytes(model: "Model") -> int | None:
     """Returns the bytes that one device has for a buffer; None: not known."""
     leaf = jax.tree.leaves(model.variables)[0]
-    device = next(iter(leaf.devices()))
+    device = next(iter(leaf.sharding.addressable_devices))  # others tell nothing
     # Not what is in use at the moment: other memories may be gone by then.
     weights = sum(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))

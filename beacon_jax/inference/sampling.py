@@ -101,7 +101,8 @@ def row_seeds(seed: Integers, rows: int) -> UInt32[Array, " B"]:
 
 
 def row_keys(
-    seeds: UInt32[Array, " B"], number: int | Int[Array, ""] | Int[Array, " B"]
+    seeds: UInt32[Array, " B"] | UInt32[np.ndarray, " B"],
+    number: int | Int[Array, ""] | Int[Array, " B"],
 ) -> PRNGKeyArray:
     """Makes keys [B] of each row's output token `number`, from its own seed alone.
 
@@ -114,7 +115,8 @@ def row_keys(
     def key(seed: jax.Array, number: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), number)
 
-    return jax.vmap(key)(seeds, jnp.broadcast_to(number, seeds.shape))
+    numbers = jnp.broadcast_to(jnp.asarray(number), seeds.shape)
+    return jax.vmap(key)(jnp.asarray(seeds), numbers)
 
 
 def seen_tokens(

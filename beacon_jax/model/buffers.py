@@ -60,8 +60,7 @@ class Biased(flax.struct.PyTreeNode):
         return self.entries.nbytes + self.bias.nbytes
 
 
-Plain = Array | np.ndarray  # the latter: of a memory that is on the host
-Buffer = Plain | Quantized | Biased
+Buffer = Array | Quantized | Biased
 Layer = Int[Array, ""] | int | None
 
 # Logical axes of an array, and of the parts of an int8 or biased buffer.
@@ -98,18 +97,18 @@ def alike(*found: Buffer) -> list[Buffer]:
     return [biased(x) for x in found] if some else list(found)
 
 
-def entries_of(buffer: Buffer) -> Plain | Quantized:
-    """Returns the buffer without its biases."""
+def entries_of(buffer: Any) -> Any:
+    """Returns the buffer, on a device or the host, without its biases."""
     return buffer.entries if isinstance(buffer, Biased) else buffer
 
 
-def dtype_name(buffer: Buffer) -> str:
-    """Names the dtype that entries are stored in."""
+def dtype_name(buffer: Any) -> str:
+    """Names the dtype that entries of a buffer are stored in."""
     entries = entries_of(buffer)
     return "int8" if isinstance(entries, Quantized) else entries.dtype.name
 
 
-def slot_nbytes(buffer: Buffer) -> int:
+def slot_nbytes(buffer: Any) -> int:
     """Counts the bytes of one slot of one row, all layers."""
     if isinstance(buffer, Biased):
         layers, _, heads, _ = buffer.bias.shape

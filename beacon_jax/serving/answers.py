@@ -13,7 +13,7 @@ import numpy as np
 from beacon_jax.core.loss import Likely
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.serving.prompts import Prompted
-from beacon_jax.serving.rows import Ended, Event, Failed, Piece, Read
+from beacon_jax.serving.rows import Ask, Ended, Event, Failed, Piece, Read
 from beacon_jax.serving.service import Service
 from beacon_jax.serving.store import About
 
@@ -140,7 +140,7 @@ class Writer:
 
     def chunk(self, number: int, event: Event) -> JSON | None:
         """Returns the chunk that tells of an event; None: there is nothing to tell."""
-        ask = self.prompted[number].ask
+        prompted = self.prompted[number]
         if isinstance(event, Piece):
             told = None
             if event.likely is not None:
@@ -149,12 +149,20 @@ class Writer:
         if isinstance(event, Ended):
             index = self.index(number, event.choice)
             return self._choice(index, "", None, event.finish)
-        if isinstance(event, Read) and not self.chat and ask.echo:
-            tokens, likely = _echoed(ask, event.likely)
-            told = self.logprobs(tokens, likely, first=True)
-            text = self.text(tokens)
-            return self._choice(self.index(number, 0), text, told)
+        if isinstance(event, Read) and prompted.echo:
+            return self._echo(number, event)
         return None
+
+    def _echo(self, number: int, event: Read) -> JSON:
+        """Returns the chunk that has the prompt, as every choice begins with it."""
+        ask = self.prompted[number].ask
+        text, told = self.text(ask.tokens), None
+        if ask.likely:
+            likely = _echoed(ask, event.likely)
+            told = self.logprobs(ask.tokens, likely, first=True)
+        count = range(len(ask.seeds))
+        parts = [self._choice(self.index(number, i), text, told) for i in count]
+        return parts[0] | {"choices": [part["choices"][0] for part in parts]}
 
     def opening(self) -> list[JSON]:
         """Returns the chunks that begin an answer of a conversation."""
@@ -200,15 +208,14 @@ class Writer:
             chunk = await asyncio.to_thread(self.chunk, number, event)
             if chunk is None:
                 continue
-            (new,) = chunk["choices"]
-            text = new["delta"].get("content", "") if self.chat else new["text"]
-            at = found.setdefault(
-                new["index"], {"text": [], "told": [], "finish": None}
-            )
-            at["text"].append(text)
-            if new["logprobs"]:
-                at["told"].append(new["logprobs"])
-            at["finish"] = new["finish_reason"] or at["finish"]
+            for new in chunk["choices"]:
+                text = new["delta"].get("content", "") if self.chat else new["text"]
+                nothing: JSON = {"text": [], "told": [], "finish": None}
+                at = found.setdefault(new["index"], nothing)
+                at["text"].append(text)
+                if new["logprobs"]:
+                    at["told"].append(new["logprobs"])
+                at["finish"] = new["finish_reason"] or at["finish"]
         choices = []
         for index in sorted(found):
             at = found[index]
@@ -243,15 +250,16 @@ class Writer:
           first: nothing is known of the first token, which nothing stands before.
         """
         words = [self.text([token]) for token in tokens]
+        rows = _rows(likely, self.top)
         if self.chat:
-            return {"content": self._chat_logprobs(words, likely)}
-        chosen: list[float | None] = [float(x) for x in likely.chosen]
+            return {"content": self._chat_logprobs(words, rows)}
+        chosen: list[float | None] = [own for own, _ in rows]
         top: list[dict[str, float] | None] = []
-        for word, own, ids, best in zip(words, likely.chosen, *likely[1:], strict=True):
-            found = {word: float(own)}
-            for token, value in zip(ids[: self.top], best[: self.top], strict=True):
+        for word, (own, others) in zip(words, rows, strict=True):
+            found = {word: own}
+            for token, value in others:
                 other = self.text([token])
-                found[other] = max(float(value), found.get(other, -np.inf))
+                found[other] = max(value, found.get(other, -np.inf))
             top.append(found)
         if first and chosen:
             chosen[0] = top[0] = None
@@ -263,42 +271,40 @@ class Writer:
             "text_offset": lengths.tolist(),
         }
 
-    def _chat_logprobs(self, words: list[str], likely: Likely) -> list[JSON]:
+    def _chat_logprobs(self, words: list[str], rows: "Told") -> list[JSON]:
         def entry(word: str, value: float) -> JSON:
             whole = "\ufffd" not in word
             found = list(word.encode()) if whole else None
-            return {"token": word, "logprob": float(value), "bytes": found}
+            return {"token": word, "logprob": value, "bytes": found}
 
         return [
             entry(word, own)
-            | {
-                "top_logprobs": [
-                    entry(self.text([token]), value)
-                    for token, value in zip(
-                        ids[: self.top], best[: self.top], strict=True
-                    )
-                ]
-            }
-            for word, own, ids, best in zip(
-                words, likely.chosen, *likely[1:], strict=True
-            )
+            | {"top_logprobs": [entry(self.text([x]), value) for x, value in others]}
+            for word, (own, others) in zip(words, rows, strict=True)
         ]
 
 
-def _echoed(ask: Any, likely: Likely | None) -> tuple[np.ndarray, Likely]:
-    """Returns the prompt's tokens, and how likely they were: 0 for the first."""
-    tokens = ask.tokens
-    if likely is None:
-        width = np.zeros((0, 0))
-        none = Likely(np.zeros(len(tokens)), width, width)
-        empty = np.zeros((len(tokens), 0))
-        return tokens, none._replace(ids=empty.astype(int), best=empty)
-    skip = len(ask.fed) - len(tokens)
-    pad = lambda x: np.concatenate([np.zeros_like(x[:1]), x])[skip:]
-    if not len(likely.chosen):
-        best = np.zeros((1, 0))
-        return tokens, Likely(np.zeros(1), best.astype(int), best)
-    return tokens, Likely(*map(pad, likely))
+# Of each token how likely it was, and (id, how likely) of the most likely ones.
+type Told = list[tuple[float, list[tuple[int, float]]]]
+
+
+def _rows(likely: Likely, top: int) -> Told:
+    chosen, ids, best = (np.asarray(x).tolist() for x in likely)
+    return [
+        (own, list(zip(tokens[:top], values[:top], strict=True)))
+        for own, tokens, values in zip(chosen, ids, best, strict=True)
+    ]
+
+
+def _echoed(ask: Ask, likely: Likely | None) -> Likely:
+    """Returns how likely the prompt's tokens were; the first one has a line of zeros.
+
+    What the memory had pending was fed in front of it.
+    """
+    assert likely is not None
+    skip = len(ask.fed) - len(ask.tokens)
+    line = lambda x: np.zeros((1, *x.shape[1:]), x.dtype)
+    return Likely(*(np.concatenate([line(x), x])[skip:] for x in likely))
 
 
 def _joined(parts: list[JSON]) -> JSON | None:

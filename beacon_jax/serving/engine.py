@@ -11,8 +11,8 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-import jax
 import numpy as np
 
 from beacon_jax.core.law import Law
@@ -23,6 +23,7 @@ from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.sampling import Sampling, make_sampling
 from beacon_jax.serving import programs
+from beacon_jax.serving.device import Device
 from beacon_jax.serving.rows import (
     Ask,
     Ended,
@@ -99,9 +100,18 @@ class Engine:
         shape: Shape,
         observer: Observer | None = None,
         turns: Turns | None = None,
+        device: Device | None = None,
     ):
+        """Makes an engine; `start` starts its thread.
+
+        Args:
+          turns: who may use the devices; None: nobody else does.
+          device: what they hold (`followers.Leader`: of several processes).
+        """
         self.model, self.shape = model, shape
         self._turns = turns or Turns(needed=False)
+        self._device = device or Device(model, shape.rows, shape.dtype)
+        self._number = 0  # of the next prompt
         self.law = Law.of(model.config)
         beacon = model.config.beacon
         self.static = tuple(sorted({0, *(beacon.ratios if beacon else ())}))
@@ -113,11 +123,10 @@ class Engine:
         self._prompts: collections.deque[Prompt] = collections.deque()
         self._ready: collections.deque[Prompt] = collections.deque()
         self._rows: list[Row | None] = [None] * shape.rows
-        self._batch: programs.Batch | None = None
         self._ratios = np.zeros((shape.rows, 1), np.int32)
         self._seeds = np.zeros(shape.rows, np.uint32)
         self._limits = np.ones(shape.rows, np.int32)
-        self._sampling = {
+        self._sampling: dict[str, Any] = {
             name: np.full(shape.rows, value, np.asarray(value).dtype)
             for name, value in DEFAULTS.items()
         }
@@ -129,8 +138,7 @@ class Engine:
         """Compiles every program; calls `done` with (sizes compiled, of how many)."""
         for number, size in enumerate(self.sizes):
             done(number, len(self.sizes))
-            shape = self.shape
-            programs.warm(self.model, shape.rows, size, shape.dtype, self.static)
+            self._device.warm(size, self.static)
         done(len(self.sizes), len(self.sizes))
 
     def start(self) -> None:
@@ -235,6 +243,7 @@ class Engine:
                 self._read_window(prompt)
             except Exception as error:  # the state that it took over is its own
                 self._fail(prompt.ticket, error)
+                self._device.drop(prompt.number)
         self._join()
         if self._active().any():
             self._decode(BETWEEN if self._prompts or self._waiting else BLOCK)
@@ -244,9 +253,10 @@ class Engine:
             kept = [t for t in self._waiting if not t.cancelled]
             self._waiting = collections.deque(kept)
         for queue in (self._prompts, self._ready):
-            kept = [p for p in queue if not p.ticket.cancelled]
-            queue.clear()
-            queue.extend(kept)
+            for prompt in list(queue):
+                if prompt.ticket.cancelled:
+                    queue.remove(prompt)
+                    self._device.drop(prompt.number)
         for number, row in enumerate(self._rows):
             if row is not None and row.ticket.cancelled:
                 self._leave(number)
@@ -262,15 +272,15 @@ class Engine:
             ticket.started = time.perf_counter()
             self._observer.waited(ticket.started - ticket.asked)
             ask, free = ticket.ask, free - 1
+            number, self._number = self._number, self._number + 1
             try:
                 size = programs.fitting(self.sizes, ask.slots(self.law, self.static))
-                dtype = self.shape.dtype
-                state = programs.placed(self.model, ask.memory, size, dtype)
+                self._device.place(number, ask.memory, size)
             except Exception as error:
                 self._fail(ticket, error)
                 continue
             choices = list(range(len(ask.seeds)))
-            self._prompts.append(Prompt(ticket, ask.fed, state, size, left=choices))
+            self._prompts.append(Prompt(ticket, number, ask.fed, left=choices))
 
     def _read_window(self, prompt: Prompt) -> None:
         """Feeds a prompt up to the end of its window."""
@@ -280,20 +290,12 @@ class Engine:
         labels = None
         if ask.echo:
             labels = np.append(prompt.tokens, 0)[prompt.done + 1 : end + 1]
-        out, prompt.state = programs.window(
-            self.model,
-            prompt.state,
-            prompt.tokens[prompt.done : end],
-            ask.ratio,
-            self.static,
-            labels,
+        tokens = prompt.tokens[prompt.done : end]
+        told = self._device.window(
+            prompt.number, tokens, ask.ratio, self.static, labels
         )
-        prompt.logits = jax.block_until_ready(out.last_logits)
-        if out.likely is not None:
-            count = end - prompt.done
-            prompt.likely.append(
-                Likely(*(np.asarray(x[0])[:count] for x in out.likely))
-            )
+        if told is not None:
+            prompt.likely.append(told)
         self._observer.read(end - prompt.done)
         prompt.done = end
         if end < len(prompt.tokens):
@@ -308,6 +310,7 @@ class Engine:
         if ask.max_new_tokens:
             self._ready.append(prompt)
             return
+        self._device.drop(prompt.number)
         prompt.ticket.first = prompt.ticket.ended = prompt.ticket.read
         after = ask.before.feed(self.law, np.asarray([ask.ratio]), ask.fed)
         entries = after.slots + int(self.law.entries(after.ratio, after.raw))
@@ -322,27 +325,18 @@ class Engine:
             prompt.left.pop(0)
             if not prompt.left:
                 self._ready.popleft()
+                self._device.drop(prompt.number)
 
     def _insert(self, prompt: Prompt, choice: int, row: int) -> None:
         model, ask = self.model, prompt.ticket.ask
-        biased = prompt.state.biased
-        batch, rows = self._batch, self.shape.rows
-        if batch is None or not self._active().any():
-            fits = batch is not None and batch.memory.capacity == prompt.size
-            if batch is None or not fits or batch.memory.biased != biased:
-                batch = None  # the old one is gone before there is a new one
-                self._batch = None
-                dtype = self.shape.dtype
-                batch = programs.empty(model, rows, prompt.size, dtype, biased)
-        size = max(batch.memory.capacity, prompt.size)
-        if size > batch.memory.capacity or (biased and not batch.memory.biased):
-            batch = programs.grown(batch, size, biased or batch.memory.biased)
         seen = np.zeros(model.config.vocab_size, bool)
         if ask.sampling.get("repetition_penalty", 1.0) != 1.0:
-            seen[ask.before.tokens[: ask.before.fed]] = True
+            read = ask.before.tokens
+            assert read is not None  # `prompts` has checked that
+            seen[read] = True
             seen[prompt.tokens] = True
-        number = np.int32(row)
-        self._batch = programs.insert(batch, prompt.state, prompt.logits, seen, number)
+        alone = not self._active().any()
+        self._device.insert(prompt.number, row, seen, alone)
         self._ratios[row] = ask.ratio
         self._seeds[row] = ask.seeds[choice]
         self._limits[row] = ask.max_new_tokens
@@ -352,7 +346,6 @@ class Engine:
 
     def _decode(self, steps: int) -> None:
         """Makes up to `steps` tokens of every row."""
-        assert self._batch is not None
         begin, active = time.perf_counter(), self._active()
         counts = [len(row.fed) if row else 0 for row in self._rows]
         told = any(row is not None and row.ticket.ask.likely for row in self._rows)
@@ -364,11 +357,9 @@ class Engine:
             np.int32(steps),
             np.bool_(told),
         )
-        tokens, loop, self._batch = programs.block(
-            self.model, self._batch, active, self._ratios, asked, self.static
+        tokens, goes_on, likely = self._device.block(
+            active, self._ratios, asked, self.static
         )
-        tokens, goes_on = np.asarray(tokens), np.asarray(loop.active)
-        likely = jax.tree.map(np.asarray, loop.likely) if told else None
         end = time.perf_counter()
         made = int((tokens >= 0).sum())
         columns = int((tokens >= 0).any(axis=0).sum())
@@ -386,8 +377,9 @@ class Engine:
             if not row.ticket.first:
                 row.ticket.first = end
                 self._observer.began(end - row.ticket.asked)
-            wanted = likely is not None and row.ticket.ask.likely
-            mine = Likely(*(x[number] for x in likely)) if wanted else None
+            mine = None
+            if likely is not None and row.ticket.ask.likely:
+                mine = Likely(*(x[number] for x in likely))
             if piece := row.add(new, mine):
                 row.ticket.tell(piece)
             if row.stopped or not goes_on[number]:
@@ -416,9 +408,7 @@ class Engine:
 
     def _memory(self, number: int, after, surplus: int) -> Memory:
         """Copies what a row holds to the host, up to the end of its text."""
-        assert self._batch is not None
-        state = programs.taken(self._batch.memory, np.int32(number))
-        model = self.model
+        state, model = self._device.taken(number), self.model
         memory = Memory(model.config, state, (after,), model.identity)
         if surplus:
             memory = memory.truncate(after.length - surplus)
@@ -426,8 +416,7 @@ class Engine:
 
     def _leave(self, number: int) -> None:
         """Frees a row."""
-        if self._batch is not None:
-            self._batch = programs.release(self._batch, np.int32(number))
+        self._device.release(number)
         self._rows[number] = None  # last: an error finds it there (`_fail_all`)
         for name, values in self._sampling.items():  # no draws for the others' sake
             values[number] = DEFAULTS[name]
@@ -454,7 +443,7 @@ class Engine:
         self._prompts.clear()
         self._ready.clear()
         self._rows = [None] * self.shape.rows
-        self._batch = None
+        self._device.reset()
         for ticket in tickets:
             self._fail(ticket, error)
 
@@ -465,7 +454,7 @@ def _opened(ask: Ask) -> set[int]:
     return set() if opened is None else {opened}
 
 
-def checked(sampling: dict[str, float]) -> dict[str, float]:
+def checked(sampling: dict[str, Any]) -> dict[str, float]:
     """Returns settings of sampling; TypeError or ValueError names one out of range."""
     make_sampling(**{**DEFAULTS, **sampling})
     return sampling

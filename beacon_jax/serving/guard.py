@@ -96,8 +96,8 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > service.limits.body:
             raise too_large(service)
-        asks = path.startswith("/v1/") and scope["method"] == "POST"
-        if asks and not service.ready.is_set():
+        posts = path.startswith("/v1/") and scope["method"] == "POST"
+        if posts and not service.ready.is_set():
             raise Refused(
                 503,
                 f"the server compiles its programs, {service.compiled} of "

@@ -154,6 +154,7 @@ class Server:
         )
         self.socket = listen(host, port)
         self._server = Ending(config)
+        service.on_failed = self.stop
 
     @property
     def address(self) -> str:

@@ -5,6 +5,7 @@ short requests do not pay for the longest. Rows are fed one by one in a state of
 own, of one of the same sizes, and then copied into the batch.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.sampling import make_sampling
 from beacon_jax.model import buffers
+from beacon_jax.training.processes import fetch
 
 STEP = 4  # from one size to the next
 LEAST = 512  # slots of the smallest size, and two windows at least
@@ -60,7 +62,8 @@ def empty(model: Model, rows: int, size: int, dtype: str, biased: bool) -> Batch
     state = leaves.empty(model.config, rows, size, dtype, model.partition)
     if biased:
         state = _biased(state)
-    zeros = lambda dtype: np.zeros((rows, model.config.vocab_size), dtype)
+    vocab = model.config.vocab_size
+    zeros: Any = lambda dtype: np.zeros((rows, vocab), dtype)
     return _lying(model, Batch(state, zeros(np.float32), zeros(bool)))
 
 
@@ -97,9 +100,9 @@ def on_host(memory: Memory) -> Memory:
     """
     most = max(int(memory.entries.max()), 1)
 
-    def fetch(path: Any, leaf: Any) -> np.ndarray:
+    def fetch_live(path: Any, leaf: Any) -> np.ndarray:
         name = ".".join(key.name for key in path)
-        values = np.asarray(leaf)
+        values = fetch(leaf)
         kind = leaves.axes(name, values.ndim)
         if "slots" in kind:
             cut = [slice(None)] * values.ndim
@@ -107,8 +110,15 @@ def on_host(memory: Memory) -> Memory:
             values = values[tuple(cut)]
         return np.array(values)
 
-    state = jax.tree_util.tree_map_with_path(fetch, memory.state)
+    state = jax.tree_util.tree_map_with_path(fetch_live, memory.state)
     return Memory(memory.config, state, memory.rows, memory.identity)
+
+
+def on_device(model: Model, memory: Memory) -> Memory:
+    """Returns a memory of the host on the model's devices, to be continued."""
+    size = max(int(memory.entries[0]), model.window)
+    state = placed(model, memory, size, memory.dtype)
+    return dataclasses.replace(memory, state=state)
 
 
 @jax.jit
@@ -154,7 +164,7 @@ def insert(
 ) -> Batch:
     """Copies a row's state, which has the batch's slots or fewer, into the batch."""
 
-    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+    def put(whole: jax.Array, part: Any) -> jax.Array:
         start = [jnp.int32(0)] * whole.ndim
         start[batch_axis(whole)] = jnp.asarray(row, jnp.int32)
         return jax.lax.dynamic_update_slice(whole, part, start)

@@ -12,11 +12,11 @@ from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.packs import PackError
 from beacon_jax.inference.plan import make_plan
-from beacon_jax.inference.sampling import make_sampling
-from beacon_jax.inference.spans import search, tokens_of
+from beacon_jax.inference.spans import search, token_spans, tokens_of
 from beacon_jax.inference.template import encode_turns, turn_ends
 from beacon_jax.inference.validate import SEEDS
 from beacon_jax.names import meant, short
+from beacon_jax.serving.engine import checked
 from beacon_jax.serving.protocol import (
     BadRequest,
     ChatRequest,
@@ -43,6 +43,7 @@ class Prompted:
       messages: the whole conversation; None: it is none.
       parent: id of the memory.
       held: tokens of the memory that are not fed again.
+      echo: the answer's text begins with the prompt's.
     """
 
     ask: Ask
@@ -50,6 +51,7 @@ class Prompted:
     messages: list[dict[str, str]] | None = None
     parent: str | None = None
     held: int = 0
+    echo: bool = False
 
 
 def check_model(service: Service, name: str | None) -> None:
@@ -98,7 +100,7 @@ def completion_asks(service: Service, request: CompletionRequest) -> list[Prompt
             ask, stop=request.stops(), likely=likely, echo=echo and likely
         )
         parent = about["id"] if about else None
-        found.append(Prompted(ask, row.length, None, parent, row.length))
+        found.append(Prompted(ask, row.length, None, parent, row.length, echo))
     return found
 
 
@@ -154,7 +156,9 @@ def source(
     if request.text is not None:
         text, spans, behind = request.text, request.spans, {"after": row.last}
         # A search may take seconds, in which others encode.
-        found = search(spans, text) if isinstance(spans, str) and spans else None
+        found, fast = None, getattr(model.tokenizer, "is_fast", False)
+        if isinstance(spans, str) and spans:
+            found = search(spans, text) if fast else token_spans(spans, text)
         with service.encoding:
             tokens = model.encode(text, "text", first=not row.length, **behind)
             if found is not None:
@@ -214,7 +218,7 @@ def _turns(
 def _settings(
     service: Service, request: MemoryRequest, spans: Any, row: History
 ) -> dict[str, Any]:
-    """Returns the options of `Model.compress`; the server's where none is given."""
+    """Returns the options of `Model.compress`, the server's where none is given."""
     limits, able = service.limits, methods(service.model)
     method = request.method or limits.method
     if request.method is not None and request.method not in (*able, limits.method):
@@ -258,7 +262,7 @@ def _ask(
             f"{service.limits.tokens:,}.",
             "max_tokens",
         )
-    make_sampling(**request.sampling())  # checks them
+    checked(request.sampling())
     sampling = request.fitting()
     if sampling.get("repetition_penalty", 1.0) != 1.0 and row.tokens is None:
         raise BadRequest(

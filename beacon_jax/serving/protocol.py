@@ -14,8 +14,14 @@ from beacon_jax.names import meant, short
 # Fields of clients that change nothing here.
 IGNORED = frozenset(
     [
-        *("user", "metadata", "service_tier", "safety_identifier", "verbosity"),
-        *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
+        "user",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "verbosity",
         "reasoning_effort",
     ]
 )

@@ -21,12 +21,10 @@ from beacon_jax.inference.account import Account
 from beacon_jax.inference.compressors import METHODS
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
-from beacon_jax.serving import programs
+from beacon_jax.serving.device import Device
 from beacon_jax.serving.engine import Busy, TooLong
 from beacon_jax.serving.store import About, Store, make_id, usable
 from beacon_jax.serving.turns import Turns
-
-PIECE = 256  # tokens that are read at a time, or a window if that is longer
 
 type Settings = dict[str, Any]  # options of `Model.compress`, as JSON
 
@@ -74,7 +72,7 @@ class Job:
     error: Exception | None = None
     waiting: int = 0  # clients; 0 with `alone` False: nobody needs it
     alone: bool = False  # goes on without clients
-    listeners: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    listeners: list[Callable[[], object]] = dataclasses.field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -95,15 +93,17 @@ class Reading:
     """
 
     def __init__(
-        self, model: Model, store: Store, turns: Turns, *, slots: int, queue: int
+        self, device: Device, store: Store, turns: Turns, *, slots: int, queue: int
     ):
         """Starts the thread.
 
         Args:
+          device: as that of the engine.
           slots: of a row of the engine: a memory of more is of no use.
           queue: texts that may wait.
         """
-        self.model, self.store, self._turns = model, store, turns
+        self.model, self._device = device.model, device
+        self.store, self._turns = store, turns
         self._slots, self._queue = slots, queue
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
@@ -155,6 +155,7 @@ class Reading:
             if job.waiting <= 0 and not job.alone and job in self._waiting:
                 self._waiting.remove(job)  # its place in the queue is free
                 self._drop(job)
+                job.error = _unwanted()
 
     def find(self, name: str) -> Job | None:
         """Returns the job that makes a memory; None: there is none."""
@@ -225,7 +226,7 @@ class Reading:
             job.tell()
 
     def _drop(self, job: Job) -> None:
-        """Takes a job off the list; who asks for the same now gets a new one."""
+        """Takes a job off the list; the next to ask for the same gets a new one."""
         if self._jobs.get(job.id) is job:
             del self._jobs[job.id]
 
@@ -234,13 +235,12 @@ class Reading:
         with self._changed:
             if job.waiting <= 0 and not job.alone:
                 self._drop(job)
-                raise Cancelled("the memory was not made: nobody waits for it.")
+                raise _unwanted()
 
     def _read(self, job: Job) -> About:
         self._check_wanted(job)
         source, settings = job.source, dict(job.source.settings)
         parent = self.store.get(source.parent) if source.parent else None
-        window = self.model.window
 
         def progress(tokens: int, total: int) -> None:
             job.tokens, job.total = tokens, total
@@ -254,19 +254,14 @@ class Reading:
         notes: list[str] = []
         try:
             with self._turns:
-                memory = self.model.compress(
-                    source.tokens,
-                    memory=None if parent is None else on_device(self.model, parent),
-                    on_note=notes.append,
-                    on_progress=progress,
-                    progress_windows=max(PIECE // window, 1),
-                    **settings,
+                memory = self._device.compress(
+                    source.tokens, parent, settings, notes.append, progress
                 )
-                memory = programs.on_host(memory)
         except CapacityError as error:
             raise self._too_long(error.needed) from None
-        if (held := int(memory.entries[0])) + window > self._slots:
-            raise self._too_long(held + window)
+        needed = int(memory.entries[0]) + self.model.window
+        if needed > self._slots:
+            raise self._too_long(needed)
         self._check_wanted(job)
         told = self._told(memory, source) | {"notes": notes}
         return self.store.put(job.id, memory, told)
@@ -303,6 +298,10 @@ class Reading:
         }
 
 
+def _unwanted() -> Cancelled:
+    return Cancelled("the memory was not made: nobody waits for it.")
+
+
 def windows(memory: Memory, account: Account) -> list[dict[str, float]]:
     """Lists what each window became: its tokens, slots and ratio; the open one last."""
     row = memory.rows[0]
@@ -321,14 +320,6 @@ def planned_slots(model: Model, tokens: int, ratio: float) -> int:
     law = Law.of(model.config)
     full = tokens // law.window * law.window
     return round(full / max(ratio, 1)) + tokens - full
-
-
-def on_device(model: Model, memory: Memory) -> Memory:
-    """Returns a memory of the host on the model's devices, to be continued."""
-    state = programs.placed(
-        model, memory, max(int(memory.entries[0]), model.window), memory.dtype
-    )
-    return dataclasses.replace(memory, state=state)
 
 
 def methods(model: Model) -> list[str]:

@@ -150,20 +150,18 @@ class Ticket:
 
 @dataclasses.dataclass(eq=False)
 class Prompt:
-    """A prompt that is being read, window by window, in a state of its own.
+    """A prompt that is being read, window by window.
 
     Attributes:
-      state, logits: on the device, so far.
+      number: of its state on the device.
       done: tokens fed.
       likely: of the tokens fed, part by part.
       left: numbers of the choices that have no row yet.
     """
 
     ticket: Ticket
+    number: int
     tokens: Int[np.ndarray, " n"]
-    state: Any
-    size: int
-    logits: Any = None
     done: int = 0
     likely: list[Likely] = dataclasses.field(default_factory=list)
     left: list[int] = dataclasses.field(default_factory=list)

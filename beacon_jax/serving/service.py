@@ -5,6 +5,7 @@ import threading
 import time
 
 from beacon_jax.inference.model import Model
+from beacon_jax.serving.device import Device
 from beacon_jax.serving.engine import Engine, Shape
 from beacon_jax.serving.metrics import Metrics
 from beacon_jax.serving.reading import Reading
@@ -33,7 +34,7 @@ class Limits:
     queue: int = 64
     tokens: int = 2**20
     body: int = 64 * 2**20
-    ratio: int | str | None = None
+    ratio: int | str | list[int] | None = None
     method: str | None = None
     key: str | None = None
     seconds: float = 30.0
@@ -45,6 +46,7 @@ class Service:
 
     Attributes:
       name: of the model, as clients know it.
+      failed: why they could not be; `on_failed` is called then.
     """
 
     def __init__(
@@ -53,22 +55,31 @@ class Service:
         name: str,
         store: Store,
         limits: Limits,
+        device: Device | None = None,
     ):
+        """Makes the parts; `start` lets them work.
+
+        Args:
+          device: `followers.lead` makes that of several processes.
+        """
+        check_mesh(model)
         self.model, self.name, self.store, self.limits = model, name, store, limits
         self.created = int(time.time())
         self.metrics = Metrics()
         turns = Turns(needed=model.partition is not None)
         dtype = model.net.dtype.name
         shape = Shape(limits.rows, limits.slots, limits.queue, dtype)
-        self.engine = Engine(model, shape, self.metrics, turns)
+        self.device = device or Device(model, limits.rows, dtype)
+        self.engine = Engine(model, shape, self.metrics, turns, self.device)
         self.reading = Reading(
-            model, store, turns, slots=limits.slots, queue=limits.queue
+            self.device, store, turns, slots=limits.slots, queue=limits.queue
         )
         # Fast tokenizers are not made for threads that change padding and such.
         self.encoding = threading.Lock()
         self.compiled, self.sizes = 0, len(self.engine.sizes)
         self.ready = threading.Event()
         self.failed: Exception | None = None
+        self.on_failed = lambda: None
         self._compiling = threading.Thread(
             target=self._warm, name="compiling", daemon=True
         )
@@ -91,6 +102,7 @@ class Service:
             self.engine.warm(done)
         except Exception as error:
             self.failed = error
+            self.on_failed()
             return
         self.engine.start()
         self.ready.set()
@@ -101,3 +113,20 @@ class Service:
         self.reading.close(seconds)
         if self.ready.is_set():
             self.engine.close(max(end - time.monotonic(), 0.1))
+
+
+def check_mesh(model: Model) -> None:
+    """Raises ValueError for devices that rows would be split over.
+
+    Prompts are read one by one, and one row cannot be split.
+    """
+    if model.partition is None:
+        return
+    rules, sizes = dict(model.partition.rules), model.partition.mesh.shape
+    split = [axis for axis in rules.get("batch", ()) if sizes[axis] > 1]
+    if split:
+        raise ValueError(
+            f"mesh axes {', '.join(split)} split rows, and a server reads them one by "
+            "one: use --mesh=tensor:N, and N servers with one --store behind a load "
+            "balancer."
+        )

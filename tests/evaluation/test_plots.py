@@ -1,6 +1,8 @@
 """Figures a person can read: no text over another, units, times without compilation."""
 
 import itertools
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -173,3 +175,12 @@ def test_every_method_has_a_look_of_its_own():
 
     assert set(plots.STYLES) == {*baselines.FAMILIES, baselines.Retention.family}
     assert len(set(plots.STYLES.values())) == len(plots.STYLES)
+
+
+def test_matplotlib_is_not_needed_where_nothing_is_drawn():
+    """It is an extra of its own; lm_eval's adapter is in this package, too."""
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import beacon_jax.evaluation, beacon_jax.evaluation.likelihood\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -40,7 +40,8 @@ def served(
     server = Server(service, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert service.ready.wait(240), service.failed
+    eventually(lambda: service.ready.is_set() or service.failed is not None, 240)
+    assert service.failed is None, service.failed
     service.address = server.address  # type: ignore[attr-defined]
     service.server = server  # type: ignore[attr-defined]
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from beacon_jax.evaluation import plots
 from beacon_jax.evaluation.methods import split_name
@@ -66,7 +65,7 @@ def _draw(metrics: Sequence[Metric], path: Path) -> None:
     """
     ratios = sorted({m["ratio"] for m in metrics if m["ratio"] > 1})
     width = max(3.4 * len(ratios) + 1.6, 4.0)
-    figure = Figure(figsize=(width, 3.4), layout="constrained")
+    figure = plots.make_figure(figsize=(width, 3.4), layout="constrained")
     panels = figure.subplots(1, max(len(ratios), 1), sharey=True, squeeze=False)[0]
     lines: dict[str, Any] = {}
     for panel, ratio in zip(panels, ratios, strict=False):
