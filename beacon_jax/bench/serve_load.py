@@ -346,14 +346,16 @@ def server(model: str, rows: int, clients: int) -> Iterator[tuple[str, int]]:
             url = _wait(process, log)
             yield url, process.pid
         finally:
+            died = process.poll()
             process.terminate()
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        if "Traceback" in (said := log.read_text()):
-            print(said[-5000:], file=sys.stderr)
+        said = log.read_text()
+        if died is not None or "Traceback" in said:
+            print(f"server: exit code {died}\n{said[-5000:]}", file=sys.stderr)
 
 
 def _wait(process: subprocess.Popen[Any], log: Path) -> str:

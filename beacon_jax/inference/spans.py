@@ -84,7 +84,7 @@ def search(spans: str | re.Pattern[str], text: str) -> list[tuple[int, int]]:
 
 
 def tokens_of(
-    found: Sequence[tuple[int, int]],
+    found: Sequence[tuple[int, int]] | Int[np.ndarray, "M 2"],
     text: str,
     tokenizer: Any,
     *,

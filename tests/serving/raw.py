@@ -155,7 +155,7 @@ def still_serves(service: Service) -> None:
 
 @contextlib.contextmanager
 def unharmed(*services: Service) -> Iterator[Log]:
-    """Asserts at the end of a block that servers are as they were, and no error logged."""
+    """Asserts at the end of a block that servers are as they were, nothing logged."""
     with logged() as log:
         yield log
         for service in services:
