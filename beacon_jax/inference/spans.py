@@ -72,6 +72,7 @@ def search(spans: str | re.Pattern[str], text: str) -> list[tuple[int, int]]:
       ValueError: not a valid expression, or one whose search does not end.
     """
     seconds = PATIENCE + MORE * len(text)
+    remedy = "write it without, or give token ranges as (start, stop)."
     try:
         matches = _compiled(spans).finditer(text, timeout=seconds)
         return [match.span() for match in matches]
@@ -79,7 +80,11 @@ def search(spans: str | re.Pattern[str], text: str) -> list[tuple[int, int]]:
         raise ValueError(
             f"spans={_shown(spans)} is neither found nor ruled out in {seconds:.0f} s, "
             f"in {len(text):,} characters of text: it repeats what repeats itself, as "
-            "(a+)+ does; write it without, or give token ranges as (start, stop)."
+            f"(a+)+ does; {remedy}"
+        ) from None
+    except MemoryError:
+        raise ValueError(
+            f"spans={_shown(spans)} calls itself without end, as (?R) does; {remedy}"
         ) from None
 
 

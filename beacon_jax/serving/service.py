@@ -76,6 +76,8 @@ class Service:
         )
         # Fast tokenizers are not made for threads that change padding and such.
         self.encoding = threading.Lock()
+        # One expression is searched at a time: it may take a gigabyte for a moment.
+        self.searching = threading.Lock()
         self.compiled, self.sizes = 0, len(self.engine.sizes)
         self.ready = threading.Event()
         self.failed: Exception | None = None

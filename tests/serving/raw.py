@@ -33,7 +33,7 @@ class Answer(NamedTuple):
         return self.json["error"]
 
 
-def connect(service: Service, seconds: float = 20) -> socket.socket:
+def connect(service: Service, seconds: float = 60) -> socket.socket:
     """Opens a connection."""
     at = urlsplit(service.address)  # type: ignore[attr-defined]
     return socket.create_connection((at.hostname, at.port), seconds)

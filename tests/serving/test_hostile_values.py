@@ -303,6 +303,8 @@ MEMORY_VALUES = {
         "(",
         "(a+)+$",
         "(a*)*b",
+        "(?R)",
+        "(?P<x>(?&x)a|b)",
         "(?P<x",
         "a{99999}{99999}",
         "(a{6000}){6000}",
@@ -339,6 +341,22 @@ MEMORY_VALUES = {
 def test_a_memory_is_made_or_its_wrong_field_is_named(server, field):
     for value in MEMORY_VALUES[field]:
         fair(remember(server, **{field: value}), field)
+
+
+def test_a_text_that_is_far_too_long_is_not_even_encoded(server):
+    text = "a" * 900_000
+    turns = [{"role": "user", "content": text}]
+    begin = time.monotonic()
+    for answer in (
+        ask(server, prompt=text),
+        ask(server, prompt=[text[:20_000]] * 10),
+        remember(server, text=text),
+        post(server, MEMORIES, json.dumps({"messages": turns}).encode()),
+        post(server, CHATS, json.dumps({"messages": turns}).encode()),
+    ):
+        assert answer.status == 413
+        refused(answer, "characters", "--max_tokens")
+    assert time.monotonic() - begin < 5
 
 
 def test_an_expression_that_takes_for_ever_is_given_up_while_others_answer(server):
