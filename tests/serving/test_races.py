@@ -314,7 +314,7 @@ def _mixed(server, number, text):
         ask(server, prompt=[10**6])
 
 
-@pytest.mark.parametrize("times", [60, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [60, pytest.param(800, marks=pytest.mark.slow)])
 def test_requests_leave_nothing_behind(server, text, times):
     kinds = (Ticket, Prompt, Row, Job, Memory)
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
