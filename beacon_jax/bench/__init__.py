@@ -3,5 +3,6 @@
 `runner` measures the parts (`kernels`, `parity`, `serving`, `training`) one row after
 the other; `roofline` computes what chips can reach. `python -m beacon_jax.bench.NAME`
 answers one question: aot, aot_kernels, help_time, int8_loss, kill_and_resume,
-lean_backward, long_prompt, mount_loss, prepare_memory, stress_collectives.
+lean_backward, long_prompt, mount_loss, prepare_memory, serve_load,
+stress_collectives.
 """

@@ -19,7 +19,9 @@ from absl import flags
 
 from beacon_jax import paths
 from beacon_jax.cli import context
+from beacon_jax.cli.ending import wait_for_python
 from beacon_jax.cli.options import Group
+from beacon_jax.interrupts import leave
 from beacon_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -110,11 +112,14 @@ def run(o: flags.FlagValues) -> None:
         f"{limits.rows} rows of {limits.slots:,} slots, "
         f"{service.sizes} sizes to compile; open {server.address}"
     )
+    wait_for_python()  # Ctrl-C lets answers end, however long that takes
     server.run()
     if isinstance(device, followers.Leader):
         device.end()
     if service.failed is not None:
         raise service.failed
+    if service.running:  # a thread inside of XLA crashes when Python ends below it
+        leave(0)
 
 
 @contextlib.contextmanager

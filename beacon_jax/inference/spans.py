@@ -62,16 +62,41 @@ def token_spans(
             f"spans={_shown(spans)} needs a fast tokenizer (tokenizer.json), which "
             "knows the characters of each token: give token ranges as (start, stop)."
         )
+    return tokens_of(search(spans, text), text, tokenizer, first=first, after=after)
+
+
+def search(spans: str | re.Pattern[str], text: str) -> list[tuple[int, int]]:
+    """Finds the characters [start, stop) of a text that an expression matches.
+
+    Raises:
+      ValueError: not a valid expression, or one whose search does not end.
+    """
     seconds = PATIENCE + MORE * len(text)
+    remedy = "write it without, or give token ranges as (start, stop)."
     try:
         matches = _compiled(spans).finditer(text, timeout=seconds)
-        found = [match.span() for match in matches]
+        return [match.span() for match in matches]
     except TimeoutError:
         raise ValueError(
             f"spans={_shown(spans)} is neither found nor ruled out in {seconds:.0f} s, "
             f"in {len(text):,} characters of text: it repeats what repeats itself, as "
-            "(a+)+ does; write it without, or give token ranges as (start, stop)."
+            f"(a+)+ does; {remedy}"
         ) from None
+    except MemoryError:
+        raise ValueError(
+            f"spans={_shown(spans)} calls itself without end, as (?R) does; {remedy}"
+        ) from None
+
+
+def tokens_of(
+    found: Sequence[tuple[int, int]] | Int[np.ndarray, "M 2"],
+    text: str,
+    tokenizer: Any,
+    *,
+    first: bool,
+    after: int | str | None,
+) -> Int[np.ndarray, "S 2"]:
+    """Returns the ranges of tokens that share a character with what was found."""
     marked = np.zeros(len(text) + 1, np.int32)
     for start, stop in found:
         marked[start + 1 : stop + 1] = 1

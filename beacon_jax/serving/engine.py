@@ -197,6 +197,11 @@ class Engine:
             self._changed.notify()
         self._thread.join(seconds)
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread is still at work."""
+        return self._thread.is_alive()
+
     def state(self) -> dict[str, int]:
         """Counts requests: waiting, being read, and rows that answer."""
         return {
@@ -411,10 +416,10 @@ class Engine:
 
     def _leave(self, number: int) -> None:
         """Frees a row."""
-        self._rows[number] = None
+        self._device.release(number)
+        self._rows[number] = None  # last: an error finds it there (`_fail_all`)
         for name, values in self._sampling.items():  # no draws for the others' sake
             values[number] = DEFAULTS[name]
-        self._device.release(number)
 
     def _not_finite(self, number: int) -> None:
         row = self._rows[number]

@@ -17,6 +17,7 @@ SAFE = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _ID = re.compile("^/v1/memories/[^/]+")
+_ELSEWHERE = ("cross-site", "same-site")
 _KEYED = ("/v1/", "/metrics")
 # What requests are counted by; those of other paths are counted together.
 _COUNTED = frozenset(
@@ -78,6 +79,13 @@ class Guard:
                     "invalid_api_key",
                     **{"WWW-Authenticate": "Bearer"},
                 )
+        if scope["method"] != "GET" and headers.get("sec-fetch-site") in _ELSEWHERE:
+            raise Refused(
+                403,
+                "a page of another site has sent this from a browser, with its user's "
+                "rights: send it from the server's own page, or by a program.",
+                "cross_site",
+            )
         if self._open > (most := service.limits.connections):
             raise Refused(
                 503,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 from collections.abc import AsyncIterator
 from types import FrameType
@@ -20,6 +21,7 @@ from beacon_jax.serving.errors import response
 from beacon_jax.serving.service import Service
 
 IDLE = 75  # seconds that a connection may stay open between two requests
+REFUSED = 64  # connections beyond the limit that are still told so
 FINISH = 30  # seconds for answers that have begun, when the server is to end
 
 
@@ -43,8 +45,9 @@ class Patient(H11Protocol):
         super().connection_made(transport)
         self._stall_timer: asyncio.TimerHandle | None = None
         self._expect_head(self.seconds)
-        if len(self.connections) > self.most:
-            next(iter(self.heads)).transport.abort()
+        oldest, more = next(iter(self.heads)), len(self.connections) - self.most
+        if more > REFUSED or (more > 0 and oldest is not self):
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_there()
@@ -85,6 +88,7 @@ class Patient(H11Protocol):
         ):
             self.transport.write(self.conn.send(part))
         self.transport.close()
+        self._expect_head(self.seconds)  # to take this answer, in fact
 
     def _expect_head(self, seconds: float) -> None:
         self._head_is_there()
@@ -129,12 +133,15 @@ class Server:
         app = make_app(service)
         app.router.lifespan_context = self._lifespan
         limits = service.limits
+        others = 128 + REFUSED  # files that are open besides
+        room = files(limits.connections + others) - others
+        most = max(min(limits.connections, room), 16)
         config = uvicorn.Config(
             app,
             http=type(
                 "Connection",
                 (Patient,),
-                {"seconds": limits.seconds, "most": limits.connections, "heads": {}},
+                {"seconds": limits.seconds, "most": most, "heads": {}},
             ),
             ws="none",
             log_level="warning",
@@ -190,6 +197,16 @@ def listen(host: str, port: int) -> socket.socket:
             "port, or an address of this machine."
         ) from None
     return opened
+
+
+def files(wanted: int) -> int:
+    """Lets the process open so many files, if it may; returns how many it can."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < more:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+        return more
+    return wanted
 
 
 def is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.packs import PackError
 from beacon_jax.inference.plan import make_plan
+from beacon_jax.inference.spans import search, token_spans, tokens_of
 from beacon_jax.inference.template import encode_turns, turn_ends
 from beacon_jax.inference.validate import SEEDS
 from beacon_jax.names import meant, short
-from beacon_jax.serving.engine import checked
+from beacon_jax.serving.engine import Busy, checked
 from beacon_jax.serving.protocol import (
     BadRequest,
     ChatRequest,
@@ -24,12 +26,14 @@ from beacon_jax.serving.protocol import (
     Message,
     Sampled,
 )
-from beacon_jax.serving.reading import Source, methods, ranges
+from beacon_jax.serving.reading import Source, methods
 from beacon_jax.serving.rows import Ask
 from beacon_jax.serving.service import Service
 from beacon_jax.serving.store import About
 
 CHAT_TOKENS = 512  # of an answer in a conversation that names no number
+PATIENCE = 2.0  # seconds behind the search of another request, which may take long
+CHARACTERS = 8  # of a token, on average: more are not encoded to be counted
 COMPLETION_TOKENS = 16  # OpenAI's default
 
 
@@ -89,6 +93,7 @@ def completion_asks(service: Service, request: CompletionRequest) -> list[Prompt
             "wait: send them in several requests.",
             "prompt",
         )
+    _check_characters(service, prompts)
     for number, prompt in enumerate(prompts):
         with service.encoding:
             tokens = service.model.encode(
@@ -116,6 +121,7 @@ def chat_ask(service: Service, request: ChatRequest) -> Prompted:
     check_model(service, request.model)
     memory, about = _memory(service, request.memory)
     messages = [message.plain() for message in request.messages]
+    _check_characters(service, (x["content"] for x in messages))
     told, base = (about or {}).get("messages") or [], 0
     row = memory.rows[0] if memory else History.empty()
     if about is not None:
@@ -153,17 +159,24 @@ def source(
     row = memory.rows[0] if memory else History.empty()
     model, base, messages = service.model, None, None
     if request.text is not None:
+        _check_characters(service, [request.text])
+        text, spans, behind = request.text, request.spans, {"after": row.last}
+        # A search may take seconds, in which others encode.
+        found, fast = None, getattr(model.tokenizer, "is_fast", False)
+        if isinstance(spans, str) and spans:
+            if not service.searching.acquire(timeout=PATIENCE):
+                raise Busy(1, 5)
+            try:
+                found = search(spans, text) if fast else token_spans(spans, text)
+            finally:
+                service.searching.release()
         with service.encoding:
-            tokens = model.encode(
-                request.text, "text", first=not row.length, after=row.last
-            )
-            spans = ranges(
-                model,
-                request.spans,
-                request.text,
-                first=not row.length,
-                after=row.last,
-            )
+            tokens = model.encode(text, "text", first=not row.length, **behind)
+            if found is not None:
+                marked = tokens_of(
+                    found, text, model.tokenizer, first=not row.length, **behind
+                )
+                spans = marked.tolist()
     else:
         if request.spans is not None:
             raise BadRequest("spans mark parts of text, not of messages.", "spans")
@@ -179,11 +192,22 @@ def source(
 class TooManyTokens(ValueError):
     """A text is longer than the server takes."""
 
-    def __init__(self, tokens: int, most: int):
+    def __init__(self, count: int, most: int, what: str = "tokens"):
         super().__init__(
-            f"the text has {tokens:,} tokens, the server takes {most:,}: send a "
+            f"the text has {count:,} {what}, the server takes {most:,}: send a "
             "shorter one, or start the server with a larger --max_tokens."
         )
+
+
+def _check_characters(service: Service, texts: Iterable[Any]) -> None:
+    """Raises TooManyTokens for texts that are too long to be even encoded.
+
+    60 MB in one word took the tokenizer a minute and 12 GB.
+    """
+    count = sum(len(x) for x in texts if isinstance(x, str))
+    most = CHARACTERS * service.limits.tokens
+    if count > most:
+        raise TooManyTokens(count, most, "characters")
 
 
 def _turns(
@@ -191,6 +215,7 @@ def _turns(
 ) -> tuple[int, None, Int[np.ndarray, " n"], list[dict[str, str]]]:
     """Returns base, spans, new tokens and messages of a conversation to be read."""
     messages = [message.plain() for message in given]
+    _check_characters(service, (x["content"] for x in messages))
     told = (about or {}).get("messages") or []
     base = about["base"] if about else 0
     held = np.zeros(0, np.int32)
@@ -227,6 +252,8 @@ def _settings(
         )
     budget = request.max_slots is not None or request.max_bytes is not None
     ratio = request.ratio
+    if method in (None, "beacon"):
+        _check_ratio(service, ratio)
     if ratio is None and not budget and not row.length:
         ratio = limits.ratio
     given = {
@@ -285,11 +312,34 @@ def _ratio(
     service: Service, asked: int | str | None, row: History, length: int, new: int
 ) -> int:
     """Returns the ratio of the windows that a prompt and its answer begin."""
+    _check_ratio(service, asked)
     if asked is None and not row.length:
         asked = "auto"
     config = service.model.config
     plan = make_plan(config, asked, length=length, new_tokens=new, before=row)
     return int(plan.ratios[-1])
+
+
+def _check_ratio(service: Service, asked: int | str | list[int] | None) -> None:
+    """Raises BadRequest for a ratio that the beacons were not trained for.
+
+    A new one compiles all programs anew, and everybody waits for that.
+    """
+    beacon = service.model.config.beacon
+    if beacon is None or asked is None or isinstance(asked, str):
+        return
+    default = service.limits.ratio
+    known = {0, *beacon.ratios, *(default if isinstance(default, list) else [default])}
+    wrong = [
+        x for x in (asked if isinstance(asked, list) else [asked]) if x not in known
+    ]
+    if wrong:
+        able = ", ".join(map(str, sorted(x for x in known if isinstance(x, int) and x)))
+        raise BadRequest(
+            f"ratio={short(str(asked))} is not one of this server: use {able}, 'auto' "
+            "or 'full'.",
+            "ratio",
+        )
 
 
 def _memory(service: Service, name: str | None) -> tuple[Memory | None, About | None]:

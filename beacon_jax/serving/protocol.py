@@ -46,6 +46,9 @@ NOTHING: dict[str, tuple[Any, ...]] = {
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 # A list that is wrong is wrong once: millions of errors would take gigabytes.
 type Items[Item] = Annotated[list[Item], FailFast()]
+# An item of a few bytes takes hundreds in Python.
+MANY = 100_000
+type Few[Item] = Annotated[list[Item], FailFast(), Field(max_length=10_000)]
 Words = Annotated[str, Field(max_length=1000)]
 RatioField = (
     int | Literal["auto", "full"] | Annotated[str, Field(pattern="^auto-[0-9]{1,4}$")]
@@ -84,7 +87,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Annotated[str, Field(min_length=1, max_length=40)]
-    content: str | Items[Part] | None = None
+    content: str | Few[Part] | None = None
     name: str | None = None
     refusal: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -139,14 +142,14 @@ class Sampled(Strict):
 
 
 class CompletionRequest(Sampled):
-    prompt: str | Items[str] | Items[int] | Items[Items[int]]
+    prompt: str | Few[str] | Items[int] | Few[Items[int]]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 
 
 class ChatRequest(Sampled):
-    messages: Annotated[Items[Message], Field(min_length=1)]
+    messages: Annotated[Few[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -160,14 +163,20 @@ class MemoryRequest(Strict):
     """A text to be read into a memory; `append` has the same fields."""
 
     text: str | None = None
-    messages: Annotated[Items[Message], Field(min_length=1)] | None = None
+    messages: Annotated[Few[Message], Field(min_length=1)] | None = None
     model: str | None = None
     name: Annotated[str, Field(max_length=200)] | None = None
-    ratio: RatioField | Annotated[Items[int], Field(min_length=1)] | None = None
+    ratio: (
+        RatioField | Annotated[Items[int], Field(min_length=1, max_length=MANY)] | None
+    ) = None
     max_slots: Annotated[int, Field(ge=1)] | None = None
     max_bytes: int | str | None = None
     method: str | None = None
-    spans: Annotated[str, Field(max_length=1000)] | Items[Span] | None = None
+    spans: (
+        Annotated[str, Field(max_length=1000)]
+        | Annotated[Items[Span], Field(max_length=MANY)]
+        | None
+    ) = None
     lossless: Literal["windows", "slots"] = "windows"
     stream: bool = False
     background: bool = False

@@ -21,7 +21,6 @@ from beacon_jax.inference.account import Account
 from beacon_jax.inference.compressors import METHODS
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
-from beacon_jax.inference.spans import token_spans
 from beacon_jax.serving.device import Device
 from beacon_jax.serving.engine import Busy, TooLong
 from beacon_jax.serving.store import About, Store, make_id, usable
@@ -194,6 +193,11 @@ class Reading:
             return self.store.about(name)
         return self.store.put(name, memory, self._told(memory, source))
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread is still at work."""
+        return self._thread.is_alive()
+
     def close(self, seconds: float) -> None:
         """Takes no more texts; gives those that were not read up."""
         with self._changed:
@@ -316,14 +320,6 @@ def planned_slots(model: Model, tokens: int, ratio: float) -> int:
     law = Law.of(model.config)
     full = tokens // law.window * law.window
     return round(full / max(ratio, 1)) + tokens - full
-
-
-def ranges(model: Model, spans: Any, text: str, *, first: bool, after: Any) -> Any:
-    """Returns the token ranges that a regular expression marks; others as they are."""
-    if not isinstance(spans, str):
-        return spans
-    found = token_spans(spans, text, model.tokenizer, first=first, after=after)
-    return np.asarray(found).tolist()
 
 
 def methods(model: Model) -> list[str]:

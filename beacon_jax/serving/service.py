@@ -76,14 +76,25 @@ class Service:
         )
         # Fast tokenizers are not made for threads that change padding and such.
         self.encoding = threading.Lock()
+        # One expression is searched at a time: it may take a gigabyte for a moment.
+        self.searching = threading.Lock()
         self.compiled, self.sizes = 0, len(self.engine.sizes)
         self.ready = threading.Event()
         self.failed: Exception | None = None
         self.on_failed = lambda: None
+        self._compiling = threading.Thread(
+            target=self._warm, name="compiling", daemon=True
+        )
 
     def start(self) -> None:
         """Compiles all programs in a thread of its own, then begins to answer."""
-        threading.Thread(target=self._warm, name="compiling", daemon=True).start()
+        self._compiling.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether a thread of it is still at work."""
+        parts = self.engine, self.reading
+        return self._compiling.is_alive() or any(part.running for part in parts)
 
     def _warm(self) -> None:
         def done(sizes: int, of: int) -> None:

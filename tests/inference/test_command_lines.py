@@ -15,8 +15,8 @@ import pytest
 from absl import flags
 
 from beacon_jax.cli import compress, generate
-from beacon_jax.inference.options import PIECE_WINDOWS
 from beacon_jax.inference.memory import Memory
+from beacon_jax.inference.options import PIECE_WINDOWS
 
 ROOT = Path(__file__).parents[2]
 TEXT = "Boats left the harbour at dawn. " * 6

@@ -43,6 +43,7 @@ def served(
     eventually(lambda: service.ready.is_set() or service.failed is not None, 240)
     assert service.failed is None, service.failed
     service.address = server.address  # type: ignore[attr-defined]
+    service.server = server  # type: ignore[attr-defined]
     try:
         yield service
     finally:

@@ -5,11 +5,12 @@ import http.client
 import json
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from beacon_jax.serving.service import Service
+from tests.serving.conftest import eventually
 
 FIELDS = {"message", "type", "param", "code"}  # of an error in OpenAI's form
 
@@ -32,7 +33,7 @@ class Answer(NamedTuple):
         return self.json["error"]
 
 
-def connect(service: Service, seconds: float = 20) -> socket.socket:
+def connect(service: Service, seconds: float = 60) -> socket.socket:
     """Opens a connection."""
     at = urlsplit(service.address)  # type: ignore[attr-defined]
     return socket.create_connection((at.hostname, at.port), seconds)
@@ -139,7 +140,7 @@ def logged() -> Iterator[Log]:
             logger.removeHandler(log)
 
 
-def still_serves(service: Service, eventually: Callable[..., None]) -> None:
+def still_serves(service: Service) -> None:
     """Asserts that a server answers, and that nothing is left of other requests."""
     assert exchange(service, head("GET", "/health"), "GET").json == {"status": "ok"}
     asked = json.dumps({"prompt": "hello", "max_tokens": 2, "temperature": 0})
@@ -149,8 +150,17 @@ def still_serves(service: Service, eventually: Callable[..., None]) -> None:
     idle = {"waiting": 0, "reading": 0, "answering": 0}
     eventually(lambda: service.engine.state() == idle)
     eventually(lambda: not service.reading.jobs())
-    assert service.engine._thread.is_alive()
-    assert service.reading._thread.is_alive()
+    assert service.engine.running and service.reading.running
+
+
+@contextlib.contextmanager
+def unharmed(*services: Service) -> Iterator[Log]:
+    """Asserts at the end of a block that servers are as they were, nothing logged."""
+    with logged() as log:
+        yield log
+        for service in services:
+            still_serves(service)
+    assert not log.bad, "\n".join(log.bad)
 
 
 def keyed(service: Service) -> tuple[str, ...]:

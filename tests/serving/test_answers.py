@@ -239,7 +239,7 @@ def test_what_cannot_be_is_refused_by_its_name(client):
         ({"prompt": ""}, 400, None, "prompt='' is empty"),
         ({"prompt": []}, 400, "prompt", "give a text"),
         ({"prompt": [9**9]}, 400, None, "no row in its embedding"),
-        ({"prompt": "x", "ratio": 3}, 400, None, "ratio=3 does not divide"),
+        ({"prompt": "x", "ratio": 3}, 400, "ratio", "ratio=3 is not one of"),
         ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens", "echo=true"),
         ({"prompt": "x", "max_tokens": 9**6}, 413, None, "a row has 1,024"),
         ({"prompt": "x", "model": "gpt"}, 400, "model", "use 'tiny'"),

@@ -200,7 +200,7 @@ def test_what_cannot_be_a_memory_is_refused(client, text):
         ({"text": ""}, 400, "text='' is empty"),
         ({"text": "x", "method": "os:system"}, 400, "method='os:system' is unknown"),
         ({"text": "x", "method": "retention:/etc"}, 400, "is unknown"),
-        ({"text": text, "ratio": 5}, 400, "ratio=5 does not divide"),
+        ({"text": text, "ratio": 5}, 400, "ratio=5 is not one of"),
         ({"text": text, "ratio": 2, "max_slots": 9}, 400, "ratio=2 together with"),
         ({"text": text, "max_slots": 3}, 400, "max_slots=3"),
         ({"text": text, "spans": "("}, 400, "not a regular expression"),
