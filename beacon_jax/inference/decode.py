@@ -109,7 +109,9 @@ class Loop(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("net", "eos_ids", "static"), donate_argnames="memory"
+    jax.jit,
+    static_argnames=("net", "eos_ids", "static", "steady"),
+    donate_argnames="memory",
 )
 def decode_block(
     net: Net,
@@ -121,12 +123,14 @@ def decode_block(
     *,
     eos_ids: tuple[int, ...],
     static: tuple[int, ...],
+    steady: bool = False,
 ) -> tuple[Int[Array, "B n"], Loop, MemoryState]:
     """Generates up to BLOCK tokens per row.
 
     The memory is donated: its buffer is written in place. Where rows keep their last
     full window raw, the loop ends when an open window is full (`recent.settle`). A row
     whose logits are not finite ends with NO_NUMBER: its arg max would be a token.
+    `steady`: see `decode_step`.
     """
     ends = jnp.asarray(eos_ids, jnp.int32)
     rows = jnp.arange(loop.logits.shape[0])
@@ -159,6 +163,7 @@ def decode_block(
             ratios,
             active,
             static=static,
+            steady=steady,
         )
         logits = jnp.where(active[:, None], new, logits)
         active &= number + 1 < asked.limits
@@ -210,7 +215,8 @@ def decode(
         memory = memory.copy()
     # Small arguments stay numpy: each operation on the device is a program of its own.
     loop = Loop(logits, np.ones(rows, bool), asked.seen)
-    every = Rows(sampling, row_seeds(asked.seeds, rows), limits)
+    seeds, steps = row_seeds(asked.seeds, rows), np.int32(BLOCK)
+    every = Rows(sampling, seeds, limits, steps=steps)
     fed = np.full((rows, 0), -1, np.int32)
     keep = np.full(rows, -1)  # tokens to keep of a row that `finished` ended
     most, start, stop = int(limits.max()), 0, 1

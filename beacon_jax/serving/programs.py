@@ -222,6 +222,7 @@ def block(
         asked,
         eos_ids=tuple(model.config.eos_ids),
         static=static,
+        steady=True,
     )
     assert loop.seen is not None
     return tokens, loop, Batch(memory, loop.logits, loop.seen)

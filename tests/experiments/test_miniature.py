@@ -47,6 +47,15 @@ def test_every_question_has_its_answer_in_the_context_once():
         assert all(labels[i] == value[row[i]] == row[i + 1] for i in asked)
 
 
+def test_no_beacon_and_no_window_cuts_a_pair():
+    texts = KIND.draw(data.generator(0, TRAINING), 50)
+    keys = np.flatnonzero(is_key(texts.tokens)) % KIND.length
+    for ratio in training.RATIOS:
+        assert (keys % ratio < ratio - 1).all()
+    assert keys.min() < 4
+    assert keys.max() == KIND.length - 2
+
+
 def test_what_is_behind_the_questions_counts_nowhere():
     texts = data.Recall(128, 4, 4, questions=16).draw(data.generator(0, TRAINING), 3)
     assert (texts.labels[:, 128 + 8 :] == IGNORE).all()
@@ -105,7 +114,7 @@ def small_batch(rng):
 
 def small_part(steps):
     stages = Stage(small_batch, 4, decays=False), Stage(small_batch, steps)
-    return Part("base", 0, training.plain_loss, stages)
+    return Part("base", 0, training.plain_loss, 2e-3, stages)
 
 
 def same(a, b):

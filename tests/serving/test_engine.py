@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+import beacon_jax
 from beacon_jax.core.loss import LIKELY
 from beacon_jax.inference.history import History
 from beacon_jax.inference.plan import make_plan
@@ -160,6 +161,48 @@ def test_answers_are_those_of_the_model_alone_whoever_joins_and_leaves(
     for seed in schedules:
         play(engine, pool, random.Random(seed))
     assert engine.state() == {"waiting": 0, "reading": 0, "answering": 0}
+
+
+def test_in_bfloat16_too_an_answer_does_not_depend_on_the_others(text):
+    model = beacon_jax.load("tiny-beacon", dtype="bfloat16")
+    engine = Engine(model, Shape(ROWS, SLOTS, 100, "bfloat16"))
+    memory = model.compress(text[:900], ratio=8)
+    asks = [
+        asked(
+            model,
+            memory if i % 2 else None,
+            text[9 * i :][: 20 + i],
+            NEW,
+            r,
+            likely=True,
+        )
+        for i, r in enumerate([8, None, 4, None, 0, None, 2])
+    ]
+    alone = []
+    for ask in asks:
+        engine.submit(ask, told := Told())
+        turns(engine, 50)
+        alone.append(told)
+    for seed in range(6):
+        rng, running = random.Random(seed), []
+        order = [*range(len(asks))] * 2
+        rng.shuffle(order)
+        while order or engine._busy():
+            if order and rng.random() < 0.5:
+                number = order.pop()
+                running.append((number, Told()))
+                engine.submit(asks[number], running[-1][1])
+            turns(engine, rng.randrange(3))
+        for number, told in running:
+            assert told.tokens.tolist() == alone[number].tokens.tolist()
+            # Not the tokens alone: the last bit of how likely they were.
+            logs = [
+                np.concatenate(
+                    [piece.likely.chosen for piece in x.of(Piece) if len(piece.tokens)]
+                )
+                for x in (told, alone[number])
+            ]
+            assert np.array_equal(*logs)
 
 
 def test_choices_of_one_prompt_are_read_once_and_drawn_each_by_its_seed(

@@ -353,14 +353,16 @@ def test_a_text_that_nobody_waits_for_is_not_read_to_its_end(model, tmp_path, te
 
 def test_a_key_is_asked_for_where_there_is_one(model):
     limits = Limits(**{**vars(LIMITS), "key": "s3cret"})
-    with served(model, None, limits) as service:
-        with httpx.Client(base_url=service.address) as client:
-            for headers in ({}, {"Authorization": "Bearer other"}):
-                for path in ("/v1/models", "/v1/memories", "/metrics"):
-                    answer = client.get(path, headers=headers)
-                    assert answer.status_code == 401
-                    assert "error" in answer.json()
-            right = {"Authorization": "Bearer s3cret"}
-            assert client.get("/v1/models", headers=right).status_code == 200
-            for path in ("/", "/health", "/ready"):
-                assert client.get(path).status_code == 200
+    with (
+        served(model, None, limits) as service,
+        httpx.Client(base_url=service.address) as client,
+    ):
+        for headers in ({}, {"Authorization": "Bearer other"}):
+            for path in ("/v1/models", "/v1/memories", "/metrics"):
+                answer = client.get(path, headers=headers)
+                assert answer.status_code == 401
+                assert "error" in answer.json()
+        right = {"Authorization": "Bearer s3cret"}
+        assert client.get("/v1/models", headers=right).status_code == 200
+        for path in ("/", "/health", "/ready"):
+            assert client.get(path).status_code == 200

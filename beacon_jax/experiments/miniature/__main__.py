@@ -50,7 +50,7 @@ def base_part(settings: Settings) -> Part:
         Stage(draw(short), steps(MIDDLE), gate=0.8, decays=False),
         Stage(draw(training.TRAINED), steps(settings.base_steps)),
     )
-    return Part("base", 0, training.plain_loss, stages)
+    return Part("base", 0, training.plain_loss, settings.base_lr, stages)
 
 
 def compressing_parts(settings: Settings) -> dict[str, Part]:
@@ -65,7 +65,7 @@ def compressing_parts(settings: Settings) -> dict[str, Part]:
     for name, (loss, per) in losses.items():
         draw = functools.partial(training.compressed, per, settings.batch)
         stage = Stage(draw, settings.steps(settings.beacon_steps))
-        parts[name] = Part(name.replace(" ", "_"), 1, loss, (stage,))
+        parts[name] = Part(name.replace(" ", "_"), 1, loss, settings.lr, (stage,))
     return parts
 
 

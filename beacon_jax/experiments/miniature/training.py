@@ -70,7 +70,8 @@ class Settings:
         to, and beacons then learn what the base has not.
       beacon_steps: of every way to compress.
       base_batch, batch: rows of a step.
-      lr: Adam's, at its peak.
+      base_lr, lr: Adam's at their peaks, of the base and of every way to compress.
+        After 400 steps an answer at x2 cost 2.3 nats at 4e-3, 3.0 at 2e-3 and 8e-3.
       chunk: steps of a compiled call.
       sequences: of a cell; each has `questions`.
     """
@@ -80,7 +81,8 @@ class Settings:
     beacon_steps: int = 3000
     base_batch: int = 32
     batch: int = 16
-    lr: float = 2e-3
+    base_lr: float = 2e-3
+    lr: float = 4e-3
     chunk: int = 50
     sequences: int = 128
     questions: int = 8
@@ -214,12 +216,14 @@ class Part:
       name: of its file and in what is printed.
       number: of its stream of random texts. Parts with one number have the same texts.
       loss: a function of the module's top level, or a `functools.partial` of one.
+      lr: Adam's, at its peak.
       stages: one after the other.
     """
 
     name: str
     number: int
     loss: Loss
+    lr: float
     stages: tuple[Stage, ...]
 
 
@@ -332,7 +336,7 @@ def _advance(
         state["moments"],
         frozen,
         batches,
-        rates(settings.lr, stage, steps, state["before"]),
+        rates(part.lr, stage, steps, state["before"]),
     )
     loss, recall = np.asarray(found)[:, -20:].mean(1).tolist()
     took = time.perf_counter() - began
