@@ -104,7 +104,7 @@ def forward(
     tiles = functools.partial(_tiles, scale, rows)
     if n * t > few:
         return tiles(block or BLOCK, heads, q, k, v, prefix, layer, bias)
-    block = block or cpu_block(k, k.dtype)
+    block = block or cpu_block(k, k.dtype, t)
     if heads * h > NARROW:
         return tiles(block, heads, q, k, v, prefix, layer, bias)
     wide = jnp.eye(heads, dtype=q.dtype)[:, None, :, None]  # [K, 1, K, 1]

@@ -27,7 +27,9 @@ from beacon_jax.model import buffers
 from beacon_jax.training.processes import fetch
 
 STEP = 4  # from one size to the next
-LEAST = 512  # slots of the smallest size, and two windows at least
+# Slots of the smallest size, and two windows at least. Smaller buffers are read by
+# smaller blocks on a CPU (`cpu_block`): rows would round by the size of their batch.
+LEAST = 1024
 
 
 class Batch(NamedTuple):
