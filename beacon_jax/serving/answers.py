@@ -164,6 +164,12 @@ class Writer:
         parts = [self._choice(self.index(number, i), text, told) for i in count]
         return parts[0] | {"choices": [part["choices"][0] for part in parts]}
 
+    async def chunk_of(self, number: int, event: Event) -> JSON | None:
+        """Returns `chunk`; how likely a long prompt was takes a while, elsewhere."""
+        if isinstance(event, Read) and event.likely is not None:
+            return await asyncio.to_thread(self.chunk, number, event)
+        return self.chunk(number, event)
+
     def opening(self) -> list[JSON]:
         """Returns the chunks that begin an answer of a conversation."""
         count = len(self.prompted[0].ask.seeds) if self.chat else 0
@@ -204,8 +210,7 @@ class Writer:
             self.note(event)
             if isinstance(event, Ended):
                 ends.append(event)
-            # Telling how likely a long prompt was takes a while.
-            chunk = await asyncio.to_thread(self.chunk, number, event)
+            chunk = await self.chunk_of(number, event)
             if chunk is None:
                 continue
             for new in chunk["choices"]:

@@ -38,6 +38,7 @@ from beacon_jax.serving.service import Service
 
 PAGE = Path(__file__).with_name("page")
 OFTEN = 0.1  # seconds between two events of progress
+SMALL = 2**16  # bytes of a body that is read at once: in less than a millisecond
 
 
 def make_app(service: Service) -> Starlette:
@@ -100,12 +101,11 @@ class Routes:
         return b"".join(parts)
 
     async def _json(self, request: Request) -> Any:
-        data = await self._bytes(request)
-        return await run_in_threadpool(_parse, data)
+        return await _worked(_parse, await self._bytes(request))
 
     async def _asked[Kind: BaseModel](self, request: Request, kind: type[Kind]) -> Kind:
-        given = await self._json(request)
-        return await run_in_threadpool(parsed, kind, given)
+        data = await self._bytes(request)
+        return await _worked(lambda data: parsed(kind, _parse(data)), data)
 
     # --- health ------------------------------------------------------------------
 
@@ -203,8 +203,7 @@ class Routes:
                     writer.more["memory"] = await run_in_threadpool(
                         self._kept, writer, happened, "".join(texts)
                     )
-                # Telling how likely a long prompt was takes a while.
-                chunk = await run_in_threadpool(writer.chunk, number, happened)
+                chunk = await writer.chunk_of(number, happened)
                 if chunk is not None:
                     yield event(chunk)
             if last := writer.closing(answering.tickets, usage=usage):
@@ -373,6 +372,13 @@ def _field(name: str, value: str) -> Any:
         if name == "max_bytes":
             return parse_bytes(value)
     return value
+
+
+async def _worked[Result](call: Callable[[bytes], Result], data: bytes) -> Result:
+    """Calls, in a thread if it takes long."""
+    if len(data) < SMALL:
+        return call(data)
+    return await run_in_threadpool(call, data)
 
 
 def _parse(data: bytes) -> Any:

@@ -37,7 +37,7 @@ from beacon_jax.serving.rows import (
 from beacon_jax.serving.turns import Turns
 
 PROMPTS = 4  # that are read in turns; the others wait
-BETWEEN = 4  # tokens per row between two windows of prompts
+BETWEEN = 4  # most tokens per row between two windows of prompts
 
 DEFAULTS = {
     "temperature": 0.0,
@@ -246,7 +246,21 @@ class Engine:
                 self._device.drop(prompt.number)
         self._join()
         if self._active().any():
-            self._decode(BETWEEN if self._prompts or self._waiting else BLOCK)
+            self._decode(self._steps())
+
+    def _steps(self) -> int:
+        """Chooses how many tokens each row gets before the next window is read.
+
+        While rows are free and several prompts could have them, rows get few, so that
+        more of them share the next steps.
+        """
+        prompts = len(self._prompts) + len(self._waiting)
+        if not prompts:
+            return BLOCK
+        active = int(self._active().sum())
+        if active == self.shape.rows or prompts == 1:
+            return BETWEEN
+        return max(BETWEEN * active // self.shape.rows, 1)
 
     def _drop_cancelled(self) -> None:
         with self._changed:

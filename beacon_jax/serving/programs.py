@@ -87,6 +87,8 @@ def placed(model: Model, memory: Memory | None, size: int, dtype: str) -> Memory
     if memory is None:
         state = leaves.empty(model.config, 1, size, dtype, model.partition)
         return _lying(model, state)
+    if model.partition is None:
+        return _lying(model, _with_slots(memory, size))
     live = memory.entries.tolist()
     parts = leaves.parts(memory.state, live)
     has = {"recent": False, "biased": memory.state.biased}
@@ -100,20 +102,28 @@ def on_host(memory: Memory) -> Memory:
 
     Devices have the running batch alone, however many memories are at hand.
     """
-    most = max(int(memory.entries.max()), 1)
-
-    def fetch_live(path: Any, leaf: Any) -> np.ndarray:
-        name = ".".join(key.name for key in path)
-        values = fetch(leaf)
-        kind = leaves.axes(name, values.ndim)
-        if "slots" in kind:
-            cut = [slice(None)] * values.ndim
-            cut[kind.index("slots")] = slice(most)
-            values = values[tuple(cut)]
-        return np.array(values)
-
-    state = jax.tree_util.tree_map_with_path(fetch_live, memory.state)
+    state = _with_slots(memory, max(int(memory.entries.max()), 1))
     return Memory(memory.config, state, memory.rows, memory.identity)
+
+
+def _with_slots(memory: Memory, slots: int) -> MemoryState:
+    """Copies a state to arrays of the host that have so many slots."""
+
+    def copied(path: Any, leaf: Any) -> np.ndarray:
+        values = fetch(leaf)
+        kind = leaves.axes(".".join(key.name for key in path), values.ndim)
+        if "slots" not in kind:
+            return np.array(values)  # its own: programs take over what they are given
+        axis = kind.index("slots")
+        shape = list(values.shape)
+        held = [slice(None)] * values.ndim
+        held[axis] = slice(min(slots, shape[axis]))
+        shape[axis] = slots
+        out = np.zeros(shape, values.dtype)
+        out[tuple(held)] = values[tuple(held)]
+        return out
+
+    return jax.tree_util.tree_map_with_path(copied, memory.state)
 
 
 def on_device(model: Model, memory: Memory) -> Memory:
