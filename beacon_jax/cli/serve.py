@@ -47,7 +47,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f = Group(values, "Limits")
     f.number("rows", 8, "Answers that grow at the same time.", lower_bound=1)
     f.number("slots", None, "Of a row: memory, prompt, answer. Else those trained.")
-    f.number("queue", 64, "Requests that may wait, then 429.", lower_bound=0)
+    f.number("queue", 64, "Requests that may wait, then 429.", lower_bound=1)
     f.number("max_tokens", 2**20, "Of a text, then 413.", lower_bound=1)
     f.text("max_body", "64MiB", "Of a request, then 413.")
     f.number("max_connections", 1024, "Open at a time, then 503.", lower_bound=1)
@@ -96,6 +96,7 @@ def run(o: flags.FlagValues) -> None:
         key=key,
         seconds=o.timeout,
         connections=o.max_connections,
+        local=key is None and is_loopback(o.host),
     )
     store = Store(model, Path(o.store) if o.store else None, kept)
     name = o.name or Path(o.model).name

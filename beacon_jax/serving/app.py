@@ -23,7 +23,7 @@ from beacon_jax.decoding import decode
 from beacon_jax.inference.validate import parse_bytes
 from beacon_jax.serving import prompts
 from beacon_jax.serving.answers import JSON, Answering, Writer, event, shown
-from beacon_jax.serving.errors import Refused, logged, response
+from beacon_jax.serving.errors import Refused, body, logged, response
 from beacon_jax.serving.guard import Guard, too_large
 from beacon_jax.serving.protocol import (
     ChatRequest,
@@ -244,6 +244,9 @@ class Routes:
         name = request.path_params["name"]
         if job := self.service.reading.find(name):
             return JSONResponse(_making(job))
+        if (error := self.service.reading.failure(name)) is not None:
+            told = {"id": name, "object": "memory", "status": "failed"}
+            return JSONResponse(told | body(error)[1])
         about = await run_in_threadpool(self.service.store.about, name)
         return JSONResponse(shown(about))
 
@@ -287,18 +290,17 @@ class Routes:
             return JSONResponse(told, 200 if there else 202)
         if asked.stream:
             leave = lambda: service.reading.leave(job)
-            return Events(self._progress(job, there), leave)
+            return Events(self._progress(job), leave)
         try:
             await _until_gone(request, _ended(job))
         finally:
             service.reading.leave(job)
         if job.error is not None:
             raise job.error
-        self._count(job, there)
         assert job.about is not None
         return JSONResponse(shown(job.about), 200 if there else 201)
 
-    async def _progress(self, job: Job, there: bool) -> AsyncIterator[JSON]:
+    async def _progress(self, job: Job) -> AsyncIterator[JSON]:
         async for _ in _changes(job):
             told = _making(job)
             slots = planned_slots(
@@ -316,14 +318,9 @@ class Routes:
         if job.error is not None:
             yield event(logged(job.error))
             return
-        self._count(job, there)
         assert job.about is not None
         yield event(shown(job.about))
         yield event("[DONE]")
-
-    def _count(self, job: Job, there: bool) -> None:
-        if not there:
-            self.metrics.compressed.inc(job.total)
 
     async def _fields(self, request: Request) -> Any:
         """Reads JSON, or a form with a text file."""

@@ -288,7 +288,7 @@ class Engine:
             ask, free = ticket.ask, free - 1
             number, self._number = self._number, self._number + 1
             try:
-                size = programs.fitting(self.sizes, ask.slots(self.law, self.static))
+                size = programs.fitting(self.sizes, self.check(ask))
                 self._device.place(number, ask.memory, size)
             except Exception as error:
                 self._fail(ticket, error)

@@ -19,6 +19,7 @@ SAFE = {
 _ID = re.compile("^/v1/memories/[^/]+")
 _ELSEWHERE = ("cross-site", "same-site")
 _KEYED = ("/v1/", "/metrics")
+_LOCAL = re.compile(r"(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?", re.I)
 # What requests are counted by; those of other paths are counted together.
 _COUNTED = frozenset(
     f"/{path}"
@@ -79,6 +80,14 @@ class Guard:
                     "invalid_api_key",
                     **{"WWW-Authenticate": "Bearer"},
                 )
+        host = headers.get("host", "localhost")
+        if service.limits.local and not _LOCAL.fullmatch(host):
+            raise Refused(
+                403,
+                f"Host: {host[:80]!r} is no name of this machine: use localhost, or "
+                "start the server with --api_key.",
+                "host",
+            )
         if scope["method"] != "GET" and headers.get("sec-fetch-site") in _ELSEWHERE:
             raise Refused(
                 403,

@@ -26,6 +26,8 @@ from beacon_jax.serving.engine import Busy, TooLong
 from beacon_jax.serving.store import About, Store, make_id, usable
 from beacon_jax.serving.turns import Turns
 
+FAILED = 100  # memories that could not be made, whose errors are kept
+
 type Settings = dict[str, Any]  # options of `Model.compress`, as JSON
 
 
@@ -93,21 +95,32 @@ class Reading:
     """
 
     def __init__(
-        self, device: Device, store: Store, turns: Turns, *, slots: int, queue: int
+        self,
+        device: Device,
+        store: Store,
+        turns: Turns,
+        *,
+        slots: int,
+        queue: int,
+        on_read: Callable[[int], object] = lambda tokens: None,
     ):
         """Starts the thread.
 
         Args:
+          on_read: called with the tokens of each text that has become a memory.
           device: as that of the engine.
           slots: of a row of the engine: a memory of more is of no use.
           queue: texts that may wait.
         """
         self.model, self._device = device.model, device
         self.store, self._turns = store, turns
-        self._slots, self._queue = slots, queue
+        self._slots, self._queue, self._read_tokens = slots, queue, on_read
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
         self._jobs: dict[str, Job] = {}
+        self._failed: collections.OrderedDict[str, Exception] = (
+            collections.OrderedDict()
+        )
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="reading", daemon=True)
         self._thread.start()
@@ -144,6 +157,7 @@ class Reading:
             if self._closing or len(self._waiting) >= self._queue:
                 raise Busy(len(self._waiting), 5)
             self._jobs[name] = job
+            self._failed.pop(name, None)
             self._waiting.append(job)
             self._changed.notify()
         return job
@@ -160,6 +174,10 @@ class Reading:
     def find(self, name: str) -> Job | None:
         """Returns the job that makes a memory; None: there is none."""
         return self._jobs.get(name)
+
+    def failure(self, name: str) -> Exception | None:
+        """Returns why a memory could not be made that no client waited for."""
+        return self._failed.get(name)
 
     def jobs(self) -> list[Job]:
         """Returns the jobs that have not ended."""
@@ -219,10 +237,15 @@ class Reading:
                 job = self._waiting.popleft()
             try:
                 job.about = self._read(job)
+                self._read_tokens(job.total)
             except Exception as error:
                 job.error = error
             with self._changed:
                 self._drop(job)
+                if job.error is not None and job.alone:
+                    self._failed[job.id] = job.error
+                    while len(self._failed) > FAILED:
+                        self._failed.popitem(last=False)
             job.tell()
 
     def _drop(self, job: Job) -> None:

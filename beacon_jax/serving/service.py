@@ -27,6 +27,8 @@ class Limits:
       key: that clients have to know; None: none.
       seconds: that a client may take to send its request, and to take an event.
       connections: that may be open at the same time.
+      local: only requests to a name of this machine are answered, so that a page of
+        another site cannot reach the server by a name that it lets point here.
     """
 
     rows: int = 8
@@ -39,6 +41,7 @@ class Limits:
     key: str | None = None
     seconds: float = 30.0
     connections: int = 1024
+    local: bool = False
 
 
 class Service:
@@ -72,7 +75,12 @@ class Service:
         self.device = device or Device(model, limits.rows, dtype)
         self.engine = Engine(model, shape, self.metrics, turns, self.device)
         self.reading = Reading(
-            self.device, store, turns, slots=limits.slots, queue=limits.queue
+            self.device,
+            store,
+            turns,
+            slots=limits.slots,
+            queue=limits.queue,
+            on_read=self.metrics.compressed.inc,
         )
         # Fast tokenizers are not made for threads that change padding and such.
         self.encoding = threading.Lock()

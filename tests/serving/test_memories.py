@@ -15,7 +15,7 @@ from beacon_jax.serving.reading import Reading, Source
 from beacon_jax.serving.service import Limits
 from beacon_jax.serving.store import Full, Store, Unknown, make_id
 from beacon_jax.serving.turns import Turns
-from tests.serving.conftest import LIMITS, served
+from tests.serving.conftest import LIMITS, eventually, served
 
 
 def make(client, **fields):
@@ -93,8 +93,6 @@ def test_progress_is_told_as_events(client, model, text):
 
 
 def test_a_memory_may_be_made_behind_the_request(client, text):
-    from tests.serving.conftest import eventually
-
     answer = client.post(
         "/v1/memories", json={"text": text[5:], "ratio": 8, "background": True}
     )
@@ -103,6 +101,16 @@ def test_a_memory_may_be_made_behind_the_request(client, text):
     assert told["status"] == "compressing" and told["progress"]["total"] > 100
     path = f"/v1/memories/{told['id']}"
     eventually(lambda: client.get(path).json()["status"] == "ready")
+
+
+def test_why_a_memory_could_not_be_made_is_told_later(client, text):
+    body = {"text": text * 20, "ratio": 2, "background": True}
+    told = client.post("/v1/memories", json=body)
+    assert told.status_code == 202
+    path = f"/v1/memories/{told.json()['id']}"
+    eventually(lambda: client.get(path).json()["status"] == "failed")
+    error = client.get(path).json()["error"]
+    assert "a row of the server has 1,024" in error["message"]
 
 
 def test_a_file_is_read_as_text(client, text):
@@ -252,8 +260,6 @@ def test_a_damaged_memory_is_made_again(model, memory, text, tmp_path):
     reading = Reading(device(model), store, Turns(False), slots=1024, queue=4)
     tokens = model.encode(text[:500], "text", first=True)
     source = Source(tokens, {"ratio": 8})
-    from tests.serving.conftest import eventually
-
     job = reading.submit(source)
     eventually(lambda: job.done)
     pack = tmp_path / f"{job.id}.beacon"
@@ -326,8 +332,6 @@ def test_a_memory_that_no_row_can_hold_is_refused(model, tmp_path, text):
     store = Store(model, tmp_path, 2**30)
     reading = Reading(device(model), store, Turns(False), slots=128, queue=4)
     tokens = model.encode(text, "text", first=True)
-    from tests.serving.conftest import eventually
-
     for settings in ({"ratio": 2}, {"ratio": 2, "method": "snapkv"}):
         job = reading.submit(Source(tokens, settings))
         eventually(lambda job=job: job.done, 120)
@@ -339,8 +343,6 @@ def test_a_text_that_nobody_waits_for_is_not_read_to_its_end(model, tmp_path, te
     store = Store(model, tmp_path, 2**30)
     reading = Reading(device(model), store, Turns(False), slots=2048, queue=4)
     tokens = model.encode(text, "text", first=True)
-    from tests.serving.conftest import eventually
-
     job = reading.submit(Source(tokens, {"ratio": 4}))
     reading.leave(job)
     eventually(lambda: job.done, 120)
@@ -349,6 +351,24 @@ def test_a_text_that_nobody_waits_for_is_not_read_to_its_end(model, tmp_path, te
     job = reading.submit(Source(tokens, {"ratio": 4}))
     eventually(lambda: job.done, 120)
     assert job.error is None
+
+
+def test_without_a_key_only_names_of_this_machine_are_answered(model):
+    limits = Limits(**{**vars(LIMITS), "local": True})
+    with (
+        served(model, None, limits) as service,
+        httpx.Client(base_url=service.address) as client,
+    ):
+        for host, status in (
+            ("evil.example", 403),
+            ("localhost.evil.example", 403),
+            ("127.0.0.1.evil.example", 403),
+            ("localhost:8000", 200),
+            ("127.0.0.1", 200),
+            ("[::1]:80", 200),
+        ):
+            answer = client.get("/v1/memories", headers={"Host": host})
+            assert answer.status_code == status, host
 
 
 def test_a_key_is_asked_for_where_there_is_one(model):
