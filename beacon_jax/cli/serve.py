@@ -11,6 +11,7 @@ Example:
 import contextlib
 import functools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,10 +110,17 @@ def run(o: flags.FlagValues) -> None:
         else:
             context.say(f"--host={o.host}: keys travel unencrypted without a proxy.")
     context.say(f"{model!r}")
-    context.say(
-        f"{limits.rows} rows of {limits.slots:,} slots, "
-        f"{service.sizes} sizes to compile; open {server.address}"
-    )
+    begin = time.monotonic()
+
+    def compiled(done: int, of: int) -> None:
+        seconds = f"{time.monotonic() - begin:,.0f} s"
+        if done < of:
+            context.say(f"compiling programs, size {done + 1} of {of}: {seconds}")
+        else:
+            context.say(f"ready after {seconds}: open {server.address}")
+
+    service.on_compiled = compiled
+    context.say(f"{limits.rows} rows of {limits.slots:,} slots")
     wait_for_python()  # Ctrl-C lets answers end, however long that takes
     server.run()
     if isinstance(device, followers.Leader):

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from collections.abc import Callable
 
 from beacon_jax.inference.model import Model
 from beacon_jax.serving.device import Device
@@ -50,6 +51,7 @@ class Service:
     Attributes:
       name: of the model, as clients know it.
       failed: why they could not be; `on_failed` is called then.
+      on_compiled: called with (sizes whose programs are compiled, of how many).
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Service:
         self.ready = threading.Event()
         self.failed: Exception | None = None
         self.on_failed = lambda: None
+        self.on_compiled: Callable[[int, int], object] = lambda done, of: None
         self._compiling = threading.Thread(
             target=self._warm, name="compiling", daemon=True
         )
@@ -107,6 +110,7 @@ class Service:
     def _warm(self) -> None:
         def done(sizes: int, of: int) -> None:
             self.compiled = sizes
+            self.on_compiled(sizes, of)
 
         try:
             self.engine.warm(done)
