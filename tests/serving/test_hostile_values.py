@@ -13,6 +13,9 @@ import pytest
 from tests.serving.conftest import LIMITS, served
 from tests.serving.raw import exchange, fair, head, post, refused, unharmed
 
+# A minute or so each: `make test` has the other tests of the server.
+pytestmark = pytest.mark.slow
+
 TIGHT = dataclasses.replace(LIMITS, body=2**20, seconds=1.5, tokens=4000, queue=16)
 COMPLETIONS, CHATS, MEMORIES = "/v1/completions", "/v1/chat/completions", "/v1/memories"
 

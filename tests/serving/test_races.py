@@ -18,6 +18,9 @@ from beacon_jax.serving.rows import Prompt, Row, Ticket
 from tests.serving.conftest import eventually, served
 from tests.serving.raw import connect, exchange, head, logged, post, read, still_serves
 
+# A minute or so each: `make test` has the other tests of the server.
+pytestmark = pytest.mark.slow
+
 COMPLETIONS, MEMORIES = "/v1/completions", "/v1/memories"
 
 

@@ -24,6 +24,9 @@ from tests.serving.raw import (
     unharmed,
 )
 
+# A minute or so each: `make test` has the other tests of the server.
+pytestmark = pytest.mark.slow
+
 QUICK = 1.0  # seconds for a head, a body, and to take an answer
 MOST = 64  # connections
 COMPLETIONS, MEMORIES = "/v1/completions", "/v1/memories"
