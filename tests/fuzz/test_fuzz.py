@@ -26,6 +26,11 @@ def test_damaged_files_are_used_or_refused_by_name(fuzz, kind):
     whole = [fuzz.attempt(kind, seed) for seed in range(-2, 0)]
     assert [(x.how, x.said) for x in whole] == [("success", "")] * 2
     tried = [fuzz.attempt(kind, seed) for seed in range(6)]
+    for number, outcome in enumerate(tried):
+        # The first error of a kind imports what it is told by, on a busy core for more
+        # than the second that an error may take.
+        if outcome.said.startswith("took "):
+            tried[number] = fuzz.attempt(kind, number)
     assert [x for x in tried if x.how == "failure"] == []
     assert {x.how for x in tried} <= {"success", "error"}
 
