@@ -38,6 +38,7 @@ from beacon_jax.serving.turns import Turns
 
 PROMPTS = 4  # that are read in turns; the others wait
 BETWEEN = 4  # most tokens per row between two windows of prompts
+PATIENCE = 0.05  # seconds of a block that nobody minds, where a window takes less
 
 DEFAULTS = {
     "temperature": 0.0,
@@ -112,6 +113,7 @@ class Engine:
         self._turns = turns or Turns(needed=False)
         self._device = device or Device(model, shape.rows, shape.dtype)
         self._number = 0  # of the next prompt
+        self._window_seconds, self._step_seconds = 0.0, PATIENCE  # of the last ones
         self.law = Law.of(model.config)
         beacon = model.config.beacon
         self.static = tuple(sorted({0, *(beacon.ratios if beacon else ())}))
@@ -255,8 +257,9 @@ class Engine:
         more of them share the next steps.
         """
         prompts = len(self._prompts) + len(self._waiting)
-        if not prompts:
-            return BLOCK
+        if not prompts:  # who comes meanwhile waits as long as a window takes
+            longest = max(self._window_seconds, PATIENCE)
+            return min(max(int(longest / self._step_seconds), 1), BLOCK)
         active = int(self._active().sum())
         if active == self.shape.rows or prompts == 1:
             return BETWEEN
@@ -304,12 +307,13 @@ class Engine:
         labels = None
         if ask.echo:
             labels = np.append(prompt.tokens, 0)[prompt.done + 1 : end + 1]
-        tokens = prompt.tokens[prompt.done : end]
+        tokens, begin = prompt.tokens[prompt.done : end], time.perf_counter()
         told = self._device.window(
             prompt.number, tokens, ask.ratio, self.static, labels
         )
         if told is not None:
             prompt.likely.append(told)
+        self._window_seconds = time.perf_counter() - begin
         self._observer.read(end - prompt.done)
         prompt.done = end
         if end < len(prompt.tokens):
@@ -379,6 +383,7 @@ class Engine:
         columns = int((tokens >= 0).any(axis=0).sum())
         if columns:
             each = (end - begin) / columns
+            self._step_seconds = max(each, 1e-6)
             self._observer.made(made, int(active.sum()), each)
         for number in np.flatnonzero(active).tolist():
             row = self._rows[number]

@@ -378,3 +378,17 @@ def test_settings_without_a_value_are_those_of_sampling():
     plain = make_sampling()
     for name, value in DEFAULTS.items():
         assert float(getattr(plain, name)) == value
+
+
+def test_who_comes_during_a_block_waits_no_longer_than_a_window_takes(
+    model, shape, text
+):
+    engine = Engine(model, shape)
+    engine.submit(asked(model, None, "a", 900, 8), told := Told())
+    turns(engine, 2)
+    for window, step, most in ((0.4, 0.1, 4), (0.4, 1.0, 1), (0.001, 0.001, 16)):
+        engine._window_seconds, engine._step_seconds = window, step
+        before = len(told.tokens)
+        turns(engine, 1)
+        assert 1 <= len(told.tokens) - before <= most
+    assert len(told.tokens) - before == 16
