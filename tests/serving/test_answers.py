@@ -271,7 +271,8 @@ def test_what_changes_nothing_is_taken(client):
     assert client.post("/v1/completions", json=body).status_code == 200
 
 
-# As Open WebUI's documentation and source have it, recorded by hand.
+# The fields that Open WebUI is known to send to an OpenAI connection. Not recorded from
+# it: it was not at hand.
 OPEN_WEBUI = {
     "stream": True,
     "model": "tiny",
