@@ -271,26 +271,53 @@ def test_what_changes_nothing_is_taken(client):
     assert client.post("/v1/completions", json=body).status_code == 200
 
 
-# The fields that Open WebUI is known to send to an OpenAI connection. Not recorded from
-# it: it was not at hand.
+# What Open WebUI's backend sends to an OpenAI connection (routers/openai.py of version
+# 0.6, read and written down by hand): the page's fields without their metadata, those
+# of the model's settings, and headers of its own. A title is asked for in one piece.
+OPEN_WEBUI_HEADERS = {
+    "Authorization": "Bearer ",
+    "Content-Type": "application/json",
+    "X-OpenWebUI-User-Name": "A",
+    "X-OpenWebUI-User-Role": "admin",
+}
 OPEN_WEBUI = {
     "stream": True,
     "model": "tiny",
-    "messages": [{"role": "user", "content": "Hello"}],
+    "messages": [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+    ],
     "stream_options": {"include_usage": True},
-    "params": None,
+    "temperature": 0.8,
+    "top_p": 0.9,
+    "max_tokens": 20,
+    "seed": 4,
+    "stop": ["###"],
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+}
+OPEN_WEBUI_TITLE = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Title of: Hello"}],
+    "stream": False,
+    "max_tokens": 30,
 }
 
 
-def test_a_request_of_open_webui_works(client):
-    body = {k: v for k, v in OPEN_WEBUI.items() if v is not None}
-    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+def test_requests_of_open_webui_work(client):
+    send = lambda body: dict(content=json.dumps(body), headers=OPEN_WEBUI_HEADERS)
+    path = "/v1/chat/completions"
+    assert client.get("/v1/models", headers=OPEN_WEBUI_HEADERS).json()["data"]
+    with client.stream("POST", path, **send(OPEN_WEBUI)) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]"
     chunks = [json.loads(line[6:]) for line in lines[:-1]]
     assert chunks[-1]["usage"]["completion_tokens"] >= 1
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+    title = client.post(path, **send(OPEN_WEBUI_TITLE))
+    assert title.status_code == 200
+    assert title.json()["choices"][0]["message"]["role"] == "assistant"
 
 
 def test_a_client_that_goes_frees_its_row(client, service):
