@@ -275,7 +275,7 @@ def test_what_changes_nothing_is_taken(client):
 # 0.6, read and written down by hand): the page's fields without their metadata, those
 # of the model's settings, and headers of its own. A title is asked for in one piece.
 OPEN_WEBUI_HEADERS = {
-    "Authorization": "Bearer ",
+    "Authorization": "Bearer none",
     "Content-Type": "application/json",
     "X-OpenWebUI-User-Name": "A",
     "X-OpenWebUI-User-Role": "admin",
