@@ -331,7 +331,9 @@ def _joined(parts: list[JSON]) -> JSON | None:
 
 def shown(about: About, *, whole: bool = True) -> About:
     """Returns what a client is told of a memory; in lists without what is long."""
-    hidden = {"base"} if whole else {"base", "windows", "messages", "spans"}
+    hidden = {"base", "biased"}
+    if not whole:
+        hidden |= {"windows", "messages", "spans"}
     return {name: x for name, x in about.items() if name not in hidden}
 
 

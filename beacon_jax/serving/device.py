@@ -36,9 +36,9 @@ class Device:
         self._logits: dict[int, jax.Array] = {}
         self._batch: programs.Batch | None = None
 
-    def warm(self, size: int, static: tuple[int, ...]) -> None:
+    def warm(self, size: int, static: tuple[int, ...], biased: bool = False) -> None:
         """Compiles the programs of one size."""
-        programs.warm(self.model, self.rows, size, self.dtype, static)
+        programs.warm(self.model, self.rows, size, self.dtype, static, biased)
 
     # --- a prompt ----------------------------------------------------------------
 

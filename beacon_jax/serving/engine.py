@@ -113,6 +113,7 @@ class Engine:
         self._turns = turns or Turns(needed=False)
         self._device = device or Device(model, shape.rows, shape.dtype)
         self._number = 0  # of the next prompt
+        self._warming, self._warm_biased = threading.Lock(), False
         self._window_seconds, self._step_seconds = 0.0, PATIENCE  # of the last ones
         self.law = Law.of(model.config)
         beacon = model.config.beacon
@@ -142,6 +143,18 @@ class Engine:
             done(number, len(self.sizes))
             self._device.warm(size, self.static)
         done(len(self.sizes), len(self.sizes))
+
+    def warm_biased(self) -> None:
+        """Compiles, once, what answers behind memories whose slots have a bias.
+
+        Whoever makes such a memory calls it, in a thread of its own, so that nobody
+        waits for it later.
+        """
+        with self._warming, self._turns:
+            if not self._warm_biased:
+                for size in self.sizes:
+                    self._device.warm(size, self.static, True)
+                self._warm_biased = True
 
     def start(self) -> None:
         """Starts the thread."""

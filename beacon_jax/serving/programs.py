@@ -253,18 +253,24 @@ def idle_rows(rows: int) -> Rows:
     )
 
 
-def warm(model: Model, rows: int, size: int, dtype: str, static: Any) -> None:
+def warm(
+    model: Model, rows: int, size: int, dtype: str, static: Any, biased: bool = False
+) -> None:
     """Compiles the programs of one size by running them, twice.
 
     The first time arrays come from here, the second time from the programs.
+
+    Args:
+      biased: those of memories whose slots have a bias.
     """
     tokens = np.zeros(default_window(model.config), np.int32)
     seen = np.zeros(model.config.vocab_size, bool)
     active, first = np.arange(rows) == 0, np.int32(0)
     ratios = np.full((rows, 1), static[0], np.int32)
-    batch, state = empty(model, rows, size, dtype, False), None
+    batch = empty(model, rows, size, dtype, biased)
+    state = placed(model, None, size, dtype)
+    state = _biased(state) if biased else state
     for _ in range(2):
-        state = placed(model, None, size, dtype) if state is None else state
         out, state = window(model, state, tokens, static[0], static)
         batch = insert(batch, state, out.last_logits, seen, first)
         _, _, batch = block(model, batch, active, ratios, idle_rows(rows), static)

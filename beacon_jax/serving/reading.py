@@ -103,11 +103,13 @@ class Reading:
         slots: int,
         queue: int,
         on_read: Callable[[int], object] = lambda tokens: None,
+        on_biased: Callable[[], object] = lambda: None,
     ):
         """Starts the thread.
 
         Args:
           on_read: called with the tokens of each text that has become a memory.
+          on_biased: called before a memory whose slots have a bias is there.
           device: as that of the engine.
           slots: of a row of the engine: a memory of more is of no use.
           queue: texts that may wait.
@@ -115,6 +117,7 @@ class Reading:
         self.model, self._device = device.model, device
         self.store, self._turns = store, turns
         self._slots, self._queue, self._read_tokens = slots, queue, on_read
+        self._on_biased = on_biased
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
         self._jobs: dict[str, Job] = {}
@@ -286,6 +289,8 @@ class Reading:
         if needed > self._slots:
             raise self._too_long(needed)
         self._check_wanted(job)
+        if memory.state.biased:
+            self._on_biased()
         told = self._told(memory, source) | {"notes": notes}
         return self.store.put(job.id, memory, told)
 
@@ -318,6 +323,7 @@ class Reading:
             "parent": source.parent,
             "messages": source.messages,
             "base": row.length if source.base is None else source.base,
+            "biased": memory.state.biased,
         }
 
 

@@ -83,6 +83,7 @@ class Service:
             slots=limits.slots,
             queue=limits.queue,
             on_read=self.metrics.compressed.inc,
+            on_biased=self.engine.warm_biased,
         )
         # Fast tokenizers are not made for threads that change padding and such.
         self.encoding = threading.Lock()
@@ -114,6 +115,8 @@ class Service:
 
         try:
             self.engine.warm(done)
+            if any(about.get("biased") for about in self.store.all()):
+                self.engine.warm_biased()
         except Exception as error:
             self.failed = error
             self.on_failed()

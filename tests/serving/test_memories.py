@@ -146,6 +146,18 @@ def test_methods_without_training_make_memories_too(client, model, text):
         assert answer["choices"][0]["text"] == alone.text, method
 
 
+def test_nothing_is_compiled_when_a_memory_with_biases_is_asked(client, text):
+    made = make(client, text=text[:600], ratio=4, method="attention-matching")
+    sizes = lambda: [
+        f._cache_size()
+        for f in (programs.feed_jit, programs.decode_block, programs.insert)
+    ]
+    before = sizes()
+    body = {"prompt": "The key", "memory": made["id"], "max_tokens": 9}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    assert sizes() == before
+
+
 def test_spans_and_budgets_are_kept(client, model, text):
     want = model.compress(text, ratio=8, spans="door 7 ")
     assert make(client, text=text, ratio=8, spans="door 7 ")["slots"] == want.entries[0]
