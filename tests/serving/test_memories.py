@@ -4,6 +4,7 @@ import json
 import threading
 
 import httpx
+import jax
 import numpy as np
 import pytest
 
@@ -148,14 +149,19 @@ def test_methods_without_training_make_memories_too(client, model, text):
 
 def test_nothing_is_compiled_when_a_memory_with_biases_is_asked(client, text):
     made = make(client, text=text[:600], ratio=4, method="attention-matching")
-    sizes = lambda: [
-        f._cache_size()
-        for f in (programs.feed_jit, programs.decode_block, programs.insert)
-    ]
-    before = sizes()
+    compiled = []
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
     body = {"prompt": "The key", "memory": made["id"], "max_tokens": 9}
-    assert client.post("/v1/completions", json=body).status_code == 200
-    assert sizes() == before
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert client.post("/v1/completions", json=body).status_code == 200
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
 
 
 def test_spans_and_budgets_are_kept(client, model, text):
