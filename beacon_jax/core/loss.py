@@ -1,7 +1,7 @@
 """Next-token cross entropy (docs/specification.md section 3)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +43,22 @@ def token_likely(
     labels: Int[Array, "B W"],
 ) -> Likely:
     """Computes `likely` of shifted labels, `SCORED` positions at a time."""
+    return _by_chunk(lambda h, y: likely(logits(h), y), hidden, labels)
+
+
+def _by_chunk(
+    score: Callable[[Array, Array], Any],
+    hidden: Float[Array, "B W D"],
+    labels: Int[Array, "B W"],
+) -> Any:
+    """Calls `score` for `SCORED` positions at a time; joins what it returns."""
     b, w, d = hidden.shape
     chunk = next(n for n in range(min(max(SCORED // b, 1), w), 0, -1) if w % n == 0)
     parts = (
         hidden.reshape(b, -1, chunk, d).swapaxes(0, 1),
         labels.reshape(b, -1, chunk).swapaxes(0, 1),
     )
-    out = jax.lax.map(lambda part: likely(logits(part[0]), part[1]), parts)
+    out = jax.lax.map(lambda part: score(*part), parts)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, w, *x.shape[3:]), out)
 
 
@@ -142,15 +151,7 @@ def token_scores(
     def none(h, y):
         return jnp.zeros(y.shape, jnp.float32), jnp.zeros(y.shape, bool)
 
-    def scored(part):
-        return jax.lax.cond(jnp.any(part[1] != IGNORE), some, none, *part)
+    def scored(h, y):
+        return jax.lax.cond(jnp.any(y != IGNORE), some, none, h, y)
 
-    b, w, d = hidden.shape
-    chunk = next(n for n in range(min(max(SCORED // b, 1), w), 0, -1) if w % n == 0)
-    parts = (
-        hidden.reshape(b, -1, chunk, d).swapaxes(0, 1),
-        labels.reshape(b, -1, chunk).swapaxes(0, 1),
-    )
-    out = jax.lax.map(scored, parts)
-    loss, greedy = (x.swapaxes(0, 1).reshape(b, w) for x in out)
-    return loss, greedy
+    return _by_chunk(scored, hidden, labels)

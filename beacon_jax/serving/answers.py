@@ -87,7 +87,7 @@ class Writer:
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.completion_tokens = 0
-        self.held = self.entries = 0
+        self.entries = 0
         self.more: JSON = {}
 
     def index(self, number: int, choice: int) -> int:

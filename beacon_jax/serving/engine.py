@@ -21,6 +21,7 @@ from beacon_jax.inference.decode import BLOCK, NO_NUMBER, Rows
 from beacon_jax.inference.finite import check_finite
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
+from beacon_jax.inference.options import Completion
 from beacon_jax.inference.sampling import Sampling, make_sampling
 from beacon_jax.serving import programs
 from beacon_jax.serving.device import Device
@@ -40,12 +41,10 @@ PROMPTS = 4  # that are read in turns; the others wait
 BETWEEN = 4  # most tokens per row between two windows of prompts
 PATIENCE = 0.05  # seconds of a block that nobody minds, where a window takes less
 
-DEFAULTS = {
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
+# What a request does not say; of free rows, too.
+DEFAULTS: dict[str, Any] = {
+    field.name: getattr(Completion, field.name)
+    for field in dataclasses.fields(Sampling)
 }
 
 

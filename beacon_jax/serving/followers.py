@@ -88,9 +88,10 @@ def _led(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in ("warm", "place", "window", "drop", "insert", "block", "release"):
-    setattr(Leader, _name, _led(_name))
-for _name in ("taken", "reset"):
+for _name in (
+    *("warm", "place", "window", "drop"),
+    *("insert", "block", "release", "taken", "reset"),
+):
     setattr(Leader, _name, _led(_name))
 
 

@@ -45,7 +45,6 @@ class Prompted:
       base: tokens of the context in front of the conversation.
       messages: the whole conversation; None: it is none.
       parent: id of the memory.
-      held: tokens of the memory that are not fed again.
       echo: the answer's text begins with the prompt's.
     """
 
@@ -53,7 +52,6 @@ class Prompted:
     base: int = 0
     messages: list[dict[str, str]] | None = None
     parent: str | None = None
-    held: int = 0
     echo: bool = False
 
 
@@ -104,7 +102,7 @@ def completion_asks(service: Service, request: CompletionRequest) -> list[Prompt
             ask, stop=request.stops(), likely=likely, echo=echo and likely
         )
         parent = about["id"] if about else None
-        found.append(Prompted(ask, row.length, None, parent, row.length, echo))
+        found.append(Prompted(ask, row.length, None, parent, echo))
     return found
 
 
@@ -140,7 +138,7 @@ def chat_ask(service: Service, request: ChatRequest) -> Prompted:
     likely = bool(request.logprobs)
     ask = dataclasses.replace(ask, stop=stop, likely=likely)
     parent = about["id"] if about else None
-    return Prompted(ask, base, messages, parent, base + same)
+    return Prompted(ask, base, messages, parent)
 
 
 def source(
@@ -180,9 +178,8 @@ def source(
     else:
         if request.spans is not None:
             raise BadRequest("spans mark parts of text, not of messages.", "spans")
-        base, spans, tokens, messages = _turns(
-            service, request.messages or [], about, row
-        )
+        spans = None
+        base, tokens, messages = _turns(service, request.messages or [], about, row)
     if len(tokens) > service.limits.tokens:
         raise TooManyTokens(len(tokens), service.limits.tokens)
     settings = _settings(service, request, spans, row)
@@ -212,8 +209,8 @@ def _check_characters(service: Service, texts: Iterable[Any]) -> None:
 
 def _turns(
     service: Service, given: list[Message], about: About | None, row: History
-) -> tuple[int, None, Int[np.ndarray, " n"], list[dict[str, str]]]:
-    """Returns base, spans, new tokens and messages of a conversation to be read."""
+) -> tuple[int, Int[np.ndarray, " n"], list[dict[str, str]]]:
+    """Returns base, new tokens and messages of a conversation to be read."""
     messages = [message.plain() for message in given]
     _check_characters(service, (x["content"] for x in messages))
     told = (about or {}).get("messages") or []
@@ -235,7 +232,7 @@ def _turns(
             "now: make a memory of the whole conversation.",
             "messages",
         )
-    return base, None, tokens[len(held) :], messages
+    return base, tokens[len(held) :], messages
 
 
 def _settings(

@@ -10,7 +10,7 @@ from beacon_jax.core.loss import LIKELY
 from beacon_jax.inference.history import History
 from beacon_jax.inference.plan import make_plan
 from beacon_jax.serving import programs
-from beacon_jax.serving.engine import DEFAULTS, Busy, Engine, Shape, TooLong
+from beacon_jax.serving.engine import Busy, Engine, Shape, TooLong
 from beacon_jax.serving.rows import Ask, Ended, Failed, Piece, Read
 from tests.serving.conftest import eventually
 
@@ -370,14 +370,6 @@ def test_nothing_is_compiled_after_the_start(model, shape, pool):
             engine.submit(ask, Told())
             turns(engine, 200)
     assert sizes() == before
-
-
-def test_settings_without_a_value_are_those_of_sampling():
-    from beacon_jax.inference.sampling import make_sampling
-
-    plain = make_sampling()
-    for name, value in DEFAULTS.items():
-        assert float(getattr(plain, name)) == value
 
 
 def test_who_comes_during_a_block_waits_no_longer_than_a_window_takes(
