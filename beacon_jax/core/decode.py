@@ -47,8 +47,8 @@ def decode_step(
       steady: every step runs a beacon behind the token of every row, due or not. A
         matrix product of two places rounds otherwise than one of one place, so that in
         bfloat16 a row would else depend on whether another row's beacon is due. Costs
-        about 30 % of a step (SmolLM2-135M, 4 rows, two busy cores). Appended beacons, which are
-        many at once, run when they are due all the same.
+        about 30 % of a step (SmolLM2-135M, 4 rows, two busy cores). Appended beacons,
+        which are many at once, run when they are due all the same.
 
     Returns:
       (float32 logits of each row's token, memory).
