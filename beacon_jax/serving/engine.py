@@ -19,6 +19,7 @@ from beacon_jax.core.law import Law
 from beacon_jax.core.loss import Likely
 from beacon_jax.inference.decode import BLOCK, NO_NUMBER, Rows
 from beacon_jax.inference.finite import check_finite
+from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
 from beacon_jax.inference.options import Completion
@@ -342,8 +343,7 @@ class Engine:
             return
         self._device.drop(prompt.number)
         prompt.ticket.first = prompt.ticket.ended = prompt.ticket.read
-        after = ask.before.feed(self.law, np.asarray([ask.ratio]), ask.fed)
-        entries = after.slots + int(self.law.entries(after.ratio, after.raw))
+        entries = self._entries(ask, [])
         for choice in prompt.left:
             prompt.ticket.tell(Ended(choice, "length", None, entries))
 
@@ -425,21 +425,27 @@ class Engine:
             ticket.tell(piece)
         full = len(row.fed) >= ask.max_new_tokens
         finish = "length" if full and not row.stopped else "stop"
-        after = ask.before.feed(
-            self.law, np.asarray([ask.ratio]), np.append(ask.fed, row.fed)
-        )
-        surplus = len(row.fed) - row.kept
-        entries = after.slots + int(self.law.entries(after.ratio, after.raw))
-        memory = self._memory(number, after, surplus) if ask.keep else None
+        entries = self._entries(ask, row.fed[: row.kept])
+        memory = self._memory(number, ask, row) if ask.keep else None
         self._leave(number)
         ticket.left -= 1
         if not ticket.left:
             ticket.ended = time.perf_counter()
         ticket.tell(Ended(row.choice, finish, memory, entries))
 
-    def _memory(self, number: int, after, surplus: int) -> Memory:
+    def _after(self, ask: Ask, answer: list[int]) -> History:
+        fed = np.append(ask.fed, np.asarray(answer, ask.fed.dtype))
+        return ask.before.feed(self.law, np.asarray([ask.ratio]), fed)
+
+    def _entries(self, ask: Ask, answer: list[int]) -> int:
+        """Counts the entries behind an answer, without tokens behind a stop."""
+        after = self._after(ask, answer)
+        return after.slots + int(self.law.entries(after.ratio, after.raw))
+
+    def _memory(self, number: int, ask: Ask, row: Row) -> Memory:
         """Copies what a row holds to the host, up to the end of its text."""
         state, model = self._device.taken(number), self.model
+        after, surplus = self._after(ask, row.fed), len(row.fed) - row.kept
         memory = Memory(model.config, state, (after,), model.identity)
         if surplus:
             memory = memory.truncate(after.length - surplus)

@@ -243,7 +243,11 @@ def test_the_memory_of_an_answer_is_that_of_the_model(model, shape, memories, te
         )
         check(told, want)
         (end,) = told.of(Ended)
-        assert end.memory.entries.tolist() == want.memory.entries.tolist()
+        # Tokens behind the stop may have closed a window: then what is in front of the
+        # stop is held as text, to be read again. Their number depends on the clock.
+        for mine, whole in zip(end.memory.rows, want.memory.rows, strict=True):
+            assert mine.length == whole.length and mine.slots == whole.slots
+            assert np.array_equal(mine.tokens, whole.tokens)
         follow = dict(max_new_tokens=8)
         after = model.complete("and", memory=want.memory, **follow)
         again = asked(model, end.memory, "and", 8)
