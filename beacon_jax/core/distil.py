@@ -15,13 +15,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.law import Law
-from beacon_jax.core.lean_vjp import window_loop
 from beacon_jax.core.step import (
     NOOP,
     count_slots,
     empty_buffers,
     training_window,
 )
+from beacon_jax.core.window_loop import window_loop
 from beacon_jax.model.net import Net
 
 
@@ -52,5 +52,5 @@ def teach(
     }
     windows = (training_window(net, 0, w, keep),)
     buffers = empty_buffers(net, b, n * w)
-    hidden = window_loop(net, windows, variables, buffers, xs, remat="none")
+    hidden = window_loop(net, windows, variables, buffers, xs, remat="lean")
     return lax.stop_gradient(hidden)

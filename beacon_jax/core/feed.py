@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from beacon_jax.core import plan
+from beacon_jax.core import pipeline, plan
 from beacon_jax.core.law import Law
 from beacon_jax.core.loss import (
     IGNORE,
@@ -20,7 +20,8 @@ from beacon_jax.core.loss import (
     token_scores,
 )
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.core.step import NOOP, append, lookup, window_branches
+from beacon_jax.core.step import NOOP, Carry, lookup, window_branches
+from beacon_jax.model import stages
 from beacon_jax.model.decoder import Decoder, apply
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
@@ -227,43 +228,32 @@ def feed_jit(
     config, t = net.config, tokens.shape[1]
     law = Law.of(config, memory.window)
     laid = _lay_out(memory, tokens, lengths, ratios, static, close)
-    branches = window_branches(net, static, law.window)
-    head = Decoder(net, Layout(1, 1, 0))
-    logits = lambda h: apply(head, variables, h, method="logits")
     xs = laid.steps
     if labels is not None and outputs in _OF_LABELS:
         shifted = jnp.take_along_axis(labels, jnp.clip(laid.at, 0, t - 1), axis=1)
         shifted = jnp.where(laid.new, shifted, IGNORE)
         xs = xs | {"labels": _by_window(shifted, law.window)}
 
-    def step(carry, x):
-        k, v, slots, sinks, last = carry
-        # A row that has ended (valid: 0) keeps its open window while others go on.
-        hidden, kept, k, v = lax.switch(
-            x["index"], branches, variables, x["tokens"], k, v, slots, x["valid"]
-        )
-        closes = x["closes"]
-        k, v = append(config, (k, v), kept, slots, x["ratio"], closes)
-        sinks = jnp.where(closes & (slots == 0), law.sink, sinks)
-        slots = slots + jnp.where(closes, law.kept(x["ratio"], slots), 0)
-        end = jnp.maximum(x["valid"] - 1, 0)[:, None, None]
-        here = jnp.take_along_axis(hidden, end, axis=1)[:, 0]
-        last = jnp.where(x["ends"][:, None], here, last)
-        out = {}
-        if outputs == "logits":
-            out["logits"] = logits(hidden)
-        elif outputs == "loss":
-            out["token_loss"] = token_losses(logits, hidden, x["labels"])
-        elif outputs == "score":
-            scores = token_scores(logits, hidden, x["labels"])
-            out["token_loss"], out["greedy"] = scores
-        elif outputs == "likely":
-            out["likely"] = token_likely(logits, hidden, x["labels"])
-        return (k, v, slots, sinks, last), out
-
     last = jnp.zeros((memory.rows, config.hidden_size), net.dtype)
-    carry = (memory.k, memory.v, memory.slots, memory.sinks, last)
-    (k, v, slots, sinks, last), out = lax.scan(step, carry, xs)
+    carry = Carry(memory.k, memory.v, memory.slots, memory.sinks, last)
+    if stages.count(net) > 1:
+        scan = functools.partial(pipeline.scan, net, law, static)
+        carry, out = scan(functools.partial(_told, outputs), variables, carry, xs)
+    else:
+        branches = window_branches(net, static, law.window)
+
+        def step(carry, x):
+            # A row that has ended (valid: 0) keeps its open window while others go on.
+            hidden, kept, k, v = lax.switch(
+                x["index"],
+                *(branches, variables, x["tokens"]),
+                *(carry.k, carry.v, carry.slots, x["valid"]),
+            )
+            carry = carry._replace(k=k, v=v).after(config, law, hidden, kept, x)
+            return carry, _told(outputs, net, variables, hidden, x)
+
+        carry, out = lax.scan(step, carry, xs)
+    k, v, slots, sinks, last = carry
     place = jnp.minimum(jnp.arange(t) + memory.raw[:, None], laid.at.shape[1] - 1)
 
     def of_new_tokens(x):
@@ -274,7 +264,32 @@ def feed_jit(
 
     given = {"logits": None, "token_loss": None} | jax.tree.map(of_new_tokens, out)
     after = laid.opened.replace(k=k, v=v, slots=slots, sinks=sinks)
-    return FeedOutput(logits(last), **given), after
+    return FeedOutput(_logits(net, variables, last), **given), after
+
+
+def _logits(net: Net, variables: Any, hidden: Float[Array, "*B D"]) -> Any:
+    return apply(Decoder(net, Layout(1, 1, 0)), variables, hidden, method="logits")
+
+
+def _told(
+    outputs: str,
+    net: Net,
+    variables: Any,
+    hidden: Float[Array, "B W D"],
+    x: dict[str, Array],
+) -> dict[str, Any]:
+    """Returns what is asked for of each token of a window."""
+    logits, out = functools.partial(_logits, net, variables), {}
+    if outputs == "logits":
+        out["logits"] = logits(hidden)
+    elif outputs == "loss":
+        out["token_loss"] = token_losses(logits, hidden, x["labels"])
+    elif outputs == "score":
+        scores = token_scores(logits, hidden, x["labels"])
+        out["token_loss"], out["greedy"] = scores
+    elif outputs == "likely":
+        out["likely"] = token_likely(logits, hidden, x["labels"])
+    return out
 
 
 class _Laid(NamedTuple):

@@ -1,4 +1,4 @@
-"""The loop over training windows, with plain reverse mode or with a lean one.
+"""The lean reverse mode of the loop over training windows (`core.window_loop`).
 
 Reverse mode through a scan whose carry is the memory stores one buffer per window, and
 through `lax.switch` it stores the residuals of every branch, taken or not. The lean
@@ -19,11 +19,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from beacon_jax.core.step import Window, append, new_entries, pad_entries
-from beacon_jax.model.decoder import Entries, constrain_entries, variable_axes
+from beacon_jax.model.decoder import (
+    LAYERS,
+    Entries,
+    constrain_entries,
+    split_layers,
+    variable_axes,
+)
 from beacon_jax.model.net import Net
-
-LAYERS = "layers"
-REMAT = ("lean", "lean-layer", "none", "layer", "window")
 
 
 class LoopSettings(NamedTuple):
@@ -35,53 +38,24 @@ class LoopSettings(NamedTuple):
     offload: bool
 
     @property
+    def length(self) -> int:
+        """Entries of the longest window."""
+        return max(window.length for window in self.windows)
+
+    @property
     def most(self) -> int:
         """Entries that every branch hands over, the last ones as padding."""
         return max(window.kept for window in self.windows)
 
 
-def window_loop(
-    net: Net,
-    windows: tuple[Window, ...],
-    variables: Any,
-    buffers: Entries,
-    xs: dict[str, Array],
-    *,
-    remat: str,
-    offload: bool = False,
-) -> Float[Array, "N B W D"]:
-    """Runs all windows, which fill the buffers; returns hidden states [N, B, W, D].
-
-    Args:
-      windows: one per static ratio, in the order of xs["index"] - 1.
-      buffers: zeros [L, B, S, K, H].
-      xs: stacked over windows: tokens [N, B, W]; index [N] of the branch, 0 for a step
-        without tokens; ratio [N]; slots [N, B] in front of each window and added [N, B]
-        that it appends.
-      remat: "lean" keeps the activations of one window at a time (2 forwards and a
-        backward), "lean-layer" only what enters its layers (3 forwards). "none",
-        "layer" and "window" are plain reverse mode, which keeps everything, or
-        recomputes that much.
-      offload: the filled buffers wait for the lean backward pass in host memory, from
-        where every window fetches them again, one layer at a time.
-    """
-    settings = LoopSettings(net, windows, remat, offload)
-    if remat.startswith("lean"):
-        return _lean(settings, variables, buffers, xs)
-    step = functools.partial(_step, settings, variables)
-    if remat == "window":
-        step = jax.checkpoint(step, prevent_cse=False)
-    return lax.scan(step, buffers, xs)[1]
-
-
-def _step(
+def run_window(
     settings: LoopSettings, variables: Any, buffers: Entries, x: dict[str, Array]
 ) -> tuple[Entries, Float[Array, "B W D"]]:
     """Runs one window forward: (buffers, hidden)."""
     net, windows, remat, _ = settings
     b, w = x["tokens"].shape
     most = settings.most
-    outer, layers = _split(variables)
+    outer, layers = split_layers(variables)
     dtype = buffers.k.dtype
 
     def run(window):
@@ -102,27 +76,23 @@ def _step(
         none = jnp.zeros((b, w, net.config.hidden_size), dtype)
         return none, Entries(*(jnp.zeros_like(x[:, :, :most]) for x in (k, v)))
 
-    hidden, kept = _switch(x, [nothing, *map(run, windows)])(*buffers)
+    hidden, kept = switch(x, [nothing, *map(run, windows)])(*buffers)
     after = append(net.config, buffers, kept, x["slots"], x["ratio"])
     return constrain_entries(net, Entries(*after)), hidden
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lean(settings: LoopSettings, variables: Any, buffers: Entries, xs: Any) -> Any:
-    step = functools.partial(_step, settings, variables)
+def lean(settings: LoopSettings, variables: Any, buffers: Entries, xs: Any) -> Any:
+    """Runs all windows, as `window_loop` does with remat="lean" or "lean-layer"."""
+    step = functools.partial(run_window, settings, variables)
     return lax.scan(step, buffers, xs)[1]
 
 
 def _lean_fwd(settings: LoopSettings, variables: Any, buffers: Any, xs: Any) -> Any:
-    # Only what is differentiated gets a cotangent: a frozen base must cost nothing.
-    is_primal = lambda x: hasattr(x, "perturbed")
-    value = lambda tree: jax.tree.map(lambda p: p.value, tree, is_leaf=is_primal)
-    trained = jax.tree.map(
-        lambda p: () if p.perturbed else None, variables, is_leaf=is_primal
-    )
-    variables, xs = value(variables), value(xs)
-    step = functools.partial(_step, settings, variables)
-    final, hidden = lax.scan(step, value(buffers), xs)
+    trained = marked(variables)
+    variables, buffers, xs = plain_values((variables, buffers, xs))
+    step = functools.partial(run_window, settings, variables)
+    final, hidden = lax.scan(step, buffers, xs)
     if settings.offload:
         final = jax.device_put(final, jax.memory.Space.Host)
     return hidden, (variables, trained, final, xs)
@@ -131,113 +101,175 @@ def _lean_fwd(settings: LoopSettings, variables: Any, buffers: Any, xs: Any) -> 
 def _lean_bwd(settings: LoopSettings, residuals: Any, d_hidden: Any) -> Any:
     net = settings.net
     variables, trained, buffers, xs = residuals
-    if isinstance(d_hidden, jax.custom_derivatives.SymbolicZero):
-        zero: Any = d_hidden
-        d_hidden = jnp.zeros(zero.shape, zero.dtype)
-    axes = _split(variable_axes(net.config))
-    parts = zip(_split(variables), _split(trained), axes, strict=True)
-    outer, layers = (_Trained(net, *part) for part in parts)
-    held = _Held(settings, outer, layers, buffers)
+    d_hidden = without_symbols(d_hidden)
+    axes = split_layers(variable_axes(net.config))
+    parts = zip(split_layers(variables), split_layers(trained), axes, strict=True)
+    outer, layers = (Trained(net, *part) for part in parts)
+    held = Held(settings, outer, layers, buffers)
     nothing = lambda sums, x, d_hidden: sums
     reverse = lambda window: functools.partial(_reverse, held, window)
     branches = [nothing, *map(reverse, settings.windows)]
 
     def step(sums, x_and_ct):
-        return _switch(x_and_ct[0], branches)(sums, *x_and_ct), None
+        return switch(x_and_ct[0], branches)(sums, *x_and_ct), None
 
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
     d_buffers = constrain_entries(net, jax.tree.map(zeros, buffers))
     start = (d_buffers, outer.zeros(), layers.zeros())
     (_, d_outer, d_layers), _ = lax.scan(step, start, (xs, d_hidden), reverse=True)
-    gradients = _join(outer.full(d_outer), layers.full(d_layers), variables)
+    gradients = join(outer.full(d_outer), layers.full(d_layers), variables)
     return gradients, None, None
 
 
-_lean.defvjp(_lean_fwd, _lean_bwd, symbolic_zeros=True)
+lean.defvjp(_lean_fwd, _lean_bwd, symbolic_zeros=True)
 
 
-class _Held(NamedTuple):
-    """Inputs that all windows of the backward pass share."""
+def marked(variables: Any) -> Any:
+    """Returns () for each variable that is differentiated, None for the others.
+
+    Only those get a cotangent: a frozen base must cost nothing.
+    """
+    mark = lambda p: () if p.perturbed else None
+    return jax.tree.map(mark, variables, is_leaf=_is_primal)
+
+
+def plain_values(tree: Any) -> Any:
+    """Returns the arrays of a tree that a rule with `symbolic_zeros` is given."""
+    return jax.tree.map(lambda p: p.value, tree, is_leaf=_is_primal)
+
+
+def _is_primal(x: Any) -> bool:
+    return hasattr(x, "perturbed")
+
+
+def without_symbols(d: Any) -> Array:
+    """Makes zeros of a cotangent that is symbolically zero."""
+    if isinstance(d, jax.custom_derivatives.SymbolicZero):
+        zero: Any = d
+        return jnp.zeros(zero.shape, zero.dtype)
+    return d
+
+
+class Held(NamedTuple):
+    """Inputs that all windows of the backward pass share; layers that are at hand."""
 
     settings: LoopSettings
-    outer: "_Trained"
-    layers: "_Trained"
+    outer: "Trained"
+    layers: "Trained"
     buffers: Entries
 
 
 def _reverse(
-    held: _Held,
+    held: Held,
     window: Window,
     sums: Any,
     x: dict[str, Array],
     d_hidden: Float[Array, "B W D"],
 ) -> Any:
     """Runs one window backward: adds to the sums (d_buffers, d_outer, d_layers)."""
-    (net, _, remat, _), outer, layers, buffers = held
-    most = held.settings.most
-    (d_k, d_v), d_outer, d_layers = sums
-    slots, tokens = x["slots"], x["tokens"]
-    alive = (jnp.arange(most) < x["added"][:, None])[..., None, None]
-
-    def layer(own, frozen, h, k, v):
-        """Runs one layer: (h, what enters the memory)."""
-        h, kept = window.layer(layers.merge(own, frozen), h, k, v, slots)
-        kept = Entries(*(entry[None] for entry in pad_entries(kept, most)))
-        new = new_entries(net.config, kept, slots, x["ratio"], k.dtype)
-        return h, Entries(new.k[0], new.v[0])
-
-    def taken(total, like):
-        """Takes the cotangent of the entries that this window appended."""
-        cut = lambda row, at: lax.dynamic_slice_in_dim(row, at, most)
-        return jnp.where(alive, jax.vmap(cut)(total, slots), 0).astype(like)
-
-    # No copy where the buffers are on the device anyway.
-    fetch = lambda *kv: jax.device_put(kv, jax.memory.Space.Device)
-
-    def up(h, per_layer):
-        (own, frozen), k, v = per_layer
-        k, v = fetch(k, v)
-        if remat == "lean-layer":
-            return layer(own, frozen, h, k, v)[0], h
-        pull: Any
-        (after, _), pull = jax.vjp(lambda *a: layer(a[0], frozen, *a[1:]), own, h, k, v)
-        return after, saved.store(pull, (own, frozen, h, k, v))
-
-    def down(carry, per_layer):
-        d_h, d_k, d_v, d_own = carry
-        i, kept, (own, frozen), k, v = per_layer
-        k, v = fetch(k, v)
-        if remat == "lean-layer":
-            f = lambda *a: layer(a[0], frozen, *a[1:])
-            _, pull = jax.vjp(f, own, kept, k, v)
-        else:
-            pull = saved.restore(kept, (own, frozen, k, v))
-        of_layer = lambda total: lax.dynamic_index_in_dim(total, i, keepdims=False)
-        d_new = Entries(taken(of_layer(d_k), k.dtype), taken(of_layer(d_v), v.dtype))
-        # Read before they are written: else XLA copies the whole sums, twice a layer.
-        d_k, d_v, d_new = lax.optimization_barrier((d_k, d_v, d_new))
-        part, d_h, k_ct, v_ct = pull((d_h, d_new))
-        add = lambda total, new: total.at[i].add(new.astype(total.dtype))
-        return (d_h, add(d_k, k_ct), add(d_v, v_ct), list(map(add, d_own, part))), None
-
-    saved = _Residuals()
-    f = lambda own: window.begin(outer.merge(own), tokens)
+    outer = held.outer
+    d_buffers, d_outer, d_layers = sums
+    f = lambda own: window.begin(outer.merge(own), x["tokens"])
     h, pull_begin = jax.vjp(f, outer.own)
-    stacked = ((layers.own, layers.frozen), *buffers)
-    h, kept = lax.scan(up, h, stacked)
+    layers = LayersBackward(held, window, x)
+    h, kept = layers.forward(h)
     f = lambda own, h: window.finish(outer.merge(own), h)
     _, pull_finish = jax.vjp(f, outer.own, h)
     at_end, d_h = pull_finish(d_hidden)
-    numbers = jnp.arange(buffers.k.shape[0])
-    (d_h, d_k, d_v, d_layers), _ = lax.scan(
-        down, (d_h, d_k, d_v, d_layers), (numbers, kept, *stacked), reverse=True
-    )
+    d_h, d_buffers, d_layers = layers.backward(kept, d_h, d_buffers, d_layers)
     # The barrier keeps the order of the sums: XLA would scatter a window's rows of the
     # embedding straight into the total, where plain reverse mode adds them up first.
     (at_begin,) = lax.optimization_barrier(pull_begin(d_h))
     add = lambda total, a, b: total + (a + b).astype(total.dtype)
     d_outer = list(map(add, d_outer, at_begin, at_end))
-    return constrain_entries(net, Entries(d_k, d_v)), d_outer, d_layers
+    return constrain_entries(held.settings.net, d_buffers), d_outer, d_layers
+
+
+class LayersBackward:
+    """The layers of a window, run once more and then backward, one after the other."""
+
+    def __init__(self, held: Held, window: Window, x: dict[str, Array]):
+        """Prepares it.
+
+        Args:
+          x: of the window: slots [B] in front of it, added [B] and ratio.
+        """
+        self.held, self.window, self.x = held, window, x
+        self.remat, self.most = held.settings.remat, held.settings.most
+        alive = jnp.arange(self.most) < x["added"][:, None]
+        self.alive = alive[..., None, None]
+        self.saved = _Residuals()
+        self.stacked = ((held.layers.own, held.layers.frozen), *held.buffers)
+
+    def forward(self, h: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Any]:
+        """Returns what leaves the last layer, and what `backward` needs of each."""
+        return lax.scan(self._up, h, self.stacked)
+
+    def backward(
+        self,
+        kept: Any,
+        d_h: Float[Array, "B T D"],
+        d_buffers: Entries,
+        d_layers: list[Array],
+    ) -> tuple[Float[Array, "B T D"], Entries, list[Array]]:
+        """Returns the cotangent of what enters the first layer, and the sums."""
+        numbers = jnp.arange(self.held.buffers.k.shape[0])
+        (d_h, d_k, d_v, d_layers), _ = lax.scan(
+            self._down,
+            (d_h, *d_buffers, d_layers),
+            (numbers, kept, *self.stacked),
+            reverse=True,
+        )
+        return d_h, Entries(d_k, d_v), d_layers
+
+    def _layer(self, own: Any, frozen: Any, h: Any, k: Any, v: Any) -> Any:
+        """Runs one layer: (h, what enters the memory)."""
+        x, net = self.x, self.held.settings.net
+        variables = self.held.layers.merge(own, frozen)
+        h, kept = self.window.layer(variables, h, k, v, x["slots"])
+        kept = Entries(*(entry[None] for entry in pad_entries(kept, self.most)))
+        new = new_entries(net.config, kept, x["slots"], x["ratio"], k.dtype)
+        return h, Entries(new.k[0], new.v[0])
+
+    def _taken(self, total: Array, like: Any) -> Array:
+        """Takes the cotangent of the entries that this window appended."""
+        cut = lambda row, at: lax.dynamic_slice_in_dim(row, at, self.most)
+        found = jax.vmap(cut)(total, self.x["slots"])
+        return jnp.where(self.alive, found, 0).astype(like)
+
+    def _fetch(self, *kv: Array) -> Any:
+        """Fetches a layer's buffers; no copy where they are on the device anyway."""
+        if not self.held.settings.offload:
+            return kv
+        return jax.device_put(kv, jax.memory.Space.Device)
+
+    def _up(self, h: Any, per_layer: Any) -> Any:
+        (own, frozen), k, v = per_layer
+        k, v = self._fetch(k, v)
+        if self.remat == "lean-layer":
+            return self._layer(own, frozen, h, k, v)[0], h
+        pull: Any
+        f = lambda *a: self._layer(a[0], frozen, *a[1:])
+        (after, _), pull = jax.vjp(f, own, h, k, v)
+        return after, self.saved.store(pull, (own, frozen, h, k, v))
+
+    def _down(self, carry: Any, per_layer: Any) -> Any:
+        d_h, d_k, d_v, d_own = carry
+        i, kept, (own, frozen), k, v = per_layer
+        k, v = self._fetch(k, v)
+        if self.remat == "lean-layer":
+            f = lambda *a: self._layer(a[0], frozen, *a[1:])
+            _, pull = jax.vjp(f, own, kept, k, v)
+        else:
+            pull = self.saved.restore(kept, (own, frozen, k, v))
+        of_layer = lambda total: lax.dynamic_index_in_dim(total, i, keepdims=False)
+        taken = lambda total, x: self._taken(of_layer(total), x.dtype)
+        d_new = Entries(taken(d_k, k), taken(d_v, v))
+        # Read before they are written: else XLA copies the whole sums, twice a layer.
+        d_k, d_v, d_new = lax.optimization_barrier((d_k, d_v, d_new))
+        part, d_h, k_ct, v_ct = pull((d_h, d_new))
+        add = lambda total, new: total.at[i].add(new.astype(total.dtype))
+        return (d_h, add(d_k, k_ct), add(d_v, v_ct), list(map(add, d_own, part))), None
 
 
 class _Residuals:
@@ -270,7 +302,7 @@ class _Residuals:
         return jax.tree.unflatten(self.tree, leaves)
 
 
-class _Trained:
+class Trained:
     """The leaves of a tree in two lists, those that are trained and the others."""
 
     def __init__(self, net: Net, tree: Any, trained: Any, axes: Any):
@@ -310,17 +342,7 @@ class _Trained:
         return self.tree.unflatten(leaves)
 
 
-def _split(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns (all but the layers, the layers), each {collection: tree}."""
-    outer = {
-        name: {key: part for key, part in tree.items() if key != LAYERS}
-        for name, tree in variables.items()
-    }
-    layers = {name: t[LAYERS] for name, t in variables.items() if LAYERS in t}
-    return outer, layers
-
-
-def _join(outer: dict, layers: dict, like: dict) -> dict[str, Any]:
+def join(outer: dict, layers: dict, like: dict) -> dict[str, Any]:
     both = {
         name: {**tree, **({LAYERS: layers[name]} if name in layers else {})}
         for name, tree in outer.items()
@@ -328,7 +350,7 @@ def _join(outer: dict, layers: dict, like: dict) -> dict[str, Any]:
     return {name: both[name] for name in like}
 
 
-def _switch(
+def switch(
     x: dict[str, Array], branches: list[Callable[..., Any]]
 ) -> Callable[..., Any]:
     """Returns the branch of a step; a plain model in one window needs no switch."""

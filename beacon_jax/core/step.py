@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core.law import Law
 from beacon_jax.model.buffers import Buffer, put_all_layers
@@ -42,16 +42,20 @@ class Window(NamedTuple):
     `outer` are the variables without "layers", `layer` those of one layer.
 
     Attributes:
+      length: T, raw tokens and beacons.
       kept: number of entries that may enter the memory, n.
       begin: (outer, tokens [B, W]) -> x [B, T, D].
       layer: (layer, x, k [B, S, K, H], v, prefix [B]) -> (x, Entries [B, n, K, H]).
       finish: (outer, x) -> hidden [B, W, D] of the raw rows.
+      on: net -> the window on another net, that of a stage.
     """
 
+    length: int
     kept: int
     begin: Callable[..., Any]
     layer: Callable[..., Any]
     finish: Callable[..., Any]
+    on: Callable[[Net], "Window"]
 
 
 def training_window(
@@ -74,11 +78,51 @@ def training_window(
         return x, kept
 
     return Window(
+        length=layout.length,
         kept=len(keep),
         begin=lambda outer, tokens: apply(model, outer, tokens, method="begin"),
         layer=layer,
         finish=lambda outer, x: apply(model, outer, x, method="finish"),
+        on=lambda net: training_window(net, ratio, window, keep, remat=remat),
     )
+
+
+class Carry(NamedTuple):
+    """What feeding hands from window to window; layers as many as are at hand.
+
+    Attributes:
+      k, v: the buffers.
+      slots, sinks: as `MemoryState` has them.
+      last: hidden state of each row's last token.
+    """
+
+    k: Buffer
+    v: Buffer
+    slots: Int[Array, " B"]
+    sinks: Int[Array, " B"]
+    last: Float[Array, "B D"]
+
+    def after(
+        self,
+        config: ModelConfig,
+        law: Law,
+        hidden: Float[Array, "B W D"],
+        kept: Entries,
+        x: dict[str, Array],
+    ) -> "Carry":
+        """Returns it behind a window in the buffers, compressed if it closes.
+
+        Args:
+          x: of the window: ratio; valid, closes and ends [B].
+        """
+        closes, slots = x["closes"], self.slots
+        k, v = append(config, (self.k, self.v), kept, slots, x["ratio"], closes)
+        sinks = jnp.where(closes & (slots == 0), law.sink, self.sinks)
+        grown = slots + jnp.where(closes, law.kept(x["ratio"], slots), 0)
+        end = jnp.maximum(x["valid"] - 1, 0)[:, None, None]
+        here = jnp.take_along_axis(hidden, end, axis=1)[:, 0]
+        last = jnp.where(x["ends"][:, None], here, self.last)
+        return Carry(k, v, grown, sinks, last)
 
 
 def window_branches(net: Net, ratios: tuple[int, ...], window: int) -> list[Branch]:

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from beacon_jax.core.distil import teach
 from beacon_jax.core.law import Law
-from beacon_jax.core.lean_vjp import REMAT, window_loop
 from beacon_jax.core.loss import IGNORE, taught_losses, token_losses
 from beacon_jax.core.step import (
     NOOP,
@@ -21,6 +20,7 @@ from beacon_jax.core.step import (
     lookup,
     training_window,
 )
+from beacon_jax.core.window_loop import REMAT, window_loop
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import Decoder, Entries, apply
 from beacon_jax.model.layout import Layout
@@ -44,7 +44,7 @@ class LossConfig:
         eq. 11) instead of counting all, as the release does.
       average: "token", over all that counts, or "row", a mean of row means.
       remat, offload: what the backward pass recomputes, and where it finds the memory:
-        see `lean_vjp.window_loop`.
+        see `core.window_loop`.
       memory_slots: room for what a plan appends; 0: for the lowest ratio throughout.
       ratios: the static ratios to compile; None: those of the model's config.
     """

@@ -208,7 +208,7 @@ def fill_up[Item](model: Model, rows: list[Item]) -> list[Item]:
     shares = 1
     if model.partition is not None:
         sizes = model.partition.mesh.shape
-        shares = sizes["data"] * sizes["fsdp"]
+        shares = sizes.get("data", 1) * sizes.get("fsdp", 1)
     count = -(-power_of_two(len(rows)) // shares) * shares
     return rows + rows[-1:] * (count - len(rows))
 

@@ -28,6 +28,7 @@ from beacon_jax.inference.options import PIECE_WINDOWS, OnProgress, Reading
 from beacon_jax.inference.plan import Plan, group_rows, stack_ratios
 from beacon_jax.inference.room import check_buffer
 from beacon_jax.inference.validate import ArgumentError
+from beacon_jax.model import stages
 from beacon_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -197,7 +198,8 @@ def _feed_group(
         here, pieces = tokens[:, done:stop], None
         if on_fed:
             tell, first = on_fed, done
-            size = fit.piece * window
+            # A pipeline runs empty at the end of each piece.
+            size = fit.piece * window * stages.count(model.net)
             pieces = Pieces(size, lambda count: tell(first + count))
         out, state = feed(
             model.net,

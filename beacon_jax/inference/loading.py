@@ -65,8 +65,9 @@ def load(
       beacon: other beacon settings; a plain model gets untrained beacons.
       ignore_sliding_window: attend to everything although config.json has a window.
       mesh: devices to split over, "tensor:8" (attention heads, MLP and vocabulary) or
-        "data:2,tensor:4" (rows of a batch too), or a `jax.sharding.Mesh` with these
-        axes; None: the default device.
+        "data:2,tensor:4" (rows of a batch too) or "stage:8" (layers: windows of a long
+        text go through them in a pipeline), or a `jax.sharding.Mesh` with these axes;
+        None: the default device.
       beacons: an adapter folder, beacons without a base (or its id on the hub), in
         place of the beacons that `path` may have. The base has to be the one they were
         trained on, value by value, in any format and dtype.

@@ -157,8 +157,9 @@ def _share(model: "Model", rows: int) -> float:
     if model.partition is None:
         return 1.0
     rules, sizes = dict(model.partition.rules), model.partition.mesh.shape
-    share = 1.0
-    for axis, count in (("batch", rows), ("kv_heads", model.config.num_kv_heads)):
+    share, config = 1.0, model.config
+    counts = {"layers": config.num_layers, "kv_heads": config.num_kv_heads}
+    for axis, count in {"batch": rows, **counts}.items():
         split = math.prod(sizes[m] for m in rules.get(axis, ()))
         share /= split if count % split == 0 else 1
     return share

@@ -64,13 +64,13 @@ Buffer = Array | Quantized | Biased
 Layer = Int[Array, ""] | int | None
 
 # Logical axes of an array, and of the parts of an int8 or biased buffer.
-ARRAY = (None, "batch", "slots", "kv_heads", None)
+ARRAY = ("layers", "batch", "slots", "kv_heads", None)
 PARTS: dict[str, tuple[str | None, ...]] = {
     "entries": ARRAY,
     "values": ARRAY,
-    "scale": (None, "batch", "kv_heads", "slots"),
-    "bias": (None, "batch", "kv_heads", "slots"),
-    "mean": (None, "batch", "kv_heads", None),
+    "scale": ("layers", "batch", "kv_heads", "slots"),
+    "bias": ("layers", "batch", "kv_heads", "slots"),
+    "mean": ("layers", "batch", "kv_heads", None),
 }
 
 

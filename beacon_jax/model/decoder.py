@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.attention import RESIDUALS, prefix_attention
-from beacon_jax.model import buffers
+from beacon_jax.model import buffers, stages
 from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.layout import Layout
@@ -23,6 +23,7 @@ from beacon_jax.model.net import Net
 from beacon_jax.model.rotary import cos_sin, inverse_frequencies, rotate
 
 INIT = nn.initializers.normal(0.02)
+LAYERS = "layers"  # the name of what is stacked, in every collection
 # Float16 ends at 65,504, the residual stream of models trained in bfloat16 does not:
 # Qwen2-57B's layers write up to 50,000 at once (auto-round #218), and their inputs, as
 # products of two numbers, may be as large. What a layer writes is computed this much
@@ -70,10 +71,22 @@ class Place(NamedTuple):
     real: Bool[Array, "B T"] | None = None
 
 
-def place_of(config: ModelConfig, layout: Layout, prefix: Int[Array, " B"]) -> Place:
-    """Places the entries of a layout behind `prefix` others in each row."""
+def place_of(
+    config: ModelConfig,
+    layout: Layout,
+    prefix: Int[Array, " B"],
+    valid: Int[Array, " B"] | None = None,
+) -> Place:
+    """Places the entries of a layout behind `prefix` others in each row.
+
+    Args:
+      valid: raw tokens of each row that are real; None: all.
+    """
     angles = cos_sin(config, prefix[:, None] + jnp.arange(layout.length))
-    return Place(prefix, *angles)
+    if valid is None:
+        return Place(prefix, *angles)
+    real = valid[:, None] >= layout.tokens_before
+    return Place(prefix, *angles, live=valid > 0, real=real)
 
 
 def attend_rows(
@@ -109,6 +122,7 @@ def attend_rows(
         mesh=partition.mesh,
         in_specs=(split, k_split, v_split, one, layers),
         out_specs=split,
+        axis_names=partition.free_axes,
         check_vma=False,
     )(q, k, v, prefix, layer)
 
@@ -487,10 +501,12 @@ class Decoder(nn.Module):
           (hidden [B, R, D] of the raw rows after the final norm, Entries kept, k, v).
         """
         x = self.begin(tokens)
-        place = place_of(self.net.config, self.layout, prefix)
-        if valid is not None:
-            real = valid[:, None] >= self.layout.tokens_before
-            place = place._replace(live=valid > 0, real=real)
+        place = place_of(self.net.config, self.layout, prefix, valid)
+        if stages.count(self.net) > 1 and not self.is_initializing():
+            one = lambda net: layer_of(net, self.layout, self.keep)
+            given = (self.layers.variables, x, k, v, place)
+            x, kept, k, v = stages.through(self.net, one, *given)
+            return self.finish(x), kept, k, v
         numbers = jnp.arange(self.net.config.num_layers)
         (x, k, v), kept = self.layers.over_layers((x, k, v), numbers, place)
         return self.finish(x), kept, k, v
@@ -520,6 +536,22 @@ class Decoder(nn.Module):
         """Touches every parameter; what `init` runs."""
         hidden, *_ = self(tokens, k, v, prefix)
         return self.logits(hidden)
+
+
+def layer_of(net: Net, layout: Layout, keep: tuple[int, ...]) -> stages.LayerCall:
+    """Makes the function that runs one layer of given variables, for `stages`."""
+    one = Layer(net, layout, keep, parent=None)  # of no module, also inside of one
+    return lambda variables, *given: apply(one, variables, *given)
+
+
+def split_layers(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (all but the layers, the layers), each {collection: tree}."""
+    outer = {
+        name: {key: part for key, part in tree.items() if key != LAYERS}
+        for name, tree in variables.items()
+    }
+    layers = {name: t[LAYERS] for name, t in variables.items() if LAYERS in t}
+    return outer, layers
 
 
 def apply(
@@ -562,5 +594,5 @@ def variable_axes(config: ModelConfig) -> dict[str, Any]:
 
 def constrain_entries(net: Net, entries: Entries) -> Entries:
     """Splits buffers [L, B, S, K, H] over rows and heads."""
-    axes = (None, "batch", None, "kv_heads", None)
+    axes = ("layers", "batch", None, "kv_heads", None)
     return Entries(*(net.constrain(x, *axes) for x in entries))

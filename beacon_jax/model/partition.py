@@ -17,10 +17,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from beacon_jax import runtime
 from beacon_jax.names import meant, nearest
 
-AXES = ("data", "fsdp", "tensor")
-# Batches are split over data and fsdp, parameters over fsdp and tensor. An axis that is
-# not named here is never split.
+AXES = ("data", "fsdp", "tensor", "stage")
+# Batches are split over data and fsdp, parameters over fsdp and tensor, and layers with
+# their memory over stage (`model.stages`). An axis that is not named here is never
+# split.
 RULES = {
+    "layers": ("stage",),
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -77,6 +79,16 @@ class Partition:
             parts.append(tuple(split) if len(split) > 1 else (split or [None])[0])
         return PartitionSpec(*parts)
 
+    @property
+    def free_axes(self) -> set[str]:
+        """The mesh axes that no `jax.shard_map` around this code has taken."""
+        return set(self.mesh.axis_names) - set(getattr(self.mesh, "manual_axes", ()))
+
+    def without(self, axis: str, mesh: Any) -> "Partition":
+        """Returns the rules on another mesh, where nothing is split over `axis`."""
+        rest = lambda axes: tuple(a for a in axes if a != axis)
+        return Partition(mesh, tuple((name, rest(axes)) for name, axes in self.rules))
+
     def sharding(
         self,
         axes: tuple[str | None, ...],
@@ -97,9 +109,10 @@ def make_partition(
     Args:
       mesh: sizes of axes as text, "tensor:8" or "data:2,tensor:4" (an axis that is not
         named has size 1, -1 is all devices that are left), or a mesh with some of the
-        axes data, fsdp and tensor.
+        axes data, fsdp, tensor and stage.
       devices: to use; all of this process if not given.
       rules: {logical axis: mesh axes}; None: `RULES`, as far as the mesh has the axes.
+        Layers are always split over the mesh axis "stage".
 
     Raises:
       TypeError: neither text nor a mesh.
@@ -121,9 +134,11 @@ def make_partition(
             f"mesh has the axes {sorted(unknown)}: {meant(min(unknown), AXES)}use some "
             f"of {', '.join(AXES)}."
         )
+    have = mesh.axis_names
+    stages = {"layers": [a for a in RULES["layers"] if a in have]}
     if rules is None:
-        have = mesh.axis_names
         rules = {name: [a for a in axes if a in have] for name, axes in RULES.items()}
+    rules = {**rules, **stages}
     whole = lambda axes: (axes,) if isinstance(axes, str) else tuple(axes)
     return Partition(mesh, tuple((name, whole(axes)) for name, axes in rules.items()))
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from beacon_jax import hf
 from beacon_jax.attention.api import IMPLEMENTATIONS
-from beacon_jax.core.lean_vjp import REMAT
 from beacon_jax.core.plan import memory_slots
 from beacon_jax.core.train_loss import KINDS
+from beacon_jax.core.window_loop import REMAT
 from beacon_jax.data.sources import reading
 from beacon_jax.data.tokenizer import SMALLEST_VOCABULARY
 from beacon_jax.gguf.file import is_gguf

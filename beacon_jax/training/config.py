@@ -83,12 +83,12 @@ def default_config() -> Config:
     config.compilation_cache = ""
     config.window = 0  # tokens computed at once by a model without beacons; 0: the row
     # Devices along each axis; -1: as many as there are and as the batches allow.
-    # fsdp = tensor = 1: the base on every device, a ratio plan for each (fast).
+    # fsdp = tensor = stage = 1: the base on every device, a ratio plan for each (fast).
     # Otherwise everything is split, one plan per step (lean). See training.sharding.
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "stage": 1})
     config.rules = ConfigDict(RULES)  # {logical axis: mesh axes} of the lean setting
     config.accumulate = 1  # parts of a batch that are computed one after the other
-    # "lean", "lean-layer", ...: see core.lean_vjp.window_loop. "auto": "lean" if the
+    # "lean", "lean-layer", ...: see core.window_loop. "auto": "lean" if the
     # estimate of training.memory fits the device, else "lean-layer".
     config.remat = "auto"
     config.attention = ""  # a name of docs/kernels.md; "": the platform's best

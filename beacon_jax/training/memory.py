@@ -79,7 +79,8 @@ def step_bytes(
       slots: memory slots of a row without the open window; 0: those of the run.
     """
     assert model.beacon is not None
-    dtype, tensor = jnp.dtype(config.dtype), placement.mesh.shape["tensor"]
+    dtype, sizes = jnp.dtype(config.dtype), placement.mesh.shape
+    tensor, layers = sizes["tensor"], model.num_layers // sizes.get("stage", 1)
     size = dtype.itemsize
     own = sum(_bytes(x, 4) for x in jax.tree.leaves(trained))
     state = 3 * own  # masters and two moments
@@ -89,13 +90,15 @@ def step_bytes(
     gradients = 4 * whole + size * whole if placement.own_plans else 2 * own
     ratios, law = model.beacon.ratios, Law.of(model)
     entries = (slots or memory_room(config, model, windows)) + law.room(ratios)
-    kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim / tensor
+    kv = 2 * layers * model.num_kv_heads * model.head_dim / tensor
     # Keys and values, and their cotangents in float32.
     buffers = rows * entries * kv * (4 if config.offload else size + 4)
     hidden = 3 * rows * windows * law.window * model.hidden_size * size
     window = int(law.entries(min(r for r in ratios if r), law.window))
     wide = jnp.dtype(residual_dtype(dtype)).itemsize
-    inputs = rows * window * model.num_layers * model.hidden_size * wide
+    inputs = rows * window * layers * model.hidden_size * wide
+    if layers < model.num_layers:  # what enters a stage waits for the backward pass
+        inputs += rows * windows * window * model.hidden_size * wide
     layer = rows * window * _activations(model, size) / tensor
     fixed = state + base + gradients + buffers + hidden + inputs
     if config.loss.kind == "distil":
@@ -104,7 +107,7 @@ def step_bytes(
         taught = rows * windows * law.window * size
         fixed += taught * model.hidden_size + max(taught * kv - buffers, 0)
     return {
-        "lean": SLACK * (fixed + model.num_layers * layer),
+        "lean": SLACK * (fixed + layers * layer),
         "lean-layer": SLACK * (fixed + layer),
     }
 

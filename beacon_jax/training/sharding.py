@@ -1,9 +1,9 @@
 """Places the arrays of a training run, and shares a batch among its devices.
 
 There are two settings (config.mesh), as in docs/recipes.md:
-  fast  fsdp = tensor = 1: every device holds the whole base, the optimiser's state is
-        split over data, and every device draws its own ratio plan, as the release's
-        eight processes do. The step is a shard_map.
+  fast  fsdp = tensor = stage = 1: every device holds the whole base, the optimiser's
+        state is split over data, and every device draws its own ratio plan, as the
+        release's eight processes do. The step is a shard_map.
   lean  anything else: parameters, gradients, optimiser and memory are split by
         `model.partition` rules; all rows of a step share one ratio plan, because its
         branch has to be the same on every device.
@@ -142,8 +142,8 @@ def make_placement(
     """Makes the mesh of config.mesh, split by config.rules.
 
     Args:
-      mesh: devices along data, fsdp and tensor; one of them may be -1: as many as there
-        are and as the batches allow.
+      mesh: devices along data, fsdp, tensor and stage; one of them may be -1: as many
+        as there are and as the batches allow.
       rules: {logical axis: mesh axes}.
       rows: the batch sizes of the run.
       devices: to use; all of this run if not given.
@@ -153,9 +153,11 @@ def make_placement(
     """
     runtime.prepare()
     devices = list(devices) or jax.devices()
-    sizes = _sizes({name: mesh[name] for name in AXES}, rows, len(devices))
+    # Runs from before there were stages have none in their settings.
+    asked = {name: mesh.get(name, 1) for name in AXES}
+    sizes = _sizes(asked, rows, len(devices))
     partition = make_partition(make_mesh(sizes, devices), rules=dict(rules.items()))
-    own_plans = sizes["fsdp"] == sizes["tensor"] == 1
+    own_plans = sizes["fsdp"] == sizes["tensor"] == sizes["stage"] == 1
     state = partition
     if own_plans:
         state = dataclasses.replace(partition, rules=(("embed", ("data",)),))

@@ -25,6 +25,7 @@ from beacon_jax.core.train_loss import LossConfig, train_loss
 from beacon_jax.hf.adapter import write_adapter
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.net import Net
+from beacon_jax.model.partition import AXES
 from beacon_jax.paths import check_folder, write_whole
 from beacon_jax.progress import Progress
 from beacon_jax.training.check import check_settings
@@ -378,7 +379,7 @@ def export_checkpoint(
     workdir = Path(workdir)
     settings = read_recorded(workdir)
     config: Config = ConfigDict(settings)
-    config.update({"mesh": {"data": 1, "fsdp": 1, "tensor": 1}, "accumulate": 1})
+    config.update({"mesh": dict.fromkeys(AXES, 1), "accumulate": 1})
     config.beacons_from = ""  # a checkpoint has them all
     with (
         # Nothing is saved, so nothing is deleted, whatever `keep` says.

@@ -29,8 +29,8 @@ MODEL = tiny(
 )
 
 
-def place(data=1, fsdp=1, tensor=1, rules=RULES, rows=(B,)):
-    sizes = ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
+def place(data=1, fsdp=1, tensor=1, stage=1, rules=RULES, rows=(B,)):
+    sizes = ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor, "stage": stage})
     return make_placement(sizes, ConfigDict(rules), rows)
 
 
@@ -197,6 +197,10 @@ def test_empty_rows_of_a_batch_weigh_nothing(mesh, average):
         pytest.param((2, 2, 2), BEACON, marks=slow),
         pytest.param((1, 4, 2), BEACON, marks=slow),
         pytest.param((1, 4, 2), BOTH, marks=slow),
+        ((2, 1, 1, 2), BEACON),
+        pytest.param((1, 1, 1, 2), BOTH, marks=slow),
+        pytest.param((2, 1, 2, 2), BOTH, marks=slow),
+        pytest.param((1, 2, 1, 2), BOTH, marks=slow),
     ],
     ids=str,
 )
@@ -211,7 +215,9 @@ def test_every_mesh_gives_the_loss_and_gradients_of_one_device(mesh, trained):
 @slow
 @pytest.mark.parametrize("average", ["token", "row"])
 @pytest.mark.parametrize(
-    ("mesh", "parts"), [((1, 1, 1), 4), ((4, 1, 1), 2), ((1, 2, 2), 4)], ids=str
+    ("mesh", "parts"),
+    [((1, 1, 1), 4), ((4, 1, 1), 2), ((1, 2, 2), 4), ((2, 1, 1, 2), 2)],
+    ids=str,
 )
 def test_accumulated_parts_give_the_gradients_of_the_whole_batch(mesh, average, parts):
     pieces = parts * place(*mesh).plans
@@ -252,11 +258,12 @@ def test_parameters_are_split_over_fsdp_and_tensor():
 
 def test_the_mesh_takes_what_the_batches_allow():
     shape = lambda *sizes, rows: tuple(place(*sizes, rows=rows).mesh.shape.values())
-    assert shape(-1, rows=[8, 4]) == (4, 1, 1)
-    assert shape(-1, rows=[16]) == (8, 1, 1)
-    assert shape(-1, rows=[3, 8]) == (1, 1, 1)
-    assert shape(1, -1, 2, rows=[16]) == (1, 4, 2)
-    assert shape(2, 2, -1, rows=[16]) == (2, 2, 2)
+    assert shape(-1, rows=[8, 4]) == (4, 1, 1, 1)
+    assert shape(-1, rows=[16]) == (8, 1, 1, 1)
+    assert shape(-1, rows=[3, 8]) == (1, 1, 1, 1)
+    assert shape(1, -1, 2, rows=[16]) == (1, 4, 2, 1)
+    assert shape(2, 2, -1, rows=[16]) == (2, 2, 2, 1)
+    assert shape(2, 1, 1, -1, rows=[16]) == (2, 1, 1, 4)
 
 
 @pytest.mark.parametrize(

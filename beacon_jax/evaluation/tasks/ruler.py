@@ -254,7 +254,7 @@ BOARD = (
     "niah_single_3",
     "niah_multikey_1",
     "niah_multivalue",
-    "niah_multiquery",
+    "fwe",
 )
 GROUPS = {
     "board": tuple(f"ruler_{task}" for task in BOARD),

@@ -16,9 +16,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from beacon_jax.core.memory import MemoryState
-from beacon_jax.model import buffers
+from beacon_jax.model import buffers, stages
 from beacon_jax.model.buffers import Biased, Buffer, entries_of
-from beacon_jax.model.decoder import Decoder
+from beacon_jax.model.decoder import (
+    Decoder,
+    Layer,
+    apply,
+    place_of,
+    split_layers,
+)
 from beacon_jax.model.layout import Layout
 from beacon_jax.model.net import Net
 from beacon_jax.model.quantize import Quantized, dequantize, quantize, residual
@@ -122,20 +128,31 @@ def run(
       Their queries, not rotated, and the memory with their entries in its buffers; it
       counts them nowhere.
     """
-    model = Decoder(net, Layout(1, tokens.shape[1], 0))
-    last = "q_norm" if net.config.qk_norm else "q_proj"
-    (_, _, k, v), found = model.apply(
-        variables,
-        tokens,
-        state.k,
-        state.v,
-        prefix,
-        capture_intermediates=lambda module, _: module.name == last,
-        mutable=["intermediates"],
-    )
-    attention: Any = found["intermediates"]["layers"]["attention"]
-    (queries,) = attention[last]["__call__"]
+    layout = Layout(1, tokens.shape[1], 0)
+    outer, layers = split_layers(variables)
+    x = apply(Decoder(net, layout), outer, tokens, method="begin")
+    place = place_of(net.config, layout, prefix)
+    asked = functools.partial(_asked, layout)
+    _, queries, k, v = stages.through(net, asked, layers, x, state.k, state.v, place)
     return queries, state.replace(k=k, v=v)
+
+
+def _asked(layout: Layout, net: Net) -> stages.LayerCall:
+    """Makes a layer that keeps its queries in place of keys and values."""
+    one, last = Layer(net, layout, ()), "q_norm" if net.config.qk_norm else "q_proj"
+
+    def run(variables: Any, *given: Any) -> Any:
+        (x, _, k, v), found = one.apply(
+            variables,
+            *given,
+            capture_intermediates=lambda module, _: module.name == last,
+            mutable=["intermediates"],
+        )
+        attention: Any = found["intermediates"]["attention"]
+        (queries,) = attention[last]["__call__"]
+        return x, queries, k, v
+
+    return run
 
 
 def rotated(
