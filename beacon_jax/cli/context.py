@@ -41,6 +41,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     f.text("method", None, METHODS)
     f.number("max_slots", None, "Budget in place of --ratio: entries held, at most.")
     f.text("max_bytes", None, "The same in bytes of keys and values: 512MiB.")
+    f.number(
+        "slot_cap", None, "Entries at most, at one --ratio: the oldest are thinned."
+    )
     f.text("spans", None, "Regular expression: what must not be compressed.")
     f.choice(
         "lossless", "windows", ["windows", "slots"], "What of --spans is kept raw."
@@ -145,7 +148,7 @@ def check_options(o: flags.FlagValues, memory: str, rows: int, **more: Any) -> N
     from beacon_jax.inference import validate
     from beacon_jax.inference.options import Completion
 
-    names = ("max_slots", "max_bytes", "spans", "lossless", "memory_dtype")
+    names = ("max_slots", "max_bytes", "slot_cap", "spans", "lossless", "memory_dtype")
     given = {name: getattr(o, name) for name in names}
     validate.options(Completion(ratio=parse_ratio(o.ratio), **given, **more), rows)
     for text in getattr(o, "prompt", None) or []:
@@ -271,11 +274,14 @@ def read(
         "method": o.method,
         "max_slots": o.max_slots,
         "max_bytes": o.max_bytes,
+        "slot_cap": o.slot_cap,
         "memory_dtype": o.memory_dtype,
         "recent": o.recent or None,
     }
     if text is None:
         return Context(memory, [], 0, 0.0, 0.0, ratio)
+    if o.slot_cap is not None and len(ratio["ratio"] or ()) == 1:
+        ratio["ratio"] = ratio["ratio"][0]
     import jax
 
     from beacon_jax.compiling import Stopwatch
@@ -302,7 +308,7 @@ def read(
         )
         jax.block_until_ready(memory.state)
     seconds, compiled = watch.read()
-    given = None if o.method not in (None, "beacon") else ratio["ratio"]
+    given = None if o.method not in (None, "beacon") else parse_ratio(o.ratio)
     stated = given if given == "full" or isinstance(given, list) else None
     tokens = int(memory.lengths[0]) - before
     return Context(memory, notes, tokens, seconds, compiled, {"ratio": stated})

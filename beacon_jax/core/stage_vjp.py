@@ -126,7 +126,8 @@ def _pipelined_bwd(settings: LoopSettings, residuals: Any, d_hidden: Any) -> Any
     rest: Any = (buffers, xs, entered, without_symbols(d_hidden))
     outer, layers = split_layers(variables)
     outer = stages.unsplit(settings.net, outer)
-    return join(*run(outer, layers, *rest), variables), None, None
+    d_outer, d_layers = run(outer, layers, *rest)
+    return join(d_outer, d_layers, variables), None, None
 
 
 pipelined.defvjp(_pipelined_fwd, _pipelined_bwd, symbolic_zeros=True)
@@ -154,9 +155,9 @@ def _backward_local(
     settings, size, me = _inside(settings), lax.axis_size(stages.AXIS), stages.index()
     net, n = settings.net, len(d_hidden)
     axes = split_layers(variable_axes(net.config))
-    nets = (dataclasses.replace(net, partition=None), net)  # `stages.unsplit`
-    parts = zip(nets, (outer, layers), split_layers(trained), axes, strict=True)
-    held = Held(settings, *(Trained(*part) for part in parts), buffers)
+    of_outer, of_layers = zip((outer, layers), split_layers(trained), axes, strict=True)
+    whole = dataclasses.replace(net, partition=None)  # `stages.unsplit`
+    held = Held(settings, Trained(whole, *of_outer), Trained(net, *of_layers), buffers)
     nothing = lambda sums, x, d_h: (sums, d_h)
     one = lambda window: functools.partial(_reverse, held, window)
     branches = [nothing, *map(one, settings.windows)]

@@ -192,6 +192,26 @@ class History:
             ratio=0,
         )
 
+    def thinned(self, first: int, count: int) -> "History":
+        """Returns the history where one of two slots stays (`core.move.thin`).
+
+        It stands for the text of both. The row can be cut no more at windows that ended
+        among them.
+        """
+        end = first + 2 * count
+        pairs, ratios = self.spans[first:end], np.maximum(self.ratios[first:end], 1)
+        spans = np.stack([pairs[::2, 0], pairs[1::2, 1]], axis=1)
+        after = self.marks[self.marks[:, 1] >= end] - np.array([0, count], np.int32)
+        before = self.marks[self.marks[:, 1] <= first]
+        return dataclasses.replace(
+            self,
+            spans=np.concatenate([self.spans[:first], spans, self.spans[end:]]),
+            ratios=np.concatenate(
+                [self.ratios[:first], ratios[::2] + ratios[1::2], self.ratios[end:]]
+            ),
+            marks=np.concatenate([before, after]).astype(np.int32),
+        )
+
     def close(self) -> "History":
         """Returns the history with each token of the open window a slot of its own.
 

@@ -13,7 +13,7 @@ import numpy as np
 from beacon_jax.core.law import default_window
 from beacon_jax.core.memory import slot_nbytes
 from beacon_jax.hf.identify import Identity
-from beacon_jax.inference import room, validate
+from beacon_jax.inference import room, stream, validate
 from beacon_jax.inference.account import ID_NBYTES
 from beacon_jax.inference.budget import Budget
 from beacon_jax.inference.compressors.base import Compressor
@@ -36,6 +36,7 @@ from beacon_jax.inference.options import (
     Completion,
     Reading,
     ReadOptions,
+    Stream,
     Text,
     Texts,
     collect,
@@ -133,7 +134,7 @@ class Model:
     @documented(Reading)
     def compress(
         self,
-        context: Texts,
+        context: Texts | Stream,
         ratio: Ratio = None,
         *,
         memory: Memory | None = None,
@@ -144,7 +145,9 @@ class Model:
         """Reads contexts of any length into a memory.
 
         Args:
-          context: one text, or a list of them for a memory of as many rows.
+          context: one text, or a list of them for a memory of as many rows; or a file
+            (a `Path`, UTF-8) or an iterator of pieces of one text, of any length: it is
+            read as it comes, and its tokens are not kept (`stream`).
           ratio: raw tokens per memory slot: one number, a list with one per window, a
             function (window, start, stop) -> ratio; 0 or "full" keeps everything;
             "auto" takes the smallest trained ratio whose positions fit, or "auto-8"
@@ -159,6 +162,8 @@ class Model:
             generated, they leave as it is.
           max_slots, max_bytes: in place of `ratio`, a budget per row: the smallest
             uniform ratio that fits, then lower ones for the latest windows.
+          slot_cap: most slots of one text of any length, at one ratio. When there would
+            be more, the older half is thinned: of two neighbours the later one stays.
           spans: what must not be compressed: a regex, or token ranges of the context.
           lossless: "windows" keeps every window that a span touches at ratio 0;
             "slots" only the span's own entries beside the beacons, which no model was
@@ -187,6 +192,9 @@ class Model:
         """
         validate.model(self, Model, "compress")
         asked = collect(Reading, "compress", {"ratio": ratio, **options})
+        if stream.wanted(context, asked.slot_cap):
+            validate.options(asked, 1)
+            return stream.compress(self, context, memory, asked, reserve)
         contexts, _ = validate.texts("context", context)
         validate.options(asked, len(contexts))
         validate.memory(memory, Memory)
@@ -219,7 +227,7 @@ class Model:
         self,
         prompt: Text,
         *,
-        context: Texts | None = None,
+        context: Texts | Stream | None = None,
         memory: Memory | None = None,
         **options: Unpack[CompleteOptions],
     ) -> Generation: ...
@@ -229,7 +237,7 @@ class Model:
         self,
         prompt: Batch,
         *,
-        context: Texts | None = None,
+        context: Texts | Stream | None = None,
         memory: Memory | None = None,
         **options: Unpack[CompleteOptions],
     ) -> list[Generation]: ...
@@ -239,7 +247,7 @@ class Model:
         self,
         prompt: Texts,
         *,
-        context: Texts | None = None,
+        context: Texts | Stream | None = None,
         memory: Memory | None = None,
         **options: Unpack[CompleteOptions],
     ) -> Generation | list[Generation]: ...
@@ -249,7 +257,7 @@ class Model:
         self,
         prompt: Texts,
         *,
-        context: Texts | None = None,
+        context: Texts | Stream | None = None,
         memory: Memory | None = None,
         **options: Unpack[CompleteOptions],
     ) -> Generation | list[Generation]:
@@ -288,7 +296,7 @@ class Model:
             check_ratios(asked.ratio, self.config)
         if asked.instruct:
             check_template(self.tokenizer)
-        if method is not None:
+        if method is not None or stream.wanted(context, asked.slot_cap):
             memory = self._context_memory(context, memory, asked, count)
             asked, context = asked.read(), None
         streams = self._streams(asked, None if single else count)
@@ -331,7 +339,7 @@ class Model:
         self,
         prompt: Text,
         *,
-        context: Texts | None = None,
+        context: Texts | Stream | None = None,
         memory: Memory | None = None,
         **options: Unpack[CompleteOptions],
     ) -> str: ...
@@ -341,7 +349,7 @@ class Model:
         self,
         prompt: Batch,
         *,
-        context: Texts | None = None,
+        context: Texts | Stream | None = None,
         memory: Memory | None = None,
         **options: Unpack[CompleteOptions],
     ) -> list[str]: ...
@@ -351,7 +359,7 @@ class Model:
         self,
         prompt: Texts,
         *,
-        context: Texts | None = None,
+        context: Texts | Stream | None = None,
         memory: Memory | None = None,
         **options: Unpack[CompleteOptions],
     ) -> str | list[str]: ...
@@ -361,7 +369,7 @@ class Model:
         self,
         prompt: Texts,
         *,
-        context: Texts | None = None,
+        context: Texts | Stream | None = None,
         memory: Memory | None = None,
         **options: Unpack[CompleteOptions],
     ) -> str | list[str]:
@@ -414,26 +422,30 @@ class Model:
     # --- the rows of a batch -----------------------------------------------------
 
     def _context_memory(
-        self, context: Texts | None, memory: Memory | None, asked: Completion, rows: int
+        self, context: Any, memory: Memory | None, asked: Completion, rows: int
     ) -> Memory:
-        """Returns the memory of the contexts, which a compressor closes."""
+        """Returns the memory of contexts that are read before there are prompts."""
         if context is None:
+            name = "method" if asked.slot_cap is None else "slot_cap"
             raise validate.ArgumentError(
-                "method",
-                asked.method,
+                name,
+                getattr(asked, name),
                 "compresses a context",
-                remedy="give context=..., or leave method out: a memory goes on",
-                flags="give --context, or leave --method out: a memory goes on",
+                remedy=f"give context=..., or leave {name} out: a memory goes on",
+                flags=f"give --context, or leave --{name} out: a memory goes on",
             )
-        given, single = validate.texts("context", context)
+        given, single = [context], True
+        if not stream.wanted(context, asked.slot_cap):
+            given, single = validate.texts("context", context)
         if not single and len(given) not in (1, rows):
-            raise _per_prompt(len(given), rows)
+            raise validate.per_prompt(len(given), rows)
         if memory is not None and len(memory) == 1 < len(given):
             memory = memory.repeat(len(given))
         names = [field.name for field in dataclasses.fields(Reading)]
         options: Any = {n: getattr(asked, n) for n in names if n != "capacity"}
         options["seed"] = int(np.atleast_1d(asked.seed)[0])
         new = int(np.max(asked.max_new_tokens))
+        given = context if stream.wanted(context, asked.slot_cap) else given
         return self.compress(given, memory=memory, reserve=new, **options)
 
     def _prompt_rows(
@@ -449,7 +461,7 @@ class Model:
             given, single = validate.texts("context", context)
             contexts = given * len(prompts) if single else given
             if len(contexts) != len(prompts):
-                raise _per_prompt(len(contexts), len(prompts))
+                raise validate.per_prompt(len(contexts), len(prompts))
         elif asked.spans is not None:
             raise ValueError("spans mark parts of the context: give context=...")
         rows, marked = [], []
@@ -578,13 +590,6 @@ class Model:
                 "they were not kept: save with tokens=True, or leave the penalty at 1."
             )
         return seen_tokens(known, self.config.vocab_size)
-
-
-def _per_prompt(contexts: int, prompts: int) -> ValueError:
-    return ValueError(
-        f"context has {contexts} texts for {prompts} prompts: give one for all, or one "
-        "for each."
-    )
 
 
 def _before(memory: Memory | None, row: int) -> tuple[bool, int | None]:

@@ -8,7 +8,8 @@ keywords. `documented` gives `help()` and a notebook the same names with their d
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -31,6 +32,7 @@ type Batch = (
     | tuple[Text, ...]
 )
 type Texts = Text | Sequence[Text]
+type Stream = os.PathLike[str] | Iterator[str] | Iterator[Text]  # as it comes
 type OnProgress = Callable[[int, int], None]  # (tokens fed so far, of how many)
 type Numbers = float | Sequence[float] | np.ndarray  # one for all rows, or one per row
 type Integers = int | Sequence[int] | np.ndarray
@@ -42,6 +44,7 @@ class ReadOptions(TypedDict, total=False):
     method: str | Compressor | None
     max_slots: int | None
     max_bytes: int | str | None
+    slot_cap: int | None
     spans: Spans | None
     lossless: Literal["windows", "slots"]
     capacity: int | None
@@ -76,6 +79,7 @@ class Reading:
     method: str | Compressor | None = None
     max_slots: int | None = None
     max_bytes: int | str | None = None
+    slot_cap: int | None = None
     spans: Spans | None = None
     lossless: Literal["windows", "slots"] = "windows"
     capacity: int | None = None
@@ -103,7 +107,8 @@ class Completion(Reading):
 
     def read(self) -> "Completion":
         """Returns the options of what follows a context that has been read."""
-        done = {"ratio", "method", "max_slots", "max_bytes", "spans", "lossless"}
+        done = {"ratio", "method", "max_slots", "max_bytes", "slot_cap", "spans"}
+        done.add("lossless")
         defaults = {
             field.name: field.default
             for field in dataclasses.fields(Completion)

@@ -224,6 +224,14 @@ def empty(name: str, text: Any) -> ArgumentError:
     )
 
 
+def per_prompt(contexts: int, prompts: int) -> ValueError:
+    """Makes the error of contexts that do not belong to the prompts."""
+    return ValueError(
+        f"context has {contexts} texts for {prompts} prompts: give one for all, or one "
+        "for each."
+    )
+
+
 def message(name: str, given: Any) -> None:
     """Checks a text that can be nothing but a str.
 
@@ -347,6 +355,8 @@ def options(asked: Reading, rows: int, *, single: bool = True) -> None:
         parse_bytes(asked.max_bytes)
     if asked.max_slots is not None or asked.max_bytes is not None:
         alone(asked.ratio)
+    if asked.slot_cap is not None:
+        whole("slot_cap", asked.slot_cap, 1, "give a number of slots, from 1 on")
     if asked.memory_dtype is not None:
         is_a("memory_dtype", asked.memory_dtype, str, "give 'int8', or None")
     if asked.recent is not None:

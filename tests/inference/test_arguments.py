@@ -33,8 +33,9 @@ pytestmark = pytest.mark.usefixtures("nothing_is_fed")
 def test_what_is_no_text_is_named_with_the_remedy(model, given, said):
     with pytest.raises(TypeError, match=said):
         model.generate(given)
-    with pytest.raises(TypeError, match=said.replace("prompt", "context")):
-        model.compress(given)
+    if not isinstance(given, Path):  # a context is read from it
+        with pytest.raises(TypeError, match=said.replace("prompt", "context")):
+            model.compress(given)
 
 
 def test_a_memory_that_is_none_says_how_to_get_one(model):
