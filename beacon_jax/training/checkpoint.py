@@ -50,6 +50,8 @@ BEFORE = {
     "config.beacon.rank": 0,
     "config.beacons_from": "",
     "config.data.first_step": 0,
+    "config.mesh.stage": 1,
+    "config.rules.layers": ["stage"],
 }
 
 _DAMAGED = "checkpoint of step {} is damaged (it reads back with another hash)"

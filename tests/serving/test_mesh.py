@@ -20,8 +20,11 @@ def test_devices_that_would_split_rows_are_refused(tmp_path):
         Service(split, "tiny", Store(split, tmp_path, 2**20), LIMITS)
 
 
-def test_a_model_on_a_mesh_answers_as_on_one_device(model, text, tmp_path):
-    split = beacon_jax.load("tiny-beacon", mesh="tensor:2")
+@pytest.mark.parametrize(
+    "mesh", ["tensor:2", pytest.param("stage:2", marks=pytest.mark.slow)]
+)
+def test_a_model_on_a_mesh_answers_as_on_one_device(model, text, tmp_path, mesh):
+    split = beacon_jax.load("tiny-beacon", mesh=mesh)
     split.tokenizer.chat_template = TEMPLATE
     here = model.compress(text, ratio=8)
     limits = Limits(**{**vars(LIMITS), "slots": 512})

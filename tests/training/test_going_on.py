@@ -1,6 +1,8 @@
 """A run that begins with the beacons of another one, and goes on in its data."""
 
 import dataclasses
+import functools
+import json
 import shutil
 from typing import Any
 
@@ -12,6 +14,8 @@ import beacon_jax
 from beacon_jax import hf
 from beacon_jax.data.batches import BatchConfig, Batches
 from beacon_jax.training.check import check_settings
+from beacon_jax.training.checkpoint import BEFORE, changes
+from beacon_jax.training.config import default_config
 from beacon_jax.training.inputs import Inputs
 from beacon_jax.training.trainer import export_checkpoint, train
 from tests.training.test_trainer import losses
@@ -157,3 +161,14 @@ def test_first_step_is_for_stages(on, tmp_path):
     on.data.stages = ConfigDict()
     with pytest.raises(ValueError, match="data.first_step=6: without effect"):
         check_settings(on, tmp_path)
+
+
+def test_runs_from_before_a_setting_go_on():
+    now = {"config": default_config().to_dict()}
+    old = json.loads(json.dumps(now))
+    for key in BEFORE:
+        *path, name = key.split(".")
+        tree = functools.reduce(dict.__getitem__, path, old)
+        assert name in tree, key  # a setting of today
+        del tree[name]
+    assert changes(old, now) == []
