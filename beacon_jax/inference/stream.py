@@ -26,7 +26,7 @@ from beacon_jax.inference.feeding import check_memory, choose_dtype, fresh_state
 from beacon_jax.inference.history import History
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.options import Reading
-from beacon_jax.inference.plan import make_plan
+from beacon_jax.inference.plan import make_plan, warn_beyond_training
 from beacon_jax.inference.room import check_buffer
 from beacon_jax.inference.validate import (
     ArgumentError,
@@ -185,6 +185,7 @@ class _Reader:
         if (ahead == ahead[0]).all():  # one program for every piece
             plan = ahead[:1]
         self._thin(plan, len(ids))
+        warn_beyond_training(config, plan, len(ids), self.row)
         counts = np.asarray([len(ids)])
         self._grow(needed_slots(config, self._state(), counts, plan[None]))
         state = self._state()
@@ -203,9 +204,14 @@ class _Reader:
         self.done += len(ids)
 
     def memory(self) -> Memory:
-        """Returns what was read."""
-        model, state = self.model, self._state()
+        """Returns what was read, with room for what is to follow."""
+        model, state, asked = self.model, self._state(), self.asked
         state = state.replace(windows=jnp.asarray([self.row.windows], jnp.int32))
+        if not (asked.capacity or asked.slot_cap):
+            ratios = np.asarray([[self.row.ratio]], np.int32)
+            more = np.asarray([self.reserve])
+            needed = needed_slots(model.config, state, more, ratios)
+            state = state.trimmed(buffer_size(needed, self.law.window))
         return Memory(model.config, state, (self.row,), model.identity)
 
     def _state(self) -> MemoryState:
@@ -220,7 +226,7 @@ class _Reader:
             return asked.capacity
         room = self.law.room({int(asked.ratio)}) if asked.slot_cap else 2 * w  # pyright: ignore
         if asked.slot_cap:
-            return asked.slot_cap + room + self.reserve
+            return max(asked.slot_cap + room, needed) + self.reserve
         # Twice as large each time it grows, so that few programs are compiled.
         had = 0 if self.state is None else self.state.capacity
         least = max(needed + self.reserve, room)

@@ -111,8 +111,15 @@ def same(one, other, exact=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * size)
 
 
-@pytest.mark.parametrize("mesh", ["stage:8", "stage:2"])
-@pytest.mark.parametrize("outputs", ["last", "likely"])
+@pytest.mark.parametrize(
+    ("mesh", "outputs"),
+    [
+        ("stage:8", "likely"),
+        pytest.param("stage:8", "last", marks=pytest.mark.slow),
+        pytest.param("stage:2", "last", marks=pytest.mark.slow),
+        pytest.param("stage:2", "likely", marks=pytest.mark.slow),
+    ],
+)
 def test_a_pipeline_reads_what_one_device_reads(mesh, outputs):
     model = config()
     same(read(model, None, outputs=outputs), read(model, mesh, outputs=outputs))
@@ -140,7 +147,7 @@ def test_it_does_so_for_every_kind_of_memory(case):
 @pytest.mark.parametrize(
     "mesh",
     [
-        "data:2,tensor:2,stage:2",
+        pytest.param("data:2,tensor:2,stage:2", marks=pytest.mark.slow),
         pytest.param("tensor:2,stage:4", marks=pytest.mark.slow),
         pytest.param("fsdp:2,stage:4", marks=pytest.mark.slow),
     ],

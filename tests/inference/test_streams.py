@@ -109,9 +109,22 @@ def test_ids_and_a_memory_that_goes_on(model, small):
     rest = model.compress(iter(ids[333:].tolist()), ratio=8, memory=begun)
     same(rest, whole)
     assert np.array_equal(np.asarray(begun.state.k), used)  # it is not taken over
+    capped = model.compress(iter([ids[333:700]]), ratio=8, memory=begun, slot_cap=80)
+    assert capped.rows[0].length == 700
+    opened = model.compress(ids[:50], ratio=2)  # its window has more beacons
+    goes_on = model.compress(iter([ids[50:400]]), ratio=8, memory=opened, slot_cap=64)
+    assert goes_on.rows[0].length == 400
     cut = begun.truncate(300)
     again = model.compress(iter([ids[300:700]]), ratio=8, memory=cut)
     same(again, model.compress(ids[:700], ratio=8, **ROOM))
+
+
+def test_the_buffer_has_room_for_what_follows_and_no_more(model, small):
+    made = model.compress(parts(TEXT, 900), ratio=8, reserve=100)
+    whole = model.compress(TEXT, ratio=8, reserve=100)
+    assert made.state.capacity <= whole.state.capacity
+    answer = model.complete("The", memory=made, max_new_tokens=90)
+    assert answer.memory.rows[0].length > made.rows[0].length
 
 
 def test_a_text_without_a_place_to_cut_is_kept_until_it_ends(model, small):
