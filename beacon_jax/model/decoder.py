@@ -467,8 +467,7 @@ class Decoder(nn.Module):
         self.embed = Embed(c)
         scanned = nn.scan(
             Layer,
-            # "intermediates" costs nothing unless a caller captures something.
-            variable_axes={"params": 0, "beacon": 0, "intermediates": 0},
+            variable_axes={"params": 0, "beacon": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,

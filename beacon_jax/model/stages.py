@@ -67,14 +67,8 @@ def unsplit(net: Net, outer: Any) -> Any:
 def inside(net: Net) -> Net:
     """Returns the net of one stage; call it in a function of `on_stages`."""
     assert net.partition is not None
-    mesh = jax.sharding.get_abstract_mesh()
-    rest = net.partition.without(AXIS, mesh) if rest_of(mesh) else None
-    return dataclasses.replace(net, partition=rest)
-
-
-def rest_of(mesh: Any) -> set[str]:
-    """Returns the axes of a mesh in a stage that the compiler splits over."""
-    return set(mesh.axis_names) - set(mesh.manual_axes)
+    rest = net.partition.without(AXIS, jax.sharding.get_abstract_mesh())
+    return dataclasses.replace(net, partition=rest if rest.free_axes else None)
 
 
 def index() -> Int[Array, ""]:
