@@ -10,7 +10,7 @@ run was, and a larger --tokens goes on behind a run that has ended. Writes endle
 and endless.png: seconds of each part, their exponent in the length (1: linear), the
 most RAM beside what was predicted, and the programs that were compiled.
 
-The default takes 30 to 60 minutes on two CPU cores.
+Two quiet CPU cores read 390 tokens/s in the first 65,536 of the default.
 """
 
 import dataclasses
@@ -227,7 +227,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     x = [part["tokens"] / 1e3 for part in parts]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="tight")
     left.plot(x, [part["seconds"] for part in parts], ".-", color="C0")
-    left.set(xlabel="thousand tokens read", ylim=(0, None))
+    most = max(part["seconds"] for part in parts)
+    left.set(xlabel="thousand tokens read", ylim=(0, 1.2 * most))
     left.set_title(f"seconds of each {result['part']:,} tokens", fontsize=10)
     right.plot(x, [p["rss_bytes"] / 2**20 for p in parts], ".-", label="measured")
     wanted = result["predicted_rss_bytes"] / 2**20
