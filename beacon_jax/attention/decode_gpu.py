@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Int, Num
 from beacon_jax.attention import blockwise
 from beacon_jax.attention.decode import check_scales, combine, decode_xla
 from beacon_jax.attention.device import Target, check_triton, default_target
+from beacon_jax.attention.gpu_passes import LOG2E, check_scale
+from beacon_jax.attention.gpu_ranges import key_range
 from beacon_jax.attention.mean import MeanTerm, kernel_tables, product, quarter
 from beacon_jax.attention.pallas_gpu import (
     DTYPES,
-    LOG2E,
-    check_scale,
     dot,
     load,
     load_row,
@@ -102,24 +102,13 @@ def make_schedule(
     return DecodeSchedule(float(scale), group, rows, keys, splits, **fields)
 
 
-def split_blocks(
+def split_range(
     schedule: DecodeSchedule, prefix: Count, valid: Count, i: Count, z: Count
 ) -> tuple[Count, Count, Count]:
-    """Returns (first, full, end) of the blocks of keys that a split of a row visits.
-
-    Of split z of block i of queries; every query sees all of those before `full`.
-    """
-    start, valid_rows = i * schedule.rows, valid * schedule.group
-    last = jnp.minimum(start + schedule.rows, valid_rows) - 1
-    most = (
-        lax.div(prefix + lax.div(jnp.maximum(last, 0), schedule.group), schedule.keys)
-        + 1
-    )
-    most = jnp.where(start < valid_rows, most, 0)
-    share = lax.div(most + schedule.splits - 1, schedule.splits)
-    first, end = (jnp.minimum(x * share, most) for x in (z, z + 1))
-    full = lax.div(prefix + lax.div(start, schedule.group) + 1, schedule.keys)
-    return first, jnp.clip(full, first, end), end
+    """Returns `key_range` of split z of block i of queries."""
+    split = z, schedule.splits
+    sizes = i * schedule.rows, schedule.rows, schedule.keys
+    return key_range(prefix, valid, *sizes, group=schedule.group, split=split)
 
 
 def visited_blocks(
@@ -129,7 +118,7 @@ def visited_blocks(
     count = 0
     for i in range(pl.cdiv(t * schedule.group, schedule.rows)):
         for z in range(schedule.splits):
-            first, _, end = split_blocks(schedule, prefix, valid, i, z)
+            first, _, end = split_range(schedule, prefix, valid, i, z)
             count += end - first
     return count
 
@@ -380,7 +369,7 @@ def _kernel(
         return new, total, acc * fade[:, None] + dot(p.astype(values.dtype), values)
 
     start = no_sums(schedule.rows, q_ref.shape[-1])
-    bounds = split_blocks(schedule, prefix, valid, i, z)
+    bounds = split_range(schedule, prefix, valid, i, z)
     top, total, acc = masked_loops(step, start, bounds, (False, True))
     some = total > 0
     out = acc / jnp.where(some, total, 1.0)[:, None]

@@ -64,13 +64,45 @@ FLOAT32 = {
     256: GpuBlocks(Block(16, 32, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1)),
 }
 # By what the device's kind contains; A800, H800 and H20 are export versions.
-CHIPS = dict.fromkeys(("A100", "A800"), SM_80)
-CHIPS |= dict.fromkeys(("H100", "H200", "H800", "H20"), SM_90)
+GENERATIONS = dict.fromkeys(("A100", "A800"), "sm_80")
+GENERATIONS |= dict.fromkeys(("H100", "H200", "H800", "H20"), "sm_90")
+TRITON = {"sm_80": SM_80, "sm_90": SM_90}
 # Others without spills at H = 128 on sm_90 (sm_80: at most 16 registers), for whoever
 # has a chip to time them on, as queries x keys, warps, stages:
 #   forward  64 x 64, 4, 2 or 3; 128 x 32, 4, 3; 128 x 64, 8, 2 or 3; 128 x 128, 8, 2
 #   d_q      64 x 32, 4, 2 or 3; 64 x 64, 4, 2; 128 x 32, 8, 2; 128 x 64, 8, 2 or 3
 #   d_kv     32 x 64, 4, 2 or 3; 64 x 64, 4, 2 and 8, 2; 32 x 128, 8, 2; 64 x 128, 8, 2
+
+
+# Mosaic kernels, whose programs are a warpgroup of 4 warps.
+MOSAIC = {
+    "sm_80": {
+        64: GpuBlocks(Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+        128: GpuBlocks(Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+        256: GpuBlocks(Block(64, 32, 4, 2), Block(64, 32, 4, 2), Block(64, 32, 4, 2)),
+    },
+    "sm_90": {
+        64: GpuBlocks(Block(64, 128, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+        128: GpuBlocks(Block(64, 128, 4, 2), Block(64, 64, 4, 2), Block(64, 64, 4, 2)),
+        256: GpuBlocks(Block(64, 64, 4, 2), Block(64, 64, 4, 2), Block(64, 32, 4, 2)),
+    },
+}
+
+
+def mosaic_blocks(kind: str, head_dim: int) -> tuple[str, GpuBlocks]:
+    """Returns the generation of a device of this kind, and the blocks.
+
+    Raises:
+      NotImplementedError: neither "sm_80" nor "sm_90"; head_dim that is not 64, 128,
+        192 or 256.
+    """
+    if head_dim % 64 or head_dim > 256:
+        raise NotImplementedError(f"head_dim={head_dim} of q: 64, 128, 192 or 256.")
+    for name, generation in GENERATIONS.items():
+        if name in kind:
+            sizes = MOSAIC[generation]
+            return generation, sizes[min(size for size in sizes if head_dim <= size)]
+    raise NotImplementedError(f"device {kind}: one of {', '.join(GENERATIONS)}.")
 
 
 def chip_blocks(kind: str, head_dim: int, dtype: Any) -> GpuBlocks:
@@ -81,8 +113,8 @@ def chip_blocks(kind: str, head_dim: int, dtype: Any) -> GpuBlocks:
     """
     if head_dim > 256:
         raise NotImplementedError(f"head_dim={head_dim} of q: at most 256.")
-    chips = [sizes for name, sizes in CHIPS.items() if name in kind]
-    table = (chips or [SMALL])[0]
+    found = [TRITON[chip] for name, chip in GENERATIONS.items() if name in kind]
+    table = (found or [SMALL])[0]
     if jnp.dtype(dtype).itemsize > 2:
         table = FLOAT32
     return table[next(size for size in sorted(table) if head_dim <= size)]

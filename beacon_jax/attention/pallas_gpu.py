@@ -7,12 +7,10 @@ straight into the buffer as it lies in memory, layer included: no slice, no tran
 and no padded copy exists. Sums are float32 in a fixed order, without atomics: two runs
 are bit-equal.
 
-Pallas-Triton is the one Pallas path with a backward pass on sm_80. A Mosaic-GPU version
-replaces `forward` and `backward`; nothing outside of this file knows more.
+`mosaic_gpu` has the same passes as Mosaic kernels.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,24 +20,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from beacon_jax.attention import blockwise
 from beacon_jax.attention.device import Target, check_triton, default_target
 from beacon_jax.attention.gpu_blocks import Block, GpuBlocks, chip_blocks
+from beacon_jax.attention.gpu_passes import LOG2E, attend_on_gpu, check_scale
+from beacon_jax.attention.gpu_ranges import key_range, query_range
 from beacon_jax.attention.shared import (
-    Count,
     Layer,
     Sums,
-    attend,
     check_dtypes,
-    lowered,
     masked_loops,
     no_sums,
     row_lengths,
     stacked,
-    zero_invalid,
 )
 
-LOG2E = math.log2(math.e)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -61,40 +55,6 @@ class GpuSchedule(NamedTuple):
     interpret: bool
 
 
-def key_blocks(
-    prefix: Count, valid: Count, i: Count, block: Block
-) -> tuple[Count, Count]:
-    """Returns (full, all) blocks of keys that block i of queries visits in a row.
-
-    Every query sees all of the first `full`; the others need a mask.
-    """
-    start, end = i * block.queries, jnp.minimum((i + 1) * block.queries, valid)
-    most = lax.div(prefix + end + block.keys - 1, block.keys)
-    most = jnp.where(start < valid, most, 0)
-    return jnp.minimum(lax.div(prefix + start + 1, block.keys), most), most
-
-
-def query_blocks(
-    prefix: Count, valid: Count, j: Count, block: Block
-) -> tuple[Count, Count, Count]:
-    """Returns (first, full, end) of the blocks of queries that see block j of keys.
-
-    Those from `full` on see all of its keys. first == end where it is dead.
-    """
-    start, last = j * block.keys - prefix, (j + 1) * block.keys - 1 - prefix
-    end = lax.div(valid + block.queries - 1, block.queries)
-    first = lax.div(jnp.maximum(start, 0), block.queries)
-    first = jnp.where(start < valid, first, end)
-    full = lax.div(jnp.maximum(last, 0) + block.queries - 1, block.queries)
-    return first, jnp.clip(full, first, end), end
-
-
-def check_scale(scale: float) -> None:
-    """Raises NotImplementedError unless scale > 0: the largest score stays that."""
-    if not scale > 0:
-        raise NotImplementedError(f"scale={scale}: must be greater than 0.")
-
-
 def pallas_gpu(
     q: Float[Array, "B T N H"],
     k: Float[Array, "*L B S K H"],
@@ -113,7 +73,7 @@ def pallas_gpu(
 
     blocks: sizes other than the chip's. interpret: run the kernels in plain jax, on any
     platform. Otherwise a program that is lowered for another platform than CUDA
-    computes the same blockwise. So does the backward pass with a bias, anywhere.
+    computes the same blockwise.
 
     Raises:
       NotImplementedError: dtypes other than one of float32, bfloat16 and float16,
@@ -131,50 +91,7 @@ def pallas_gpu(
     schedule = GpuSchedule(float(scale), group, queries is not None, blocks, interpret)
     lengths = row_lengths(prefix, queries, t, -1)
     layer, k, v, bias = stacked(layer, k, v, bias)
-    # The backward kernels know no bias.
-    passes = _forward, _backward if bias is None else _backward_xla
-    there, back = (functools.partial(f, schedule) for f in passes)
-    return attend(there, back, q, k, v, lengths, layer, bias)
-
-
-def _forward(schedule: GpuSchedule, *given: Any) -> tuple[Array, Array]:
-    """Returns the result and lse, given (q, k, v, lengths, layer, bias)."""
-
-    def elsewhere(
-        q: Array, k: Array, v: Array, lengths: Array, layer: Array, bias: Array | None
-    ) -> tuple[Array, Array]:
-        prefix, valid = lengths[:, 0], lengths[:, 1]
-        size = schedule.scale, blockwise.BLOCK
-        out, lse = blockwise.forward(*size, q, k, v, prefix, layer, bias)
-        some = jnp.arange(q.shape[1]) < valid[:, None]
-        return zero_invalid(out, valid), jnp.where(some[:, None], lse, jnp.inf)
-
-    kernels = functools.partial(forward, schedule)
-    return lowered("cuda", schedule.interpret, kernels, elsewhere, *given)
-
-
-def _backward(schedule: GpuSchedule, *given: Any) -> tuple[Array, Array, Array]:
-    """Returns the gradients, given what `_forward` is, out, lse and d_out."""
-
-    def kernels(
-        q: Array, k: Array, v: Array, lengths: Array, layer: Array, *more: Any
-    ) -> tuple[Array, Array, Array]:
-        _, out, lse, d_out = more
-        return backward(schedule, q, k, v, lengths, layer, out, lse, d_out)
-
-    elsewhere = functools.partial(_backward_xla, schedule)
-    return lowered("cuda", schedule.interpret, kernels, elsewhere, *given)
-
-
-def _backward_xla(
-    schedule: GpuSchedule, q: Array, k: Array, v: Array, lengths: Array, *more: Any
-) -> tuple[Array, Array, Array]:
-    """Returns what `_backward` does, also with a bias."""
-    prefix, valid = lengths[:, 0], lengths[:, 1]
-    layer, bias, out, lse, d_out = more
-    q, d_out = zero_invalid(q, valid), zero_invalid(d_out, valid)
-    size = schedule.scale, blockwise.BLOCK
-    return blockwise.backward(*size, q, k, v, prefix, layer, bias, out, lse, d_out)
+    return attend_on_gpu(forward, backward, schedule, q, k, v, lengths, layer, bias)
 
 
 # The kernels. A grid is (block, head, row). lengths [B, 2]: prefix and valid queries.
@@ -198,10 +115,7 @@ def forward(
     count = pl.cdiv(t, block.queries)
     q_spec, k_spec, row_spec, length_spec = _query_specs(schedule, block, q, k, count)
     biases = [] if bias is None else [bias]
-    bias_spec = pl.BlockSpec(
-        (k.shape[0], None, None, k.shape[2]),
-        lambda i, n, b: (0, b, lax.div(n, schedule.group), 0),
-    )
+    bias_spec = _bias_spec(k, schedule.group)
     return _call(
         functools.partial(_forward_kernel, schedule, block, t, h, count),
         schedule,
@@ -224,6 +138,7 @@ def backward(
     v: Float[Array, "L B S K H"],
     lengths: Int[Array, "B 2"],
     layer: Int[Array, ""],
+    bias: Float[Array, "L B K S"] | None,
     out: Float[Array, "B T N H"],
     lse: Float[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
@@ -232,7 +147,11 @@ def backward(
     b, t, n, h = q.shape
     s, heads = k.shape[2:4]
     delta = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
-    inputs = (q, k, v, d_out, lse, delta, lengths, layer.reshape(1))
+    biases = [] if bias is None else [bias]
+    inputs = (q, k, v, d_out, *biases, lse, delta, lengths, layer.reshape(1))
+    of_queries, of_keys = (
+        [_bias_spec(k, group)] * len(biases) for group in (schedule.group, 1)
+    )
     block = schedule.blocks.d_q
     count = pl.cdiv(t, block.queries)
     q_spec, k_spec, row_spec, length_spec = _query_specs(schedule, block, q, k, count)
@@ -242,7 +161,10 @@ def backward(
         block,
         "prefix_attention_d_q",
         (count, n, b),
-        [q_spec, k_spec, k_spec, q_spec, row_spec, row_spec, length_spec, _LAYER],
+        [
+            *(q_spec, k_spec, k_spec, q_spec, *of_queries),
+            *(row_spec, row_spec, length_spec, _LAYER),
+        ],
         q_spec,
         jax.ShapeDtypeStruct(q.shape, q.dtype),
     )(*inputs)
@@ -255,7 +177,10 @@ def backward(
         block,
         "prefix_attention_d_kv",
         (pl.cdiv(s, block.keys), heads, b),
-        [q_spec, k_spec, k_spec, q_spec, row_spec, row_spec, length_spec, _LAYER],
+        [
+            *(q_spec, k_spec, k_spec, q_spec, *of_keys),
+            *(row_spec, row_spec, length_spec, _LAYER),
+        ],
         [d_spec, d_spec],
         [jax.ShapeDtypeStruct(rows, k.dtype), jax.ShapeDtypeStruct(rows, v.dtype)],
     )(*inputs)
@@ -328,6 +253,14 @@ def _key_specs(
         pl.BlockSpec((None, schedule.group, t), lambda j, n, b: (b, n, 0)),
         pl.BlockSpec((None, 2), lambda j, n, b: (b, 0)),
         pl.BlockSpec((None, block.keys, None, h), lambda j, n, b: (b, j, n, 0)),
+    )
+
+
+def _bias_spec(k: Array, group: int) -> pl.BlockSpec:
+    """Returns the spec of a bias for owners of a head of a `group` of them."""
+    return pl.BlockSpec(
+        (k.shape[0], None, None, k.shape[2]),
+        lambda i, n, b: (0, b, lax.div(n, group), 0),
     )
 
 
@@ -421,7 +354,7 @@ def _forward_kernel(
 
     start = no_sums(block.queries, q_ref.shape[-1])
     # Key 0 is visible to every query, so that after block 0 no maximum is -inf.
-    bounds = (0, *key_blocks(prefix, valid, i, block))
+    bounds = key_range(prefix, valid, i * block.queries, block.queries, block.keys)
     top, total, acc = masked_loops(step, start, bounds, (False, True))
     keep = row < valid
     _store(out_ref, jnp.where(keep[:, None], acc / total[:, None], 0), row < t, h)
@@ -432,8 +365,8 @@ def _forward_kernel(
 def _d_q_kernel(
     schedule: GpuSchedule, block: Block, t: int, h: int, count: int, *refs: Any
 ) -> None:
-    q_ref, k_ref, v_ref, d_out_ref, *more = refs
-    lse_ref, delta_ref, length_ref, layer_ref, d_q_ref = more
+    q_ref, k_ref, v_ref, d_out_ref, *bias_ref, lse_ref, delta_ref = refs[:-3]
+    length_ref, layer_ref, d_q_ref = refs[-3:]
     i = count - 1 - pl.program_id(0)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
     row = i * block.queries + jnp.arange(block.queries)
@@ -447,7 +380,10 @@ def _d_q_kernel(
     def step(j: Array, d_q: Array, *, masked: bool) -> Array:
         at, live = _key_block(block, j, (prefix, valid), layer, masked)
         keys = load(k_ref.at[at], h, live)
-        p = jnp.exp2(dot(q, keys, trans_b=True) * factor - lse[:, None])
+        scores = dot(q, keys, trans_b=True) * factor
+        if bias_ref:
+            scores += load_row(bias_ref[0].at[at[:2]], live, 0.0)[None, :] * LOG2E
+        p = jnp.exp2(scores - lse[:, None])
         if masked:
             p = jnp.where(_visible(prefix, i, j, block), p, 0)
         d_p = dot(d_out, load(v_ref.at[at], h, live), trans_b=True)
@@ -455,7 +391,7 @@ def _d_q_kernel(
         return d_q + dot(d_s.astype(keys.dtype), keys)
 
     d_q = jnp.zeros((block.queries, q_ref.shape[-1]), jnp.float32)
-    bounds = (0, *key_blocks(prefix, valid, i, block))
+    bounds = key_range(prefix, valid, i * block.queries, block.queries, block.keys)
     d_q = masked_loops(step, d_q, bounds, (False, True))
     _store(d_q_ref, d_q * schedule.scale, row < t, h)
 
@@ -463,8 +399,8 @@ def _d_q_kernel(
 def _d_kv_kernel(
     schedule: GpuSchedule, block: Block, t: int, s: int, h: int, *refs: Any
 ) -> None:
-    q_ref, k_ref, v_ref, d_out_ref, *more = refs
-    lse_ref, delta_ref, length_ref, layer_ref, d_k_ref, d_v_ref = more
+    q_ref, k_ref, v_ref, d_out_ref, *bias_ref, lse_ref, delta_ref = refs[:-4]
+    length_ref, layer_ref, d_k_ref, d_v_ref = refs[-4:]
     j = pl.program_id(0)
     prefix, valid, layer = length_ref[0], length_ref[1], layer_ref[0]
     slot = j * block.keys + jnp.arange(block.keys)
@@ -472,6 +408,7 @@ def _d_kv_kernel(
     live = slot < prefix + valid
     keys, values = load(k_ref.at[at], h, live), load(v_ref.at[at], h, live)
     factor = schedule.scale * LOG2E
+    bias = load_row(bias_ref[0].at[at[:2]], live, 0.0) * LOG2E if bias_ref else None
 
     # Scores are [keys, queries] here: both products into d_k and d_v take them as is.
     def step(
@@ -483,7 +420,10 @@ def _d_kv_kernel(
         rows = row < valid if schedule.ragged or t % block.queries else None
         q = load(q_ref.at[here, g, :], h, rows)
         lse = load_row(lse_ref.at[g, here], rows, jnp.inf) * LOG2E
-        p = jnp.exp2(dot(keys, q, trans_b=True) * factor - lse[None, :])
+        scores = dot(keys, q, trans_b=True) * factor
+        if bias is not None:
+            scores += bias[:, None]
+        p = jnp.exp2(scores - lse[None, :])
         if masked:
             p = jnp.where(slot[:, None] <= prefix + row[None, :], p, 0)
         d_out = load(d_out_ref.at[here, g, :], h, rows)
@@ -492,7 +432,8 @@ def _d_kv_kernel(
         d_s = p * (dot(values, d_out, trans_b=True) - delta[None, :])
         return d_k + dot(d_s.astype(q.dtype), q), d_v
 
-    bounds = query_blocks(prefix, valid, j, block)
+    start = j * block.keys
+    bounds = query_range(prefix, valid, start, block.keys, block.queries)
 
     def head(g: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         one = functools.partial(step, g=g)

@@ -15,7 +15,7 @@ from beacon_jax.attention.api import best
 from beacon_jax.attention.decode_gpu import decode_gpu
 from beacon_jax.attention.device import Target, default_target
 from beacon_jax.attention.gpu_blocks import SM_80, SM_90, SMALL, Block, chip_blocks
-from beacon_jax.attention.pallas_gpu import key_blocks, query_blocks
+from beacon_jax.attention.gpu_ranges import key_range, query_range
 from beacon_jax.attention.reference import reference
 
 
@@ -252,16 +252,20 @@ def test_exactly_the_blocks_with_something_to_see_are_visited(block, prefix, val
     grid = np.zeros((queries * block.queries, keys * block.keys), bool)
     grid[:t, :s] = visible
     some = grid.reshape(queries, block.queries, keys, block.keys).any((1, 3))
-    ends = [int(key_blocks(prefix, valid, i, block)[1]) for i in range(queries)]
+    sizes = block.queries, block.keys
+    seen = lambda i: key_range(prefix, valid, i * block.queries, *sizes)
+    ends = [int(seen(i)[2]) for i in range(queries)]
     np.testing.assert_array_equal(some, np.arange(keys) < np.asarray(ends)[:, None])
-    ranges = [query_blocks(prefix, valid, j, block) for j in range(keys)]
+    ranges = [
+        query_range(prefix, valid, j * block.keys, *sizes[::-1]) for j in range(keys)
+    ]
     row = np.arange(queries)[:, None]
     first, full, end = (np.asarray(x) for x in zip(*ranges, strict=True))
     np.testing.assert_array_equal(some, (row >= first) & (row < end))
     # What goes without a mask is visible to each query that is valid.
     for i, rows in enumerate(np.split(grid, queries)):
         rows = rows[: max(0, valid - i * block.queries)]
-        whole = int(key_blocks(prefix, valid, i, block)[0])
+        whole = int(seen(i)[1])
         assert rows[:, : whole * block.keys].all()
         for j in range(keys):
             if full[j] <= i < end[j]:
@@ -273,8 +277,8 @@ def test_cost_follows_the_live_length_and_not_the_capacity():
     block, t, capacity = SM_80[128].forward, 1536, 16384
 
     def visited(prefix):
-        blocks = range(t // block.queries)
-        return sum(int(key_blocks(prefix, t, i, block)[1]) for i in blocks)
+        starts, sizes = range(0, t, block.queries), (block.queries, block.keys)
+        return sum(int(key_range(prefix, t, start, *sizes)[2]) for start in starts)
 
     counts = [visited(capacity * fill // 4) for fill in (0, 1, 2, 4)]
     per_slot = t // block.queries / block.keys

@@ -17,9 +17,12 @@ from jax.sharding import PartitionSpec as P
 from beacon_jax.attention.blockwise import blockwise
 from beacon_jax.attention.blockwise_cpu import blockwise_cpu
 from beacon_jax.attention.decode_gpu import decode_gpu
+from beacon_jax.attention.decode_mosaic import decode_mosaic
 from beacon_jax.attention.decode_tpu import decode_tpu
 from beacon_jax.attention.gpu_blocks import Block, GpuBlocks
 from beacon_jax.attention.library import cudnn, tokamax
+from beacon_jax.attention.mosaic_chip import Plain
+from beacon_jax.attention.mosaic_gpu import mosaic_gpu
 from beacon_jax.attention.pallas_gpu import pallas_gpu
 from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import reference
@@ -34,6 +37,9 @@ IMPLEMENTATIONS = {
     # What cuDNN is given, computed by XLA: it needs a GPU.
     "cudnn": functools.partial(cudnn, backend="xla"),
     "pallas_gpu": functools.partial(pallas_gpu, blocks=SMALL, interpret=True),
+    "mosaic_gpu": functools.partial(
+        mosaic_gpu, blocks=SMALL, chip=Plain, interpret=True
+    ),
     "pallas_tpu": functools.partial(
         pallas_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True
     ),
@@ -44,6 +50,9 @@ if importlib.util.find_spec("tokamax"):
 # For a few queries; their gradients are those of the kernels above.
 DECODERS = {
     "decode_gpu": functools.partial(decode_gpu, splits=3, keys=16, interpret=True),
+    "decode_mosaic": functools.partial(
+        decode_mosaic, splits=3, blocks=SMALL, chip=Plain, interpret=True
+    ),
     "decode_tpu": functools.partial(
         decode_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True
     ),

@@ -1,0 +1,298 @@
+"""What the two generations of GPUs do differently in a Mosaic kernel.
+
+A chip copies tiles from global into shared memory, multiplies what lies there, and
+names the layouts of the results in registers. The kernels of `mosaic_gpu` are written
+once, in these words: `Ampere` for sm_80 (cp.async, mma), `Hopper` for sm_90 (the tensor
+memory accelerator, wgmma), `Plain` for anywhere (interpreted: no layouts, no waiting).
+A program is one warpgroup of 128 threads on each of them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float, Int
+
+# Tiles of 8 rows and 64 numbers of two bytes, swizzled over 128 bytes: what both kinds
+# of products read without conflicts between the banks of shared memory.
+SWIZZLE = 128
+TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(SWIZZLE))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A chip for the interpreter: copies at once, products in plain jax.
+
+    dtype: of what is multiplied.
+    """
+
+    dtype: Any
+    exact: ClassVar[bool] = True  # float32 and any head_dim, too
+
+    @property
+    def layout(self) -> Any:
+        """The layout of a product in registers; None: none."""
+        return None
+
+    def tile(self, *shape: int) -> Any:
+        """Makes the type of a tile in shared memory."""
+        return plgpu.SMEM(shape, self.dtype)
+
+    def barriers(self, count: int) -> list[Any]:
+        """Makes the types of what `fetch` and `wait` need for `count` tiles."""
+        del count
+        return []
+
+    def fetch(self, source: Any, tile: Any, barrier: Any, some: Any) -> None:
+        """Begins to copy from global memory into a tile.
+
+        some: whether the copy is wanted; if not, any may be made, from valid memory.
+        """
+        del barrier, some
+        tile[...] = source[...]
+
+    def wait(self, barrier: Any, behind: int) -> None:
+        """Waits until a tile is there; `behind`: copies that were begun after it."""
+
+    def commit(self) -> None:
+        """Makes what was stored in tiles visible to products."""
+
+    def laid(self, x: Array, axis: int | None = None) -> Array:
+        """Puts a constant into the layout of products, or of their rows or columns.
+
+        axis: which of a product's axes x lacks.
+        """
+        if self.layout is None:
+            return x
+        layout = self.layout if axis is None else self.layout.reduce(axis)
+        return plgpu.layout_cast(x, layout)
+
+    def full(
+        self, shape: tuple[int, ...], value: float, axis: int | None = None
+    ) -> Any:
+        """Makes an array of one float32 number."""
+        return self.laid(jnp.full(shape, value, jnp.float32), axis)
+
+    def iota(self, shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
+        """Counts along an axis of a product, or its rows."""
+        if self.layout is None:
+            return lax.broadcasted_iota(jnp.int32, shape, axis)
+        layout = self.layout if len(shape) == 2 else self.layout.reduce(1)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+    def load(self, ref: Any, axis: int | None = None) -> Array:
+        """Loads from either memory as `laid` says."""
+        if self.layout is None:
+            return ref[...]
+        layout = self.layout if axis is None else self.layout.reduce(axis)
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def store(self, x: Array, ref: Any, tile: Any) -> None:
+        """Stores a product in global memory, by way of a tile no longer read."""
+        del tile
+        ref[...] = x.astype(ref.dtype)
+
+    def product(
+        self, a: Any, b: Any, add: Array | None = None, *, trans_b: bool = False
+    ) -> Float[Array, "M N"]:
+        """Multiplies a [M, K], a tile or a product in registers, and a tile b [K, N].
+
+        In float32, onto `add`; trans_b: b is [N, K].
+        """
+        a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
+        out = jnp.dot(
+            a,
+            b.T if trans_b else b,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        return out if add is None else add + out
+
+
+@dataclasses.dataclass(frozen=True)
+class Ampere(Plain):
+    """sm_80: warps copy by cp.async and multiply by mma out of registers."""
+
+    exact: ClassVar[bool] = False
+
+    @property
+    def layout(self) -> Any:
+        return plgpu.Layout.MMA_ACC(self.dtype)
+
+    def tile(self, *shape: int) -> Any:
+        return plgpu.SMEM(shape, self.dtype, transforms=TRANSFORMS)
+
+    def fetch(self, source: Any, tile: Any, barrier: Any, some: Any) -> None:
+        # Also where it is not wanted: `wait` counts copies.
+        del barrier, some
+        inside = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+        plgpu.copy_gmem_to_smem(source, tile, oob_mode=inside)
+
+    def wait(self, barrier: Any, behind: int) -> None:
+        del barrier
+        plgpu.wait_gmem_to_smem(behind)
+
+    def store(self, x: Array, ref: Any, tile: Any) -> None:
+        if ref.dtype == jnp.float32:
+            ref[...] = x
+            return
+        # A thread has 4 bytes of a row: the tile turns them into 16.
+        tile[...] = x.astype(ref.dtype)
+        layout = plgpu.Layout.SMEM_GMEM_COPY(x.shape, ref.dtype, SWIZZLE)
+        ref[...] = plgpu.load(tile, layout=layout)
+
+    def product(
+        self, a: Any, b: Any, add: Array | None = None, *, trans_b: bool = False
+    ) -> Float[Array, "M N"]:
+        left, right = plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS
+        if isinstance(a, jax.Array):
+            a = self._as_left(a)
+        else:
+            a = plgpu.load(a, layout=left(self.dtype), optimized=False)
+        b = b.transpose((1, 0)) if trans_b else b
+        b = plgpu.load(b, layout=right(self.dtype), optimized=False)
+        if add is None:
+            add = self.full((a.shape[0], b.shape[1]), 0.0)
+        return plgpu.mma(add, a, b)
+
+    def _as_left(self, x: Array) -> Array:
+        """Takes a product as the left operand of another: the registers are the same.
+
+        `layout_cast` does not know that: two accumulators of 8 columns lie in a thread
+        as an operand of 16.
+        """
+        layout = plgpu.Layout.MMA_LHS(self.dtype)
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout,),
+            return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
+        )
+        def relaid(ctx: Any, x: Any) -> Any:
+            del ctx
+            new: Any = layout.to_mgpu()
+            registers = x.registers.reshape(new.registers_shape(x.shape))
+            return mgpu.FragmentedArray(
+                _registers=registers, _layout=new, _is_signed=None
+            )
+
+        return relaid(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hopper(Ampere):
+    """sm_90: one thread asks for copies of tiles, wgmma reads them where they lie."""
+
+    @property
+    def layout(self) -> Any:
+        return plgpu.Layout.WGMMA
+
+    def barriers(self, count: int) -> list[Any]:
+        return [plgpu.Barrier(num_barriers=count)]
+
+    def fetch(self, source: Any, tile: Any, barrier: Any, some: Any) -> None:
+        copy = lambda: plgpu.copy_gmem_to_smem(source, tile, barrier)
+        if some is True:
+            copy()
+        else:
+            pl.when(some)(copy)
+
+    def wait(self, barrier: Any, behind: int) -> None:
+        del behind
+        plgpu.barrier_wait(barrier)
+
+    def commit(self) -> None:
+        plgpu.commit_smem()
+
+    def product(
+        self, a: Any, b: Any, add: Array | None = None, *, trans_b: bool = False
+    ) -> Float[Array, "M N"]:
+        b = b.transpose((1, 0)) if trans_b else b
+        if add is not None:
+            return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(add))
+
+        def fresh(ref: Any) -> Array:
+            plgpu.wgmma(ref, a, b)
+            return ref[...]
+
+        shape = (a.shape[0], b.shape[1])
+        return pl.run_scoped(fresh, plgpu.ACC(shape, jnp.float32))
+
+
+class Ring:
+    """Tiles of several arrays that are fetched `stages` blocks ahead, in turn.
+
+    Attributes:
+      chip: that copies.
+      sources: of each array, the reference to block j in global memory; any j is valid.
+      tiles: of each array, [stages, rows, width].
+      barriers: of each array a list of one, or none, as the chip wants it.
+    """
+
+    def __init__(
+        self,
+        chip: Plain,
+        stages: int,
+        sources: Sequence[Callable[[Any], Any]],
+        tiles: Sequence[Any],
+        barriers: Sequence[Any],
+    ):
+        self.chip, self.stages = chip, stages
+        self.sources, self.tiles, self.barriers = sources, tiles, barriers
+
+    def start(self, first: Any, end: Any) -> int:
+        """Fetches the first blocks of first ... end - 1; returns how many copies."""
+        for ahead in range(self.stages - 1):
+            self._fetch(first + ahead, end)
+        return len(self.sources) * (self.stages - 1)
+
+    def ahead(self, j: Any, end: Any) -> None:
+        """Fetches behind block j, whose predecessor is no longer read."""
+        self._fetch(j + self.stages - 1, end)
+
+    def get(self, j: Any, which: int, behind: int = 0) -> Any:
+        """Waits for an array's tile of block j and returns it; in order of arrays.
+
+        behind: copies of others that were begun since `ahead`.
+        """
+        slot = self._slot(j)
+        behind += len(self.sources) * self.stages - 1 - which
+        self.chip.wait(self._barrier(which, slot), behind)
+        return self.tiles[which].at[slot]
+
+    def _slot(self, j: Any) -> Any:
+        return 0 if self.stages == 1 else lax.rem(j, self.stages)
+
+    def _fetch(self, j: Any, end: Any) -> None:
+        slot = self._slot(j)
+        for which, source in enumerate(self.sources):
+            tile = self.tiles[which].at[slot]
+            self.chip.fetch(source(j), tile, self._barrier(which, slot), j < end)
+
+    def _barrier(self, which: int, slot: Any) -> Any:
+        barriers = self.barriers[which]
+        return barriers[0].at[slot] if barriers else None
+
+
+def per_row(x: Array, shape: tuple[int, int]) -> Array:
+    """Repeats a number per row along the columns."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def per_column(x: Array, shape: tuple[int, int]) -> Array:
+    """Repeats a number per column along the rows."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def keep_rows(
+    chip: Plain, tile: Any, live: Callable[[Array], Bool[Array, "_ _"]]
+) -> None:
+    """Puts 0 into the rows of a tile that are not live: 0 * NaN would be NaN."""
+    x = chip.load(tile)
+    tile[...] = jnp.where(live(chip.iota(x.shape, 0)), x, jnp.zeros((), x.dtype))
+    chip.commit()
