@@ -25,7 +25,11 @@ def _kernel(name: str) -> Callable:
     """
 
     def kernel(*args: Any, **options: Any) -> Any:
-        module = importlib.import_module(f"beacon_jax.attention.{name}")
+        try:
+            module = importlib.import_module(f"beacon_jax.attention.{name}")
+        except ImportError as error:
+            lacks = f"this jax lacks what it needs ({error})."
+            raise NotImplementedError(lacks) from error
         return getattr(module, name)(*args, **options)
 
     return kernel
@@ -158,10 +162,16 @@ def best(
     apart, so that a program which is lowered for another platform than it was traced
     for still runs. (Pallas itself asks the mesh for the chip, while lowering: whoever
     compiles for one that is not here sets its mesh, too.)
+
+    Mosaic's kernels for GPUs have not been timed yet: they stand behind those of
+    Pallas-Triton, which is deprecated, for the day when jax has it no more.
     """
     platform, kind = target
     names = {
-        "gpu": ("decode_gpu", *library.preferred(kind, queries), "pallas_gpu"),
+        "gpu": (
+            *("decode_gpu", "decode_mosaic"),
+            *(*library.preferred(kind, queries), "pallas_gpu", "mosaic_gpu"),
+        ),
         "tpu": ("decode_tpu", "pallas_tpu"),
     }.get(platform, ())
     if int8:

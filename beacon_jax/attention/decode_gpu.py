@@ -21,7 +21,12 @@ from jaxtyping import Array, Float, Int, Num
 from beacon_jax.attention import blockwise
 from beacon_jax.attention.decode import check_scales, combine, decode_xla
 from beacon_jax.attention.device import Target, check_triton, default_target
-from beacon_jax.attention.gpu_passes import LOG2E, check_scale
+from beacon_jax.attention.gpu_passes import (
+    LOG2E,
+    check_few,
+    check_scale,
+    enough_splits,
+)
 from beacon_jax.attention.gpu_ranges import key_range
 from beacon_jax.attention.mean import MeanTerm, kernel_tables, product, quarter
 from beacon_jax.attention.pallas_gpu import (
@@ -46,11 +51,6 @@ from beacon_jax.attention.shared import (
     stacked,
     zero_invalid,
 )
-
-MOST_QUERIES = 128
-# Programs a launch should have: four for each of the 108 to 132 processors of an A100
-# or H100, so that ragged rows even out. More splits only lengthen the combining pass.
-PROGRAMS = 512
 
 
 class DecodeSchedule(NamedTuple):
@@ -98,7 +98,7 @@ def make_schedule(
     # With the table of a mean 64 would take 91 KiB, 32 take 51.
     keys = keys or max(32, (32 if mean else 64) * 128 // max(wide, 128))
     programs = b * heads * pl.cdiv(t * group, rows)
-    splits = splits or min(pl.cdiv(PROGRAMS, programs), pl.cdiv(s, keys))
+    splits = splits or enough_splits(programs, pl.cdiv(s, keys))
     return DecodeSchedule(float(scale), group, rows, keys, splits, **fields)
 
 
@@ -157,8 +157,7 @@ def decode_gpu(
         check_triton(target)
     check_scales(k, v, k_scale, v_scale)
     t = q.shape[1]
-    if t > MOST_QUERIES:
-        raise NotImplementedError(f"q has {t} queries: at most {MOST_QUERIES}.")
+    check_few(t)
     taken = "one floating dtype of at most 32 bits for all, or int8 k and v with scales"
     check_dtypes(q, k, v, k_scale is not None, DTYPES, taken)
     check_scale(scale)

@@ -16,10 +16,13 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from beacon_jax.attention.decode import combine
-from beacon_jax.attention.decode_gpu import MOST_QUERIES, PROGRAMS
 from beacon_jax.attention.device import Target
-from beacon_jax.attention.gpu_blocks import GpuBlocks
-from beacon_jax.attention.gpu_passes import check_scale, in_xla
+from beacon_jax.attention.gpu_passes import (
+    check_few,
+    check_scale,
+    enough_splits,
+    in_xla,
+)
 from beacon_jax.attention.mosaic_gpu import (
     MosaicSchedule,
     attend_splits,
@@ -64,21 +67,22 @@ def decode_mosaic(
       NotImplementedError: more queries, or what `mosaic_gpu` raises.
     """
     b, t, n, _ = q.shape
-    if t > MOST_QUERIES:
-        raise NotImplementedError(f"q has {t} queries: at most {MOST_QUERIES}.")
+    check_few(t)
     given = options.get("chip"), options.get("blocks")
     chip, blocks = choose(q, k, v, target, *given)
     check_scale(scale)
     s, heads = k.shape[-3:-1]
+    block = blocks.decode or blocks.forward
+    programs = b * heads * pl.cdiv(t * (n // heads), block.queries)
     schedule = MosaicSchedule(
         float(scale),
         heads=1,
         ragged=queries is not None,
-        blocks=blocks,
+        blocks=blocks._replace(forward=block),
         chip=chip,
         interpret=options.get("interpret", False),
         group=n // heads,
-        splits=splits or splits_of(b, t, n, heads, s, blocks),
+        splits=splits or enough_splits(programs, pl.cdiv(s, block.keys)),
     )
     lengths = row_lengths(prefix, queries, t, -1)
     layer, k, v, bias = stacked(layer, k, v, bias)
@@ -86,13 +90,6 @@ def decode_mosaic(
     gradient = functools.partial(_prefill, float(scale), target, options)
     out: Any = attend_by(value, gradient, q, k, v, lengths, layer, bias)
     return zero_invalid(out, queries)
-
-
-def splits_of(b: int, t: int, n: int, heads: int, s: int, blocks: GpuBlocks) -> int:
-    """Counts the programs that share a row's slots, at least one block of keys each."""
-    block = blocks.forward
-    programs = b * heads * pl.cdiv(t * (n // heads), block.queries)
-    return min(pl.cdiv(PROGRAMS, programs), pl.cdiv(s, block.keys))
 
 
 def _decode(schedule: MosaicSchedule, *given: Any) -> Float[Array, "B T N H"]:

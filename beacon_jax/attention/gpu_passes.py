@@ -17,6 +17,26 @@ from beacon_jax.attention.shared import attend, lowered, zero_invalid
 LOG2E = math.log2(math.e)
 
 
+MOST_QUERIES = 128  # of decoding
+# Programs a launch should have: four for each of the 108 to 132 processors of an A100
+# or H100, so that ragged rows even out. More splits only lengthen the combining pass.
+PROGRAMS = 512
+
+
+def check_few(queries: int) -> None:
+    """Raises NotImplementedError for more queries than decoding is meant for."""
+    if queries > MOST_QUERIES:
+        raise NotImplementedError(f"q has {queries} queries: at most {MOST_QUERIES}.")
+
+
+def enough_splits(programs: int, blocks: int) -> int:
+    """Counts the splits of each row's slots, at least one block of keys each.
+
+    programs: that a launch has without any.
+    """
+    return min(-(-PROGRAMS // programs), blocks)
+
+
 def check_scale(scale: float) -> None:
     """Raises NotImplementedError unless scale > 0: the largest score stays that."""
     if not scale > 0:

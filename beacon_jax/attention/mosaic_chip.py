@@ -34,6 +34,7 @@ class Plain:
 
     dtype: Any
     exact: ClassVar[bool] = True  # float32 and any head_dim, too
+    rows: ClassVar[int] = 1  # S is a multiple of them
 
     @property
     def layout(self) -> Any:
@@ -60,9 +61,6 @@ class Plain:
     def wait(self, barrier: Any, behind: int) -> None:
         """Waits until a tile is there; `behind`: copies that were begun after it."""
 
-    def commit(self) -> None:
-        """Makes what was stored in tiles visible to products."""
-
     def laid(self, x: Array, axis: int | None = None) -> Array:
         """Puts a constant into the layout of products, or of their rows or columns.
 
@@ -85,6 +83,11 @@ class Plain:
             return lax.broadcasted_iota(jnp.int32, shape, axis)
         layout = self.layout if len(shape) == 2 else self.layout.reduce(1)
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
+
+    def keep_rows(self, tile: Any, live: Callable[[Array], Bool[Array, "_ _"]]) -> None:
+        """Puts 0 into the rows of a tile that are not live: 0 * NaN would be NaN."""
+        rows = lax.broadcasted_iota(jnp.int32, tile.shape, 0)
+        tile[...] = jnp.where(live(rows), tile[...], jnp.zeros((), tile.dtype))
 
     def load(self, ref: Any, axis: int | None = None) -> Array:
         """Loads from either memory as `laid` says."""
@@ -138,45 +141,68 @@ class Ampere(Plain):
         del barrier
         plgpu.wait_gmem_to_smem(behind)
 
+    def keep_rows(self, tile: Any, live: Callable[[Array], Bool[Array, "_ _"]]) -> None:
+        layout = self._wide(tile)
+        rows = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=layout)
+        x = plgpu.load(tile, layout=layout)
+        tile[...] = jnp.where(live(rows), x, jnp.zeros_like(x))
+        self._commit()
+
+    def _wide(self, tile: Any) -> Any:
+        """The layout in which a thread has 16 bytes of a row."""
+        return plgpu.Layout.SMEM_GMEM_COPY(tile.shape, tile.dtype, SWIZZLE)
+
+    def _commit(self) -> None:
+        """Makes what was stored in tiles visible to products."""
+
     def store(self, x: Array, ref: Any, tile: Any) -> None:
         if ref.dtype == jnp.float32:
             ref[...] = x
             return
         # A thread has 4 bytes of a row: the tile turns them into 16.
         tile[...] = x.astype(ref.dtype)
-        layout = plgpu.Layout.SMEM_GMEM_COPY(x.shape, ref.dtype, SWIZZLE)
-        ref[...] = plgpu.load(tile, layout=layout)
+        ref[...] = plgpu.load(tile, layout=self._wide(tile))
 
     def product(
         self, a: Any, b: Any, add: Array | None = None, *, trans_b: bool = False
     ) -> Float[Array, "M N"]:
-        left, right = plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS
-        if isinstance(a, jax.Array):
-            a = self._as_left(a)
-        else:
-            a = plgpu.load(a, layout=left(self.dtype), optimized=False)
-        b = b.transpose((1, 0)) if trans_b else b
-        b = plgpu.load(b, layout=right(self.dtype), optimized=False)
+        left, right = (
+            kind(self.dtype) for kind in (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS)
+        )
         if add is None:
-            add = self.full((a.shape[0], b.shape[1]), 0.0)
-        return plgpu.mma(add, a, b)
+            add = self.full((a.shape[0], b.shape[0 if trans_b else 1]), 0.0)
+        # By parts of what is summed over: every warp has all of b in its registers.
+        in_registers = isinstance(a, jax.Array)
+        part = 32 if in_registers else 64
+        for first in range(0, a.shape[1], part):
+            some = pl.ds(first, part)
+            if in_registers:
+                a_part = self._as_left(a, first, part)
+            else:
+                a_part = plgpu.load(a.at[:, some], layout=left, optimized=False)
+            b_part = b.at[:, some].transpose((1, 0)) if trans_b else b.at[some]
+            b_part = plgpu.load(b_part, layout=right, optimized=False)
+            add = plgpu.mma(add, a_part, b_part)
+        return add
 
-    def _as_left(self, x: Array) -> Array:
-        """Takes a product as the left operand of another: the registers are the same.
+    def _as_left(self, x: Array, first: int, columns: int) -> Array:
+        """Takes columns of a product as the left operand of another.
 
-        `layout_cast` does not know that: two accumulators of 8 columns lie in a thread
-        as an operand of 16.
+        The registers are the same, which `layout_cast` does not know: two accumulators
+        of 8 columns lie in a thread as an operand of 16.
         """
         layout = plgpu.Layout.MMA_LHS(self.dtype)
+        shape = x.shape[0], columns
 
         @plgpu.inline_mgpu(
             arg_types=(self.layout,),
-            return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout),
+            return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=layout),
         )
         def relaid(ctx: Any, x: Any) -> Any:
             del ctx
             new: Any = layout.to_mgpu()
-            registers = x.registers.reshape(new.registers_shape(x.shape))
+            some = x[:, first : first + columns]
+            registers = some.registers.reshape(new.registers_shape(shape))
             return mgpu.FragmentedArray(
                 _registers=registers, _layout=new, _is_signed=None
             )
@@ -187,6 +213,8 @@ class Ampere(Plain):
 @dataclasses.dataclass(frozen=True)
 class Hopper(Ampere):
     """sm_90: one thread asks for copies of tiles, wgmma reads them where they lie."""
+
+    rows: ClassVar[int] = 8
 
     @property
     def layout(self) -> Any:
@@ -206,7 +234,7 @@ class Hopper(Ampere):
         del behind
         plgpu.barrier_wait(barrier)
 
-    def commit(self) -> None:
+    def _commit(self) -> None:
         plgpu.commit_smem()
 
     def product(
@@ -287,12 +315,3 @@ def per_row(x: Array, shape: tuple[int, int]) -> Array:
 def per_column(x: Array, shape: tuple[int, int]) -> Array:
     """Repeats a number per column along the rows."""
     return lax.broadcast_in_dim(x, shape, [1])
-
-
-def keep_rows(
-    chip: Plain, tile: Any, live: Callable[[Array], Bool[Array, "_ _"]]
-) -> None:
-    """Puts 0 into the rows of a tile that are not live: 0 * NaN would be NaN."""
-    x = chip.load(tile)
-    tile[...] = jnp.where(live(chip.iota(x.shape, 0)), x, jnp.zeros((), x.dtype))
-    chip.commit()

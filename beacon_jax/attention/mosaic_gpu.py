@@ -30,7 +30,6 @@ from beacon_jax.attention.mosaic_chip import (
     Hopper,
     Plain,
     Ring,
-    keep_rows,
     per_column,
     per_row,
 )
@@ -93,8 +92,8 @@ def mosaic_gpu(
 
     Raises:
       NotImplementedError: the target is not of compute capability 8.0 or 9.0; dtypes
-        other than one of bfloat16 and float16; H that is not 64, 128, 192 or 256; S
-        smaller than a block of keys; scale <= 0.
+        other than one of bfloat16 and float16; H other than 64 and 128; S
+        smaller than a block of keys or, on sm_90, not a multiple of 8; scale <= 0.
     """
     chip, blocks = choose(q, k, v, target, chip, blocks)
     check_scale(scale)
@@ -119,13 +118,15 @@ def choose(
     h, s = q.shape[-1], k.shape[-3]
     check_dtypes(q, k, v, False, (jnp.float32, *HALVES), "one dtype for all")
     if chip is None or blocks is None:
-        name, blocks = mosaic_blocks((target or default_target()).kind, h)
-        chip = CHIPS[name]
+        name, found = mosaic_blocks((target or default_target()).kind, h)
+        chip, blocks = chip or CHIPS[name], blocks or found
     if not chip.exact:
         check_dtypes(q, k, v, False, HALVES, "bfloat16 or float16 for all")
-    least = max(block.keys for block in blocks)
-    if s < least:
-        raise NotImplementedError(f"S={s} of k: at least {least}, a block of keys.")
+    least = max(block.keys for block in blocks if block is not None)
+    if s < least or s % chip.rows:
+        raise NotImplementedError(
+            f"S={s} of k: a multiple of {chip.rows} from {least} on, a block of keys."
+        )
     return chip(jnp.dtype(q.dtype)), blocks
 
 
@@ -308,7 +309,9 @@ def _call(
         grid_names=tuple(grid),
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,  # rows are summed within a warp
         ),
         kernel_name=name,
         interpret=plgpu.InterpretGPUParams() if schedule.interpret else None,
@@ -316,8 +319,9 @@ def _call(
 
 
 def long_enough(x: Float[Array, "B T N H"], queries: int) -> Float[Array, "B _ N H"]:
-    """Pads T to a block of queries with 0."""
-    return jnp.pad(x, [(0, 0), (0, max(0, queries - x.shape[1])), (0, 0), (0, 0)])
+    """Pads T with 0 to a block of queries, and to whole tiles of 8 rows."""
+    more = max(queries, pl.cdiv(x.shape[1], 8) * 8) - x.shape[1]
+    return jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, 0)])
 
 
 def _flat(q: Array, k: Array, v: Array, bias: Array | None) -> list[Array]:
@@ -382,8 +386,14 @@ def _forward_kernel(
     def step(j: Any, sums: Any, *, masked: bool) -> Any:
         top, total, acc = sums
         keys.ahead(j, end)
-        scores = chip.product(q, keys.get(j, 0), trans_b=True) * factor
         key = first_key(j)
+        if masked:
+            # Before the scores take the registers that this needs.
+            values, some_dead = keys.get(j, 1), key + block.keys > live
+            pl.when(some_dead)(
+                lambda: chip.keep_rows(values, lambda row: key + row < live)
+            )
+        scores = chip.product(q, keys.get(j, 0), trans_b=True) * factor
         if biased:
             here = bias_ref[0].at[place.at, head, pl.ds(key, block.keys)]
             scores += per_column(chip.load(here, 0) * LOG2E, size)
@@ -394,12 +404,7 @@ def _forward_kernel(
         # A split may hold nothing that an early query sees: no -inf - -inf.
         base = jnp.where(new == -jnp.inf, jnp.zeros_like(new), new)
         p, fade = jnp.exp2(scores - per_row(base, size)), jnp.exp2(top - base)
-        values = keys.get(j, 1)
-        if masked:
-            some_dead = key + block.keys > live
-            pl.when(some_dead)(
-                lambda: keep_rows(chip, values, lambda row: key + row < live)
-            )
+        values = values if masked else keys.get(j, 1)
         acc *= per_row(fade, (block.queries, h))
         acc = chip.product(p.astype(v_ref.dtype), values, acc)
         return new, total * fade + p.sum(axis=1), acc
@@ -473,7 +478,7 @@ def _d_q_kernel(
         if masked:
             some_dead = key + block.keys > live
             pl.when(some_dead)(
-                lambda: keep_rows(chip, keys, lambda row: key + row < live)
+                lambda: chip.keep_rows(keys, lambda row: key + row < live)
             )
         scores = chip.product(q, keys, trans_b=True) * factor
         if biased:
@@ -556,13 +561,15 @@ def _d_kv_kernel(
         d_k, d_v = carry
         head, nth, start = where(i)
         ahead.ahead(i, total)
-        q = ahead.get(i, 0)
-        invalid = start + block.queries > valid
-        clean = lambda tile: pl.when(invalid)(
-            lambda: keep_rows(chip, tile, lambda row: start + row < valid)
-        )
+        q, d_out = (ahead.get(i, which) for which in range(2))
         if schedule.ragged:
-            clean(q)
+            invalid = start + block.queries > valid
+            for tile in (q, d_out):
+                pl.when(invalid)(
+                    lambda tile=tile: chip.keep_rows(
+                        tile, lambda row: start + row < valid
+                    )
+                )
         scores = chip.product(keys, q, trans_b=True) * factor
         if biased:
             scores += bias
@@ -573,9 +580,6 @@ def _d_kv_kernel(
         seen = (slot <= prefix + row) & (row < valid) & (row >= nth * block.queries)
         p = jnp.exp2(scores - per_column(lse, size))
         p = jnp.where(seen, p, jnp.zeros_like(p))
-        d_out = ahead.get(i, 1)
-        if schedule.ragged:
-            clean(d_out)
         d_v = chip.product(p.astype(v_ref.dtype), d_out, d_v)
         d_p = chip.product(values, d_out, trans_b=True)
         d_s = p * (d_p - per_column(delta, size))

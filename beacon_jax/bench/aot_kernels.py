@@ -9,6 +9,7 @@ compile, for lack of shared memory say, ends the script with 1.
 Needs the `aot` extra: pip install "beacon_jax[aot]".
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -51,6 +52,7 @@ class KernelCase:
     backward: forward and backward on one layer's buffer, as in training; otherwise
       forward on a layer of the stacked buffer, as in inference.
     rows: B; above one of two layers only: 32 would not fit.
+    implementation: one of `attention.IMPLEMENTATIONS`.
     int8: of a memory with scales per slot.
     mean: whose keys lack their mean.
     bias: slots have one.
@@ -71,17 +73,18 @@ class KernelCase:
         """The case's name on the command line."""
         way = "backward" if self.backward else "decode" if self.rows > 1 else "forward"
         kind = "-int8" * self.int8 + "-mean" * self.mean + "-bias" * self.bias
+        kind += "-mosaic" * ("mosaic" in self.implementation)
         return f"{self.model}-{self.queries}-{way}{kind}-{self.target.split(':')[0]}"
 
 
 def _cases() -> Iterator[KernelCase]:
     for target in (*GPUS, *TPUS):
-        platform = "gpu" if target in GPUS else "tpu"
+        windows = ("pallas_gpu", "mosaic_gpu") if target in GPUS else ("pallas_tpu",)
         for model in ("llama2-7b", "qwen2-7b"):
             for queries in (1536, 3072):
                 for backward in (False, True):
-                    kernel = f"pallas_{platform}"
-                    yield KernelCase(model, target, queries, backward, kernel)
+                    for kernel in windows:
+                        yield KernelCase(model, target, queries, backward, kernel)
     # A token, and a window's beacons at ratio 8, for eight rows.
     for target in (*GPUS, *TPUS):
         for model in ("llama2-7b", "qwen2-7b"):
@@ -97,12 +100,22 @@ def _cases() -> Iterator[KernelCase]:
                     kernel = "decode_tpu" if one else "pallas_tpu"
                 case = KernelCase(model, target, queries, False, kernel, rows=8)
                 yield dataclasses.replace(case, **options)
+                if target in GPUS and not options:
+                    yield dataclasses.replace(case, implementation="decode_mosaic")
     # Each kernel that takes a bias per slot.
     for target in (*GPUS, *TPUS):
-        platform = "gpu" if target in GPUS else "tpu"
-        for kernel, queries, rows in (("pallas", 1536, 1), ("decode", 1, 8)):
-            named = "qwen2-7b", target, queries, False, f"{kernel}_{platform}"
-            yield KernelCase(*named, rows=rows, bias=True)
+        kernels = ("pallas_gpu", "mosaic_gpu") if target in GPUS else ("pallas_tpu",)
+        for kernel in kernels:
+            for backward in (False, True) if target in GPUS else (False,):
+                case = KernelCase("qwen2-7b", target, 1536, backward, kernel)
+                yield dataclasses.replace(case, bias=True)
+        kernels = ("decode_gpu", "decode_mosaic") if target in GPUS else ("decode_tpu",)
+        for kernel in kernels:
+            yield KernelCase("qwen2-7b", target, 1, False, kernel, rows=8, bias=True)
+    # The other widths of heads that Mosaic's kernels take: Qwen2-0.5B's 64, and 256.
+    for target in GPUS:
+        for backward in (False, True):
+            yield KernelCase("qwen2-0.5b", target, 1536, backward, "mosaic_gpu")
 
 
 CASES = {case.name: case for case in _cases()}
@@ -111,7 +124,7 @@ CASES = {case.name: case for case in _cases()}
 def program(case: KernelCase, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """Returns a function and its arguments as shapes on the mesh's device."""
     config = get_preset(case.model)
-    t, s = case.queries, MEMORY + case.queries
+    t, s = case.queries, MEMORY + max(case.queries, 8)
     here = NamedSharding(mesh, PartitionSpec())
     on = functools.partial(jax.ShapeDtypeStruct, sharding=here)
     b, heads = case.rows, config.num_kv_heads
@@ -135,35 +148,70 @@ def program(case: KernelCase, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
         layered = lambda q, k, v, prefix, more: attend(q, k, v, prefix, **more)
         return layered, (*arguments, more)
 
-    def gradients(q, k, v, prefix, d_out):
-        return jax.vjp(lambda q, k, v: attend(q, k, v, prefix), q, k, v)[1](d_out)
+    biases = [on((b, heads, s), jnp.float32)] * case.bias
 
-    return gradients, (*arguments, q)
+    def gradients(q, k, v, prefix, d_out, *bias):
+        options = {"bias": bias[0]} if bias else {}
+        one = lambda q, k, v: attend(q, k, v, prefix, **options)
+        return jax.vjp(one, q, k, v)[1](d_out)
+
+    return gradients, (*arguments, q, *biases)
 
 
 def compiled(function, arguments, mesh: Mesh, **options) -> Any:
     """Compiles a function for the mesh's device, with options of the compiler."""
-    # Pallas itself wants to know the chip, too, and asks the mesh.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    # Pallas itself wants to know the chip, too, and asks the mesh; Mosaic for GPUs asks
+    # the default device for its compute capability.
+    device = mesh.devices.flat[0]
+    default = contextlib.nullcontext()
+    if device.platform == "gpu":
+        default = jax.default_device(device)
+    with default, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function).lower(*arguments)
     return lowered.compile(compiler_options=options)
 
 
-def gpu_kernels(function, arguments, mesh: Mesh, architecture: str) -> list[dict]:
-    """Compiles for a GPU and returns what each kernel of ours takes.
+def gpu_kernels(
+    function, arguments, mesh: Mesh, architecture: str
+) -> tuple[Any, list[dict]]:
+    """Compiles for a GPU; returns the program and what each kernel of ours takes.
 
     Each has registers and bytes spilled per thread, bytes of shared memory and threads
     per block.
     """
     with tempfile.TemporaryDirectory() as folder:
-        compiled(
-            function, arguments, mesh, xla_dump_to=folder, xla_dump_emitter_re="ptx"
-        )
-        sequence = next(Path(folder).glob("*thunk_sequence.txt")).read_text()
-        kernels = {}
-        for file in Path(folder).glob("*.ptx"):
-            if match := re.search(r"\.entry (prefix_\w+)", file.read_text()):
-                kernels[match[1]] = registers(file, architecture)
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder  # read by XLA's plugin
+        try:
+            program = compiled(
+                function, arguments, mesh, xla_dump_to=folder, xla_dump_emitter_re="ptx"
+            )
+        finally:
+            del os.environ["MOSAIC_GPU_DUMP_TO"]
+        mosaic = [_mosaic_kernel(file) for file in Path(folder).glob("prefix_*.ptxas")]
+        if mosaic:
+            return program, mosaic
+        return program, _triton_kernels(Path(folder), architecture)
+
+
+def _mosaic_kernel(file: Path) -> dict:
+    """Reads what ptxas said of a Mosaic kernel; a program is one warpgroup."""
+    name = re.sub(r"_\d+$", "", file.stem)
+    resources = next(file.parent.glob(f"{name}_*.resources.txt")).read_text()
+    shared = int(re.findall(r"smem_scratch_bytes=(\d+)", resources)[0])
+    return {
+        "kernel": name,
+        "threads": 128,
+        "shared_memory": shared,
+        **_registers(file.read_text()),
+    }
+
+
+def _triton_kernels(folder: Path, architecture: str) -> list[dict]:
+    sequence = next(folder.glob("*thunk_sequence.txt")).read_text()
+    kernels = {}
+    for file in folder.glob("*.ptx"):
+        if match := re.search(r"\.entry (prefix_\w+)", file.read_text()):
+            kernels[match[1]] = registers(file, architecture)
     numbers = r"grid: \[([\d, ]+)\] threads: \[(\d+).*?shared_memory: (\d+)"
     found = re.findall(rf"(prefix_\w+) {numbers}", sequence)
     return [
@@ -198,7 +246,12 @@ def registers(ptx: Path, architecture: str) -> dict[str, int]:
 
     ptxas = Path(next(iter(nvidia.cuda_nvcc.__path__))) / "bin" / "ptxas"
     command = [ptxas, "-v", f"--gpu-name={architecture}", ptx, "-o", os.devnull]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return _registers(done.stderr)
+
+
+def _registers(told: str) -> dict[str, int]:
+    """Reads the output of `ptxas -v`."""
     used, spilled = r"Used (\d+) registers", r"(\d+) bytes spill stores"
     find = lambda pattern: int(re.findall(pattern, told)[-1])
     return {"registers": find(used), "spilled": find(spilled)}
@@ -209,20 +262,20 @@ def measure(case: KernelCase) -> Row:
     mesh = Mesh(np.asarray(targets.devices(case.target)[:1]), ("all",))
     function, arguments = program(case, mesh)
     start = time.perf_counter()
-    executable = compiled(function, arguments, mesh)
+    if case.target in GPUS:
+        architecture = ARCHITECTURES[case.target]
+        executable, kernels = gpu_kernels(function, arguments, mesh, architecture)
+    else:
+        executable = compiled(function, arguments, mesh)
+        kernels = tpu_kernels(executable)
     memory: Any = executable.memory_analysis()
-    result = {
+    return {
         "case": case.name,
         **dataclasses.asdict(case),
         "compile_s": round(time.perf_counter() - start, 1),
         "temp_mib": round(memory.temp_size_in_bytes / 2**20, 1),
+        "kernels": kernels,
     }
-    if case.target in GPUS:
-        architecture = ARCHITECTURES[case.target]
-        result["kernels"] = gpu_kernels(function, arguments, mesh, architecture)
-    else:
-        result["kernels"] = tpu_kernels(executable)
-    return result
 
 
 def measure_named(name: str) -> Row:

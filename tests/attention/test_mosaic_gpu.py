@@ -1,0 +1,165 @@
+"""Mosaic kernels as a Hopper GPU would run them, and which GPUs they are for.
+
+`test_prefix_attention` has their mathematics. Here the interpreter copies tiles behind
+barriers and multiplies them by wgmma, in blocks of the sizes that the chip wants.
+"""
+
+import functools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from beacon_jax.attention import prefix_attention
+from beacon_jax.attention.decode_mosaic import decode_mosaic
+from beacon_jax.attention.device import Target
+from beacon_jax.attention.gpu_blocks import Block, GpuBlocks, mosaic_blocks
+from beacon_jax.attention.mosaic_chip import Ampere, Hopper, Plain
+from beacon_jax.attention.mosaic_gpu import mosaic_gpu
+from tests.attention import test_prefix_attention as claims
+
+A100, H200 = (Target("gpu", name) for name in ("NVIDIA A100", "NVIDIA H200"))
+EACH = Block(64, 64, 4, 2)
+DEEPER = GpuBlocks(EACH, Block(64, 64, 4, 3), EACH)
+
+
+class Interpreted(Hopper):
+    """Hopper but for two things that jax's interpreter does not know.
+
+    A left operand in registers, and the sum onto a product.
+    """
+
+    def product(self, a: Any, b: Any, add: Any = None, *, trans_b: bool = False) -> Any:
+        if isinstance(a, jax.Array):
+            return Plain.product(self, a, b, add, trans_b=trans_b)
+        return super().product(a, b, add, trans_b=trans_b)
+
+    # Its arrays have no layouts.
+    _wide = lambda self, tile: plgpu.Layout.WGMMA
+
+
+def on_hopper(attend, blocks=DEEPER, **options):
+    given = {"chip": Interpreted, "blocks": blocks, "interpret": True}
+    return functools.partial(attend, **given, **options)
+
+
+CASES = {
+    # T is not whole tiles, rows are ragged, blocks of keys end within the buffer.
+    "window": (mosaic_gpu, claims.Case(100, 200, 4, 2, 64, (41, 100), (70, 100))),
+    "bias": (mosaic_gpu, claims.Case(64, 136, 2, 1, 128, (0, 72), bias=True)),
+    "decode": (decode_mosaic, claims.Case(3, 200, 6, 2, 64, (0, 197), (1, 3), True)),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "window",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in CASES if x != "window"),
+    ],
+)
+def test_copies_and_products_of_a_hopper_gpu_compute_attention(name, monkeypatch):
+    """bfloat16, NaN in dead slots, no worse than naive bfloat16."""
+    attend, case = CASES[name]
+    options = {"splits": 2} if attend is decode_mosaic else {}
+    monkeypatch.setitem(claims.IMPLEMENTATIONS, name, on_hopper(attend, **options))
+    exact = claims.spelled_out(case, "bfloat16")
+    ours = claims.errors(claims.run(name, case, "bfloat16"), exact)
+    allowed = claims.errors(claims.naive(case), exact)
+    assert all(x <= 2 * y for x, y in zip(ours, allowed, strict=True)), (ours, allowed)
+
+
+def elements(layout: Any, shape: tuple[int, int]) -> np.ndarray:
+    """Which elements of an array each thread has: [warps, lanes, registers, vector]."""
+    found = np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        front, back = found.shape[: -len(tile)], found.shape[-len(tile) :]
+        split = [
+            x for n, size in zip(back, tile, strict=True) for x in (n // size, size)
+        ]
+        found = found.reshape(*front, *split)
+        first = len(front)
+        order = [first + 2 * i for i in range(len(tile))]
+        order += [first + 2 * i + 1 for i in range(len(tile))]
+        found = found.transpose(*range(first), *order)
+    whole = [d for d in layout.warp_dims if isinstance(d, int)]
+    own = [d % found.ndim for d in (*whole, *layout.lane_dims, layout.vector_dim)]
+    registers = [d for d in range(found.ndim) if d not in own]
+    sizes = [found.shape[d] for d in own]
+    found = found.transpose(*own[:-1], *registers, own[-1])
+    return found.reshape(sizes[0], sizes[1] * sizes[2], -1, sizes[3])
+
+
+@pytest.mark.parametrize("columns", [16, 32, 128])
+def test_a_product_has_the_registers_of_a_left_operand(columns):
+    """`Ampere` relabels them, where no GPU is at hand to say that it may."""
+    names = plgpu.Layout.MMA_ACC, plgpu.Layout.MMA_LHS
+    product, left = (name(jnp.bfloat16).to_mgpu() for name in names)
+    shape = 128, columns
+    np.testing.assert_array_equal(elements(product, shape), elements(left, shape))
+    if columns == 128:  # which not every layout has
+        other = plgpu.Layout.SMEM_GMEM_COPY(shape, jnp.bfloat16, 128).to_mgpu()
+        assert not np.array_equal(
+            elements(other, shape).ravel(), elements(left, shape).ravel()
+        )
+
+
+def inputs(t=64, s=136, h=64, dtype="bfloat16"):
+    q, k = jnp.ones((1, t, 2, h), dtype), jnp.ones((1, s, 1, h), dtype)
+    return q, k, k, jnp.asarray([3])
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "message"),
+    [
+        (H200, {"s": 137}, "S=137 of k: a multiple of 8 from 128"),
+        (A100, {"s": 63}, "S=63 of k: a multiple of 1 from 64"),
+        (H200, {"h": 80}, "head_dim=80 of q: 64 or 128"),
+        (A100, {"dtype": "float32"}, "float32, float32: bfloat16 or float16 for all"),
+        (Target("gpu", "NVIDIA L4"), {}, "device NVIDIA L4: one of A100"),
+        (Target("cpu", "cpu"), {}, "device cpu: one of A100"),
+    ],
+)
+def test_what_it_does_not_take_is_named(target, given, message):
+    for name in ("mosaic_gpu", "decode_mosaic"):
+        with pytest.raises(NotImplementedError, match=f"{name}: .*{message}"):
+            prefix_attention(*inputs(**given), implementation=name, target=target)
+
+
+@pytest.mark.parametrize("t", [3, 64])
+@pytest.mark.parametrize("target", [A100, H200])
+def test_it_stands_in_where_jax_has_no_triton(target, t, monkeypatch):
+    """Pallas-Triton is deprecated: one day it is not there."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delattr(pallas, "triton", raising=False)
+    for name in ("pallas_gpu", "decode_gpu"):
+        monkeypatch.delitem(sys.modules, f"beacon_jax.attention.{name}", raising=False)
+    attend = functools.partial(prefix_attention, target=target)
+    given = inputs(t=t, s=2048)
+    with pytest.raises(NotImplementedError, match="pallas_gpu: .*this jax lacks"):
+        attend(*given, implementation="pallas_gpu")
+    program = jax.jit(attend).trace(*given)
+    assert "prefix_attention_forward" in str(program.jaxpr)
+    lowered = program.lower(lowering_platforms=("cpu",))
+    np.testing.assert_allclose(lowered.compile()(*given), 1, atol=1e-2)
+
+
+def test_blocks_are_those_of_the_chip():
+    for kind, generation in (
+        ("NVIDIA A800-SXM4-80GB", "sm_80"),
+        ("NVIDIA H20", "sm_90"),
+    ):
+        for h in (64, 128):
+            found, blocks = mosaic_blocks(kind, h)
+            assert found == generation
+            for block in filter(None, blocks):
+                assert block.queries % 32 == 0 and block.keys % 32 == 0
+                # What owns rows multiplies 64 of them.
+            assert blocks.forward.queries % 64 == blocks.d_q.queries % 64 == 0
+            assert blocks.d_kv.keys % 64 == 0
+    assert issubclass(Hopper, Ampere)
