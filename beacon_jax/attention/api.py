@@ -44,7 +44,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "pallas_gpu": _kernel("pallas_gpu"),
     "pallas_tpu": _kernel("pallas_tpu"),
     "decode_gpu": _kernel("decode_gpu"),
-    "decode_mosaic": _kernel("decode_mosaic"),
+    "decode_mosaic_gpu": _kernel("decode_mosaic_gpu"),
     "decode_tpu": _kernel("decode_tpu"),
     "decode_xla": decode_xla,
     "cudnn": library.cudnn,
@@ -169,7 +169,7 @@ def best(
     platform, kind = target
     names = {
         "gpu": (
-            *("decode_gpu", "decode_mosaic"),
+            *("decode_gpu", "decode_mosaic_gpu"),
             *(*library.preferred(kind, queries), "pallas_gpu", "mosaic_gpu"),
         ),
         "tpu": ("decode_tpu", "pallas_tpu"),

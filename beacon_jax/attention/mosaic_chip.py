@@ -22,7 +22,10 @@ from jaxtyping import Array, Bool, Float, Int
 # Tiles of 8 rows and 64 numbers of two bytes, swizzled over 128 bytes: what both kinds
 # of products read without conflicts between the banks of shared memory.
 SWIZZLE = 128
-TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(SWIZZLE))
+TRANSFORMS: Any = (
+    plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(SWIZZLE),  # pyright: ignore[reportAbstractUsage]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +172,8 @@ class Ampere(Plain):
         left, right = (
             kind(self.dtype) for kind in (plgpu.Layout.MMA_LHS, plgpu.Layout.MMA_RHS)
         )
-        if add is None:
-            add = self.full((a.shape[0], b.shape[0 if trans_b else 1]), 0.0)
+        shape = a.shape[0], b.shape[0 if trans_b else 1]
+        total: Array = self.full(shape, 0.0) if add is None else add
         # By parts of what is summed over: every warp has all of b in its registers.
         in_registers = isinstance(a, jax.Array)
         part = 32 if in_registers else 64
@@ -182,8 +185,8 @@ class Ampere(Plain):
                 a_part = plgpu.load(a.at[:, some], layout=left, optimized=False)
             b_part = b.at[:, some].transpose((1, 0)) if trans_b else b.at[some]
             b_part = plgpu.load(b_part, layout=right, optimized=False)
-            add = plgpu.mma(add, a_part, b_part)
-        return add
+            total = plgpu.mma(total, a_part, b_part)
+        return total
 
     def _as_left(self, x: Array, first: int, columns: int) -> Array:
         """Takes columns of a product as the left operand of another.
@@ -194,10 +197,11 @@ class Ampere(Plain):
         layout = plgpu.Layout.MMA_LHS(self.dtype)
         shape = x.shape[0], columns
 
-        @plgpu.inline_mgpu(
+        relay: Any = plgpu.inline_mgpu(
             arg_types=(self.layout,),
             return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=layout),
         )
+
         def relaid(ctx: Any, x: Any) -> Any:
             del ctx
             new: Any = layout.to_mgpu()
@@ -207,7 +211,7 @@ class Ampere(Plain):
                 _registers=registers, _layout=new, _is_signed=None
             )
 
-        return relaid(x)
+        return relay(relaid)(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +246,8 @@ class Hopper(Ampere):
     ) -> Float[Array, "M N"]:
         b = b.transpose((1, 0)) if trans_b else b
         if add is not None:
-            return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(add))
+            onto: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))
+            return onto(plgpu.ACC.init(add))
 
         def fresh(ref: Any) -> Array:
             plgpu.wgmma(ref, a, b)

@@ -3,7 +3,7 @@
 FlashAttention-2 (arXiv 2307.08691) over [memory | open window], forward and backward,
 as in `pallas_gpu`, on the path that JAX keeps: Pallas-Triton is deprecated since jax
 0.11. Blocks of keys are fetched ahead into shared memory while the ones before are
-multiplied. Lengths are data: dead blocks are neither read nor computed. Blocks that
+multiplied. Lengths are data: a loop ends with the last block that is seen. Blocks that
 would end behind an array end with it, and mask what the block before them has seen: a
 copy never leaves its array. Sums are float32 in a fixed order: two runs are bit-equal.
 
@@ -95,12 +95,12 @@ def mosaic_gpu(
         other than one of bfloat16 and float16; H other than 64 and 128; S
         smaller than a block of keys or, on sm_90, not a multiple of 8; scale <= 0.
     """
-    chip, blocks = choose(q, k, v, target, chip, blocks)
+    its, blocks = choose(q, k, v, target, chip, blocks)
     check_scale(scale)
     t = q.shape[1]
     heads = q.shape[2] // k.shape[-2]
     ragged = queries is not None
-    schedule = MosaicSchedule(float(scale), heads, ragged, blocks, chip, interpret)
+    schedule = MosaicSchedule(float(scale), heads, ragged, blocks, its, interpret)
     lengths = row_lengths(prefix, queries, t, -1)
     layer, k, v, bias = stacked(layer, k, v, bias)
     return attend_on_gpu(forward, backward, schedule, q, k, v, lengths, layer, bias)

@@ -101,7 +101,7 @@ def _cases() -> Iterator[KernelCase]:
                 case = KernelCase(model, target, queries, False, kernel, rows=8)
                 yield dataclasses.replace(case, **options)
                 if target in GPUS and not options:
-                    yield dataclasses.replace(case, implementation="decode_mosaic")
+                    yield dataclasses.replace(case, implementation="decode_mosaic_gpu")
     # Each kernel that takes a bias per slot.
     for target in (*GPUS, *TPUS):
         kernels = ("pallas_gpu", "mosaic_gpu") if target in GPUS else ("pallas_tpu",)
@@ -109,7 +109,9 @@ def _cases() -> Iterator[KernelCase]:
             for backward in (False, True) if target in GPUS else (False,):
                 case = KernelCase("qwen2-7b", target, 1536, backward, kernel)
                 yield dataclasses.replace(case, bias=True)
-        kernels = ("decode_gpu", "decode_mosaic") if target in GPUS else ("decode_tpu",)
+        kernels = (
+            ("decode_gpu", "decode_mosaic_gpu") if target in GPUS else ("decode_tpu",)
+        )
         for kernel in kernels:
             yield KernelCase("qwen2-7b", target, 1, False, kernel, rows=8, bias=True)
     # The other widths of heads that Mosaic's kernels take: Qwen2-0.5B's 64, and 256.
@@ -281,7 +283,7 @@ def measure(case: KernelCase) -> Row:
 def measure_named(name: str) -> Row:
     """Compiles the case of a name; an error is a result, so that others follow."""
     try:
-        return measure(CASES[name])
+        return targets.in_own_process(CASES[name].target, measure, CASES[name])
     except Exception as error:
         return {"case": name, "error": str(error).splitlines()[0][:300]}
 

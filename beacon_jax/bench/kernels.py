@@ -124,7 +124,8 @@ def _attend(
     int8, name = name.endswith(INT8_MEMORY), name.removesuffix(INT8_MEMORY)
     check_platform(name, s.device)
     layers = 0 if way == "backward" else LAYERS  # as training and inference do
-    q, k, v = _inputs(s, batch, queries, memory + queries, layers)
+    slots = -(-(memory + queries) // 8) * 8  # as Hopper's kernels want them
+    q, k, v = _inputs(s, batch, queries, slots, layers)
     chosen = None if name == DEFAULT else name
     attend = functools.partial(
         prefix_attention, implementation=chosen, target=Target.of(s.device)

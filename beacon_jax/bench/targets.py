@@ -6,10 +6,13 @@ that would run there. Import this module before jax, which reads the environment
 Needs the `aot` extra: pip install "beacon_jax[aot]".
 """
 
+import functools
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -39,6 +42,21 @@ def devices(target: str) -> Any:
         topology="1x1x8",
         target_config=file.read_text(),
     ).devices
+
+
+def in_own_process(target: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function in a process in which nothing is compiled for other targets.
+
+    Mosaic for GPUs keeps the first chip of a process for its assembler (jax 0.12.0.1).
+    """
+    return _worker(target).submit(function, *args).result()
+
+
+@functools.cache
+def _worker(target: str) -> ProcessPoolExecutor:
+    del target
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(max_workers=1, mp_context=spawn)
 
 
 def compile_all(

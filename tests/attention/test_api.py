@@ -32,7 +32,7 @@ def test_the_target_decides():
     assert best(4, 4096, here) == ("blockwise_cpu",)
     a100 = Target("gpu", "NVIDIA A100-SXM4-80GB")
     assert best(1536, 17920, a100) == (
-        *("decode_gpu", "decode_mosaic", "pallas_gpu", "mosaic_gpu", "blockwise"),
+        *("decode_gpu", "decode_mosaic_gpu", "pallas_gpu", "mosaic_gpu", "blockwise"),
     )
     h200 = Target("gpu", "NVIDIA H200")
     assert best(1536, 17920, h200)[2:4] == ("tokamax", "pallas_gpu")

@@ -16,7 +16,7 @@ from jax.experimental import pallas
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from beacon_jax.attention import prefix_attention
-from beacon_jax.attention.decode_mosaic import decode_mosaic
+from beacon_jax.attention.decode_mosaic_gpu import decode_mosaic_gpu
 from beacon_jax.attention.device import Target
 from beacon_jax.attention.gpu_blocks import Block, GpuBlocks, mosaic_blocks
 from beacon_jax.attention.mosaic_chip import Ampere, Hopper, Plain
@@ -52,7 +52,10 @@ CASES = {
     # T is not whole tiles, rows are ragged, blocks of keys end within the buffer.
     "window": (mosaic_gpu, claims.Case(100, 200, 4, 2, 64, (41, 100), (70, 100))),
     "bias": (mosaic_gpu, claims.Case(64, 136, 2, 1, 128, (0, 72), bias=True)),
-    "decode": (decode_mosaic, claims.Case(3, 200, 6, 2, 64, (0, 197), (1, 3), True)),
+    "decode": (
+        decode_mosaic_gpu,
+        claims.Case(3, 200, 6, 2, 64, (0, 197), (1, 3), True),
+    ),
 }
 
 
@@ -66,7 +69,7 @@ CASES = {
 def test_copies_and_products_of_a_hopper_gpu_compute_attention(name, monkeypatch):
     """bfloat16, NaN in dead slots, no worse than naive bfloat16."""
     attend, case = CASES[name]
-    options = {"splits": 2} if attend is decode_mosaic else {}
+    options = {"splits": 2} if attend is decode_mosaic_gpu else {}
     monkeypatch.setitem(claims.IMPLEMENTATIONS, name, on_hopper(attend, **options))
     exact = claims.spelled_out(case, "bfloat16")
     ours = claims.errors(claims.run(name, case, "bfloat16"), exact)
@@ -126,7 +129,7 @@ def inputs(t=64, s=136, h=64, dtype="bfloat16"):
     ],
 )
 def test_what_it_does_not_take_is_named(target, given, message):
-    for name in ("mosaic_gpu", "decode_mosaic"):
+    for name in ("mosaic_gpu", "decode_mosaic_gpu"):
         with pytest.raises(NotImplementedError, match=f"{name}: .*{message}"):
             prefix_attention(*inputs(**given), implementation=name, target=target)
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from beacon_jax.attention.blockwise import blockwise
 from beacon_jax.attention.blockwise_cpu import blockwise_cpu
 from beacon_jax.attention.decode_gpu import decode_gpu
-from beacon_jax.attention.decode_mosaic import decode_mosaic
+from beacon_jax.attention.decode_mosaic_gpu import decode_mosaic_gpu
 from beacon_jax.attention.decode_tpu import decode_tpu
 from beacon_jax.attention.gpu_blocks import Block, GpuBlocks
 from beacon_jax.attention.library import cudnn, tokamax
@@ -50,8 +50,8 @@ if importlib.util.find_spec("tokamax"):
 # For a few queries; their gradients are those of the kernels above.
 DECODERS = {
     "decode_gpu": functools.partial(decode_gpu, splits=3, keys=16, interpret=True),
-    "decode_mosaic": functools.partial(
-        decode_mosaic, splits=3, blocks=SMALL, chip=Plain, interpret=True
+    "decode_mosaic_gpu": functools.partial(
+        decode_mosaic_gpu, splits=3, blocks=SMALL, chip=Plain, interpret=True
     ),
     "decode_tpu": functools.partial(
         decode_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True

@@ -40,7 +40,7 @@ from beacon_jax.attention.shared import (
 )
 
 
-def decode_mosaic(
+def decode_mosaic_gpu(
     q: Float[Array, "B T N H"],
     k: Float[Array, "*L B S K H"],
     v: Float[Array, "*L B S K H"],
