@@ -58,12 +58,15 @@ notebook: setup  ## Execute the Colab notebook, small, on the CPU
 # Attention kernels and whole 7B training steps for GPUs and TPUs that are not here,
 # compiled by XLA: what they need per device. An environment of its own: CUDA and TPU
 # plugins beside the CPU. AOT_KERNELS, AOT_STEPS: some of the cases; all by default.
+# AOT_JAX=0.11.2: with another jax than that of constraints.txt.
 AOT_KERNELS ?=
 AOT_STEPS ?=
+AOT_JAX ?=
+AOT_VENV := .venv-aot$(AOT_JAX:%=-%)
 aot:  ## Compile kernels and 7B steps for GPUs and TPUs that are not here: about an hour
-	@VENV=.venv-aot EXTRAS=aot,plots PYTHON="$(PYTHON)" bash launch/setup.sh
-	.venv-aot/bin/python -m beacon_jax.bench.aot_kernels --cases=$(AOT_KERNELS) --out=out/aot
-	.venv-aot/bin/python -m beacon_jax.bench.aot --cases=$(AOT_STEPS) --out=out/aot
+	@VENV=$(AOT_VENV) JAX=$(AOT_JAX) EXTRAS=aot,plots PYTHON="$(PYTHON)" bash launch/setup.sh
+	$(AOT_VENV)/bin/python -m beacon_jax.bench.aot_kernels --cases=$(AOT_KERNELS) --out=out/aot
+	$(AOT_VENV)/bin/python -m beacon_jax.bench.aot --cases=$(AOT_STEPS) --out=out/aot
 
 # One case of each kind, as CI runs them: a kernel of each chip's compiler, a whole step.
 aot-smoke:  ## Three of those cases: about two minutes
@@ -92,5 +95,5 @@ constraints: setup  ## constraints.txt anew, after a change of the dependencies
 	  --no-emit-index-url --output-file constraints.txt
 
 clean:  ## Remove everything that make has made
-	rm -rf .venv .venv-aot .cache $(TINY) out/quickstart .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aot* .cache $(TINY) out/quickstart .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv and installs beacon_jax with its tools; does nothing when that is done.
 #   make setup [PYTHON=/path/to/python] [EXTRAS=test,cuda12]
-# VENV=.venv-aot makes another one beside it, for extras that would get in the way.
+# VENV=.venv-aot makes another one beside it, for extras that would get in the way;
+# JAX=0.11.2 gives it another jax than that of constraints.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -9,7 +10,7 @@ python=$venv/bin/python
 stamp=$venv/.installed
 # The folder is part of the stamp: an editable install holds its path. So are the extras
 # of another environment, which nobody chooses by hand.
-state=$(echo "$PWD ${VENV:+${EXTRAS:-}}" | cat - pyproject.toml constraints.txt launch/setup.sh | cksum)
+state=$(echo "$PWD ${VENV:+${EXTRAS:-}} ${JAX:-}" | cat - pyproject.toml constraints.txt launch/setup.sh | cksum)
 extras=${EXTRAS:-test,docs}
 
 identity='import sys, pip; assert sys.version_info >= (3, 12)
@@ -36,7 +37,15 @@ rm -f "$stamp"
 "$python" -m uv --version >/dev/null 2>&1 ||
   "$python" -m pip install --quiet --constraint constraints.txt uv ||
   echo "setup: uv cannot be installed here"
-install=(install --quiet --constraint constraints.txt --editable ".[$extras]")
+constraints=constraints.txt
+if [[ -n ${JAX:-} ]]; then
+  constraints=$venv/constraints.txt
+  grep -vE '^(jax(lib|-cuda12-pjrt|-cuda12-plugin)?|libtpu)==' constraints.txt >"$constraints"
+  for package in jax jaxlib jax-cuda12-pjrt jax-cuda12-plugin; do
+    echo "$package==$JAX" >>"$constraints"
+  done
+fi
+install=(install --quiet --constraint "$constraints" --editable ".[$extras]")
 if ! "$python" -m uv pip "${install[@]}" --python "$python"; then
   echo "setup: continuing with pip (some minutes)"
   "$python" -m pip "${install[@]}"
