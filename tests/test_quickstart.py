@@ -162,6 +162,7 @@ def test_the_document_says_what_is_asked():
         assert f"{sentence[1:]} {answer}" in text  # perhaps within a sentence
 
 
+@pytest.mark.slow
 def test_answers_stand_beside_their_cost(capsys):
     model = beacon_jax.load("tiny-beacon")
     quickstart.read(model, quickstart.DOCUMENT.read_text(encoding="utf-8")[:400])

@@ -188,12 +188,6 @@ def _table(rows: list[Row]) -> str:
     return by_column(columns, [row for row in rows if row.get("chosen")])
 
 
-flags.DEFINE_list("implementations", ["mosaic_gpu", "pallas_gpu"], "Kernels of these.")
-flags.DEFINE_list("targets", ["a100_80gb", "h200"], "Chips, or `here`.")
-flags.DEFINE_list("head_dims", ["64", "128"], "Widths of heads.")
-flags.DEFINE_string("out", "out/blocks", "Folder of block_search.json.")
-
-
 def main(_: list[str]) -> None:
     """Runs the command."""
     o, rows = flags.FLAGS, []
@@ -212,4 +206,10 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_list(
+        "implementations", ["mosaic_gpu", "pallas_gpu"], "Kernels of these."
+    )
+    flags.DEFINE_list("targets", ["a100_80gb", "h200"], "Chips, or `here`.")
+    flags.DEFINE_list("head_dims", ["64", "128"], "Widths of heads.")
+    flags.DEFINE_string("out", "out/blocks", "Folder of block_search.json.")
     app.run(main)

@@ -240,15 +240,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-flags.DEFINE_integer("tokens", 1048576, "How many are read.")
-flags.DEFINE_integer("ratio", 32, "Raw tokens per beacon.")
-flags.DEFINE_integer("slot_cap", 2048, "Most slots of the memory.")
-flags.DEFINE_integer("window", 1024, "Raw tokens of a window.")
-flags.DEFINE_integer("part", 32768, "Tokens of a call; the memory is saved behind.")
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
-flags.DEFINE_string("out", "out/endless", "Folder of the memory and the result.")
-
-
 def main(_: list[str]) -> None:
     """Runs the command."""
     o = flags.FLAGS
@@ -261,4 +252,11 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_integer("tokens", 1048576, "How many are read.")
+    flags.DEFINE_integer("ratio", 32, "Raw tokens per beacon.")
+    flags.DEFINE_integer("slot_cap", 2048, "Most slots of the memory.")
+    flags.DEFINE_integer("window", 1024, "Raw tokens of a window.")
+    flags.DEFINE_integer("part", 32768, "Tokens of a call; the memory is saved behind.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
+    flags.DEFINE_string("out", "out/endless", "Folder of the memory and the result.")
     app.run(main)

@@ -263,9 +263,6 @@ POINT = {
     "error": lambda r: f"{100 * r['error']:+.0f} %",
 }
 
-flags.DEFINE_string("out", "out/stages", "Folder of stages.json.")
-flags.DEFINE_bool("measure", False, "Times this machine's processor, too.")
-
 
 def main(_: list[str]) -> None:
     """Runs the command."""
@@ -294,4 +291,6 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("out", "out/stages", "Folder of stages.json.")
+    flags.DEFINE_bool("measure", False, "Times this machine's processor, too.")
     app.run(main)

@@ -115,7 +115,9 @@ def test_text_read_as_a_whole_in_pieces_or_token_by_token_is_one():
     )
 
 
-@pytest.mark.parametrize("kind", ["labels", "distil"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("labels", marks=pytest.mark.slow), "distil"]
+)
 def test_both_lean_modes_have_the_bits_of_plain_reverse_mode(kind):
     check_lean_modes(CONFIG, kind=kind)
 

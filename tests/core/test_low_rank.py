@@ -218,7 +218,9 @@ def check_lean_modes(config, **settings):
         jax.tree.map(np.testing.assert_array_equal, ours, gradients)
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["llama-biases", pytest.param("qwen2", marks=pytest.mark.slow)]
+)
 def test_both_lean_modes_have_the_bits_of_plain_reverse_mode(name):
     check_lean_modes(CASES[name])
 

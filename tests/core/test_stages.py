@@ -114,7 +114,7 @@ def same(one, other, exact=True):
 @pytest.mark.parametrize(
     ("mesh", "outputs"),
     [
-        ("stage:8", "likely"),
+        pytest.param("stage:8", "likely", marks=pytest.mark.slow),
         pytest.param("stage:8", "last", marks=pytest.mark.slow),
         pytest.param("stage:2", "last", marks=pytest.mark.slow),
         pytest.param("stage:2", "likely", marks=pytest.mark.slow),

@@ -497,6 +497,7 @@ def test_self_information_is_the_loss_of_each_token(models, rows):
     np.testing.assert_allclose(found[0][1:], want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mesh_leaves_the_same_memory(models, rows):
     past, following = rows
     one = models["gqa"]

@@ -35,7 +35,7 @@ def batch(long_model, small, long_inputs):
     return task, task.examples(long_model, small, long_inputs)[-2:]
 
 
-@pytest.mark.parametrize("ratio", [0, 4])
+@pytest.mark.parametrize("ratio", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_each_turn_goes_on_from_the_answers_before(long_model, batch, ratio):
     """Every answer is that to the whole conversation so far, read at once: with full
     attention, and with beacons."""

@@ -42,6 +42,7 @@ def predictions(out):
     return {file.name: file.read_bytes() for file in out.rglob("predictions/*.jsonl")}
 
 
+@pytest.mark.slow
 def test_methods_predict_together_what_each_predicts_alone(
     model, settings, full_reads, tmp_path
 ):

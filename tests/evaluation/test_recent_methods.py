@@ -62,6 +62,7 @@ def test_all_of_one_ratio_keep_the_same_bytes(model, texts, family):
     )
 
 
+@pytest.mark.slow
 def test_what_follows_reads_the_raw_window(model, texts):
     """Losses and answers are those of the model's own memory."""
     (method,) = make_methods(["beacon_recent"], [4])

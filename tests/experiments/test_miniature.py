@@ -212,6 +212,7 @@ def test_all_methods_keep_as_many_slots_as_beacons(params):
         assert memory.k.shape[0] * memory.k.shape[3] * memory.k.shape[4] == 3 * 96
 
 
+@pytest.mark.slow
 def test_without_a_past_soft_tokens_are_the_plain_model(params):
     config = training.beacon_config()
     texts = training.TRAINED.draw(data.generator(0, TRAINING), 2)
@@ -227,6 +228,7 @@ def test_without_a_past_soft_tokens_are_the_plain_model(params):
     assert float(loss) == pytest.approx(float(plain), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_soft_tokens_are_read_as_they_were_trained(params):
     config = training.beacon_config()
     texts = training.TRAINED.draw(data.generator(0, TRAINING), 2)

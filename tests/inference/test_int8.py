@@ -165,7 +165,10 @@ def test_packs_and_mounting(model, tmp_path):
     close(mounted, Memory.concatenate(float_ones))
 
 
-@pytest.mark.parametrize("method", [None, "attention-matching"])
+@pytest.mark.parametrize(
+    "method",
+    [None, pytest.param("attention-matching", marks=pytest.mark.slow)],
+)
 def test_split_over_devices(method, make_folder):
     shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 258}
     folder = make_folder(**shape)

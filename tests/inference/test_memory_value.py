@@ -49,6 +49,7 @@ def agrees(memory: Memory) -> None:
     assert state.windows.tolist() == [row.windows for row in memory.rows]
 
 
+@pytest.mark.slow
 def test_counts_of_the_history_are_those_of_the_state(model):
     """They are lengths of its arrays: nothing but these may say what a row holds."""
     memory = model.compress([TEXT[:70], TEXT[:64], TEXT[:5]], ratio=[4, 2], **ROOM)

@@ -78,7 +78,7 @@ def _floats(buffer) -> np.ndarray:
     ("which", "dtype"),
     [
         ("model", None),
-        ("sunk", "int8"),
+        pytest.param("sunk", "int8", marks=pytest.mark.slow),
         pytest.param("sunk", None, marks=pytest.mark.slow),
         pytest.param("model", "int8", marks=pytest.mark.slow),
     ],
@@ -143,6 +143,7 @@ def test_answers_end_in_the_memory_of_all_their_tokens(plain_text, ids):
     assert_same(after, model.compress(tokens, **OPTIONS))
 
 
+@pytest.mark.slow
 def test_a_conversation_is_the_memory_of_its_tokens_after_undo_too(model):
     options = OPTIONS | {"max_new_tokens": 9, "capacity": 320}
     chat = Chat(model, chat_template=TEMPLATE, **options)

@@ -67,7 +67,7 @@ def same(a, b, exact=True):
     assert np.array_equal(a.rows[0].spans, b.rows[0].spans)
 
 
-@pytest.mark.parametrize("most", [7, 900])
+@pytest.mark.parametrize("most", [pytest.param(7, marks=pytest.mark.slow), 900])
 def test_a_text_in_pieces_is_the_text(model, small, most):
     whole = model.compress(TEXT, ratio=4, **ROOM)
     made = model.compress(parts(TEXT, most), ratio=4, progress_windows=3, **ROOM)
@@ -77,6 +77,7 @@ def test_a_text_in_pieces_is_the_text(model, small, most):
     assert got == model.generate("The key is", memory=whole, **ask)
 
 
+@pytest.mark.slow
 def test_a_file_is_read_as_it_comes(model, small, tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
@@ -99,6 +100,7 @@ def test_a_file_is_read_as_it_comes(model, small, tmp_path):
     assert answer.tokens.tolist() == want.tokens.tolist()
 
 
+@pytest.mark.slow
 def test_ids_and_a_memory_that_goes_on(model, small):
     ids = model.encode(TEXT, "text", first=True)
     whole = model.compress(ids, ratio=8, **ROOM)
@@ -119,6 +121,7 @@ def test_ids_and_a_memory_that_goes_on(model, small):
     same(again, model.compress(ids[:700], ratio=8, **ROOM))
 
 
+@pytest.mark.slow
 def test_the_buffer_has_room_for_what_follows_and_no_more(model, small):
     made = model.compress(parts(TEXT, 900), ratio=8, reserve=100)
     whole = model.compress(TEXT, ratio=8, reserve=100)

@@ -42,6 +42,7 @@ def outputs(net: Net) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(out.last_logits), np.asarray(logits)
 
 
+@pytest.mark.slow
 def test_nets_of_several_kinds_do_not_disturb_each_other():
     known = nets()
     before = feed_jit._cache_size(), decode_step._cache_size()
@@ -63,6 +64,7 @@ def test_a_dtype_is_the_same_however_it_is_written():
     assert len(same) == 1 and len({Net(TINY), Net(TINY, np.float32)}) == 1
 
 
+@pytest.mark.slow
 def test_models_on_two_meshes_answer_in_turns_as_one_device_does():
     """The memory of each is a pack's, too: it is loaded where its model is."""
     variables = random_variables(TINY, "float32")

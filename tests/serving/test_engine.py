@@ -163,6 +163,7 @@ def test_answers_are_those_of_the_model_alone_whoever_joins_and_leaves(
     assert engine.state() == {"waiting": 0, "reading": 0, "answering": 0}
 
 
+@pytest.mark.slow
 def test_in_bfloat16_too_an_answer_does_not_depend_on_the_others(text):
     model = beacon_jax.load("tiny-beacon", dtype="bfloat16")
     engine = Engine(model, Shape(ROWS, SLOTS, 100, "bfloat16"))

@@ -133,6 +133,7 @@ def test_a_file_is_read_as_text(client, text):
     assert none.status_code == 400
 
 
+@pytest.mark.slow
 def test_methods_without_training_make_memories_too(client, model, text):
     from beacon_jax.inference.compressors import METHODS
 
@@ -164,6 +165,7 @@ def test_nothing_is_compiled_when_a_memory_with_biases_is_asked(client, text):
     assert not compiled
 
 
+@pytest.mark.slow
 def test_spans_and_budgets_are_kept(client, model, text):
     want = model.compress(text, ratio=8, spans="door 7 ")
     assert make(client, text=text, ratio=8, spans="door 7 ")["slots"] == want.entries[0]

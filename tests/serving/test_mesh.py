@@ -21,7 +21,8 @@ def test_devices_that_would_split_rows_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mesh", ["tensor:2", pytest.param("stage:2", marks=pytest.mark.slow)]
+    "mesh",
+    [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("tensor:2", "stage:2")],
 )
 def test_a_model_on_a_mesh_answers_as_on_one_device(model, text, tmp_path, mesh):
     split = beacon_jax.load("tiny-beacon", mesh=mesh)

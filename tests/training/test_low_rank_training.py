@@ -83,7 +83,12 @@ def on_mesh(data, fsdp, tensor):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "shard"), [((8, 1, 1), (2, 2, 3)), ((2, 2, 2), (2, 8, 3))], ids=str
+    ("mesh", "shard"),
+    [
+        pytest.param((8, 1, 1), (2, 2, 3), marks=pytest.mark.slow),
+        ((2, 2, 2), (2, 8, 3)),
+    ],
+    ids=str,
 )
 def test_eight_devices_give_the_loss_and_gradients_of_one(mesh, shard):
     expected, theirs, _ = on_mesh(1, 1, 1)
@@ -115,6 +120,7 @@ def loss_of(model, tokens):
     return float(np.mean(found))
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_the_loss_and_leave_the_base(low, base, text, tmp_path):
     low.optimizer.update({"lr": 1e-2, "warmup": 0, "decay_start": 0.5})
     low.data.stages.stage1.update({"steps": 40, "batch_size": 8})
@@ -136,6 +142,7 @@ def test_a_few_steps_lower_the_loss_and_leave_the_base(low, base, text, tmp_path
     assert loss_of(after, tokens) < loss_of(start, tokens) - 0.01
 
 
+@pytest.mark.slow
 def test_resume_is_bit_identical_and_another_rank_is_refused(
     low, tmp_path, monkeypatch
 ):

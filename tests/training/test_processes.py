@@ -87,6 +87,7 @@ def test_two_processes_train_as_one(config, tmp_path, monkeypatch, mesh, plans):
         np.testing.assert_allclose(leaves[0], leaves[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_never_was(config, tmp_path):
     """beacon_jax/bench/kill_and_resume.py does this ten times, at random moments."""
     config.data.stages.stage1.steps = 40

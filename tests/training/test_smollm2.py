@@ -15,6 +15,7 @@ RECIPE = Path(__file__).parents[2] / "configs" / "smollm2.py"
 get_config = runpy.run_path(str(RECIPE))["get_config"]
 
 
+@pytest.mark.slow
 def test_the_recipe_distils_low_rank_beacons(base, text, tmp_path):
     config = get_config("smoke")
     config.init_from = str(base / "export")

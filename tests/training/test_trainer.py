@@ -110,6 +110,7 @@ def test_resume_after_sigterm_is_bit_identical(config, tmp_path, monkeypatch, ca
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_distillation_is_trained_and_resumed_like_labels(config, tmp_path, monkeypatch):
     config.loss.update({"kind": "distil", "label_weight": 0.1})
     config.accumulate = 2

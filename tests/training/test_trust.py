@@ -202,6 +202,7 @@ def test_a_tree_that_differs_stops_the_run_and_every_file_stays(config, workdir)
     assert files(workdir / "checkpoints") == before
 
 
+@pytest.mark.slow
 def test_another_optimiser_keeps_what_was_trained_and_starts_anew(
     config, workdir, capsys
 ):
