@@ -69,8 +69,9 @@ aot:  ## Compile kernels and 7B steps for GPUs and TPUs that are not here: about
 	$(AOT_VENV)/bin/python -m beacon_jax.bench.aot --cases=$(AOT_STEPS) --out=out/aot
 
 # One case of each kind, as CI runs them: a kernel of each chip's compiler, a whole step.
-aot-smoke:  ## Three of those cases: about two minutes
-	@$(MAKE) aot AOT_KERNELS=qwen2-7b-1536-backward-a100_80gb,qwen2-7b-1536-backward-v6e \
+CASE := qwen2-7b-1536-backward
+aot-smoke:  ## Four of those cases: about two minutes
+	@$(MAKE) aot AOT_KERNELS=$(CASE)-a100_80gb,$(CASE)-mosaic-h200,$(CASE)-v6e \
 	  AOT_STEPS=llama2-7b-128k-x8-a100
 
 # A broken link or anchor is an error. No network.
