@@ -101,6 +101,8 @@ CASES |= {f"{name}-bias": case._replace(bias=True) for name, case in CASES.items
 FEW = ("one-query", "wide", "ragged")
 # The other cases are `slow`.
 CORE = ("gqa", "ragged", "one-query", "ragged-bias", "one-query-bias")
+# Of those that jax interprets step by step, 3 s a case, still fewer are fast.
+STEPWISE, FEWER = ("mosaic_gpu", "decode_mosaic_gpu"), ("gqa", "ragged-bias")
 
 
 def each_on(*cases):
@@ -110,8 +112,9 @@ def each_on(*cases):
     pairs += [(name, case) for name in DECODERS for case in few]
     takes = lambda name, case: not (CASES[case].bias and name in WITHOUT_BIAS)
     pairs = [pair for pair in pairs if takes(*pair)]
-    mark = lambda case: [] if case in CORE else pytest.mark.slow
-    params = [pytest.param(*pair, marks=mark(pair[1])) for pair in pairs]
+    core = lambda name, case: case in (FEWER if name in STEPWISE else CORE)
+    mark = lambda *pair: [] if core(*pair) else pytest.mark.slow
+    params = [pytest.param(*pair, marks=mark(*pair)) for pair in pairs]
     return pytest.mark.parametrize(("name", "case"), params)
 
 
