@@ -120,6 +120,8 @@ def prefix_attention(
             f"needs the frequencies of their rotation."
         )
     check_bias(k, bias)
+    if q.size == 0:
+        return q
     target = target or default_target()
     names = implementation
     if names is None:

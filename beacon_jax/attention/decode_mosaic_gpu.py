@@ -27,8 +27,8 @@ from beacon_jax.attention.mosaic_gpu import (
     MosaicSchedule,
     attend_splits,
     choose,
-    long_enough,
     mosaic_gpu,
+    whole_blocks,
 )
 from beacon_jax.attention.shared import (
     Layer,
@@ -69,7 +69,7 @@ def decode_mosaic_gpu(
     b, t, n, _ = q.shape
     check_few(t)
     given = options.get("chip"), options.get("blocks")
-    chip, blocks = choose(q, k, v, target, *given)
+    chip, blocks = choose(q, k, v, target, bias, *given)
     check_scale(scale)
     s, heads = k.shape[-3:-1]
     block = blocks.decode or blocks.forward
@@ -130,7 +130,7 @@ def forward(
     heads, group = k.shape[3], schedule.group
     rows = jnp.moveaxis(q.reshape(b, t, heads, group, h), 2, 3)
     rows = rows.reshape(b, t * group, heads, h)
-    rows = long_enough(rows, schedule.blocks.forward.queries)
+    rows = whole_blocks(rows, schedule.blocks.forward.queries)
     out, lse = attend_splits(schedule, rows, k, v, lengths, layer, bias)
     if schedule.splits == 1:
         out = out[:, 0]

@@ -5,6 +5,7 @@ T=1536, S=17920, 32 heads), the largest blocks whose registers do not spill, as 
 counts them; larger blocks read each key less often. Not timed: no GPU was at hand.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ FLOAT32 = {
     128: GpuBlocks(*[Block(32, 32, 4, 1)] * 3),
     256: GpuBlocks(Block(16, 32, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1)),
 }
-# By what the device's kind contains; A800, H800 and H20 are export versions.
+# By a word of the device's kind; A800, H800 and H20 are export versions.
 GENERATIONS = dict.fromkeys(("A100", "A800"), "sm_80")
 GENERATIONS |= dict.fromkeys(("H100", "H200", "H800", "H20"), "sm_90")
 TRITON = {"sm_80": SM_80, "sm_90": SM_90}
@@ -106,20 +107,31 @@ MOSAIC_90 = {
 MOSAIC = {"sm_80": MOSAIC_80, "sm_90": MOSAIC_90}
 
 
+def generation_of(kind: str) -> str | None:
+    """Returns "sm_80" or "sm_90", which a kind of device is of; None: neither.
+
+    An A1000 is no A100.
+    """
+    for name, generation in GENERATIONS.items():
+        if re.search(rf"{name}(?!\d)", kind):
+            return generation
+    return None
+
+
 def mosaic_blocks(kind: str, head_dim: int) -> tuple[str, GpuBlocks]:
     """Returns the generation of a device of this kind, and the blocks.
 
     Raises:
       NotImplementedError: neither "sm_80" nor "sm_90"; a head_dim without sizes.
     """
-    for name, generation in GENERATIONS.items():
-        if name in kind:
-            sizes = MOSAIC[generation]
-            if head_dim not in sizes:
-                known = " or ".join(map(str, sizes))
-                raise NotImplementedError(f"head_dim={head_dim} of q: {known}.")
-            return generation, sizes[head_dim]
-    raise NotImplementedError(f"device {kind}: one of {', '.join(GENERATIONS)}.")
+    generation = generation_of(kind)
+    if generation is None:
+        raise NotImplementedError(f"device {kind}: one of {', '.join(GENERATIONS)}.")
+    sizes = MOSAIC[generation]
+    if head_dim not in sizes:
+        known = " or ".join(map(str, sizes))
+        raise NotImplementedError(f"head_dim={head_dim} of q: {known}.")
+    return generation, sizes[head_dim]
 
 
 def chip_blocks(kind: str, head_dim: int, dtype: Any) -> GpuBlocks:
@@ -130,8 +142,8 @@ def chip_blocks(kind: str, head_dim: int, dtype: Any) -> GpuBlocks:
     """
     if head_dim > 256:
         raise NotImplementedError(f"head_dim={head_dim} of q: at most 256.")
-    found = [TRITON[chip] for name, chip in GENERATIONS.items() if name in kind]
-    table = (found or [SMALL])[0]
+    generation = generation_of(kind)
+    table = SMALL if generation is None else TRITON[generation]
     if jnp.dtype(dtype).itemsize > 2:
         table = FLOAT32
     return table[next(size for size in sorted(table) if head_dim <= size)]

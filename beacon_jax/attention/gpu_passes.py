@@ -34,7 +34,7 @@ def enough_splits(programs: int, blocks: int) -> int:
 
     programs: that a launch has without any.
     """
-    return min(-(-PROGRAMS // programs), blocks)
+    return max(1, min(-(-PROGRAMS // max(programs, 1)), blocks))
 
 
 def check_scale(scale: float) -> None:

@@ -262,7 +262,7 @@ class Ring:
 
     Attributes:
       chip: that copies.
-      sources: of each array, the reference to block j in global memory; any j is valid.
+      sources: of each array, the reference to block j in global memory.
       tiles: of each array, [stages, rows, width].
       barriers: of each array a list of one, or none, as the chip wants it.
     """
@@ -302,10 +302,13 @@ class Ring:
         return 0 if self.stages == 1 else lax.rem(j, self.stages)
 
     def _fetch(self, j: Any, end: Any) -> None:
-        slot = self._slot(j)
+        slot, some = self._slot(j), j < end
+        if not isinstance(j, int):
+            # What is fetched in vain (cp.async) is the last block again: it is cached.
+            j = jnp.minimum(j, jnp.maximum(end - 1, 0))
         for which, source in enumerate(self.sources):
             tile = self.tiles[which].at[slot]
-            self.chip.fetch(source(j), tile, self._barrier(which, slot), j < end)
+            self.chip.fetch(source(j), tile, self._barrier(which, slot), some)
 
     def _barrier(self, which: int, slot: Any) -> Any:
         barriers = self.barriers[which]

@@ -3,9 +3,11 @@
 FlashAttention-2 (arXiv 2307.08691) over [memory | open window], forward and backward,
 as in `pallas_gpu`, on the path that JAX keeps: Pallas-Triton is deprecated since jax
 0.11. Blocks of keys are fetched ahead into shared memory while the ones before are
-multiplied. Lengths are data: a loop ends with the last block that is seen. Blocks that
-would end behind an array end with it, and mask what the block before them has seen: a
-copy never leaves its array. Sums are float32 in a fixed order: two runs are bit-equal.
+multiplied. Lengths are data: a loop ends with the last block that is seen. Queries are
+padded to whole blocks; a block of keys that would end behind the buffer ends with it,
+and masks what the block before it has: a copy never leaves its array. Sums are float32
+in a fixed order, and no two programs write one number differently: two runs are
+bit-equal.
 
 The kernels are written once, in the words of `mosaic_chip`.
 """
@@ -42,6 +44,7 @@ from beacon_jax.attention.shared import (
 )
 
 HALVES = (jnp.bfloat16, jnp.float16)
+MOST_HEADS = 65535  # of all rows: they are the last dimension of CUDA's grid
 CHIPS = {"sm_80": Ampere, "sm_90": Hopper}
 
 
@@ -93,9 +96,10 @@ def mosaic_gpu(
     Raises:
       NotImplementedError: the target is not of compute capability 8.0 or 9.0; dtypes
         other than one of bfloat16 and float16; H other than 64 and 128; S
-        smaller than a block of keys or, on sm_90, not a multiple of 8; scale <= 0.
+        smaller than a block of keys or, on sm_90, not a multiple of 8, or odd with a
+        bias; more than 65535 heads of all rows; scale <= 0.
     """
-    its, blocks = choose(q, k, v, target, chip, blocks)
+    its, blocks = choose(q, k, v, target, bias, chip, blocks)
     check_scale(scale)
     t = q.shape[1]
     heads = q.shape[2] // k.shape[-2]
@@ -111,11 +115,13 @@ def choose(
     k: Array,
     v: Array,
     target: Target | None,
+    bias: Array | None,
     chip: type[Plain] | None,
     blocks: GpuBlocks | None,
 ) -> tuple[Plain, GpuBlocks]:
     """Returns the chip and its blocks; raises what `mosaic_gpu` says it does."""
-    h, s = q.shape[-1], k.shape[-3]
+    b, _, n, h = q.shape
+    s = k.shape[-3]
     check_dtypes(q, k, v, False, (jnp.float32, *HALVES), "one dtype for all")
     if chip is None or blocks is None:
         name, found = mosaic_blocks((target or default_target()).kind, h)
@@ -123,10 +129,14 @@ def choose(
     if not chip.exact:
         check_dtypes(q, k, v, False, HALVES, "bfloat16 or float16 for all")
     least = max(block.keys for block in blocks if block is not None)
-    if s < least or s % chip.rows:
+    # Numbers of a bias are read in pairs.
+    rows = max(chip.rows, 1 if bias is None or chip.exact else 2)
+    if s < least or s % rows:
         raise NotImplementedError(
-            f"S={s} of k: a multiple of {chip.rows} from {least} on, a block of keys."
+            f"S={s} of k: a multiple of {rows} from {least} on, a block of keys."
         )
+    if b * n > MOST_HEADS:
+        raise NotImplementedError(f"{b} rows of {n} heads in q: at most {MOST_HEADS}.")
     return chip(jnp.dtype(q.dtype)), blocks
 
 
@@ -163,12 +173,13 @@ def _program(
 ) -> Program:
     """Finds the place of this program, which owns `own` of the rows or keys."""
     b, n, z = (lax.axis_index(name) for name in ("row", "head", "split"))
-    total = shape.t if last_first else shape.s
     i = lax.axis_index("block")
     if last_first:
         # The last block of queries comes first: it has the most keys.
-        i = pl.cdiv(total, own) - 1 - i
-    start = jnp.minimum(i * own, total - own)
+        start = (shape.t // own - 1 - i) * own
+    else:
+        # Where two blocks of keys overlap, both programs write the same numbers.
+        start = jnp.minimum(i * own, shape.s - own)
     at = layer_ref[0] * shape.rows + b
     return Program(b, n, z, start, length_ref[b, 0], length_ref[b, 1], at)
 
@@ -190,7 +201,7 @@ def forward(
     That is inf for queries that are not valid.
     """
     t = q.shape[1]
-    q = long_enough(q, schedule.blocks.forward.queries)
+    q = whole_blocks(q, schedule.blocks.forward.queries)
     out, lse = attend_splits(schedule, q, k, v, lengths, layer, bias)
     return out[:, 0, :t], lse[:, :, 0, :t]
 
@@ -216,7 +227,7 @@ def attend_splits(
         functools.partial(_forward_kernel, schedule, shape, bias is not None),
         schedule,
         "prefix_attention_forward",
-        {"row": b, "head": n, "split": splits, "block": pl.cdiv(t, block.queries)},
+        {"row": b, "head": n, "split": splits, "block": t // block.queries},
         [
             jax.ShapeDtypeStruct((b, splits, t, n * h), dtype),
             jax.ShapeDtypeStruct((b, n, splits, t), jnp.float32),
@@ -244,8 +255,9 @@ def backward(
     b, t, n, h = q.shape
     s, heads = k.shape[2:4]
     delta = jnp.einsum("BTNH,BTNH->BNT", d_out, out, preferred_element_type=jnp.float32)
-    least = max(schedule.blocks.d_q.queries, schedule.blocks.d_kv.queries)
-    q, d_out = long_enough(q, least), long_enough(d_out, least)
+    # Powers of two: whole blocks of one are whole blocks of both.
+    most = max(schedule.blocks.d_q.queries, schedule.blocks.d_kv.queries)
+    q, d_out = whole_blocks(q, most), whole_blocks(d_out, most)
     more = [(0, 0), (0, 0), (0, q.shape[1] - t)]
     lse, delta = jnp.pad(lse, more, constant_values=jnp.inf), jnp.pad(delta, more)
     shape = Shape(b, q.shape[1], s, h)
@@ -257,7 +269,7 @@ def backward(
         functools.partial(_d_q_kernel, schedule, shape, bias is not None),
         schedule,
         "prefix_attention_d_q",
-        {"row": b, "head": n, "split": 1, "block": pl.cdiv(shape.t, block.queries)},
+        {"row": b, "head": n, "split": 1, "block": shape.t // block.queries},
         [jax.ShapeDtypeStruct(q.shape, q.dtype)],
         own=[(block.queries, h)] * 2,
         ring=[(block.keys, h)] * 2,
@@ -318,10 +330,12 @@ def _call(
     )
 
 
-def long_enough(x: Float[Array, "B T N H"], queries: int) -> Float[Array, "B _ N H"]:
-    """Pads T with 0 to a block of queries, and to whole tiles of 8 rows."""
-    more = max(queries, pl.cdiv(x.shape[1], 8) * 8) - x.shape[1]
-    return jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, 0)])
+def whole_blocks(x: Float[Array, "B T N H"], queries: int) -> Float[Array, "B _ N H"]:
+    """Pads T with 0 to whole blocks of queries.
+
+    Two blocks must not share rows: their programs see keys in other blocks or splits.
+    """
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % queries), (0, 0), (0, 0)])
 
 
 def _flat(q: Array, k: Array, v: Array, bias: Array | None) -> list[Array]:
@@ -532,17 +546,17 @@ def _d_kv_kernel(
     count, factor = end - first, schedule.scale * LOG2E
     size = block.keys, block.queries  # so both products into d_k and d_v take them
 
-    def where(i: Any) -> tuple[Any, Any, Any]:
-        """Returns the head, the block and its first query of step i, of any i."""
+    def where(i: Any) -> tuple[Any, Any]:
+        """Returns the head and the first query of step i, of any i."""
         i = jnp.maximum(jnp.minimum(i, schedule.heads * count - 1), 0)
         each = jnp.maximum(count, 1)
         head = place.n * schedule.heads + lax.div(i, each)
-        nth = first + lax.rem(i, each)
-        return head, nth, jnp.minimum(nth * block.queries, shape.t - block.queries)
+        start = (first + lax.rem(i, each)) * block.queries
+        return head, jnp.minimum(start, shape.t - block.queries)
 
     def source(ref: Any) -> Any:
         def part(i: Any) -> Any:
-            head, _, start = where(i)
+            head, start = where(i)
             return ref.at[place.b, pl.ds(start, block.queries), pl.ds(head * h, h)]
 
         return part
@@ -559,7 +573,7 @@ def _d_kv_kernel(
 
     def step(i: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         d_k, d_v = carry
-        head, nth, start = where(i)
+        head, start = where(i)
         ahead.ahead(i, total)
         q, d_out = (ahead.get(i, which) for which in range(2))
         if schedule.ragged:
@@ -577,7 +591,7 @@ def _d_kv_kernel(
         lse = chip.load(lse_ref.at[place.b, head, rows], 0) * LOG2E
         delta = chip.load(delta_ref.at[place.b, head, rows], 0)
         slot, row = place.start + chip.iota(size, 0), start + chip.iota(size, 1)
-        seen = (slot <= prefix + row) & (row < valid) & (row >= nth * block.queries)
+        seen = (slot <= prefix + row) & (row < valid)
         p = jnp.exp2(scores - per_column(lse, size))
         p = jnp.where(seen, p, jnp.zeros_like(p))
         d_v = chip.product(p.astype(v_ref.dtype), d_out, d_v)

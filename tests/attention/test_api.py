@@ -131,6 +131,14 @@ def test_a_refusal_names_the_argument(name, options, message):
         prefix_attention(*inputs(), implementation=name, **options)
 
 
+@pytest.mark.parametrize("b, t", [(0, 4), (1, 0)])
+def test_without_a_query_there_is_nothing_to_attend(b, t):
+    q, k = jnp.ones((b, t, 4, 8)), jnp.ones((b, 9, 2, 8))
+    for name in (None, *IMPLEMENTATIONS):
+        out = prefix_attention(q, k, k, jnp.zeros(b, int), implementation=name)
+        assert out.shape == q.shape
+
+
 def test_a_dtype_that_a_kernel_does_not_take_is_named():
     q, k, v, prefix = inputs()
     with pytest.raises(NotImplementedError, match="bfloat16, float32, float32"):
@@ -234,6 +242,8 @@ def test_block_sizes_follow_chip_and_head_dimension():
     assert chip_blocks("NVIDIA A800-SXM4-80GB", 128, "bfloat16") == SM_80[128]
     assert chip_blocks("NVIDIA H200", 80, "bfloat16") == SM_90[128]
     assert chip_blocks("NVIDIA L4", 64, "float16") == SMALL[64]
+    assert chip_blocks("NVIDIA RTX A1000", 64, "float16") == SMALL[64]
+    assert chip_blocks("NVIDIA GH200 480GB", 64, "float16") == SM_90[64]
     assert chip_blocks("NVIDIA H200", 64, "float32").forward.queries == 32
     with pytest.raises(NotImplementedError, match="head_dim=512"):
         chip_blocks("NVIDIA H200", 512, "bfloat16")

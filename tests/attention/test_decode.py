@@ -11,8 +11,11 @@ import pytest
 from beacon_jax.attention import prefix_attention
 from beacon_jax.attention.decode import combine, cpu_block, decode_xla
 from beacon_jax.attention.decode_gpu import decode_gpu, make_schedule, visited_blocks
+from beacon_jax.attention.decode_mosaic_gpu import decode_mosaic_gpu
 from beacon_jax.attention.decode_tpu import decode_tpu
+from beacon_jax.attention.gpu_blocks import Block, GpuBlocks
 from beacon_jax.attention.mean import mean_term
+from beacon_jax.attention.mosaic_chip import Plain
 from beacon_jax.attention.pallas_tpu import pallas_tpu
 from beacon_jax.attention.reference import reference
 from beacon_jax.attention.tpu_blocks import TpuBlocks
@@ -20,6 +23,13 @@ from beacon_jax.attention.tpu_blocks import TpuBlocks
 SMALL = TpuBlocks(256, 128, 2**24)  # slots in blocks of 128: three of them here
 KERNELS = {
     "decode_gpu": functools.partial(decode_gpu, splits=3, keys=32, interpret=True),
+    "decode_mosaic_gpu": functools.partial(
+        decode_mosaic_gpu,
+        splits=3,
+        blocks=GpuBlocks(*[Block(16, 32, 4, 2)] * 3),
+        chip=Plain,
+        interpret=True,
+    ),
     "decode_tpu": functools.partial(decode_tpu, blocks=SMALL, interpret=True),
 }
 INT8 = {

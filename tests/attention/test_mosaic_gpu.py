@@ -20,7 +20,7 @@ from beacon_jax.attention.decode_mosaic_gpu import decode_mosaic_gpu
 from beacon_jax.attention.device import Target
 from beacon_jax.attention.gpu_blocks import Block, GpuBlocks, mosaic_blocks
 from beacon_jax.attention.mosaic_chip import Ampere, Hopper, Plain
-from beacon_jax.attention.mosaic_gpu import mosaic_gpu
+from beacon_jax.attention.mosaic_gpu import mosaic_gpu, whole_blocks
 from tests.attention import test_prefix_attention as claims
 
 A100, H200 = (Target("gpu", name) for name in ("NVIDIA A100", "NVIDIA H200"))
@@ -52,10 +52,6 @@ CASES = {
     # T is not whole tiles, rows are ragged, blocks of keys end within the buffer.
     "window": (mosaic_gpu, claims.Case(100, 200, 4, 2, 64, (41, 100), (70, 100))),
     "bias": (mosaic_gpu, claims.Case(64, 136, 2, 1, 128, (0, 72), bias=True)),
-    "decode": (
-        decode_mosaic_gpu,
-        claims.Case(3, 200, 6, 2, 64, (0, 197), (1, 3), True),
-    ),
 }
 
 
@@ -69,12 +65,32 @@ CASES = {
 def test_copies_and_products_of_a_hopper_gpu_compute_attention(name, monkeypatch):
     """bfloat16, NaN in dead slots, no worse than naive bfloat16."""
     attend, case = CASES[name]
-    options = {"splits": 2} if attend is decode_mosaic_gpu else {}
-    monkeypatch.setitem(claims.IMPLEMENTATIONS, name, on_hopper(attend, **options))
+    monkeypatch.setitem(claims.IMPLEMENTATIONS, name, on_hopper(attend))
     exact = claims.spelled_out(case, "bfloat16")
     ours = claims.errors(claims.run(name, case, "bfloat16"), exact)
     allowed = claims.errors(claims.naive(case), exact)
     assert all(x <= 2 * y for x, y in zip(ours, allowed, strict=True)), (ours, allowed)
+
+
+@pytest.mark.slow
+def test_a_hopper_gpu_decodes_in_splits_that_never_share_rows():
+    """Of 20 queries of 4 heads 16 rows are a block of their own: 64 and 16."""
+    case = claims.Case(20, 1200, 8, 2, 64, (1134, 0, 700), (20, 0, 7), bias=True)
+    q, k, v, _, dead = claims.arrays(case, "bfloat16")
+    k, v = (jnp.where(dead, jnp.nan, x) for x in (k, v))
+    given = {"bias": claims.bias_of(case, dead), **claims.options(case)}
+    attend = on_hopper(decode_mosaic_gpu, splits=2)
+    found = jax.jit(lambda *x: attend(*x, **given))(q, k, v, jnp.asarray(case.prefix))
+    exact = claims.spelled_out(case, "bfloat16")[0]
+    gap = np.abs(np.asarray(found, np.float64) - exact).max()
+    assert gap <= 0.01 * np.abs(exact).max()
+
+
+def test_rows_of_queries_are_whole_blocks_of_one_program_each():
+    for t in (1, 63, 64, 65, 80, 200):
+        padded = whole_blocks(jnp.ones((1, t, 1, 2)), 64)
+        assert padded.shape[1] % 64 == 0 and padded.shape[1] - t < 64
+        assert padded.sum() == 2 * t
 
 
 def elements(layout: Any, shape: tuple[int, int]) -> np.ndarray:
@@ -112,9 +128,13 @@ def test_a_product_has_the_registers_of_a_left_operand(columns):
         )
 
 
-def inputs(t=64, s=136, h=64, dtype="bfloat16"):
-    q, k = jnp.ones((1, t, 2, h), dtype), jnp.ones((1, s, 1, h), dtype)
-    return q, k, k, jnp.asarray([3])
+def inputs(t=64, s=136, h=64, dtype="bfloat16", b=1, bias=False):
+    """Arguments of the op, by their shapes alone, and their names."""
+    q, k = ((b, x, n, h) for x, n in ((t, 2), (s, 1)))
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k, k)]
+    shapes.append(jax.ShapeDtypeStruct((b,), "int32"))
+    biases = jax.ShapeDtypeStruct((b, 1, s), "float32") if bias else None
+    return shapes, {"bias": biases}
 
 
 @pytest.mark.parametrize(
@@ -124,14 +144,20 @@ def inputs(t=64, s=136, h=64, dtype="bfloat16"):
         (A100, {"s": 63}, "S=63 of k: a multiple of 1 from 64"),
         (H200, {"h": 80}, "head_dim=80 of q: 64 or 128"),
         (A100, {"dtype": "float32"}, "float32, float32: bfloat16 or float16 for all"),
+        (A100, {"s": 137, "bias": True}, "S=137 of k: a multiple of 2 from 64"),
+        (A100, {"t": 1, "b": 40000}, "40000 rows of 2 heads in q: at most 65535"),
         (Target("gpu", "NVIDIA L4"), {}, "device NVIDIA L4: one of A100"),
+        (Target("gpu", "NVIDIA RTX A1000"), {}, "device NVIDIA RTX A1000: one of"),
         (Target("cpu", "cpu"), {}, "device cpu: one of A100"),
     ],
 )
 def test_what_it_does_not_take_is_named(target, given, message):
     for name in ("mosaic_gpu", "decode_mosaic_gpu"):
         with pytest.raises(NotImplementedError, match=f"{name}: .*{message}"):
-            prefix_attention(*inputs(**given), implementation=name, target=target)
+            options = {"implementation": name, "target": target}
+            shapes, more = inputs(**given)
+            attend = functools.partial(prefix_attention, **options)
+            jax.eval_shape(attend, *shapes, **more)
 
 
 @pytest.mark.parametrize("t", [3, 64])
@@ -143,7 +169,7 @@ def test_it_stands_in_where_jax_has_no_triton(target, t, monkeypatch):
     for name in ("pallas_gpu", "decode_gpu"):
         monkeypatch.delitem(sys.modules, f"beacon_jax.attention.{name}", raising=False)
     attend = functools.partial(prefix_attention, target=target)
-    given = inputs(t=t, s=2048)
+    given = [jnp.ones(x.shape, x.dtype) for x in inputs(t=t, s=2048)[0]]
     with pytest.raises(NotImplementedError, match="pallas_gpu: .*this jax lacks"):
         attend(*given, implementation="pallas_gpu")
     program = jax.jit(attend).trace(*given)
