@@ -38,7 +38,7 @@ tiny: setup  ## The same on a tiny model, from convert on: 15 to 30 minutes on t
 # Workers take tests from each other at the end, so that none is idle.
 WORKERS ?= 2
 PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n $(WORKERS) --dist worksteal
-test: setup  ## Tests of every part: nine minutes on two cores
+test: setup  ## Tests of every part: 20 minutes on two cores when nothing is compiled yet
 	$(PYTEST) tests
 
 # Also the ones marked `slow`: exhaustive grids, training runs, large files.

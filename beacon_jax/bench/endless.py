@@ -13,6 +13,8 @@ most RAM beside what was predicted, and the programs that were compiled.
 Two quiet CPU cores read 390 tokens/s in the first 65,536 of the default.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import gc
 import itertools
@@ -124,6 +126,17 @@ class Peak:
             self.bytes = max(self.bytes, rss())
 
 
+def give_back() -> None:
+    """Gives back to Linux what the process has freed.
+
+    glibc keeps pages of arrays that are gone. They would count twice in what is
+    predicted: 270 MB of the buffers of `warm`, 16 % of the default's peak.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def rss() -> int:
     """Returns the bytes that this process has in RAM."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -137,7 +150,7 @@ def run(what: Endless, tokens: int, out: Path) -> dict[str, Any]:
     model = what.model()
     jax.block_until_ready(jax.tree.leaves(model.variables))
     programs = what.warm(model)
-    gc.collect()
+    give_back()
     before = rss()
     memory = Memory.load(out / PACK, model) if done["parts"] else None
     begun_at = len(done["parts"])
