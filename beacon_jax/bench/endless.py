@@ -35,7 +35,7 @@ from beacon_jax.bench.device import random_variables
 from beacon_jax.bench.records import provenance, versions, write_json
 from beacon_jax.core.feed import feed_jit
 from beacon_jax.core.law import Law
-from beacon_jax.core.memory import slot_nbytes
+from beacon_jax.core.memory import init_memory, slot_nbytes
 from beacon_jax.core.move import thin
 from beacon_jax.inference.memory import Memory
 from beacon_jax.inference.model import Model
@@ -86,13 +86,17 @@ class Endless:
         """Predicts the most bytes of RAM of the process.
 
         They are what it had with weights and programs in it, the buffer of the memory
-        that is continued, that of the new one, and what it takes to thin that: the
-        slots that move, and a copy of the buffer while they are written.
+        that is continued, that of the new one, and what it takes to thin that: 1.5
+        buffers for the slots that move, as XLA says of the compiled program.
         """
-        law = Law.of(config)
-        entries = self.slot_cap + law.room({self.ratio})
+        entries = self.slot_cap + Law.of(config).room({self.ratio})
         buffer = entries * slot_nbytes(config, self.dtype)
-        return before + 4 * buffer
+        dtype = jnp.dtype(self.dtype)
+        state = jax.eval_shape(lambda: init_memory(config, 1, entries, dtype=dtype))
+        one = jax.ShapeDtypeStruct((1,), jnp.int32)
+        program = thin.lower(config, state, one, one).compile()
+        found: Any = program.memory_analysis()
+        return before + 2 * buffer + found.temp_size_in_bytes
 
     def warm(self, model: Model) -> int:
         """Compiles all programs on memories that are dropped; returns how many fed."""
@@ -129,8 +133,8 @@ class Peak:
 def give_back() -> None:
     """Gives back to Linux what the process has freed.
 
-    glibc keeps pages of arrays that are gone. They would count twice in what is
-    predicted: 270 MB of the buffers of `warm`, 16 % of the default's peak.
+    glibc keeps pages of arrays that are gone, here 78 MB of those of `warm`. They would
+    count twice in what is predicted.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
