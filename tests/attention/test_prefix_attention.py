@@ -29,6 +29,8 @@ from beacon_jax.attention.reference import reference
 from beacon_jax.attention.tpu_blocks import TpuBlocks
 
 SMALL = GpuBlocks(Block(32, 16, 4, 1), Block(16, 32, 4, 1), Block(16, 16, 4, 1))
+# Mosaic wants at least a block of slots, and the smallest case has 19.
+FEW_KEYS = SMALL._replace(d_q=Block(16, 16, 4, 2))
 IMPLEMENTATIONS = {
     "reference": reference,
     "blockwise": functools.partial(blockwise, block=16),
@@ -38,7 +40,7 @@ IMPLEMENTATIONS = {
     "cudnn": functools.partial(cudnn, backend="xla"),
     "pallas_gpu": functools.partial(pallas_gpu, blocks=SMALL, interpret=True),
     "mosaic_gpu": functools.partial(
-        mosaic_gpu, blocks=SMALL, chip=Plain, interpret=True
+        mosaic_gpu, blocks=FEW_KEYS, chip=Plain, interpret=True
     ),
     "pallas_tpu": functools.partial(
         pallas_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True
@@ -51,7 +53,7 @@ if importlib.util.find_spec("tokamax"):
 DECODERS = {
     "decode_gpu": functools.partial(decode_gpu, splits=3, keys=16, interpret=True),
     "decode_mosaic_gpu": functools.partial(
-        decode_mosaic_gpu, splits=3, blocks=SMALL, chip=Plain, interpret=True
+        decode_mosaic_gpu, splits=3, blocks=FEW_KEYS, chip=Plain, interpret=True
     ),
     "decode_tpu": functools.partial(
         decode_tpu, blocks=TpuBlocks(64, 256, 2**24), interpret=True
