@@ -12,7 +12,6 @@ bit-equal.
 The kernels are written once, in the words of `mosaic_chip`.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from beacon_jax.attention.mosaic_chip import (
     per_column,
     per_row,
 )
+from beacon_jax.attention.mosaic_grid import Program, Shape, find_program
 from beacon_jax.attention.shared import (
     Layer,
     check_dtypes,
@@ -138,50 +138,6 @@ def choose(
     if b * n > MOST_HEADS:
         raise NotImplementedError(f"{b} rows of {n} heads in q: at most {MOST_HEADS}.")
     return chip(jnp.dtype(q.dtype)), blocks
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One program's place in the arrays: row `b`, head `n`, split `z`.
-
-    Attributes:
-      start: first of the rows or keys that it owns.
-      prefix, valid: of the row.
-      at: index of the layer's row in [L * B, ...].
-    """
-
-    b: Any
-    n: Any
-    z: Any
-    start: Any
-    prefix: Any
-    valid: Any
-    at: Any
-
-
-class Shape(NamedTuple):
-    """Sizes of the arrays of a call: T rows of queries and S slots of width H."""
-
-    rows: int
-    t: int
-    s: int
-    h: int
-
-
-def _program(
-    shape: Shape, own: int, last_first: bool, length_ref: Any, layer_ref: Any
-) -> Program:
-    """Finds the place of this program, which owns `own` of the rows or keys."""
-    b, n, z = (lax.axis_index(name) for name in ("row", "head", "split"))
-    i = lax.axis_index("block")
-    if last_first:
-        # The last block of queries comes first: it has the most keys.
-        start = (shape.t // own - 1 - i) * own
-    else:
-        # Where two blocks of keys overlap, both programs write the same numbers.
-        start = jnp.minimum(i * own, shape.s - own)
-    at = layer_ref[0] * shape.rows + b
-    return Program(b, n, z, start, length_ref[b, 0], length_ref[b, 1], at)
 
 
 # The kernels. Arrays are [L * B, S, K * H] and [B, T, N * H]: a head is columns.
@@ -383,7 +339,7 @@ def _forward_kernel(
 ) -> None:
     *bias_ref, length_ref, layer_ref, out_ref, lse_ref = refs
     chip, block, h = schedule.chip, schedule.blocks.forward, shape.h
-    place = _program(shape, block.queries, True, length_ref, layer_ref)
+    place = find_program(shape, block.queries, True, length_ref, layer_ref)
     rows = pl.ds(place.start, block.queries)
     columns = pl.ds(place.n * h, h)
     mine = Ring(
@@ -469,7 +425,7 @@ def _d_q_kernel(
 ) -> None:
     *bias_ref, d_out_ref, lse_ref, delta_ref, length_ref, layer_ref, d_q_ref = refs
     chip, block, h = schedule.chip, schedule.blocks.d_q, shape.h
-    place = _program(shape, block.queries, True, length_ref, layer_ref)
+    place = find_program(shape, block.queries, True, length_ref, layer_ref)
     rows = pl.ds(place.start, block.queries)
     at = place.b, rows, pl.ds(place.n * h, h)
     mine = Ring(
@@ -535,7 +491,7 @@ def _d_kv_kernel(
     *bias_ref, d_out_ref, lse_ref, delta_ref, length_ref, layer_ref = refs[:-2]
     d_k_ref, d_v_ref = refs[-2:]
     chip, block, h = schedule.chip, schedule.blocks.d_kv, shape.h
-    place = _program(shape, block.keys, False, length_ref, layer_ref)
+    place = find_program(shape, block.keys, False, length_ref, layer_ref)
     prefix, valid = place.prefix, place.valid
     slots, columns = pl.ds(place.start, block.keys), pl.ds(place.n * h, h)
     sources = [lambda _, x=x: x.at[place.at, slots, columns] for x in (k_ref, v_ref)]
