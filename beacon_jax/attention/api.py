@@ -120,8 +120,6 @@ def prefix_attention(
             f"needs the frequencies of their rotation."
         )
     check_bias(k, bias)
-    if q.size == 0:
-        return q
     target = target or default_target()
     names = implementation
     if names is None:
@@ -140,6 +138,8 @@ def prefix_attention(
                 f"{meant(name, IMPLEMENTATIONS)}use "
                 f"{' or '.join(sorted(IMPLEMENTATIONS))}."
             )
+        if q.size == 0:
+            return q
         try:
             if k_scale is None:
                 return IMPLEMENTATIONS[name](q, k, v, prefix, **options)

@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int, Num
 
-from beacon_jax.attention import blockwise
 from beacon_jax.attention.decode import check_scales, combine, decode_xla
 from beacon_jax.attention.device import Target, check_triton, default_target
 from beacon_jax.attention.gpu_passes import (
@@ -26,6 +25,7 @@ from beacon_jax.attention.gpu_passes import (
     check_few,
     check_scale,
     enough_splits,
+    in_xla,
 )
 from beacon_jax.attention.gpu_ranges import key_range
 from beacon_jax.attention.mean import MeanTerm, kernel_tables, product, quarter
@@ -186,14 +186,13 @@ def _decode(schedule: DecodeSchedule, *given: Any) -> Float[Array, "B T N H"]:
         q: Array, k: Array, v: Array, lengths: Array, layer: Array, *more: Any
     ) -> Array:
         bias, *scales = more
-        prefix, size = lengths[:, 0], (schedule.scale, blockwise.BLOCK)
         if not scales:
-            return blockwise.forward(*size, q, k, v, prefix, layer, bias)[0]
+            return in_xla(schedule.scale, q, k, v, lengths, layer, bias)[0]
         options: dict[str, Any] = dict(
             zip(("k_scale", "v_scale", "mean"), scales, strict=True)
         )
         options |= {"scale": schedule.scale, "target": schedule.target, "bias": bias}
-        return decode_xla(q, k, v, prefix, layer=layer, **options)
+        return decode_xla(q, k, v, lengths[:, 0], layer=layer, **options)
 
     kernel = functools.partial(forward, schedule)
     return lowered("cuda", schedule.interpret, kernel, elsewhere, *given)

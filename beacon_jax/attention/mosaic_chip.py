@@ -64,21 +64,18 @@ class Plain:
     def wait(self, barrier: Any, behind: int) -> None:
         """Waits until a tile is there; `behind`: copies that were begun after it."""
 
-    def laid(self, x: Array, axis: int | None = None) -> Array:
-        """Puts a constant into the layout of products, or of their rows or columns.
+    def full(
+        self, shape: tuple[int, ...], value: float, axis: int | None = None
+    ) -> Any:
+        """Makes an array of one float32 number in the layout of products.
 
-        axis: which of a product's axes x lacks.
+        axis: which of a product's axes it lacks; None: neither.
         """
+        x = jnp.full(shape, value, jnp.float32)
         if self.layout is None:
             return x
         layout = self.layout if axis is None else self.layout.reduce(axis)
         return plgpu.layout_cast(x, layout)
-
-    def full(
-        self, shape: tuple[int, ...], value: float, axis: int | None = None
-    ) -> Any:
-        """Makes an array of one float32 number."""
-        return self.laid(jnp.full(shape, value, jnp.float32), axis)
 
     def iota(self, shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
         """Counts along an axis of a product, or its rows."""
@@ -93,7 +90,7 @@ class Plain:
         tile[...] = jnp.where(live(rows), tile[...], jnp.zeros((), tile.dtype))
 
     def load(self, ref: Any, axis: int | None = None) -> Array:
-        """Loads from either memory as `laid` says."""
+        """Loads from either memory into the layout that `full` makes."""
         if self.layout is None:
             return ref[...]
         layout = self.layout if axis is None else self.layout.reduce(axis)

@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from beacon_jax.attention import prefix_attention
 from beacon_jax.attention.device import Target
+from beacon_jax.bench.device import whole_tiles
 from beacon_jax.bench.records import Row
 from beacon_jax.bench.report import by_column
 from beacon_jax.model.presets import get_preset
@@ -114,7 +115,7 @@ def _cases() -> Iterator[KernelCase]:
         )
         for kernel in kernels:
             yield KernelCase("qwen2-7b", target, 1, False, kernel, rows=8, bias=True)
-    # The other widths of heads that Mosaic's kernels take: Qwen2-0.5B's 64, and 256.
+    # The other width of heads that Mosaic's kernels take: Qwen2-0.5B's 64.
     for target in GPUS:
         for backward in (False, True):
             yield KernelCase("qwen2-0.5b", target, 1536, backward, "mosaic_gpu")
@@ -126,7 +127,7 @@ CASES = {case.name: case for case in _cases()}
 def program(case: KernelCase, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     """Returns a function and its arguments as shapes on the mesh's device."""
     config = get_preset(case.model)
-    t, s = case.queries, MEMORY + max(case.queries, 8)
+    t, s = case.queries, whole_tiles(MEMORY + case.queries)
     here = NamedSharding(mesh, PartitionSpec())
     on = functools.partial(jax.ShapeDtypeStruct, sharding=here)
     b, heads = case.rows, config.num_kv_heads

@@ -39,7 +39,7 @@ from beacon_jax.bench.report import by_column
 from beacon_jax.bench.timing import compile_program, measure_queued
 
 T, SLOTS, HEADS, KV_HEADS = 1536, 17920, 32, 8
-KERNELS = ("forward", "d_q", "d_kv")
+KERNELS: tuple[str, ...] = ("forward", "d_q", "d_kv")
 SPILLED = 16  # bytes per thread that cost next to nothing
 WARPS = 8  # of a processor: fewer do not hide what each waits for
 REGISTERS = 65536
@@ -63,24 +63,25 @@ def turned(implementation: str, block: Block) -> Block:
     return block
 
 
-def programs(implementation: str, head_dim: int, block: Block) -> Iterator[Any]:
-    """Yields functions of (q, k, v, prefix, d_out): forward, and all three kernels."""
+def programs(implementation: str, head_dim: int, block: Block) -> dict[str, Any]:
+    """Makes functions of (q, k, v, prefix, d_out): forward, and all three kernels.
+
+    The names say what of `KERNELS` has the candidate's block.
+    """
     run = {"mosaic_gpu": mosaic_gpu, "pallas_gpu": pallas_gpu}[implementation]
     small = Block(64, 64, 4, 1)
     options: Any = {"scale": head_dim**-0.5}
 
     def forward(q, k, v, prefix, d_out):
         del d_out
-        blocks = GpuBlocks(block, small, turned(implementation, small))
-        return run(q, k, v, prefix, blocks=blocks, **options)
+        return run(q, k, v, prefix, blocks=GpuBlocks(block, small, small), **options)
 
     def backward(q, k, v, prefix, d_out):
         blocks = GpuBlocks(small, block, turned(implementation, block))
         one = lambda *x: run(*x, prefix, blocks=blocks, **options)
         return jax.vjp(one, q, k, v)[1](d_out)
 
-    yield forward
-    yield backward
+    return {"forward": forward, "d_q d_kv": backward}
 
 
 def arguments(head_dim: int, sharding: Any = None) -> tuple[Any, ...]:
@@ -91,27 +92,17 @@ def arguments(head_dim: int, sharding: Any = None) -> tuple[Any, ...]:
     return q, k, k, on((1,), jnp.int32), q
 
 
-def compile_elsewhere(
-    implementation: str, target: str, head_dim: int, block: Block
-) -> Iterator[Row]:
-    """Yields what each kernel of a candidate takes, or why it does not compile."""
+def compile_elsewhere(target: str, head_dim: int, program: Any) -> dict[str, Row]:
+    """Returns what each kernel of a program takes on a chip that is not here."""
     mesh = Mesh(np.asarray(targets.devices(target)[:1]), ("all",))
     shapes = arguments(head_dim, NamedSharding(mesh, PartitionSpec()))
     architecture = aot_kernels.ARCHITECTURES[target]
-    wanted = (KERNELS[:1], KERNELS[1:])
-    for program, names in zip(
-        programs(implementation, head_dim, block), wanted, strict=True
-    ):
-        try:
-            kernels = aot_kernels.gpu_kernels(program, shapes, mesh, architecture)[1]
-        except Exception as error:
-            reason = str(error).splitlines()[0][:120]
-            yield from ({"kernel": name, "error": reason} for name in names)
-            continue
-        for found in kernels:
-            name = found["kernel"].removeprefix("prefix_attention_")
-            if name in names:
-                yield found | {"kernel": name, "held": held(found, SHARED[target])}
+    kernels = aot_kernels.gpu_kernels(program, shapes, mesh, architecture)[1]
+    return {
+        found["kernel"].removeprefix("prefix_attention_"): found
+        | {"held": held(found, SHARED[target])}
+        for found in kernels
+    }
 
 
 def held(kernel: Row, shared: int) -> int:
@@ -121,11 +112,8 @@ def held(kernel: Row, shared: int) -> int:
     return int(fit) * kernel["threads"] // 32
 
 
-def time_here(implementation: str, head_dim: int, block: Block) -> Iterator[Row]:
-    """Yields the seconds of forward, and of all three kernels, on this GPU."""
-    jax.config.update("jax_platforms", None)  # `targets` has said "cpu"
-    if jax.devices()[0].platform != "gpu":
-        raise app.UsageError("--targets=here needs a GPU: JAX sees none.")
+def time_here(head_dim: int, program: Any) -> dict[str, Row]:
+    """Returns the seconds of a program on this GPU, for each of its kernels."""
     q, k, v, prefix, d_out = arguments(head_dim)
     keys = jax.random.split(jax.random.key(0), 4)
     given = [
@@ -133,19 +121,9 @@ def time_here(implementation: str, head_dim: int, block: Block) -> Iterator[Row]
         for key, x in zip(keys, (q, k, v, d_out), strict=True)
     ]
     given.insert(3, jnp.full(prefix.shape, SLOTS - T, jnp.int32))
-    for program, names in zip(
-        programs(implementation, head_dim, block),
-        (KERNELS[:1], KERNELS[1:]),
-        strict=True,
-    ):
-        try:
-            run = compile_program(program, *given).run
-            seconds = measure_queued(lambda run=run: run(*given)).median_s
-        except Exception as error:
-            reason = str(error).splitlines()[0][:120]
-            yield from ({"kernel": name, "error": reason} for name in names)
-            continue
-        yield from ({"kernel": name, "seconds": seconds} for name in names)
+    run = compile_program(program, *given).run
+    seconds = measure_queued(lambda: run(*given)).median_s
+    return {key: {"seconds": seconds} for key in KERNELS}
 
 
 def chosen(rows: list[Row]) -> Row | None:
@@ -163,16 +141,20 @@ def chosen(rows: list[Row]) -> Row | None:
 
 def search(implementation: str, target: str, head_dim: int) -> list[Row]:
     """Tries all candidates of one table entry; marks what is chosen."""
+    entry = {"implementation": implementation, "target": target, "head_dim": head_dim}
     rows = []
     for block in candidates(implementation):
-        if target == "here":
-            found = time_here(implementation, head_dim, block)
-        else:
-            found = compile_elsewhere(implementation, target, head_dim, block)
-        for row in found:
-            own = turned(implementation, block) if row["kernel"] == "d_kv" else block
-            key = {"implementation": implementation, "target": target}
-            rows.append(key | {"head_dim": head_dim} | own._asdict() | row)
+        for names, program in programs(implementation, head_dim, block).items():
+            try:
+                if target == "here":
+                    found = time_here(head_dim, program)
+                else:
+                    found = compile_elsewhere(target, head_dim, program)
+            except Exception as error:
+                found = {key: {"error": str(error).split("\n")[0]} for key in KERNELS}
+            for name in names.split():
+                own = turned(implementation, block) if name == "d_kv" else block
+                rows.append(entry | own._asdict() | found[name] | {"kernel": name})
     for name in KERNELS:
         best = chosen([row for row in rows if row["kernel"] == name])
         if best is not None:
@@ -191,15 +173,20 @@ def _table(rows: list[Row]) -> str:
 def main(_: list[str]) -> None:
     """Runs the command."""
     o, rows = flags.FLAGS, []
+    if "here" in o.targets:
+        jax.config.update("jax_platforms", None)  # `targets` has said "cpu"
+        if jax.devices()[0].platform != "gpu":
+            raise app.UsageError("--targets=here needs a GPU: JAX sees none.")
     for name, target, width in itertools.product(
         o.implementations, o.targets, map(int, o.head_dims)
     ):
         if target == "here":
-            rows += search(name, target, width)
+            found = search(name, target, width)
         else:
-            rows += targets.in_own_process(target, search, name, target, width)
-        for row in rows[-len(KERNELS) * 100 :]:
-            if row.get("chosen") and row["head_dim"] == width:
+            found = targets.in_own_process(target, search, name, target, width)
+        rows += found
+        for row in found:
+            if row.get("chosen"):
                 print(json.dumps(row), flush=True)
         write_result(o.out, "block_search.json", results=rows)
     print(_table(rows))

@@ -50,6 +50,11 @@ def check_platform(implementation: str, device: Any) -> None:
         )
 
 
+def whole_tiles(slots: int) -> int:
+    """Rounds slots up to a multiple of 8, as Mosaic's kernels for Hopper want them."""
+    return -(-slots // 8) * 8
+
+
 def peak_bytes(device: Any) -> int | None:
     """Returns the most bytes that this process had at once so far.
 

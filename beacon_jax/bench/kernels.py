@@ -22,7 +22,7 @@ from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
 from beacon_jax.attention.api import INT8
 from beacon_jax.attention.device import Target
 from beacon_jax.bench.case import Bench, Case, Latest, timed
-from beacon_jax.bench.device import check_platform, random_array
+from beacon_jax.bench.device import check_platform, random_array, whole_tiles
 from beacon_jax.bench.records import Row
 from beacon_jax.bench.timing import (
     CallTime,
@@ -124,8 +124,7 @@ def _attend(
     int8, name = name.endswith(INT8_MEMORY), name.removesuffix(INT8_MEMORY)
     check_platform(name, s.device)
     layers = 0 if way == "backward" else LAYERS  # as training and inference do
-    slots = -(-(memory + queries) // 8) * 8  # as Hopper's kernels want them
-    q, k, v = _inputs(s, batch, queries, slots, layers)
+    q, k, v = _inputs(s, batch, queries, whole_tiles(memory + queries), layers)
     chosen = None if name == DEFAULT else name
     attend = functools.partial(
         prefix_attention, implementation=chosen, target=Target.of(s.device)

@@ -21,7 +21,7 @@ import numpy as np
 
 from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
 from beacon_jax.bench.case import Bench, Case
-from beacon_jax.bench.device import check_platform, random_array
+from beacon_jax.bench.device import check_platform, random_array, whole_tiles
 from beacon_jax.bench.records import Row
 
 DTYPES = ("float32", "bfloat16")
@@ -70,8 +70,7 @@ def _inputs(s: Bench, queries: int, dtype: str, bias: bool) -> list[jax.Array]:
     root = jax.random.key(0, impl="rbg")
     make = lambda i, *shape: random_array(jax.random.fold_in(root, i), shape, dtype)
     q = make(0, 2, queries, c.num_heads, c.head_dim)
-    slots = -(-(memory + queries) // 8) * 8  # as Hopper's kernels want them
-    shape = (2, slots, c.num_kv_heads, c.head_dim)
+    shape = (2, whole_tiles(memory + queries), c.num_kv_heads, c.head_dim)
     dead = jnp.arange(shape[1]) >= (prefix + queries)[:, None]
     poison = lambda x: jnp.where(dead[..., None, None], jnp.nan, x).astype(dtype)
     d_out = make(3, *q.shape)
