@@ -7,7 +7,14 @@ right is the reference in float32 at the highest precision, on the same rounded 
 Errors are shares of the largest value, and allowed are
 
   float32   5e-6, products at the highest precision
-  bfloat16  twice the error of the reference itself in bfloat16
+  bfloat16  twice the error of the reference itself in bfloat16, and for d_q and d_k
+            twice what it costs besides that a backward pass meets the result rounded
+
+The last is there because the sum over p * d_p, which softmax's gradient subtracts, is
+taken from the result (FlashAttention, arXiv 2205.14135, section B.2), which is
+bfloat16. Where attention is peaked that outweighs the rest: in 240 draws the blocked
+passes had up to 6.0 times the reference's error, in 360 up to 1.4 times the sum of
+both.
 """
 
 import functools
@@ -19,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beacon_jax.attention import IMPLEMENTATIONS, prefix_attention
+from beacon_jax.attention import IMPLEMENTATIONS, blockwise, prefix_attention
 from beacon_jax.bench.case import Bench, Case
 from beacon_jax.bench.device import check_platform, random_array, whole_tiles
 from beacon_jax.bench.records import Row
@@ -53,7 +60,8 @@ def _errors(s: Bench, name: str, dtype: str, queries: int, bias: bool) -> Row:
     allowed = [FLOAT32_ERROR] * len(right)
     if dtype == "bfloat16":
         naive = _distance(_run("reference", given, backward), right)
-        allowed = [2 * error for error in naive]
+        rounded = _rounded(given, right) if backward else [0.0]
+        allowed = [2 * (a + b) for a, b in zip(naive, rounded, strict=True)]
     errors = dict(zip(NAMES, ours, strict=False))
     if not all(e <= a for e, a in zip(ours, allowed, strict=True)):  # NaN is not
         raise ArithmeticError(f"errors {errors}, allowed {allowed}")
@@ -88,6 +96,20 @@ def _run(name: str, given: list[jax.Array], backward: bool) -> list[np.ndarray]:
         run = _program(name, backward)
         found = run(q, k, v, d_out, prefix.astype(jnp.int32), *bias)
     return [np.asarray(x, np.float64) for x in found]
+
+
+def _rounded(given: list[jax.Array], right: list[np.ndarray]) -> list[float]:
+    """Returns the errors of float32 gradients of which the result alone is rounded."""
+    q, k, v, d_out, prefix, *bias = given
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
+    slots = (scale, blockwise.BLOCK, q, k, v, prefix, None, bias[0] if bias else None)
+    with jax.default_matmul_precision("highest"):
+        out, lse = blockwise.forward(*slots)
+        out = out.astype(dtype).astype(jnp.float32)
+        d_q, d_k, _ = blockwise.backward(*slots, out, lse, d_out)
+    found = [np.asarray(x, np.float64) for x in (d_q, d_k)]
+    return [0.0, *_distance(found, right[1:3]), 0.0]
 
 
 @functools.cache
