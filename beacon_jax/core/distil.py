@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from beacon_jax.core.attention_loss import Compared, shares_of_tokens
 from beacon_jax.core.law import Law
 from beacon_jax.core.step import (
     NOOP,
@@ -30,12 +31,18 @@ def teach(
     variables: dict[str, Any],
     tokens: Int[Array, "N B W"],
     valid: Int[Array, "N B"],
-) -> Float[Array, "N B W D"]:
-    """Returns final hidden states with full attention; no gradient goes through them.
+    compared: Compared | None = None,
+) -> tuple[Float[Array, "N B W D"], Float[Array, "N L B Q U"] | None]:
+    """Runs full attention; no gradient goes through what it returns.
 
     Args:
       tokens, valid: as in `train_loss`: rows aligned at their last windows, all windows
         but the last ones full.
+      compared: of all windows, queries whose attention is wanted.
+
+    Returns:
+      Final hidden states, and what the queries pay to the tokens of the student's slots
+      (`attention_loss.shares_of_tokens`), or None.
     """
     n, b, w = tokens.shape
     law, plan = Law.of(net.config, w), jnp.zeros((n,), jnp.int32)
@@ -43,14 +50,25 @@ def teach(
     keep = tuple(law.kept_entries(0).tolist()) if n > 1 else ()
     closes = (valid == w) & (jnp.arange(n) < n - 1)[:, None]
     slots, added = count_slots(law, plan, closes)
-    xs = {
+    xs: dict[str, Any] = {
         "tokens": tokens,
         "index": jnp.where(jnp.any(valid > 0, axis=1), 1, NOOP),
         "ratio": plan,
         "slots": slots,
         "added": added,
     }
-    windows = (training_window(net, 0, w, keep),)
-    buffers = empty_buffers(net, b, n * w)
-    hidden = window_loop(net, windows, variables, buffers, xs, remat="lean")
-    return lax.stop_gradient(hidden)
+    watch = None
+    if compared is not None:
+        xs["compared"], watch = compared, shares_of_tokens
+    windows = (training_window(net, 0, w, keep, watched=watch is not None),)
+    found = window_loop(
+        net,
+        windows,
+        variables,
+        empty_buffers(net, b, n * w),
+        xs,
+        # A lean loop has no gradient of more than a number, and here none is taken.
+        remat="none" if watch else "lean",
+        watch=watch,
+    )
+    return lax.stop_gradient(found)

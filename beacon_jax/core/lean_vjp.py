@@ -36,6 +36,7 @@ class LoopSettings(NamedTuple):
     windows: tuple[Window, ...]
     remat: str
     offload: bool
+    watch: Callable[..., Any] | None = None
 
     @property
     def length(self) -> int:
@@ -47,12 +48,20 @@ class LoopSettings(NamedTuple):
         """Entries that every branch hands over, the last ones as padding."""
         return max(window.kept for window in self.windows)
 
+    def watched(self, seen: Any, x: dict[str, Any], own: Any) -> Any:
+        """Returns what `watch` makes of a layer's attention; None without one."""
+        return self.watch(self.net, seen, x, own) if self.watch else None
+
+    def per_layer(self, x: dict[str, Any]) -> Any:
+        """Returns what `watch` is given of each layer, [L, ...], or None."""
+        return x["compared"].shares if self.watch else None
+
 
 def run_window(
     settings: LoopSettings, variables: Any, buffers: Entries, x: dict[str, Array]
-) -> tuple[Entries, Float[Array, "B W D"]]:
-    """Runs one window forward: (buffers, hidden)."""
-    net, windows, remat, _ = settings
+) -> tuple[Entries, tuple[Float[Array, "B W D"], Any]]:
+    """Runs one window forward: (buffers, (hidden, what was watched in each layer))."""
+    net, windows, remat, *_ = settings
     b, w = x["tokens"].shape
     most = settings.most
     outer, layers = split_layers(variables)
@@ -61,24 +70,28 @@ def run_window(
     def run(window):
         def branch(k, v):
             def layer(h, per_layer):
-                one, k, v = per_layer
-                return window.layer(one, h, k, v, x["slots"])
+                one, k, v, own = per_layer
+                h, kept, seen = window.layer(one, h, k, v, x["slots"])
+                return h, (kept, settings.watched(seen, x, own))
 
             if remat == "layer":
                 layer = jax.checkpoint(layer, prevent_cse=False)
             h = window.begin(outer, x["tokens"])
-            h, kept = lax.scan(layer, h, (layers, k, v))
-            return window.finish(outer, h), pad_entries(kept, most)
+            per_layer = (layers, k, v, settings.per_layer(x))
+            h, (kept, found) = lax.scan(layer, h, per_layer)
+            return window.finish(outer, h), pad_entries(kept, most), found
 
         return branch
 
     def nothing(k, v):
         none = jnp.zeros((b, w, net.config.hidden_size), dtype)
-        return none, Entries(*(jnp.zeros_like(x[:, :, :most]) for x in (k, v)))
+        found = jax.eval_shape(run(windows[0]), k, v)[2]
+        kept = Entries(*(jnp.zeros_like(x[:, :, :most]) for x in (k, v)))
+        return none, kept, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
 
-    hidden, kept = switch(x, [nothing, *map(run, windows)])(*buffers)
+    hidden, kept, found = switch(x, [nothing, *map(run, windows)])(*buffers)
     after = append(net.config, buffers, kept, x["slots"], x["ratio"])
-    return constrain_entries(net, Entries(*after)), hidden
+    return constrain_entries(net, Entries(*after)), (hidden, found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -92,31 +105,33 @@ def _lean_fwd(settings: LoopSettings, variables: Any, buffers: Any, xs: Any) -> 
     trained = marked(variables)
     variables, buffers, xs = plain_values((variables, buffers, xs))
     step = functools.partial(run_window, settings, variables)
-    final, hidden = lax.scan(step, buffers, xs)
+    final, out = lax.scan(step, buffers, xs)
     if settings.offload:
         final = jax.device_put(final, jax.memory.Space.Host)
-    return hidden, (variables, trained, final, xs)
+    return out, (variables, trained, final, xs)
 
 
-def _lean_bwd(settings: LoopSettings, residuals: Any, d_hidden: Any) -> Any:
+def _lean_bwd(settings: LoopSettings, residuals: Any, d_out: Any) -> Any:
     net = settings.net
     variables, trained, buffers, xs = residuals
-    d_hidden = without_symbols(d_hidden)
+    d_out = tuple(map(without_symbols, d_out))
     axes = split_layers(variable_axes(net.config))
     parts = zip(split_layers(variables), split_layers(trained), axes, strict=True)
     outer, layers = (Trained(net, *part) for part in parts)
     held = Held(settings, outer, layers, buffers)
-    nothing = lambda sums, x, d_hidden: sums
+    nothing = lambda sums, x, d_hidden, d_found: sums
     reverse = lambda window: functools.partial(_reverse, held, window)
     branches = [nothing, *map(reverse, settings.windows)]
 
     def step(sums, x_and_ct):
         return switch(x_and_ct[0], branches)(sums, *x_and_ct), None
 
+    xs_and_ct = (xs, *d_out)
+
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
     d_buffers = constrain_entries(net, jax.tree.map(zeros, buffers))
     start = (d_buffers, outer.zeros(), layers.zeros())
-    (_, d_outer, d_layers), _ = lax.scan(step, start, (xs, d_hidden), reverse=True)
+    (_, d_outer, d_layers), _ = lax.scan(step, start, xs_and_ct, reverse=True)
     gradients = join(outer.full(d_outer), layers.full(d_layers), variables)
     return gradients, None, None
 
@@ -142,8 +157,8 @@ def _is_primal(x: Any) -> bool:
     return hasattr(x, "perturbed")
 
 
-def without_symbols(d: Any) -> Array:
-    """Makes zeros of a cotangent that is symbolically zero."""
+def without_symbols(d: Any) -> Any:
+    """Makes zeros of a cotangent that is symbolically zero; None stays."""
     if isinstance(d, jax.custom_derivatives.SymbolicZero):
         zero: Any = d
         return jnp.zeros(zero.shape, zero.dtype)
@@ -165,6 +180,7 @@ def _reverse(
     sums: Any,
     x: dict[str, Array],
     d_hidden: Float[Array, "B W D"],
+    d_found: Float[Array, " L"] | None,
 ) -> Any:
     """Runs one window backward: adds to the sums (d_buffers, d_outer, d_layers)."""
     outer = held.outer
@@ -176,7 +192,7 @@ def _reverse(
     f = lambda own, h: window.finish(outer.merge(own), h)
     _, pull_finish = jax.vjp(f, outer.own, h)
     at_end, d_h = pull_finish(d_hidden)
-    d_h, d_buffers, d_layers = layers.backward(kept, d_h, d_buffers, d_layers)
+    d_h, d_buffers, d_layers = layers.backward(kept, d_h, d_found, d_buffers, d_layers)
     # The barrier keeps the order of the sums: XLA would scatter a window's rows of the
     # embedding straight into the total, where plain reverse mode adds them up first.
     (at_begin,) = lax.optimization_barrier(pull_begin(d_h))
@@ -199,7 +215,8 @@ class LayersBackward:
         alive = jnp.arange(self.most) < x["added"][:, None]
         self.alive = alive[..., None, None]
         self.saved = _Residuals()
-        self.stacked = ((held.layers.own, held.layers.frozen), *held.buffers)
+        watched = held.settings.per_layer(x)
+        self.stacked = ((held.layers.own, held.layers.frozen, watched), *held.buffers)
 
     def forward(self, h: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Any]:
         """Returns what leaves the last layer, and what `backward` needs of each."""
@@ -209,6 +226,7 @@ class LayersBackward:
         self,
         kept: Any,
         d_h: Float[Array, "B T D"],
+        d_found: Float[Array, " L"] | None,
         d_buffers: Entries,
         d_layers: list[Array],
     ) -> tuple[Float[Array, "B T D"], Entries, list[Array]]:
@@ -217,19 +235,22 @@ class LayersBackward:
         (d_h, d_k, d_v, d_layers), _ = lax.scan(
             self._down,
             (d_h, *d_buffers, d_layers),
-            (numbers, kept, *self.stacked),
+            (numbers, kept, d_found, *self.stacked),
             reverse=True,
         )
         return d_h, Entries(d_k, d_v), d_layers
 
-    def _layer(self, own: Any, frozen: Any, h: Any, k: Any, v: Any) -> Any:
-        """Runs one layer: (h, what enters the memory)."""
+    def _layer(
+        self, own: Any, frozen: Any, watched: Any, h: Any, k: Any, v: Any
+    ) -> Any:
+        """Runs one layer: (h, what enters the memory, what is found by watching)."""
         x, net = self.x, self.held.settings.net
         variables = self.held.layers.merge(own, frozen)
-        h, kept = self.window.layer(variables, h, k, v, x["slots"])
+        h, kept, seen = self.window.layer(variables, h, k, v, x["slots"])
+        found = self.held.settings.watched(seen, x, watched)
         kept = Entries(*(entry[None] for entry in pad_entries(kept, self.most)))
         new = new_entries(net.config, kept, x["slots"], x["ratio"], k.dtype)
-        return h, Entries(new.k[0], new.v[0])
+        return h, Entries(new.k[0], new.v[0]), found
 
     def _taken(self, total: Array, like: Any) -> Array:
         """Takes the cotangent of the entries that this window appended."""
@@ -244,21 +265,21 @@ class LayersBackward:
         return jax.device_put(kv, jax.memory.Space.Device)
 
     def _up(self, h: Any, per_layer: Any) -> Any:
-        (own, frozen), k, v = per_layer
+        (own, frozen, watched), k, v = per_layer
         k, v = self._fetch(k, v)
         if self.remat == "lean-layer":
-            return self._layer(own, frozen, h, k, v)[0], h
+            return self._layer(own, frozen, watched, h, k, v)[0], h
         pull: Any
-        f = lambda *a: self._layer(a[0], frozen, *a[1:])
-        (after, _), pull = jax.vjp(f, own, h, k, v)
+        f = lambda *a: self._layer(a[0], frozen, watched, *a[1:])
+        (after, *_), pull = jax.vjp(f, own, h, k, v)
         return after, self.saved.store(pull, (own, frozen, h, k, v))
 
     def _down(self, carry: Any, per_layer: Any) -> Any:
         d_h, d_k, d_v, d_own = carry
-        i, kept, (own, frozen), k, v = per_layer
+        i, kept, d_found, (own, frozen, watched), k, v = per_layer
         k, v = self._fetch(k, v)
         if self.remat == "lean-layer":
-            f = lambda *a: self._layer(a[0], frozen, *a[1:])
+            f = lambda *a: self._layer(a[0], frozen, watched, *a[1:])
             _, pull = jax.vjp(f, own, kept, k, v)
         else:
             pull = self.saved.restore(kept, (own, frozen, k, v))
@@ -267,7 +288,7 @@ class LayersBackward:
         d_new = Entries(taken(d_k, k), taken(d_v, v))
         # Read before they are written: else XLA copies the whole sums, twice a layer.
         d_k, d_v, d_new = lax.optimization_barrier((d_k, d_v, d_new))
-        part, d_h, k_ct, v_ct = pull((d_h, d_new))
+        part, d_h, k_ct, v_ct = pull((d_h, d_new, d_found))
         add = lambda total, new: total.at[i].add(new.astype(total.dtype))
         return (d_h, add(d_k, k_ct), add(d_v, v_ct), list(map(add, d_own, part))), None
 

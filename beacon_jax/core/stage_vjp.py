@@ -77,7 +77,7 @@ def _forward_local(
         def branch(x, h, k, v):
             def layer(h, per_layer):
                 one, k, v = per_layer
-                return window.layer(one, h, k, v, x["slots"])
+                return window.layer(one, h, k, v, x["slots"])[:2]
 
             begin = lambda h: window.begin(outer, x["tokens"])
             finish = lambda h: window.finish(outer, h)
@@ -209,7 +209,8 @@ def _reverse(
     d_h = d_h[:, : window.length]
     other = lambda h, d_h, d_outer: (d_h, d_outer)
     d_h, d_outer = lax.cond(me == size - 1, finish, other, h, d_h, sums.outer)
-    d_h, d_buffers, d_layers = layers.backward(kept, d_h, sums.buffers, sums.layers)
+    sums_of = (sums.buffers, sums.layers)
+    d_h, d_buffers, d_layers = layers.backward(kept, d_h, None, *sums_of)
     d_outer = lax.cond(me == 0, begin, lambda d_h, d_outer: d_outer, d_h, d_outer)
     return _Sums(d_buffers, d_outer, d_layers), padded(d_h, held.settings.length)
 

@@ -12,6 +12,7 @@ from beacon_jax.core.law import Law
 from beacon_jax.model.buffers import Buffer, put_all_layers
 from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import (
+    QUERIES,
     Decoder,
     Entries,
     Layer,
@@ -36,6 +37,13 @@ def layout_of(config: ModelConfig, ratio: int, window: int) -> Layout:
     return Layout.of_window(window, ratio, Law.of(config).placement)
 
 
+class Seen(NamedTuple):
+    """What a layer's attention has seen, rotated: T queries, keys of S entries."""
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B S K H"]
+
+
 class Window(NamedTuple):
     """A full window at one static ratio, in parts for a backward pass layer by layer.
 
@@ -45,7 +53,8 @@ class Window(NamedTuple):
       length: T, raw tokens and beacons.
       kept: number of entries that may enter the memory, n.
       begin: (outer, tokens [B, W]) -> x [B, T, D].
-      layer: (layer, x, k [B, S, K, H], v, prefix [B]) -> (x, Entries [B, n, K, H]).
+      layer: (layer, x, k [B, S, K, H], v, prefix [B]) -> (x, Entries [B, n, K, H],
+        Seen or None).
       finish: (outer, x) -> hidden [B, W, D] of the raw rows.
       on: net -> the window on another net, that of a stage.
     """
@@ -59,7 +68,13 @@ class Window(NamedTuple):
 
 
 def training_window(
-    net: Net, ratio: int, window: int, keep: tuple[int, ...], *, remat: bool = False
+    net: Net,
+    ratio: int,
+    window: int,
+    keep: tuple[int, ...],
+    *,
+    remat: bool = False,
+    watched: bool = False,
 ) -> Window:
     """Makes the parts of a window.
 
@@ -68,14 +83,20 @@ def training_window(
       keep: entries that may enter the memory.
       remat: keep of the attention what its backward pass needs, but not the buffer with
         the window written into it.
+      watched: its layers tell what their attention has `Seen`.
     """
     layout = layout_of(net.config, ratio, window)
     model, one = Decoder(net, layout, keep), Layer(net, layout, keep, remat)
 
     def layer(variables, x, k, v, prefix):
         place = place_of(net.config, layout, prefix)
-        x, kept, *_ = apply(one, variables, x, k, v, place)
-        return x, kept
+        if not watched:
+            x, kept, *_ = apply(one, variables, x, k, v, place)
+            return x, kept, None
+        found, told = one.apply(variables, x, k, v, place, mutable=[QUERIES])
+        queries: Any = told[QUERIES]
+        x, kept, k, _ = found
+        return x, kept, Seen(queries["attention"]["rotated"][0], k)
 
     return Window(
         length=layout.length,
@@ -83,7 +104,9 @@ def training_window(
         begin=lambda outer, tokens: apply(model, outer, tokens, method="begin"),
         layer=layer,
         finish=lambda outer, x: apply(model, outer, x, method="finish"),
-        on=lambda net: training_window(net, ratio, window, keep, remat=remat),
+        on=lambda net: training_window(
+            net, ratio, window, keep, remat=remat, watched=watched
+        ),
     )
 
 

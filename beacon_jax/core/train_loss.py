@@ -9,6 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from beacon_jax.core.attention_loss import (
+    Compared,
+    attention_loss,
+    choose,
+    slot_ends,
+)
 from beacon_jax.core.distil import teach
 from beacon_jax.core.law import Law
 from beacon_jax.core.loss import IGNORE, taught_losses, token_losses
@@ -40,6 +46,12 @@ class LossConfig:
         window of its row, weighted as its label is (1 without one).
       label_weight: of "distil": how much of a label's cross entropy is added to the
         divergence at its token.
+      attention_weight: how much is added of the cross entropy between the attention
+        that tokens pay to the memory and the attention that the model's own full
+        attention pays to what it stands for (`core.attention_loss`). A token behind
+        its row's first window weighs what its loss does.
+      attention_queries: tokens of a window whose attention is compared, at most: those
+        of the largest weights. The others add nothing.
       skip_first_window: leaves out the labels of each row's first window (the paper's
         eq. 11) instead of counting all, as the release does.
       average: "token", over all that counts, or "row", a mean of row means.
@@ -51,6 +63,8 @@ class LossConfig:
 
     kind: str = "labels"
     label_weight: float = 0.0
+    attention_weight: float = 0.0
+    attention_queries: int = 64
     skip_first_window: bool = False
     average: str = "token"
     remat: str = "lean"
@@ -101,8 +115,9 @@ def train_loss(
 
     Returns:
       (loss, aux): window_loss and window_count [N], token_loss [N, B, W], row_loss and
-      row_count [B] (sums of weighted losses and of weights). What counts is a label or,
-      with "distil", a token behind its row's first window.
+      row_count [B] (sums of weighted losses and of weights), attention_loss, which is
+      part of the loss times its weight. What counts is a label or, with "distil", a
+      token behind its row's first window.
     """
     tokens, valid = batch["tokens"], batch["valid"]
     n, _, w = tokens.shape
@@ -110,43 +125,66 @@ def train_loss(
     last = jnp.arange(n) == n - 1
     plan = jnp.where(last, 0, plan)
     windows = _windows(net, law, n, loss)
+    buffers = _buffers(net, law, tokens.shape, loss)
     index = jnp.where(jnp.any(valid > 0, axis=1), lookup(plan, tuple(windows)), NOOP)
     slots, added = count_slots(law, plan, (valid == w) & ~last[:, None])
-    xs = {"tokens": tokens, "ratio": plan, "slots": slots, "added": added}
+    xs: dict[str, Any] = {
+        "tokens": tokens,
+        "ratio": plan,
+        "slots": slots,
+        "added": added,
+    }
     if len(windows) > 1 or n > 1:  # else a plain model in one window: no switch at all
         xs["index"] = index
     variables = {"params": params, "beacon": beacon}
     labels, weights = _labels(batch, loss)
     scored = {"labels": labels}
+    behind, compared, watch = _behind_first(valid, w), None, None
     if loss.kind == "distil":
-        scored["taught"] = teach(net, variables, tokens, valid)
         scored["weights"] = loss.label_weight * (weights > 0)
         # An answer counts tenfold here, too; all tokens count.
-        weights = jnp.where(labels == IGNORE, 1.0, weights) * _behind_first(valid, w)
-    hidden = window_loop(
+        weights = jnp.where(labels == IGNORE, 1.0, weights) * behind
+    row_count = weights.sum((0, 2))
+    count = row_count.sum() if loss.average == "token" else row_count * row_count.size
+    share = weights / jnp.where(count > 0, count, 1.0)[..., None]
+    if loss.attention_weight > 0:
+        ends = slot_ends(law, plan, slots, added, buffers.k.shape[2] - law.window)
+        ends = jnp.broadcast_to(ends, (n, *ends.shape))
+        compared = Compared(*choose(share * behind, loss.attention_queries), ends)
+        watch = attention_loss
+    if loss.kind == "distil" or compared is not None:
+        taught, shares = teach(net, variables, tokens, valid, compared)
+        if loss.kind == "distil":
+            scored["taught"] = taught
+        if compared is not None:
+            xs["compared"] = compared._replace(shares=shares)
+    hidden, paid = window_loop(
         net,
         tuple(windows.values()),
         variables,
-        _buffers(net, law, tokens.shape, loss),
+        buffers,
         xs,
         remat=loss.remat,
         offload=loss.offload,
+        watch=watch,
     )
     scored["hidden"] = hidden
     token_loss, logits = _losses(net, variables, index, scored)
     weighted = token_loss * weights
-    row_loss, row_count = weighted.sum((0, 2)), weights.sum((0, 2))
+    row_loss = weighted.sum((0, 2))
     if loss.average == "row":
         value = jnp.mean(row_loss / jnp.where(row_count > 0, row_count, 1.0))
     else:
-        total = row_count.sum()
-        value = row_loss.sum() / jnp.where(total > 0, total, 1.0)
+        value = row_loss.sum() / jnp.where(count > 0, count, 1.0)
+    attention = jnp.zeros(()) if paid is None else paid.sum()
+    value = value + loss.attention_weight * attention
     aux: dict[str, Any] = {
         "window_loss": weighted.sum((1, 2)),
         "window_count": weights.sum((1, 2)),
         "token_loss": token_loss,
         "row_loss": row_loss,
         "row_count": row_count,
+        "attention_loss": attention,
     }
     if outputs == "logits":
         aux["logits"] = lax.map(logits, hidden)
@@ -161,8 +199,9 @@ def _windows(net: Net, law: Law, count: int, loss: LossConfig) -> dict[int, Wind
         # The last window, which has no beacons, is not compressed.
         kept = ratio or (count > 1 and (0 in ratios or not ratios))
         keep = tuple(law.kept_entries(ratio).tolist()) if kept else ()
-        remat = loss.remat == "lean"
-        made[ratio] = training_window(net, ratio, law.window, keep, remat=remat)
+        options = {"remat": loss.remat == "lean"}
+        options["watched"] = loss.attention_weight > 0
+        made[ratio] = training_window(net, ratio, law.window, keep, **options)
     return made
 
 

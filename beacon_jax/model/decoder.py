@@ -24,6 +24,7 @@ from beacon_jax.model.rotary import cos_sin, inverse_frequencies, rotate
 
 INIT = nn.initializers.normal(0.02)
 LAYERS = "layers"  # the name of what is stacked, in every collection
+QUERIES = "queries"  # a collection of what attention asks, for those who name it
 # Float16 ends at 65,504, the residual stream of models trained in bfloat16 does not:
 # Qwen2-57B's layers write up to 50,000 at once (auto-round #218), and their inputs, as
 # products of two numbers, may be as large. What a layer writes is computed this much
@@ -304,6 +305,8 @@ class Attention(nn.Module):
                 place.real,
             )
         q, k = (rotate(x, place.cos, place.sin) for x in (q, k))
+        if not self.is_initializing():  # and is nothing where no one asks for it
+            self.sow(QUERIES, "rotated", q)
 
         def attend(q, k, v, k_buffer, v_buffer):
             frequencies = inverse_frequencies(self.net.config)

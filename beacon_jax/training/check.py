@@ -47,13 +47,17 @@ LIMITS = (
         "is a share of the steps: use a number from 0 to 1",
     ),
     (
-        ("log_every", "save_every", "keep", "accumulate", "optimizer.max_nonfinite"),
+        (
+            *("log_every", "save_every", "keep", "accumulate"),
+            *("optimizer.max_nonfinite", "loss.attention_queries"),
+        ),
         lambda x: x >= 1,
         "must be at least 1",
     ),
     (
         (
-            *("window", "memory_slots", "seed", "loss.label_weight"),
+            *("window", "memory_slots", "seed"),
+            *("loss.label_weight", "loss.attention_weight"),
             *("optimizer.weight_decay", "optimizer.clip", "optimizer.warmup"),
         ),
         lambda x: x >= 0,
@@ -138,6 +142,8 @@ def _check_choices(config: Config) -> None:
             f"loss.label_weight={config.loss.label_weight} is for loss.kind='distil': "
             "leave it at 0, or set loss.kind='distil'."
         )
+    if config.loss.attention_weight > 0:
+        _check_attention_loss(config)
     if config.trainable == "all" and config.beacon.use and config.beacon.rank:
         raise ValueError(
             f"beacon.rank={config.beacon.rank} changes a base that stays as it is, and "
@@ -151,6 +157,22 @@ def _check_choices(config: Config) -> None:
     if not (config.init_from or config.tokenizer.path or config.tokenizer.train):
         raise ValueError(
             "init_from='' has no tokenizer: set tokenizer.path or tokenizer.train."
+        )
+
+
+def _check_attention_loss(config: Config) -> None:
+    """Raises ValueError for settings that do not go with loss.attention_weight."""
+    said = f"loss.attention_weight={config.loss.attention_weight}"
+    if config.trainable != "beacon":
+        raise ValueError(
+            f"{said} with trainable={config.trainable!r}: the model's own attention is "
+            "what beacons are held to and must not change. Set trainable='beacon', or "
+            "loss.attention_weight=0."
+        )
+    if config.mesh.stage > 1:
+        raise ValueError(
+            f"{said} does not go with mesh.stage={config.mesh.stage}: use "
+            "mesh.stage=1, or loss.attention_weight=0."
         )
 
 

@@ -50,6 +50,8 @@ BEFORE = {
     "config.beacon.rank": 0,
     "config.beacons_from": "",
     "config.data.first_step": 0,
+    "config.loss.attention_queries": 64,
+    "config.loss.attention_weight": 0.0,
     "config.mesh.stage": 1,
     "config.rules.layers": ["stage"],
 }

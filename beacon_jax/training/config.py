@@ -130,6 +130,12 @@ def default_config() -> Config:
             "kind": "labels",
             # Of "distil": how much of a label's cross entropy is added at its token.
             "label_weight": 0.0,
+            # How much is added of the cross entropy between the attention that tokens
+            # pay to the memory and what full attention pays to the tokens that it
+            # stands for: beacons learn to be found. It costs a teacher's pass.
+            "attention_weight": 0.0,
+            # Tokens of a window whose attention is compared, those that weigh most.
+            "attention_queries": 64,
             # Leaves out the loss of the first window, which sees no beacon.
             "skip_first_window": False,
             "average": "token",  # mean over labels; "row": mean of the rows' means

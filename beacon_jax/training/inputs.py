@@ -188,14 +188,19 @@ class Inputs:
         return iter(steps.to_iter_dataset(options))
 
 
+def has_teacher(config: Config) -> bool:
+    """Tells whether full attention reads each row for the loss."""
+    return config.loss.kind == "distil" or config.loss.attention_weight > 0
+
+
 def step_flops(
     config: Config,
     model: ModelConfig,
     plans: Int[np.ndarray, "N P"],
     valid: Int[np.ndarray, "N B"],
 ) -> int:
-    """Counts the model FLOPs of a step; the teacher of a distillation reads it, too."""
-    taught = config.loss.kind == "distil"
+    """Counts the model FLOPs of a step; a teacher reads it, too."""
+    taught = has_teacher(config)
     return training_step(model, plans, valid, trainable=config.trainable, taught=taught)
 
 

@@ -17,6 +17,7 @@ from beacon_jax.model.config import ModelConfig
 from beacon_jax.model.decoder import residual_dtype
 from beacon_jax.training.config import Config
 from beacon_jax.training.hardware import memory_gib
+from beacon_jax.training.inputs import has_teacher
 from beacon_jax.training.inputs import slots as memory_room
 from beacon_jax.training.sharding import Placement
 
@@ -101,11 +102,18 @@ def step_bytes(
         inputs += rows * windows * window * model.hidden_size * wide
     layer = rows * window * _activations(model, size) / tensor
     fixed = state + base + gradients + buffers + hidden + inputs
-    if config.loss.kind == "distil":
+    if has_teacher(config):
         # The teacher's hidden states stay; its keys and values of all tokens are gone
         # before the student's backward pass makes what is in `buffers`.
         taught = rows * windows * law.window * size
-        fixed += taught * model.hidden_size + max(taught * kv - buffers, 0)
+        fixed += max(taught * kv - buffers, 0)
+        if config.loss.kind == "distil":
+            fixed += taught * model.hidden_size
+    if config.loss.attention_weight > 0:
+        # What it pays to each slot stays, too; a layer's tables of scores do not.
+        compared = rows * min(config.loss.attention_queries, law.window)
+        fixed += compared * windows * layers * entries * size
+        layer += compared * 4 * model.num_heads / tensor * (entries + window)
     return {
         "lean": SLACK * (fixed + layers * layer),
         "lean-layer": SLACK * (fixed + layer),

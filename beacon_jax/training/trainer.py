@@ -468,6 +468,8 @@ def make_update(
         settings = LossConfig(
             kind=config.loss.kind,
             label_weight=config.loss.label_weight,
+            attention_weight=config.loss.attention_weight,
+            attention_queries=config.loss.attention_queries,
             skip_first_window=config.loss.skip_first_window,
             average=config.loss.average,
             remat=remat,

@@ -113,7 +113,7 @@ def close(found, wanted):
 def test_the_teacher_is_full_attention_over_the_row():
     v, net = variables(), Net(config())
     rows = batch()
-    hidden = teach(net, v, jnp.asarray(rows["tokens"]), jnp.asarray(rows["valid"]))
+    hidden, _ = teach(net, v, jnp.asarray(rows["tokens"]), jnp.asarray(rows["valid"]))
     logits = apply(Decoder(net, Layout(1, 1, 0)), v, hidden, method="logits")
     live = np.arange(W) < rows["valid"][..., None]
     found, wanted = (

@@ -109,7 +109,7 @@ SMALL = data.Recall(16, 2, 4, 2)
 
 
 def small_batch(rng):
-    return training.whole_rows(SMALL.draw(rng, 4))
+    return training.curriculum(SMALL, 4, rng)
 
 
 def small_part(steps):
@@ -154,6 +154,32 @@ def test_a_killed_training_goes_on_and_a_finished_one_is_read_back(
     calls[:] = [1] * 4  # a step more would raise
     assert same(train("killed"), whole)
     assert training.seconds(tmp_path / "killed")["base"]["step"] == 10
+
+
+def test_a_step_of_the_base_is_without_heads_or_a_layer():
+    rng = np.random.default_rng(0)
+    drawn = np.stack(
+        [training.heads_left(0.3, {1: 0.2, 2: 0.3}, rng) for _ in range(2000)]
+    )
+    whole = drawn.sum(axis=2)
+    off = (whole == 0).mean(axis=0)
+    np.testing.assert_allclose(off, [0, 0.2, 0.3], atol=0.04)
+    np.testing.assert_allclose(whole[whole > 0], 4, rtol=1e-6)  # what is left is larger
+    assert ((whole == 0).sum(axis=1) <= 1).all()
+    assert 0.2 < (drawn[:, 0] == 0).mean() < 0.3  # one head of a layer stays
+    assert (training.heads_left(0.0, {}, rng) == 1).all()
+
+
+def test_a_base_without_a_layer_is_one_whose_attention_writes_nothing():
+    params = training.init_base(0)
+    batch = training.repeated({2: 1.0}, 2, np.random.default_rng(0))
+    assert (batch["heads"] == [[1] * 4, [1] * 4, [0] * 4]).all()
+    loss, _ = training.plain_loss(params, {}, batch)
+    other = jax.tree.map(np.array, params)
+    other["layers"]["attention"]["v_proj"]["kernel"][2] = 7.0
+    assert training.plain_loss(other, {}, batch)[0] == loss
+    batch["heads"] = np.ones((3, 4), np.float32)
+    assert training.plain_loss(other, {}, batch)[0] != loss
 
 
 def test_a_stage_ends_at_its_gate(tmp_path):

@@ -24,6 +24,8 @@ from beacon_jax.training.trainer import train
         ("loss.kind", "distill", "loss.kind='distill' is unknown: did you mean distil"),
         ("loss.label_weight", -1.0, "loss.label_weight=-1.0 must not be negative"),
         ("loss.label_weight", 0.5, "loss.label_weight=0.5 is for loss.kind='distil'"),
+        ("loss.attention_weight", -1.0, "loss.attention_weight=-1.0 must not be neg"),
+        ("loss.attention_queries", 0, "loss.attention_queries=0 must be at least 1"),
         ("init_from", "", "init_from=''"),
         ("log_every", 0, "log_every=0 must be at least 1"),
         ("memory_slots", -1, "memory_slots=-1 must not be negative"),
@@ -67,6 +69,14 @@ def test_a_wrong_setting_is_named_before_data_is_read(
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=message):
         train(config, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"trainable": "all"}, {"mesh.stage": 2}])
+def test_attention_is_held_to_that_of_a_base_that_stays(config, change, tmp_path):
+    config.loss.attention_weight = 0.1
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match="loss.attention_weight=0.1 .*or loss.attent"):
+        check_settings(config, tmp_path / "run")
 
 
 def test_a_folder_that_is_not_there_is_named_with_its_key(config, tmp_path):

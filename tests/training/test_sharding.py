@@ -34,7 +34,7 @@ def place(data=1, fsdp=1, tensor=1, stage=1, rules=RULES, rows=(B,)):
     return make_placement(sizes, ConfigDict(rules), rows)
 
 
-def loss_of(average, remat="lean"):
+def loss_of(average, remat="lean", **others):
     def loss(trained, frozen, batch, plan, partition):
         variables = {**frozen, **trained}
         return train_loss(
@@ -43,7 +43,7 @@ def loss_of(average, remat="lean"):
             variables["params"],
             batch,
             plan,
-            LossConfig(average=average, remat=remat),
+            LossConfig(average=average, remat=remat, **others),
         )
 
     return loss
@@ -105,14 +105,18 @@ def expected(average, plans, rows=B):
 
 
 @functools.cache
-def on(mesh, trained_names, average, parts):
+def on(mesh, trained_names, average, parts, **others):
     placement, (variables, _) = place(*mesh), inputs()
     trained = {name: variables[name] for name in trained_names}
     frozen = {n: x for n, x in variables.items() if n not in trained}
     shardings = placement.trained(MODEL, trained)
     run = jax.jit(
         make_value_and_grad(
-            loss_of(average), placement, shardings, average=average, parts=parts
+            loss_of(average, **others),
+            placement,
+            shardings,
+            average=average,
+            parts=parts,
         )
     )
     trained = jax.tree.map(put, trained, shardings)
@@ -228,6 +232,24 @@ def test_accumulated_parts_give_the_gradients_of_the_whole_batch(mesh, average, 
     assert_close(gradients, chosen(theirs, BEACON))
     assert aux["window_loss"].shape == (N, pieces)
     np.testing.assert_allclose(aux["window_loss"].sum(1), windows.sum(1), rtol=1e-5)
+
+
+@slow
+@pytest.mark.parametrize("average", ["token", "row"])
+def test_attention_is_compared_alike_on_any_mesh(average):
+    """And in parts: devices and parts have their own rows, with unequal weights."""
+    others = {"attention_weight": 2.0, "attention_queries": 2}
+    found = []
+    for mesh, parts in ((1, 1, 1), 1), ((2, 2, 2), 2), ((1, 4, 2), 1):
+        placement, run = on(mesh, BEACON, average, parts, **others)
+        plans = np.repeat(PLAN, parts * placement.plans, axis=1)
+        (loss, _), gradients = run(placement.batch(inputs()[1]), placement.plan(plans))
+        found.append((loss, gradients))
+    plain, _, _ = on_mesh((1, 1, 1), BEACON, average, PLAN)
+    assert found[0][0] > plain + 0.1
+    for loss, gradients in found[1:]:
+        np.testing.assert_allclose(loss, found[0][0], rtol=1e-5)
+        assert_close(gradients, found[0][1])
 
 
 def test_the_optimizers_state_is_split_and_nothing_frozen_has_one():

@@ -112,7 +112,7 @@ def test_resume_after_sigterm_is_bit_identical(config, tmp_path, monkeypatch, ca
 
 @pytest.mark.slow
 def test_distillation_is_trained_and_resumed_like_labels(config, tmp_path, monkeypatch):
-    config.loss.update({"kind": "distil", "label_weight": 0.1})
+    config.loss.update({"kind": "distil", "label_weight": 0.1, "attention_weight": 0.1})
     config.accumulate = 2
     train(config, tmp_path / "whole")
     monkeypatch.setattr(trainer.Signals, "after", kill_after_step_3)
@@ -124,7 +124,10 @@ def test_distillation_is_trained_and_resumed_like_labels(config, tmp_path, monke
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     # Beacons start as an end token: far from full attention, but not as far as labels.
-    first = losses(tmp_path / "whole")[1]
+    config.loss.attention_weight = 0.0
+    train(config, tmp_path / "without")
+    first = losses(tmp_path / "without")[1]
+    assert first < losses(tmp_path / "whole")[1]
     config.loss.update({"kind": "labels", "label_weight": 0.0})
     train(config, tmp_path / "labels")
     assert 0 < first < losses(tmp_path / "labels")[1]

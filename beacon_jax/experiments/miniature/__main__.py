@@ -41,13 +41,16 @@ def base_part(settings: Settings) -> Part:
     draw = lambda kind: functools.partial(
         training.curriculum, kind, settings.base_batch
     )
-    first = functools.partial(training.repeated, settings.base_batch)
+    repeats = [
+        functools.partial(training.repeated, without, settings.base_batch)
+        for without in training.WITHOUT[:-1]
+    ]
     short, steps = Recall(64, 4, 12, 8), settings.steps
     # A token that a segment has twice is a guess at first: 93 % is all there is to
     # reach, and the way from 80 % took longer than the way there.
     stages = (
-        Stage(first, steps(REPEATS), gate=0.75, decays=False),
-        Stage(draw(short), steps(MIDDLE), gate=0.8, decays=False),
+        *(Stage(x, steps(REPEATS), gate=0.75, decays=False) for x in repeats),
+        Stage(draw(short), steps(MIDDLE), gate=0.65, decays=False),
         Stage(draw(training.TRAINED), steps(settings.base_steps)),
     )
     return Part("base", 0, training.plain_loss, settings.base_lr, stages)

@@ -57,6 +57,14 @@ PLAIN = ModelConfig(
 )
 WARMUP, DECAY_START, LAST_RATE = 100, 0.6, 0.05  # steps; shares of the steps and of lr
 SAVE_EVERY = 250  # steps
+# Heads of the base that a step is without, once recall has begun. Else few heads of a
+# layer recall, and a beacon, which has one key per head, has no place for a second
+# pair.
+DROPPED = 0.3
+# Shares of the steps without the attention of a layer, counted from 0: in the base's
+# first stage, its second, later ones. Else layer 1 recalls and layer 2 does nothing; a
+# beacon then has to read all that it hands over in layer 0.
+WITHOUT = {1: 1.0}, {1: 0.4, 2: 0.6}, {1: 0.2, 2: 0.3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +119,14 @@ def init_base(seed: int) -> Tree:
 
 
 def plain_loss(trained: Tree, frozen: Tree, batch: Any) -> tuple[Array, Array]:
-    """Computes the loss of the base itself: one window, which is the whole row."""
+    """Computes the loss of the base itself: one window, which is the whole row.
+
+    batch["heads"] [L, N] are factors of what the heads write.
+    """
     del frozen
-    return _loss(Net(PLAIN, attention="reference"), {}, trained, batch)
+    batch = dict(batch)
+    params = _with_heads(trained, batch.pop("heads"))
+    return _loss(Net(PLAIN, attention="reference"), {}, params, batch)
 
 
 def beacon_loss(
@@ -131,6 +144,14 @@ def _loss(net: Net, beacon: Tree, params: Tree, batch: Any) -> tuple[Array, Arra
     kind = LossConfig(remat="lean" if net.config.beacon else "none")
     loss, aux = train_loss(net, beacon, params, batch, plan, kind)
     return loss, recalled(aux["token_loss"], answers)
+
+
+def _with_heads(params: Tree, factors: Float[Array, "L N"]) -> Tree:
+    layers = params["layers"]
+    attention = layers["attention"]
+    kernel = attention["o_proj"]["kernel"] * factors[..., None, None]
+    attention = {**attention, "o_proj": {"kernel": kernel}}
+    return {**params, "layers": {**layers, "attention": attention}}
 
 
 def recalled(token_loss: Array, answers: Array) -> Float[Array, ""]:
@@ -161,9 +182,37 @@ def in_windows(texts: Texts, window: int, plan: Any) -> Batch:
     }
 
 
-def repeated(rows: int, rng: np.random.Generator) -> Batch:
-    """Draws the warm-up of the base: repeated segments, all of them."""
-    return whole_rows(data.repeats(rng, rows, 48))
+def repeated(without: dict[int, float], rows: int, rng: np.random.Generator) -> Batch:
+    """Draws the warm-up of the base: repeated segments, all of them.
+
+    Args:
+      without: shares of steps without the attention of a layer.
+    """
+    batch = whole_rows(data.repeats(rng, rows, 48))
+    return batch | {"heads": heads_left(0.0, without, rng)}
+
+
+def heads_left(
+    dropped: float, without: dict[int, float], rng: np.random.Generator
+) -> Float[np.ndarray, "L N"]:
+    """Draws factors of the heads of a step, 0 for dropped ones.
+
+    A layer is left with one head at least, or has none at all (Zhou et al. 2020, arXiv
+    2004.13342).
+
+    Args:
+      dropped: the share of the heads.
+      without: shares of steps without the attention of a layer; never of two.
+    """
+    heads = rng.random((PLAIN.num_layers, PLAIN.num_heads)) >= dropped
+    heads[np.arange(len(heads)), rng.integers(PLAIN.num_heads, size=len(heads))] = True
+    factors = heads * PLAIN.num_heads / heads.sum(axis=1, keepdims=True)
+    drawn, upto = rng.random(), 0.0
+    for layer, share in without.items():
+        if upto <= drawn < upto + share:
+            factors[layer] = 0.0
+        upto += share
+    return factors.astype(np.float32)
 
 
 def curriculum(kind: Recall, rows: int, rng: np.random.Generator) -> Batch:
@@ -171,10 +220,11 @@ def curriculum(kind: Recall, rows: int, rng: np.random.Generator) -> Batch:
     some = rows // 4
     again = data.repeats(rng, some, kind.length) if some else None
     texts = kind.draw(rng, rows - some)
+    factors = {"heads": heads_left(DROPPED, WITHOUT[-1], rng)}
     if again is None:
-        return whole_rows(texts)
+        return whole_rows(texts) | factors
     again = again._replace(answers=np.zeros_like(again.answers))  # not in the recall
-    return whole_rows(data.joined(texts, again))
+    return whole_rows(data.joined(texts, again)) | factors
 
 
 def compressed(per: str, rows: int, rng: np.random.Generator) -> Batch:
