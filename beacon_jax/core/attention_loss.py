@@ -2,7 +2,7 @@
 
 A beacon recalls something if the right queries find its key, and if its value then
 says what they want. A loss of labels teaches either only once the other is there. So
-training stands still for long, and then finds the token next to the beacon and no
+training may stand still for long, and may find the token next to the beacon and no
 other. What full attention pays to the tokens that a beacon stands for is known, and
 says at once which queries its key has to be found by.
 

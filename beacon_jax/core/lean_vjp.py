@@ -85,9 +85,11 @@ def run_window(
 
     def nothing(k, v):
         none = jnp.zeros((b, w, net.config.hidden_size), dtype)
-        found = jax.eval_shape(run(windows[0]), k, v)[2]
         kept = Entries(*(jnp.zeros_like(x[:, :, :most]) for x in (k, v)))
-        return none, kept, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+        if not settings.watch:
+            return none, kept, None
+        found = jax.eval_shape(run(windows[0]), k, v)[2]
+        return none, kept, jnp.zeros(found.shape, found.dtype)
 
     hidden, kept, found = switch(x, [nothing, *map(run, windows)])(*buffers)
     after = append(net.config, buffers, kept, x["slots"], x["ratio"])
