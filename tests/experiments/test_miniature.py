@@ -373,7 +373,7 @@ def test_the_command_trains_measures_and_goes_on_where_it_was(tmp_path, monkeypa
     result = run()
     (record,) = result["seeds"]
     assert record["frozen"]
-    assert {x["step"] for x in record["trained"].values()} == {1, 3}
+    assert {x["step"] for x in record["trained"].values()} == {1, 4}
     cell = {tuple(c.values())[:4]: c for c in record["cells"]}
     assert cell[512, 16, "beacons", 16]["questions"] == 16
     for ending in ("json", "md", "png"):
