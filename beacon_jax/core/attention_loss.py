@@ -82,8 +82,6 @@ def slot_ends(
 ) -> Int[Array, "B U"]:
     """Counts the tokens of each row up to the end of each slot.
 
-    A beacon stands for its unit; a sink for itself, so that the first beacon has less.
-
     Args:
       plan: ratios of the windows.
       slots, added: as `count_slots` gives them.
@@ -91,10 +89,7 @@ def slot_ends(
     """
     n, b = slots.shape
     token = jnp.arange(law.window)
-    ratio, slots = plan[:, None, None], slots[..., None]
-    sink = jnp.where(slots == 0, law.sink, 0)
-    units = sink + token // jnp.maximum(ratio, 1)
-    of_token = slots + jnp.where((ratio == 0) | (token < sink), token, units)
+    of_token = law.slot_of(plan[:, None, None], slots[..., None], token)
     # Windows follow each other in a row from its first one on; none is left out.
     full = added > 0
     before = (jnp.cumsum(full, axis=0) - full) * law.window

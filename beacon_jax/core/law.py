@@ -118,6 +118,20 @@ class Law:
             beacon = self.window + nth
         return xp.where((ratio == 0) | (new < sink), new, beacon)
 
+    def slot_of(self, ratio: Any, slots: Any, token: Any) -> Any:
+        """Finds the slot that stands for a token of a window that closes.
+
+        A sink stands for itself, a beacon for the rest of its unit.
+
+        Args:
+          slots: in front of the window.
+          token: its number in the window.
+        """
+        xp = _library(ratio, slots, token)
+        sink, entry = xp.where(slots == 0, self.sink, 0), self.entries(ratio, token)
+        unit = sink + token // xp.maximum(ratio, 1)
+        return slots + xp.where((ratio == 0) | (entry < sink), entry, unit)
+
     def kept_entries(self, ratio: int, slots: int = 0) -> Int[np.ndarray, " n"]:
         """Lists the entries of a full window that become slots, [sink | beacons]."""
         return self.place(ratio, slots, np.arange(self.kept(ratio, slots)))

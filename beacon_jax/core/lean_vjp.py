@@ -48,9 +48,9 @@ class LoopSettings(NamedTuple):
         """Entries that every branch hands over, the last ones as padding."""
         return max(window.kept for window in self.windows)
 
-    def watched(self, seen: Any, x: dict[str, Any], own: Any) -> Any:
+    def watched(self, seen: Any, x: dict[str, Any], given: Any) -> Any:
         """Returns what `watch` makes of a layer's attention; None without one."""
-        return self.watch(self.net, seen, x, own) if self.watch else None
+        return self.watch(self.net, seen, x, given) if self.watch else None
 
     def per_layer(self, x: dict[str, Any]) -> Any:
         """Returns what `watch` is given of each layer, [L, ...], or None."""
@@ -70,9 +70,9 @@ def run_window(
     def run(window):
         def branch(k, v):
             def layer(h, per_layer):
-                one, k, v, own = per_layer
+                one, k, v, given = per_layer
                 h, kept, seen = window.layer(one, h, k, v, x["slots"])
-                return h, (kept, settings.watched(seen, x, own))
+                return h, (kept, settings.watched(seen, x, given))
 
             if remat == "layer":
                 layer = jax.checkpoint(layer, prevent_cse=False)
@@ -128,12 +128,10 @@ def _lean_bwd(settings: LoopSettings, residuals: Any, d_out: Any) -> Any:
     def step(sums, x_and_ct):
         return switch(x_and_ct[0], branches)(sums, *x_and_ct), None
 
-    xs_and_ct = (xs, *d_out)
-
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
     d_buffers = constrain_entries(net, jax.tree.map(zeros, buffers))
     start = (d_buffers, outer.zeros(), layers.zeros())
-    (_, d_outer, d_layers), _ = lax.scan(step, start, xs_and_ct, reverse=True)
+    (_, d_outer, d_layers), _ = lax.scan(step, start, (xs, *d_out), reverse=True)
     gradients = join(outer.full(d_outer), layers.full(d_layers), variables)
     return gradients, None, None
 
@@ -194,7 +192,7 @@ def _reverse(
     f = lambda own, h: window.finish(outer.merge(own), h)
     _, pull_finish = jax.vjp(f, outer.own, h)
     at_end, d_h = pull_finish(d_hidden)
-    d_h, d_buffers, d_layers = layers.backward(kept, d_h, d_found, d_buffers, d_layers)
+    d_h, d_buffers, d_layers = layers.backward(kept, d_h, d_buffers, d_layers, d_found)
     # The barrier keeps the order of the sums: XLA would scatter a window's rows of the
     # embedding straight into the total, where plain reverse mode adds them up first.
     (at_begin,) = lax.optimization_barrier(pull_begin(d_h))
@@ -228,9 +226,9 @@ class LayersBackward:
         self,
         kept: Any,
         d_h: Float[Array, "B T D"],
-        d_found: Float[Array, " L"] | None,
         d_buffers: Entries,
         d_layers: list[Array],
+        d_found: Float[Array, " L"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Entries, list[Array]]:
         """Returns the cotangent of what enters the first layer, and the sums."""
         numbers = jnp.arange(self.held.buffers.k.shape[0])
@@ -274,7 +272,7 @@ class LayersBackward:
         pull: Any
         f = lambda *a: self._layer(a[0], frozen, watched, *a[1:])
         (after, *_), pull = jax.vjp(f, own, h, k, v)
-        return after, self.saved.store(pull, (own, frozen, h, k, v))
+        return after, self.saved.store(pull, (own, (frozen, watched), h, k, v))
 
     def _down(self, carry: Any, per_layer: Any) -> Any:
         d_h, d_k, d_v, d_own = carry
@@ -284,7 +282,7 @@ class LayersBackward:
             f = lambda *a: self._layer(a[0], frozen, watched, *a[1:])
             _, pull = jax.vjp(f, own, kept, k, v)
         else:
-            pull = self.saved.restore(kept, (own, frozen, k, v))
+            pull = self.saved.restore(kept, (own, (frozen, watched), k, v))
         of_layer = lambda total: lax.dynamic_index_in_dim(total, i, keepdims=False)
         taken = lambda total, x: self._taken(of_layer(total), x.dtype)
         d_new = Entries(taken(d_k, k), taken(d_v, v))

@@ -209,8 +209,7 @@ def _reverse(
     d_h = d_h[:, : window.length]
     other = lambda h, d_h, d_outer: (d_h, d_outer)
     d_h, d_outer = lax.cond(me == size - 1, finish, other, h, d_h, sums.outer)
-    sums_of = (sums.buffers, sums.layers)
-    d_h, d_buffers, d_layers = layers.backward(kept, d_h, None, *sums_of)
+    d_h, d_buffers, d_layers = layers.backward(kept, d_h, sums.buffers, sums.layers)
     d_outer = lax.cond(me == 0, begin, lambda d_h, d_outer: d_outer, d_h, d_outer)
     return _Sums(d_buffers, d_outer, d_layers), padded(d_h, held.settings.length)
 

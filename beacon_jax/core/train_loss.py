@@ -146,8 +146,8 @@ def train_loss(
         weights = jnp.where(labels == IGNORE, 1.0, weights) * behind
     row_count = weights.sum((0, 2))
     count = row_count.sum() if loss.average == "token" else row_count * row_count.size
-    share = weights / jnp.where(count > 0, count, 1.0)[..., None]
     if loss.attention_weight > 0:
+        share = weights / jnp.where(count > 0, count, 1.0)[..., None]
         ends = slot_ends(law, plan, slots, added, buffers.k.shape[2] - law.window)
         ends = jnp.broadcast_to(ends, (n, *ends.shape))
         compared = Compared(*choose(share * behind, loss.attention_queries), ends)

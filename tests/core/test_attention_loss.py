@@ -73,17 +73,19 @@ def plain(net, rows, plan, kind, average, queries):
 
 
 @pytest.mark.parametrize(
-    "remat, kind, queries, plan, beacon",
+    "remat, kind, queries, plan, beacon, offload",
     [
-        ("lean", "distil", 3, PLAN, {"sink": 1}),
-        slow("lean", "labels", W, PLAN, {}),
-        slow("lean-layer", "distil", W, (4, 4, 2, 2), {"sink": 3}),
-        slow("none", "labels", 5, (4, 2, 2, 2), {"placement": "append"}),
-        slow("window", "distil", 2, (2, 2, 4, 4), {"placement": "append"}),
-        slow("lean", "labels", W, (2, 0, 4, 2), {"ratios": (0, 2, 4)}),
+        ("lean", "distil", 3, PLAN, {"sink": 1}, True),
+        slow("lean", "labels", W, PLAN, {}, False),
+        slow("lean-layer", "distil", W, (4, 4, 2, 2), {"sink": 3}, True),
+        slow("none", "labels", 5, (4, 2, 2, 2), {"placement": "append"}, False),
+        slow("window", "distil", 2, (2, 2, 4, 4), {"placement": "append"}, False),
+        slow("layer", "labels", W, (2, 0, 4, 2), {"ratios": (0, 2, 4)}, False),
     ],
 )
-def test_value_and_gradients_are_those_of_tables(remat, kind, queries, plan, beacon):
+def test_value_and_gradients_are_those_of_tables(
+    remat, kind, queries, plan, beacon, offload
+):
     net, rows, plan = Net(config(**beacon)), batch(), np.asarray(plan, np.int32)
     v, average = variables(), "row" if remat == "lean-layer" else "token"
 
@@ -94,6 +96,7 @@ def test_value_and_gradients_are_those_of_tables(remat, kind, queries, plan, bea
             attention_queries=queries,
             average=average,
             remat=remat,
+            offload=offload,
         )
         value, aux = train_loss(net, own, v["params"], rows, plan, settings)
         return value, aux["attention_loss"]

@@ -68,6 +68,10 @@ def check(law: Law, plan: list[int]) -> None:
         spans, each = law.source(ratio, law.kept_entries(ratio, slots))
         found = np.column_stack([spans + number * law.window, each])
         assert found.tolist() == [list(entry) for entry in row.slots[slots:]]
+        token = np.arange(law.window)
+        stands = (spans[:, :1] <= token) & (token < spans[:, 1:])  # a sink comes first
+        owner = slots + stands.argmax(axis=0)
+        np.testing.assert_array_equal(law.slot_of(ratio, slots, token), owner)
     assert after[-1] == len(row.slots)
     assert row.most <= after[-1] + law.room(plan)
     if len(set(plan)) == 1:

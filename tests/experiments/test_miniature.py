@@ -109,7 +109,7 @@ SMALL = data.Recall(16, 2, 4, 2)
 
 
 def small_batch(rng):
-    return training.curriculum(SMALL, 4, rng)
+    return training.curriculum(SMALL, 4, 0.3, rng)
 
 
 def small_part(steps):

@@ -39,7 +39,7 @@ REPEATS, MIDDLE = 2000, 400  # most steps of the base's first stages, ended by r
 def base_part(settings: Settings) -> Part:
     """Makes the base's training: repeated segments, short texts, whole texts."""
     draw = lambda kind: functools.partial(
-        training.curriculum, kind, settings.base_batch
+        training.curriculum, kind, settings.base_batch, settings.dropped
     )
     repeats = [
         functools.partial(training.repeated, without, settings.base_batch)

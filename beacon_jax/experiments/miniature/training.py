@@ -57,10 +57,6 @@ PLAIN = ModelConfig(
 )
 WARMUP, DECAY_START, LAST_RATE = 100, 0.6, 0.05  # steps; shares of the steps and of lr
 SAVE_EVERY = 250  # steps
-# Heads of the base that a step is without, once recall has begun. Else few heads of a
-# layer recall, and a beacon, which has one key per head, has no place for a second
-# pair.
-DROPPED = 0.3
 # Shares of the steps without the attention of a layer, counted from 0: in the base's
 # first stage, its second, later ones. Else layer 1 recalls and layer 2 does nothing; a
 # beacon then has to read all that it hands over in layer 0.
@@ -77,6 +73,8 @@ class Settings:
         Recall is there after 200, but symbols still cost 3.5 nats of the 1.4 they have
         to, and beacons then learn what the base has not.
       beacon_steps: of every way to compress.
+      dropped: share of the base's heads that a step of its later stages is without.
+        Else no head recalls alone, and a beacon has one key and value per head.
       base_batch, batch: rows of a step.
       base_lr, lr: Adam's at their peaks, of the base and of every way to compress.
         After 400 steps an answer at x2 cost 2.3 nats at 4e-3, 3.0 at 2e-3 and 8e-3.
@@ -87,6 +85,7 @@ class Settings:
     scale: float = 1.0
     base_steps: int = 1200
     beacon_steps: int = 3000
+    dropped: float = 0.3
     base_batch: int = 32
     batch: int = 16
     base_lr: float = 2e-3
@@ -215,12 +214,18 @@ def heads_left(
     return factors.astype(np.float32)
 
 
-def curriculum(kind: Recall, rows: int, rng: np.random.Generator) -> Batch:
-    """Draws a later stage of the base: a quarter are still repeated segments."""
+def curriculum(
+    kind: Recall, rows: int, dropped: float, rng: np.random.Generator
+) -> Batch:
+    """Draws a later stage of the base: a quarter are still repeated segments.
+
+    Args:
+      dropped: share of the heads that the step is without.
+    """
     some = rows // 4
     again = data.repeats(rng, some, kind.length) if some else None
     texts = kind.draw(rng, rows - some)
-    factors = {"heads": heads_left(DROPPED, WITHOUT[-1], rng)}
+    factors = {"heads": heads_left(dropped, WITHOUT[-1], rng)}
     if again is None:
         return whole_rows(texts) | factors
     again = again._replace(answers=np.zeros_like(again.answers))  # not in the recall
