@@ -125,15 +125,27 @@ def _check(model: "Model", text: Int[np.ndarray, " n"], settings: Fitting) -> No
         raise ValueError(
             "model.tokenizer=None: statements are words, so fitting needs a tokenizer."
         )
-    if len(text) < settings.length:
+    check_rows(model, text, settings.length)
+
+
+def check_rows(
+    model: "Model", text: Int[np.ndarray, " n"], length: int, rows: int = 1
+) -> None:
+    """Raises ValueError if a text is too short, or rows are too long for a model.
+
+    Args:
+      length: tokens of a row.
+      rows: that have to fit into the text.
+    """
+    if len(text) < rows * length:
         raise ValueError(
-            f"text has {len(text):,} tokens, fewer than the {settings.length:,} of "
-            "length: give more text, or shorter rows."
+            f"text has {len(text):,} tokens, but {rows * length:,} are needed: give "
+            "more, or shorter rows (length)."
         )
-    if settings.length > model.config.trained_positions:
+    if length > model.config.trained_positions:
         raise ValueError(
-            f"length={settings.length:,} is above the positions that the model was "
-            f"trained for, {model.config.trained_positions:,}: give shorter rows."
+            f"length={length:,} is above the positions that the model was trained for, "
+            f"{model.config.trained_positions:,}: give shorter rows."
         )
 
 

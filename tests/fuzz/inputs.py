@@ -174,7 +174,9 @@ def make_adapter(root: Path) -> None:
 def make_retention(root: Path) -> None:
     rng = np.random.default_rng(0)
     some = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    Retention(some(2, 2, 8), 0.5, 0.25, some(2, 8)).save(root / "scores")
+    made = Retention(some(2, 2, 8), 0.5, 0.25, some(2, 8))
+    made.save(root / "scores")
+    made.with_correction(some(2, 2, 8)).save(root / "corrected")
 
 
 def make_gguf(root: Path) -> None:

@@ -164,7 +164,8 @@ def _prepares_with(folder: Path, out: Path) -> str | None:
 def _scores(folder: Path, out: Path) -> str | None:
     made = find(f"retention:{folder}")
     assert isinstance(made, Retention)
-    numbers = (made.weights, made.sample, made.bias, made.threshold)
+    numbers = [made.weights, made.sample, made.bias, made.threshold]
+    numbers += [] if made.correction is None else [made.correction]
     finite = all(np.isfinite(x).all() for x in numbers)
     return None if finite else "values that are no numbers would be used"
 

@@ -1,6 +1,7 @@
 """Retention: fitted to a model, it keeps facts whole, and is refused elsewhere."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +169,7 @@ def test_settings_that_cannot_be_are_refused(tiny):
     with pytest.raises(ValueError, match="rows=3 must be >= 8"):
         Fitting(rows=3)
     few = np.arange(50, dtype=np.int32)
-    with pytest.raises(ValueError, match="text has 50 tokens, fewer than the 128"):
+    with pytest.raises(ValueError, match="text has 50 tokens, but 128 are needed"):
         fit_retention(tiny, few, Fitting(length=128))
     long = np.zeros(10**6, np.int32)
     with pytest.raises(ValueError, match="is above the positions"):
@@ -206,8 +207,13 @@ def retain(*arguments):
 
 def test_the_command_writes_what_evaluate_reads(tmp_path, capsys):
     out = tmp_path / "kept"
-    retain("--rows=8", "--length=128", f"--out={out}")
-    assert "use it with --method=retention:" in capsys.readouterr().out
+    few = "--rows=8", "--length=128", "--steps=2"
+    retain(*few, f"--out={out}")
+    told = capsys.readouterr().out
+    assert "use it with --method=retention:" in told
+    assert re.search(r"not trained on: 0.\d+, corrected 0.\d+", told)
+    helps = "is left out" not in told
+    assert (Retention.load(out).correction is not None) == helps
     assert (out / FILE).is_file()
     names = [f"retention:{out}", f"retention_recent:{out}"]
     methods = make_methods(names, [4, 8])
@@ -223,7 +229,12 @@ def test_the_command_writes_what_evaluate_reads(tmp_path, capsys):
         make_methods([f"retention:{tmp_path}"], [4])
     before = (out / FILE).read_bytes()
     with pytest.raises(FileExistsError, match="has retention.* or add --overwrite"):
-        retain("--rows=8", "--length=128", f"--out={out}")
+        retain(*few, f"--out={out}")
     assert (out / FILE).read_bytes() == before
+    with pytest.raises(ValueError, match="ratios=.2, 99. must be numbers from 2 to 12"):
+        retain(*few, "--ratios=2,99", f"--out={tmp_path / 'other'}")
+    retain("--rows=8", "--length=128", "--steps=0", f"--out={tmp_path / 'none'}")
+    assert "corrected" not in capsys.readouterr().out
+    assert Retention.load(tmp_path / "none").correction is None
     with pytest.raises(ValueError, match="rows=2 must be >= 8"):
         retain("--rows=2", f"--out={out}", "--overwrite")

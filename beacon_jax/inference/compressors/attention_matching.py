@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from beacon_jax.core.memory import MemoryState
+from beacon_jax.core.memory import MemoryState, buffer_size
 from beacon_jax.inference.compressors.base import Compressor
 from beacon_jax.inference.compressors.piece import (
     Made,
@@ -111,14 +111,18 @@ class AttentionMatching(Compressor):
         scores: Float[Array, "L B K S"],
         count: Int[Array, " B"],
     ) -> MemoryState:
-        w, start = piece.state.window, jnp.asarray(piece.start, jnp.int32)
-        size = -(-int(np.max(count)) // w) * w  # whole windows: few programs
+        start = jnp.asarray(piece.start, jnp.int32)
+        size = buffer_size(int(np.max(count)), 1)  # few programs
         index = highest(scores, start + count)
         kept = Kept(index, start, count, jnp.isinf(scores))
-        made = matched(piece.net, piece.state, seen, kept, size)
+        made = self.made(piece, seen, kept, size)
         live = jnp.asarray(np.asarray(count) < piece.lengths)
         state = keep(piece.net, piece.state, index, start + count)
         return write(piece.net, state, made, start, count, live)
+
+    def made(self, piece: Piece, seen: Seen, kept: Kept, size: int) -> Made:
+        """Computes what the slots that stay hold; `size` as in `matched`."""
+        return matched(piece.net, piece.state, seen, kept, size)
 
 
 def placed(

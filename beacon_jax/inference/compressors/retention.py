@@ -10,7 +10,8 @@ Alone that tells 7 of these 12 passkeys at x4 and none at x8; with facts whose v
 are matched as well 10 and 7, with exact ones 12 and 12.
 
 The weights are fitted in minutes, without a gradient: `beacon-jax retain`
-(`inference.fit_retention`).
+(`inference.fit_retention`). The values that attention matching makes are
+corrected besides, if there is a correction (`compressors.correction`).
 """
 
 import functools
@@ -28,9 +29,12 @@ from beacon_jax.hf.reader import SafetensorsReader, Tensor
 from beacon_jax.hf.writer import write_safetensors
 from beacon_jax.inference.compressors.attention_matching import (
     AttentionMatching,
+    Kept,
+    Seen,
 )
 from beacon_jax.inference.compressors.base import FORCED
-from beacon_jax.inference.compressors.piece import Piece, floats
+from beacon_jax.inference.compressors.correction import corrected
+from beacon_jax.inference.compressors.piece import Made, Piece, floats
 from beacon_jax.model.buffers import Buffer
 from beacon_jax.model.net import Net
 from beacon_jax.paths import new_file
@@ -52,6 +56,8 @@ class Retention(AttentionMatching):
       bias: is added to their sum.
       threshold: what a likely token is above.
       sample: of the model's weights, from which another model is told, [L, H].
+      correction: added to values that attention matching makes, float32 [L, K, H];
+        None: nothing.
     """
 
     name = "retention"
@@ -62,9 +68,17 @@ class Retention(AttentionMatching):
         bias: float,
         threshold: float,
         sample: Float[np.ndarray, "L H"],
+        correction: Float[np.ndarray, "L K H"] | None = None,
     ):
-        self.weights, self.sample = weights, sample
+        self.weights, self.sample, self.correction = weights, sample, correction
         self.bias, self.threshold = float(bias), float(threshold)
+
+    def with_correction(
+        self, correction: Float[np.ndarray, "L K H"] | None
+    ) -> "Retention":
+        """Returns the same score with another correction."""
+        rest = self.bias, self.threshold, self.sample
+        return Retention(self.weights, *rest, correction)
 
     @classmethod
     def load(cls, path: str | Path) -> "Retention":
@@ -85,12 +99,12 @@ class Retention(AttentionMatching):
             )
         reader = SafetensorsReader([file], file.parent)
         found = {name: tensor.shape for name, tensor in reader.tensors.items()}
-        shape = found.get("weights", ())
-        if len(shape) != 3 or found != _shapes(*shape):
+        shape, some = found.get("weights", ()), "correction" in found
+        if len(shape) != 3 or found != _shapes(*shape, corrects=some):
             raise ValueError(
                 f"{file} has the tensors {found}: weights [L, K, H], bias [1], "
-                "threshold [1] and sample [L, H] are needed. Write it again with "
-                "`beacon-jax retain`."
+                "threshold [1] and sample [L, H] are needed, and a correction has "
+                "[L, K, H]. Write it again with `beacon-jax retain`."
             )
         read = {name: reader.read(name).astype(np.float32) for name in found}
         if wrong := [name for name, x in read.items() if not np.isfinite(x).all()]:
@@ -99,7 +113,8 @@ class Retention(AttentionMatching):
                 "again with `beacon-jax retain`."
             )
         bias, threshold = (float(read[name][0]) for name in ("bias", "threshold"))
-        return cls(read["weights"], bias, threshold, read["sample"])
+        rest = read["sample"], read.get("correction")
+        return cls(read["weights"], bias, threshold, *rest)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the weights into a folder, which is made; returns the file."""
@@ -109,6 +124,8 @@ class Retention(AttentionMatching):
             "threshold": np.asarray([self.threshold]),
             "sample": self.sample,
         }
+        if self.correction is not None:
+            arrays["correction"] = self.correction
         arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
         tensors = {name: Tensor(x.shape, x.dtype) for name, x in arrays.items()}
         file = Path(folder).expanduser() / FILE
@@ -120,7 +137,9 @@ class Retention(AttentionMatching):
     @property
     def digest(self) -> str:
         """Hash of the weights."""
-        parts = self.weights, self.sample, np.asarray([self.bias, self.threshold])
+        parts = [self.weights, self.sample, np.asarray([self.bias, self.threshold])]
+        if self.correction is not None:
+            parts.append(self.correction)
         data = b"".join(np.ascontiguousarray(x, np.float64).tobytes() for x in parts)
         return hashlib.sha256(data).hexdigest()[:16]
 
@@ -148,6 +167,14 @@ class Retention(AttentionMatching):
         exact = jnp.where(scores >= FORCED, jnp.inf, scores)
         return super().make(piece, seen, exact, count)
 
+    def made(self, piece: Piece, seen: Seen, kept: Kept, size: int) -> Made:
+        made = super().made(piece, seen, kept, size)
+        if self.correction is None:
+            return made
+        kept_of = np.maximum(np.asarray(kept.count), 1)
+        crowd = np.log(np.maximum(piece.lengths, 1) / kept_of).astype(np.float32)
+        return corrected(made, kept, crowd, jnp.asarray(self.correction))
+
     def _check(self, piece: Piece) -> None:
         """Raises ValueError if the weights are not of the piece's model."""
         c = piece.net.config
@@ -169,15 +196,14 @@ class Retention(AttentionMatching):
             )
 
 
-def _shapes(layers: int, heads: int, size: int) -> dict[str, tuple[int, ...]]:
+def _shapes(
+    layers: int, heads: int, size: int, *, corrects: bool
+) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the tensors in a file."""
-    weights, one = (layers, heads, size), (1,)
-    return {
-        "weights": weights,
-        "bias": one,
-        "threshold": one,
-        "sample": (layers, size),
-    }
+    found = {"weights": (layers, heads, size), "sample": (layers, size)}
+    if corrects:
+        found["correction"] = layers, heads, size
+    return found | {"bias": (1,), "threshold": (1,)}
 
 
 def sample_of(variables: Any) -> Float[np.ndarray, "L H"]:
