@@ -50,15 +50,15 @@ class SmallKeys(Compressor):
 
 
 class Facts(Retention):
-    """Retention with random weights of whatever model is asked."""
+    """Retention with random weights, and a correction, of whatever model is asked."""
 
     def __init__(self):
         self.bias = self.threshold = 0.0
-        self.summary = None
 
     def observe(self, piece):
         c, draw = piece.net.config, np.random.default_rng(0).normal
         self.weights = draw(size=(c.num_layers, c.num_kv_heads, c.head_dim))
+        self.correction = draw(size=self.weights.shape).astype(np.float32)
         self.sample = sample_of(piece.variables)
         return super().observe(piece)
 
