@@ -62,6 +62,18 @@ MAX_MAPS = 40_000
 CHECK_SECONDS = 1.0  # counting 30,000 maps takes 35 ms
 
 
+# Cases, mostly of parametrized tests, that took more than five seconds each: 40 % of the
+# time of `make test`, which leaves them to `make test-all`. The others are marked.
+SLOW_CASES = frozenset((ROOT / "tests" / "slow_cases.txt").read_text().splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is marked
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid in SLOW_CASES:
+            item.add_marker("slow")
+
+
 def pytest_configure(config):
     """Starts the checkout's cache anew when it has grown too large."""
     cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
